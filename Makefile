@@ -1,0 +1,82 @@
+# One command to start, one to check. `make help` lists them.
+#
+#   PYTHON=python3.12    the interpreter that .venv is made from
+#   VENV=                (empty, or none) use PYTHON as it is, a container's own for example, and install nothing
+#   ARGS="key=value"     handed on: to `fp8moe train`, to pytest, or to every benchmark
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+NPROC ?= auto
+BENCH_OUT ?= runs/bench
+
+ifeq ($(filter-out none,$(VENV)),)
+RUN := $(PYTHON)
+SETUP :=
+else
+RUN := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
+endif
+
+# Set-up needs no network once this file is newer than what it was made from; a stopped install starts over.
+ifneq ($(SETUP),)
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("fp8moe needs Python 3.11 or newer, $(PYTHON) is %d.%d: use make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "Setting up $(VENV), once: torch alone is 0.2 GB on a CPU machine, several GB with CUDA."
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment: install its venv module, or use VENV= with a Python that has the packages of pyproject.toml" >&2; exit 1; }
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt setuptools
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+endif
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@sed -n '3,5s/^# //p' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: setup
+setup: $(SETUP) ## make .venv when it is missing or older than its pins
+
+# Options first, then keys: ARGS may hold either.
+.PHONY: train
+train: $(SETUP) ## train the main job on the embedded corpus: 4 processes on CPU, or every GPU found
+	$(RUN) -m fp8moe train --nproc $(NPROC) experiment=quickstart $(ARGS)
+
+# One thread a process: the tests start processes of their own, and two cores thrash when each takes both.
+.PHONY: test
+test: $(SETUP) ## the tests that need no GPU
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(SETUP) ## the tests that need a GPU (torch, triton, numpy and pytest are enough for them)
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+.PHONY: bench bench-gpu
+bench: DEVICE := cpu
+bench: $(SETUP) ## every benchmark on the CPU: tables here, records in runs/bench/
+bench-gpu: DEVICE := cuda
+bench-gpu: $(SETUP) ## every benchmark on the GPU
+bench bench-gpu:
+	@for file in benchmarks/bench_*.py; do \
+	  test -e "$$file" || { echo "benchmarks/ holds no bench_*.py" >&2; exit 1; }; \
+	  name=$$(basename "$$file" .py); echo "== $$name"; \
+	  $(RUN) -m benchmarks.$$name --device $(DEVICE) --json $(BENCH_OUT)/$$name-$(DEVICE).json $(ARGS); \
+	done
+
+.PHONY: check
+check: $(SETUP) ## ruff, mypy, and the floors by import-linter
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+.PHONY: clean
+clean: ## remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find benchmarks fp8moe kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Training on one node or many: environment plus one torchrun line. Arguments are `key=value`, as for `fp8moe train`.
+#
+#   NPROC        processes on this node (default: one a GPU; a number on a machine without any)
+#   NNODES       nodes (default 1)          NODE_RANK    this node's number, 0 first (default: Slurm's, else 0)
+#   MASTER_ADDR  node 0, from all nodes     MASTER_PORT  a free port there (default 29500)
+#   PYTHON       interpreter (default: .venv's when it is there, else python)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+NNODES=${NNODES:-1}
+if [ "$NNODES" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+  echo "NNODES=$NNODES needs MASTER_ADDR, the address of node 0 that all nodes reach" >&2
+  exit 2
+fi
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python
+  [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+fi
+
+# One thread a rank unless told otherwise: ranks on one node would fight for the cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Expert groups change size each step; segments that grow keep the caching allocator from fragmenting on them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
+# USR1 is Slurm's warning before the time limit; unless torchrun is told to forward it, it dies and leaves its ranks.
+exec "$PYTHON" -m torch.distributed.run \
+  --nnodes "$NNODES" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" --nproc-per-node "${NPROC:-gpu}" \
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
+  -m fp8moe train "$@"

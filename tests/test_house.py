@@ -1,0 +1,271 @@
+"""Set-up, packaging, launchers and papers: what a newcomer meets before the first line of Python.
+
+make and the launchers run here for real, with a stand-in for the interpreter that writes down how it was called: what
+is tested is which commands they would run, and in which environment.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests import guards
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+# Stands in for python: logs its arguments and chosen variables, and "makes" a virtual environment by linking itself.
+STAND_IN = """#!/usr/bin/env bash
+echo "$(basename "$(dirname "$(dirname "$0")")"): $* [OMP=${OMP_NUM_THREADS:-}]" >> "$LOG"
+if [ "${1:-} ${2:-}" = "-m venv" ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+case "$*" in *"${FAIL_ON:-no such command}"*) exit 3 ;; esac
+"""
+
+
+def run(command, cwd, **environment):
+    keep = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    return subprocess.run(
+        command, cwd=cwd, env=keep | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A stand-in interpreter in tmp_path/host/bin, and the log it writes."""
+    path = tmp_path / "host" / "bin" / "python"
+    path.parent.mkdir(parents=True)
+    path.write_text(STAND_IN)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def make(tmp_path, python):
+    """`make(*words)` in a copy of what set-up needs; returns (exit code, lines that the stand-in logged, stderr)."""
+    tree, log = tmp_path / "tree", tmp_path / "log"
+    tree.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tree / name).write_bytes((ROOT / name).read_bytes())
+
+    def call(*words, **environment):
+        log.write_text("")
+        done = run(["make", f"PYTHON={python}", *words], tree, LOG=str(log), **environment)
+        return done.returncode, log.read_text().splitlines(), done.stderr
+
+    return call
+
+
+def test_the_first_call_sets_up_and_the_second_installs_nothing(make, tmp_path):
+    code, lines, _ = make("train", "ARGS=model.dim=64 seed=1")
+    assert code == 0
+    installs = [line for line in lines if "pip install" in line]
+    assert any("-m venv .venv" in line for line in lines)
+    assert len(installs) == 2 and all("-c constraints.txt" in line for line in installs)
+    assert lines[-1] == ".venv: -m fp8moe train --nproc auto experiment=quickstart model.dim=64 seed=1 [OMP=]"
+    code, lines, _ = make("test")
+    assert (code, lines) == (0, [".venv: -m pytest -m not gpu [OMP=1]"])
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml"])
+def test_changed_pins_install_again_into_the_same_environment(name, make, tmp_path):
+    make("setup")
+    later = (tmp_path / "tree" / ".venv" / ".installed").stat().st_mtime + 10
+    os.utime(tmp_path / "tree" / name, (later, later))
+    _, lines, _ = make("setup")
+    assert sum("pip install" in line for line in lines) == 2
+    assert not any("-m venv" in line for line in lines)
+
+
+@pytest.mark.parametrize("step", ["import sys", "install --disable-pip-version-check --quiet", "-e .[dev]"])
+def test_a_failed_set_up_stops_there_and_is_tried_again(step, make):
+    code, lines, _ = make("train", FAIL_ON=step)
+    assert code != 0 and step in lines[-1]
+    code, lines, _ = make("train")
+    assert code == 0 and sum("pip install" in line for line in lines) == 2
+
+
+def test_a_python_without_venv_is_one_sentence(make):
+    code, _, complaint = make("train", FAIL_ON="-m venv")
+    assert code != 0 and "cannot make a virtual environment: install its venv module" in complaint
+
+
+@pytest.mark.parametrize("venv", ["VENV=", "VENV=none"])
+def test_without_venv_the_given_python_runs_and_nothing_is_installed(venv, make, tmp_path):
+    code, lines, _ = make("train", venv)
+    assert (code, lines) == (0, ["host: -m fp8moe train --nproc auto experiment=quickstart [OMP=]"])
+    assert not (tmp_path / "tree" / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        *(("train", "fp8moe train"), ("test", "pytest"), ("test-gpu", "pytest")),
+        *(("check", "ruff check"), ("check", "ruff format"), ("check", "mypy"), ("check", "importlinter")),
+    ],
+)
+def test_the_failure_of_a_command_is_the_failure_of_make(target, command, make):
+    code, lines, _ = make("VENV=", target, FAIL_ON=command)
+    assert code != 0 and command in lines[-1]
+    assert make("VENV=", target)[0] == 0
+
+
+def test_benchmarks_run_one_by_one_on_the_device_asked_for(make, tmp_path):
+    (tmp_path / "tree" / "benchmarks").mkdir()
+    assert make("VENV=", "bench")[0] != 0  # nothing to run is no success
+    for name in ("bench_a.py", "bench_b.py", "harness.py"):
+        (tmp_path / "tree" / "benchmarks" / name).touch()
+    _, lines, _ = make("VENV=", "bench-gpu", "ARGS=--quick")
+    options = "--device cuda --json runs/bench/bench_{}-cuda.json --quick [OMP=]"
+    assert lines == [f"host: -m benchmarks.bench_{name} {options.format(name)}" for name in "ab"]
+    assert make("VENV=", "bench", FAIL_ON="bench_a")[0] != 0
+
+
+def test_ci_runs_check_and_test_and_stops_at_the_first_failure(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    script = tmp_path / ".ci" / "run"
+    script.write_bytes((ROOT / ".ci" / "run").read_bytes())
+    (tmp_path / "Makefile").write_text("check:\n\t@echo CHECK; exit $(FAIL)\ntest:\n\t@echo TEST\n")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    done = run(["bash", ".ci/run"], tmp_path, FAIL="0")
+    assert (done.returncode, done.stdout.split()) == (0, ["CHECK", "TEST"])
+    done = run(["bash", ".ci/run"], tmp_path, FAIL="1")
+    assert done.returncode != 0 and "TEST" not in done.stdout
+
+
+def test_pins_are_exact_and_satisfy_what_the_project_asks_for():
+    assert PINS["torch"] == "2.13.0"
+    extras = PROJECT["optional-dependencies"]
+    for text in (*PROJECT["dependencies"], *extras["dev"], *extras["hf"], "setuptools>=77.0.3"):
+        wanted = Requirement(text)
+        if wanted.name != PROJECT["name"]:
+            assert wanted.specifier.contains(PINS[wanted.name]), text
+    for name, version in PINS.items():
+        assert re.fullmatch(r"[a-z0-9-]+", name) and re.fullmatch(r"\d[0-9a-z.]*", version), (name, version)
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "Makefile", ".ci/run", "docker/Dockerfile"])
+def test_set_up_names_no_place_to_download_from(name):
+    assert not re.search(r"https?://|index-url|find-links|--trusted-host", (ROOT / name).read_text())
+
+
+def test_the_wheel_holds_kernels_and_configs(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (tree / name).write_bytes((ROOT / name).read_bytes())
+    expected = {"fp8moe/__init__.py"}
+    for path in guards.files_under(ROOT, "fp8moe", "kernels", "configs"):
+        inside = path.relative_to(ROOT)
+        (tree / inside).parent.mkdir(parents=True, exist_ok=True)
+        (tree / inside).write_bytes(path.read_bytes())
+        if path.suffix in (".py", ".yaml"):
+            expected.add(str(inside) if inside.parts[0] == "fp8moe" else f"fp8moe/{inside}")
+    for name in ("kernels", "configs"):
+        (tree / name).mkdir(exist_ok=True)
+        (tree / "fp8moe" / name).symlink_to(f"../{name}")
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    done = run([sys.executable, "-c", build], tree)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tree.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert expected <= names, sorted(expected - names)
+    assert {name.split("/")[0] for name in names} == {"fp8moe", f"fp8moe-{PROJECT['version']}.dist-info"}
+
+
+def test_the_package_knows_its_version_and_loads_no_torch():
+    code = "import sys, fp8moe; print(fp8moe.__version__, 'torch' in sys.modules)"
+    assert run([sys.executable, "-c", code], ROOT).stdout.split() == [PROJECT["version"], "False"]
+
+
+def launched(script, tmp_path, python, *words, **environment):
+    log = tmp_path / "log"
+    log.write_text("")
+    done = run([str(ROOT / "launch" / script), *words], ROOT, LOG=str(log), PYTHON=str(python), **environment)
+    return done, log.read_text().strip()
+
+
+def test_torchrun_on_one_node(tmp_path, python):
+    done, line = launched("torchrun.sh", tmp_path, python, "seed=1", "run_dir=a b", NPROC="4")
+    assert done.returncode == 0, done.stderr
+    assert line == (
+        "host: -m torch.distributed.run --nnodes 1 --node-rank 0 --nproc-per-node 4 --master-addr 127.0.0.1"
+        " --master-port 29500 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -m fp8moe train seed=1 run_dir=a b [OMP=1]"
+    )
+
+
+def test_torchrun_on_many_nodes_takes_its_place_from_the_environment(tmp_path, python):
+    many = {"NNODES": "3", "MASTER_ADDR": "n0", "MASTER_PORT": "1234", "OMP_NUM_THREADS": "6"}
+    _, line = launched("torchrun.sh", tmp_path, python, **many, SLURM_NODEID="2")
+    assert "--nnodes 3 --node-rank 2 --nproc-per-node gpu --master-addr n0 --master-port 1234" in line
+    assert line.endswith("[OMP=6]")
+    assert "--node-rank 1 " in launched("torchrun.sh", tmp_path, python, **many, SLURM_NODEID="2", NODE_RANK="1")[1]
+
+
+def test_many_nodes_without_an_address_is_one_sentence(tmp_path, python):
+    done, line = launched("torchrun.sh", tmp_path, python, NNODES="2")
+    assert (done.returncode, line) == (2, "")
+    assert done.stderr.strip() == "NNODES=2 needs MASTER_ADDR, the address of node 0 that all nodes reach"
+
+
+def test_slurm_starts_torchrun_on_every_node_and_warns_before_the_limit(tmp_path, python):
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    for name, body in (("scontrol", "echo n7; echo n8"), ("srun", 'shift; SLURM_NODEID=1 exec "$@"')):
+        (bin_ / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (bin_ / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[7-8]"}
+    path = f"{bin_}{os.pathsep}{os.environ['PATH']}"
+    script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "seed=1"]
+    log = tmp_path / "log"
+    done = run(script, tmp_path, LOG=str(log), PYTHON=str(python), PATH=path, SLURM_JOB_ID="123456", **slurm)
+    assert done.returncode == 0, done.stderr
+    assert "--nnodes 2 --node-rank 1 --nproc-per-node gpu --master-addr n7 --master-port 23456" in log.read_text()
+    assert "#SBATCH --signal=USR1@300" in (ROOT / "launch" / "slurm.sbatch").read_text()
+
+
+def test_the_installed_torchrun_knows_every_option_of_the_launcher():
+    done = run([sys.executable, "-m", "torch.distributed.run", "--help"], ROOT)
+    options = re.findall(r"(?<=\s)--[a-z-]+", (ROOT / "launch" / "torchrun.sh").read_text())
+    assert len(options) == 6
+    assert [option for option in options if f"{option} " not in done.stdout] == []
+
+
+def test_the_papers_are_there_and_true():
+    readme = (ROOT / "README.md").read_text()
+    first_screen = "\n".join(readme.splitlines()[:25])
+    assert "make train" in first_screen and "make test" in first_screen and "What you will see" in first_screen
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+    licence = (ROOT / "LICENSE").read_text()
+    assert (
+        "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence and PROJECT["license"] == "Apache-2.0"
+    )
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in ROOT.glob("*.md"):
+        text = document.read_text()
+        assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets, document.name
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (ROOT / link).exists(), f"{document.name} points to {link}, which is missing"
+
+
+def test_the_readme_lists_every_command():
+    tree = ast.parse((ROOT / "fp8moe" / "__main__.py").read_text())
+    (table,) = (
+        n.value for n in tree.body if isinstance(n, ast.AnnAssign) and getattr(n.target, "id", "") == "COMMANDS"
+    )
+    commands = set(ast.literal_eval(table))
+    assert commands and commands == set(
+        re.findall(r"^\| `fp8moe ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    )
