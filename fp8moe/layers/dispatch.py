@@ -1,0 +1,187 @@
+"""How rows reach experts and come back: the protocol, its one-rank form, and its place on autograd's tape.
+
+A dispatcher has four verbs on plain data, in two pairs of duals (DeepEP's insight): the backward of dispatch is a
+combine, the backward of combine is a dispatch, both on the layout that the forward left. Each verb returns a handle at
+once and `wait()` gives the result, so that a schedule may compute in between. Forward rows travel in FP8 with their
+power-of-two scales, and so do the gradients that combine's backward sends; what comes back is BF16 and is summed.
+
+`dispatched` and `combined` put the verbs on the tape, waiting at once: the model under ordinary autograd.
+
+Legend: T tokens, K top-k, D model, E experts, e local experts, R received rows (each expert's group 128-aligned).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
+from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
+from fp8moe.kernels.quantize import quantize_rows
+from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, from_rows, stand_in
+
+Value = TypeVar("Value", covariant=True)
+
+
+class Handle(Protocol[Value]):
+    """A message under way."""
+
+    def wait(self) -> Value: ...
+
+
+@dataclass(frozen=True)
+class Ready(Generic[Value]):
+    """A message that has arrived."""
+
+    value: Value
+
+    def wait(self) -> Value:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a dispatch delivers: rows [R, D], their routing weights [R] (FP32, 0 for padding), where groups begin.
+
+    `layout` is the dispatcher's own memory of the way, handed back to its other verbs.
+    """
+
+    rows_RD: Rows
+    weights_R: Tensor
+    group_offsets: Tensor
+    layout: Any
+
+
+class Dispatcher(Protocol):
+    """Four verbs; `num_local_experts` of the experts are this rank's."""
+
+    num_local_experts: int
+
+    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Handle[Dispatched]: ...
+
+    def combine(self, y_RD: Tensor, layout: Any) -> Handle[Tensor]:
+        """[R, D] -> [T, D]: the plain sum over a token's rows."""
+        ...
+
+    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: Any) -> Handle[tuple[Tensor, Tensor]]:
+        """-> dx [T, D] and d topk_weights [T, K]."""
+        ...
+
+    def combine_backward(self, dy_TD: Rows, layout: Any) -> Handle[Rows]:
+        """[T, D] -> [R, D]: each token's gradient to all of its rows."""
+        ...
+
+
+class LocalDispatcher:
+    """One rank holds all experts: dispatch is a permutation."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_local_experts = num_experts
+
+    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Ready[Dispatched]:
+        row_map = plan_rows(topk_ids_TK, self.num_local_experts)
+        weights_R = select_weights(topk_weights_TK, row_map)
+        return Ready(Dispatched(permute(rows_TD, row_map), weights_R, row_map.group_offsets, row_map))
+
+    def combine(self, y_RD: Tensor, layout: RowMap) -> Ready[Tensor]:
+        return Ready(unpermute(y_RD, layout))
+
+    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: RowMap) -> Ready[tuple[Tensor, Tensor]]:
+        return Ready((unpermute(dx_RD, layout), return_weights(dweights_R, layout)))
+
+    def combine_backward(self, dy_TD: Rows, layout: RowMap) -> Ready[Rows]:
+        return Ready(permute(dy_TD, layout))
+
+
+def select_weights(topk_weights_TK: Tensor, row_map: RowMap) -> Tensor:
+    """The routing weight of each row, [R] FP32; 0 for padding."""
+    slot_R = row_map.slot_R
+    return topk_weights_TK.reshape(-1)[slot_R.clamp(min=0)].masked_fill(slot_R < 0, 0.0)
+
+
+def return_weights(dweights_R: Tensor, row_map: RowMap) -> Tensor:
+    """The dual of `select_weights`: [R] -> [N, K], zero where no row went. Each slot has at most one row."""
+    flat = dweights_R.new_zeros(row_map.num_rows * row_map.topk + 1)
+    flat[row_map.slot_R] = dweights_R  # padding, slot -1, lands in the last cell, which is cut off
+    return flat[:-1].view(row_map.num_rows, row_map.topk)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A `Dispatched` on autograd's tape, for the experts."""
+
+    x: Activation
+    weights_R: Tensor
+    group_offsets: Tensor
+    layout: Any
+    gradient: Fp8Gradient | None
+
+
+def receive(rows: Dispatched, edge_RD: Tensor, weights_R: Tensor) -> Received:
+    """Give delivered rows an edge; FP8 rows also a box in which combine's backward will find their FP8 gradient."""
+    box = Fp8Gradient() if isinstance(rows.rows_RD, Fp8Tensor) else None
+    return Received(Activation(edge_RD, from_rows(rows.rows_RD)), weights_R, rows.group_offsets, rows.layout, box)
+
+
+def arrived_edge(rows_RD: Rows, *, like: Tensor) -> Tensor:
+    """What autograd follows of delivered rows: themselves, or their stand-in."""
+    return stand_in(rows_RD.shape, like) if isinstance(rows_RD, Fp8Tensor) else rows_RD
+
+
+def gradient_rows(dy_TD: Tensor, *, fp8: bool) -> Rows:
+    """What combine's backward sends: FP8 rows with power-of-two scales, or the gradient as it is."""
+    if not fp8:
+        return dy_TD
+    return quantize_rows(dy_TD, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True)
+
+
+def dispatched(dispatcher: Dispatcher, x: Activation, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Received:
+    """Dispatch and wait, under autograd."""
+    arrived = dispatcher.dispatch(x.operand.rows, topk_ids_TK, topk_weights_TK.detach()).wait()
+    edge_RD, weights_R = _Dispatch.apply(x.edge, topk_weights_TK, dispatcher, arrived)
+    return receive(arrived, edge_RD, weights_R)
+
+
+def combined(dispatcher: Dispatcher, y_RD: Tensor, received: Received) -> Tensor:
+    """Combine and wait, under autograd."""
+    return _Combine.apply(y_RD, dispatcher, received.layout, received.gradient)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Puts what has arrived on the tape, behind the tensors it came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, edge_TD: Tensor, weights_TK: Tensor, dispatcher: Dispatcher, arrived: Dispatched
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dispatcher, ctx.layout = dispatcher, arrived.layout
+        return arrived_edge(arrived.rows_RD, like=edge_TD), arrived.weights_R
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx_TD, dweights_TK = ctx.dispatcher.dispatch_backward(*grads, ctx.layout).wait()
+        return dx_TD, dweights_TK, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, dispatcher: Dispatcher, layout: Any, box: Fp8Gradient | None) -> Tensor:
+        ctx.dispatcher, ctx.layout, ctx.box, ctx.shape = dispatcher, layout, box, y_RD.shape
+        return dispatcher.combine(y_RD, layout).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        rows = ctx.dispatcher.combine_backward(gradient_rows(grads[0], fp8=ctx.box is not None), ctx.layout).wait()
+        return deliver(rows, ctx.box, like=grads[0]), None, None, None
+
+
+def deliver(rows: Rows, box: Fp8Gradient | None, *, like: Tensor) -> Tensor:
+    """The gradient for autograd: the rows themselves, or a stand-in while the FP8 rows wait in the box."""
+    if isinstance(rows, Fp8Tensor):
+        assert box is not None
+        box.put(rows)
+        return stand_in(rows.shape, like)
+    return rows

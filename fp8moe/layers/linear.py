@@ -1,0 +1,111 @@
+"""A Linear without bias whose three products follow the precision recipe.
+
+    Fprop  y  [T, N] = x  [T, K] @ W^T          rows of x, 128x128 blocks of W
+    Dgrad  dx [T, K] = dy [T, N] @ W            rows of dy, blocks of the transposed copy
+    Wgrad  dW [N, K] += dy^T @ x                columns of dy and of x, into FP32 `main_grad`
+
+FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as it is and transposed, made once after
+each optimizer step by `quantize_weights`. In BF16 and FP32 the same three names are plain products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.gemm import gemm, wgrad
+from fp8moe.kernels.quantize import quantize_blocks
+from fp8moe.layers.operand import Activation, Rows, activation, from_gradient
+from fp8moe.layers.precision import Precision
+from fp8moe.layers.wgrad import submit
+
+
+class QuantizedWeight(nn.Module):
+    """A weight [..., N, K] with, in FP8, its quantized blocks and those of its transposed copy."""
+
+    weight: nn.Parameter
+
+    def __init__(self, shape: tuple[int, ...], *, precision: Precision, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.precision = precision
+        self.weight = nn.Parameter(torch.empty(shape, dtype=precision.dtype, device=device))
+        self._blocks: tuple[Fp8Tensor, Fp8Tensor] | None = None
+
+    def quantize(self) -> None:
+        """Refresh the FP8 blocks from the weight; nothing to do in BF16 and FP32."""
+        if self.precision is Precision.FP8:
+            self._blocks = quantize_blocks(self.weight.detach())
+
+    @property
+    def blocks(self) -> Fp8Tensor:
+        """The weight, for Fprop."""
+        return self._quantized()[0]
+
+    @property
+    def transposed_blocks(self) -> Fp8Tensor:
+        """The transposed weight, for Dgrad."""
+        return self._quantized()[1]
+
+    def _quantized(self) -> tuple[Fp8Tensor, Fp8Tensor]:
+        assert self._blocks is not None, "quantize_weights(model) must run after weights are set and before a forward"
+        return self._blocks
+
+
+class Linear(QuantizedWeight):
+    """y = x W^T with x [T, in_features] -> y [T, out_features]; `weight` [out_features, in_features]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        precision: Precision,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__((out_features, in_features), precision=precision, device=device)
+
+    def forward(self, x: Tensor | Activation) -> Tensor:
+        """x: a tensor, cast here, or an activation that was cast before (one cast can feed several Linears)."""
+        if isinstance(x, Tensor):
+            x = activation(x, self.precision)
+        return _LinearFunction.apply(x.edge, self.weight, x, self)
+
+    def fprop(self, x: Rows) -> Tensor:
+        return gemm(x, self.blocks) if isinstance(x, Fp8Tensor) else x @ self.weight.detach().T
+
+    def dgrad(self, dy: Rows) -> Tensor:
+        return gemm(dy, self.transposed_blocks) if isinstance(dy, Fp8Tensor) else dy @ self.weight.detach()
+
+    def wgrad(self, dy_columns: Rows, x_columns: Rows) -> None:
+        main_grad: Tensor = self.weight.main_grad  # type: ignore[attr-defined]
+        if isinstance(dy_columns, Fp8Tensor) and isinstance(x_columns, Fp8Tensor):
+            gemm(dy_columns, x_columns, out_dtype=torch.float32, accumulate=main_grad)
+        else:
+            assert isinstance(dy_columns, Tensor) and isinstance(x_columns, Tensor)
+            wgrad(dy_columns, x_columns, main_grad)
+
+
+class _LinearFunction(torch.autograd.Function):
+    """The weight is an argument only so that autograd enters when the input needs no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, edge: Tensor, weight: Tensor, x: Activation, linear: Linear) -> Tensor:
+        ctx.operand, ctx.linear = x.operand, linear
+        return linear.fprop(x.operand.rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        linear, x = ctx.linear, ctx.operand
+        dy = from_gradient(grads[0], linear.precision)
+        submit(lambda: linear.wgrad(dy.columns(), x.columns()))
+        return linear.dgrad(dy.rows) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def quantize_weights(model: nn.Module) -> None:
+    """Refresh every FP8 weight of `model`: once after the weights are set, once after each optimizer step."""
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            module.quantize()

@@ -1,0 +1,90 @@
+"""down(SwiGLU(gate_up(x))), forward and backward as the recipe lays the casts, for dense, shared and routed experts.
+
+One autograd function holds the three steps, because what passes between them is FP8 with its own caches, and nothing
+of it belongs on autograd's tape: the input of SwiGLU is kept in FP8, its output is recomputed for Wgrad, its gradient
+leaves as rows and columns at once. The same function serves `Linear` and, group by group, `GroupedLinear`: both offer
+fprop, dgrad and wgrad.
+
+Legend: R rows (tokens, or received rows), D model, F hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fp8moe.layers.linear import Linear
+from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, activation, from_gradient, from_rows
+from fp8moe.layers.precision import Precision
+from fp8moe.layers.swiglu import swiglu
+from fp8moe.layers.wgrad import submit
+
+
+class Products(Protocol):
+    """The three products of a weight; see `linear.Linear`."""
+
+    def fprop(self, x: Rows) -> Tensor: ...
+    def dgrad(self, dy: Rows) -> Tensor: ...
+    def wgrad(self, dy_columns: Rows, x_columns: Rows) -> None: ...
+
+
+class Mlp(nn.Module):
+    """x [T, dim] -> [T, dim] through `hidden` features; the MLP of a dense block and of the shared experts."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, precision: Precision, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.precision = precision
+        self.gate_up = Linear(dim, 2 * hidden, precision=precision, device=device)
+        self.down = Linear(hidden, dim, precision=precision, device=device)
+
+    def forward(self, x: Tensor | Activation) -> Tensor:
+        if isinstance(x, Tensor):
+            x = activation(x, self.precision, power_of_two=True)
+        weights = (self.gate_up.weight, self.down.weight)
+        return gated_mlp(x, self.gate_up, self.down, precision=self.precision, parameters=weights)
+
+
+def gated_mlp(
+    x: Activation,
+    gate_up: Products,
+    down: Products,
+    *,
+    precision: Precision,
+    parameters: tuple[Tensor, Tensor],
+    weights_R: Tensor | None = None,
+    gradient: Fp8Gradient | None = None,
+) -> Tensor:
+    """y [R, D] of x [R, D]; `weights_R` (FP32) multiply SwiGLU's output; `gradient` may bring dy in FP8.
+
+    `parameters` are the two weights: only so that autograd enters when x needs no gradient.
+    """
+    return _GatedMlpFunction.apply(x.edge, weights_R, *parameters, x, gate_up, down, precision, gradient)
+
+
+class _GatedMlpFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, edge_RD: Tensor, weights_R: Tensor | None, w1: Tensor, w2: Tensor, x: Activation,
+        gate_up: Products, down: Products, precision: Precision, gradient: Fp8Gradient | None,
+    ) -> Tensor:  # fmt: skip
+        hidden_rows, cached = swiglu(precision).forward(gate_up.fprop(x.operand.rows), weights_R)
+        ctx.x, ctx.cached, ctx.weights_R = x.operand, cached, weights_R
+        ctx.gate_up, ctx.down, ctx.precision, ctx.gradient = gate_up, down, precision, gradient
+        return down.fprop(hidden_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, cached, weights_R, gate_up, down = ctx.x, ctx.cached, ctx.weights_R, ctx.gate_up, ctx.down
+        act = swiglu(ctx.precision)
+        delivered = ctx.gradient.take() if ctx.gradient else None
+        dy = from_gradient(grads[0], ctx.precision) if delivered is None else from_rows(delivered)
+        d_hidden_RF = down.dgrad(dy.rows)
+        submit(lambda: down.wgrad(dy.columns(), act.columns(cached, weights_R)))
+        d_gate_up, dweights_R = act.backward(d_hidden_RF, cached, weights_R)
+        submit(lambda: gate_up.wgrad(d_gate_up.columns(), x.columns()))
+        dx_RD = gate_up.dgrad(d_gate_up.rows) if ctx.needs_input_grad[0] else None
+        return dx_RD, dweights_R, *(None,) * 7

@@ -1,0 +1,47 @@
+"""Multi-token prediction, depth 1 (DeepSeek-V3 report, section 2.2).
+
+At position i the module sees the main model's last hidden state of i and the embedding of token i+1, each normed, joins
+them by one projection, runs one more block, and predicts token i+2 through the shared head. Embedding and head are the
+main model's own. The hidden state is taken before the main model's final norm, since the module norms it itself.
+
+Legend: T tokens, D model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fp8moe.layers.attention import Positions
+from fp8moe.layers.dispatch import Dispatcher
+from fp8moe.layers.linear import Linear
+from fp8moe.layers.norm import RMSNorm
+from fp8moe.layers.precision import Precision
+from fp8moe.model.block import Block
+from fp8moe.model.config import ModelConfig
+
+
+class Mtp(nn.Module):
+    """(hidden [T, D], embedding of the next token [T, D]) -> hidden for the shared head [T, D], balance loss."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        precision: Precision,
+        dispatcher: Dispatcher,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.dim, eps=config.norm_eps, precision=precision, device=device)
+
+        self.hidden_norm, self.embedding_norm, self.final_norm = norm(), norm(), norm()
+        self.join = Linear(2 * config.dim, config.dim, precision=precision, device=device)
+        self.block = Block(config, config.num_layers, precision=precision, dispatcher=dispatcher, device=device)
+
+    def forward(self, hidden_TD: Tensor, next_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        joined = torch.cat([self.hidden_norm(hidden_TD), self.embedding_norm(next_TD)], dim=-1)
+        x_TD, balance_loss = self.block(self.join(joined), positions)
+        return self.final_norm(x_TD), balance_loss

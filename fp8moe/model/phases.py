@@ -1,0 +1,146 @@
+"""One micro-batch's run through one block, phase by phase: what pipelines and overlapping schedules call.
+
+A run keeps what its backward needs and nothing else. `phases` lists its phases in forward order; a backward calls them
+in reverse. `backward_from` is given the gradient of the output first, `output` and `input_gradient` are read last.
+
+Legend: T tokens, D model, K top-k, R received rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from fp8moe.layers.attention import Positions
+from fp8moe.layers.dispatch import Dispatched, Handle, arrived_edge, deliver, gradient_rows, receive
+from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows
+from fp8moe.layers.phase import Island, Phase
+from fp8moe.layers.wgrad import WeightGradStore
+from fp8moe.model.block import Block
+
+
+class DenseRun:
+    """A dense block: attn, then mlp; nothing to wait for."""
+
+    def __init__(
+        self, block: Block, x_TD: Tensor, positions: Positions, *, store: WeightGradStore, key: Hashable
+    ) -> None:
+        assert block.mlp is not None
+        self._block, self._mlp, self._x_TD, self._positions = block, block.mlp, x_TD, positions
+        self._store, self._key = store, key
+        self.phases = (
+            Phase("attn", "compute", self._attn, self._attn_backward, lambda: self._attn_island.wgrad()),
+            Phase("mlp", "compute", self._mlp_forward, self._mlp_backward, lambda: self._mlp_island.wgrad()),
+        )
+
+    def _attn(self) -> None:
+        self._attn_island = Island(
+            lambda x: self._block.attend(x, self._positions), self._x_TD, store=self._store, key=(self._key, "attn")
+        )
+
+    def _mlp_forward(self) -> None:
+        h_TD, normed_TD = self._attn_island.values
+        self._mlp_island = Island(lambda x: (self._mlp(x),), normed_TD, store=self._store, key=(self._key, "mlp"))
+        self.output = h_TD + self._mlp_island.values[0]
+
+    def backward_from(self, dy_TD: Tensor, balance_weight: float) -> None:
+        """The gradient of the output; a dense block has no balance loss to weigh."""
+        self._dy_TD = dy_TD
+
+    def _mlp_backward(self) -> None:
+        (self._d_normed_TD,) = self._mlp_island.backward(self._dy_TD)
+
+    def _attn_backward(self) -> None:
+        (self.input_gradient,) = self._attn_island.backward(self._dy_TD, self._d_normed_TD)
+
+
+class MoeRun:
+    """A block with experts: attn, dispatch, mlp, combine; messages start in their phase and are awaited by the next."""
+
+    def __init__(
+        self, block: Block, x_TD: Tensor, positions: Positions, *, store: WeightGradStore, key: Hashable
+    ) -> None:
+        assert block.moe is not None
+        self._block, self._moe, self._x_TD, self._positions = block, block.moe, x_TD, positions
+        self._dispatcher = block.moe.dispatcher
+        self._store, self._key = store, key
+        self.phases = (
+            Phase("attn", "compute", self._attn, self._attn_backward, lambda: self._attn_island.wgrad()),
+            Phase("dispatch", "communication", self._dispatch, self._dispatch_backward),
+            Phase("mlp", "compute", self._mlp, self._mlp_backward, lambda: self._mlp_island.wgrad()),
+            Phase("combine", "communication", self._combine, self._combine_backward),
+        )
+
+    def _attn(self) -> None:
+        def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
+            h_TD, normed_TD = self._block.attend(x_TD, self._positions)
+            routing = self._moe.router(normed_TD, self._positions.num_sequences)
+            self._topk_ids_TK = routing.topk_ids_TK
+            self._operand: Operand = self._moe.cast(normed_TD).operand
+            return h_TD, normed_TD, routing.topk_weights_TK, routing.balance_loss
+
+        self._attn_island = Island(attn, self._x_TD, store=self._store, key=(self._key, "attn"))
+        self.balance_loss = self._attn_island.values[3]
+
+    def _dispatch(self) -> None:
+        weights_TK = self._attn_island.values[2]
+        self._dispatched: Handle[Dispatched] = self._dispatcher.dispatch(
+            self._operand.rows, self._topk_ids_TK, weights_TK
+        )
+
+    def _mlp(self) -> None:
+        arrived = self._dispatched.wait()
+        normed_TD = self._attn_island.values[1]
+        self._layout, self._shared = arrived.layout, self._moe.shared is not None
+
+        def mlp(edge_RD: Tensor, weights_R: Tensor, x_TD: Tensor) -> tuple[Tensor, ...]:
+            received = receive(arrived, edge_RD, weights_R)
+            self._box: Fp8Gradient | None = received.gradient
+            y_RD, shared_TD = self._moe.run_experts(received, Activation(x_TD, self._operand))
+            return (y_RD,) if shared_TD is None else (y_RD, shared_TD)
+
+        edge_RD = arrived_edge(arrived.rows_RD, like=normed_TD)
+        self._mlp_island = Island(mlp, edge_RD, arrived.weights_R, normed_TD, store=self._store, key=(self._key, "mlp"))
+
+    def _combine(self) -> None:
+        self._combined: Handle[Tensor] = self._dispatcher.combine(self._mlp_island.values[0], self._layout)
+
+    @property
+    def output(self) -> Tensor:
+        """Waits for combine."""
+        routed_TD = self._combined.wait()
+        y_TD = self._mlp_island.values[1] + routed_TD if self._shared else routed_TD
+        return self._attn_island.values[0] + y_TD
+
+    def backward_from(self, dy_TD: Tensor, balance_weight: float) -> None:
+        """The gradient of the output, and what the block's balance loss weighs in the total loss."""
+        self._dy_TD, self._balance_weight = dy_TD, balance_weight
+
+    def _combine_backward(self) -> None:
+        rows = gradient_rows(self._dy_TD, fp8=self._box is not None)
+        self._returned: Handle[Rows] = self._dispatcher.combine_backward(rows, self._layout)
+
+    def _mlp_backward(self) -> None:
+        dy_RD = deliver(self._returned.wait(), self._box, like=self._dy_TD)
+        d_shared = (self._dy_TD,) if self._shared else ()
+        self._d_edge_RD, self._d_weights_R, self._d_normed_TD = self._mlp_island.backward(dy_RD, *d_shared)
+
+    def _dispatch_backward(self) -> None:
+        assert self._d_edge_RD is not None and self._d_weights_R is not None
+        self._d_dispatched = self._dispatcher.dispatch_backward(self._d_edge_RD, self._d_weights_R, self._layout)
+
+    def _attn_backward(self) -> None:
+        d_normed_TD, d_weights_TK = self._d_dispatched.wait()
+        if self._d_normed_TD is not None:
+            d_normed_TD = self._d_normed_TD + d_normed_TD
+        d_balance = self.balance_loss.new_full((), self._balance_weight)
+        (self.input_gradient,) = self._attn_island.backward(self._dy_TD, d_normed_TD, d_weights_TK, d_balance)
+
+
+def run_block(
+    block: Block, x_TD: Tensor, positions: Positions, *, store: WeightGradStore, key: Hashable
+) -> DenseRun | MoeRun:
+    """A run of `block` on x [T, D], its phases not yet called; weight gradients go to `store` under keys from `key`."""
+    run = DenseRun if block.moe is None else MoeRun
+    return run(block, x_TD, positions, store=store, key=key)

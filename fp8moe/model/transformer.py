@@ -1,0 +1,160 @@
+"""DeepSeek-V3: embedding, blocks, final norm, head, and the MTP module; or the part of them that one stage holds.
+
+Parameters have one canonical name whatever the layout: blocks are named by their number in the whole model, experts are
+stacked along dimension 0 of which a rank holds its share. Weights are drawn per canonical parameter, and per expert,
+from a generator seeded by their names, so that every layout starts from the same model.
+
+Legend: B sequences, S tokens of a sequence, T = B x S, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fp8moe.layers.attention import Positions, document_mask
+from fp8moe.layers.dispatch import Dispatcher
+from fp8moe.layers.embedding import Embedding
+from fp8moe.layers.linear import Linear, quantize_weights
+from fp8moe.layers.main_grad import attach_main_grads, is_expert
+from fp8moe.layers.norm import RMSNorm
+from fp8moe.layers.precision import Precision
+from fp8moe.layers.rope import inverse_frequencies, rotation, yarn_frequencies
+from fp8moe.model.block import Block
+from fp8moe.model.config import ModelConfig
+from fp8moe.model.loss import LossSums, cross_entropy_sum, mtp_labels
+from fp8moe.model.mtp import Mtp
+
+
+class Inputs(Protocol):
+    """What a forward needs of a batch; see `data.packing.Batch`."""
+
+    @property
+    def inputs_BS(self) -> Tensor: ...
+    @property
+    def labels_BS(self) -> Tensor: ...
+    @property
+    def positions_BS(self) -> Tensor: ...
+    @property
+    def documents_BS(self) -> Tensor | None: ...
+
+
+class Transformer(nn.Module):
+    """Blocks `layers` (all by default), with the embedding before and the head after them where asked.
+
+    The MTP module belongs to the part that has both ends. Parameters are uninitialised until `init_weights`; every one
+    has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        precision: Precision,
+        dispatcher: Dispatcher,
+        layers: range | None = None,
+        embedding: bool = True,
+        head: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        c = self.config = config
+        self.precision = precision
+        plain = precision.unquantized
+        self.embedding = Embedding(c.vocab_size, c.dim, precision=precision, device=device) if embedding else None
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): Block(c, i, precision=precision, dispatcher=dispatcher, device=device)
+                for i in (range(c.num_layers) if layers is None else layers)
+            }
+        )
+        self.norm = RMSNorm(c.dim, eps=c.norm_eps, precision=precision, device=device) if head else None
+        self.head = Linear(c.dim, c.vocab_size, precision=plain, device=device) if head else None
+        self.mtp = (
+            Mtp(c, precision=precision, dispatcher=dispatcher, device=device)
+            if c.mtp_depth and embedding and head
+            else None
+        )
+        self.main_grads = attach_main_grads(self)
+
+    def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
+        """Rotations for tokens at `positions_BS` [B, S], and the mask that keeps documents apart, if they are given."""
+        cos, sin = rotation(
+            positions_BS.flatten(),
+            rope_frequencies(self.config),
+            self.config.yarn.amplitude if self.config.yarn else 1.0,
+        )
+        mask = None if documents_BS is None else document_mask(documents_BS)
+        return Positions(len(positions_BS), cos, sin, mask)
+
+    def run_blocks(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """-> hidden [T, D] before the final norm, and the balance loss summed over blocks."""
+        balance = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+        for block in self.blocks.values():
+            x_TD, block_balance = block(x_TD, positions)
+            balance = balance + block_balance
+        return x_TD, balance
+
+    def forward(self, batch: Inputs) -> LossSums:
+        """The loss sums of one micro-batch, under ordinary autograd; needs embedding and head."""
+        assert self.embedding is not None and self.norm is not None and self.head is not None
+        positions = self.positions(batch.positions_BS, batch.documents_BS)
+        labels_BS = batch.labels_BS
+        hidden_TD, balance = self.run_blocks(self.embedding(batch.inputs_BS.flatten()), positions)
+        main = cross_entropy_sum(self.head(self.norm(hidden_TD)), labels_BS.flatten())
+        mtp = torch.zeros_like(main)
+        if self.mtp is not None and self.training:
+            next_ids_BS = torch.cat([batch.inputs_BS[:, 1:], labels_BS[:, -1:].clamp(min=0)], dim=1)
+            mtp_TD, mtp_balance = self.mtp(hidden_TD, self.embedding(next_ids_BS.flatten()), positions)
+            mtp = cross_entropy_sum(self.head(mtp_TD), mtp_labels(labels_BS).flatten())
+            balance = balance + mtp_balance
+        return LossSums(main, mtp, balance)
+
+    def logits(self, inputs_BS: Tensor) -> Tensor:
+        """Next-token logits [B, S, V] of ids [B, S], in the model's unquantized dtype."""
+        assert self.embedding is not None and self.norm is not None and self.head is not None
+        positions_BS = torch.arange(inputs_BS.shape[1], device=inputs_BS.device).expand_as(inputs_BS)
+        hidden_TD, _ = self.run_blocks(self.embedding(inputs_BS.flatten()), self.positions(positions_BS))
+        return self.head(self.norm(hidden_TD)).unflatten(0, inputs_BS.shape)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies of the rotary pairs, FP32 [rope_dim / 2], by YaRN where it is configured."""
+    if config.yarn is None:
+        return inverse_frequencies(config.rope_dim, config.rope_theta)
+    y = config.yarn
+    return yarn_frequencies(
+        config.rope_dim,
+        config.rope_theta,
+        factor=y.factor,
+        original=y.original_max_seq_len,
+        beta_slow=y.beta_slow,
+        beta_fast=y.beta_fast,
+    )
+
+
+def _generator(*names: object) -> torch.Generator:
+    digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int, *, ep_rank: int = 0) -> None:
+    """Draw every weight from normal(0, init_std), norms are ones; then quantize. The same model on every layout.
+
+    `ep_rank` says which experts are here: local expert j is number ep_rank * e + j of the model.
+    """
+    std = model.config.init_std
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        elif is_expert(parameter):
+            first = ep_rank * len(parameter)
+            for expert, weight in enumerate(parameter, start=first):
+                weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=_generator(seed, name, expert)))
+        else:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=_generator(seed, name)))
+    quantize_weights(model)

@@ -1,0 +1,116 @@
+"""Phase by phase equals ordinary autograd to the bit, in every precision, in order and interleaved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8moe.layers.dispatch import LocalDispatcher
+from fp8moe.layers.precision import Precision
+from fp8moe.layers.wgrad import WeightGradStore
+from fp8moe.model.phases import DenseRun, MoeRun, run_block
+from fp8moe.model.transformer import Transformer, init_weights
+from tests.model.hf_oracle import BASE
+
+B, S, BALANCE = 2, 24, 0.25
+CONFIG = replace(BASE, num_layers=2, num_dense_layers=1)
+F_ORDER = {"dense": ("attn", "mlp"), "moe": ("attn", "dispatch", "mlp", "combine")}
+# The start order of an overlapped pair: a backward's and a forward's phases, each in its own order, mixed.
+PAIR = ("B combine", "F attn", "F dispatch", "B mlp", "B dispatch", "W mlp", "F mlp", "F combine", "B attn", "W attn")
+
+
+def build(precision: Precision, shared: int = 1) -> Transformer:
+    config = replace(CONFIG, num_shared_experts=shared)
+    model = Transformer(config, precision=precision, dispatcher=LocalDispatcher(config.num_experts))
+    init_weights(model, seed=3)
+    return model
+
+
+def stream(model: Transformer, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = torch.randn(2, B * S, CONFIG.dim, generator=generator).to(model.precision.dtype)
+    return x, dy
+
+
+def autograd(model: Transformer, layer: int, x: Tensor, dy: Tensor) -> list[Tensor]:
+    positions = model.positions(torch.arange(S).expand(B, -1))
+    x = x.clone().requires_grad_()
+    y, balance = model.blocks[str(layer)](x, positions)
+    torch.autograd.backward([y, balance], [dy, torch.tensor(BALANCE)]) if balance.requires_grad else y.backward(dy)
+    assert x.grad is not None
+    return [y.detach(), x.grad]
+
+
+def grads(model: Transformer) -> list[Tensor]:
+    out = [p.main_grad.clone() for p in model.parameters()]
+    model.main_grads.zero_()
+    return out
+
+
+def start(model: Transformer, layer: int, x: Tensor, store: WeightGradStore, key: int) -> DenseRun | MoeRun:
+    positions = model.positions(torch.arange(S).expand(B, -1))
+    return run_block(model.blocks[str(layer)], x, positions, store=store, key=key)
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("layer, shared", [(0, 1), (1, 1), (1, 0)])
+def test_phases_equal_autograd(precision: Precision, layer: int, shared: int) -> None:
+    model = build(precision, shared)
+    x, dy = stream(model, seed=0)
+    expected = autograd(model, layer, x, dy) + grads(model)
+
+    store = WeightGradStore()
+    run = start(model, layer, x, store, key=0)
+    assert tuple(phase.name for phase in run.phases) == F_ORDER["dense" if layer == 0 else "moe"]
+    for phase in run.phases:
+        phase.forward()
+    output = run.output
+    run.backward_from(dy, BALANCE)
+    for phase in reversed(run.phases):
+        phase.backward()
+    early = grads(model)
+    linears = [
+        i for i, (name, _) in enumerate(model.named_parameters()) if f"blocks.{layer}." in name and "down" in name
+    ]
+    assert linears and all(not early[i].any() for i in linears), "weight gradients must wait"
+    for phase in run.phases:
+        if phase.wgrad:
+            phase.wgrad()
+    assert len(store) == 0
+    late = [a + b for a, b in zip(early, grads(model), strict=True)]
+    got = [output, run.input_gradient, *late]
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_interleaved_pair_equals_one_after_the_other(precision: Precision) -> None:
+    model = build(precision)
+    (x0, dy0), (x1, dy1) = stream(model, 0), stream(model, 1)
+    first, second = autograd(model, 1, x0, dy0), autograd(model, 1, x1, dy1)
+    expected = [*first, *second, *grads(model)]
+
+    store = WeightGradStore()
+    old = start(model, 1, x0, store, key=0)
+    for phase in old.phases:
+        phase.forward()
+    y0 = old.output
+    old.backward_from(dy0, BALANCE)
+    new = start(model, 1, x1, store, key=1)
+    by_name = {"F": {p.name: p.forward for p in new.phases}, "B": {p.name: p.backward for p in old.phases},
+               "W": {p.name: p.wgrad for p in old.phases}}  # fmt: skip
+    for step in PAIR:
+        direction, name = step.split()
+        action = by_name[direction][name]
+        assert action is not None
+        action()
+    y1 = new.output
+    new.backward_from(dy1, BALANCE)
+    for phase in reversed(new.phases):
+        phase.backward()
+        if phase.wgrad:
+            phase.wgrad()
+    got = [y0, old.input_gradient, y1, new.input_gradient, *grads(model)]
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))

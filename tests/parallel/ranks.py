@@ -1,0 +1,75 @@
+"""Real processes over gloo for a test: forked from this warm one, joined in bounded time.
+
+Importing torch takes seconds a process, forking milliseconds. A rank that fails or hangs fails the test, with its
+traceback, and none outlives it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90.0) -> list[Any]:
+    """`function(*args)` on every rank of a gloo world -> the results in order of rank (pickled, so no graphs)."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        ranks = [
+            context.Process(target=_rank, args=(function, args, rank, world_size, folder, pipes[rank][1]), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process, (_, writer) in zip(ranks, pipes, strict=True):
+            process.start()
+            writer.close()
+        try:
+            return _collect([reader for reader, _ in pipes], time.monotonic() + timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def _collect(readers: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(readers):
+        pending = [r for i, r in enumerate(readers) if i not in results]
+        ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        assert ready, f"ranks {[i for i in range(len(readers)) if i not in results]} did not answer in time"
+        for reader in ready:
+            rank = readers.index(reader)  # type: ignore[arg-type]
+            try:
+                ok, value = pickle.loads(readers[rank].recv_bytes())
+            except EOFError:
+                raise AssertionError(f"rank {rank} died without a word") from None
+            assert ok, f"rank {rank} failed:\n{value}"
+            results[rank] = value
+    return [results[i] for i in range(len(readers))]
+
+
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, folder: str, pipe: Connection
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(os.path.join(folder, "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.close()
+    os._exit(0)  # a forked copy of the test run must not run its exit handlers
