@@ -67,7 +67,8 @@ def hf_names(c: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
         out[theirs + ("self_attn.q_a_proj.weight" if c.q_lora_rank else "self_attn.q_proj.weight")] = q_a
         out[theirs + "self_attn.kv_a_proj_with_mqa.weight"] = kv_a
         pairs = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-                 "attn.kv_b": "self_attn.kv_b_proj", "attn.kv_norm": "self_attn.kv_a_layernorm", "attn.o": "self_attn.o_proj"}  # fmt: skip
+                 "attn.kv_b": "self_attn.kv_b_proj", "attn.kv_norm": "self_attn.kv_a_layernorm",
+                 "attn.o": "self_attn.o_proj"}  # fmt: skip
         if c.q_lora_rank:
             pairs |= {"attn.q_b": "self_attn.q_b_proj", "attn.q_norm": "self_attn.q_a_layernorm"}
         for mine, other in pairs.items():

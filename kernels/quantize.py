@@ -1,0 +1,104 @@
+"""Quantize to E4M3 by 1x128 tiles (activations, gradients) or 128x128 blocks (weights).
+
+Numerics: amax is taken online; scale = max(amax, floor) / 448, rounded up to a power of two when asked; code = RNE(
+clamp(x * (1 / scale))). Codes and scales are bit-equal on every back end. The floor keeps an empty tile's scale finite:
+1e-4 for activations and weights, 1e-30 for gradients, which a loss averaged over millions of tokens makes so small that
+1e-4 would turn nearly all of them to zero.
+
+Layout: rows have tiles along the last dim (the contraction of Fprop and Dgrad); columns are the same for the transposed
+matrix (the contraction of Wgrad, tokens). A tensor scaled by 1x128 can't be transposed without being quantized again,
+one scaled by 128x128 can: so the weight is quantized once and written in both orientations, the gradient is quantized
+twice in one pass, and a cached activation is requantized. 128x128 blocks for gradients were refused: they diverged at
+16B parameters (DeepSeek-V3 report, section 3.3.2 and appendix B.2).
+"""
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels import backend, statistics
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_sizes
+
+
+def quantize_rows(
+    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> Fp8Tensor:
+    """x [..., K] BF16 or FP32 -> rows [..., K] with 1x128 tiles along K, a multiple of 16.
+
+    Raises ValueError for another dtype, fewer than two dims, or another K.
+    """
+    _check_source(x)
+    check_sizes(K=x.shape[-1])
+    q = backend.op("quantize_rows")(x, amax_floor=amax_floor, power_of_two=power_of_two)
+    statistics.report(x, q)
+    return q
+
+
+def quantize_columns(
+    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> Fp8Tensor:
+    """x [M, K] BF16 or FP32 -> columns [K, M]: x transposed, with 1x128 tiles along M; both multiples of 16.
+
+    Raises ValueError for another dtype or shape.
+    """
+    _check_matrix(x)
+    q = backend.op("quantize_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
+    statistics.report(x.t(), q)
+    return q
+
+
+def quantize_rows_and_columns(
+    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    """x [M, K] -> (rows [M, K], columns [K, M]) in one pass: what a gradient needs for Dgrad and Wgrad.
+
+    Raises ValueError as `quantize_columns` does.
+    """
+    _check_matrix(x)
+    rows, columns = backend.op("quantize_rows_and_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
+    statistics.report(x, rows)
+    statistics.report(x.t(), columns)
+    return rows, columns
+
+
+def quantize_blocks(
+    w: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    """w [..., N, K] BF16 or FP32 -> (w by 128x128 blocks, the same bytes transposed: w^T [..., K, N]).
+
+    FP8 tensor cores take operands contiguous along the contraction, so Dgrad needs the transposed bytes physically.
+    Raises ValueError for another dtype, fewer than two dims, or N or K that is no multiple of 16.
+    """
+    _check_source(w)
+    check_sizes(N=w.shape[-2], K=w.shape[-1])
+    q, transposed = backend.op("quantize_blocks")(w, amax_floor=amax_floor, power_of_two=power_of_two)
+    statistics.report(w, q)
+    return q, transposed
+
+
+def requantize_columns(rows: Fp8Tensor) -> Fp8Tensor:
+    """FP8 rows [M, K] -> columns [K, M], scales powers of two: the scale-aware transpose of a cached activation.
+
+    Where the rows' scales are powers of two as well, nearly every value survives exactly.
+    Raises ValueError for another tile, more than two dims, or sizes that are no multiples of 16.
+    """
+    if rows.tile != ROW_TILE or rows.data.dim() != 2:
+        raise ValueError(
+            f"requantize_columns takes a matrix of {ROW_TILE} tiles, this one is {tuple(rows.shape)} of {rows.tile}: "
+            "quantize it by rows"
+        )
+    check_sizes(M=rows.shape[0], K=rows.shape[1])
+    return backend.op("requantize_columns")(rows)
+
+
+def _check_source(x: Tensor) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"only torch.bfloat16 and torch.float32 are quantized, this tensor is {x.dtype}: cast it")
+    if x.dim() < 2:
+        raise ValueError(f"quantizers take at least 2 dims, this tensor has {x.dim()}: reshape it to [rows, K]")
+
+
+def _check_matrix(x: Tensor) -> None:
+    _check_source(x)
+    if x.dim() != 2:
+        raise ValueError(f"columns are made of a matrix, this tensor has {x.dim()} dims: flatten it to [M, K]")
+    check_sizes(M=x.shape[0], K=x.shape[1])

@@ -1,0 +1,62 @@
+"""Rows to experts and back. Every step is an index operation; the only sum, in `unpermute`, has a fixed order."""
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
+from fp8moe.kernels.permute import RowMap
+
+
+def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128) -> RowMap:
+    num_rows, topk = topk_ids.shape
+    flat = topk_ids.reshape(-1)
+    expert = torch.where(flat < 0, num_experts, flat)  # copies that are not here sort to the end
+    sorted_expert, slot = torch.sort(expert, stable=True)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, expert, torch.ones_like(expert))
+    padded = (counts + (align - 1)) // align * align
+    padded[num_experts] = 0
+    start = torch.cumsum(padded, 0) - padded  # of the group in the padded rows; of "not here": R
+    first = torch.cumsum(counts, 0) - counts  # of the group in the sorted copies
+    r = int(start[num_experts])
+    position = start[sorted_expert] + torch.arange(flat.numel(), device=flat.device) - first[sorted_expert]
+    # Copies that are not here land past the end, in room that is cut off.
+    slot_R = torch.full((r + flat.numel(),), -1, dtype=torch.int64, device=flat.device)
+    slot_R = slot_R.scatter_(0, position, slot)[:r]
+    return RowMap(
+        source_R=torch.where(slot_R < 0, -1, slot_R // max(topk, 1)),
+        slot_R=slot_R,
+        group_offsets=start.to(torch.int32),
+        tokens_per_expert=counts[:num_experts],
+        num_rows=num_rows,
+        topk=topk,
+    )
+
+
+def permute(x: Tensor | Fp8Tensor, row_map: RowMap) -> Tensor | Fp8Tensor:
+    # One spare row at the end is what padding reads.
+    index = torch.where(row_map.source_R < 0, row_map.num_rows, row_map.source_R)
+    if isinstance(x, Fp8Tensor):
+        codes = _take(x.data.view(torch.uint8), index, 0).view(E4M3)
+        return Fp8Tensor(codes, _take(x.scale, index, 1), x.tile)
+    return _take(x, index, 0)
+
+
+def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
+    n, topk = row_map.num_rows, row_map.topk
+    r = row_map.slot_R.shape[0]
+    # Where each slot's copy lies; r is the spare row of zeros, and slot n * topk the room where padding writes.
+    row_of_slot = torch.full((n * topk + 1,), r, dtype=torch.int64, device=y_R.device)
+    slot = torch.where(row_map.slot_R < 0, n * topk, row_map.slot_R)
+    row_of_slot.scatter_(0, slot, torch.arange(r, device=y_R.device))
+    rows_NK = row_of_slot[: n * topk].view(n, topk)
+    spare = torch.cat([y_R, y_R.new_zeros(1, y_R.shape[1])])
+    total = torch.zeros(n, y_R.shape[1], dtype=torch.float32, device=y_R.device)
+    for k in range(topk):
+        total += spare.index_select(0, rows_NK[:, k]).float()
+    return total.to(y_R.dtype)
+
+
+def _take(x: Tensor, index: Tensor, fill: int) -> Tensor:
+    """Rows `index` of x [N, ...] with one row of `fill` behind it."""
+    return torch.cat([x, x.new_full((1, *x.shape[1:]), fill)]).index_select(0, index)

@@ -1,0 +1,84 @@
+"""Quantization by rows, by columns, by blocks: which values share a scale. The formula is `_encode`'s."""
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels.fp8 import (
+    ACTIVATION_AMAX_FLOOR,
+    BLOCK_TILE,
+    E4M3,
+    E4M3_MAX,
+    TILE,
+    Fp8Tensor,
+    decode,
+    multiply_tiles,
+)
+from fp8moe.kernels.reference._encode import (
+    empty_columns,
+    empty_rows,
+    encode_columns,
+    encode_rows,
+    magnitude_bits,
+    row_chunks,
+    scale_of,
+    tile_amax,
+)
+
+
+def quantize_rows(
+    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> Fp8Tensor:
+    flat = x.flatten(0, -2)
+    m, k = flat.shape
+    out = empty_rows(m, k, x.device)
+    for rows in row_chunks(m, k):
+        part = flat[rows]
+        encode_rows(part, magnitude_bits(part), out, rows, amax_floor, power_of_two)
+    return Fp8Tensor(out.data.view(x.shape), out.scale.view(*x.shape[:-1], out.scale.shape[1]))
+
+
+def quantize_columns(
+    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> Fp8Tensor:
+    m, k = x.shape
+    out = empty_columns(m, k, x.device)
+    for rows in row_chunks(m, k):
+        part = x[rows]
+        encode_columns(part, magnitude_bits(part), out, rows, amax_floor, power_of_two)
+    return out
+
+
+def quantize_rows_and_columns(
+    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    m, k = x.shape
+    by_rows, by_columns = empty_rows(m, k, x.device), empty_columns(m, k, x.device)
+    for rows in row_chunks(m, k):
+        part = x[rows]
+        magnitude = magnitude_bits(part)
+        encode_rows(part, magnitude, by_rows, rows, amax_floor, power_of_two)
+        encode_columns(part, magnitude, by_columns, rows, amax_floor, power_of_two)
+    return by_rows, by_columns
+
+
+def quantize_blocks(
+    w: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    n = w.shape[-2]
+    row_amax = tile_amax(magnitude_bits(w), -1)
+    blocks = [row_amax[..., start : start + TILE, :].amax(-2, keepdim=True) for start in range(0, n, TILE)]
+    scale = scale_of(torch.cat(blocks, -2), amax_floor, power_of_two)
+    inverse = scale.reciprocal().repeat_interleave(TILE, dim=-2)[..., :n, :]
+    values = w.to(torch.float32, copy=True)
+    data = multiply_tiles(values, inverse, values).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    transposed = data.view(torch.uint8).mT.contiguous().view(E4M3)
+    return Fp8Tensor(data, scale, BLOCK_TILE), Fp8Tensor(transposed, scale.mT.contiguous(), BLOCK_TILE)
+
+
+def requantize_columns(rows: Fp8Tensor) -> Fp8Tensor:
+    m, k = rows.shape
+    out = empty_columns(m, k, rows.device)
+    for chunk in row_chunks(m, k):
+        x = decode(rows.data[chunk], rows.scale[chunk])
+        encode_columns(x, magnitude_bits(x), out, chunk, ACTIVATION_AMAX_FLOOR, True)
+    return out

@@ -1,0 +1,84 @@
+"""SwiGLU fused with quantization: h = silu(gate) * up * weight, all arithmetic in FP32, one rounding at the cast.
+
+Backward starts from the FP8 copy of gate and up that forward kept, and recomputes:
+    sigma = sigmoid(gate)       silu = gate * sigma
+    d up   = dh * silu          d gate = dh * up * (sigma + silu * (1 - sigma))      dh = dy * weight
+    d weight = sum over F of dy * silu * up
+"""
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor, decode
+from fp8moe.kernels.reference._encode import (
+    empty_columns,
+    empty_rows,
+    encode_columns,
+    encode_rows,
+    magnitude_bits,
+    row_chunks,
+)
+
+
+def swiglu(
+    gate_up: Tensor, weights: Tensor | None = None, *, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    r, both = gate_up.shape
+    out, cached = empty_rows(r, both // 2, gate_up.device), empty_rows(r, both, gate_up.device)
+    for rows in row_chunks(r, both):
+        part = gate_up[rows]
+        encode_rows(part, magnitude_bits(part), cached, rows, ACTIVATION_AMAX_FLOOR, power_of_two)
+        h = _activate(part.float(), None if weights is None else weights[rows])
+        encode_rows(h, magnitude_bits(h), out, rows, ACTIVATION_AMAX_FLOOR, power_of_two)
+    return out, cached
+
+
+def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None) -> Fp8Tensor:
+    r, both = cached.shape
+    out = empty_columns(r, both // 2, cached.device)
+    for rows in row_chunks(r, both):
+        h = _activate(decode(cached.data[rows], cached.scale[rows]), None if weights is None else weights[rows])
+        encode_columns(h, magnitude_bits(h), out, rows, ACTIVATION_AMAX_FLOOR, True)
+    return out
+
+
+def swiglu_backward(
+    dy: Tensor, cached: Fp8Tensor, weights: Tensor | None = None, *, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor, Tensor | None]:
+    r, both = cached.shape
+    by_rows, by_columns = empty_rows(r, both, dy.device), empty_columns(r, both, dy.device)
+    dweights = None if weights is None else torch.empty(r, dtype=torch.float32, device=dy.device)
+    for rows in row_chunks(r, both):
+        gate_up = decode(cached.data[rows], cached.scale[rows])
+        weight = None if weights is None else weights[rows, None]
+        dweight = _differentiate(gate_up, dy[rows].float(), weight)
+        if dweights is not None and dweight is not None:
+            dweights[rows] = dweight
+        magnitude = magnitude_bits(gate_up)
+        encode_rows(gate_up, magnitude, by_rows, rows, GRADIENT_AMAX_FLOOR, power_of_two)
+        encode_columns(gate_up, magnitude, by_columns, rows, GRADIENT_AMAX_FLOOR, power_of_two)
+    return by_rows, by_columns, dweights
+
+
+def _activate(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """silu(gate) * up * weight for gate_up [m, 2F] FP32 -> [m, F] FP32."""
+    gate, up = gate_up.chunk(2, dim=1)
+    h = torch.nn.functional.silu(gate).mul_(up)
+    return h if weights is None else h.mul_(weights[:, None])
+
+
+def _differentiate(gate_up: Tensor, dy: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Turn gate_up [m, 2F] FP32 into its gradient, in place, for dy [m, F] FP32; returns d weight [m]."""
+    gate, up = gate_up.chunk(2, dim=1)
+    sigma = torch.sigmoid(gate)
+    silu = gate * sigma
+    slope = torch.addcmul(sigma, silu, 1 - sigma)
+    d_up = silu.mul_(dy)
+    dweight = None
+    if weight is not None:
+        dweight = (d_up * up).sum(dim=1)
+        d_up.mul_(weight)
+        dy = dy * weight
+    torch.mul(slope.mul_(dy), up, out=gate)
+    up.copy_(d_up)
+    return dweight
