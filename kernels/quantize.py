@@ -75,8 +75,8 @@ def quantize_blocks(
     return q, transposed
 
 
-def requantize_columns(rows: Fp8Tensor) -> Fp8Tensor:
-    """FP8 rows [M, K] -> columns [K, M], scales powers of two: the scale-aware transpose of a cached activation.
+def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
+    """FP8 rows [M, K] -> columns [K, M], scales powers of two: the scale-aware transpose of what arrived in FP8.
 
     Where the rows' scales are powers of two as well, nearly every value survives exactly.
     Raises ValueError for another tile, more than two dims, or sizes that are no multiples of 16.
@@ -87,7 +87,7 @@ def requantize_columns(rows: Fp8Tensor) -> Fp8Tensor:
             "quantize it by rows"
         )
     check_sizes(M=rows.shape[0], K=rows.shape[1])
-    return backend.op("requantize_columns")(rows)
+    return backend.op("requantize_columns")(rows, amax_floor=amax_floor)
 
 
 def _check_source(x: Tensor) -> None:

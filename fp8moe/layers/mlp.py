@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, activation, from_gradient, from_rows
 from fp8moe.layers.precision import Precision
@@ -81,7 +82,10 @@ class _GatedMlpFunction(torch.autograd.Function):
         x, cached, weights_R, gate_up, down = ctx.x, ctx.cached, ctx.weights_R, ctx.gate_up, ctx.down
         act = swiglu(ctx.precision)
         delivered = ctx.gradient.take() if ctx.gradient else None
-        dy = from_gradient(grads[0], ctx.precision) if delivered is None else from_rows(delivered)
+        if delivered is None:
+            dy = from_gradient(grads[0], ctx.precision)
+        else:
+            dy = from_rows(delivered, amax_floor=GRADIENT_AMAX_FLOOR)
         d_hidden_RF = down.dgrad(dy.rows)
         submit(lambda: down.wgrad(dy.columns(), act.columns(cached, weights_R)))
         d_gate_up, dweights_R = act.backward(d_hidden_RF, cached, weights_R)

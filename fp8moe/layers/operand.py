@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.quantize import (
     quantize_columns,
     quantize_rows,
@@ -74,13 +74,15 @@ def from_tensor(x: Tensor, precision: Precision, *, power_of_two: bool = False) 
     return Operand(rows, lambda: quantize_columns(x, power_of_two=power_of_two))
 
 
-def from_rows(rows: Rows) -> Operand:
+def from_rows(rows: Rows, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Operand:
     """An operand that arrived as rows: in FP8 its columns are requantized with power-of-two scales, almost exactly."""
-    return Operand(rows, lambda: requantize_columns(rows) if isinstance(rows, Fp8Tensor) else rows)
+    if not isinstance(rows, Fp8Tensor):
+        return Operand(rows, lambda: rows)
+    return Operand(rows, lambda: requantize_columns(rows, amax_floor=amax_floor))
 
 
 def from_gradient(dy: Tensor, precision: Precision) -> Operand:
-    """Cast a gradient dy [T, N] for Dgrad and Wgrad in one pass; its scales may go down to 1e-30 x 1/448."""
+    """Cast a gradient dy [T, N] for Dgrad and Wgrad in one pass; its scales may go down to 1e-30 / 448."""
     if precision is not Precision.FP8:
         return Operand(dy, lambda: dy)
     rows, columns = quantize_rows_and_columns(dy, amax_floor=GRADIENT_AMAX_FLOOR)

@@ -45,27 +45,30 @@ def empty_columns(m: int, k: int, device: torch.device) -> Fp8Tensor:
 
 
 def encode_rows(
-    x: Tensor, magnitude: Tensor, out: Fp8Tensor, rows: slice, amax_floor: float, power_of_two: bool
+    values: Tensor, amax: Tensor, out: Fp8Tensor, rows: slice, amax_floor: float, power_of_two: bool, *, last: bool
 ) -> None:
-    """Quantize x [m, K], rows `rows` of the whole, by 1x128 tiles into those rows of `out` [M, K].
+    """Quantize `values` [m, K] (FP32), rows `rows` of the whole, by 1x128 tiles into those rows of `out` [M, K].
 
-    magnitude: `magnitude_bits(x)`, which rows and columns share.
+    amax: `tile_amax` of the values along dim -1. last: nobody reads `values` afterwards, they may be overwritten.
     """
-    scale = scale_of(tile_amax(magnitude, -1), amax_floor, power_of_two)
+    scale = scale_of(amax, amax_floor, power_of_two)
     out.scale[rows] = scale
-    _write_codes(out.data[rows], x, scale.reciprocal(), transposed=False)
+    scaled = multiply_tiles(values, scale.reciprocal(), values if last else torch.empty_like(values))
+    out.data[rows].copy_(scaled.clamp_(-E4M3_MAX, E4M3_MAX))
 
 
 def encode_columns(
-    x: Tensor, magnitude: Tensor, out: Fp8Tensor, rows: slice, amax_floor: float, power_of_two: bool
+    values: Tensor, amax: Tensor, out: Fp8Tensor, rows: slice, amax_floor: float, power_of_two: bool
 ) -> None:
-    """Quantize x [m, K], rows `rows` of the whole, by 128x1 tiles into its part of `out` [K, M] (`empty_columns`).
+    """Quantize `values` [m, K] (FP32, overwritten), rows `rows` of the whole, by 128x1 tiles into `out` [K, M].
 
-    `rows` starts on a multiple of 128.
+    `rows` starts on a multiple of 128; `out` is made by `empty_columns`; amax: `tile_amax` along dim 0.
     """
-    scale = scale_of(tile_amax(magnitude, 0), amax_floor, power_of_two)
+    scale = scale_of(amax, amax_floor, power_of_two)
     out.scale.t()[rows.start // TILE : ceil_div(rows.stop, TILE)] = scale
-    _write_codes(out.data.t()[rows], x, scale.reciprocal(), transposed=True)
+    transposed = values.t()
+    multiply_tiles(transposed, scale.reciprocal().t(), transposed)
+    out.data.t()[rows].copy_(values.clamp_(-E4M3_MAX, E4M3_MAX))
 
 
 def magnitude_bits(x: Tensor) -> Tensor:
@@ -75,13 +78,13 @@ def magnitude_bits(x: Tensor) -> Tensor:
 
 
 def tile_amax(magnitude: Tensor, dim: int) -> Tensor:
-    """Largest magnitude of each run of 128 along `dim` (0 of a matrix, or -1), FP32; the last run may be short."""
+    """Largest of each run of 128 `magnitude_bits` along `dim` (0 or -1), as FP32; the last run may be short."""
     size = magnitude.shape[dim]
     full = size // TILE * TILE
     parts = []
     if full:
-        tiles = magnitude.narrow(dim, 0, full).unflatten(dim, (full // TILE, TILE))
-        parts.append(tiles.amax(dim=1 if dim == 0 else -1))
+        head = magnitude if full == size else magnitude.narrow(dim, 0, full)
+        parts.append(head.unflatten(dim, (full // TILE, TILE)).amax(dim=1 if dim == 0 else -1))
     if full < size:
         parts.append(magnitude.narrow(dim, full, size - full).amax(dim=dim, keepdim=True))
     bits = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
@@ -97,14 +100,3 @@ def scale_of(amax: Tensor, amax_floor: float, power_of_two: bool) -> Tensor:
     # A mantissa that isn't zero carries into the exponent, then the mantissa is cleared: rounds up, exactly.
     up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return torch.where(scale.isfinite(), up, scale)
-
-
-def _write_codes(codes: Tensor, x: Tensor, inverse: Tensor, *, transposed: bool) -> None:
-    """codes = E4M3(clamp(x * inverse)), `inverse` one for each tile along the last dim, or along dim 0."""
-    values = x.float()
-    out = torch.empty_like(values) if values is x else values
-    if transposed:
-        multiply_tiles(values.t(), inverse.t(), out.t())
-    else:
-        multiply_tiles(values, inverse, out)
-    codes.copy_(out.clamp_(-E4M3_MAX, E4M3_MAX))

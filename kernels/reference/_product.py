@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import BLOCK_TILE, DECODE_GAIN, TILE, Fp8Tensor, ceil_div, decode, half_codes
+from fp8moe.kernels.fp8 import BLOCK_TILE, DECODE_GAIN, TILE, Fp8Tensor, ceil_div, decode, half_codes, multiply_tiles
 
 _mkldnn: Any = torch.backends.mkldnn  # a class in the place of a module, whose attributes type checkers miss
 _FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere FP32 products are faster
@@ -80,20 +80,24 @@ def _promoted(a: Fp8Tensor, b: Fp8Tensor) -> Iterator[tuple[slice, Tensor]]:
     scale_b = b.scale * (DECODE_GAIN * DECODE_GAIN)
     for rows in _chunks(m, n):
         left, scale_a = half_codes(a.data[rows]).float(), a.scale[rows]
-        total = left.new_zeros(left.shape[0], n)
+        total = None
         for tile, first in enumerate(range(0, k, TILE)):
             span = slice(first, first + TILE)
             partial = left[:, span] @ right[span]
-            _add_scaled(total, partial, scale_a[:, tile, None], scale_b[:, tile], b.tile == BLOCK_TILE)
-        yield rows, total
+            total = _add_scaled(total, partial, scale_a[:, tile, None], scale_b[:, tile], b.tile == BLOCK_TILE)
+        yield rows, left.new_zeros(left.shape[0], n) if total is None else total
 
 
-def _add_scaled(total: Tensor, partial: Tensor, scale_a: Tensor, scale_b: Tensor, blocks: bool) -> None:
-    """total [m, N] += partial [m, N] x scale_a [m, 1] x scale_b, [ceil(N/128)] for blocks, else [N]."""
+def _add_scaled(
+    total: Tensor | None, partial: Tensor, scale_a: Tensor, scale_b: Tensor, blocks: bool
+) -> Tensor:
+    """total + partial [m, N] x scale_a [m, 1] x scale_b, which is [ceil(N/128)] for blocks, else [N]; in place."""
     if not blocks:
-        total.addcmul_(partial.mul_(scale_b), scale_a)
-        return
+        partial.mul_(scale_b)
+        return partial.mul_(scale_a) if total is None else total.addcmul_(partial, scale_a)
     factor = scale_a * scale_b
+    if total is None:
+        return multiply_tiles(partial, factor, partial)
     full = total.shape[1] // TILE * TILE
     if full:
         split = (full // TILE, TILE)
@@ -101,6 +105,7 @@ def _add_scaled(total: Tensor, partial: Tensor, scale_a: Tensor, scale_b: Tensor
         total[:, :full].unflatten(1, split).addcmul_(head, factor[:, : full // TILE, None])
     if full < total.shape[1]:
         total[:, full:].addcmul_(partial[:, full:], factor[:, -1:])
+    return total
 
 
 def _chunks(length: int, width: int) -> list[slice]:

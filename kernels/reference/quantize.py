@@ -33,7 +33,8 @@ def quantize_rows(
     out = empty_rows(m, k, x.device)
     for rows in row_chunks(m, k):
         part = flat[rows]
-        encode_rows(part, magnitude_bits(part), out, rows, amax_floor, power_of_two)
+        amax = tile_amax(magnitude_bits(part), -1)
+        encode_rows(_as_float(part), amax, out, rows, amax_floor, power_of_two, last=True)
     return Fp8Tensor(out.data.view(x.shape), out.scale.view(*x.shape[:-1], out.scale.shape[1]))
 
 
@@ -44,7 +45,8 @@ def quantize_columns(
     out = empty_columns(m, k, x.device)
     for rows in row_chunks(m, k):
         part = x[rows]
-        encode_columns(part, magnitude_bits(part), out, rows, amax_floor, power_of_two)
+        amax = tile_amax(magnitude_bits(part), 0)
+        encode_columns(_as_float(part), amax, out, rows, amax_floor, power_of_two)
     return out
 
 
@@ -55,9 +57,9 @@ def quantize_rows_and_columns(
     by_rows, by_columns = empty_rows(m, k, x.device), empty_columns(m, k, x.device)
     for rows in row_chunks(m, k):
         part = x[rows]
-        magnitude = magnitude_bits(part)
-        encode_rows(part, magnitude, by_rows, rows, amax_floor, power_of_two)
-        encode_columns(part, magnitude, by_columns, rows, amax_floor, power_of_two)
+        magnitude, values = magnitude_bits(part), _as_float(part)
+        encode_rows(values, tile_amax(magnitude, -1), by_rows, rows, amax_floor, power_of_two, last=False)
+        encode_columns(values, tile_amax(magnitude, 0), by_columns, rows, amax_floor, power_of_two)
     return by_rows, by_columns
 
 
@@ -69,16 +71,21 @@ def quantize_blocks(
     blocks = [row_amax[..., start : start + TILE, :].amax(-2, keepdim=True) for start in range(0, n, TILE)]
     scale = scale_of(torch.cat(blocks, -2), amax_floor, power_of_two)
     inverse = scale.reciprocal().repeat_interleave(TILE, dim=-2)[..., :n, :]
-    values = w.to(torch.float32, copy=True)
+    values = _as_float(w)
     data = multiply_tiles(values, inverse, values).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     transposed = data.view(torch.uint8).mT.contiguous().view(E4M3)
     return Fp8Tensor(data, scale, BLOCK_TILE), Fp8Tensor(transposed, scale.mT.contiguous(), BLOCK_TILE)
 
 
-def requantize_columns(rows: Fp8Tensor) -> Fp8Tensor:
+def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
     m, k = rows.shape
     out = empty_columns(m, k, rows.device)
     for chunk in row_chunks(m, k):
         x = decode(rows.data[chunk], rows.scale[chunk])
-        encode_columns(x, magnitude_bits(x), out, chunk, ACTIVATION_AMAX_FLOOR, True)
+        encode_columns(x, tile_amax(magnitude_bits(x), 0), out, chunk, amax_floor, True)
     return out
+
+
+def _as_float(x: Tensor) -> Tensor:
+    """A copy of x in FP32."""
+    return x.to(torch.float32, copy=True)

@@ -17,6 +17,7 @@ from fp8moe.kernels.reference._encode import (
     encode_rows,
     magnitude_bits,
     row_chunks,
+    tile_amax,
 )
 
 
@@ -24,12 +25,14 @@ def swiglu(
     gate_up: Tensor, weights: Tensor | None = None, *, power_of_two: bool = False
 ) -> tuple[Fp8Tensor, Fp8Tensor]:
     r, both = gate_up.shape
+    cast = (ACTIVATION_AMAX_FLOOR, power_of_two)
     out, cached = empty_rows(r, both // 2, gate_up.device), empty_rows(r, both, gate_up.device)
     for rows in row_chunks(r, both):
         part = gate_up[rows]
-        encode_rows(part, magnitude_bits(part), cached, rows, ACTIVATION_AMAX_FLOOR, power_of_two)
-        h = _activate(part.float(), None if weights is None else weights[rows])
-        encode_rows(h, magnitude_bits(h), out, rows, ACTIVATION_AMAX_FLOOR, power_of_two)
+        values = part.to(torch.float32, copy=True)
+        h = _activate(values, None if weights is None else weights[rows])
+        encode_rows(values, tile_amax(magnitude_bits(part), -1), cached, rows, *cast, last=True)
+        encode_rows(h, tile_amax(magnitude_bits(h), -1), out, rows, *cast, last=True)
     return out, cached
 
 
@@ -38,7 +41,7 @@ def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None) -> Fp8Tenso
     out = empty_columns(r, both // 2, cached.device)
     for rows in row_chunks(r, both):
         h = _activate(decode(cached.data[rows], cached.scale[rows]), None if weights is None else weights[rows])
-        encode_columns(h, magnitude_bits(h), out, rows, ACTIVATION_AMAX_FLOOR, True)
+        encode_columns(h, tile_amax(magnitude_bits(h), 0), out, rows, ACTIVATION_AMAX_FLOOR, True)
     return out
 
 
@@ -46,6 +49,7 @@ def swiglu_backward(
     dy: Tensor, cached: Fp8Tensor, weights: Tensor | None = None, *, power_of_two: bool = False
 ) -> tuple[Fp8Tensor, Fp8Tensor, Tensor | None]:
     r, both = cached.shape
+    cast = (GRADIENT_AMAX_FLOOR, power_of_two)
     by_rows, by_columns = empty_rows(r, both, dy.device), empty_columns(r, both, dy.device)
     dweights = None if weights is None else torch.empty(r, dtype=torch.float32, device=dy.device)
     for rows in row_chunks(r, both):
@@ -55,8 +59,8 @@ def swiglu_backward(
         if dweights is not None and dweight is not None:
             dweights[rows] = dweight
         magnitude = magnitude_bits(gate_up)
-        encode_rows(gate_up, magnitude, by_rows, rows, GRADIENT_AMAX_FLOOR, power_of_two)
-        encode_columns(gate_up, magnitude, by_columns, rows, GRADIENT_AMAX_FLOOR, power_of_two)
+        encode_rows(gate_up, tile_amax(magnitude, -1), by_rows, rows, *cast, last=False)
+        encode_columns(gate_up, tile_amax(magnitude, 0), by_columns, rows, *cast)
     return by_rows, by_columns, dweights
 
 
@@ -72,13 +76,13 @@ def _differentiate(gate_up: Tensor, dy: Tensor, weight: Tensor | None) -> Tensor
     gate, up = gate_up.chunk(2, dim=1)
     sigma = torch.sigmoid(gate)
     silu = gate * sigma
-    slope = torch.addcmul(sigma, silu, 1 - sigma)
-    d_up = silu.mul_(dy)
+    slope = sigma.addcmul_(silu, 1 - sigma).mul_(dy)
+    silu.mul_(dy)
     dweight = None
     if weight is not None:
-        dweight = (d_up * up).sum(dim=1)
-        d_up.mul_(weight)
-        dy = dy * weight
-    torch.mul(slope.mul_(dy), up, out=gate)
-    up.copy_(d_up)
+        dweight = (silu * up).sum(dim=1)
+        slope.mul_(weight)
+        silu.mul_(weight)
+    torch.mul(slope, up, out=gate)
+    up.copy_(silu)
     return dweight

@@ -62,7 +62,7 @@ def by_loop(moe: MoE, x: Tensor, ids: Tensor, p: dict[str, Tensor]) -> Tensor:
 def test_output_and_all_gradients(precision: Precision) -> None:
     moe = build(precision)
     x = torch.randn(T, D).to(precision.dtype).requires_grad_()
-    dy = torch.randn(T, D).to(precision.dtype)
+    dy = torch.randn(T, D).to(precision.dtype) * 2**-34  # gradients of a mean over 63M tokens are near 1e-10
     y, routing = moe(x, num_sequences=2)
     y.backward(dy)
 
