@@ -1,0 +1,138 @@
+"""`fp8moe tokenize`: text files or JSON lines to an indexed token file (`PREFIX.bin`, `.idx`, `.tokenizer.json`).
+
+Everything streams. Without `--tokenizer` a byte-level BPE is trained first, on a sample taken evenly through all
+inputs; the inputs are then read a second time to be encoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from fp8moe.data.indexed import IndexedWriter
+from fp8moe.data.textfiles import find_files, read_pieces
+from fp8moe.data.tokenizer import (
+    encode_pieces,
+    end_of_text_id,
+    load_tokenizer,
+    num_ids,
+    save_tokenizer,
+    train_tokenizer,
+)
+from fp8moe.errors import ConfigError, DataError
+
+ENDINGS = (".bin", ".idx", ".tokenizer.json")
+TRAINING_SAMPLE_BYTES = 64 << 20
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="fp8moe tokenize",
+        description="Turn text into PREFIX.bin and PREFIX.idx (readable by Megatron too) and PREFIX.tokenizer.json.",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text files (one document each), .jsonl files (one document a line), or folders of .txt, .md and .jsonl",
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="where to write, without an ending")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (text)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tokenizer", metavar="FILE", help="a byte-level tokenizer.json to use")
+    which.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="size of the BPE to train (4096)")
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends a document (found by its usual names)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that encode (every core)")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code (0, 2 configuration, 3 data)."""
+    options = parser().parse_args(argv)
+    try:
+        _run(options)
+    except (ConfigError, DataError) as error:
+        print(f"fp8moe tokenize: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"fp8moe tokenize: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
+        return DataError.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    _set_workers(options.workers)
+    taken = [options.output + ending for ending in ENDINGS if os.path.lexists(options.output + ending)]
+    if taken and not options.force:
+        raise ConfigError(f"{taken[0]} exists and would be replaced: choose another --output or add --force")
+    files = find_files(options.input)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+    else:
+        tokenizer = train_tokenizer(_training_sample(files, options.json_key), options.vocab_size)
+    end = end_of_text_id(tokenizer, options.end_of_text)
+    documents, tokens, num_bytes = _encode(files, options, tokenizer, end)
+    print(
+        f"{options.output}.bin: {documents} documents from {len(files)} files, {tokens} tokens, "
+        f"{num_bytes / (tokens - documents):.3f} bytes/token, vocabulary {num_ids(tokenizer)}"
+    )
+
+
+def _set_workers(workers: int | None) -> None:
+    if workers is None:
+        return
+    if workers < 1:
+        raise ConfigError(f"--workers {workers} must be at least 1")
+    # The thread pool of the tokenizers library reads these when it is first used.
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+
+def _training_sample(files: list[Path], json_key: str) -> Iterator[str]:
+    """Every n-th piece of the input, n such that about TRAINING_SAMPLE_BYTES are read into the trainer."""
+    every = 1 + sum(file.stat().st_size for file in files) // TRAINING_SAMPLE_BYTES
+    pieces = (text for file in files for text, _ in read_pieces(file, json_key))
+    return (text for number, text in enumerate(pieces) if number % every == 0)
+
+
+def _encode(files: list[Path], options: argparse.Namespace, tokenizer: Tokenizer, end: int) -> tuple[int, int, int]:
+    """Writes the three files; (documents, tokens with their end-of-text, bytes of text)."""
+    num_bytes = 0
+    total = sum(file.stat().st_size for file in files)
+
+    def pieces() -> Iterator[tuple[str, bool]]:
+        nonlocal num_bytes
+        for file in files:
+            for text, ends in read_pieces(file, options.json_key):
+                size = len(text.encode())
+                num_bytes += size
+                bar.update(size)
+                yield text, ends
+
+    # disable=None: no bar unless standard error is a terminal.
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="encode") as bar,
+        IndexedWriter(options.output, num_ids(tokenizer)) as writer,
+    ):
+        for ids, ends in encode_pieces(tokenizer, pieces(), end):
+            writer.write(ids)
+            if ends:
+                writer.end_document()
+        if writer.num_documents == 0:
+            raise DataError(f"the {len(files)} input files hold 0 documents with text: nothing was written")
+        save_tokenizer(tokenizer, options.output + ".tokenizer.json")
+    return writer.num_documents, writer.num_tokens, num_bytes
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

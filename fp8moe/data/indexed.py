@@ -1,0 +1,260 @@
+"""Indexed token files in the layout of Megatron's `.bin`/`.idx`, which other trainers read and write too.
+
+`PREFIX.bin` is nothing but token ids, one after the other. `PREFIX.idx`, little-endian:
+
+    bytes  9   magic "MMIDIDX\\0\\0"
+    uint64     version, 1
+    uint8      type of the ids: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
+    uint64     number of sequences S
+    uint64     number of document boundaries D (documents + 1)
+    int32  S   length of each sequence in tokens
+    int64  S   where each sequence starts in the .bin, in bytes
+    int64  D   the sequence at which each document starts; the last one is S
+
+(source: megatron/core/datasets/indexed_dataset.py in NVIDIA/Megatron-LM). Files written here have one sequence a
+document and end each document with an end-of-text token. The reader takes any sequences that lie end to end, so that a
+document is one slice of one flat memory map; it refuses float ids and the multimodal variant (a mode a sequence). Both
+files are checked against each other when they are opened: a copy that was cut short is found before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8moe.data.cache import sync
+from fp8moe.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_HEADER = struct.Struct("<9sQBQQ")
+_CHUNK = 1 << 22
+_MAX_SEQUENCE = 2**31 - 1
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id below `vocab_size` fits, else int32."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin and PREFIX.idx as a context manager: `write(ids)` any number of times, then `end_document()`.
+
+    Both appear under their names only when the block ends without an exception; until then, and after a failure, what
+    was there before stays. The index goes last: files without one are not a data set.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = dtype_for(vocab_size)
+        self.num_tokens = 0
+        self._vocab_size = vocab_size
+        self._lengths = array("q")
+        self._open_length = 0
+        self._scratch = {ending: self._scratch_path(ending) for ending in (".bin", ".idx")}
+        self._bin: BinaryIO | None = None
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    def _scratch_path(self, ending: str) -> Path:
+        final = Path(self.prefix + ending)
+        return final.with_name(f".{final.name}.{os.getpid()}")
+
+    def __enter__(self) -> IndexedWriter:
+        self._bin = open(self._scratch[".bin"], "wb")
+        return self
+
+    def write(self, ids: NDArray[np.integer[Any]]) -> None:
+        """Appends ids (1-D, any integer type) to the open document."""
+        assert self._bin is not None
+        if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < self._vocab_size):
+            raise DataError(
+                f"{self.prefix}: ids from {ids.min()} to {ids.max()} don't fit a vocabulary of {self._vocab_size}"
+            )
+        self._bin.write(ids.astype(self.dtype).tobytes())
+        self._open_length += ids.size
+        self.num_tokens += ids.size
+
+    def end_document(self) -> None:
+        """Closes the open document; an empty one is dropped. Raises DataError past the format's 2^31 - 1 tokens."""
+        if self._open_length > _MAX_SEQUENCE:
+            raise DataError(
+                f"{self.prefix}: document {self.num_documents} has {self._open_length} tokens, "
+                f"the format ends at {_MAX_SEQUENCE}: split it"
+            )
+        if self._open_length:
+            self._lengths.append(self._open_length)
+        self._open_length = 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._bin is not None
+        self._bin.close()
+        try:
+            if kind is None:
+                assert self._open_length == 0, "end_document() was not called"
+                self._write_index()
+                self._publish()
+        finally:
+            for path in self._scratch.values():
+                path.unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
+        code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
+        lengths = np.array(self._lengths, dtype=np.int64)
+        pointers = np.zeros_like(lengths)
+        np.cumsum(lengths[:-1] * self.dtype.itemsize, out=pointers[1:])
+        with open(self._scratch[".idx"], "wb") as index:
+            index.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
+            index.write(lengths.astype("<i4").tobytes())
+            index.write(pointers.astype("<i8").tobytes())
+            index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+    def _publish(self) -> None:
+        for path in self._scratch.values():
+            sync(path)
+        Path(self.prefix + ".idx").unlink(missing_ok=True)  # never a new .bin under an old index
+        for ending, path in self._scratch.items():
+            path.replace(self.prefix + ending)
+
+
+class IndexedDataset:
+    """PREFIX.bin and PREFIX.idx by memory map. Raises DataError, in one sentence, when they are missing or broken.
+
+    tokens: all ids, flat, in the type of the file.
+    document_offsets: int64 [documents + 1], the token at which each document starts; the last one is `len(tokens)`.
+    fingerprint: names this content for caches (path, sizes, times, and the beginnings of both files).
+    """
+
+    tokens: NDArray[np.integer[Any]]
+    document_offsets: NDArray[np.int64]
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self.bin_path, self.idx_path = Path(self.prefix + ".bin"), Path(self.prefix + ".idx")
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise DataError(
+                    f"{path} does not exist: a data set is PREFIX.bin and PREFIX.idx, named without the ending "
+                    "(`fp8moe tokenize` makes them)"
+                )
+        dtype, lengths, pointers, boundaries = _read_index(self.idx_path)
+        num_tokens = _check_sequences(self.idx_path, lengths, pointers, boundaries, dtype.itemsize)
+        expected, actual = num_tokens * dtype.itemsize, self.bin_path.stat().st_size
+        if actual != expected:
+            raise DataError(f"{self.bin_path} has {actual} bytes and its index promises {expected}: copy it again")
+        if num_tokens == 0:
+            raise DataError(f"{self.bin_path} holds 0 tokens: at least one document is needed")
+        self.tokens = np.memmap(self.bin_path, dtype=dtype, mode="r")
+        starts = np.append(pointers // dtype.itemsize, num_tokens)
+        self.document_offsets = np.ascontiguousarray(starts[boundaries], dtype=np.int64)
+        self.fingerprint = self._fingerprint()
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.document_offsets) - 1
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(os.fspath(self.bin_path.resolve()).encode())
+        for path in (self.idx_path, self.bin_path):
+            status = path.stat()
+            digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+            with open(path, "rb") as handle:
+                digest.update(handle.read(1 << 20))
+        return digest.hexdigest()
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Reads every id once. Raises DataError at the first that is not in [0, vocab_size)."""
+        limits = np.iinfo(self.tokens.dtype)
+        if limits.min == 0 and limits.max < vocab_size:
+            return
+        for start in range(0, len(self.tokens), _CHUNK):
+            self.check_ids(self.tokens[start : start + _CHUNK], start, vocab_size)
+
+    def check_ids(self, ids: NDArray[np.integer[Any]], start: int, vocab_size: int) -> None:
+        """The same for `ids`, which were read at token `start`."""
+        if int(ids.min()) >= 0 and int(ids.max()) < vocab_size:
+            return
+        at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        found = int(ids[at])
+        advice = f"use a vocab_size of at least {found + 1}" if found >= 0 else "ids start at 0"
+        raise DataError(
+            f"{self.bin_path}: token {start + at} has id {found}, outside a vocabulary of {vocab_size}: {advice}"
+        )
+
+
+def _read_index(
+    path: Path,
+) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """(type of the ids, sequence lengths, sequence pointers in bytes, document boundaries), all memory-mapped."""
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        head = handle.read(_HEADER.size)
+    if len(head) < _HEADER.size:
+        raise DataError(f"{path} has {size} bytes and the header alone takes {_HEADER.size}: the index was cut short")
+    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(head)
+    if magic != MAGIC:
+        raise DataError(f"{path} starts with {magic!r} instead of {MAGIC!r}: it is not an index of token files")
+    if version != VERSION:
+        raise DataError(f"{path} has version {version} and only version {VERSION} is known: write it again")
+    if code not in DTYPES:
+        raise DataError(f"{path} has type code {code} and token ids have one of {sorted(DTYPES)}: write it again")
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    if size == expected + num_sequences and num_sequences:
+        raise DataError(
+            f"{path} has {num_sequences} sequence modes (multimodal data) and 0 can be read: write text only"
+        )
+    if size != expected:
+        raise DataError(
+            f"{path} has {size} bytes and its header promises {expected}: the index is broken, copy it again"
+        )
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size) if num_sequences else np.zeros(0, np.uint8)
+    lengths = raw[: 4 * num_sequences].view("<i4")
+    pointers = raw[4 * num_sequences : 12 * num_sequences].view("<i8")
+    boundaries = raw[12 * num_sequences :].view("<i8") if num_sequences else np.zeros(1, np.int64)
+    return np.dtype(DTYPES[code]), lengths, pointers, boundaries
+
+
+def _check_sequences(
+    path: Path,
+    lengths: NDArray[np.int32],
+    pointers: NDArray[np.int64],
+    boundaries: NDArray[np.int64],
+    itemsize: int,
+) -> int:
+    """The number of tokens, once it is sure that sequences lie end to end and documents cover them (by chunks)."""
+    end = 0
+    for start in range(0, len(lengths), _CHUNK):
+        part = lengths[start : start + _CHUNK].astype(np.int64)
+        ends = end + np.cumsum(part) * itemsize
+        expected = ends - part * itemsize
+        wrong = (pointers[start : start + _CHUNK] != expected) | (part < 0)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise DataError(
+                f"{path}: sequence {start + at} of {part[at]} tokens starts at byte {pointers[start + at]} instead of "
+                f"{expected[at]}: the index is broken, write it again"
+            )
+        end = int(ends[-1])
+    ordered = all(
+        bool((np.diff(boundaries[start : start + _CHUNK + 1]) >= 0).all())
+        for start in range(0, len(boundaries), _CHUNK)
+    )
+    if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != len(lengths) or not ordered:
+        raise DataError(
+            f"{path}: the document boundaries don't run from 0 to {len(lengths)} in order: "
+            "the index is broken, write it again"
+        )
+    return end // itemsize

@@ -1,0 +1,144 @@
+"""`fp8moe tokenize`: text in, token files out that hold exactly that text, and nothing replaced unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fp8moe.cli import tokenize
+from fp8moe.cli.tokenize import main
+from fp8moe.data import textfiles
+from fp8moe.data.indexed import IndexedDataset
+from fp8moe.data.tokenizer import load_tokenizer, token_byte_strings
+
+TEXTS = ["first\ndocument é\r\n", "second 🙂 <|endoftext|> here", "third " * 30]
+
+
+def documents_of(prefix: Path) -> list[bytes]:
+    """The bytes of each document, which must end with its one end-of-text."""
+    stored, strings = IndexedDataset(prefix), token_byte_strings(load_tokenizer(f"{prefix}.tokenizer.json"))
+    documents = []
+    for start, end in zip(stored.document_offsets, stored.document_offsets[1:], strict=False):
+        ids = stored.tokens[start:end].tolist()
+        assert ids[-1] == 0 and ids.count(0) == 1
+        documents.append(b"".join(strings[i] for i in ids))
+    return documents
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""]))
+    (folder / "b.txt").write_bytes(b"plain\r\ntext\n" * 40)
+    (folder / "c.txt").write_bytes(b"")
+    return folder
+
+
+EXPECTED = [text.encode() for text in TEXTS] + [b"plain\r\ntext\n" * 40]
+
+
+def test_text_comes_back(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "out"
+    assert main(["--input", str(inputs), "--output", str(out), "--vocab-size", "300"]) == 0
+    assert documents_of(out) == EXPECTED
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.bin", "out.idx", "out.tokenizer.json"]
+    stored = IndexedDataset(out)
+    said = capsys.readouterr().out
+    ratio = sum(map(len, EXPECTED)) / (len(stored.tokens) - 4)
+    assert f"4 documents from 3 files, {len(stored.tokens)} tokens, {ratio:.3f} bytes/token" in said
+    assert str(stored.tokens.dtype) == "uint16"
+
+
+def test_a_given_tokenizer_is_used_and_kept(inputs: Path, tmp_path: Path) -> None:
+    assert main(["--input", str(inputs / "b.txt"), "--output", str(tmp_path / "x"), "--vocab-size", "280"]) == 0
+    given = tmp_path / "x.tokenizer.json"
+    assert main(["--input", str(inputs), "--output", str(tmp_path / "y"), "--tokenizer", str(given)]) == 0
+    assert documents_of(tmp_path / "y") == EXPECTED
+    assert (tmp_path / "y.tokenizer.json").read_bytes() == given.read_bytes()
+
+
+def test_long_files_and_large_inputs_are_cut_and_sampled(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textfiles, "PIECE_CHARS", 50)
+    monkeypatch.setattr(tokenize, "TRAINING_SAMPLE_BYTES", 100)
+    sampled = list(tokenize._training_sample([inputs / "b.txt"], "text"))
+    pieces = [text for text, _ in textfiles.read_pieces(inputs / "b.txt")]
+    assert len(pieces) > 8 and sampled == pieces[::5]  # 480 bytes are to give 100
+    assert main(["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300"]) == 0
+    assert documents_of(tmp_path / "x") == EXPECTED
+
+
+def test_nothing_is_replaced_unless_forced(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for ending in (".bin", ".idx", ".tokenizer.json"):
+        out = tmp_path / f"x{ending[1:4]}"
+        kept = Path(f"{out}{ending}")
+        kept.write_text("precious")
+        command = ["--input", str(inputs), "--output", str(out), "--vocab-size", "300"]
+        assert main(command) == 2
+        assert f"{kept} exists" in capsys.readouterr().err and kept.read_text() == "precious"
+        assert list(tmp_path.glob(f"{out.name}*")) == [kept]
+        assert main([*command, "--force"]) == 0 and documents_of(out) == EXPECTED
+
+
+def test_a_failure_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    command = ["--input", str(inputs / "a.jsonl"), "--output", str(out), "--vocab-size", "300", "--force"]
+    assert main(command) == 0
+    before = documents_of(out)
+    tokenizer = ["--tokenizer", f"{out}.tokenizer.json"]
+    (inputs / "bad.txt").write_bytes(b"fine " * 99 + b"\xff")
+    assert main(["--input", str(inputs), "--output", str(out), "--force", *tokenizer]) == 3
+    assert documents_of(out) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "x.bin", "x.idx", "x.tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--input", "{in}/none"], 3, "none does not exist"),
+        (["--input", "{in}/c.txt"], 3, "0 documents with text"),
+        (["--input", "{in}/a.jsonl", "--json-key", "body"], 3, "no key 'body'"),
+        (["--input", "{in}", "--vocab-size", "100"], 2, "vocab_size=100 is too small"),
+        (["--input", "{in}", "--tokenizer", "{in}/none.json"], 3, "none.json does not exist"),
+        (["--input", "{in}", "--tokenizer", "{in}/b.txt"], 3, "no tokenizer.json"),
+        (["--input", "{in}", "--end-of-text", "<end>"], 3, "no end-of-text token '<end>'"),
+        (["--input", "{in}", "--workers", "0"], 2, "--workers 0"),
+        (["--input", "{in}", "--output", "{in}/b.txt/x"], 3, "b.txt: File exists"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    filled = [argument.replace("{in}", str(inputs)) for argument in arguments]
+    assert main(["--output", str(tmp_path / "x"), *filled]) == code
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and said.startswith("fp8moe tokenize: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_usage_errors_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in ((["--help"], 0), ([], 2), (["--input", "a", "--output", "b", "--wrong"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == code
+    assert "PREFIX" in capsys.readouterr().out
+
+
+def test_workers_without_torch_in_a_process_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from fp8moe.cli.tokenize import main; code = main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    options = ["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300", "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=60, env=dict(os.environ)
+    )
+    assert done.returncode == 0 and "4 documents" in done.stdout and done.stderr == ""
+    assert documents_of(tmp_path / "x") == EXPECTED

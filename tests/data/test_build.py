@@ -1,0 +1,242 @@
+"""The entrance: preparation once, figures that are exact, and every bad input one sentence with exit code 3 or 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fp8moe.data import build, corpus
+from fp8moe.data.build import open_data
+from fp8moe.data.config import DataConfig
+from fp8moe.data.indexed import IndexedDataset
+from fp8moe.data.tokenizer import save_tokenizer, token_byte_strings, train_tokenizer
+from fp8moe.errors import ConfigError, DataError
+
+MakeTokens = Callable[..., IndexedDataset]
+
+
+@pytest.fixture
+def small_library(library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(corpus, "standard_library_root", lambda: library)
+    return library
+
+
+def stdlib(cache: Path, **changes: object) -> DataConfig:
+    options = {"vocab_size": 400, "validation_share": 0.15, "cache_dir": str(cache), **changes}
+    return DataConfig(**options)  # type: ignore[arg-type]
+
+
+def test_the_embedded_corpus(small_library: Path, tmp_path: Path) -> None:
+    data = open_data(stdlib(tmp_path), seq_len=32, seed=1)
+    assert data.tokenizer is not None and data.tokenizer.end_of_text == 0 and data.tokenizer.size == 400
+    assert data.token_bytes is not None and data.token_bytes.shape == (400,) and data.token_bytes.dtype == torch.int64
+    train, validation = corpus.split_by_file(corpus.read_corpus(small_library), 0.15)
+    for dataset, documents in ((data.train, train), (data.validation, validation)):
+        batch = dataset.batch(range(len(dataset)))
+        whole = sum(len(document.text.encode()) for document in documents)
+        covered = int(data.token_bytes[batch.labels_BS].sum())
+        assert whole - 33 * 20 < covered <= whole  # all but the first token and the rest of the last window
+        assert batch.documents_BS is None and int(batch.labels_BS.min()) >= 0
+    assert data.bigram_bits_per_byte is not None and 3 < data.bigram_bits_per_byte < 6
+
+
+def test_documents_are_the_files(small_library: Path, tmp_path: Path) -> None:
+    data = open_data(stdlib(tmp_path), seq_len=32, seed=1)
+    (folder,) = tmp_path.glob("stdlib-*")
+    assert data.tokenizer is not None and data.tokenizer.path == folder / "tokenizer.json"
+    strings = token_byte_strings(build.load_tokenizer(data.tokenizer.path))
+    parts = corpus.split_by_file(corpus.read_corpus(small_library), 0.15)
+    for name, documents in zip(("train", "validation"), parts, strict=True):
+        stored = IndexedDataset(folder / name)
+        assert len(stored) == len(documents)
+        for number, document in enumerate(documents):
+            ids = stored.tokens[stored.document_offsets[number] : stored.document_offsets[number + 1]].tolist()
+            assert ids[-1] == 0 and ids.count(0) == 1
+            assert b"".join(strings[i] for i in ids) == document.text.encode()
+
+
+def test_a_second_opening_builds_nothing(small_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_data(stdlib(tmp_path / "a"), seq_len=32, seed=1, validation_samples=3)
+    for name in ("train_tokenizer", "encode_pieces", "bigram_bits_per_byte"):
+        monkeypatch.setattr(build, name, None)
+    before = sorted(tmp_path.rglob("*"))
+    again = open_data(stdlib(tmp_path / "a"), seq_len=32, seed=1, validation_samples=3)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert torch.equal(first.train.batch(range(9)).inputs_BS, again.train.batch(range(9)).inputs_BS)
+    assert first.bigram_bits_per_byte == again.bigram_bits_per_byte
+
+
+def test_another_cache_gives_the_same_data(small_library: Path, tmp_path: Path) -> None:
+    one, two = (open_data(stdlib(tmp_path / name), seq_len=32, seed=1) for name in "ab")
+    ids = range(len(one.train) + 5)
+    assert torch.equal(one.train.batch(ids).inputs_BS, two.train.batch(ids).inputs_BS)
+    assert one.bigram_bits_per_byte == two.bigram_bits_per_byte
+
+
+def test_validation_text_does_not_follow_the_seed(small_library: Path, tmp_path: Path) -> None:
+    one, two = (open_data(stdlib(tmp_path), seq_len=32, seed=seed) for seed in (1, 2))
+    assert torch.equal(one.validation.batch(range(5)).inputs_BS, two.validation.batch(range(5)).inputs_BS)
+    assert not torch.equal(one.train.batch(range(5)).inputs_BS, two.train.batch(range(5)).inputs_BS)
+
+
+def test_the_document_mask_reaches_the_batch(small_library: Path, tmp_path: Path) -> None:
+    plain, masked = (open_data(stdlib(tmp_path, document_mask=mask), seq_len=64, seed=1) for mask in (False, True))
+    ids = range(len(plain.train))
+    a, b = plain.train.batch(ids), masked.train.batch(ids)
+    assert torch.equal(a.inputs_BS, b.inputs_BS) and b.documents_BS is not None
+    hidden = b.labels_BS == -100
+    assert torch.equal(hidden, a.inputs_BS == 0)  # exactly the first token of a document, after an end-of-text
+    assert torch.equal(a.labels_BS[~hidden], b.labels_BS[~hidden])
+    assert plain.bigram_bits_per_byte != masked.bigram_bits_per_byte
+
+
+def test_the_first_prepares_and_the_others_wait(small_library: Path, tmp_path: Path) -> None:
+    events: list[tuple[str, bool]] = []
+
+    def barrier_of(name: str) -> Callable[[], None]:
+        return lambda: events.append((name, any(tmp_path.glob("bigram-*"))))
+
+    open_data(stdlib(tmp_path), seq_len=32, seed=1, is_first=True, barrier=barrier_of("first"))
+    assert events == [("first", True)]
+    shutil.rmtree(tmp_path)
+    # On a node that does not share the cache, whoever comes after the barrier prepares for itself.
+    open_data(stdlib(tmp_path), seq_len=32, seed=1, is_first=False, barrier=barrier_of("other"))
+    assert events[1:] == [("other", False)] and any(tmp_path.glob("bigram-*"))
+
+
+def test_processes_that_start_at_once_share_one_cache(library: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, hashlib; from pathlib import Path; from fp8moe.data import corpus\n"
+        "from fp8moe.data.build import open_data; from fp8moe.data.config import DataConfig\n"
+        "corpus.standard_library_root = lambda: Path(sys.argv[1])\n"
+        "config = DataConfig(vocab_size=400, validation_share=0.15, cache_dir=sys.argv[2])\n"
+        "data = open_data(config, seq_len=32, seed=1)\n"
+        "tokens = data.train.batch(range(len(data.train) + 3)).inputs_BS.numpy().tobytes()\n"
+        "print(hashlib.sha256(tokens).hexdigest(), data.bigram_bits_per_byte)"
+    )
+    command = [sys.executable, "-c", program, str(library), str(tmp_path / "c")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        answers = {process.communicate(timeout=120)[0] for process in running}
+    finally:
+        for process in running:
+            process.kill()
+    assert len(answers) == 1 and all(process.returncode == 0 for process in running)
+    assert len(list((tmp_path / "c").glob("stdlib-*"))) == 1
+    assert not [path for path in (tmp_path / "c").glob(".*") if path.is_dir()]
+
+
+def test_a_given_tokenizer(small_library: Path, tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer(["some other text, not the corpus " * 50], 300), tmp_path / "t.json")
+    data = open_data(stdlib(tmp_path / "c", tokenizer=str(tmp_path / "t.json")), seq_len=32, seed=1)
+    assert data.tokenizer is not None and data.tokenizer.size < 300
+    assert data.token_bytes is not None and data.token_bytes.shape == (400,)
+    with pytest.raises(ConfigError, match=r"ids up to \d+ and data.vocab_size is 260: use \d+ or more"):
+        open_data(stdlib(tmp_path / "c", tokenizer=str(tmp_path / "t.json"), vocab_size=260), seq_len=32, seed=1)
+    with pytest.raises(DataError, match=r"none.json does not exist"):
+        open_data(stdlib(tmp_path / "c", tokenizer=str(tmp_path / "none.json")), seq_len=32, seed=1)
+
+
+def test_an_empty_or_missing_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "standard_library_root", lambda: tmp_path / "nothing")
+    with pytest.raises(DataError, match="found 0") as caught:
+        open_data(stdlib(tmp_path / "c"), seq_len=32, seed=1)
+    assert caught.value.exit_code == 3 and not (tmp_path / "c").exists()
+
+
+def indexed(tmp_path: Path, *names: str, **changes: object) -> DataConfig:
+    options = {"paths": tuple(str(tmp_path / name) for name in names), "vocab_size": 1000, **changes}
+    return DataConfig(source="indexed", cache_dir=str(tmp_path / "c"), **options)  # type: ignore[arg-type]
+
+
+def test_token_files_without_a_tokenizer(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    make_tokens([[i] * 9 for i in range(100)], name="a")
+    data = open_data(indexed(tmp_path, "a", validation_share=0.1), seq_len=8, seed=1)
+    assert data.tokenizer is None and data.token_bytes is None and data.bigram_bits_per_byte is None
+    seen = [set(part.batch(range(len(part))).inputs_BS.flatten().tolist()) for part in (data.train, data.validation)]
+    assert not seen[0] & seen[1] and len(seen[0]) >= 89 and len(seen[1]) >= 9
+
+
+def test_blends_and_separate_validation_files(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    for name, base in (("a", 0), ("b", 100), ("v", 200), ("w", 300)):
+        make_tokens([[base + i] * 9 for i in range(50 if name != "w" else 10)], name=name)
+    config = indexed(
+        tmp_path, "a", "b", weights=(3.0, 1.0), validation_paths=(str(tmp_path / "v"), str(tmp_path / "w"))
+    )
+    data = open_data(config, seq_len=8, seed=1)
+    origin = (data.train.batch(range(40)).inputs_BS[:, 0] // 100).tolist()
+    assert origin.count(0) == 30 and origin.count(1) == 10
+    held_out = (data.validation.batch(range(len(data.validation))).inputs_BS // 100).flatten()
+    assert set(held_out.tolist()) == {2, 3} and len(data.validation) == 56 + 11
+
+
+def test_the_tokenizer_beside_the_files(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a b c " * 99], 260)
+    ids = tokenizer.encode("a b c d e f g h " * 40).ids
+    for name in "ab":
+        make_tokens([[*ids, 0], [*ids, 0]], 1000, name)
+        save_tokenizer(tokenizer, f"{tmp_path / name}.tokenizer.json")
+    data = open_data(indexed(tmp_path, "a", "b"), seq_len=8, seed=1)
+    assert data.tokenizer is not None and data.tokenizer.path == tmp_path / "a.tokenizer.json"
+    assert data.token_bytes is not None and int(data.token_bytes.sum()) == 256
+    assert data.bigram_bits_per_byte is not None
+    save_tokenizer(
+        train_tokenizer(["x"], 260).from_str(tokenizer.to_str().replace("fim", "mif")), f"{tmp_path}/b.tokenizer.json"
+    )
+    with pytest.raises(DataError, match="made by different tokenizers"):
+        open_data(indexed(tmp_path, "a", "b"), seq_len=8, seed=1)
+    chosen = open_data(indexed(tmp_path, "a", "b", tokenizer=f"{tmp_path}/a.tokenizer.json"), seq_len=8, seed=1)
+    assert chosen.bigram_bits_per_byte == data.bigram_bits_per_byte
+
+
+def test_a_token_past_the_vocabulary_is_found_at_the_start(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    make_tokens([list(range(500)), [3, 999, 4]], name="a")
+    with pytest.raises(DataError, match=r"a.bin: token 501 has id 999, outside a vocabulary of 999.* at least 1000"):
+        open_data(indexed(tmp_path, "a", vocab_size=999), seq_len=8, seed=1)
+    open_data(indexed(tmp_path, "a"), seq_len=2, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([[1] * 40], "has 1 document"),
+        ([[1] * 40, [2] * 3], "3 tokens in 1 documents don't fill"),
+        (None, "does not exist"),
+    ],
+)
+def test_too_little_or_none(
+    make_tokens: MakeTokens, tmp_path: Path, documents: list[list[int]] | None, message: str
+) -> None:
+    if documents is not None:
+        make_tokens(documents, name="a")
+    with pytest.raises(DataError, match=message) as caught:
+        open_data(indexed(tmp_path, "a", validation_share=0.5), seq_len=8, seed=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_seq_len_is_a_configuration_error(small_library: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seq_len=0"):
+        open_data(stdlib(tmp_path), seq_len=0, seed=1)
+
+
+def test_first_use_of_the_real_corpus_is_quick(tmp_path: Path) -> None:
+    """About 4 s on two idle cores; the bound is what a user may be asked to wait on busy ones."""
+    start = time.perf_counter()
+    data = open_data(DataConfig(cache_dir=str(tmp_path)), seq_len=256, seed=0)
+    assert time.perf_counter() - start < 40
+    assert len(data.train) > 4000 and len(data.validation) > 100
+    assert data.bigram_bits_per_byte is not None and 3.2 < data.bigram_bits_per_byte < 3.8
+    (folder,) = tmp_path.glob("bigram-*")
+    assert json.loads((folder / "bits_per_byte.json").read_text()) == data.bigram_bits_per_byte
+    assert np.mean([len(string) for string in token_byte_strings(build.load_tokenizer(data.tokenizer.path))]) > 3  # type: ignore[union-attr]

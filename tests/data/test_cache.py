@@ -1,0 +1,84 @@
+"""Folders built once: by one of many, whole or not at all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fp8moe.data import cache
+from fp8moe.data.cache import built_folder, cache_root, key_of
+from fp8moe.errors import DataError
+
+
+def race(root: Path, built: list[int]) -> list[str]:
+    """Eight threads that want one folder; each opens the lock file anew, as processes do."""
+
+    def build(folder: Path) -> None:
+        built.append(1)
+        (folder / "half").write_text("a")
+        time.sleep(0.05)
+        (folder / "whole").write_text("b")
+
+    contents: list[str] = []
+
+    def want() -> None:
+        contents.append((built_folder(root, "thing", build) / "whole").read_text())
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    return contents
+
+
+def test_many_want_it_and_one_builds_it(tmp_path: Path) -> None:
+    built: list[int] = []
+    assert race(tmp_path / "c", built) == ["b"] * 8
+    assert len(built) == 1
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"thing", ".thing.lock"}
+
+
+def test_without_locks_the_first_to_finish_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    built: list[int] = []
+    assert race(tmp_path / "c", built) == ["b"] * 8
+    assert len(built) > 1
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"thing", ".thing.lock"}
+
+
+def test_a_failed_build_leaves_nothing_and_can_be_tried_again(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("a")
+        raise DataError("bad text")
+
+    with pytest.raises(DataError, match="bad text"):
+        built_folder(tmp_path, "thing", fail)
+    assert [path.name for path in tmp_path.iterdir()] == [".thing.lock"]
+    assert list(built_folder(tmp_path, "thing", lambda folder: None).iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data.cache_dir") as caught:
+        built_folder(tmp_path / "file" / "cache", "thing", lambda folder: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root(None) == tmp_path / "fp8moe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root(None) == tmp_path / ".cache" / "fp8moe"
+    assert cache_root("~/x") == tmp_path / "x"
+
+
+def test_keys_tell_parts_apart() -> None:
+    assert len({key_of("a", "b"), key_of("ab"), key_of("a", 1), key_of("a", "1"), key_of(["a", "b"])}) == 5

@@ -1,0 +1,220 @@
+"""The token files, against a reader and a writer made here from the format's description with nothing but struct."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fp8moe.data import indexed
+from fp8moe.data.indexed import IndexedDataset, IndexedWriter, dtype_for
+from fp8moe.errors import DataError
+
+CODE_OF = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "H": 8}
+
+
+def take(raw: bytes, at: int, letter: str, count: int) -> tuple[list[int], int]:
+    size = struct.calcsize("<" + letter) * count
+    return list(struct.unpack_from(f"<{count}{letter}", raw, at)), at + size
+
+
+def read_by_hand(prefix: Path) -> tuple[int, list[list[int]], list[int]]:
+    """(type code, sequences, document boundaries) by the description alone."""
+    index, tokens = Path(f"{prefix}.idx").read_bytes(), Path(f"{prefix}.bin").read_bytes()
+    assert index[:9] == b"MMIDIDX\0\0"
+    (version,), at = take(index, 9, "Q", 1)
+    (code,), at = take(index, at, "B", 1)
+    (num_sequences, num_boundaries), at = take(index, at, "Q", 2)
+    lengths, at = take(index, at, "i", num_sequences)
+    pointers, at = take(index, at, "q", num_sequences)
+    boundaries, at = take(index, at, "q", num_boundaries)
+    assert version == 1 and at == len(index)
+    letter = {code: letter for letter, code in CODE_OF.items()}[code]
+    sequences = [take(tokens, pointer, letter, length)[0] for pointer, length in zip(pointers, lengths, strict=True)]
+    assert sum(map(len, sequences)) * struct.calcsize(letter) == len(tokens)
+    return code, sequences, boundaries
+
+
+def write_by_hand(prefix: Path, letter: str, sequences: list[list[int]], boundaries: list[int]) -> None:
+    size = struct.calcsize("<" + letter)
+    lengths = [len(sequence) for sequence in sequences]
+    pointers = [size * sum(lengths[:i]) for i in range(len(lengths))]
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, CODE_OF[letter], len(lengths), len(boundaries))
+    body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(lengths)}q", *pointers)
+    Path(f"{prefix}.idx").write_bytes(head + body + struct.pack(f"<{len(boundaries)}q", *boundaries))
+    flat = [token for sequence in sequences for token in sequence]
+    Path(f"{prefix}.bin").write_bytes(struct.pack(f"<{len(flat)}{letter}", *flat))
+
+
+@pytest.mark.parametrize(("vocab_size", "code"), [(300, 8), (65536, 8), (65537, 4), (200_000, 4)])
+def test_written_files_follow_the_description(tmp_path: Path, vocab_size: int, code: int) -> None:
+    random = np.random.RandomState(0)
+    documents = [random.randint(0, vocab_size, random.randint(1, 50)) for _ in range(40)]
+    documents[3] = np.array([vocab_size - 1, 0])
+    with IndexedWriter(tmp_path / "x", vocab_size) as writer:
+        for document in documents:
+            writer.write(document[:7])
+            writer.write(document[7:])
+            writer.end_document()
+        writer.end_document()  # an empty document leaves no trace
+    found_code, sequences, boundaries = read_by_hand(tmp_path / "x")
+    assert found_code == code
+    assert sequences == [document.tolist() for document in documents]
+    assert boundaries == list(range(41))
+    assert writer.num_documents == 40 and writer.num_tokens == sum(map(len, documents))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
+@pytest.mark.parametrize("letter", sorted(CODE_OF))
+def test_reads_files_of_others_in_every_integer_type(tmp_path: Path, letter: str) -> None:
+    sequences = [[1, 2, 3], [4], [], [5, 6], [127]]
+    write_by_hand(tmp_path / "y", letter, sequences, [0, 2, 3, 3, 5])
+    data = IndexedDataset(tmp_path / "y")
+    documents = [
+        data.tokens[a:b].tolist() for a, b in zip(data.document_offsets, data.document_offsets[1:], strict=False)
+    ]
+    assert documents == [[1, 2, 3, 4], [], [], [5, 6, 127]] and len(data) == 4
+    assert data.tokens.dtype == np.dtype("<" + letter)
+    assert isinstance(data.tokens, np.memmap)
+
+
+def test_type_of_ids_follows_the_vocabulary() -> None:
+    assert dtype_for(2**16) == np.uint16 and dtype_for(2**16 + 1) == np.int32
+
+
+def put(at: int, letter: str, value: int):  # type: ignore[no-untyped-def]
+    return lambda raw: raw[:at] + struct.pack("<" + letter, value) + raw[at + struct.calcsize("<" + letter) :]
+
+
+# The file below: 3 sequences of 3, 1 and 2 uint16 in 2 documents; lengths at 34, pointers at 46, boundaries at 70.
+BREAKS = {
+    "empty": (lambda raw: b"", "0 bytes and the header alone takes 34"),
+    "half a header": (lambda raw: raw[:20], "20 bytes and the header alone takes 34"),
+    "cut": (lambda raw: raw[:-1], "93 bytes and its header promises 94"),
+    "longer": (lambda raw: raw + b"\0", "95 bytes and its header promises 94"),
+    "multimodal": (lambda raw: raw + b"\0\0\0", "3 sequence modes"),
+    "magic": (lambda raw: b"X" + raw[1:], "starts with"),
+    "version": (put(9, "Q", 2), "version 2"),
+    "float ids": (put(17, "B", 7), "type code 7"),
+    "unknown type": (put(17, "B", 99), "type code 99"),
+    "wider type": (put(17, "B", 4), "starts at byte 6 instead of 12"),
+    "too many sequences": (put(18, "Q", 2**60), "header promises"),
+    "too few boundaries": (put(26, "Q", 2), "header promises 86"),
+    "length": (put(34, "i", 4), "sequence 1 of 1 tokens starts at byte 6 instead of 8"),
+    "negative length": (put(42, "i", -2), "sequence 2 of -2 tokens"),
+    "last length": (put(42, "i", 9), "12 bytes and its index promises 26"),
+    "pointer": (put(54, "q", 7), "sequence 1 of 1 tokens starts at byte 7 instead of 6"),
+    "first boundary": (put(70, "q", 1), "don't run from 0 to 3"),
+    "last boundary": (put(86, "q", 2), "don't run from 0 to 3"),
+    "unordered": (put(78, "q", 4), "don't run from 0 to 3"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_index_is_one_sentence(tmp_path: Path, name: str) -> None:
+    write_by_hand(tmp_path / "z", "H", [[1, 2, 3], [4], [5, 6]], [0, 2, 3])
+    path = tmp_path / "z.idx"
+    assert len(path.read_bytes()) == 94
+    IndexedDataset(tmp_path / "z")
+    change, message = BREAKS[name]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=message) as caught:
+        IndexedDataset(tmp_path / "z")
+    assert "\n" not in str(caught.value) and "z." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "message"),
+    [
+        (".bin", b"\1\0" * 5, "10 bytes and its index promises 12"),
+        (".bin", b"\1\0" * 7, "14 bytes and its index promises 12"),
+        (".bin", None, "z.bin does not exist"),
+        (".idx", None, "z.idx does not exist"),
+    ],
+)
+def test_broken_or_missing_files(tmp_path: Path, ending: str, content: bytes | None, message: str) -> None:
+    write_by_hand(tmp_path / "z", "H", [[1, 2, 3], [4, 5, 6]], [0, 1, 2])
+    path = tmp_path / f"z{ending}"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        IndexedDataset(tmp_path / "z")
+
+
+@pytest.mark.parametrize("sequences", [[], [[], []]])
+def test_a_data_set_without_tokens_is_refused(tmp_path: Path, sequences: list[list[int]]) -> None:
+    write_by_hand(tmp_path / "z", "H", sequences, list(range(len(sequences) + 1)))
+    with pytest.raises(DataError, match="0 tokens"):
+        IndexedDataset(tmp_path / "z")
+
+
+def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
+    def write(ids: list[int], fail: bool) -> None:
+        with IndexedWriter(tmp_path / "x", 100) as writer:
+            writer.write(np.array(ids))
+            writer.end_document()
+            if fail:
+                raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        write([1, 2], fail=True)
+    assert list(tmp_path.iterdir()) == []
+    write([3, 4, 5], fail=False)
+    with pytest.raises(RuntimeError):
+        write([6], fail=True)
+    assert read_by_hand(tmp_path / "x")[1] == [[3, 4, 5]]
+    write([7, 8], fail=False)
+    assert read_by_hand(tmp_path / "x")[1] == [[7, 8]]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_index_is_ever_beside_tokens_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with IndexedWriter(tmp_path / "x", 100) as writer:
+        writer.write(np.array([1]))
+        writer.end_document()
+    states = []
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: states.append(sorted(os.listdir(tmp_path))) or real(self, to))
+    with IndexedWriter(tmp_path / "x", 100) as writer:
+        writer.write(np.array([2]))
+        writer.end_document()
+    assert len(states) == 2 and not any("x.idx" in names for names in states)
+
+
+def test_ids_past_the_vocabulary_are_found_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "_CHUNK", 4)
+    write_by_hand(tmp_path / "z", "i", [list(range(11)), [500, 3, 700]], [0, 1, 2])
+    data = IndexedDataset(tmp_path / "z")
+    data.check_vocabulary(701)
+    with pytest.raises(DataError, match=r"z.bin: token 11 has id 500, outside a vocabulary of 500.* at least 501"):
+        data.check_vocabulary(500)
+    with pytest.raises(DataError, match="token 13 has id 700"):
+        data.check_vocabulary(700)
+    write_by_hand(tmp_path / "n", "i", [[1, -1]], [0, 1])
+    with pytest.raises(DataError, match="token 1 has id -1"):
+        IndexedDataset(tmp_path / "n").check_vocabulary(10)
+
+
+@pytest.mark.parametrize("bad", [100, -1, 65536 + 5])
+def test_the_writer_takes_no_id_past_its_vocabulary(tmp_path: Path, bad: int) -> None:
+    with pytest.raises(DataError, match="vocabulary of 100"), IndexedWriter(tmp_path / "x", 100) as writer:
+        writer.write(np.array([1, bad]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_document_longer_than_the_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "_MAX_SEQUENCE", 5)
+    with pytest.raises(DataError, match="document 1 has 6 tokens"), IndexedWriter(tmp_path / "x", 100) as writer:
+        for length in (5, 6):
+            writer.write(np.ones(length, dtype=np.int64))
+            writer.end_document()
+
+
+def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    write_by_hand(tmp_path / "a", "H", [[1, 2]], [0, 1])
+    first = IndexedDataset(tmp_path / "a").fingerprint
+    assert IndexedDataset(tmp_path / "a").fingerprint == first
+    write_by_hand(tmp_path / "a", "H", [[1, 3]], [0, 1])
+    assert IndexedDataset(tmp_path / "a").fingerprint != first
