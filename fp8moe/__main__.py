@@ -1,0 +1,71 @@
+"""The one door: `fp8moe COMMAND ...` and `python -m fp8moe COMMAND ...` are the same thing.
+
+A command is a module of `fp8moe.cli` with `main(argv) -> exit code`, imported only when it is asked for, so that
+`fp8moe --help` answers before torch is loaded. Whatever a command raises ends here as one sentence on stderr and an
+exit code: 2 configuration, 3 data, 4 out of memory, 5 non-finite, 6 hang, 130 interrupted, 1 anything else (a defect of
+this program, shown with its traceback).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
+    "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
+    "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
+    "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: fp8moe COMMAND ...", "", *lines, "", "fp8moe COMMAND --help says more about one of them"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; `argv` defaults to the process's own arguments."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from fp8moe import __version__
+
+        print(f"fp8moe {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(command, COMMANDS, 1)
+        advice = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+        print(f"fp8moe: {command!r} is not one of the {len(COMMANDS)} commands: {advice}", file=sys.stderr)
+        return 2
+    return _run(COMMANDS[command][0], rest)
+
+
+def _run(module: str, arguments: list[str]) -> int:
+    try:
+        return int(importlib.import_module(module).main(arguments))
+    except KeyboardInterrupt:
+        print("fp8moe: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fp8moe ... | head`: whoever read has gone, and the interpreter must not flush to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from fp8moe.cli.failures import explain
+
+        failure = explain(error)
+        if failure.traceback:
+            print(failure.traceback, file=sys.stderr, end="")
+        print(f"fp8moe: {failure.sentence}", file=sys.stderr)
+        return failure.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Processes: torch's elastic agent run in this one, and what a worker does so that its end is clean and understood.
+
+`fp8moe train --nproc N` is torchrun with three differences: the agent runs in-process, the exit code is the failed
+rank's own (bare torchrun returns 1 for all), and the last line is that rank's message. Each worker is a fresh process
+running the same command line with RANK and the rest of torchrun's environment, so that a worker under bare torchrun,
+Slurm or this launcher is the same program. Refused: forking warm workers, which starts in a tenth of the time and
+breaks with CUDA and with threads.
+
+When one rank ends badly the others fail too, a moment later, on messages that never come; the agent's own choice of
+the first failure goes by whole seconds. Workers therefore note in their error file (torch's protocol, so that bare
+torchrun shows it as well) a precise time and whether they are the cause or a mere witness.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fp8moe.cli.failures import Failure
+
+LAUNCHED = "FP8MOE_LAUNCHED"  # set for the workers of `launch`: it prints their failure, they need not
+DEFAULT_PROCESSES = 4
+RENDEZVOUS_SECONDS = 300
+
+
+def is_worker() -> bool:
+    """Whether a launcher (this one, torchrun, or a script that sets RANK) started this process as one of many."""
+    return "RANK" in os.environ
+
+
+def count_processes(text: str) -> int:
+    """`--nproc`: a number, or `auto`: one for every GPU, four where there is none. Raises ValueError."""
+    if text == "auto":
+        import torch
+
+        return torch.cuda.device_count() or DEFAULT_PROCESSES
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--nproc={text} must be a whole number of at least 1, or auto")
+    return int(text)
+
+
+def launch(arguments: Sequence[str], num_processes: int) -> int:
+    """Run `python -m fp8moe ARGUMENTS` on `num_processes` ranks of this machine; the exit code of the rank that failed.
+
+    Its message is printed last, on stderr. SIGINT, SIGTERM and SIGHUP end the workers first and give 128 + the signal.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what it would say, the last line says
+    with tempfile.TemporaryDirectory(prefix="fp8moe-launch-") as folder, _environment(num_processes):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            rdzv_configs={"timeout": RENDEZVOUS_SECONDS},
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "fp8moe", *arguments)
+        except ChildFailedError as error:
+            code, sentence = _cause(error.failures)
+        except SignalException as stopped:
+            code, sentence = 128 + stopped.sigval.value, f"stopped by {stopped.sigval.name}, workers included"
+        else:
+            return 0
+    sys.stdout.flush()
+    print(f"fp8moe: {sentence}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _environment(num_processes: int) -> Iterator[None]:
+    defaults = {LAUNCHED: "1", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes))}
+    if sys.platform == "linux":
+        # gloo looks its address up by the host's name, which many laptops and containers can't resolve.
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    mine = {key: value for key, value in defaults.items() if key not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for key in mine:
+            del os.environ[key]
+
+
+def _cause(failures: dict[int, Any]) -> tuple[int, str]:
+    """Exit code and sentence of the rank that failed first by itself (torch's `ProcessFailure` by rank)."""
+    rank = min(failures, key=lambda r: _suspicion(failures[r]))
+    failure = failures[rank]
+    message = failure.message
+    if isinstance(message, dict):
+        # An error every rank finds by itself (a setting, the corpus) is nobody's in particular.
+        shared = message["extraInfo"].get("shared")
+        return failure.exitcode, message["message"] if shared else f"rank {rank}: {message['message']}"
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        why = "; the kernel kills so when memory runs out" if name == "SIGKILL" else ""
+        return 128 - failure.exitcode, f"rank {rank}: ended by {name}{why}"
+    return failure.exitcode, f"rank {rank}: ended with exit code {failure.exitcode} and no message"
+
+
+def _suspicion(failure: Any) -> tuple[int, float]:
+    """Sort key, smallest first: its own fault, then ended without a word, a lost peer, stopped by the agent."""
+    if failure.exitcode == -signal.SIGTERM:
+        return (3, 0.0)
+    if not isinstance(failure.message, dict):
+        return (1, failure.timestamp)
+    extra = failure.message["extraInfo"]
+    return (2 if extra.get("secondary") else 0, extra.get("time", failure.timestamp))
+
+
+def report(failure: Failure) -> None:
+    """In a worker: leave `failure` where its launcher finds it; on stderr only if nobody else prints it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {
+            "py_callstack": failure.traceback or failure.sentence,
+            "timestamp": str(int(time.time())),
+            "time": time.time(),
+            "secondary": failure.secondary,
+            "shared": failure.shared,
+        }
+        content = {"message": {"message": failure.sentence, "errorCode": failure.code, "extraInfo": extra}}
+        with open(path, "w", encoding="utf-8") as handle:
+            json.dump(content, handle)
+    if LAUNCHED in os.environ or (failure.shared and rank != 0):
+        return
+    if failure.traceback:
+        print(failure.traceback, file=sys.stderr, end="")
+    prefix = "" if failure.shared else f"rank {rank}: "
+    print(f"fp8moe: {prefix}{failure.sentence}", file=sys.stderr)
+
+
+def die_with_launcher() -> None:
+    """Under an elastic agent: get SIGKILL when it dies, even by SIGKILL, which leaves it no chance to tell us."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the request: nobody will send the signal
+        os._exit(1)

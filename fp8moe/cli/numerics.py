@@ -1,0 +1,144 @@
+"""`fp8moe numerics`: does FP8 train like BF16 and FP32? The same run three times, and the losses side by side.
+
+Same weights, same data, same order, same processes; only `precision=` differs. Training losses are smoothed by an
+exponential mean of 0.9 (bias-corrected), as the DeepSeek-V3 report compares them, and the largest relative difference
+over all steps decides: exit code 0 within the bound, 1 beyond it. The runs go one after another, never at once: their
+speeds would suffer, and their losses don't depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fp8moe.cli.launch import count_processes, launch
+from fp8moe.errors import ConfigError, NonFiniteError
+
+PRECISIONS = ("fp32", "bf16", "fp8")
+PAIRS = (("fp8", "bf16"), ("fp8", "fp32"), ("bf16", "fp32"))
+SMOOTHING = 0.9
+ROWS = 12
+
+DESCRIPTION = """\
+Train the same run in FP32, BF16 and FP8 for N steps each and tabulate their smoothed training losses. The exit code is
+0 when FP8 stays within the bound of both others, 1 when it does not. Settings are those of `fp8moe train`.
+
+  fp8moe numerics --steps 60 experiment=quickstart
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Smoothed losses by precision, step by step, and of each pair the largest relative difference and the last."""
+
+    smoothed: dict[str, list[float]]
+    largest: dict[str, float]
+    last: dict[str, float]
+
+
+def smooth(losses: Sequence[float], beta: float = SMOOTHING) -> list[float]:
+    """The exponential mean after each step, corrected for its start: the first value is the first loss."""
+    mean, result = 0.0, []
+    for step, loss in enumerate(losses, start=1):
+        mean = beta * mean + (1 - beta) * loss
+        result.append(mean / (1 - beta**step))
+    return result
+
+
+def compare(losses: Mapping[str, Sequence[float]]) -> Comparison:
+    """Training losses by precision, equally many of each, smoothed and compared in `PAIRS`."""
+    smoothed = {name: smooth(values) for name, values in losses.items()}
+    differences = {
+        f"{one}/{other}": [abs(a - b) / b for a, b in zip(smoothed[one], smoothed[other], strict=True)]
+        for one, other in PAIRS
+    }
+    return Comparison(
+        smoothed,
+        {pair: max(values) for pair, values in differences.items()},
+        {pair: values[-1] for pair, values in differences.items()},
+    )
+
+
+def table(comparison: Comparison) -> str:
+    """About a dozen steps of the smoothed losses, FP8's differences, and the verdict's figures."""
+    smoothed = comparison.smoothed
+    steps = len(smoothed["fp8"])
+    shown = sorted({1, steps, *range(max(1, steps // ROWS), steps + 1, max(1, steps // ROWS))})
+    lines = [f"{'step':>6}" + "".join(f"{name:>10}" for name in PRECISIONS) + f"{'fp8/bf16':>11}{'fp8/fp32':>11}"]
+    for step in shown:
+        row = {name: smoothed[name][step - 1] for name in PRECISIONS}
+        lines.append(
+            f"{step:>6}"
+            + "".join(f"{row[name]:>10.4f}" for name in PRECISIONS)
+            + "".join(f"{row['fp8'] / row[other] - 1:>+11.3%}" for other in ("bf16", "fp32"))
+        )
+    for pair, value in comparison.largest.items():
+        lines.append(f"{pair:>9}: at most {value:.3%} apart, {comparison.last[pair]:.3%} at the end")
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's own options; all else is settings."""
+    parser = argparse.ArgumentParser(
+        prog="fp8moe numerics", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps of each run")
+    parser.add_argument("--nproc", default="auto", metavar="N", help="processes of each run (default auto)")
+    parser.add_argument("--bound", type=float, default=0.01, help="largest relative difference (default 0.01)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the runs and numerics.json go (default runs/...)"
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, compare, print; 0 within the bound, 1 beyond it, or the exit code of a run that failed."""
+    arguments = make_parser().parse_intermixed_args(list(argv))
+    _check(arguments)
+    num_processes = count_processes(arguments.nproc)
+    out = arguments.out or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-numerics")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out={out} is not empty and a comparison needs a new directory: use another")
+    losses = {}
+    for precision in PRECISIONS:
+        run_dir = out / precision
+        settings = [f"precision={precision}", f"steps={arguments.steps}", f"run_dir={run_dir}"]
+        code = launch(["train", *arguments.settings, *settings, "checkpoint.at_end=false"], num_processes)
+        if code:
+            return code
+        losses[precision] = read_losses(run_dir / "metrics.jsonl")
+    comparison = compare(losses)
+    worst = max(value for pair, value in comparison.largest.items() if pair.startswith("fp8/"))
+    within = worst <= arguments.bound
+    (out / "numerics.json").write_text(
+        json.dumps({"losses": losses, **asdict(comparison), "bound": arguments.bound, "within": within}, indent=1)
+        + "\n",
+        encoding="utf-8",
+    )
+    print(f"\nsmoothed training loss, exponential mean {SMOOTHING}, {num_processes} processes\n{table(comparison)}")
+    print(f"FP8 is {'within' if within else 'BEYOND'} the bound of {arguments.bound:.2%}; {out / 'numerics.json'}")
+    return 0 if within else 1
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps={arguments.steps} must be at least 1")
+    if arguments.bound <= 0:
+        raise ConfigError(f"--bound={arguments.bound} must be above 0: 0.01 is one percent")
+    for setting in arguments.settings:
+        key = setting.split("=")[0]
+        if key in ("precision", "precision.mode", "steps", "run_dir", "resume"):
+            raise ConfigError(f"{setting} is chosen by this command itself: leave it out")
+
+
+def read_losses(path: Path) -> list[float]:
+    """The training loss of every step of a run. Raises NonFiniteError where a step has none."""
+    losses = [json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()]
+    if None in losses:
+        raise NonFiniteError(f"{path}: the loss of step {losses.index(None) + 1} is not finite: lower the learning rate")
+    return losses

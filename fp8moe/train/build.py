@@ -1,0 +1,198 @@
+"""The only composition root: from a settled `TrainConfig` to a `Run`, everything a step touches, put together here.
+
+Processes first, then the run directory, the data, the model on its share of the mesh, the optimizer, and what a
+checkpoint brings back. Nothing below this file knows more than its own part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8moe.data.build import Data, open_data
+from fp8moe.data.sampler import Sampler
+from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
+from fp8moe.layers.linear import quantize_weights
+from fp8moe.layers.router import Router
+from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.expert_parallel import AllToAllDispatcher
+from fp8moe.parallel.mesh import Mesh, build_mesh
+from fp8moe.train import checkpoint
+from fp8moe.train.config import TrainConfig
+from fp8moe.train.guard import Guard
+from fp8moe.train.optimizer import AdamW
+from fp8moe.train.run_dir import make_run_dir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What a run is made of. `step` steps are done; `loads` are the tokens each expert has had, by router name."""
+
+    config: TrainConfig
+    mesh: Mesh
+    device: torch.device
+    run_dir: Path
+    data: Data
+    sampler: Sampler
+    model: Transformer
+    optimizer: AdamW
+    guard: Guard
+    step: int = 0
+    loads: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_first(self) -> bool:
+        return self.mesh.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the host."""
+        wait_for_all(self.mesh)
+
+    def routers(self) -> dict[str, Router]:
+        """Every router by its canonical name, in the order of the model."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, Router)}
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """This rank's device: its own GPU, by LOCAL_RANK, or the CPU."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {count}: start {count}")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
+    """The mesh while the block runs. A world of one starts no process group and listens nowhere."""
+    parallel = config.parallel
+    timeout = timedelta(seconds=parallel.startup_timeout)
+    if parallel.pp * config.dp == 1:
+        yield build_mesh(1, 1, 1, timeout=timeout)
+        return
+    # Both back ends, so that host-side objects (checkpoints, the run directory's name) never touch the GPU.
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+    yield build_mesh(parallel.pp, config.dp, config.ep, timeout=timeout)
+    dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
+
+
+def end_startup(run: Run) -> None:
+    """From here on a message that takes longer than `parallel.timeout` is a hang."""
+    timeout = timedelta(seconds=run.config.parallel.timeout)
+    for group in (run.mesh.dp_group, run.mesh.ep_group, run.mesh.edp_group):
+        if group is not None:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def wait_for_all(mesh: Mesh) -> None:
+    """A barrier on the host over all ranks."""
+    float(all_reduce(torch.zeros(1), mesh.dp_group))
+
+
+def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
+    """Rank 0 makes the run directory and tells the others; what it refuses, all ranks raise."""
+    answer: list[Path | Exception | None] = [None]
+    if mesh.rank == 0:
+        try:
+            answer[0] = make_run_dir(config.run_dir, config.name, config.resume)
+        except (ValueError, OSError) as error:
+            answer[0] = error
+    if mesh.world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], OSError):
+        raise ValueError(f"run_dir={config.run_dir} can't be made ({answer[0].strerror}): use another run_dir")
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    assert answer[0] is not None
+    return answer[0]
+
+
+def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
+    """Put the run together, from the checkpoint that `resume` means where there is one. Collective over all ranks."""
+    found = checkpoint.find(config.resume, run_dir)
+    state = (
+        None if found is None else checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
+    )
+    data = open_data(
+        config.data,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        is_first=mesh.rank == 0,
+        barrier=lambda: wait_for_all(mesh),
+        validation_samples=config.validation.samples,
+    )
+    dispatcher: Dispatcher = (
+        LocalDispatcher(config.model.num_experts)
+        if mesh.ep_group is None
+        else AllToAllDispatcher(mesh.ep_group, config.model.num_experts)
+    )
+    model = Transformer(config.model, precision=config.precision.mode, dispatcher=dispatcher, device=device)
+    init_weights(model, config.seed, ep_rank=mesh.ep_rank)
+    run = Run(
+        config=config,
+        mesh=mesh,
+        device=device,
+        run_dir=run_dir,
+        data=data,
+        sampler=Sampler(len(data.train), config.seed),
+        model=model,
+        optimizer=AdamW(dict(model.named_parameters()), config.optimizer),
+        guard=Guard(config.max_skipped_steps),
+    )
+    run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
+    if found is not None and state is not None:
+        _restore(run, found, state)
+    return run
+
+
+def state_tensors(run: Run) -> dict[str, Tensor]:
+    """All tensors that a checkpoint of `run` holds, by canonical name."""
+    biases = {name: router.bias_E for name, router in run.routers().items()}
+    return checkpoint.run_tensors(run.optimizer, biases, run.loads, run.mesh)
+
+
+def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
+    checkpoint.load(path, state_tensors(run))
+    run.optimizer.updates = state.updates
+    run.optimizer.write_parameters()
+    quantize_weights(run.model)
+    run.sampler.consumed = state.consumed
+    run.guard.skipped = state.skipped
+    run.step = state.step
+    logger.info("resumed from %s after step %d, %d samples consumed", path, state.step, state.consumed)
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write a checkpoint of the run as it stands. Collective over all ranks."""
+    state = checkpoint.RunState(
+        step=run.step,
+        updates=run.optimizer.updates,
+        consumed=run.sampler.consumed,
+        skipped=run.guard.skipped,
+        seed=run.config.seed,
+        seq_len=run.config.seq_len,
+    )
+    return checkpoint.save(
+        run.run_dir / "checkpoints",
+        state,
+        run.config.model,
+        state_tensors(run),
+        keep=run.config.checkpoint.keep,
+        is_first=run.is_first,
+        barrier=run.barrier,
+    )

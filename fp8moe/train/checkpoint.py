@@ -1,0 +1,199 @@
+"""Save and resume, by torch.distributed.checkpoint, in the canonical form: one name for one logical tensor.
+
+    step-N/state.json    step, consumed samples, seed, updates, the model's configuration: read before anything else
+    step-N/.metadata     torch's index
+    step-N/*.distcp      masters, moments, router biases, loads so far
+
+Expert tensors are handed over as DTensors sharded over ep and replicated over edp, so torch writes each expert once and
+any ep can resume any other; the rest is replicated, and torch writes it once. The BF16 weights are not saved: they are
+the masters rounded. A checkpoint is written as `step-N.tmp` and renamed by rank 0 when all ranks are done, so a
+directory without the suffix is complete. What would make the resumed run another run (model, seed) is compared first
+and refused in one sentence, before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fp8moe.errors import ConfigError, DataError
+from fp8moe.layers.main_grad import is_expert
+from fp8moe.model.config import ModelConfig
+from fp8moe.parallel.mesh import Mesh
+from fp8moe.train.optimizer import AdamW
+
+FORMAT = 1
+STEP_NAME = re.compile(r"step-(\d+)")
+FREE_FIELDS = ("attention", "force_balance", "aux_loss_alpha", "bias_gamma", "mtp_weight", "init_std", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints (0: none on the way). at_end: one after the last step. keep: how many stay."""
+
+    every: int = 0
+    at_end: bool = True
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every={self.every} must be at least 0: 0 saves none on the way")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to save after step number `step` (from 1) of `steps`."""
+        return (self.at_end and step == steps) or (self.every > 0 and step % self.every == 0)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The numbers of a checkpoint: steps and updates done, samples consumed, steps skipped."""
+
+    step: int
+    updates: int
+    consumed: int
+    skipped: int
+    seed: int
+    seq_len: int
+
+
+def save(
+    root: Path,
+    state: RunState,
+    model: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    keep: int,
+    is_first: bool,
+    barrier: Callable[[], None],
+) -> Path:
+    """Write `root/step-N` and drop all but the newest `keep`. Collective: every rank calls it; `is_first` on rank 0."""
+    final, scratch = root / f"step-{state.step}", root / f"step-{state.step}.tmp"
+    if is_first:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    barrier()
+    _quietly(dcp.save, dict(tensors), scratch)
+    if is_first:
+        content = {"format": FORMAT, **asdict(state), "model": asdict(model)}
+        (scratch / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if final.exists():  # the same step of a run that was resumed from before it
+            shutil.rmtree(final)
+        _sync(scratch)
+        scratch.rename(final)
+        for old in complete(root)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier()
+    return final
+
+
+def complete(root: Path) -> list[Path]:
+    """Checkpoints below `root` that were finished, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / "state.json").is_file() and (path / ".metadata").is_file()]
+
+
+def find(resume: str, run_dir: str | Path | None) -> Path | None:
+    """The checkpoint that `resume` means: None for "none", and for "auto" where there is none yet.
+
+    A path may be a checkpoint or a run directory, which stands for its newest. Raises ConfigError when it is neither.
+    """
+    if resume == "none":
+        return None
+    if resume == "auto":
+        newest = complete(Path(run_dir) / "checkpoints")[-1:] if run_dir is not None else []
+        return newest[0] if newest else None
+    path = Path(resume)
+    if (path / "state.json").is_file() and (path / ".metadata").is_file():
+        return path
+    if inside := complete(path / "checkpoints"):
+        return inside[-1]
+    raise ConfigError(f"resume={resume} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+
+
+def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> RunState:
+    """The numbers of the checkpoint at `path`. Raises ConfigError unless it is of this model, seed and seq_len."""
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = RunState(**{field.name: content[field.name] for field in dataclasses.fields(RunState)})
+        theirs = content["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
+    if content.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} has format {content.get('format')} and this version reads {FORMAT}: retrain or convert"
+        )
+    ours = json.loads(json.dumps(asdict(model)))
+    differing = [
+        f"model.{name}={theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in FREE_FIELDS and ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
+        )
+    for name, here, there in (("seed", seed, state.seed), ("seq_len", seq_len, state.seq_len)):
+        if here != there:
+            raise ConfigError(f"{path} was trained with {name}={there} and this run has {name}={here}: use {there}")
+    return state
+
+
+def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `tensors`, which name the same things as when they were saved, on any layout. Collective."""
+    try:
+        _quietly(dcp.load, dict(tensors), path)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise DataError(f"{path} can't be read ({reason}): resume from another checkpoint") from error
+
+
+def run_tensors(
+    optimizer: AdamW, biases: Mapping[str, Tensor], loads: Mapping[str, Tensor], mesh: Mesh
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by canonical name: the optimizer's, router biases, tokens each expert has had."""
+    tensors = {name: _as_stored(tensor, parameter, mesh) for name, parameter, tensor in optimizer.tensors()}
+    tensors |= {f"bias.{name}": bias for name, bias in biases.items()}
+    return tensors | {f"load.{name}": load for name, load in loads.items()}
+
+
+def _as_stored(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
+    if mesh.ep == 1 or not is_expert(parameter):  # type: ignore[arg-type]
+        return tensor
+    ranks = torch.arange(mesh.pp_rank * mesh.dp, (mesh.pp_rank + 1) * mesh.dp).view(mesh.edp, mesh.ep)
+    # No process groups of its own: nothing is ever communicated through these DTensors, they only say who holds what.
+    axes = DeviceMesh(tensor.device.type, ranks, mesh_dim_names=("edp", "ep"), _init_backend=False)
+    return DTensor.from_local(tensor, axes, [Replicate(), Shard(0)], run_check=False)
+
+
+def _quietly(operation: Callable[..., Any], tensors: dict[str, Tensor], path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to.*")  # a world of one: it is
+        operation(tensors, checkpoint_id=path)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the files are on disk: a rename must not outrun the bytes it publishes."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

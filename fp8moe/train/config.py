@@ -1,0 +1,158 @@
+"""The whole of a run's configuration: one frozen dataclass a concern, each beside its consumer, composed here.
+
+What can be known before a process group exists is checked here, in `settle`, so that a mistake costs one sentence and
+not the start of a thousand processes. `settle` also fills in what depends on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fp8moe.data.config import DataConfig
+from fp8moe.errors import ConfigError
+from fp8moe.layers.precision import Precision
+from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
+from fp8moe.parallel.mesh import validate_mesh
+from fp8moe.train import checkpoint
+from fp8moe.train.batch import BatchConfig, check_batch
+from fp8moe.train.checkpoint import CheckpointConfig
+from fp8moe.train.metrics import LoggingConfig, check_wandb
+from fp8moe.train.optimizer import OptimizerConfig
+from fp8moe.train.run_dir import check_run_dir
+from fp8moe.train.validation import ValidationConfig
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """mode: fp32, bf16 or fp8 (see `fp8moe.layers.precision`)."""
+
+    mode: Precision
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """World = pp x dp, ep inside dp. dp: None is processes / pp; ep: None is the most ranks that experts spread over.
+
+    timeout, startup_timeout: seconds a rank waits for a message, afterwards and until the first step is done (the first
+    step compiles kernels and opens connections).
+    """
+
+    pp: int = 1
+    dp: int | None = None
+    ep: int | None = None
+    timeout: float = 300.0
+    startup_timeout: float = 900.0
+
+    def __post_init__(self) -> None:
+        if self.pp != 1:
+            raise ValueError(f"parallel.pp={self.pp}: this version trains with 1 pipeline stage, use parallel.pp=1")
+        for name in ("timeout", "startup_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} seconds must be above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. steps: optimizer steps in all; seq_len: tokens a sequence predicts; seed: of weights and data order.
+
+    resume: "none", "auto" (the newest complete checkpoint of run_dir, if any) or a checkpoint's or run's path.
+    max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    precision: PrecisionConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    logging: LoggingConfig
+    batch: BatchConfig
+    validation: ValidationConfig
+    checkpoint: CheckpointConfig
+    name: str
+    steps: int
+    seq_len: int
+    seed: int = 0
+    run_dir: str | None = None
+    resume: str = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_skipped_steps: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_skipped_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}: "
+                f"use at most {self.model.max_seq_len}"
+            )
+        tokens = self.batch.micro_batch * self.seq_len
+        if self.precision.mode is Precision.FP8 and tokens % FP8_MULTIPLE:
+            raise ValueError(
+                f"batch.micro_batch x seq_len = {self.batch.micro_batch} x {self.seq_len} = {tokens} tokens is no multiple "
+                f"of {FP8_MULTIPLE}, as FP8 needs: use seq_len={_nearest_length(self.seq_len)}"
+            )
+        if self.data.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"data.vocab_size={self.data.vocab_size} exceeds model.vocab_size={self.model.vocab_size}: "
+                f"use at most {self.model.vocab_size}"
+            )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks of a settled configuration."""
+        assert self.parallel.dp is not None, "settle(config, world_size) comes first"
+        return self.parallel.dp
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel ranks of a settled configuration."""
+        assert self.parallel.ep is not None, "settle(config, world_size) comes first"
+        return self.parallel.ep
+
+
+def _nearest_length(seq_len: int) -> int:
+    return max(FP8_MULTIPLE, round(seq_len / FP8_MULTIPLE) * FP8_MULTIPLE)
+
+
+def settle(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Check what depends on the number of processes and on this machine, and fill `parallel.dp` and `parallel.ep` in.
+
+    Raises ValueError or ConfigError. Starts nothing and writes nothing.
+    """
+    parallel = config.parallel
+    experts = config.model.num_experts
+    if parallel.dp is not None and parallel.pp * parallel.dp != world_size:
+        raise ValueError(
+            f"the mesh pp={parallel.pp} x dp={parallel.dp} needs {parallel.pp * parallel.dp} processes and there are "
+            f"{world_size}: use parallel.dp={world_size // parallel.pp} or start {parallel.pp * parallel.dp}"
+        )
+    ep = parallel.ep
+    validate_mesh(world_size, parallel.pp, 1 if ep is None else ep, experts)
+    dp = world_size // parallel.pp
+    check_batch(config.batch, dp)
+    config.validation.check(dp, config.batch.micro_batch)
+    check_wandb(config.logging)
+    check_run_dir(config.run_dir, config.resume)
+    _check_resume(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda needs at least 1 CUDA device and torch sees 0: use device=cpu")
+    filled = dataclasses.replace(parallel, dp=dp, ep=math.gcd(dp, experts) if ep is None else ep)
+    return dataclasses.replace(config, parallel=filled)
+
+
+def _check_resume(config: TrainConfig) -> None:
+    found = checkpoint.find(config.resume, config.run_dir)
+    if found is None:
+        return
+    state = checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
+    if state.step >= config.steps:
+        raise ConfigError(f"{found} is after step {state.step} of steps={config.steps}: use more steps to go on")

@@ -1,0 +1,36 @@
+"""A step whose loss or gradient norm is not a finite number is skipped, a bounded number of times in a row.
+
+The decision is taken on values that were reduced over every rank, so all ranks take the same one. A skipped step moves
+neither weights, moments nor router bias; its samples count as consumed. A run that only skips is broken: past the
+bound it ends, with its last complete checkpoint untouched.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fp8moe.errors import NonFiniteError
+
+
+class Guard:
+    """Counts skipped steps; `limit` of them in a row are borne, 0 bears none."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether step number `step` may update the weights. Raises NonFiniteError past the bound."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row > self.limit:
+            raise NonFiniteError(
+                f"step {step}: loss {loss} and gradient norm {grad_norm}, not finite {self.in_a_row} times in a row "
+                f"where max_skipped_steps={self.limit} are borne: resume from the last checkpoint with a lower "
+                "optimizer.schedule.peak, or try precision=bf16"
+            )
+        return False

@@ -1,0 +1,162 @@
+"""All that a run tells: metrics, progress, the log file of each rank, and the summary made of what was told.
+
+Rank 0 shows and writes; the other ranks keep the same books silently, so that every rank ends with the same summary
+and no `if` about ranks stands in the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from fp8moe.kernels import backend
+from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
+from fp8moe.train.build import Run
+from fp8moe.train.metrics import MetricsWriter, StepReport
+from fp8moe.train.progress import ProgressDisplay
+from fp8moe.train.summary import Summary, balance, count_of, table, write_summary
+from fp8moe.train.validation import ValidationReport
+
+LOSS_STEPS = 10
+
+
+@contextlib.contextmanager
+def log_file(run_dir: Path, rank: int) -> Iterator[None]:
+    """Within the block, this rank's log messages and warnings go to `run_dir/logs/rank-N.log`."""
+    handler = logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("fp8moe")
+    root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
+
+
+class Journal:
+    """Books of one attempt at a run, from its first step here to its summary. `started` is a perf_counter reading."""
+
+    def __init__(self, run: Run, started: float) -> None:
+        config = run.config
+        self._run, self._started = run, started
+        self._log = logging.getLogger(__name__)
+        self._writer = (
+            MetricsWriter(run.run_dir, config.logging, config.name, dataclasses.asdict(config), run.step)
+            if run.is_first
+            else None
+        )
+        self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
+        self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
+        self._paces: list[tuple[int, float]] = []
+        self._tokens = 0
+        self._fp8: tuple[float | None, float | None] = (None, None)
+        self._validation: ValidationReport | None = None
+        self._say(opening(run))
+
+    def __len__(self) -> int:
+        """Steps booked here."""
+        return len(self._paces)
+
+    def _say(self, text: str) -> None:
+        self._display.say(text)
+        for line in text.splitlines():
+            self._log.info("%s", line)
+
+    def note(self, report: StepReport, validation: ValidationReport | None, checkpoint: Path | None) -> None:
+        """Book one step, with the validation and the checkpoint that followed it, if any."""
+        extra: dict[str, float | None] = {}
+        if validation is not None:
+            self._validation = validation
+            extra = {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+        if self._writer is not None:
+            self._writer.write(report, extra)
+        self._display.show(report)
+        self._log.info("%s", self._display.line(report))
+        if validation is not None:
+            bits = "" if validation.bits_per_byte is None else f", {validation.bits_per_byte:.4f} bits a byte"
+            self._say(f"validation after step {report.step}: loss {validation.loss:.4f}{bits}")
+        if checkpoint is not None:
+            self._log.info("checkpoint %s in %.2f s", checkpoint, report.time.checkpoint)
+        self._losses.append(report.loss)
+        self._paces.append((report.tokens, report.seconds))
+        self._tokens += report.tokens
+        if report.fp8_saturated_share is not None:
+            self._fp8 = (report.fp8_saturated_share, report.fp8_underflow_share)
+
+    def finish(self) -> Summary:
+        """Write and show the summary of a run that has done all its steps."""
+        run, validation = self._run, self._validation
+        assert validation is not None, "the last step is always validated"
+        violations, shares = balance(run.loads)
+        paced = self._paces[1:] or self._paces  # the first step compiles, allocates and opens connections
+        summary = Summary(
+            loss=sum(self._losses) / len(self._losses),
+            val_loss=validation.loss,
+            val_bits_per_byte=validation.bits_per_byte,
+            byte_bigram_bits_per_byte=run.data.bigram_bits_per_byte,
+            tokens_per_second=sum(tokens for tokens, _ in paced) / sum(seconds for _, seconds in paced),
+            max_violation=max(violations.values(), default=None),
+            max_violation_by_layer=violations,
+            expert_token_shares=shares,
+            fp8_saturated_share=self._fp8[0],
+            fp8_underflow_share=self._fp8[1],
+            steps=run.step,
+            skipped_steps=run.guard.skipped,
+            tokens=self._tokens,
+            wall_seconds=time.perf_counter() - self._started,
+            world_size=run.mesh.world_size,
+            precision=run.config.precision.mode.value,
+            run_dir=str(run.run_dir),
+        )
+        if self._writer is not None:
+            write_summary(summary, run.run_dir / "summary.json")
+            self._writer.close(dataclasses.asdict(summary))
+            self._writer = None
+        self._display.close()
+        self._say("\n" + table(summary))
+        return summary
+
+    def close(self) -> None:
+        """Let go of files after an error; nothing to do after `finish`."""
+        self._display.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def opening(run: Run) -> str:
+    """The lines that begin a run: what is trained, on what, how, and the formula behind MFU."""
+    config, mesh = run.config, run.mesh
+    counts = count_parameters(config.model)
+    flops = flops_per_token(config.model, config.seq_len)
+    mtp = f" and {_short(counts.mtp)} in the MTP module" if counts.mtp else ""
+    processes = count_of(mesh.world_size, "process", "processes")
+    formula = f"mfu = tokens/s/GPU x {_short(flops)} FLOP/token (forward and backward, causal, active parameters) / "
+    lines = [
+        f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
+        f"{config.precision.mode.value} on {processes} ({run.device.type}): dp {mesh.dp}, experts over ep {mesh.ep}; "
+        f"kernels: {backend.resolve()}",
+        f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
+        formula
+        + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
+        + ("" if run.device.type == "cuda" else "; none on a CPU"),
+        f"run directory {run.run_dir}",
+    ]
+    if run.step:
+        lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
+    return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,86 @@
+"""The training run, from a settled configuration to its summary. The loop itself is a paragraph.
+
+Every rank runs this. What it means to be the first of them, or to be alone, is known to the parts, not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fp8moe.train.build import Run, build, choose_device, claim_run_dir, end_startup, processes, save_checkpoint
+from fp8moe.train.config import TrainConfig
+from fp8moe.train.journal import Journal, log_file
+from fp8moe.train.metrics import StepReport
+from fp8moe.train.step import train_step
+from fp8moe.train.summary import Summary
+from fp8moe.train.validation import ValidationReport, validate
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary:
+    """Run `config`, settled for the processes there are, to its end. Collective; `as_yaml` gives config.yaml's text."""
+    started = time.perf_counter()
+    device = choose_device(config)
+    with processes(config, device) as mesh:
+        run_dir = claim_run_dir(config, mesh)
+        with log_file(run_dir, mesh.rank):
+            try:
+                run = build(config, mesh, device, run_dir)
+                if run.is_first:
+                    (run_dir / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+                return run_to_end(run, started)
+            except Exception:
+                logger.exception("rank %d ends here", mesh.rank)
+                raise
+
+
+def run_to_end(run: Run, started: float) -> Summary:
+    """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
+    journal = Journal(run, started)
+    try:
+        while run.step < run.config.steps:
+            report = train_step(run, count_fp8=_counts_fp8(run))
+            if len(journal) == 0:
+                end_startup(run)
+            validation = _validate(run)
+            report, saved = _save(run, report)
+            journal.note(report, validation, saved)
+        return journal.finish()
+    finally:
+        journal.close()
+
+
+def _counts_fp8(run: Run) -> bool:
+    """Whether the coming step counts what FP8 casts lose: the last one does, so that the summary has its figures."""
+    step, every = run.step + 1, run.config.logging.fp8_every
+    return step == run.config.steps or (every > 0 and step % every == 0)
+
+
+def _validate(run: Run) -> ValidationReport | None:
+    every = run.config.validation.every
+    if run.step != run.config.steps and (every == 0 or run.step % every):
+        return None
+    return validate(
+        run.model,
+        run.data.validation,
+        run.data.token_bytes,
+        run.mesh,
+        samples=run.config.validation.samples,
+        micro_batch=run.config.batch.micro_batch,
+        device=run.device,
+    )
+
+
+def _save(run: Run, report: StepReport) -> tuple[StepReport, Path | None]:
+    """A checkpoint where one is due, and the report with the seconds it took."""
+    if not run.config.checkpoint.is_due(run.step, run.config.steps):
+        return report, None
+    start = time.perf_counter()
+    saved = save_checkpoint(run)
+    spent = dataclasses.replace(report.time, checkpoint=time.perf_counter() - start)
+    return dataclasses.replace(report, time=spent), saved

@@ -1,0 +1,145 @@
+"""What a step reports, and where the reports go: `metrics.jsonl` always, wandb when asked.
+
+One line of JSON a step, appended and closed, so that a run that dies has told all it knew. A number that is not finite
+is written as null: JSON has no word for it and most readers choke on the one Python uses. wandb is imported only when
+it is asked for, and works offline when no key is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """every: steps between plain progress lines. wandb: also log to Weights & Biases, under `wandb_project`.
+
+    fp8_every: steps between measurements of saturated and underflowed FP8 values (0: only on the last step).
+    """
+
+    every: int = 10
+    fp8_every: int = 0
+    wandb: bool = False
+    wandb_project: str = "fp8moe"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"logging.every={self.every} must be at least 1")
+        if self.fp8_every < 0:
+            raise ValueError(f"logging.fp8_every={self.fp8_every} must be at least 0: 0 measures the last step only")
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Where a step's time went, on this rank; `exposed_communication` is what computing had to wait for."""
+
+    data: float
+    forward: float
+    backward: float
+    exposed_communication: float
+    optimizer: float
+    checkpoint: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step. `step` counts from 1; losses are nats a predicted token of the global batch; `tokens` are its tokens.
+
+    mtp_loss and aux_loss are None where the model has none; max_violation is the worst layer's; the FP8 shares are None
+    where they were not measured. tokens_per_second counts the whole job, mfu one GPU (None on a CPU).
+    """
+
+    step: int
+    loss: float
+    mtp_loss: float | None
+    aux_loss: float | None
+    grad_norm: float
+    lr: float
+    skipped: bool
+    tokens: int
+    consumed_samples: int
+    tokens_per_second: float
+    mfu: float | None
+    max_violation: float | None
+    fp8_saturated_share: float | None
+    fp8_underflow_share: float | None
+    seconds: float
+    time: StepSeconds
+    memory_bytes: int
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that JSON has no word for replaced by None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_wandb(config: LoggingConfig) -> None:
+    """Raises ConfigError when wandb is asked for and not installed."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logging.wandb=true and wandb is not installed: pip install 'fp8moe[wandb]', or leave it out")
+
+
+class MetricsWriter:
+    """Appends records to `run_dir/metrics.jsonl`, and to wandb when asked; only rank 0 has one.
+
+    after_step: the step a resumed run goes on from; what an earlier attempt wrote beyond it is taken out first.
+    """
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, name: str, settings: Mapping[str, Any], after_step: int):
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _keep_until(path, after_step)
+        self._path = path
+        self._wandb = _start_wandb(run_dir, config, name, settings) if config.wandb else None
+
+    def write(self, report: StepReport, extra: Mapping[str, float | None]) -> None:
+        """Log one step; `extra` holds what only some steps have, such as a validation loss."""
+        record = finite({**asdict(report), **extra})
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._wandb is not None:
+            flat = {**{key: value for key, value in record.items() if key != "time"}}
+            flat |= {f"time/{key}": value for key, value in record["time"].items()}
+            self._wandb.log(flat, step=report.step)
+
+    def close(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Finish wandb's run, whose summary becomes `summary`; without one it counts as failed."""
+        if self._wandb is not None:
+            if summary is not None:
+                self._wandb.summary.update(dict(summary))
+            self._wandb.finish(exit_code=0 if summary is not None else 1)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the last line of a run that was killed while writing it
+            continue
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    scratch.replace(path)
+
+
+def _start_wandb(run_dir: Path, config: LoggingConfig, name: str, settings: Mapping[str, Any]) -> Any:
+    check_wandb(config)
+    import wandb
+
+    has_key = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().exists()
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    return wandb.init(project=config.wandb_project, name=name, dir=run_dir, mode=mode, config=dict(settings))

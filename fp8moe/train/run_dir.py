@@ -1,0 +1,65 @@
+"""The run directory: one a run, made by rank 0, never written over.
+
+    config.yaml  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
+
+The rules are checked twice: by whoever launches, so that a mistake costs one sentence and no processes, and by rank 0,
+because another run may have taken the place meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fp8moe.errors import ConfigError
+
+DEFAULT_PARENT = Path("runs")
+LOGS = "logs"
+
+
+def check_run_dir(run_dir: str | None, resume: str) -> None:
+    """Raises ConfigError where a run may not write there; makes nothing.
+
+    A fresh run (`resume=none`, or from a checkpoint elsewhere) needs a new or empty directory; `resume=auto` goes on in
+    the one it is given, or starts in it when it is empty. Logs alone, of a start that failed, leave it empty.
+    """
+    if run_dir is None:
+        if resume == "auto":
+            raise ConfigError("resume=auto goes on in a run directory and none is given: add run_dir=PATH")
+        return
+    path = Path(run_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run_dir={run_dir} is a file: name a directory")
+    if resume == "auto" or not path.is_dir() or (resume != "none" and path.resolve() in Path(resume).resolve().parents):
+        return
+    if resume != "none" and path.resolve() == Path(resume).resolve():
+        return
+    count = sum(1 for entry in path.iterdir() if entry.name != LOGS)
+    if count:
+        raise ConfigError(
+            f"run_dir={run_dir} holds {count} entries and a fresh run needs 0: use resume=auto to go on, or another "
+            "run_dir"
+        )
+
+
+def make_run_dir(run_dir: str | None, name: str, resume: str) -> Path:
+    """Make the directory (rank 0 only) and return its path: `run_dir`, or runs/TIME-NAME, numbered if that is taken."""
+    if run_dir is not None:
+        check_run_dir(run_dir, resume)
+        path = Path(run_dir)
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        path = _new_directory(DEFAULT_PARENT, f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+    (path / LOGS).mkdir(exist_ok=True)
+    return path
+
+
+def _new_directory(parent: Path, name: str) -> Path:
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1

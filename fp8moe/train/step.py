@@ -1,0 +1,144 @@
+"""One optimizer step: batch, forwards and backwards, reduction, update; what it did comes back as a `StepReport`.
+
+The loss of a micro-batch is a sum over tokens divided by the token count of the whole global batch, which is counted
+before the first backward; so gradients of micro-batches and ranks simply add up, and no average of averages is taken.
+Loss and gradient norm are those of the global batch, the same number on every rank, and so is every decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fp8moe.data.packing import Batch
+from fp8moe.data.sampler import rank_slice
+from fp8moe.kernels.statistics import CastStatistics, observe_casts
+from fp8moe.layers.balance import max_violation, update_bias
+from fp8moe.layers.linear import quantize_weights
+from fp8moe.layers.precision import Precision
+from fp8moe.model.flops import mfu
+from fp8moe.model.loss import LossCounts, count_predicted, total_loss
+from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
+from fp8moe.train.batch import global_batch, pieces, to_device
+from fp8moe.train.build import Run
+from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
+from fp8moe.train.metrics import StepReport, StepSeconds
+from fp8moe.train.stopwatch import EXPOSED, Stopwatch
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of the global batch: nats a predicted token (the next one; the next but one), balance loss a sequence."""
+
+    main: float
+    mtp: float
+    balance: float
+
+
+def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
+    """Do step number `run.step + 1`. Collective over all ranks. `count_fp8` counts what the casts of this step lose."""
+    config, schedule = run.config, run.config.optimizer.schedule
+    started = time.perf_counter()
+    watch = Stopwatch(run.device)
+    at = Progress(run.step, config.steps, run.sampler.consumed * config.seq_len)
+    batches, counts = next_batches(run)
+    watch.lap("data")
+
+    run.model.main_grads.zero_()
+    observing = count_fp8 and config.precision.mode is Precision.FP8
+    with observe_casts() if observing else contextlib.nullcontext() as casts:
+        losses = forward_backward(run, batches, counts, mtp_weight(schedule, config.model.mtp_weight, at), watch)
+    reduce_gradients(run.model.main_grads, run.mesh)
+    reduce_counts(run.model, run.mesh)
+    grad_norm = global_grad_norm(run.model.main_grads, run.mesh)
+
+    lr = learning_rate(schedule, at)
+    violation = note_loads(run)
+    accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm)
+    if accepted:
+        run.optimizer.step(lr, grad_norm)
+        quantize_weights(run.model)
+    update_bias(run.model, bias_gamma(schedule, config.model.bias_gamma, at) if accepted else 0.0)
+    watch.lap("optimizer")
+    run.step += 1
+    laps, seconds = watch.read(), time.perf_counter() - started
+    saturated, underflow = cast_shares(run, casts)
+    tokens_per_second = counts.main_tokens / seconds
+    is_gpu = run.device.type == "cuda"
+    return StepReport(
+        step=run.step,
+        loss=losses.main,
+        mtp_loss=losses.mtp if config.model.mtp_depth else None,
+        aux_loss=losses.balance if run.loads else None,
+        grad_norm=grad_norm,
+        lr=lr,
+        skipped=not accepted,
+        tokens=counts.main_tokens,
+        consumed_samples=run.sampler.consumed,
+        tokens_per_second=tokens_per_second,
+        mfu=mfu(config.model, config.seq_len, tokens_per_second / run.mesh.world_size) if is_gpu else None,
+        max_violation=violation,
+        fp8_saturated_share=saturated,
+        fp8_underflow_share=underflow,
+        seconds=seconds,
+        time=StepSeconds(laps["data"], laps["forward"], laps["backward"], laps[EXPOSED], laps["optimizer"]),
+        memory_bytes=memory_bytes(run.device),
+    )
+
+
+def next_batches(run: Run) -> tuple[list[Batch], LossCounts]:
+    """This rank's micro-batches of the next global batch, and what the whole of it predicts. Collective."""
+    config, mesh = run.config, run.mesh
+    sequences = global_batch(config.batch, run.sampler.consumed)
+    mine = rank_slice(run.sampler.next_indices(sequences), mesh.dp_rank, mesh.dp)
+    batches = [run.data.train.batch(ids) for ids in pieces(mine, config.batch.micro_batch)]
+    counted = torch.tensor([count_predicted(batch.labels_BS) for batch in batches]).sum(0)
+    main_tokens, mtp_tokens = all_reduce(counted, mesh.dp_group).tolist()
+    return [to_device(batch, run.device) for batch in batches], LossCounts(main_tokens, mtp_tokens, sequences)
+
+
+def forward_backward(run: Run, batches: list[Batch], counts: LossCounts, weight: float, watch: Stopwatch) -> Losses:
+    """Add the gradients of every micro-batch into `main_grad`, and give the losses of the global batch. Collective."""
+    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
+    for batch in batches:
+        sums = run.model(batch)
+        loss = total_loss(sums, counts, mtp_weight=weight, balance_alpha=run.config.model.aux_loss_alpha)
+        watch.lap("forward")
+        loss.backward()
+        totals += torch.stack([sums.main, sums.mtp, sums.balance]).detach()
+        watch.lap("backward")
+    main, mtp, balance = all_reduce(totals, run.mesh.dp_group).tolist()
+    return Losses(main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences)
+
+
+def note_loads(run: Run) -> float | None:
+    """Add the step's reduced loads to those of the run; the worst layer's MaxVio of the step, None without experts."""
+    violations = []
+    for name, router in run.routers().items():
+        run.loads[name] += router.counts_E
+        violations.append(max_violation(router.counts_E))
+    return max(violations, default=None)
+
+
+def cast_shares(run: Run, casts: CastStatistics | None) -> tuple[float | None, float | None]:
+    """Saturated and underflowed shares over all ranks' casts; None where nothing was counted. Collective if counted."""
+    if casts is None:
+        return None, None
+    shares = (casts.saturated_share, casts.underflow_share)
+    mine = torch.tensor([casts.values, *(share * casts.values for share in shares)], dtype=torch.float64)
+    values, saturated, underflowed = all_reduce(mine, run.mesh.dp_group).tolist()
+    return saturated / max(values, 1.0), underflowed / max(values, 1.0)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: on its GPU, or resident where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

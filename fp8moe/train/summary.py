@@ -1,0 +1,107 @@
+"""What a run ends with: one table for people, and the same figures as `summary.json` for machines.
+
+Expert balance is over the whole run: MaxVio is by how much the busiest expert of a layer exceeds that layer's mean load
+(the report of the auxiliary-loss-free balance, arXiv 2408.15664), and `max_violation` the worst layer's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fp8moe.layers.balance import max_violation
+from fp8moe.train.metrics import finite
+from fp8moe.train.progress import duration
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a finished run. Losses in nats a token; None where there is nothing to measure (a tokenizer, FP8).
+
+    tokens_per_second: over the training steps of this process's attempt, validation and checkpoints left out;
+    wall_seconds: of the attempt, start-up included. expert_token_shares: by layer, each expert's share of its tokens.
+    """
+
+    loss: float
+    val_loss: float
+    val_bits_per_byte: float | None
+    byte_bigram_bits_per_byte: float | None
+    tokens_per_second: float
+    max_violation: float | None
+    max_violation_by_layer: dict[str, float]
+    expert_token_shares: dict[str, list[float]]
+    fp8_saturated_share: float | None
+    fp8_underflow_share: float | None
+    steps: int
+    skipped_steps: int
+    tokens: int
+    wall_seconds: float
+    world_size: int
+    precision: str
+    run_dir: str
+
+
+def balance(loads: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(MaxVio, each expert's share of the tokens) by layer."""
+    violations = {name: max_violation(load) for name, load in loads.items()}
+    shares = {name: (load / max(int(load.sum()), 1)).tolist() for name, load in loads.items()}
+    return violations, shares
+
+
+def write_summary(summary: Summary, path: Path) -> None:
+    """Write it as JSON, whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(finite(asdict(summary)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def table(summary: Summary) -> str:
+    """The lines that end a run on the terminal."""
+    s = summary
+    rows = [("training loss", f"{s.loss:.4f} nats a token"), ("validation loss", f"{s.val_loss:.4f} nats a token")]
+    if s.val_bits_per_byte is not None and s.byte_bigram_bits_per_byte is not None:
+        better = 1 - s.val_bits_per_byte / s.byte_bigram_bits_per_byte
+        rows += [
+            ("validation bits per byte", f"{s.val_bits_per_byte:.4f}"),
+            (
+                "byte bigram, same text",
+                f"{s.byte_bigram_bits_per_byte:.4f} ({abs(better):.1%} {'more' if better > 0 else 'LESS'})",
+            ),
+        ]
+    rows.append(
+        (
+            "tokens a second",
+            f"{s.tokens_per_second:,.0f} on {count_of(s.world_size, 'process', 'processes')}, {s.precision}",
+        )
+    )
+    if s.max_violation is not None:
+        rows.append(("expert balance (MaxVio)", f"{s.max_violation:.3f} in the worst layer, 0 is even"))
+        for name, shares in s.expert_token_shares.items():
+            rows.append((f"  {name}", _shares(shares)))
+    if s.fp8_saturated_share is not None and s.fp8_underflow_share is not None:
+        rows.append(("FP8 values", f"{s.fp8_saturated_share:.2%} saturated, {s.fp8_underflow_share:.2%} underflowed"))
+    if s.skipped_steps:
+        rows.append(("skipped steps", f"{s.skipped_steps}, their loss or gradient was not finite"))
+    rows.append(("steps", f"{s.steps}, {s.tokens:,} tokens, {duration(s.wall_seconds)}"))
+    rows.append(("run directory", s.run_dir))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def count_of(number: int, one: str, many: str) -> str:
+    """`1 process`, `4 processes`."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def _shares(shares: list[float]) -> str:
+    """Each expert's share where they fit a line; else the extremes."""
+    if len(shares) <= 16:
+        text = " ".join(f"{share:.1%}" for share in shares)
+    else:
+        text = f"{min(shares):.2%} to {max(shares):.2%} of the tokens an expert, {1 / len(shares):.2%} is even"
+    idle = sum(share == 0 for share in shares)
+    return text + (f"  {idle} EXPERTS WITHOUT TOKENS" if idle else "")

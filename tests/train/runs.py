@@ -1,0 +1,60 @@
+"""A run small enough for a test: a model of 60 thousand parameters on text that is made here and can be learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fp8moe.cli.compose import compose
+from fp8moe.data.indexed import IndexedWriter
+from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
+from fp8moe.train.build import Run, build
+from fp8moe.train.config import TrainConfig, settle
+from fp8moe.train.run_dir import make_run_dir
+from tests.parallel.ranks import TIMEOUT
+
+VOCABULARY = 300
+SMALL = (
+    *("model.dim=64", "model.num_layers=2", "model.num_heads=2", "model.q_lora_rank=32", "model.kv_lora_rank=32"),
+    *("model.nope_dim=16", "model.rope_dim=16", "model.v_dim=16", "model.dense_hidden=64", "model.expert_hidden=32"),
+    *("model.num_experts=4", "model.topk=2", "model.num_groups=2", "model.top_groups=2"),
+    *(f"model.vocab_size={VOCABULARY}", "seq_len=32", "batch.sequences=8", "batch.micro_batch=2", "device=cpu"),
+    *("validation.samples=8", "optimizer.schedule.warmup_steps=2", "parallel.timeout=60", "steps=6"),
+)
+
+
+def write_corpus(folder: Path) -> list[str]:
+    """Token files of a small grammar under `folder`, with their tokenizer; the settings that name them."""
+    generator = torch.Generator().manual_seed(0)
+    words = ["alpha", "beta", "gamma", "delta", "return", "import", "self", "print"]
+
+    def document() -> str:
+        picks = torch.randint(len(words), (60,), generator=generator).tolist()
+        return "\n".join(f"{words[i]} = {words[(i + 1) % 8]}({words[(i * 3) % 8]}, {i})" for i in picks)
+
+    texts = [document() for _ in range(40)]
+    tokenizer = train_tokenizer(iter(texts), VOCABULARY)
+    prefix = folder / "grammar"
+    with IndexedWriter(prefix, VOCABULARY) as writer:
+        for ids, _ in encode_pieces(tokenizer, ((text, True) for text in texts), end_of_text_id(tokenizer)):
+            writer.write(ids)
+            writer.end_document()
+    tokenizer.save(f"{prefix}.tokenizer.json")
+    return ["data=indexed", f"data.paths=[{prefix}]", "data.validation_share=0.2", f"data.cache_dir={folder / 'cache'}"]
+
+
+def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainConfig:
+    """The small run's configuration with `settings` over it, settled for `world_size` processes."""
+    return settle(compose([*SMALL, *corpus, *settings]).config, world_size)
+
+
+def built(config: TrainConfig) -> Run:
+    """The run, for one process or inside `run_ranks`, its directory made where the configuration has one."""
+    from fp8moe.parallel.mesh import build_mesh
+
+    mesh = build_mesh(1, config.dp, config.ep, timeout=TIMEOUT)
+    run_dir = Path(config.run_dir or "nowhere")
+    if config.run_dir is not None and mesh.rank == 0:
+        make_run_dir(config.run_dir, config.name, config.resume)
+    return build(config, mesh, torch.device("cpu"), run_dir)

@@ -1,0 +1,56 @@
+"""What is refused before a process starts, and what is filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import configured
+
+
+def test_the_mesh_is_filled_in(corpus: list[str]) -> None:
+    alone = configured(corpus)
+    assert (alone.dp, alone.ep) == (1, 1)
+    four = configured(corpus, world_size=4)
+    assert (four.dp, four.ep) == (4, 4)
+    # Experts spread over as many ranks as divide both: 4 experts, 6 ranks.
+    assert configured(corpus, "batch.sequences=12", "validation.samples=12", world_size=6).ep == 2
+    assert configured(corpus, "parallel.ep=2", world_size=4).ep == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "says"),
+    [
+        (["parallel.ep=3"], 3, "parallel.ep=3 does not divide num_experts=4: use 1, 2 or 4"),
+        (["parallel.ep=4"], 2, "parallel.ep=4 does not divide the 2 data-parallel processes: use 1 or 2"),
+        (["parallel.dp=2"], 4, "needs 2 processes and there are 4: use parallel.dp=4 or start 2"),
+        (["batch.sequences=7"], 1, "batch.sequences=7 is no multiple .*: use 8"),
+        (["validation.samples=6"], 2, "validation.samples=6 is no multiple .*: use 8"),
+        (["parallel.pp=2"], 2, "parallel.pp=2: this version"),
+        (["seq_len=40", "batch.micro_batch=1"], 1, "1 x 40 = 40 tokens is no multiple of 16, as FP8 needs: use seq_len=32"),
+        (["seq_len=2048"], 1, "seq_len=2048 exceeds model.max_seq_len=1024: use at most 1024"),
+        (["data.vocab_size=500"], 1, "data.vocab_size=500 exceeds model.vocab_size=300: use at most 300"),
+        (["model.dim=72"], 1, "model.dim=72 is no multiple of 16, as FP8 needs: use 64"),
+        (["steps=0"], 1, "steps=0 must be at least 1"),
+        (["seed=-1"], 1, "seed=-1 must be at least 0"),
+        (["parallel.timeout=0"], 1, "parallel.timeout=0.0 seconds must be above 0"),
+        (["resume=nowhere"], 1, "resume=nowhere holds no complete checkpoint"),
+        (["resume=auto"], 1, "resume=auto goes on in a run directory and none is given"),
+        (["device=cuda"], 1, "device=cuda needs at least 1 CUDA device and torch sees 0"),
+    ],
+)
+def test_what_can_not_be(corpus: list[str], settings: list[str], world_size: int, says: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=says):
+        configured(corpus, *settings, world_size=world_size)
+
+
+def test_other_precisions_take_any_length(corpus: list[str]) -> None:
+    assert configured(corpus, "seq_len=40", "batch.micro_batch=1", "precision=bf16").seq_len == 40
+
+
+def test_a_used_directory_is_refused_before_anything_starts(corpus: list[str], tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(ValueError, match="holds 1 entries and a fresh run needs 0"):
+        configured(corpus, f"run_dir={tmp_path}")

@@ -1,0 +1,90 @@
+"""A whole small run: it learns, tells what is promised, and validates alike on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8moe.cli.compose import as_yaml, compose
+from fp8moe.data.packing import IGNORED_LABEL
+from fp8moe.train.config import settle
+from fp8moe.train.loop import run_to_end, train
+from fp8moe.train.summary import table
+from fp8moe.train.validation import ValidationReport, validate
+from tests.parallel.ranks import run_ranks
+from tests.train.runs import SMALL, built, configured
+
+PROMISED = (
+    *("val_loss", "val_bits_per_byte", "byte_bigram_bits_per_byte", "tokens_per_second", "max_violation"),
+    *("fp8_saturated_share", "fp8_underflow_share", "steps", "wall_seconds", "world_size", "precision"),
+)
+
+
+def test_a_run_from_settings_to_summary(corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [*SMALL, *corpus, "steps=40", "optimizer.schedule.peak=1e-2", "validation.every=20", f"run_dir={tmp_path}"]
+    config = settle(compose(settings).config, 1)
+    summary = train(config, as_yaml)
+    shown = capsys.readouterr().out
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert all(key in written for key in PROMISED)
+    assert written["steps"] == 40 and written["world_size"] == 1 and written["precision"] == "fp8"
+    assert summary.val_bits_per_byte < 0.8 * summary.byte_bigram_bits_per_byte
+    for shares in summary.expert_token_shares.values():
+        assert all(share > 0 for share in shares) and sum(shares) == pytest.approx(1.0)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert [record["step"] for record in records if "val_loss" in record] == [20, 40]
+    assert records[-1]["fp8_saturated_share"] == 0.0 and records[0]["fp8_saturated_share"] is None
+    assert sum(record["loss"] for record in records[-5:]) < 0.5 * sum(record["loss"] for record in records[:5])
+    assert records[-1]["time"]["checkpoint"] > 0
+    again = compose([f"{key}={value}" for key, value in [("run_dir", tmp_path)]] + settings[:-1]).config
+    assert (tmp_path / "config.yaml").read_text() == as_yaml(settle_again(again))
+    assert "run directory" in shown and "mfu = tokens/s/GPU x" in shown and str(tmp_path) in shown
+    assert table(summary) in shown
+    assert "step 40/40" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+def settle_again(config):  # type: ignore[no-untyped-def]
+    """As `settle`, but of a directory that is in use by now."""
+    from dataclasses import replace
+
+    return replace(settle(replace(config, run_dir=None), 1), run_dir=config.run_dir)
+
+
+def score(settings: list[str], world_size: int) -> ValidationReport:
+    run = built(configured(settings, world_size=world_size))
+    return validate(
+        run.model, run.data.validation, run.data.token_bytes, run.mesh, samples=8, micro_batch=2, device=run.device
+    )
+
+
+def test_validation_by_hand_and_on_any_layout(corpus: list[str]) -> None:
+    settings = [*corpus, "precision=fp32", "data.document_mask=true"]
+    report = score(settings, 1)
+    for other in run_ranks(score, 4, settings, 4):
+        assert other.loss == pytest.approx(report.loss, rel=1e-6)
+        assert other.bits_per_byte == pytest.approx(report.bits_per_byte, rel=1e-6)
+        assert other.tokens == report.tokens
+
+    run = built(configured(settings))
+    batch = run.data.validation.batch(range(8))
+    run.model.eval()
+    predicted = batch.labels_BS != IGNORED_LABEL
+    with torch.no_grad():
+        nats = float(run.model(batch).main)
+    num_bytes = int(run.data.token_bytes[batch.labels_BS[predicted]].sum())
+    assert report.tokens == int(predicted.sum()) < 8 * 32
+    assert report.loss == pytest.approx(nats / report.tokens, rel=1e-6)
+    assert report.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+
+
+def test_validation_leaves_training_alone(corpus: list[str], tmp_path: Path) -> None:
+    plain = built(configured(corpus, "steps=3", f"run_dir={tmp_path / 'a'}"))
+    watched = built(configured(corpus, "steps=3", "validation.every=1", f"run_dir={tmp_path / 'b'}"))
+    one, other = (run_to_end(run, time.perf_counter()) for run in (plain, watched))
+    assert (one.loss, one.val_loss, one.expert_token_shares) == (other.loss, other.val_loss, other.expert_token_shares)

@@ -1,0 +1,92 @@
+"""metrics.jsonl line by line, what a resumed run keeps of it, and wandb only when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8moe.errors import ConfigError
+from fp8moe.train.metrics import LoggingConfig, MetricsWriter, StepReport, StepSeconds, check_wandb, finite
+
+REPORT = StepReport(
+    step=1, loss=5.0, mtp_loss=None, aux_loss=1.0, grad_norm=2.0, lr=1e-3, skipped=False, tokens=100, consumed_samples=8,
+    tokens_per_second=50.0, mfu=None, max_violation=0.5, fp8_saturated_share=None, fp8_underflow_share=None, seconds=2.0,
+    time=StepSeconds(0.1, 0.5, 1.0, 0.2, 0.2), memory_bytes=1000,
+)  # fmt: skip
+PROMISED = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "consumed_samples", "mfu", "time", "memory_bytes"}
+PARTS = {"data", "forward", "backward", "exposed_communication", "optimizer", "checkpoint"}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_has_what_is_promised(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0)
+    writer.write(REPORT, {})
+    writer.write(replace(REPORT, step=2, loss=math.nan, grad_norm=math.inf), {"val_loss": 4.0})
+    one, two = lines(tmp_path)  # readable before the end
+    assert one.keys() >= PROMISED and one["time"].keys() == PARTS
+    assert one["loss"] == 5.0 and one["mfu"] is None
+    assert (two["loss"], two["grad_norm"], two["val_loss"]) == (None, None, 4.0)
+    writer.close()
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0)
+    for step in range(1, 6):
+        writer.write(replace(REPORT, step=step), {})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    writer = MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=3)
+    writer.write(replace(REPORT, step=4, loss=1.0), {})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 5.0), (2, 5.0), (3, 5.0), (4, 1.0)]
+
+
+def test_numbers_that_json_has_no_word_for() -> None:
+    assert finite({"a": [math.inf, 1.0], "b": {"c": math.nan}, "d": "inf"}) == {"a": [None, 1.0], "b": {"c": None}, "d": "inf"}
+
+
+def test_wandb_is_imported_when_asked_and_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+    run = types.SimpleNamespace(
+        log=lambda record, step: calls.append(("log", (step, record))),
+        finish=lambda exit_code: calls.append(("finish", exit_code)),
+        summary={},
+    )
+
+    def init(**settings: Any) -> Any:
+        calls.append(("init", settings))
+        return run
+
+    fake = types.ModuleType("wandb")
+    fake.init = init  # type: ignore[attr-defined]
+    fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0).close()
+    assert calls == []
+    writer = MetricsWriter(tmp_path, LoggingConfig(wandb=True), "name", {"seed": 1}, after_step=0)
+    writer.write(REPORT, {"val_loss": 3.0})
+    writer.close({"steps": 1})
+    assert [name for name, _ in calls] == ["init", "log", "finish"]
+    assert calls[0][1]["mode"] == "offline" and calls[0][1]["config"] == {"seed": 1}
+    step, record = calls[1][1]
+    assert step == 1 and record["time/forward"] == 0.5 and record["val_loss"] == 3.0
+    assert run.summary == {"steps": 1} and calls[2][1] == 0
+
+
+def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_wandb(LoggingConfig())
+    with pytest.raises(ConfigError, match=r"wandb is not installed: pip install 'fp8moe\[wandb\]'"):
+        check_wandb(LoggingConfig(wandb=True))
