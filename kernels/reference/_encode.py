@@ -99,4 +99,4 @@ def scale_of(amax: Tensor, amax_floor: float, power_of_two: bool) -> Tensor:
         return scale
     # A mantissa that isn't zero carries into the exponent, then the mantissa is cleared: rounds up, exactly.
     up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return torch.where(scale.isfinite(), up, scale)
+    return torch.maximum(up, scale)  # up >= scale, but for a NaN, which the integers lose

@@ -43,21 +43,20 @@ class ExactBf16Products:
 
 def write_product(out: Tensor, a: Fp8Tensor, b: Fp8Tensor) -> None:
     """out [M, N] (BF16 or FP32) = a @ b^T."""
-    m, n = out.shape
-    if not _powers_of_two(a, b):
-        with ExactBf16Products():
+    with ExactBf16Products():
+        if not _powers_of_two(a, b):
             for rows, product in _promoted(a, b):
                 out[rows] = product
-        return
-    dtype = out.dtype if _FAST_BF16 else torch.float32
-    right = b.dequantize(dtype).t()
-    with ExactBf16Products():
-        for rows in _chunks(m, max(n, b.shape[1])):
-            left = decode(a.data[rows], a.scale[rows]).to(dtype)
-            if dtype is out.dtype:
-                torch.mm(left, right, out=out[rows])
-            else:
-                out[rows] = left @ right
+            return
+        dtype = out.dtype if _FAST_BF16 else torch.float32
+        left = torch.empty(a.shape, dtype=dtype, device=a.device)
+        for rows in _chunks(*a.shape):
+            left[rows] = decode(a.data[rows], a.scale[rows])
+        right = b.dequantize(dtype).t()
+        if dtype is out.dtype:
+            torch.mm(left, right, out=out)
+        else:
+            out.copy_(left @ right)
 
 
 def add_product(total: Tensor, a: Fp8Tensor, b: Fp8Tensor) -> None:

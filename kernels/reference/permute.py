@@ -47,21 +47,19 @@ def permute(x: Tensor | Fp8Tensor, row_map: RowMap) -> Tensor | Fp8Tensor:
 def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
     n, topk = row_map.num_rows, row_map.topk
     r, d = y_R.shape
-    out = torch.zeros(n, d, dtype=y_R.dtype, device=y_R.device)
-    if r == 0:
-        return out
-    # Where each slot's copy lies, -1 for a copy that is not here; slot n * topk is room where padding writes.
-    row_of_slot = torch.full((n * topk + 1,), -1, dtype=torch.int64, device=y_R.device)
+    # Where each slot's copy lies; r is a spare row of zeros, slot n * topk the room where padding writes.
+    row_of_slot = torch.full((n * topk + 1,), r, dtype=torch.int64, device=y_R.device)
     slot_R = torch.where(row_map.slot_R < 0, n * topk, row_map.slot_R)
     row_of_slot.scatter_(0, slot_R, torch.arange(r, device=y_R.device))
     row_NK = row_of_slot[: n * topk].view(n, topk)
+    spare = torch.cat([y_R, y_R.new_zeros(1, d)])
+    out = torch.empty(n, d, dtype=y_R.dtype, device=y_R.device)
     step = max(1, _CHUNK // max(d, 1))
     for start in range(0, n, step):
         row_mK = row_NK[start : start + step]
         total = torch.zeros(row_mK.shape[0], d, dtype=torch.float32, device=y_R.device)
         for row_m in row_mK.unbind(1):
-            copies = y_R.index_select(0, row_m.clamp(min=0)).float()
-            total += copies.masked_fill_(row_m[:, None] < 0, 0)
+            total += spare.index_select(0, row_m).float()
         out[start : start + step] = total
     return out
 
