@@ -1,9 +1,9 @@
 """One AdamW step on one (shard of a) parameter: FP32 master and gradient, BF16 or FP32 moments.
 
 Numerics: all arithmetic in FP32; the update uses the moments before they are rounded to their storage type. Decay is
-decoupled (Loshchilov and Hutter, 2019) and applied before the update, as `torch.optim.AdamW` does, which agrees bit
-for bit up to the order of a few multiplications. BF16 moments are DeepSeek-V3's (report, section 3.3.3); its own
-optimizer class was refused because torch's takes moments in the parameter's type only.
+decoupled (Loshchilov and Hutter, 2019) and applied before the update, as `torch.optim.AdamW` does. BF16 moments are
+DeepSeek-V3's (report, section 3.3.3); torch's own optimizer was refused because it keeps the moments in the parameter's
+type.
 
 `grad_scale` multiplies the gradient on the way in (clipping), so that no pass over memory is spent on it.
 """

@@ -93,9 +93,7 @@ class Fp8Tensor:
     def __post_init__(self) -> None:
         assert self.data.dtype is E4M3 and self.scale.dtype is torch.float32, (self.data.dtype, self.scale.dtype)
         expected = scale_shape(self.data.shape, self.tile)
-        assert self.scale.shape == expected, (
-            f"scale is {tuple(self.scale.shape)}, tile {self.tile} asks for {expected}"
-        )
+        assert self.scale.shape == expected, f"scale is {tuple(self.scale.shape)}, tile {self.tile} asks for {expected}"
 
     @property
     def shape(self) -> torch.Size:
@@ -109,7 +107,7 @@ class Fp8Tensor:
 
     @property
     def scale_layout(self) -> Literal["token_major", "m_major"]:
-        """"token_major" where the scales of one row lie together, "m_major" where those of one K tile do."""
+        """ "token_major" where the scales of one row lie together, "m_major" where those of one K tile do."""
         return "token_major" if self.scale.is_contiguous() else "m_major"
 
     def to_m_major(self) -> "Fp8Tensor":

@@ -19,9 +19,7 @@ from fp8moe.kernels import backend, statistics
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_sizes
 
 
-def quantize_rows(
-    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
-) -> Fp8Tensor:
+def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     """x [..., K] BF16 or FP32 -> rows [..., K] with 1x128 tiles along K, a multiple of 16.
 
     Raises ValueError for another dtype, fewer than two dims, or another K.
@@ -33,9 +31,7 @@ def quantize_rows(
     return q
 
 
-def quantize_columns(
-    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
-) -> Fp8Tensor:
+def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     """x [M, K] BF16 or FP32 -> columns [K, M]: x transposed, with 1x128 tiles along M; both multiples of 16.
 
     Raises ValueError for another dtype or shape.

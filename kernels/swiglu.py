@@ -28,7 +28,9 @@ def swiglu(
         raise ValueError(
             f"swiglu takes [R, 2F] in BF16 or FP32, not {list(gate_up.shape)} {gate_up.dtype}: flatten and cast it"
         )
-    check_sizes(**{"2F/2": gate_up.shape[1] // 2})
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate and up are equally wide, 2F={gate_up.shape[1]} is odd: use {gate_up.shape[1] + 1}")
+    check_sizes(F=gate_up.shape[1] // 2)
     _check_weights(weights, gate_up.shape[0])
     return backend.op("swiglu")(gate_up, weights, power_of_two=power_of_two)
 

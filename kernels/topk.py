@@ -13,9 +13,7 @@ from torch import Tensor
 from fp8moe.kernels import backend
 
 
-def group_limited_topk(
-    scores_TE: Tensor, bias_E: Tensor, *, topk: int, num_groups: int, top_groups: int
-) -> Tensor:
+def group_limited_topk(scores_TE: Tensor, bias_E: Tensor, *, topk: int, num_groups: int, top_groups: int) -> Tensor:
     """scores [T, E] and bias [E], FP32 -> int64 [T, topk], by biased score, largest first.
 
     A group of one expert has that expert's score. Raises ValueError for sizes that do not fit together.
@@ -38,6 +36,4 @@ def group_limited_topk(
     if not 1 <= topk <= reachable:
         nearest = min(max(topk, 1), reachable)
         raise ValueError(f"topk={topk} is not between 1 and the {reachable} experts of top_groups: use {nearest}")
-    return backend.op("group_limited_topk")(
-        scores_TE, bias_E, topk=topk, num_groups=num_groups, top_groups=top_groups
-    )
+    return backend.op("group_limited_topk")(scores_TE, bias_E, topk=topk, num_groups=num_groups, top_groups=top_groups)

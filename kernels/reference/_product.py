@@ -68,8 +68,8 @@ def add_product(total: Tensor, a: Fp8Tensor, b: Fp8Tensor) -> None:
             return
         for span in _chunks(a.shape[1], max(total.shape)):
             tiles = slice(span.start // TILE, ceil_div(span.stop, TILE))
-            left, right = (decode(x.data[:, span], x.scale[:, tiles]) for x in (a, b))
-            total.addmm_(left, right.t())
+            left, right = (Fp8Tensor(x.data[:, span], x.scale[:, tiles], x.tile) for x in (a, b))
+            total.addmm_(left.dequantize(), right.dequantize().t())
 
 
 def _promoted(a: Fp8Tensor, b: Fp8Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -87,9 +87,7 @@ def _promoted(a: Fp8Tensor, b: Fp8Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, left.new_zeros(left.shape[0], n) if total is None else total
 
 
-def _add_scaled(
-    total: Tensor | None, partial: Tensor, scale_a: Tensor, scale_b: Tensor, blocks: bool
-) -> Tensor:
+def _add_scaled(total: Tensor | None, partial: Tensor, scale_a: Tensor, scale_b: Tensor, blocks: bool) -> Tensor:
     """total + partial [m, N] x scale_a [m, 1] x scale_b, which is [ceil(N/128)] for blocks, else [N]; in place."""
     if not blocks:
         partial.mul_(scale_b)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
-from fp8moe.kernels.permute import RowMap
+from fp8moe.kernels.permute import RowMap, Rows
 
 _CHUNK = 1 << 17  # values summed at a time, to stay in a core's cache
 
@@ -35,7 +35,7 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128) -> RowMap
     )
 
 
-def permute(x: Tensor | Fp8Tensor, row_map: RowMap) -> Tensor | Fp8Tensor:
+def permute(x: Rows, row_map: RowMap) -> Rows:
     # One spare row at the end is what padding reads.
     index = torch.where(row_map.source_R < 0, row_map.num_rows, row_map.source_R)
     if isinstance(x, Fp8Tensor):

@@ -25,9 +25,7 @@ from fp8moe.kernels.reference._encode import (
 )
 
 
-def quantize_rows(
-    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
-) -> Fp8Tensor:
+def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     flat = x.flatten(0, -2)
     m, k = flat.shape
     out = empty_rows(m, k, x.device)
@@ -38,9 +36,7 @@ def quantize_rows(
     return Fp8Tensor(out.data.view(x.shape), out.scale.view(*x.shape[:-1], out.scale.shape[1]))
 
 
-def quantize_columns(
-    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
-) -> Fp8Tensor:
+def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     m, k = x.shape
     out = empty_columns(m, k, x.device)
     for rows in row_chunks(m, k):

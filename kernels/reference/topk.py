@@ -11,9 +11,7 @@ from torch import Tensor
 _INDEX_BITS = 20
 
 
-def group_limited_topk(
-    scores_TE: Tensor, bias_E: Tensor, *, topk: int, num_groups: int, top_groups: int
-) -> Tensor:
+def group_limited_topk(scores_TE: Tensor, bias_E: Tensor, *, topk: int, num_groups: int, top_groups: int) -> Tensor:
     biased_TE = scores_TE + bias_E
     num_experts = biased_TE.shape[1]
     if top_groups < num_groups:

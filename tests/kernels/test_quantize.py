@@ -129,6 +129,16 @@ def test_small_gradients_keep_their_codes() -> None:
     assert float((codes(quantize_rows(small)) & 0x7F == 0).float().mean()) > 0.97  # what the activation floor would do
 
 
+def test_requantized_gradients_keep_their_codes() -> None:
+    dy = sample("normal", 256, 144)
+    results = []
+    for scale in (1.0, 2.0**-40):
+        rows = quantize_rows(dy * scale, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True)
+        results.append(requantize_columns(rows, amax_floor=GRADIENT_AMAX_FLOOR))
+    assert torch.equal(codes(results[0]), codes(results[1]))
+    assert torch.equal(results[0].scale * 2.0**-40, results[1].scale)
+
+
 @pytest.mark.parametrize("floor", [ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR])
 def test_the_floor_bounds_the_scale_of_zeros(floor: float) -> None:
     q = quantize_rows(torch.zeros(2, 16), amax_floor=floor)

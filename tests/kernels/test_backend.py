@@ -1,0 +1,68 @@
+"""The one choice of a back end: what is refused, what is said, and that every op has its implementation."""
+
+import importlib
+import inspect
+import logging
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fp8moe.kernels import backend
+from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.quantize import quantize_rows
+
+
+@pytest.fixture(autouse=True)
+def undo() -> Iterator[None]:
+    backend.set_backend(None)
+    yield
+    backend.set_backend(None)
+
+
+def test_the_reference_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    assert backend.resolve() == "reference"
+
+
+def test_an_unknown_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="back end 'cutlass' does not exist in this version: use reference"):
+        backend.set_backend("cutlass")
+    monkeypatch.setenv(backend.VARIABLE, "abacus")
+    with pytest.raises(ValueError, match="'abacus'"):
+        quantize_rows(torch.zeros(2, 16))
+    backend.set_backend("reference")  # explicit choice beats the environment
+    quantize_rows(torch.zeros(2, 16))
+
+
+def test_the_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv(backend.VARIABLE, "reference")
+    with caplog.at_level(logging.INFO, logger=backend.__name__):
+        quantize_rows(torch.zeros(2, 16))
+        quantize_rows(torch.zeros(2, 16))
+        backend.resolve()
+    assert [record.getMessage() for record in caplog.records] == ["kernels: back end reference (FP8MOE_BACKEND)"]
+
+
+def test_a_choice_takes_effect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = types.ModuleType("fp8moe.kernels.abacus.quantize")
+    other.quantize_rows = lambda x, **options: "counted by hand"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fp8moe.kernels.abacus", types.ModuleType("fp8moe.kernels.abacus"))
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    monkeypatch.setattr(backend, "BACKENDS", ("reference", "abacus"))
+    x = torch.zeros(2, 16)
+    assert isinstance(quantize_rows(x), Fp8Tensor)
+    backend.set_backend("abacus")
+    assert quantize_rows(x) == "counted by hand"
+
+
+@pytest.mark.parametrize("name", backend.OPS)
+def test_every_op_is_implemented_with_its_signature(name: str) -> None:
+    implementation = backend.op(name)
+    module = implementation.__module__.rpartition(".")[2]
+    public = getattr(importlib.import_module(f"fp8moe.kernels.{module}"), name)
+    ours, theirs = inspect.signature(public).parameters, inspect.signature(implementation).parameters
+    assert list(ours) == list(theirs)
+    assert [(p.kind, p.default) for p in ours.values()] == [(p.kind, p.default) for p in theirs.values()]
