@@ -1,0 +1,137 @@
+"""What a schedule costs, in words and tables: the caption of a picture, all schedules at one cost, a model's ranks."""
+
+from collections.abc import Sequence
+
+from fp8moe.errors import ConfigError
+from fp8moe.model.config import ModelConfig
+from fp8moe.model.partition import (
+    MicroBatch,
+    Stage,
+    imbalance,
+    rank_parameters,
+    relative_costs,
+    stage_activation_bytes,
+)
+from fp8moe.parallel.schedule import SCHEDULES, build_schedule
+from fp8moe.parallel.simulate import Costs, Timeline, peak_held, published_bubble, simulate
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def say_costs(costs: Costs) -> str:
+    """`F=1 B=2 W=1 F&B=2.6 message=0`."""
+    return (
+        f"F={costs.forward:.4g} B={costs.backward:.4g} W={costs.weight:.4g} F&B={costs.pair:.4g} "
+        f"message={costs.message:.4g}"
+    )
+
+
+def caption(timeline: Timeline) -> list[str]:
+    """Sizes and costs; bubble beside the published formula; memory. One string a line."""
+    schedule, costs = timeline.schedule, timeline.costs
+    copies = ", each on two ranks" if schedule.num_directions == 2 else ""
+    bubble, peaks = timeline.bubble, timeline.peak_activations
+    formula = published_bubble(schedule.name, schedule.num_stages, costs)
+    share = max(bubble) / timeline.makespan if timeline.makespan else 0.0
+    scaled = ", stages scaled by their work" if costs.stages is not None else ""
+    held = f"{min(peaks):g}" if min(peaks) == max(peaks) else f"{min(peaks):g} to {max(peaks):g}"
+    return [
+        f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_stages} stages{copies}, "
+        f"{schedule.num_microbatches} micro-batches; {say_costs(costs)}{scaled}",
+        f"makespan {timeline.makespan:.6g}; bubble {max(bubble):.6g} ({share:.1%}) on the rank that waits most, "
+        f"{min(bubble):.6g} on the one that waits least; published formula {formula:.6g}",
+        f"memory: {held} micro-batches of a stage's activations held at most (a stage is 1/{schedule.num_stages} of "
+        f"the model); parameters {schedule.num_directions}x",
+    ]
+
+
+def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> str:
+    """Every schedule on the same ranks, micro-batches and model.
+
+    costs are those of a stage of 1/num_ranks of the model; DualPipeV's stages are half as large, so its compute times
+    are halved (a message keeps its size). Held activations are counted in 1/num_ranks of the model for all. A schedule
+    that does not exist at these sizes has its reason in its row.
+    """
+    rows: list[tuple[str, ...]] = []
+    reasons = []
+    for name in SCHEDULES:
+        try:
+            schedule = build_schedule(name, num_ranks, num_microbatches)
+        except ConfigError as error:
+            rows.append((name, *("-",) * 7))
+            reasons.append(f"{name}: {error}")
+            continue
+        share = num_ranks / schedule.num_stages
+        own = costs if share == 1 else costs.scaled(share)
+        timeline = simulate(schedule, own)
+        bubble = max(timeline.bubble)
+        rows.append(
+            (
+                name,
+                str(schedule.num_stages),
+                f"{timeline.makespan:.5g}",
+                f"{bubble:.4g}",
+                f"{bubble / timeline.makespan if timeline.makespan else 0:.1%}",
+                f"{published_bubble(name, schedule.num_stages, own):.4g}",
+                f"{schedule.num_directions}x",
+                f"{max(timeline.peak_activations) * share:g}",
+            )
+        )
+    header = ("schedule", "stages", "makespan", "bubble", "share", "formula", "parameters", "held")
+    title = (
+        f"{num_ranks} ranks, {num_microbatches} micro-batches; {say_costs(costs)} for 1/{num_ranks} of the model "
+        f"(dualpipev: halves); held in 1/{num_ranks} of the model"
+    )
+    return "\n".join([title, table(header, rows), *reasons])
+
+
+def partition_table(
+    config: ModelConfig, stages: tuple[Stage, ...], timeline: Timeline, sizes: MicroBatch, ep: int
+) -> str:
+    """Each rank's stages, work relative to the average, parameters, and activations at its fullest moment."""
+    schedule = timeline.schedule
+    costs = relative_costs(config, stages, sizes.seq_len)
+    size = [stage_activation_bytes(config, stage, sizes) for stage in stages]
+    held = peak_held(schedule, size)
+    rows = []
+    for rank in range(schedule.num_ranks):
+        here = [stages[index] for index in sorted({stage for _, stage in schedule.held_by(rank)})]
+        work = sum(costs[stage.index] for stage in here) / len(here)
+        rows.append(
+            (
+                f"rank {rank}",
+                f"{work:.3f}",
+                f"{rank_parameters(config, here, ep) / 1e9:.3f}",
+                f"{held[rank] / 2**30:.2f}",
+                f"{timeline.peak_activations[rank]:g}",
+                "; ".join(str(stage) for stage in here),
+            )
+        )
+    title = (
+        f"{schedule.num_stages} stages of {config.num_layers} blocks, layout "
+        f"{','.join(str(stage.num_layers) for stage in stages)}; heaviest rank "
+        f"{imbalance(config, stages, sizes.seq_len, schedule.is_folded):.3f} of the average; ep={ep}; activations of "
+        f"{sizes.tokens} tokens a micro-batch, {sizes.precision}, norms, MLA up-projections and SwiGLU recomputed"
+    )
+    header = ("", "work", "parameters (1e9)", "activations (GiB)", "held", "stages")
+    return "\n".join([title, table(header, rows)])
+
+
+def published_table(rows: dict[str, tuple[float, float]]) -> str:
+    """Simulated beside published seconds, phase by phase."""
+    lines = [
+        (phase, f"{ours:.2f}", f"{theirs:.2f}", f"{ours - theirs:+.2f}", f"{ours / theirs - 1:+.1%}")
+        for phase, (ours, theirs) in rows.items()
+    ]
+    return table(("seconds, first rank", "simulated", "published", "difference", ""), lines)
