@@ -8,6 +8,7 @@ there first. Anything else is a defect of this program and keeps its traceback.
 
 from __future__ import annotations
 
+import re
 import traceback
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ LOST_PEER_WORDS = (
     "broken pipe",
     "remote peer",
 )
+SOURCE_PLACE = re.compile(r"\[[^\]]*:\d+\]\s*")  # where in somebody else's C++ it was thrown
 COLLECTIVE_WORDS = ("gloo", "nccl", "tcpstore", "store", "process group", "recv operation", "send operation", "barrier")
 
 
@@ -70,4 +72,4 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _first_sentence(text: str) -> str:
-    return text.split(". ")[0][:200]
+    return SOURCE_PLACE.sub("", text).split(". ")[0][:200]

@@ -140,5 +140,6 @@ def read_losses(path: Path) -> list[float]:
     """The training loss of every step of a run. Raises NonFiniteError where a step has none."""
     losses = [json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()]
     if None in losses:
-        raise NonFiniteError(f"{path}: the loss of step {losses.index(None) + 1} is not finite: lower the learning rate")
+        step = losses.index(None) + 1
+        raise NonFiniteError(f"{path}: the loss of step {step} is not finite: lower optimizer.schedule.peak")
     return losses

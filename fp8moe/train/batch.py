@@ -7,6 +7,7 @@ doesn't give the steps it grew in; here it grows linearly in consumed samples an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,14 +18,14 @@ from fp8moe.data.packing import Batch
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """sequences: the global batch. micro_batch: sequences a rank computes at once.
+    """sequences: the global batch. micro_batch: sequences a rank computes at once; None: its whole share of the batch.
 
     ramp_from: the global batch that the run starts with (None: no ramp); ramp_samples: sequences over which it grows;
     increment: the batch grows in multiples of it (None: ramp_from).
     """
 
     sequences: int
-    micro_batch: int
+    micro_batch: int | None = None
     ramp_from: int | None = None
     ramp_samples: int = 0
     increment: int | None = None
@@ -56,8 +57,15 @@ def global_batch(config: BatchConfig, consumed: int) -> int:
     return min(config.sequences, max(config.ramp_from, int(wanted / increment) * increment))
 
 
-def check_batch(config: BatchConfig, dp: int) -> None:
-    """Every size the batch can take is dp x micro_batch x a whole number. Raises ValueError with the nearest one."""
+def settle_batch(config: BatchConfig, dp: int) -> BatchConfig:
+    """The configuration with `micro_batch` filled in, every size the batch can take being a multiple of dp times it.
+
+    Raises ValueError with the nearest legal size.
+    """
+    if config.micro_batch is None:
+        smallest = config.sequences if config.ramp_from is None else config.ramp_from
+        config = dataclasses.replace(config, micro_batch=max(1, smallest // dp))
+    assert config.micro_batch is not None
     unit = dp * config.micro_batch
     sizes = {"sequences": config.sequences}
     if config.ramp_from is not None:
@@ -69,6 +77,7 @@ def check_batch(config: BatchConfig, dp: int) -> None:
                 f"batch.{name}={size} is no multiple of dp x batch.micro_batch = {dp} x {config.micro_batch} = {unit}: "
                 f"use {nearest}"
             )
+    return config
 
 
 def pieces(ids: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -19,7 +19,7 @@ from fp8moe.layers.precision import Precision
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.parallel.mesh import validate_mesh
 from fp8moe.train import checkpoint
-from fp8moe.train.batch import BatchConfig, check_batch
+from fp8moe.train.batch import BatchConfig, settle_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig
@@ -94,12 +94,6 @@ class TrainConfig:
                 f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}: "
                 f"use at most {self.model.max_seq_len}"
             )
-        tokens = self.batch.micro_batch * self.seq_len
-        if self.precision.mode is Precision.FP8 and tokens % FP8_MULTIPLE:
-            raise ValueError(
-                f"batch.micro_batch x seq_len = {self.batch.micro_batch} x {self.seq_len} = {tokens} tokens is no multiple "
-                f"of {FP8_MULTIPLE}, as FP8 needs: use seq_len={_nearest_length(self.seq_len)}"
-            )
         if self.data.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"data.vocab_size={self.data.vocab_size} exceeds model.vocab_size={self.model.vocab_size}: "
@@ -118,13 +112,26 @@ class TrainConfig:
         assert self.parallel.ep is not None, "settle(config, world_size) comes first"
         return self.parallel.ep
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences a rank of a settled configuration computes at once."""
+        assert self.batch.micro_batch is not None, "settle(config, world_size) comes first"
+        return self.batch.micro_batch
 
-def _nearest_length(seq_len: int) -> int:
-    return max(FP8_MULTIPLE, round(seq_len / FP8_MULTIPLE) * FP8_MULTIPLE)
+
+def _check_tokens(micro_batch: int, seq_len: int) -> None:
+    """FP8 casts the tokens of a micro-batch along both axes, so their number is one of its sizes."""
+    tokens = micro_batch * seq_len
+    if tokens % FP8_MULTIPLE:
+        nearest = max(FP8_MULTIPLE, round(seq_len / FP8_MULTIPLE) * FP8_MULTIPLE)
+        raise ValueError(
+            f"batch.micro_batch x seq_len = {micro_batch} x {seq_len} = {tokens} tokens is no multiple of "
+            f"{FP8_MULTIPLE}, as FP8 needs: use seq_len={nearest}"
+        )
 
 
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
-    """Check what depends on the number of processes and on this machine, and fill `parallel.dp` and `parallel.ep` in.
+    """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
 
     Raises ValueError or ConfigError. Starts nothing and writes nothing.
     """
@@ -138,15 +145,18 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
     ep = parallel.ep
     validate_mesh(world_size, parallel.pp, 1 if ep is None else ep, experts)
     dp = world_size // parallel.pp
-    check_batch(config.batch, dp)
-    config.validation.check(dp, config.batch.micro_batch)
+    batch = settle_batch(config.batch, dp)
+    assert batch.micro_batch is not None
+    config.validation.check(dp, batch.micro_batch)
+    if config.precision.mode is Precision.FP8:
+        _check_tokens(batch.micro_batch, config.seq_len)
     check_wandb(config.logging)
     check_run_dir(config.run_dir, config.resume)
     _check_resume(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda needs at least 1 CUDA device and torch sees 0: use device=cpu")
     filled = dataclasses.replace(parallel, dp=dp, ep=math.gcd(dp, experts) if ep is None else ep)
-    return dataclasses.replace(config, parallel=filled)
+    return dataclasses.replace(config, parallel=filled, batch=batch)
 
 
 def _check_resume(config: TrainConfig) -> None:

@@ -71,7 +71,7 @@ def _validate(run: Run) -> ValidationReport | None:
         run.data.token_bytes,
         run.mesh,
         samples=run.config.validation.samples,
-        micro_batch=run.config.batch.micro_batch,
+        micro_batch=run.config.micro_batch,
         device=run.device,
     )
 

@@ -97,7 +97,7 @@ def next_batches(run: Run) -> tuple[list[Batch], LossCounts]:
     config, mesh = run.config, run.mesh
     sequences = global_batch(config.batch, run.sampler.consumed)
     mine = rank_slice(run.sampler.next_indices(sequences), mesh.dp_rank, mesh.dp)
-    batches = [run.data.train.batch(ids) for ids in pieces(mine, config.batch.micro_batch)]
+    batches = [run.data.train.batch(ids) for ids in pieces(mine, config.micro_batch)]
     counted = torch.tensor([count_predicted(batch.labels_BS) for batch in batches]).sum(0)
     main_tokens, mtp_tokens = all_reduce(counted, mesh.dp_group).tolist()
     return [to_device(batch, run.device) for batch in batches], LossCounts(main_tokens, mtp_tokens, sequences)

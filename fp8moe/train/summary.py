@@ -64,12 +64,12 @@ def table(summary: Summary) -> str:
     s = summary
     rows = [("training loss", f"{s.loss:.4f} nats a token"), ("validation loss", f"{s.val_loss:.4f} nats a token")]
     if s.val_bits_per_byte is not None and s.byte_bigram_bits_per_byte is not None:
-        better = 1 - s.val_bits_per_byte / s.byte_bigram_bits_per_byte
+        fewer = 1 - s.val_bits_per_byte / s.byte_bigram_bits_per_byte
         rows += [
             ("validation bits per byte", f"{s.val_bits_per_byte:.4f}"),
             (
                 "byte bigram, same text",
-                f"{s.byte_bigram_bits_per_byte:.4f} ({abs(better):.1%} {'more' if better > 0 else 'LESS'})",
+                f"{s.byte_bigram_bits_per_byte:.4f}: the run takes {abs(fewer):.1%} {'less' if fewer > 0 else 'MORE'}",
             ),
         ]
     rows.append(

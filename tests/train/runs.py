@@ -9,6 +9,7 @@ import torch
 from fp8moe.cli.compose import compose
 from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
+from fp8moe.parallel.mesh import build_mesh
 from fp8moe.train.build import Run, build
 from fp8moe.train.config import TrainConfig, settle
 from fp8moe.train.run_dir import make_run_dir
@@ -30,10 +31,10 @@ def write_corpus(folder: Path) -> list[str]:
     words = ["alpha", "beta", "gamma", "delta", "return", "import", "self", "print"]
 
     def document() -> str:
-        picks = torch.randint(len(words), (60,), generator=generator).tolist()
+        picks = torch.randint(len(words), (5,), generator=generator).tolist()
         return "\n".join(f"{words[i]} = {words[(i + 1) % 8]}({words[(i * 3) % 8]}, {i})" for i in picks)
 
-    texts = [document() for _ in range(40)]
+    texts = [document() for _ in range(400)]
     tokenizer = train_tokenizer(iter(texts), VOCABULARY)
     prefix = folder / "grammar"
     with IndexedWriter(prefix, VOCABULARY) as writer:
@@ -51,8 +52,6 @@ def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainC
 
 def built(config: TrainConfig) -> Run:
     """The run, for one process or inside `run_ranks`, its directory made where the configuration has one."""
-    from fp8moe.parallel.mesh import build_mesh
-
     mesh = build_mesh(1, config.dp, config.ep, timeout=TIMEOUT)
     run_dir = Path(config.run_dir or "nowhere")
     if config.run_dir is not None and mesh.rank == 0:

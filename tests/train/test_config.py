@@ -28,7 +28,11 @@ def test_the_mesh_is_filled_in(corpus: list[str]) -> None:
         (["batch.sequences=7"], 1, "batch.sequences=7 is no multiple .*: use 8"),
         (["validation.samples=6"], 2, "validation.samples=6 is no multiple .*: use 8"),
         (["parallel.pp=2"], 2, "parallel.pp=2: this version"),
-        (["seq_len=40", "batch.micro_batch=1"], 1, "1 x 40 = 40 tokens is no multiple of 16, as FP8 needs: use seq_len=32"),
+        (
+            ["seq_len=40", "batch.micro_batch=1"],
+            1,
+            "1 x 40 = 40 tokens is no multiple of 16, as FP8 needs: use seq_len=32",
+        ),
         (["seq_len=2048"], 1, "seq_len=2048 exceeds model.max_seq_len=1024: use at most 1024"),
         (["data.vocab_size=500"], 1, "data.vocab_size=500 exceeds model.vocab_size=300: use at most 300"),
         (["model.dim=72"], 1, "model.dim=72 is no multiple of 16, as FP8 needs: use 64"),

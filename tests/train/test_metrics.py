@@ -16,10 +16,24 @@ from fp8moe.errors import ConfigError
 from fp8moe.train.metrics import LoggingConfig, MetricsWriter, StepReport, StepSeconds, check_wandb, finite
 
 REPORT = StepReport(
-    step=1, loss=5.0, mtp_loss=None, aux_loss=1.0, grad_norm=2.0, lr=1e-3, skipped=False, tokens=100, consumed_samples=8,
-    tokens_per_second=50.0, mfu=None, max_violation=0.5, fp8_saturated_share=None, fp8_underflow_share=None, seconds=2.0,
-    time=StepSeconds(0.1, 0.5, 1.0, 0.2, 0.2), memory_bytes=1000,
-)  # fmt: skip
+    step=1,
+    loss=5.0,
+    mtp_loss=None,
+    aux_loss=1.0,
+    grad_norm=2.0,
+    lr=1e-3,
+    skipped=False,
+    tokens=100,
+    consumed_samples=8,
+    tokens_per_second=50.0,
+    mfu=None,
+    max_violation=0.5,
+    fp8_saturated_share=None,
+    fp8_underflow_share=None,
+    seconds=2.0,
+    time=StepSeconds(0.1, 0.5, 1.0, 0.2, 0.2),
+    memory_bytes=1000,
+)
 PROMISED = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "consumed_samples", "mfu", "time", "memory_bytes"}
 PARTS = {"data", "forward", "backward", "exposed_communication", "optimizer", "checkpoint"}
 
@@ -51,10 +65,16 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_has_no_word_for() -> None:
-    assert finite({"a": [math.inf, 1.0], "b": {"c": math.nan}, "d": "inf"}) == {"a": [None, 1.0], "b": {"c": None}, "d": "inf"}
+    assert finite({"a": [math.inf, 1.0], "b": {"c": math.nan}, "d": "inf"}) == {
+        "a": [None, 1.0],
+        "b": {"c": None},
+        "d": "inf",
+    }
 
 
-def test_wandb_is_imported_when_asked_and_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_imported_when_asked_and_offline_without_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[str, Any]] = []
     run = types.SimpleNamespace(
         log=lambda record, step: calls.append(("log", (step, record))),

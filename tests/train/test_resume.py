@@ -58,7 +58,9 @@ def test_resuming_changes_no_bit(corpus: list[str], tmp_path: Path, world_size: 
             assert summary.expert_token_shares == expected.expert_token_shares
     assert told(tmp_path / "other") == told(tmp_path / "whole")[2:]
     assert told(tmp_path / "crashed") == told(tmp_path / "whole")
-    assert any(tensor.is_floating_point() and name.startswith("bias.") and tensor.any() for name, tensor in reference.items())
+    assert any(
+        tensor.is_floating_point() and name.startswith("bias.") and tensor.any() for name, tensor in reference.items()
+    )
 
 
 def test_any_layout_resumes_any_other(corpus: list[str], tmp_path: Path) -> None:
@@ -90,7 +92,9 @@ def test_what_can_not_be_resumed_is_said_before_anything_is_read(corpus: list[st
     resume = [*corpus, "steps=2", "resume=auto", f"run_dir={tmp_path}"]
     configured(resume)
     configured([*resume, "model.bias_gamma=0.0", "model.max_seq_len=2048"])  # no part of what a checkpoint is
-    with pytest.raises(ConfigError, match=r"another model: model.dim=64 there and 96 here, model.topk=2 there and 1 here"):
+    with pytest.raises(
+        ConfigError, match=r"another model: model.dim=64 there and 96 here, model.topk=2 there and 1 here"
+    ):
         configured([*resume, "model.dim=96", "model.topk=1"])
     with pytest.raises(ConfigError, match="seed=0 and this run has seed=1: use 0"):
         configured([*resume, "seed=1"])
@@ -98,7 +102,7 @@ def test_what_can_not_be_resumed_is_said_before_anything_is_read(corpus: list[st
         configured([*resume, "seq_len=64"])
     state = tmp_path / "checkpoints" / "step-1" / "state.json"
     state.write_text("{")
-    with pytest.raises(DataError, match="state.json can't be read"):
+    with pytest.raises(DataError, match=r"state\.json can't be read"):
         configured(resume)
 
 
@@ -106,5 +110,5 @@ def test_a_damaged_checkpoint_is_one_sentence(corpus: list[str], tmp_path: Path)
     run_once([*corpus, "steps=1", f"run_dir={tmp_path}"], 1)
     (data,) = (tmp_path / "checkpoints" / "step-1").glob("*.distcp")
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(DataError, match="can't be read .*: resume from another checkpoint"):
+    with pytest.raises(DataError, match=r"can't be read .*: resume from another checkpoint"):
         built(configured([*corpus, "steps=2", "resume=auto", f"run_dir={tmp_path}"]))

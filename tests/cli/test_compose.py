@@ -1,0 +1,111 @@
+"""The packaged configurations, and words on the command line that become them or one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fp8moe.cli.compose import CONFIGS, as_yaml, compose
+from fp8moe.cli.convert import keys_of, to_dataclass
+from fp8moe.layers.precision import Precision
+from fp8moe.model.flops import count_parameters
+from fp8moe.train.config import TrainConfig, settle
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield f"{path}{key}"
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+
+
+def test_every_key_is_in_the_files_and_so_can_be_overridden() -> None:
+    told = set(leaves(yaml.safe_load(compose([]).text)))
+    optional = {key for key in keys_of(TrainConfig) if key.startswith("model.yarn.")}
+    assert set(keys_of(TrainConfig)) - optional == {key for key in told if not key.startswith("model.yarn.")}
+    groups = {"model": choices("model"), "data": choices("data"), "parallel": ["default"], "logging": ["default"]}
+    full = set(leaves(yaml.safe_load((CONFIGS / "model" / "tiny.yaml").read_text())))
+    for group, names in groups.items():
+        for name in names:
+            keys = set(leaves(yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text())))
+            assert {f"{group}.{key}" for key in keys} | {group} == {
+                key for key in set(keys_of(TrainConfig)) - optional if key == group or key.startswith(f"{group}.")
+            }, name
+            assert group != "model" or keys == full
+
+
+@pytest.mark.parametrize("group", [path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir()])
+def test_every_choice_composes(group: str) -> None:
+    for name in choices(group):
+        paths = ["data.paths=[a,b]"] if f"{group}/{name}" in ("data/indexed", "experiment/dsv3_pretrain") else []
+        composed = compose([f"{group}={name}", *paths])
+        assert to_dataclass(TrainConfig, yaml.safe_load(composed.text)) == composed.config
+
+
+def test_published_models_have_the_published_size() -> None:
+    sizes = {name: count_parameters(compose([f"model={name}"]).config.model) for name in choices("model")}
+    assert sizes["dsv3_671b"].total == pytest.approx(671e9, rel=1e-3)
+    assert sizes["dsv3_671b"].active == pytest.approx(36.7e9, rel=5e-3)
+    assert sizes["dsv3_671b"].mtp == pytest.approx(11.5e9, rel=2e-2)
+    assert sizes["dsv2_236b"].total == pytest.approx(236e9, rel=2e-3)
+    assert sizes["dsv2_lite_16b"].total == pytest.approx(15.7e9, rel=2e-3)
+    assert sizes["tiny"].total < 10e6
+
+
+def test_names_and_overrides() -> None:
+    assert compose([]).config.name == "tiny"
+    quickstart = compose(["experiment=quickstart", "steps=20", "precision=bf16", "parallel.ep=4"]).config
+    assert (quickstart.name, quickstart.steps, quickstart.parallel.ep) == ("quickstart", 20, 4)
+    assert quickstart.precision.mode is Precision.BF16
+    assert compose(["name=mine", "model=dsv2_lite_16b", "run_dir=some/where"]).config.name == "mine"
+    assert compose(["model.vocab_size=512"]).config.data.vocab_size == 512
+    long = compose(["model.yarn={factor: 40.0}", "model.max_seq_len=163840", "optimizer.eps=1e-7"]).config
+    assert long.model.yarn is not None and long.model.yarn.factor == 40.0 and long.optimizer.eps == 1e-7
+
+
+def test_the_quickstart_runs_on_one_to_eight_processes() -> None:
+    config = compose(["experiment=quickstart"]).config
+    for world_size in (1, 2, 4, 8):
+        settled = settle(config, world_size)
+        assert settled.ep == world_size
+        assert yaml.safe_load(as_yaml(settled))["parallel"]["ep"] == world_size
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model.dimm=3"], "unknown key model.dimm: did you mean model.dim?"),
+        (["ep=2"], "unknown key ep: did you mean parallel.ep?"),
+        (["modle=tiny"], "unknown key modle: did you mean model?"),
+        (["+new=1"], "unknown key new: "),
+        (["model=tinny"], "model=tinny is not there: did you mean tiny?"),
+        (["precision=int4"], "precision=int4 is not there: use one of bf16, fp32, fp8"),
+        (["foo"], "'foo' is no setting: write key=value"),
+        (["steps=1,2"], "asks for steps more than once"),
+        (["hydra.run.dir=x"], "hydra.run.dir belongs to hydra"),
+        (["model.yarn.factor=2"], "model.yarn.factor"),
+        (["steps=[1"], r"'steps=\[1' can't be read as key=value"),
+        (["steps=${nothing}"], "nothing"),
+        (["steps=five"], "steps='five' .* must be a whole number"),
+        (["data.weights=[1,a]"], r"data.weights\[1\]='a'"),
+        (["~model.dim"], "model.dim must be set"),
+        (["model.dim=200"], "model.dim=200 is no multiple of 16, as FP8 needs: use 192"),
+    ],
+)
+def test_wrong_words_are_one_sentence(words: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        compose(words)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compose([]).config.name == "tiny"

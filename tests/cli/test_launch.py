@@ -1,0 +1,197 @@
+"""Launching: whose failure it was, what a worker leaves behind, and real processes that work, crash, are orphaned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fp8moe.__main__ import main
+from fp8moe.cli import launch
+from fp8moe.cli.failures import Failure
+from tests.train.runs import SMALL, write_corpus
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def failure(exitcode: int, sentence: str = "", **extra: Any) -> Any:
+    message: Any = "no file"
+    if sentence:
+        message = {"message": sentence, "extraInfo": {"timestamp": "100", **extra}}
+    return SimpleNamespace(exitcode=exitcode, message=message, timestamp=100)
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "sentence"),
+    [
+        # The cause comes before its witnesses, however the whole seconds fall.
+        ({0: failure(1, "lost", time=100.2, secondary=True), 1: failure(5, "nan", time=100.4)}, 5, "rank 1: nan"),
+        ({0: failure(1, "late", time=100.9), 1: failure(4, "first", time=100.1)}, 4, "rank 1: first"),
+        (
+            {0: failure(-15), 1: failure(1, "lost", time=100.0, secondary=True), 2: failure(-9)},
+            137,
+            "rank 2: ended by SIGKILL",
+        ),
+        ({0: failure(-15), 1: failure(3, "no corpus", time=100.0, shared=True)}, 3, "no corpus"),
+        ({0: failure(-11), 1: failure(-15)}, 139, "rank 0: ended by SIGSEGV"),
+        ({0: failure(7)}, 7, "rank 0: ended with exit code 7 and no message"),
+    ],
+)
+def test_whose_failure_it_was(failures: dict[int, Any], code: int, sentence: str) -> None:
+    assert launch._cause(failures)[0] == code
+    assert launch._cause(failures)[1].startswith(sentence)
+
+
+def test_a_worker_leaves_its_failure_where_torchrun_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv(launch.LAUNCHED, raising=False)
+    launch.report(Failure(5, "nan"))
+    assert capsys.readouterr().err == "fp8moe: rank 1: nan\n"
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert (message["message"], message["errorCode"]) == ("nan", 5) and int(message["extraInfo"]["timestamp"]) > 0
+    launch.report(Failure(2, "bad", shared=True))  # rank 0 says that
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    launch.report(Failure(2, "bad", shared=True))
+    assert capsys.readouterr().err == "fp8moe: bad\n"
+    monkeypatch.setenv(launch.LAUNCHED, "1")  # the launcher says all
+    launch.report(Failure(1, "bug", traceback="Traceback"))
+    assert capsys.readouterr().err == ""
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert (launch.count_processes("3"), launch.count_processes("auto")) == (3, 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert launch.count_processes("auto") == 8
+    for text in ("0", "-1", "two", ""):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1, or auto"):
+            launch.count_processes(text)
+
+
+def test_the_launchers_environment_is_its_workers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    before = dict(os.environ)
+    with launch._environment(4):
+        assert os.environ[launch.LAUNCHED] == "1" and os.environ["OMP_NUM_THREADS"] == "7"
+    assert dict(os.environ) == before
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=cwd, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def workers_of(process: subprocess.Popen[str], run_dir: Path) -> list[int]:
+    """The workers' process ids, once the run has done a step."""
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_two_ranks_make_one_run(corpus: list[str], tmp_path: Path) -> None:
+    code, out, err = finish(start(tmp_path, "-m", "fp8moe", "train", "--nproc", "2", *SMALL, *corpus, "steps=3"))
+    assert (code, err) == (0, ""), err
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 3)
+    assert out.count("run directory ") == 2 and out.count("step 3/3") == 1
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["time"]["exposed_communication"] > 0
+
+
+def test_a_mistake_is_said_once_with_its_exit_code(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--nproc", "2", *SMALL, *corpus]
+    late = start(tmp_path, "-m", "fp8moe", *words, "data.paths=[missing]", "run_dir=late")  # found by a rank
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fp8moe.cli.train.launch", None)  # not reached: no process is started
+    assert main([*words, "parallel.ep=3"]) == 2
+    captured = capsys.readouterr()
+    assert captured == ("", "fp8moe: parallel.ep=3 does not divide num_experts=4: use 1, 2 or 4\n")
+    code, _, err = finish(late)
+    assert code == 3 and err.startswith("fp8moe: missing.idx does not exist") and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_crash_ends_all_ranks_and_is_said_last(corpus: list[str], tmp_path: Path) -> None:
+    words = ["train", "--nproc", "2", *SMALL, *corpus, "steps=100000", "run_dir=crash"]
+    process = start(tmp_path, "-m", "fp8moe", *words)
+    workers = workers_of(process, tmp_path / "crash")
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 137 and err.splitlines()[-1].startswith("fp8moe: rank 1: ended by SIGKILL")
+    assert all(is_gone(pid) for pid in workers)
+
+
+def test_workers_die_with_their_launcher(corpus: list[str], tmp_path: Path) -> None:
+    words = ["-m", "fp8moe", "train", *SMALL, *corpus, "steps=100000", "run_dir=orphans"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start(tmp_path, *torchrun, *words)
+    workers = workers_of(process, tmp_path / "orphans")
+    assert len(workers) == 2
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while not all(is_gone(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_torchrun_shows_the_sentence(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    code, out, err = finish(start(tmp_path, *torchrun, "-m", "fp8moe", "train", "steps=many"))
+    sentence = "steps='many' (str) must be a whole number"
+    assert (code, out) == (1, "") and sentence in err and err.count(f"fp8moe: {sentence}") <= 1
+
+
+def test_the_configuration_is_printed_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--cfg", "job"], ["--nproc", "4", "steps=7", "--cfg", "job"]):
+        assert main(["train", *words]) == 0
+        assert capsys.readouterr().out.count("\nsteps: ") == 1
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--cfg", "job"]) == 0
+        assert capsys.readouterr().out.count("\nsteps: ") == times

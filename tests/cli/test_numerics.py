@@ -1,0 +1,86 @@
+"""The comparison's arithmetic, its verdict, and the whole command on a small run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fp8moe.__main__ import main
+from fp8moe.cli import numerics
+from tests.train.runs import SMALL, write_corpus
+
+
+def test_smoothing_is_an_unbiased_exponential_mean() -> None:
+    assert numerics.smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert numerics.smooth([1.0, 2.0]) == pytest.approx([1.0, (0.9 * 0.1 * 1.0 + 0.1 * 2.0) / (1 - 0.81)])
+
+
+def test_the_largest_difference_decides() -> None:
+    base = [5.0, 4.0, 3.0, 2.0]
+    comparison = numerics.compare({"fp32": base, "bf16": base, "fp8": [5.0, 4.2, 3.0, 2.0]})
+    assert comparison.largest["bf16/fp32"] == 0.0
+    smoothed = comparison.smoothed
+    expected = max(abs(a - b) / b for a, b in zip(smoothed["fp8"], smoothed["fp32"], strict=True))
+    assert comparison.largest["fp8/fp32"] == comparison.largest["fp8/bf16"] == pytest.approx(expected)
+    assert expected > 0.02
+    assert comparison.last["fp8/bf16"] < comparison.largest["fp8/bf16"]
+    text = numerics.table(comparison)
+    assert len(text.splitlines()) == 1 + 4 + 3 and "fp8/bf16: at most 2." in text
+
+
+def test_the_command_trains_all_three_and_judges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_corpus(tmp_path)
+
+    def in_process(arguments: Sequence[str], num_processes: int) -> int:
+        assert num_processes == 1
+        return main(list(arguments))
+
+    monkeypatch.setattr(numerics, "launch", in_process)
+    words = ["numerics", "--steps", "6", "--nproc", "1", *SMALL[:-1], *corpus]
+    assert main([*words, "--out", str(tmp_path / "wide"), "--bound", "0.05"]) == 0
+    assert "FP8 is within the bound of 5.00%" in capsys.readouterr().out
+    result = json.loads((tmp_path / "wide" / "numerics.json").read_text())
+    assert result["within"] and all(len(losses) == 6 for losses in result["losses"].values())
+    assert result["losses"]["fp8"] != result["losses"]["bf16"] != result["losses"]["fp32"]
+
+    def copied(arguments: Sequence[str], num_processes: int) -> int:
+        (run_dir,) = (Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir="))
+        shutil.copytree(tmp_path / "wide" / run_dir.name, run_dir)
+        return 0
+
+    monkeypatch.setattr(numerics, "launch", copied)
+    assert main([*words, "--out", str(tmp_path / "narrow"), "--bound", "1e-9"]) == 1
+    assert "FP8 is BEYOND the bound" in capsys.readouterr().out
+    assert main([*words, "--out", str(tmp_path / "wide")]) == 2  # nothing is written over
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--steps", "0"], "--steps=0 must be at least 1"),
+        (["--steps", "5", "--bound", "0"], "--bound=0.0 must be above 0"),
+        (["--steps", "5", "precision=fp8"], "precision=fp8 is chosen by this command itself"),
+        (["--steps", "5", "--nproc", "none"], "--nproc=none must be a whole number"),
+    ],
+)
+def test_wrong_words(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["numerics", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_failed_run_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "launch", lambda arguments, num_processes: 5)
+    assert main(["numerics", "--steps", "5", "--out", str(tmp_path / "a")]) == 5
+
+
+def test_a_loss_that_is_not_finite_is_no_comparison(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n{"loss": null}\n')
+    with pytest.raises(RuntimeError, match="the loss of step 2 is not finite"):
+        numerics.read_losses(tmp_path / "metrics.jsonl")
