@@ -10,7 +10,6 @@ add was refused: its order isn't fixed.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import ROW_TILE, Fp8Tensor
 
-Rows = TypeVar("Rows", Tensor, Fp8Tensor)
+Rows = Tensor | Fp8Tensor
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 
 MODULES = (
     "abc.py bisect.py cmd.py code.py codeop.py colorsys.py contextlib.py copy.py copyreg.py fnmatch.py "
-    "functools.py genericpath.py getopt.py getpass.py glob.py hashlib.py heapq.py hmac.py io.py keyword.py "
-    "linecache.py numbers.py operator.py reprlib.py sched.py secrets.py shelve.py stat.py string.py textwrap.py token.py types.py "
-    "json/decoder.py json/encoder.py"
+    "functools.py genericpath.py getopt.py getpass.py glob.py hashlib.py heapq.py hmac.py io.py keyword.py numbers.py "
+    "linecache.py operator.py reprlib.py sched.py secrets.py shelve.py stat.py string.py textwrap.py token.py "
+    "types.py json/decoder.py json/encoder.py"
 )
 
 

@@ -167,6 +167,15 @@ def test_a_message_sent_and_received_twice_is_noticed() -> None:
     ]
 
 
+def test_a_missing_message_is_named_at_the_rank_that_lacks_it() -> None:
+    schedule = build_schedule("zb1p", 2, 3)
+    first, second = schedule.actions
+    without = tuple(action for action in first if action != Action(Kind.SEND_F, 0, 1, peer=1))
+    assert violations(replace(schedule, actions=(without, second))) == [
+        "rank 0 lacks SEND_F0.1->rank 1, which its computations call for"
+    ]
+
+
 def test_a_circle_of_waits_is_named() -> None:
     """Two ranks that each want the other's output first; every message has its other end."""
     schedule = build_schedule("dualpipe", 2, 4)

