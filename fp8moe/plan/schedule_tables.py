@@ -44,13 +44,13 @@ def caption(timeline: Timeline) -> list[str]:
     bubble, peaks = timeline.bubble, timeline.peak_activations
     formula = published_bubble(schedule.name, schedule.num_stages, costs)
     share = max(bubble) / timeline.makespan if timeline.makespan else 0.0
-    scaled = ", stages scaled by their work" if costs.stages is not None else ""
+    scaled, even = (", stages scaled by their work", " for even stages") if costs.stages is not None else ("", "")
     held = f"{min(peaks):g}" if min(peaks) == max(peaks) else f"{min(peaks):g} to {max(peaks):g}"
     return [
         f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_stages} stages{copies}, "
         f"{schedule.num_microbatches} micro-batches; {say_costs(costs)}{scaled}",
         f"makespan {timeline.makespan:.6g}; bubble {max(bubble):.6g} ({share:.1%}) on the rank that waits most, "
-        f"{min(bubble):.6g} on the one that waits least; published formula {formula:.6g}",
+        f"{min(bubble):.6g} on the one that waits least; published formula{even} {formula:.6g}",
         f"memory: {held} micro-batches of a stage's activations held at most (a stage is 1/{schedule.num_stages} of "
         f"the model); parameters {schedule.num_directions}x",
     ]
