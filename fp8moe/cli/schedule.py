@@ -67,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--micro-batch", type=int, default=1, metavar="N", help="sequences of a micro-batch (1)")
     model.add_argument("--ep", type=int, default=1, metavar="N", help="ranks that share the experts (1)")
     model.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="fp8", help="of activations (fp8)")
-    model.add_argument("override", nargs="*", metavar="key=value", help="changes to the model: model.num_layers=32")
+    model.add_argument(
+        "override", nargs="*", metavar="key=value", help="changes: model.num_layers=32 parallel.layout=[8,8]"
+    )
     return out
 
 
@@ -102,8 +104,8 @@ def parse_costs(text: str) -> Costs:
     return Costs(**given)
 
 
-def _model(options: argparse.Namespace) -> ModelConfig | None:
-    """The model that was asked for, or None."""
+def _model(options: argparse.Namespace) -> tuple[ModelConfig, tuple[int, ...] | None] | None:
+    """The model that was asked for and its configured layout (--layout goes first), or None."""
     given = [f"--{name}" for name in ("layout", "seq-len") if getattr(options, name.replace("-", "_")) is not None]
     if options.model is None:
         if given or options.override:
@@ -112,7 +114,8 @@ def _model(options: argparse.Namespace) -> ModelConfig | None:
     # Only here: hydra and what it composes take a second to load, which a bare picture does not need.
     from fp8moe.cli.compose import compose
 
-    return compose([f"model={options.model}", *options.override]).config.model
+    config = compose([f"model={options.model}", *options.override]).config
+    return config.model, _layout(options.layout) or config.parallel.layout
 
 
 def _layout(text: str | None) -> tuple[int, ...] | None:
@@ -136,10 +139,8 @@ def _run(options: argparse.Namespace) -> None:
     microbatches = max(20, 2 * options.pp) if options.microbatches is None else options.microbatches
     costs = parse_costs(options.cost)
     schedule = build_schedule(options.name, options.pp, microbatches)
-    config = _model(options)
-    timeline, tables = (
-        (simulate(schedule, costs), []) if config is None else _of_model(options, config, schedule, costs)
-    )
+    asked = _model(options)
+    timeline, tables = (simulate(schedule, costs), []) if asked is None else _of_model(options, *asked, schedule, costs)
     if options.cost == DEEPSEEK and published_step.is_published(schedule):
         tables.append(published_table(published_step.beside_published(timeline)))
     if options.compare:
@@ -149,16 +150,14 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _of_model(
-    options: argparse.Namespace, config: ModelConfig, schedule: Schedule, costs: Costs
+    options: argparse.Namespace, config: ModelConfig, layout: tuple[int, ...] | None, schedule: Schedule, costs: Costs
 ) -> tuple[Timeline, list[str]]:
     """The time-line at the model's own stage costs, and the table of its ranks."""
     if config.num_experts % options.ep:
         nearest = max(n for n in range(1, options.ep) if config.num_experts % n == 0)
         raise ConfigError(f"--ep {options.ep} does not divide num_experts={config.num_experts}: use {nearest}")
     seq_len = options.seq_len or config.max_seq_len
-    stages = partition(
-        config, schedule.num_stages, seq_len=seq_len, folded=schedule.is_folded, layout=_layout(options.layout)
-    )
+    stages = partition(config, schedule.num_stages, seq_len=seq_len, folded=schedule.is_folded, layout=layout)
     timeline = simulate(schedule, replace(costs, stages=relative_costs(config, stages, seq_len)))
     sizes = MicroBatch(options.micro_batch, seq_len, options.precision)
     return timeline, [partition_table(config, stages, timeline, sizes, options.ep)]

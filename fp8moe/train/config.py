@@ -17,6 +17,7 @@ from fp8moe.data.config import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.layers.precision import Precision
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
+from fp8moe.model.partition import partition
 from fp8moe.parallel.mesh import validate_mesh
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, settle_batch
@@ -38,6 +39,7 @@ class PrecisionConfig:
 class ParallelConfig:
     """World = pp x dp, ep inside dp. dp: None is processes / pp; ep: None is the most ranks that experts spread over.
 
+    layout: blocks of each pipeline stage, given by hand; None cuts the model by cost (`fp8moe.model.partition`).
     timeout, startup_timeout: seconds a rank waits for a message, afterwards and until the first step is done (the first
     step compiles kernels and opens connections).
     """
@@ -45,6 +47,7 @@ class ParallelConfig:
     pp: int = 1
     dp: int | None = None
     ep: int | None = None
+    layout: tuple[int, ...] | None = None
     timeout: float = 300.0
     startup_timeout: float = 900.0
 
@@ -144,6 +147,7 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
         )
     ep = parallel.ep
     validate_mesh(world_size, parallel.pp, 1 if ep is None else ep, experts)
+    partition(config.model, parallel.pp, seq_len=config.seq_len, layout=parallel.layout)
     dp = world_size // parallel.pp
     batch = settle_batch(config.batch, dp)
     assert batch.micro_batch is not None

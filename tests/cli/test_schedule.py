@@ -63,6 +63,8 @@ def test_a_models_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layout 1,3" in capsys.readouterr().out
     assert main([*words, "model.num_layers=12", "--layout", "6,6"]) == 0
     assert "layout 6,6" in capsys.readouterr().out
+    assert main([*words, "parallel.layout=[3,1]"]) == 0  # as a training configuration says it
+    assert "layout 3,1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,7 @@ def test_a_models_stages(capsys: pytest.CaptureFixture[str]) -> None:
         ("--width 0", "--width 0 must be at least 1"),
         ("--layout 2,2", "--layout is about a model's stages: add --model NAME"),
         ("--pp 2 --model tiny --layout 2,1", "layout 2,1 places 3 blocks, but the model has 4: add 1 more"),
+        ("--pp 2 --model tiny parallel.layout=[1,4]", "layout 1,4 places 5 blocks, but the model has 4: take 1 away"),
         ("--pp 2 --model tiny --layout two", "--layout 'two' is no list of block counts"),
         ("--pp 8 --model tiny", "4 blocks can't fill 8 pipeline stages"),
         ("--pp 2 --model tiny --ep 3", "--ep 3 does not divide num_experts=8: use 2"),
