@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; write the records where asked."""
     parser = make_parser("Time of a training step: FP8 against BF16 and FP32")
     parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.set_defaults(repeats=9, warmup=1)
     arguments = parse_arguments(parser, argv)
     report = Report(arguments.device, json_path=arguments.json)
     with tempfile.TemporaryDirectory() as folder:

@@ -150,8 +150,11 @@ def report(failure: Failure) -> None:
 
 
 def die_with_launcher() -> None:
-    """Under an elastic agent: get SIGKILL when it dies, even by SIGKILL, which leaves it no chance to tell us."""
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+    """Under an elastic agent: end with it, whether by Ctrl-C or because it died with no chance to tell its workers."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and in silence: the launcher speaks for all
+    if sys.platform != "linux":
         return
     parent = os.getppid()
     set_parent_death_signal = 1

@@ -167,6 +167,11 @@ def _check_resume(config: TrainConfig) -> None:
     found = checkpoint.find(config.resume, config.run_dir)
     if found is None:
         return
+    newest = checkpoint.find("auto", config.run_dir)
+    if newest is not None and newest.parent.resolve() == found.parent.resolve() and newest.name != found.name:
+        raise ConfigError(
+            f"resume={found.name} would branch off before {newest.name} of the same run: use resume=auto or a new run_dir"
+        )
     state = checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
     if state.step >= config.steps:
         raise ConfigError(f"{found} is after step {state.step} of steps={config.steps}: use more steps to go on")

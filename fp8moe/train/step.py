@@ -59,9 +59,10 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     grad_norm = global_grad_norm(run.model.main_grads, run.mesh)
 
     lr = learning_rate(schedule, at)
-    violation = note_loads(run)
     accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm)
+    violation = worst_violation(run)
     if accepted:
+        note_loads(run)
         run.optimizer.step(lr, grad_norm)
         quantize_weights(run.model)
     update_bias(run.model, bias_gamma(schedule, config.model.bias_gamma, at) if accepted else 0.0)
@@ -117,13 +118,15 @@ def forward_backward(run: Run, batches: list[Batch], counts: LossCounts, weight:
     return Losses(main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences)
 
 
-def note_loads(run: Run) -> float | None:
-    """Add the step's reduced loads to those of the run; the worst layer's MaxVio of the step, None without experts."""
-    violations = []
+def note_loads(run: Run) -> None:
+    """Add the step's loads, reduced over ranks, to those of the run."""
     for name, router in run.routers().items():
         run.loads[name] += router.counts_E
-        violations.append(max_violation(router.counts_E))
-    return max(violations, default=None)
+
+
+def worst_violation(run: Run) -> float | None:
+    """The worst layer's MaxVio in the step's loads; None without experts."""
+    return max((max_violation(router.counts_E) for router in run.routers().values()), default=None)
 
 
 def cast_shares(run: Run, casts: CastStatistics | None) -> tuple[float | None, float | None]:

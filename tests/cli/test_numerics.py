@@ -61,6 +61,21 @@ def test_the_command_trains_all_three_and_judges(
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_only_fp8_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"fp32": 1.0, "fp8": 1.006, "bf16": 1.012}  # BF16 and FP32 are further apart than the bound
+
+    def written(arguments: Sequence[str], num_processes: int) -> int:
+        (run_dir,) = (Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir="))
+        run_dir.mkdir(parents=True)
+        (run_dir / "metrics.jsonl").write_text(json.dumps({"loss": losses[run_dir.name]}))
+        return 0
+
+    monkeypatch.setattr(numerics, "launch", written)
+    assert main(["numerics", "--steps", "1", "--out", str(tmp_path / "a")]) == 0
+    losses["fp8"] = 1.015  # 1.5 % above FP32, 0.3 % above BF16
+    assert main(["numerics", "--steps", "1", "--out", str(tmp_path / "b")]) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

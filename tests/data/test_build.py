@@ -127,13 +127,13 @@ def test_processes_that_start_at_once_share_one_cache(library: Path, tmp_path: P
     command = [sys.executable, "-c", program, str(library), str(tmp_path / "c")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = [subprocess.Popen(command, env=environment, **pipes) for _ in range(3)]  # type: ignore[call-overload]
+    running = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]  # type: ignore[call-overload]
     try:
         answers = [process.communicate(timeout=240)[0] for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * 3, answers
+    assert [process.returncode for process in running] == [0, 0], answers
     assert len(set(answers)) == 1, answers
     assert len(list((tmp_path / "c").glob("stdlib-*"))) == 1
     assert not [path for path in (tmp_path / "c").glob(".*") if path.is_dir()]

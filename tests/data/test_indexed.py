@@ -218,3 +218,9 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert IndexedDataset(tmp_path / "a").fingerprint == first
     write_by_hand(tmp_path / "a", "H", [[1, 3]], [0, 1])
     assert IndexedDataset(tmp_path / "a").fingerprint != first
+    for ids in ([1, 2], [1, 3]):  # the same sizes and times, only other bytes
+        write_by_hand(tmp_path / "a", "H", [ids], [0, 1])
+        for ending in ("bin", "idx"):
+            os.utime(tmp_path / f"a.{ending}", ns=(0, 0))
+        assert IndexedDataset(tmp_path / "a").fingerprint != first
+        first = IndexedDataset(tmp_path / "a").fingerprint

@@ -62,6 +62,7 @@ def test_a_skipped_step_moves_nothing_but_the_data(corpus: list[str]) -> None:
     train_step(run)
     before = {name: tensor.clone() for name, _, tensor in run.optimizer.tensors()}
     biases = {name: router.bias_E.clone() for name, router in run.routers().items()}
+    loads = {name: load.clone() for name, load in run.loads.items()}
     with torch.no_grad():
         run.model.norm.weight.fill_(math.nan)
     report = train_step(run)
@@ -70,7 +71,8 @@ def test_a_skipped_step_moves_nothing_but_the_data(corpus: list[str]) -> None:
     for name, _, tensor in run.optimizer.tensors():
         assert torch.equal(tensor, before[name]), name
     for name, router in run.routers().items():
-        assert torch.equal(router.bias_E, biases[name]) and not router.counts_E.any()
+        assert torch.equal(router.bias_E, biases[name]) and torch.equal(run.loads[name], loads[name])
+        assert not router.counts_E.any()
     with pytest.raises(NonFiniteError, match="step 3"):
         train_step(run)
 
