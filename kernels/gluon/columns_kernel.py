@@ -115,7 +115,7 @@ def consume(INDEX: gl.constexpr, c, a_ring, b_ring, sa_ring, sb_ring, full, empt
                 write_wave(out, c, acc1, row + FIRST + DOWN, col + ACROSS, N, K, c_ld, EPILOGUE)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_groups", "T"])
 def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, K, T, c_ld, BM: gl.constexpr,
                    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
                    EPILOGUE: gl.constexpr):  # fmt: skip
