@@ -1,8 +1,7 @@
 """E5M6 in Triton: 12-bit packing and unpacking in registers, and the cast straight on to FP8 columns.
 
-A tile of [BLOCK_M, 128] values is seen as [BLOCK_M, 16, 8]: each run of 8 values becomes 3 words, each word a sum of
-shifted codes whose bits don't overlap. Unpacking goes the other way; `e5m6_to_columns` never writes the unpacked
-values to memory.
+To pack, a tile of [BLOCK_M, 128] values is seen as [BLOCK_M, 16, 8]: each run of 8 values becomes 3 words, each word a
+sum of shifted codes whose bits don't overlap. `e5m6_to_columns` never writes the unpacked values to memory.
 """
 
 import torch
@@ -52,23 +51,22 @@ def pack_kernel(x, words, scales, M, K, stride_m, floor, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def load_values(words, scales, m, M, K, stride_m, scale_stride_m, scale_stride_k, BLOCK_M: tl.constexpr):
-    """The values of rows m in tile program_id(1), FP32 [BLOCK_M, 128]; zero outside [M, K]."""
-    run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
-    here = words + m.to(tl.int64)[:, None] * stride_m + run[None, :] * 3
-    mask = (m < M)[:, None] & (run < K // 8)[None, :]
-    word0 = tl.load(here, mask=mask, other=0)[:, :, None]
-    word1 = tl.load(here + 1, mask=mask, other=0)[:, :, None]
-    word2 = tl.load(here + 2, mask=mask, other=0)[:, :, None]
-    bit = 12 * tl.arange(0, 8)[None, None, :]
-    shift = bit % 32
-    low = tl.where(bit < 32, word0, tl.where(bit < 64, word1, word2))
-    high = tl.where(bit < 32, word1, word2)
-    # The shift of signed words drags the sign in from above; 12 bits are kept, of which the low word gives 32 - shift.
-    from_low = (low >> shift) & tl.where(shift > 20, (1 << (32 - tl.maximum(shift, 1))) - 1, 0xFFF)
-    from_high = tl.where(shift > 20, high << (32 - tl.maximum(shift, 1)), 0)
-    code = (from_low | from_high) & 0xFFF
-    half = (tl.reshape(code, (BLOCK_M, encode.TILE)) << 4).to(tl.int16).to(tl.float16, bitcast=True)
+def load_values(words, scales, m, k, M, K, stride_m, scale_stride_m, scale_stride_k):
+    """The values at rows m and columns k of tile program_id(1), FP32; zero outside [M, K].
+
+    Each value gathers the one or two words its bits lie in: neighbours share them, so it is the first-level cache that
+    pays. Loading each word once and spreading it over a run was refused: 128x128 values then spill registers.
+    """
+    bit = 12 * (k % 8)
+    shift = (bit % 32)[None, :]
+    here = words + m.to(tl.int64)[:, None] * stride_m + (k // 8 * 3 + bit // 32)[None, :]
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    low = tl.load(here, mask=mask, other=0)
+    high = tl.load(here + 1, mask=mask & (shift > 20), other=0)
+    # Words are signed: a right shift drags the sign in from above, and what it drags in beyond bit 32 is masked away.
+    kept = tl.where(shift > 20, (1 << (32 - tl.maximum(shift, 20))) - 1, 0xFFF)
+    code = (((low >> shift) & kept) | (high << (32 - tl.maximum(shift, 20)))) & 0xFFF
+    half = (code << 4).to(tl.int16).to(tl.float16, bitcast=True)
     where = scales + m.to(tl.int64) * scale_stride_m + tl.program_id(1).to(tl.int64) * scale_stride_k
     return half.to(tl.float32) * tl.load(where, mask=m < M, other=1.0)[:, None]
 
@@ -80,7 +78,7 @@ def unpack_kernel(
     """words [M, 3 K / 8] -> out [M, K]."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
-    value = load_values(words, scales, m, M, K, stride_m, scale_stride_m, scale_stride_k, BLOCK_M)
+    value = load_values(words, scales, m, k, M, K, stride_m, scale_stride_m, scale_stride_k)
     where = out + m.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(where, encode.to_output(value, DTYPE), mask=(m < M)[:, None] & (k < K)[None, :])
 
@@ -92,7 +90,7 @@ def columns_kernel(
     """words [M, 3 K / 8] -> FP8 columns [K, M], scales powers of two."""
     m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
     k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
-    value = load_values(words, scales, m, M, K, stride_m, scale_stride_m, scale_stride_k, encode.TILE)
+    value = load_values(words, scales, m, k, M, K, stride_m, scale_stride_m, scale_stride_k)
     write_columns(value, columns, columns_scale, m, k, M, K, floor, True)
 
 
