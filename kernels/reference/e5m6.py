@@ -59,7 +59,7 @@ def _codes(values: Tensor) -> Tensor:
 
 
 def _places() -> list[tuple[int, int, int]]:
-    """(value, shift, word): value j of a run lies in `word` from bit `shift` on, negative where it began in the last."""
+    """(j, shift, word): value j of a run lies in `word` from bit `shift` on, negative where it began in the last."""
     places = []
     for j in range(E5M6_VALUES):
         for word in range(E5M6_WORDS):

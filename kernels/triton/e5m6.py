@@ -84,9 +84,7 @@ def unpack_kernel(
 
 
 @triton.jit
-def columns_kernel(
-    words, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor
-):
+def columns_kernel(words, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor):
     """words [M, 3 K / 8] -> FP8 columns [K, M], scales powers of two."""
     m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
     k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)

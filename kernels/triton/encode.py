@@ -7,8 +7,8 @@ format in FP32, after which any cast is exact. All of that stands behind the con
 hardware.
 
 Division is `tl.div_rn` throughout: `/` is an approximation on a GPU. amax is taken on bit patterns, as the
-specification does: with the sign cleared, IEEE numbers are ordered as integers are, NaN on top, whereas a floating-point
-maximum drops the NaN that must make its scale non-finite.
+specification does: with the sign cleared, IEEE numbers are ordered as integers are, NaN on top, whereas a maximum of
+numbers drops the NaN that must make its scale non-finite.
 """
 
 import triton
@@ -75,7 +75,7 @@ def to_e4m3(x):
 @triton.jit
 def to_output(x, DTYPE: tl.constexpr):
     """FP32 -> BF16 or FP32, to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)

@@ -158,6 +158,7 @@ def choose_tile(op: str, m: int, n: int, k: int, device: torch.device, groups: i
     if device.type != "cuda":
         return tiles.choose("triton", op, m, n, k, groups=groups)
     tile = tiles.choose("triton", op, m, n, k, groups=groups, device=torch.cuda.get_device_name(device))
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _SHARED_RESERVE
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] - _SHARED_RESERVE
     stages = min(tile.stages, max(1, shared // ((tile.block_m + tile.block_n) * TILE)))
     return dataclasses.replace(tile, stages=stages)

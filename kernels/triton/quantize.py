@@ -65,7 +65,7 @@ def tiles_kernel(
 def blocks_kernel(
     w, codes, scales, transposed, transposed_scales, N, K, stride_e, stride_n, floor, POWER_OF_TWO: tl.constexpr
 ):
-    """w [E, N, K] -> codes [E, N, K], their bytes transposed [E, K, N], and one scale a 128x128 block in both orders."""
+    """w [E, N, K] -> codes [E, N, K], their bytes transposed [E, K, N], one scale a 128x128 block in both orders."""
     n_tile, k_tile, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = n_tile * encode.TILE + tl.arange(0, encode.TILE)
     k = k_tile * encode.TILE + tl.arange(0, encode.TILE)
@@ -87,9 +87,7 @@ def blocks_kernel(
 
 
 @triton.jit
-def requantize_kernel(
-    codes, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor
-):
+def requantize_kernel(codes, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor):
     """FP8 rows [M, K] -> columns, scales powers of two: decoded, transposed and cast without leaving the registers."""
     m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
     k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
@@ -101,21 +99,19 @@ def requantize_kernel(
     write_columns(value, columns, columns_scale, m, k, M, K, floor, True)
 
 
-def quantize_rows(
-    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
-) -> Fp8Tensor:
+def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     flat = last_dim_contiguous(x.flatten(0, -2))
-    rows = empty_rows(*flat.shape, x.device)
+    m, k = flat.shape
+    rows = empty_rows(m, k, x.device)
     _launch_tiles(flat, rows, None, amax_floor, power_of_two)
     # Views both: M-major scales have one stride over all leading dims.
     scale = rows.scale.unflatten(0, x.shape[:-1]) if x.numel() else rows.scale.reshape(*x.shape[:-1], -1)
     return Fp8Tensor(rows.data.view(x.shape), scale)
 
 
-def quantize_columns(
-    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
-) -> Fp8Tensor:
-    columns = empty_columns(*x.shape, x.device)
+def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
+    m, k = x.shape
+    columns = empty_columns(m, k, x.device)
     _launch_tiles(last_dim_contiguous(x), None, columns, amax_floor, power_of_two)
     return columns
 
@@ -123,7 +119,8 @@ def quantize_columns(
 def quantize_rows_and_columns(
     x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
 ) -> tuple[Fp8Tensor, Fp8Tensor]:
-    rows, columns = empty_rows(*x.shape, x.device), empty_columns(*x.shape, x.device)
+    m, k = x.shape
+    rows, columns = empty_rows(m, k, x.device), empty_columns(m, k, x.device)
     _launch_tiles(last_dim_contiguous(x), rows, columns, amax_floor, power_of_two)
     return rows, columns
 
