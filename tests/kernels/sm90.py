@@ -97,15 +97,17 @@ def collect() -> dict[str, Note]:
 
 def figures(compiled: Any) -> dict[str, int]:
     """Counts of instructions in the SASS, shared memory in bytes, registers and local memory a thread, threads."""
-    sass = compiled.asm["sass"]
-    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in COUNTED}
+    # Not compiled.asm["sass"]: Triton's own reader of the disassembly stops early at some kernels.
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, timeout=60, check=True
-        ).stdout
+        sass, usage = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, timeout=120, check=True).stdout
+            for flag in ("--dump-sass", "--dump-resource-usage")
+        )
+    assert "EXIT" in sass, "the disassembly is empty"
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in COUNTED}
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return counts | {
         "shared": compiled.metadata.shared,

@@ -63,9 +63,48 @@ def gemm_cases(backend: str) -> Iterator[Case]:
         yield f"{backend} grouped_wgrad add", partial(grouped_wgrad, *columns, offsets(), grads)
 
 
+def cast_cases() -> Iterator[Case]:
+    """Every cast, from BF16 and from FP32, with both kinds of scales."""
+    quantize = importlib.import_module("fp8moe.kernels.triton.quantize")
+    e5m6 = importlib.import_module("fp8moe.kernels.triton.e5m6")
+    m, k = 4096, 7168
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for power_of_two in (False, True):
+            label = f"{kind} {'pow2' if power_of_two else 'fp32scale'}"
+            for name in ("quantize_rows", "quantize_columns", "quantize_rows_and_columns"):
+                cast = partial(getattr(quantize, name), torch.empty(m, k, dtype=dtype), power_of_two=power_of_two)
+                yield f"triton {name} {label}", cast
+            weight = torch.empty(GROUPS, 256, k, dtype=dtype)
+            yield (
+                f"triton quantize_blocks {label}",
+                partial(quantize.quantize_blocks, weight, power_of_two=power_of_two),
+            )
+    yield "triton requantize_columns", partial(quantize.requantize_columns, rows(m, k))
+    values = torch.empty(m, k, dtype=torch.bfloat16)
+    yield "triton pack_e5m6 bf16", partial(e5m6.pack_e5m6, values)
+    yield "triton e5m6", partial(_unpack, e5m6, values)
+
+
+def _unpack(e5m6: Any, values: Tensor) -> None:
+    packed = e5m6.pack_e5m6(values)
+    e5m6.unpack_e5m6(packed)
+    e5m6.e5m6_to_columns(packed)
+
+
+def wgrad_cases() -> Iterator[Case]:
+    """The unquantized weight gradient, of BF16 and of FP32 operands."""
+    wgrad = importlib.import_module("fp8moe.kernels.triton.gemm").wgrad
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        operands = torch.empty(4096, 256, dtype=dtype), torch.empty(4096, 7168, dtype=dtype)
+        yield f"triton wgrad {kind}", partial(wgrad, *operands, torch.empty(256, 7168))
+
+
 def cases() -> Iterator[Case]:
     """All cases of both device back ends."""
     yield from gemm_cases("gluon")
+    yield from gemm_cases("triton")
+    yield from wgrad_cases()
+    yield from cast_cases()
 
 
 CASES = tuple(cases())
