@@ -88,7 +88,7 @@ def consume(INDEX: gl.constexpr, c, a_ring, b_ring, sa_ring, sb_ring, full, empt
     dead = gl.zeros((64, 128), gl.float32, layout)
     step = 0
     for tile in range(gl.program_id(0), num_groups * gl.cdiv(N, BM) * gl.cdiv(K, BN), gl.num_programs(0)):
-        row, col, expert, first, steps = locate(tile, N, K, T, offsets, BM, BN, GROUP, GROUPED)
+        row, col, expert, _, steps = locate(tile, N, K, T, offsets, BM, BN, GROUP, GROUPED)
         acc0 = gl.zeros((64, 128), gl.float32, layout)
         acc1 = gl.zeros((64, 128), gl.float32, layout)
         for _ in range(steps):

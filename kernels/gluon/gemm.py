@@ -1,7 +1,4 @@
-"""FP8 GEMM on Hopper: rows by blocks (`rows_kernel`), rows by rows (`columns_kernel`), with tiles from the table.
-
-The unquantized weight gradient is the portable one: tl.dot on BF16 is WGMMA already, and there is nothing to promote.
-"""
+"""FP8 GEMM on Hopper: rows by blocks (`rows_kernel`), rows by rows (`columns_kernel`), with tiles from the table."""
 
 import torch
 from torch import Tensor
@@ -9,9 +6,6 @@ from torch import Tensor
 from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import BLOCK_TILE, Fp8Tensor
 from fp8moe.kernels.gluon.launch import device_name, launch_columns, launch_rows, num_sms
-from fp8moe.kernels.triton.gemm import wgrad
-
-__all__ = ["gemm", "wgrad"]
 
 
 def gemm(

@@ -11,11 +11,11 @@ the launch was given. Inside a CTA there are three partitions, after DeepGEMM's 
   promotion of one runs under the WGMMA of the other. A tile of 256x128 is two waves of rows a consumer ("tall"), one of
   128x256 two waves of columns ("wide", for expert groups aligned to 128 rows), one of 128x128 a single wave.
 
-Barrier protocol. Step s (counted over all tiles of a program, the same in every partition) uses slot s % STAGES in round
-s // STAGES; parity is the round's lowest bit.
+Barrier protocol. Step s (counted over all tiles of a program, the same in every partition) uses slot s % STAGES in
+round s // STAGES; parity is the round's lowest bit.
 
-    full[slot]    count 1.  The producer's expect(bytes) is its one arrival; the round ends when those bytes have landed.
-                  Consumers wait for parity (s // STAGES) & 1.
+    full[slot]    count 1.  The producer's expect(bytes) is its one arrival; the round ends when those bytes have
+                  landed. Consumers wait for parity (s // STAGES) & 1.
     empty[slot]   count 2.  Each consumer arrives once a step, after its last read of the slot: after the wait that
                   retires its last WGMMA, and after its last read of scales that travel in the ring. The compiler puts
                   a barrier of that consumer's four warps in front of an arrival (one thread arrives for all; read in
@@ -35,8 +35,7 @@ registers, masked, either written or added into what is there: no other CTA touc
 
 Registers: two waves of FP32 sums (128 a thread), one product (64) and the scales fit 232 without a spill only if the
 other wave's sum passes through each WGMMA wait and the dead product is handed on as the ignored accumulator of the next
-WGMMA; written otherwise, ptxas keeps a second copy of either. `ROW_LAYOUT`-like helpers are functions because a layout
-must be a compile-time constant of the caller.
+WGMMA; written otherwise, ptxas keeps a second copy of either.
 
 Refused: one m64n256 WGMMA a wide tile (its product alone takes 128 registers); scales multiplied into the operands (FP8
 cannot hold them); a barrier between the consumers, which would put both promotions in the tensor core's way at once.
@@ -49,7 +48,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 CONSUMER_REGISTERS = gl.constexpr(232)
@@ -115,7 +113,7 @@ def start_wave(a, b, dead):
 
 @gluon.jit
 def write_wave(c, buffer, acc, row, col, num_rows, num_cols, ld, EPILOGUE: gl.constexpr):
-    """One 64x128 wave to the output at (row, col). c: a TMA descriptor for STORE_TMA, else a pointer with row stride ld."""
+    """One 64x128 wave to the output at (row, col). c: a TMA descriptor for STORE_TMA, else a pointer, rows ld apart."""
     if EPILOGUE == STORE_TMA:
         tma.store_wait(0)
         buffer.store(acc.to(gl.bfloat16))

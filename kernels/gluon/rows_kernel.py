@@ -7,8 +7,8 @@ along M, `a_ld` from one K tile to the next); b_scale: FP32, contiguous [E, ceil
 by plain loads one step ahead of their use, issued under the WGMMA of the step before: a row's scale in the layout of
 the product is two registers a wave, and a ring would cost shared memory that the fourth stage needs.
 
-Grouped: `offsets` int32 [E+1], multiples of 128; a tile of 128 rows lies in one expert, so tiles are 128 high. Rows past
-the last offset have no steps and are written as zeros. The protocol between the partitions: `pipeline`.
+Grouped: `offsets` int32 [E+1], multiples of 128; a tile of 128 rows lies in one expert, so tiles are 128 high. Rows
+past the last offset have no steps and are written as zeros. The protocol between the partitions: `pipeline`.
 """
 
 from triton.experimental import gluon
@@ -132,7 +132,7 @@ def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_group
     """c = rows x blocks^T; grid: one program an SM in use."""
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 128], a_desc.layout)
     b_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, 128], b_desc.layout)
-    if EPILOGUE == STORE_TMA:
+    if EPILOGUE == STORE_TMA:  # noqa: SIM108  one of two types, chosen while compiling
         c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], c.layout)
     else:
         c_buffers = a_ring  # never touched: this epilogue writes from the registers

@@ -3,9 +3,9 @@
     python -m tests.kernels.sm90            compile everything, print the table
     python -m tests.kernels.sm90 --write    and rewrite this Triton version's part of sm90.json
 
-The launchers themselves are run, on CPU tensors that nobody reads, with the launch replaced by a note of what would have
-been compiled: the signature, alignment and constants are those of a real run, and a launcher that doesn't fit its kernel
-fails here. Notes are then compiled for sm_90a in two processes and their SASS is counted.
+The launchers themselves are run, on CPU tensors that nobody reads, with the launch replaced by a note of what would
+have been compiled: the signature, alignment and constants are those of a real run, and a launcher that doesn't fit its
+kernel fails here. Notes are then compiled for sm_90a in two processes and their SASS is counted.
 """
 
 from __future__ import annotations
