@@ -133,17 +133,18 @@ def wgrad(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
     (t, n), k = dy.shape, x.shape[1]
     if t == 0 or main_grad.numel() == 0:
         return
+    exact = torch.float32 in (dy.dtype, x.dtype)
     wgrad_kernel[(ceil_div(n, WGRAD_BLOCK) * ceil_div(k, WGRAD_BLOCK),)](
         dy, x, main_grad, t, n, k, *dy.stride(), *x.stride(), *main_grad.stride(),
-        EXACT=torch.float32 in (dy.dtype, x.dtype), BLOCK=WGRAD_BLOCK, BLOCK_T=WGRAD_TOKENS, GROUP=8,
-        num_warps=WGRAD_WARPS, num_stages=WGRAD_STAGES,
+        EXACT=exact, BLOCK=WGRAD_BLOCK, BLOCK_T=WGRAD_TOKENS // (2 if exact else 1), GROUP=8,
+        num_warps=WGRAD_WARPS, num_stages=2 if exact else WGRAD_STAGES,
     )  # fmt: skip
 
 
 def k_major(data: Tensor) -> Tensor:
     """FP8 codes [rows, K] as TMA reads them: K contiguous, rows at multiples of 16 bytes; a copy if they are not so."""
     fits = data.stride(-1) == 1 and data.stride(0) % 16 == 0 and data.data_ptr() % 16 == 0
-    return data if fits else data.contiguous()
+    return data if fits else data.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(data: Tensor, rows: int) -> Any:

@@ -104,9 +104,8 @@ def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power
     m, k = flat.shape
     rows = empty_rows(m, k, x.device)
     _launch_tiles(flat, rows, None, amax_floor, power_of_two)
-    # Views both: M-major scales have one stride over all leading dims.
-    scale = rows.scale.unflatten(0, x.shape[:-1]) if x.numel() else rows.scale.reshape(*x.shape[:-1], -1)
-    return Fp8Tensor(rows.data.view(x.shape), scale)
+    # Both are views: M-major scales have one stride over all leading dims.
+    return Fp8Tensor(rows.data.view(x.shape), rows.scale.reshape(*x.shape[:-1], ceil_div(k, TILE)))
 
 
 def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
