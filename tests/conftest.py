@@ -1,7 +1,7 @@
 """Where kernels run in the tests: interpreted on the CPU, or, under `make test-gpu`, on the GPU.
 
-Triton reads TRITON_INTERPRET when it is imported, so it is set here, before anything else; `make test-gpu` sets it to 0,
-and what compiles kernels does so in processes of its own.
+Triton reads TRITON_INTERPRET when it is imported, so it is set here, before anything else; `make test-gpu` sets it to
+0, and what compiles kernels does so in processes of its own.
 """
 
 import os

@@ -10,13 +10,13 @@ KINDS = ("normal", "positive", "outliers")
 
 def data(kind: str, *shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Random normal data, its absolute value, or with 1 % of the rows (at least one) a thousand times larger."""
-    x = torch.randn(*shape)
+    x = torch.randn(*shape, device=device)
     if kind == "positive":
         x = x.abs()
     if kind == "outliers":
         rows = x.flatten(0, -2)
-        rows[torch.randperm(len(rows))[: max(1, len(rows) // 100)]] *= 1000
-    return x.to(dtype).to(device)
+        rows[torch.randperm(len(rows), device=device)[: max(1, len(rows) // 100)]] *= 1000
+    return x.to(dtype)
 
 
 def product_bound(out_dtype: torch.dtype, kind: str, device: str) -> float:

@@ -96,7 +96,9 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled_args)
     assert look(compiled) == look(eager)
     for ours, theirs in zip((*compiled, *compiled_args), (*eager, *eager_args), strict=True):
-        assert torch.equal(ours.contiguous().flatten().view(torch.uint8), theirs.contiguous().flatten().view(torch.uint8))
+        assert torch.equal(
+            ours.contiguous().flatten().view(torch.uint8), theirs.contiguous().flatten().view(torch.uint8)
+        )
 
 
 def test_every_cast_and_product_is_registered():

@@ -30,7 +30,10 @@ def test_columns_are_the_specification(triton_device, kind):
     assert_same(columns, expected)
     assert columns.data.is_contiguous()
     wide = torch.stack([packed.data, packed.data], 1)[:, 0]
-    for source in (E5m6Tensor(wide, packed.scale.contiguous()), E5m6Tensor(packed.data.t().contiguous().t(), packed.scale)):
+    for source in (
+        E5m6Tensor(wide, packed.scale.contiguous()),
+        E5m6Tensor(packed.data.t().contiguous().t(), packed.scale),
+    ):
         assert_same(e5m6_to_columns(source), expected)
         assert torch.equal(unpack_e5m6(source), unpack_e5m6(packed))
 

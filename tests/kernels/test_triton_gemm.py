@@ -149,7 +149,7 @@ def emulate_the_tensor_core(monkeypatch):
 
 @pytest.mark.parametrize("b_blocks", [True, False])
 def test_the_gemm_promotes(triton_device, b_blocks, monkeypatch):
-    """On the CPU through an emulated tensor core, on a GPU through its own: the kernel itself stays within the bound."""
+    """On the CPU through an emulated tensor core, on a GPU through its own: the kernel itself keeps the bound."""
     if triton_device == "cpu":
         emulate_the_tensor_core(monkeypatch)
     a, b, a64, b64 = positive_operands(64, 4096, triton_device)
