@@ -2,7 +2,7 @@
 
 Layouts it demands (older versions answered wrongly where one was off): A row-major, M a multiple of 4, with scales
 [M, K/128] at strides (1, M); B column-major, with 1x128 scales [N, K/128] at strides (1, N), or with 128x128 scales
-[K/128 rounded up to 4, N/128] at stride 1 along the first. Fast accumulation stays off: it is what promotion is against.
+[K/128 rounded up to 4, N/128] at stride 1 along the first. Fast accumulation stays off: promotion exists against it.
 There is no accumulating output and nothing grouped: a sum costs a pass of its own, and grouped ops go to another back
 end.
 """
