@@ -119,7 +119,7 @@ def provider(name: str, backend: str) -> str:
 def op(name: str) -> Callable[..., Any]:
     """The implementation of op `name`, chosen by the choice in force and by where its first argument lies."""
     if torch.compiler.is_compiling():
-        return library.traced(name) if name in library.DECLARATIONS else _load(REFERENCE, name)
+        return _without_entering(name)
     return _by_first_argument(name, provider(name, resolve()))
 
 
@@ -192,16 +192,23 @@ def _by_first_argument(name: str, usual: str) -> Callable[..., Any]:
 
     @functools.wraps(_load(usual, name))
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _select(name, args[0])(*args, **kwargs)
+        return _run(name, *args, **kwargs)
 
     return call
 
 
-def _select(name: str, first: Any) -> Callable[..., Any]:
-    tensor: Tensor = first if isinstance(first, Tensor) else first.data
-    without_data = tensor.device.type == "meta" or type(tensor) not in (Tensor, torch.nn.Parameter)
-    if without_data and name in library.DECLARATIONS:
-        return library.traced(name)
+def _run(name: str, *args: Any, **kwargs: Any) -> Any:
+    tensor: Tensor = args[0] if isinstance(args[0], Tensor) else args[0].data
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, torch.nn.Parameter):  # no data to compute with
+        return _without_entering(name)(*args, **kwargs)
+    implementation = _select(name, tensor)
+    if tensor.device.type != "cuda":
+        return implementation(*args, **kwargs)
+    with torch.cuda.device_of(tensor):  # Triton launches on the current device
+        return implementation(*args, **kwargs)
+
+
+def _select(name: str, tensor: Tensor) -> Callable[..., Any]:
     runs = provider(name, resolve(tensor.device))
     if runs != REFERENCE and tensor.device.type != "cuda" and not _interpreted():
         raise ValueError(
@@ -210,11 +217,13 @@ def _select(name: str, first: Any) -> Callable[..., Any]:
     return _load(runs, name)
 
 
+def _without_entering(name: str) -> Callable[..., Any]:
+    """Op `name` for tracing: as it is registered, or, where it is not, the specification, traced through."""
+    return library.traced(name) if name in library.DECLARATIONS else _load(REFERENCE, name)
+
+
 def _interpreted() -> bool:
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
-library.register(
-    lambda name, *args, **kwargs: _select(name, args[0])(*args, **kwargs),
-    lambda device: provider("quantize_rows", resolve(device)) == REFERENCE,
-)
+library.register(_run, by_specification=lambda device: provider("quantize_rows", resolve(device)) == REFERENCE)
