@@ -27,7 +27,7 @@ from torch import Tensor
 from fp8moe.kernels import library
 
 REFERENCE = "reference"
-BACKENDS = (REFERENCE, "triton", "gluon", "cublas", "deepgemm", "te")
+BACKENDS = (REFERENCE, "triton", "gluon", "cublas", "deepgemm")
 DEFAULTS = ("gluon", "triton")  # on a GPU, the first that can run
 VARIABLE = "FP8MOE_BACKEND"
 
@@ -64,17 +64,15 @@ PROVIDES: dict[str, frozenset[str]] = {
     "gluon": frozenset({"gemm", "grouped_gemm", "grouped_wgrad"}),
     "cublas": frozenset({"gemm"}),
     "deepgemm": frozenset({"gemm", "grouped_gemm"}),
-    "te": frozenset({"gemm"}),
 }
-NEXT = {"triton": REFERENCE, "gluon": "triton", "cublas": "triton", "deepgemm": "triton", "te": "triton"}
+NEXT = {"triton": REFERENCE, "gluon": "triton", "cublas": "triton", "deepgemm": "triton"}
 _PACKAGE = {
     "triton": "triton",
     "gluon": "triton",
     "cublas": "triton",
     "deepgemm": "deep_gemm",
-    "te": "transformer_engine",
 }
-_HOPPER_ONLY = ("gluon", "cublas", "deepgemm", "te")
+_HOPPER_ONLY = ("gluon", "cublas", "deepgemm")
 _OLDEST_TRITON = (3, 6)
 
 _log = logging.getLogger(__name__)
