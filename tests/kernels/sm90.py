@@ -72,10 +72,7 @@ def noting(label: str, notes: dict[str, Note]) -> Iterator[None]:
         bound, specialization, options = binder(*args, **kwargs)
         options, signature, constants, attributes = self._pack_args(backend, kwargs, bound, specialization, options)
         source = self.ASTSource(self, signature, constants, attributes)
-        sizes = [bound.get(key) for key in ("BM", "BN")]
-        sizes = sizes if None not in sizes else [bound.get(key) for key in ("BLOCK_M", "BLOCK_N")]
-        shape = " " + "x".join(str(size) for size in sizes if size is not None) if any(sizes) else ""
-        name = f"{label} {self.__name__}{shape}"
+        name = f"{label} {self.__name__}"
         notes.setdefault(name, Note(name, f"{self.__module__}.{self.__name__}", source, options.__dict__))
 
     JITFunction.run = note

@@ -1,6 +1,7 @@
-"""What is launched for the compile gate: each op of each device back end, at shapes that choose every production tile.
+"""What is launched for the compile gate: each op of each device back end, with every production tile.
 
-Tensors are never read, so they are unfilled; sizes are production's where the choice of a tile looks at them.
+Tensors are never read, so they are unfilled. A tile is handed to the launcher in place of the table's choice, so that
+the tiles of every device in the table are compiled, not only those of this one.
 """
 
 from __future__ import annotations
@@ -9,20 +10,17 @@ import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
+from fp8moe.kernels.tiles import Tile
 
 Case = tuple[str, Callable[[], Any]]
-# M, N, K of one shape of each class that fp8moe.kernels.tiles knows.
-SHAPES = {
-    "few_short": (512, 2048, 2048),
-    "few_long": (512, 2048, 7168),
-    "many_short": (4096, 7168, 2048),
-    "many_long": (4096, 4096, 7168),
-}
+M, N, K = 4096, 4096, 7168
 GROUPS = 4
 
 
@@ -41,26 +39,38 @@ def offsets() -> Tensor:
     return torch.zeros(GROUPS + 1, dtype=torch.int32)
 
 
+def with_tile(tile: Tile, launch: Callable[[], Any]) -> None:
+    """Launch as if the table had chosen `tile`."""
+    with patch.object(tiles, "choose", lambda *_, **__: tile):
+        launch()
+
+
 def gemm_cases(backend: str) -> Iterator[Case]:
-    """gemm, grouped_gemm and grouped_wgrad in every shape class, output dtype and epilogue."""
+    """gemm, grouped_gemm and grouped_wgrad with every tile, output dtype and epilogue."""
     gemm = importlib.import_module(f"fp8moe.kernels.{backend}.gemm").gemm
     grouped_gemm = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_gemm
     grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_wgrad").grouped_wgrad
-    for m, n, k in SHAPES.values():
-        for dtype in (torch.bfloat16, torch.float32):
-            kind = "bf16" if dtype is torch.bfloat16 else "fp32"
-            yield f"{backend} gemm {kind}", partial(gemm, rows(m, k), blocks(n, k), out_dtype=dtype)
-            yield f"{backend} gemm_columns {kind}", partial(gemm, rows(m, k), rows(n, k), out_dtype=dtype)
-            yield (
-                f"{backend} grouped_gemm {kind}",
-                partial(grouped_gemm, rows(m, k), blocks(GROUPS, n // GROUPS, k), offsets(), out_dtype=dtype),
-            )
-        total = torch.empty(m, n)
-        yield f"{backend} gemm add", partial(gemm, rows(m, k), blocks(n, k), accumulate=total)
-        yield f"{backend} gemm_columns add", partial(gemm, rows(m, k), rows(n, k), accumulate=total)
-        grads = torch.empty(GROUPS, m // GROUPS, n)
-        columns = rows(m // GROUPS, k * GROUPS), rows(n, k * GROUPS)
-        yield f"{backend} grouped_wgrad add", partial(grouped_wgrad, *columns, offsets(), grads)
+    total, grads = torch.empty(M, N), torch.empty(GROUPS, M, N)
+    columns, experts = (rows(M, K), rows(N, K)), (rows(M, K), blocks(GROUPS, N, K), offsets())
+    launches = [
+        ("gemm", "add", partial(gemm, rows(M, K), blocks(N, K), accumulate=total)),
+        ("gemm_columns", "add", partial(gemm, *columns, accumulate=total)),
+        ("grouped_wgrad", "add", partial(grouped_wgrad, *columns, offsets(), grads)),
+    ]
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        launches += [
+            ("gemm", kind, partial(gemm, rows(M, K), blocks(N, K), out_dtype=dtype)),
+            ("gemm_columns", kind, partial(gemm, *columns, out_dtype=dtype)),
+            ("grouped_gemm", kind, partial(grouped_gemm, *experts, out_dtype=dtype)),
+        ]
+    for op, kind, launch in launches:
+        for tile in tiles.production_tiles(backend, op):
+            yield f"{backend} {op} {kind} {tile_name(tile)}", partial(with_tile, tile, launch)
+
+
+def tile_name(tile: Tile) -> str:
+    """What of a tile changes its code; the swept rows are in it too, as a constant of the kernel."""
+    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}"
 
 
 def cast_cases() -> Iterator[Case]:

@@ -62,8 +62,11 @@ def test_every_kernel_of_the_device_back_ends_is_compiled(kernels):
 def test_every_production_tile_is_compiled(kernels, backend, op):
     from fp8moe.kernels.tiles import production_tiles
 
-    wanted = {f"{tile.block_m}x{tile.block_n}" for tile in production_tiles(backend, op)}
-    assert wanted and wanted == {name.split()[-1] for name in kernels if name.startswith(f"{backend} {op} ")}
+    compiled = [name for name in kernels if name.startswith(f"{backend} {op} ")]
+    for tile in production_tiles(backend, op):
+        shape = f" {tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} "
+        kinds = {name.split()[2] for name in compiled if shape in name}
+        assert kinds == {"grouped_gemm": {"bf16", "fp32"}, "grouped_wgrad": {"add"}}.get(op, {"bf16", "fp32", "add"})
 
 
 @pytest.mark.slow
@@ -103,6 +106,18 @@ def test_one_cta_fits_an_sm(kernels):
 @pytest.mark.slow
 def test_a_consumer_hands_a_slot_back_only_when_all_its_warps_are_done(kernels):
     assert [name for name, entry in kernels.items() if entry["unguarded"]] == []
+
+
+def test_an_arrival_without_a_barrier_is_found():
+    from tests.kernels.sm90 import unguarded_arrivals
+
+    arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
+    wgmma = "wgmma.wait_group.sync.aligned 0;"
+    assert unguarded_arrivals("\n".join([wgmma, "bar.sync 2, 128;", "add.s32 %r1, %r2, 8;", arrive])) == 0
+    assert unguarded_arrivals("\n".join([wgmma, "add.s32 %r1, %r2, 8;", arrive])) == 1
+    assert unguarded_arrivals("\n".join(["bar.sync 2, 128;", wgmma, arrive])) == 1
+    assert unguarded_arrivals("\n".join(["bar.sync 2, 128;", "ld.shared.b32 %r3, [%r4];", arrive])) == 1
+    assert unguarded_arrivals("\n".join(["@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 49152;"])) == 0
 
 
 @pytest.mark.slow
