@@ -55,7 +55,10 @@ def test_zero_mean_data_is_blind_to_it():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_promoted_products_meet_the_bounds_of_a_gpu(kind):
-    a, (b, _) = quantize_rows(data(kind, 32, 576, device="cpu")), quantize_blocks(data("normal", 144, 576, device="cpu"))
+    a, (b, _) = (
+        quantize_rows(data(kind, 32, 576, device="cpu")),
+        quantize_blocks(data("normal", 144, 576, device="cpu")),
+    )
     assert distance(a, b) <= (2e-6 if kind == "positive" else 3e-7)
     columns = [quantize_columns(data(kind, 400, size, device="cpu")) for size in (32, 48)]
     assert distance(*columns) <= (2e-6 if kind == "positive" else 3e-7)

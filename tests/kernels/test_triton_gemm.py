@@ -16,12 +16,13 @@ from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data, product_bound
 
 # M, N, K with short last tiles in each, one tile, less than one; 576 and 2112 are sizes of DeepSeek-V3.
-SHAPES = [(130, 320, 576), (48, 80, 2112), (17, 128, 128), (33, 16, 48)]
+SHAPES = [(130, 144, 576), (48, 80, 2112), (17, 128, 128), (33, 16, 48)]
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shape"), [*((kind, SHAPES[0]) for kind in KINDS), *(("normal", shape) for shape in SHAPES[1:])]
+)
 def test_rows_by_blocks(triton_device, kind, shape):
     m, n, k = shape
     x, w = data(kind, m, k, device=triton_device), data("normal", n, k, device=triton_device)
@@ -96,7 +97,7 @@ def test_nan_stays_in_its_row(triton_device):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_unquantized_wgrad(triton_device, kind, dtypes):
-    for tokens, n, k in ((130, 24, 136), (7, 129, 5)):
+    for tokens, n, k in ((70, 24, 136), (7, 129, 5)):
         dy = data(kind, tokens, n, device=triton_device, dtype=dtypes[0])
         x = data(kind, tokens, k, device=triton_device, dtype=dtypes[1])
         start = torch.randn(n, k, device=triton_device)

@@ -14,14 +14,13 @@ from fp8moe.kernels.quantize import (
 from fp8moe.kernels.reference import quantize as twin
 from tests.kernels.device_cases import assert_same, data
 
-SHAPES = [(16, 16), (144, 272), (32, 576), (256, 128)]
+SHAPES = [(144, 272), (16, 16), (16, 576), (256, 128)]
 DTYPES = [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["normal", "outliers"])
+@pytest.mark.parametrize(("kind", "shape"), [("outliers", SHAPES[0]), *(("normal", shape) for shape in SHAPES[1:])])
 def test_casts_are_the_specification(triton_device, kind, shape, dtype, power_of_two):
     x = data(kind, *shape, device=triton_device, dtype=dtype)
     rows, columns = quantize_rows_and_columns(x, power_of_two=power_of_two)
@@ -49,7 +48,7 @@ def test_layouts_are_what_a_tensor_core_reads(triton_device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_leading_shape_and_stride(triton_device, dtype):
-    x = data("normal", 2, 3, 40, 208, device=triton_device, dtype=dtype)
+    x = data("normal", 2, 3, 40, 144, device=triton_device, dtype=dtype)
     rows, expected = quantize_rows(x), twin.quantize_rows(x)
     assert rows.shape == x.shape and rows.scale.shape == (2, 3, 40, 2)
     assert_same(rows, expected)
@@ -57,8 +56,8 @@ def test_any_leading_shape_and_stride(triton_device, dtype):
     for block, wanted in zip(quantize_blocks(experts), twin.quantize_blocks(experts), strict=True):
         assert block.shape[:2] == (2, 3)
         assert_same(block, wanted)
-    wide = data("normal", 144, 288, device=triton_device, dtype=dtype)
-    for view in (wide[:, 16:160], wide.t(), wide[::3], wide[:, ::2], wide[:1].expand(32, 288)):
+    wide = data("normal", 48, 288, device=triton_device, dtype=dtype)
+    for view in (wide[:, 16:160], wide.t(), wide[::3][:, ::2], wide[:1].expand(32, 288)):
         assert_same(quantize_rows(view), twin.quantize_rows(view.contiguous()))
         assert_same(quantize_columns(view), twin.quantize_columns(view.contiguous()))
         for block, wanted in zip(quantize_blocks(view), twin.quantize_blocks(view.contiguous()), strict=True):
