@@ -24,8 +24,10 @@ from fp8moe.kernels.fp8 import BLOCK_TILE, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
 
 TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-WGRAD_BLOCK, WGRAD_TOKENS = 128, 64
-WGRAD_WARPS, WGRAD_STAGES = 8, 3
+WGRAD_BLOCK, WGRAD_TOKENS, WGRAD_STAGES = 128, 64, 3
+# FP32 products have no tensor core: 128x128 of them spill registers, and the router is too small to need larger tiles.
+EXACT_BLOCK, EXACT_TOKENS, EXACT_STAGES = 64, 32, 2
+WGRAD_WARPS = 8
 _SHARED_RESERVE = 1024  # barriers, and what the driver keeps
 
 
@@ -134,10 +136,11 @@ def wgrad(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
     if t == 0 or main_grad.numel() == 0:
         return
     exact = torch.float32 in (dy.dtype, x.dtype)
-    wgrad_kernel[(ceil_div(n, WGRAD_BLOCK) * ceil_div(k, WGRAD_BLOCK),)](
+    block, tokens = (EXACT_BLOCK, EXACT_TOKENS) if exact else (WGRAD_BLOCK, WGRAD_TOKENS)
+    wgrad_kernel[(ceil_div(n, block) * ceil_div(k, block),)](
         dy, x, main_grad, t, n, k, *dy.stride(), *x.stride(), *main_grad.stride(),
-        EXACT=exact, BLOCK=WGRAD_BLOCK, BLOCK_T=WGRAD_TOKENS // (2 if exact else 1), GROUP=8,
-        num_warps=WGRAD_WARPS, num_stages=2 if exact else WGRAD_STAGES,
+        EXACT=exact, BLOCK=block, BLOCK_T=tokens, GROUP=8,
+        num_warps=WGRAD_WARPS, num_stages=EXACT_STAGES if exact else WGRAD_STAGES,
     )  # fmt: skip
 
 
