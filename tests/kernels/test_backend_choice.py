@@ -137,3 +137,12 @@ def test_the_environment_chooses(monkeypatch):
     assert backend.resolve() == "triton"
     assert inspect.unwrap(backend.op("quantize_rows")).__module__ == "fp8moe.kernels.triton.quantize"
     assert quantize_rows(torch.ones(2, 256)).scale_layout == "m_major"
+
+
+def test_a_choice_takes_effect_at_once():
+    x = torch.ones(2, 256)
+    layouts = []
+    for name in ("reference", "triton", "reference"):
+        backend.set_backend(name)
+        layouts.append(quantize_rows(x).scale_layout)
+    assert layouts == ["token_major", "m_major", "token_major"]
