@@ -54,8 +54,8 @@ test: $(SETUP) ## the tests that need no GPU
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" $(ARGS)
 
 .PHONY: test-gpu
-test-gpu: $(SETUP) ## the tests that need a GPU (torch, triton, numpy and pytest are enough for them)
-	$(RUN) -m pytest -m gpu $(ARGS)
+test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy and pytest are enough for them)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels $(ARGS)
 
 .PHONY: bench bench-gpu
 bench: DEVICE := cpu

@@ -1,19 +1,34 @@
 """The one place where the implementation of an op is chosen.
 
 Every public op of this package validates its arguments and then calls `op(name)`. The choice is, in this order:
-`set_backend(name)`, the environment variable FP8MOE_BACKEND, the default. It is logged once, and there is no silent
-fall-back: a back end that is unknown or cannot run here is a `ValueError` that says why. An implementation lives in
-`kernels/<back end>/<module>.py` under the same name and with the same signature as the public op.
+`set_backend(name)`, the environment variable FP8MOE_BACKEND, the default: on a CPU the specification, on a GPU the
+first of DEFAULTS that can run there. A back end that is unknown or cannot run here is a `ValueError` that says why and
+which would. An implementation lives in `kernels/<back end>/<module>.py` under the same name and with the same signature
+as the public op.
+
+No back end provides everything. PROVIDES below says what each does; what it doesn't goes to the back end that NEXT
+names, down to the specification, and the log line says so once. That table is the whole of the fall-back: an op that
+its back end provides runs there or raises.
+
+Tensors without data (meta, FakeTensor) and code under `torch.compile` go through the registered ops of `library`.
 """
 
+import functools
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fp8moe.kernels import library
+
 REFERENCE = "reference"
-BACKENDS = (REFERENCE,)
+BACKENDS = (REFERENCE, "triton", "gluon", "cublas", "deepgemm")
+DEFAULTS = ("gluon", "triton")  # on a GPU, the first that can run
 VARIABLE = "FP8MOE_BACKEND"
 
 _MODULE_OF = {
@@ -22,6 +37,9 @@ _MODULE_OF = {
     "quantize_rows_and_columns": "quantize",
     "quantize_blocks": "quantize",
     "requantize_columns": "quantize",
+    "pack_e5m6": "e5m6",
+    "unpack_e5m6": "e5m6",
+    "e5m6_to_columns": "e5m6",
     "gemm": "gemm",
     "wgrad": "gemm",
     "grouped_gemm": "grouped_gemm",
@@ -39,41 +57,171 @@ _MODULE_OF = {
 }
 OPS = tuple(_MODULE_OF)
 
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "grouped_wgrad")
+PROVIDES: dict[str, frozenset[str]] = {
+    REFERENCE: frozenset(OPS),
+    "triton": frozenset(name for name, module in _MODULE_OF.items() if module in _IN_TRITON),
+    "gluon": frozenset({"gemm", "grouped_gemm", "grouped_wgrad"}),
+    "cublas": frozenset({"gemm"}),
+    "deepgemm": frozenset({"gemm", "grouped_gemm"}),
+}
+NEXT = {"triton": REFERENCE, "gluon": "triton", "cublas": "triton", "deepgemm": "triton"}
+_PACKAGE = {
+    "triton": "triton",
+    "gluon": "triton",
+    "cublas": "triton",
+    "deepgemm": "deep_gemm",
+}
+_HOPPER_ONLY = ("gluon", "cublas", "deepgemm")
+_OLDEST_TRITON = (3, 6)
+
 _log = logging.getLogger(__name__)
-_chosen: str | None = None
-_loaded: dict[str, Callable[..., Any]] = {}
+_chosen: str | None = None  # explicitly, by set_backend or by the environment
+_announced: set[tuple[str, str]] = set()
 
 
-def resolve() -> str:
-    """The back end in force. Raises ValueError where FP8MOE_BACKEND names none."""
+def resolve(device: torch.device | None = None) -> str:
+    """The back end in force for tensors on `device`; without one, where this machine computes: its GPU, else the CPU.
+
+    Raises ValueError where FP8MOE_BACKEND names a back end that does not exist or cannot run here.
+    """
     global _chosen
-    if _chosen is None:
-        requested = os.environ.get(VARIABLE)
-        _chosen = _checked(requested or REFERENCE)
-        _log.info("kernels: back end %s (%s)", _chosen, VARIABLE if requested else "default")
-    return _chosen
+    if _chosen is None and (requested := os.environ.get(VARIABLE)):
+        _chosen = _checked(requested)
+        _announce(_chosen, VARIABLE)
+    if _chosen is not None:
+        return _chosen
+    kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    name = _default(kind)
+    _announce(name, "default")
+    return name
 
 
 def set_backend(name: str | None) -> None:
     """Choose a back end for this process; None returns to the environment variable and the default."""
     global _chosen
     checked = None if name is None else _checked(name)
-    _loaded.clear()
+    _announced.clear()
     _chosen = checked
     if checked is not None:
-        _log.info("kernels: back end %s (set_backend)", checked)
+        _announce(checked, "set_backend")
+
+
+def provider(name: str, backend: str) -> str:
+    """Whose implementation of op `name` runs where `backend` is in force."""
+    while name not in PROVIDES[backend]:
+        backend = NEXT[backend]
+    return backend
 
 
 def op(name: str) -> Callable[..., Any]:
-    """The implementation of op `name` in the back end in force."""
-    implementation = _loaded.get(name)
-    if implementation is None:
-        module = importlib.import_module(f".{resolve()}.{_MODULE_OF[name]}", __package__)
-        implementation = _loaded[name] = getattr(module, name)
-    return implementation
+    """The implementation of op `name`, chosen by the choice in force and by where its first argument lies."""
+    if torch.compiler.is_compiling():
+        return _without_entering(name)
+    return _by_first_argument(name, provider(name, resolve()))
+
+
+def why_not(name: str) -> str | None:
+    """Why back end `name` cannot run on this machine; None where it can."""
+    if name == REFERENCE:
+        return None
+    if importlib.util.find_spec(f".{name}", __package__) is None:
+        return "this version has no adapter for it"
+    if importlib.util.find_spec(_PACKAGE[name]) is None:
+        return f"the package {_PACKAGE[name]} is not installed"
+    if name in ("triton", "gluon"):
+        triton = importlib.import_module("triton")
+        if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+            return f"it needs Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, this is {triton.__version__}"
+        if name == "triton" and triton.knobs.runtime.interpret:
+            return None
+    if not torch.cuda.is_available():
+        on_cpu = ", or TRITON_INTERPRET=1 set before Python starts, which is slow" if name == "triton" else ""
+        return f"it needs a GPU with FP8 tensor cores{on_cpu}, and there is no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if name in _HOPPER_ONLY and (major, minor) != (9, 0):
+        return f"it is for Hopper, compute capability 9.0, and this GPU has {major}.{minor}"
+    if (major, minor) < (8, 9):
+        return f"FP8 tensor cores come with compute capability 8.9, and this GPU has {major}.{minor}"
+    return None
 
 
 def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"back end {name!r} does not exist in this version: use {' or '.join(BACKENDS)}")
+    reason = why_not(name)
+    if reason is not None:
+        runnable = [other for other in BACKENDS if why_not(other) is None]
+        raise ValueError(f"back end {name!r} cannot run here: {reason}: use {' or '.join(runnable)}")
     return name
+
+
+@functools.cache
+def _default(kind: str) -> str:
+    """The back end of a kind of device ("cpu", "cuda") when nobody chose."""
+    if kind != "cuda":
+        return REFERENCE
+    return next((name for name in DEFAULTS if why_not(name) is None), REFERENCE)
+
+
+def _announce(name: str, chosen_by: str) -> None:
+    if (name, chosen_by) in _announced:
+        return
+    _announced.add((name, chosen_by))
+    elsewhere: dict[str, list[str]] = {}
+    for one in OPS:
+        if (runs := provider(one, name)) != name:
+            elsewhere.setdefault(runs, []).append(one)
+    told = "".join(f"; by {runs}: {', '.join(names)}" for runs, names in elsewhere.items())
+    _log.info("kernels: back end %s (%s)%s", name, chosen_by, told)
+
+
+@functools.cache
+def _load(backend: str, name: str) -> Callable[..., Any]:
+    implementation: Callable[..., Any] = getattr(
+        importlib.import_module(f".{backend}.{_MODULE_OF[name]}", __package__), name
+    )
+    return implementation
+
+
+@functools.cache
+def _by_first_argument(name: str, usual: str) -> Callable[..., Any]:
+    """Op `name` as a function that looks where its tensor lies; it is documented as back end `usual` has it."""
+
+    @functools.wraps(_load(usual, name))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _run(name, *args, **kwargs)
+
+    return call
+
+
+def _run(name: str, *args: Any, **kwargs: Any) -> Any:
+    tensor: Tensor = args[0] if isinstance(args[0], Tensor) else args[0].data
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, torch.nn.Parameter):  # no data to compute with
+        return _without_entering(name)(*args, **kwargs)
+    implementation = _select(name, tensor)
+    if tensor.device.type != "cuda":
+        return implementation(*args, **kwargs)
+    with torch.cuda.device_of(tensor):  # Triton launches on the current device
+        return implementation(*args, **kwargs)
+
+
+def _select(name: str, tensor: Tensor) -> Callable[..., Any]:
+    runs = provider(name, resolve(tensor.device))
+    if runs != REFERENCE and tensor.device.type != "cuda" and not _interpreted():
+        raise ValueError(
+            f"back end {runs!r} runs on a GPU and this tensor is on {tensor.device}: move it, or use {REFERENCE}"
+        )
+    return _load(runs, name)
+
+
+def _without_entering(name: str) -> Callable[..., Any]:
+    """Op `name` for tracing: as it is registered, or, where it is not, the specification, traced through."""
+    return library.traced(name) if name in library.DECLARATIONS else _load(REFERENCE, name)
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+library.register(_run, by_specification=lambda device: provider("quantize_rows", resolve(device)) == REFERENCE)

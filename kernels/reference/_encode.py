@@ -91,10 +91,10 @@ def tile_amax(magnitude: Tensor, dim: int) -> Tensor:
     return bits.view(torch.bfloat16).float() if bits.dtype is torch.int16 else bits.view(torch.float32)
 
 
-def scale_of(amax: Tensor, amax_floor: float, power_of_two: bool) -> Tensor:
-    """The scale of a tile from its largest magnitude, both FP32."""
+def scale_of(amax: Tensor, amax_floor: float, power_of_two: bool, largest: float = E4M3_MAX) -> Tensor:
+    """The scale of a tile from its largest magnitude, both FP32; `largest` is the format's."""
     # Division by a tensor: CUDA turns a division by a Python number into a multiplication by its reciprocal.
-    scale = amax.clamp(min=amax_floor) / torch.full_like(amax, E4M3_MAX)
+    scale = amax.clamp(min=amax_floor) / torch.full_like(amax, largest)
     if not power_of_two:
         return scale
     # A mantissa that isn't zero carries into the exponent, then the mantissa is cleared: rounds up, exactly.

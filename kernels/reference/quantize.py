@@ -70,7 +70,8 @@ def quantize_blocks(
     values = _as_float(w)
     data = multiply_tiles(values, inverse, values).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     transposed = data.view(torch.uint8).mT.contiguous().view(E4M3)
-    return Fp8Tensor(data, scale, BLOCK_TILE), Fp8Tensor(transposed, scale.mT.contiguous(), BLOCK_TILE)
+    other_scale = scale.mT.clone(memory_format=torch.contiguous_format)
+    return Fp8Tensor(data, scale, BLOCK_TILE), Fp8Tensor(transposed, other_scale, BLOCK_TILE)
 
 
 def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:

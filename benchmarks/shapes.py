@@ -1,0 +1,58 @@
+"""The GEMM sizes that benchmarks and the performance model share: those whose figures others have published.
+
+Dense and grouped sizes are DeepGEMM's (github.com/deepseek-ai/DeepGEMM, its README and tests), the Linears of
+DeepSeek-V3. `published` is DeepGEMM's figure on an H800 in TFLOPS, or None: something to stand beside, not a baseline,
+for it was measured elsewhere; ratios are only taken inside one run.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["rows", "columns"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`groups` products of [M, K] by [N, K]. kind "rows": 1x128 by 128x128 scales, BF16 out (Fprop, Dgrad; M is the
+    rows of one group); "columns": both 1x128 along K, added into FP32 (Wgrad; K is the tokens of one group)."""
+
+    op: str
+    m: int
+    n: int
+    k: int
+    kind: Kind = "rows"
+    groups: int = 1
+    published: float | None = None
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds counted as two."""
+        return 2.0 * self.groups * self.m * self.n * self.k
+
+    @property
+    def label(self) -> str:
+        """The size in words a reader can repeat."""
+        size = f"M{self.m} N{self.n} K{self.k}"
+        return size if self.groups == 1 else f"E{self.groups} {size}"
+
+
+DENSE = (
+    Problem("gemm", 4096, 7168, 16384, published=1519),
+    Problem("gemm", 4096, 4096, 7168, published=1439),
+    Problem("gemm", 4096, 24576, 1536, published=1270),
+    Problem("gemm", 4096, 7168, 2048, published=1215),
+    Problem("gemm", 4096, 32768, 512, published=836),
+    Problem("gemm", 4096, 2112, 7168, published=1058),
+)
+DENSE_WGRAD = (Problem("gemm_columns", 7168, 16384, 4096, "columns", published=994),)
+GROUPED = (
+    Problem("grouped_gemm", 8192, 4096, 7168, groups=4, published=1346),
+    Problem("grouped_gemm", 8192, 7168, 2048, groups=4, published=1214),
+)
+GROUPED_WGRAD = (
+    Problem("grouped_wgrad", 7168, 4096, 4096, "columns", groups=4),
+    Problem("grouped_wgrad", 7168, 4096, 8192, "columns", groups=4, published=1044),
+    Problem("grouped_wgrad", 2048, 7168, 4096, "columns", groups=8),
+)
+# Rows and width of what is cast: a micro-batch's activations, and what eight experts of one rank receive.
+CASTS = ((4096, 7168), (16384, 7168), (32768, 4096))

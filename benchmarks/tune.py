@@ -1,0 +1,140 @@
+"""Search the tiles of the GEMMs on this GPU and write the best into kernels/tiles.json under the GPU's name.
+
+    python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--dry-run]
+
+A class of shapes gets the tile with the smallest product of times (geometric mean) over its problems; every candidate's
+output is compared with the first one's, and one that differs beyond rounding is not a candidate. The compile gate
+(`tests/kernels/test_sm90.py`) then compiles what the table newly names: run it before committing the change.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import measure
+from benchmarks.peers import Operands, implementation
+from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD, Problem
+from fp8moe.kernels import tiles
+from fp8moe.kernels.tiles import CLASSES, Tile, shape_class
+from tests.distance import calc_diff
+
+AGREEMENT = 5e-6  # calc_diff between two tiles' outputs: rounding to BF16, no more
+SMALL = (
+    Problem("gemm", 512, 2048, 7168),
+    Problem("gemm", 512, 2048, 2048),
+    Problem("gemm_columns", 512, 2048, 4096, "columns"),
+    Problem("gemm_columns", 512, 2048, 2048, "columns"),
+    Problem("gemm_columns", 7168, 2048, 2048, "columns"),
+    Problem("grouped_gemm", 128, 1024, 7168, groups=4),
+    Problem("grouped_gemm", 128, 1024, 2048, groups=4),
+    Problem("grouped_wgrad", 512, 1024, 2048, "columns", groups=4),
+    Problem("grouped_wgrad", 512, 1024, 4096, "columns", groups=4),
+    Problem("grouped_wgrad", 2048, 7168, 2048, "columns", groups=4),
+)
+PROBLEMS = (*DENSE, *DENSE_WGRAD, *GROUPED, *GROUPED_WGRAD, *SMALL)
+MODULE = {"gemm": "gemm", "gemm_columns": "gemm", "grouped_gemm": "grouped_gemm", "grouped_wgrad": "grouped_wgrad"}
+
+
+def candidates(backend: str, op: str) -> Iterator[Tile]:
+    """Tiles worth trying: those whose ring fits an SM, by tile shape, stages and swept rows."""
+    if backend == "triton":
+        for stages in (3, 4, 5):
+            for group in (4, 8, 16):
+                yield Tile(128, 128, stages, group, 8)
+        return
+    for block_m, block_n, deepest in ((256, 128, 4), (128, 256, 4), (128, 128, 6)):
+        if op == "grouped_gemm" and block_m > 128:
+            continue
+        for stages in (deepest, deepest - 1):
+            for group in (4, 8, 16, 32):
+                yield Tile(block_m, block_n, stages, group, 4)
+
+
+def call_of(backend: str, p: Problem, x: Operands, total: Tensor | None) -> Callable[[], Tensor]:
+    """The op on problem `p`; what it returns is its output."""
+    op = implementation(backend, MODULE[p.op], MODULE[p.op])
+    if p.op == "gemm":
+        return lambda: op(x.a, x.b)
+    if p.op == "grouped_gemm":
+        return lambda: op(x.a, x.b, x.offsets)
+    assert total is not None
+    if p.op == "gemm_columns":
+        return lambda: op(x.a, x.b, accumulate=total)
+
+    def add() -> Tensor:
+        op(x.a, x.b, x.offsets, total)
+        return total
+
+    return add
+
+
+def times_of(backend: str, p: Problem, device: torch.device, repeats: int) -> dict[Tile, float]:
+    """Median seconds of every candidate that computes the same."""
+    x = Operands.make(p, device)
+    shape = (p.groups, p.m, p.n) if p.groups > 1 else (p.m, p.n)
+    total = torch.zeros(shape, device=device) if p.kind == "columns" else None
+    call = call_of(backend, p, x, total)
+    first, seconds = None, {}
+    for tile in candidates(backend, p.op):
+        with patch.object(tiles, "choose", lambda *_, tile=tile, **__: tile):
+            if total is not None:
+                total.zero_()
+            out = call().clone().flatten(0, -2)
+            first = out if first is None else first
+            if calc_diff(out, first) > AGREEMENT:
+                print(f"{backend} {p.op} {p.label} {tile}: another result, left out")
+                continue
+            seconds[tile] = measure(call, device, repeats=repeats, warmup=2).median
+    return seconds
+
+
+def best(times: Sequence[dict[Tile, float]]) -> Tile:
+    """The tile with the smallest geometric mean of its times over all problems of a class."""
+    common = set.intersection(*(set(one) for one in times))
+    if not common:
+        raise ValueError("no tile computed every problem of a class alike: the kernels need a look before tuning")
+    return min(common, key=lambda tile: (math.prod(one[tile] for one in times), tile.block_m, tile.stages, tile.group))
+
+
+def tune(backend: str, op: str, device: torch.device, repeats: int) -> dict[str, Tile]:
+    """Class -> best tile of `op`; a class without a problem keeps what the table has."""
+    found = {}
+    for name in CLASSES:
+        problems = [p for p in PROBLEMS if p.op == op and shape_class(p.m, p.n, p.k, p.groups) == name]
+        if not problems:
+            found[name] = Tile(**tiles.read_table()[tiles.DEFAULT_DEVICE][backend][op][name])
+            continue
+        found[name] = best([times_of(backend, p, device, repeats) for p in problems])
+        print(f"{backend} {op} {name}: {found[name]}", flush=True)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search, and write the table unless --dry-run."""
+    parser = argparse.ArgumentParser(description="search GEMM tiles on this GPU and rewrite kernels/tiles.json")
+    parser.add_argument("--backend", choices=("gluon", "triton"), default="gluon", help="(gluon)")
+    parser.add_argument("--op", choices=tuple(MODULE), nargs="+", default=list(MODULE), help="(all)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls of a candidate (15)")
+    parser.add_argument("--dry-run", action="store_true", help="print, and leave the table as it is")
+    arguments = parser.parse_args(argv)
+    if arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
+    if not torch.cuda.is_available():
+        parser.error("tuning times kernels on a GPU and torch sees 0: run it on the machine that trains")
+    device = torch.device("cuda")
+    table = dict(tiles.read_table())
+    own = table.setdefault(torch.cuda.get_device_name(device), {}).setdefault(arguments.backend, {})
+    for op in arguments.op:
+        found = tune(arguments.backend, op, device, arguments.repeats)
+        own[op] = {name: tiles.as_entry(tile) for name, tile in found.items()}
+        if not arguments.dry_run:
+            tiles.write_table(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,167 @@
+"""`fp8moe warmup`: compile the kernels that a configuration needs, once a node, before all processes wait for it.
+
+Every cast and GEMM of one dense and one expert Linear of each size is run once on this machine's GPU, at the sizes of a
+micro-batch, through the same ops as training: what the tile table chooses for the run is what is compiled. The compiled
+code stays in Triton's cache, which should lie on the node itself: a shared file system under a thousand readers is
+slower than compiling. Compiling without running was refused: alignment and constants come from real operands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fp8moe.errors import ConfigError
+from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, TILE, ceil_div
+from fp8moe.kernels.gemm import gemm, wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm
+from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.quantize import (
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+    quantize_rows_and_columns,
+    requantize_columns,
+)
+from fp8moe.model.config import ModelConfig
+
+CACHE_VARIABLE = "TRITON_CACHE_DIR"
+DESCRIPTION = """\
+Compile the kernels that a run needs into a cache on this node. Settings are those of `fp8moe train`.
+
+  fp8moe warmup experiment=dsv3_pretrain --processes 2048
+"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a rank multiplies: (outputs, inputs) of each Linear, `tokens` of a micro-batch, `rows` its experts receive.
+
+    unquantized: the Linears that stay in BF16 (head, router), whose weight gradient alone is a kernel of ours.
+    """
+
+    linears: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int], ...]
+    unquantized: tuple[tuple[int, int], ...]
+    num_experts: int  # on one rank
+    tokens: int
+    rows: int
+
+
+def sizes_of(model: ModelConfig, tokens: int, ep: int) -> Sizes:
+    """The Linears of `model`, each size once, and the rows of a balanced routing, every group padded to 128."""
+    c = model
+    queries = c.num_heads * c.qk_dim
+    latent = c.kv_lora_rank + c.rope_dim
+    shared = c.expert_hidden * c.num_shared_experts
+    linears = [
+        ((c.q_lora_rank or queries) + latent, c.dim),
+        *([(queries, c.q_lora_rank)] if c.q_lora_rank else []),
+        (c.num_heads * (c.nope_dim + c.v_dim), c.kv_lora_rank),
+        (c.dim, c.num_heads * c.v_dim),
+        *([(2 * c.dense_hidden, c.dim), (c.dim, c.dense_hidden)] if c.num_dense_layers else []),
+        *([(2 * shared, c.dim), (c.dim, shared)] if shared else []),
+    ]
+    experts = [(2 * c.expert_hidden, c.dim), (c.dim, c.expert_hidden)]
+    num_experts = c.num_experts // ep
+    rows = ceil_div(ceil_div(tokens * c.topk, num_experts), TILE) * TILE * num_experts
+    unquantized = ((c.vocab_size, c.dim), (c.num_experts, c.dim))
+    return Sizes(tuple(dict.fromkeys(linears)), tuple(dict.fromkeys(experts)), unquantized, num_experts, tokens, rows)
+
+
+def calls(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of every cast and product of a step, one size after the other."""
+    tokens = ceil_div(sizes.tokens, 16) * 16
+    for n, k in sizes.linears:
+        yield f"Linear {n}x{k}", lambda n=n, k=k: linear(tokens, n, k, device)  # type: ignore[misc]
+    for n, k in sizes.experts:
+        yield f"{sizes.num_experts} experts {n}x{k}", lambda n=n, k=k: expert(sizes, n, k, device)  # type: ignore[misc]
+    for n, k in sizes.unquantized:
+        yield f"BF16 Linear {n}x{k}", lambda n=n, k=k: unquantized(tokens, n, k, device)  # type: ignore[misc]
+
+
+def unquantized(tokens: int, n: int, k: int, device: torch.device) -> None:
+    """Wgrad of a Linear that stays in BF16."""
+    x, dy = (torch.zeros(tokens, size, dtype=torch.bfloat16, device=device) for size in (k, n))
+    wgrad(dy, x, torch.zeros(n, k, device=device))
+
+
+def linear(tokens: int, n: int, k: int, device: torch.device) -> None:
+    """Fprop, Dgrad and Wgrad of a Linear, with the casts of its operands."""
+    x, dy = (torch.zeros(tokens, size, dtype=torch.bfloat16, device=device) for size in (k, n))
+    weight, transposed = quantize_blocks(torch.zeros(n, k, dtype=torch.bfloat16, device=device))
+    for power_of_two in (False, True):
+        rows, columns = quantize_rows(x, power_of_two=power_of_two), quantize_columns(x, power_of_two=power_of_two)
+    dy_rows, dy_columns = quantize_rows_and_columns(dy, amax_floor=GRADIENT_AMAX_FLOOR)
+    gemm(rows, weight)
+    gemm(dy_rows, transposed)
+    gemm(dy_columns, columns, accumulate=torch.zeros(n, k, device=device))
+
+
+def expert(sizes: Sizes, n: int, k: int, device: torch.device) -> None:
+    """The grouped products of one expert Linear, with the casts of its operands."""
+    x, dy = (torch.zeros(sizes.rows, size, dtype=torch.bfloat16, device=device) for size in (k, n))
+    experts = torch.zeros(sizes.num_experts, n, k, dtype=torch.bfloat16, device=device)
+    weight, transposed = quantize_blocks(experts)
+    del experts
+    each = sizes.rows // sizes.num_experts
+    offsets = torch.arange(sizes.num_experts + 1, dtype=torch.int32, device=device) * each
+    rows = quantize_rows(x, power_of_two=True)
+    dy_rows, dy_columns = quantize_rows_and_columns(dy, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True)
+    grouped_gemm(rows, weight, offsets)
+    grouped_gemm(dy_rows, transposed, offsets)
+    total = torch.zeros(sizes.num_experts, n, k, device=device)
+    grouped_wgrad(dy_columns, requantize_columns(rows), offsets, total)
+
+
+def choose_cache(given: Path | None) -> Path:
+    """Where compiled code goes: `given`, else what the environment says, else a folder on this node's own disk."""
+    if given is not None:
+        return given
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else Path(tempfile.gettempdir(), f"fp8moe-kernels-{os.getuid()}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's own options; all else is settings."""
+    parser = argparse.ArgumentParser(
+        prog="fp8moe warmup", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="of the whole run (the GPUs of this machine)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help=f"(${CACHE_VARIABLE}, or a local one)")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 0 when everything is compiled, or when the precision has nothing to compile."""
+    arguments = make_parser().parse_intermixed_args(list(argv))
+    if arguments.processes is not None and arguments.processes < 1:
+        raise ConfigError(f"--processes={arguments.processes} must be at least 1")
+    from fp8moe.cli.compose import compose
+    from fp8moe.train.config import settle
+
+    config = compose(arguments.settings).config
+    config = settle(config, arguments.processes or max(1, torch.cuda.device_count()))
+    if config.precision.mode != "fp8":
+        print(f"precision {config.precision.mode} runs on PyTorch's own kernels: nothing to compile")
+        return 0
+    if not torch.cuda.is_available():
+        raise ConfigError("warmup compiles for the GPU it runs on and torch sees 0: run it on a node that trains")
+    cache = choose_cache(arguments.cache)
+    os.environ[CACHE_VARIABLE] = str(cache)
+    sizes = sizes_of(config.model, config.micro_batch * config.seq_len, config.ep)
+    start = time.perf_counter()
+    for name, call in calls(sizes, torch.device("cuda")):
+        call()
+        torch.cuda.synchronize()
+        print(f"{time.perf_counter() - start:7.1f} s  {name}", flush=True)
+    print(f"compiled; let the run use it: export {CACHE_VARIABLE}={cache}")
+    return 0

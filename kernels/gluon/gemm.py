@@ -1,0 +1,26 @@
+"""FP8 GEMM on Hopper: rows by blocks (`rows_kernel`), rows by rows (`columns_kernel`), with tiles from the table."""
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels import tiles
+from fp8moe.kernels.fp8 import BLOCK_TILE, Fp8Tensor
+from fp8moe.kernels.gluon.launch import device_name, launch_columns, launch_rows, num_sms
+
+
+def gemm(
+    a: Fp8Tensor, b: Fp8Tensor, *, out_dtype: torch.dtype = torch.bfloat16, accumulate: Tensor | None = None
+) -> Tensor:
+    (m, k), n = a.shape, b.shape[0]
+    if min(m, n, k) == 0:
+        return torch.zeros(m, n, dtype=out_dtype, device=a.device) if accumulate is None else accumulate
+    out = accumulate
+    if out is None or out.stride(1) != 1:
+        out = torch.empty(m, n, dtype=out_dtype if accumulate is None else torch.float32, device=a.device)
+    blocks = b.tile == BLOCK_TILE
+    tile = tiles.choose("gluon", "gemm" if blocks else "gemm_columns", m, n, k, device=device_name(a.device))
+    launch = launch_rows if blocks else launch_columns
+    launch(a, b, out, tile=tile, sms=num_sms(a.device), accumulate=out is accumulate)
+    if accumulate is None or out is accumulate:
+        return out
+    return accumulate.add_(out)

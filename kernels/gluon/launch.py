@@ -1,0 +1,156 @@
+"""From checked operands to a launch: descriptors, scales in the layout the kernels read, and how many SMs may work.
+
+Descriptors are made on the host: they travel as kernel arguments, and the device needs no scratch memory and no fence
+for them. A kernel runs one program an SM; `limit_sms` leaves some to the communication that runs beside it (DeepSeek-V3
+gives 20 of 132).
+
+Operands that already lie well are used in place: K-major codes on 16-byte rows, scales at stride 1 along M. Anything
+else is copied first, which costs a pass over it: whoever quantizes for these kernels writes the right layout.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
+from fp8moe.kernels.gluon.columns_kernel import columns_kernel
+from fp8moe.kernels.gluon.pipeline import ADD, STORE, STORE_TMA
+from fp8moe.kernels.gluon.rows_kernel import rows_kernel
+from fp8moe.kernels.tiles import DEFAULT_DEVICE, HOPPER_SMS, Tile
+
+TMA_ALIGNMENT = 16
+CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+OUTPUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+_limit: int | None = None
+
+
+def limit_sms(count: int | None) -> None:
+    """At most `count` SMs for the GEMMs launched from now on (communication takes the others); None: all."""
+    global _limit
+    if count is not None and count < 1:
+        raise ValueError(f"a GEMM needs at least 1 SM, limit_sms got {count}: use None for all of them")
+    _limit = count
+
+
+def num_sms(device: torch.device) -> int:
+    """SMs that a GEMM may use on `device`."""
+    count = _properties(device)[1]
+    return count if _limit is None else min(_limit, count)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, as the table of tiles keys it."""
+    return _properties(device)[0]
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":  # operands of a launch that is compiled and not run
+        return DEFAULT_DEVICE, HOPPER_SMS
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def launch_rows(
+    a: Fp8Tensor,
+    b: Fp8Tensor,
+    out: Tensor,
+    *,
+    tile: Tile,
+    sms: int,
+    group_offsets: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out [M, N] = or += a rows [M, K] @ b blocks [N, K]^T, or [E, N, K] with offsets; no size may be zero."""
+    m, k = a.shape
+    n, grouped = b.shape[-2], group_offsets is not None
+    assert not (grouped and tile.block_m != TILE), "a taller tile could straddle two experts"
+    epilogue = ADD.value if accumulate else STORE_TMA.value if out.dtype is torch.bfloat16 else STORE.value
+    scale = _m_major(a.scale)
+    c = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, TILE], OUTPUT) if epilogue == STORE_TMA.value else out
+    num_tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
+    with torch.cuda.device_of(out):
+        rows_kernel[(min(sms, num_tiles),)](
+            _codes(a.data, tile.block_m),
+            _codes(b.data.reshape(-1, k), tile.block_n),
+            c,
+            scale,
+            b.scale.contiguous(),
+            group_offsets,
+            m,
+            n,
+            k,
+            b.shape[0] if grouped else 1,
+            scale.stride(1),
+            out.stride(0),
+            **_constants(tile, grouped, epilogue),
+        )
+
+
+def launch_columns(
+    a: Fp8Tensor,
+    b: Fp8Tensor,
+    out: Tensor,
+    *,
+    tile: Tile,
+    sms: int,
+    group_offsets: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out [N, K] (or [E, N, K] with offsets) = or += a columns [N, T] @ b columns [K, T]^T; no size may be zero."""
+    (n, t), k, grouped = a.shape, b.shape[0], group_offsets is not None
+    num_groups = out.shape[0] if grouped else 1
+    num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n)
+    with torch.cuda.device_of(out):
+        columns_kernel[(min(sms, num_tiles),)](
+            _codes(a.data, tile.block_m),
+            _codes(b.data, tile.block_n),
+            _scales(a.scale, tile.block_m),
+            _scales(b.scale, tile.block_n),
+            out,
+            group_offsets,
+            num_groups,
+            n,
+            k,
+            t,
+            out.stride(-2),
+            **_constants(tile, grouped, ADD.value if accumulate else STORE.value),
+        )
+
+
+def _constants(tile: Tile, grouped: bool, epilogue: int) -> dict[str, Any]:
+    return {
+        "BM": tile.block_m,
+        "BN": tile.block_n,
+        "STAGES": tile.stages,
+        "GROUP": tile.group,
+        "GROUPED": grouped,
+        "EPILOGUE": epilogue,
+        "num_warps": tile.warps,
+    }
+
+
+def _codes(data: Tensor, block_rows: int) -> TensorDescriptor:
+    """A descriptor of K-major codes [M, K] for tiles of block_rows x 128."""
+    if data.stride(1) != 1 or data.stride(0) % TMA_ALIGNMENT or data.data_ptr() % TMA_ALIGNMENT:
+        data = data.contiguous()
+    return TensorDescriptor(data, list(data.shape), [data.stride(0), 1], [block_rows, TILE], CODES)
+
+
+def _m_major(scale: Tensor) -> Tensor:
+    """Scales [M, K/128] at stride 1 along M."""
+    return scale if scale.stride(0) == 1 else scale.mT.contiguous().mT
+
+
+def _scales(scale: Tensor, block: int) -> TensorDescriptor:
+    """A descriptor of the scales [M, T/128] as one vector, a token tile after the other."""
+    flat = scale.mT.contiguous()  # no copy where they are M-major already
+    if flat.data_ptr() % TMA_ALIGNMENT:
+        flat = flat.clone()
+    return TensorDescriptor(flat.view(-1), [flat.numel()], [1], [block], SCALES)

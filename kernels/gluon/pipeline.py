@@ -1,0 +1,138 @@
+"""The skeleton of the Hopper GEMMs: who loads, who multiplies, and how they wait for each other.
+
+One CTA an SM, persistent: program p computes tiles p, p + P, p + 2P, ... of one fixed order, P being the number of SMs
+the launch was given. Inside a CTA there are three partitions, after DeepGEMM's structure:
+
+- the producer, one warp: fills a ring of `STAGES` slots by TMA, up to STAGES steps ahead of the slowest consumer and
+  across the border between two tiles, so that an epilogue never drains the ring;
+- consumers 0 and 1, four warps each: each owns half of a tile's rows (rows INDEX * BM/2 onwards), multiplies it in
+  waves of 64x128 and adds every wave's product, times its scales, into FP32 registers (promotion, each 128 of K: an FP8
+  tensor core keeps about 14 bits). They share the ring and nothing else and never wait for each other, so that the
+  promotion of one runs under the WGMMA of the other. A tile of 256x128 is two waves of rows a consumer ("tall"), one of
+  128x256 two waves of columns ("wide", for expert groups aligned to 128 rows), one of 128x128 a single wave.
+
+Barrier protocol. Step s (counted over all tiles of a program, the same in every partition) uses slot s % STAGES in
+round s // STAGES; parity is the round's lowest bit.
+
+    full[slot]    count 1.  The producer's expect(bytes) is its one arrival; the round ends when those bytes have
+                  landed. Consumers wait for parity (s // STAGES) & 1.
+    empty[slot]   count 2.  Each consumer arrives once a step, after its last read of the slot: after the wait that
+                  retires its last WGMMA, and after its last read of scales that travel in the ring. The compiler puts
+                  a barrier of that consumer's four warps in front of an arrival (one thread arrives for all; read in
+                  the machine code of Triton 3.6 and 3.7, and held by a test).
+                  The producer waits for parity ((s // STAGES) & 1) ^ 1: true at once in round 0, where the phase
+                  "before the first" counts as complete; later it is round s // STAGES - 1 that must have ended.
+
+Every partition derives the number of steps of a tile from the same function of the same arguments; a tile with no steps
+(an empty group, rows past the last group) passes no barrier on any side. Barriers are initialised by the default
+partition before the others start: `warp_specialize` itself synchronises, and the fence in front of it makes the
+initialisation visible to TMA. At the end nothing is drained: the producer's last fills are all consumed, because both
+sides run the same steps.
+
+Epilogues: BF16 leaves through shared memory and a TMA store, which clips at the edges of the output; the buffer of a
+consumer is rewritten only after `store_wait(0)` says that its last store has read it. FP32 leaves straight from the
+registers, masked, either written or added into what is there: no other CTA touches the tile.
+
+Registers: two waves of FP32 sums (128 a thread), one product (64) and the scales fit 232 without a spill only if the
+other wave's sum passes through each WGMMA wait and the dead product is handed on as the ignored accumulator of the next
+WGMMA; written otherwise, ptxas keeps a second copy of either.
+
+Refused: one m64n256 WGMMA a wide tile (its product alone takes 128 registers); scales multiplied into the operands (FP8
+cannot hold them); a barrier between the consumers, which would put both promotions in the tensor core's way at once.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+
+CONSUMER_REGISTERS = gl.constexpr(232)
+PRODUCER_REGISTERS = gl.constexpr(24)
+# What an epilogue does with a tile: BF16 by TMA, any dtype by masked stores, or a masked sum into FP32.
+STORE_TMA, STORE, ADD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
+@gluon.constexpr_function
+def wave_layout():
+    """Registers of a 64x128 FP32 product of one consumer: 4 warps of 16 rows, as WGMMA m64n128 writes it."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+
+
+@gluon.jit
+def tile_order(tile, num_m, num_n, GROUP: gl.constexpr):
+    """(row, column) of a tile: GROUP rows of tiles are swept column by column, so that their operands stay in L2."""
+    first = tile // (GROUP * num_n) * GROUP
+    height = gl.minimum(num_m - first, GROUP)
+    within = tile % (GROUP * num_n)
+    return first + within % height, within // height
+
+
+@gluon.jit
+def find_group(row, offsets, num_groups):
+    """The group that holds `row`: the last e with offsets[e] <= row, which skips empty groups; at most num_groups - 1.
+
+    A binary search over a table that stays in L1: cheaper than a map from tile to group, which takes a launch to make.
+    """
+    low = 0
+    high = num_groups
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = gl.load(offsets + middle) <= row
+        low = gl.where(below, middle, low)
+        high = gl.where(below, high, middle)
+    return low
+
+
+@gluon.jit
+def ring_position(step, STAGES: gl.constexpr):
+    """(slot, parity) of a step."""
+    return step % STAGES, (step // STAGES) & 1
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr):
+    """The ring's barriers, initialised: full (one arrival, the producer's) and empty (two, one a consumer)."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def start_wave(a, b, dead):
+    """Begin the WGMMA of a [64, 128] and b [128, 128] (both K-major); `dead` lends its registers, not its values."""
+    return warpgroup_mma(a, b.permute((1, 0)), dead, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def write_wave(c, buffer, acc, row, col, num_rows, num_cols, ld, EPILOGUE: gl.constexpr):
+    """One 64x128 wave to the output at (row, col). c: a TMA descriptor for STORE_TMA, else a pointer, rows ld apart."""
+    if EPILOGUE == STORE_TMA:
+        tma.store_wait(0)
+        buffer.store(acc.to(gl.bfloat16))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(c, [row, col], buffer)
+    else:
+        layout: gl.constexpr = wave_layout()
+        rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        cols = col + gl.arange(0, 128, gl.SliceLayout(0, layout))
+        # A sum of FP32 gradients of all experts has more than 2^31 elements: 64-bit addresses.
+        pointers = c + rows.to(gl.int64)[:, None] * ld + cols[None, :]
+        inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        if EPILOGUE == ADD:
+            acc += gl.load(pointers, mask=inside, other=0.0)
+        gl.store(pointers, acc.to(c.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def finish_stores(EPILOGUE: gl.constexpr):
+    """Shared memory must outlive the TMA stores that read it."""
+    if EPILOGUE == STORE_TMA:
+        tma.store_wait(0)

@@ -1,0 +1,151 @@
+"""FP8 rows (1x128 tiles along K) times a block-scaled weight (128x128), dense or grouped by expert: Fprop and Dgrad.
+
+    c[r, n] = sum over K tiles t of  (a[r, t] . b[e, n, t]) * a_scale[t, r] * b_scale[e, n // 128, t]
+
+a [M, K], b [E * N, K] (E = 1 where dense) by TMA, K-major, zero beyond their edges. a_scale: FP32, M-major (stride 1
+along M, `a_ld` from one K tile to the next); b_scale: FP32, contiguous [E, ceil(N/128), ceil(K/128)]. Both scales come
+by plain loads one step ahead of their use, issued under the WGMMA of the step before: a row's scale in the layout of
+the product is two registers a wave, and a ring would cost shared memory that the fourth stage needs.
+
+Grouped: `offsets` int32 [E+1], multiples of 128; a tile of 128 rows lies in one expert, so tiles are 128 high. Rows
+past the last offset have no steps and are written as zeros. The protocol between the partitions: `pipeline`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+
+from fp8moe.kernels.gluon.pipeline import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    STORE_TMA,
+    find_group,
+    finish_stores,
+    make_barriers,
+    ring_position,
+    start_wave,
+    tile_order,
+    wave_layout,
+    write_wave,
+)
+
+
+@gluon.jit
+def locate(tile, M, N, K, offsets, num_groups, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
+           GROUPED: gl.constexpr):  # fmt: skip
+    """(first row, first column, expert, steps) of a tile; the one place that all partitions take them from."""
+    m, n = tile_order(tile, gl.cdiv(M, BM), gl.cdiv(N, BN), GROUP)
+    steps = gl.cdiv(K, 128)
+    group = 0
+    if GROUPED:
+        group = find_group(m * BM, offsets, num_groups)
+        steps = gl.where(m * BM < gl.load(offsets + num_groups), steps, 0)
+    return m * BM, n * BN, group, steps
+
+
+@gluon.jit
+def produce(a_desc, b_desc, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups, BM: gl.constexpr,
+            BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
+    """The producer: every step's two operand tiles."""
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
+        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, BN, GROUP, GROUPED)
+        for k in range(steps):
+            slot, parity = ring_position(step, STAGES)
+            mbarrier.wait(empty.index(slot), parity ^ 1)
+            mbarrier.expect(full.index(slot), a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(a_desc, [row, k * 128], full.index(slot), a_ring.index(slot))
+            tma.async_copy_global_to_shared(b_desc, [group * N + col, k * 128], full.index(slot), b_ring.index(slot))
+            step += 1
+
+
+@gluon.jit
+def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, offsets, M, N, K,
+            num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr):  # fmt: skip
+    """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide)."""
+    layout: gl.constexpr = wave_layout()
+    TWO: gl.constexpr = BM * BN > 128 * 128
+    TALL: gl.constexpr = BM > 128
+    FIRST: gl.constexpr = INDEX * (BM // 2)
+    # Where the second wave lies in the tile; without one, on the first (its sum is then never formed).
+    DOWN: gl.constexpr = 64 if TALL else 0
+    ACROSS: gl.constexpr = 128 if TWO and not TALL else 0
+    num_k = gl.cdiv(K, 128)
+    blocks_n = gl.cdiv(N, 128)
+    buffer = c_buffers.index(INDEX)
+    dead = gl.zeros((64, 128), gl.float32, layout)
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
+        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, BN, GROUP, GROUPED)
+        row += FIRST
+        acc0 = gl.zeros((64, 128), gl.float32, layout)
+        acc1 = gl.zeros((64, 128), gl.float32, layout)
+        rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        inside0, inside1 = rows < M, rows + DOWN < M
+        a_scales = a_scale + rows
+        # The last wide tile of a weight may reach past its last block: any block will do, nothing of it is stored.
+        b_scales0 = b_scale + (group * blocks_n + col // 128) * num_k
+        b_scales1 = b_scale + (group * blocks_n + gl.minimum((col + ACROSS) // 128, blocks_n - 1)) * num_k
+        sa0, sb0 = gl.load(a_scales, mask=inside0, other=0.0), gl.load(b_scales0)
+        sa1, sb1 = sa0, sb0
+        if TWO and TALL:
+            sa1 = gl.load(a_scales + DOWN, mask=inside1, other=0.0)
+        elif TWO:
+            sb1 = gl.load(b_scales1)
+        for k in range(steps):
+            slot, parity = ring_position(step, STAGES)
+            scale0, scale1 = sa0 * sb0, sa1 * sb1
+            # In front of the wait, where the compiler can't sink them under the first WGMMA: a whole step ahead.
+            later = gl.minimum(k + 1, num_k - 1)
+            sa0, sb0 = gl.load(a_scales + later * a_ld, mask=inside0, other=0.0), gl.load(b_scales0 + later)
+            sa1, sb1 = sa0, sb0
+            if TWO and TALL:
+                sa1 = gl.load(a_scales + later * a_ld + DOWN, mask=inside1, other=0.0)
+            elif TWO:
+                sb1 = gl.load(b_scales1 + later)
+            mbarrier.wait(full.index(slot), parity)
+            a, b = a_ring.index(slot), b_ring.index(slot)
+            product = start_wave(a.slice(FIRST, 64, 0), b.slice(0, 128, 0), dead)
+            if TWO:
+                product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
+                acc0 += product * scale0[:, None]
+                product = start_wave(a.slice(FIRST + DOWN, 64, 0), b.slice(ACROSS, 128, 0), product)
+                dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
+                mbarrier.arrive(empty.index(slot), count=1)
+                acc1 += dead * scale1[:, None]
+            else:
+                dead = warpgroup_mma_wait(0, deps=[product])
+                mbarrier.arrive(empty.index(slot), count=1)
+                acc0 += dead * scale0[:, None]
+            step += 1
+        write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE)
+        if TWO:
+            write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE)
+    finish_stores(EPILOGUE)
+
+
+@gluon.jit(do_not_specialize=["M", "num_groups", "a_ld"])
+def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr,
+                BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
+                EPILOGUE: gl.constexpr):  # fmt: skip
+    """c = rows x blocks^T; grid: one program an SM in use."""
+    a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 128], a_desc.layout)
+    b_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, 128], b_desc.layout)
+    if EPILOGUE == STORE_TMA:  # noqa: SIM108  one of two types, chosen while compiling
+        c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], c.layout)
+    else:
+        c_buffers = a_ring  # never touched: this epilogue writes from the registers
+    full, empty = make_barriers(STAGES)
+    gl.warp_specialize(
+        [
+            (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups,
+                       a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE)),
+            (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups,
+                       a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE)),
+            (produce, (a_desc, b_desc, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups, BM, BN, STAGES,
+                       GROUP, GROUPED)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

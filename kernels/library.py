@@ -1,0 +1,218 @@
+"""The ops as PyTorch knows them: registered, with the shapes of their results, for tracing and tensors without data.
+
+`torch.compile`, FakeTensor and the meta device cannot enter a Triton launch, nor the specification's loops over groups
+whose sizes are data. So every cast and product is also an opaque operator `fp8moe::name`, which declares what it
+mutates and has a fake implementation that only allocates. Eager calls on real tensors never come through here: the
+dispatcher of PyTorch would cost more than some of the casts.
+
+An operator takes plain tensors only. A declaration below therefore names the logical arguments of the public op, and
+this module takes an `Fp8Tensor` apart on the way in and puts one together on the way out; results are a flat list of
+tensors. A registration written out by hand for each op was refused: it is the same ten lines fifteen times.
+
+Fakes must tell the strides of the real results, and those are the back end's: where scales and columns lie is asked of
+the layout in force on the tensor's device.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels.fp8 import BLOCK_TILE, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, ceil_div
+from fp8moe.kernels.reference import _encode as specified
+from fp8moe.kernels.triton import layout
+
+NAMESPACE = "fp8moe"
+_PARTS = {
+    "Tensor": ("Tensor {}",),
+    "Total": ("Tensor({0}!) {0}",),  # mutated in place
+    "Fp8": ("Tensor {}_data", "Tensor {}_scale", "int[] {}_tile"),
+    "E5m6": ("Tensor {}_data", "Tensor {}_scale"),
+}
+_CAST = "float amax_floor, bool power_of_two"
+
+Fake = Callable[..., list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """An op: its arguments as "Kind name", its keyword arguments as a schema, its results, and how to allocate them.
+
+    results: "rows", "blocks", "e5m6" or "tensor" each.
+    """
+
+    arguments: tuple[str, ...]
+    keywords: str
+    results: tuple[str, ...]
+    fake: Fake
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each positional argument."""
+        return [argument.split()[0] for argument in self.arguments]
+
+    @property
+    def schema(self) -> str:
+        """Arguments and result in PyTorch's schema language."""
+        parts = [part.format(name) for kind, name in map(str.split, self.arguments) for part in _PARTS[kind]]
+        parts += ["*", self.keywords] if self.keywords else []
+        return f"({', '.join(parts)}) -> {'Tensor[]' if self.results else '()'}"
+
+
+_by_specification: Callable[[torch.device], bool] = lambda device: True  # noqa: E731  replaced by `register`
+_library: torch.library.Library | None = None
+
+
+def register(run: Callable[..., Any], by_specification: Callable[[torch.device], bool]) -> None:
+    """Register every op. run(name, *args, **kwargs) runs one; by_specification says whose layout casts have there."""
+    global _library, _by_specification
+    assert _library is None, "the ops are registered once"
+    _by_specification = by_specification
+    _library = torch.library.Library(NAMESPACE, "DEF")
+    for name, declaration in DECLARATIONS.items():
+        _library.define(name + declaration.schema)
+        _library.impl(name, functools.partial(_run_flat, run, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", functools.partial(_fake_flat, name), lib=_library)
+
+
+def traced(name: str) -> Callable[..., Any]:
+    """The public op `name` through its registration."""
+    return _gemm if name == "gemm" else functools.partial(_call, name)
+
+
+def _call(name: str, *args: Any, **kwargs: Any) -> Any:
+    tensors = getattr(torch.ops.fp8moe, name)(*_flatten(args), **kwargs)
+    results = _assemble(DECLARATIONS[name].results, tensors or [])
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def _gemm(a: Fp8Tensor, b: Fp8Tensor, *, out_dtype: torch.dtype, accumulate: Tensor | None) -> Tensor:
+    """An operator may not return what it was given: adding is an op of its own."""
+    if accumulate is None:
+        out: Tensor = _call("gemm", a, b, out_dtype=out_dtype)
+        return out
+    _call("gemm_add", a, b, accumulate)
+    return accumulate
+
+
+def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
+    args = _regroup(DECLARATIONS[name].kinds, flat)
+    if name == "gemm_add":
+        run("gemm", *args[:2], out_dtype=torch.float32, accumulate=args[2])
+        return None
+    if name == "gemm":
+        kwargs["accumulate"] = None
+    result = run(name, *args, **kwargs)
+    return _flatten(result if isinstance(result, tuple) else (result,), tiles=False) if result is not None else None
+
+
+def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
+    declaration = DECLARATIONS[name]
+    tensors = declaration.fake(*_regroup(declaration.kinds, flat), **kwargs)
+    return tensors if declaration.results else None
+
+
+def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, Fp8Tensor):
+            flat += [value.data, value.scale, list(value.tile)] if tiles else [value.data, value.scale]
+        elif isinstance(value, E5m6Tensor):
+            flat += [value.data, value.scale]
+        else:
+            flat.append(value)
+    return flat
+
+
+def _regroup(kinds: list[str], flat: Iterable[Any]) -> list[Any]:
+    rest = iter(flat)
+    args: list[Any] = []
+    for kind in kinds:
+        if kind == "Fp8":
+            data, scale, (rows, columns) = next(rest), next(rest), next(rest)
+            args.append(Fp8Tensor(data, scale, (rows, columns)))
+        elif kind == "E5m6":
+            args.append(E5m6Tensor(next(rest), next(rest)))
+        else:
+            args.append(next(rest))
+    return args
+
+
+def _assemble(results: tuple[str, ...], tensors: list[Tensor]) -> list[Any]:
+    rest = iter(tensors)
+    values: list[Any] = []
+    for kind in results:
+        if kind == "tensor":
+            values.append(next(rest))
+        elif kind == "e5m6":
+            values.append(E5m6Tensor(next(rest), next(rest)))
+        else:
+            data, scale = next(rest), next(rest)
+            values.append(Fp8Tensor(data, scale, BLOCK_TILE) if kind == "blocks" else Fp8Tensor(data, scale))
+    return values
+
+
+def _rows(x: Tensor, **kwargs: Any) -> list[Tensor]:
+    k = x.shape[-1]
+    m = x.shape[:-1].numel()
+    q = specified.empty_rows(m, k, x.device) if _by_specification(x.device) else layout.empty_rows(m, k, x.device)
+    return [q.data.view(x.shape), q.scale.reshape(*x.shape[:-1], ceil_div(k, TILE))]
+
+
+def _columns(x: Tensor | Fp8Tensor | E5m6Tensor, **kwargs: Any) -> list[Tensor]:
+    m, k = x.shape
+    empty = specified.empty_columns if _by_specification(x.device) else layout.empty_columns
+    return _flatten([empty(m, k, x.device)], tiles=False)
+
+
+def _blocks(w: Tensor, **kwargs: Any) -> list[Tensor]:
+    shapes = (tuple(w.shape), (*w.shape[:-2], w.shape[-1], w.shape[-2]))
+    return _flatten([layout.empty_blocks(shape, w.device) for shape in shapes], tiles=False)
+
+
+def _packed(x: Tensor, **kwargs: Any) -> list[Tensor]:
+    words = x.new_empty(*x.shape[:-1], x.shape[-1] // E5M6_VALUES * E5M6_WORDS, dtype=torch.int32)
+    return [words, _rows(x)[1]]
+
+
+def _product(a: Any, b: Any, *rest: Any, out_dtype: torch.dtype | None = None) -> list[Tensor]:
+    first = a.data if isinstance(a, Fp8Tensor) else a
+    return [torch.empty(a.shape[0], b.shape[-2], dtype=out_dtype or first.dtype, device=a.device)]
+
+
+def _unpacked(packed: E5m6Tensor, *, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty(packed.shape, dtype=dtype, device=packed.device)]
+
+
+def _nothing(*args: Any) -> list[Tensor]:
+    return []
+
+
+DECLARATIONS = {
+    "quantize_rows": Declaration(("Tensor x",), _CAST, ("rows",), _rows),
+    "quantize_columns": Declaration(("Tensor x",), _CAST, ("rows",), _columns),
+    "quantize_rows_and_columns": Declaration(
+        ("Tensor x",), _CAST, ("rows", "rows"), lambda x, **kwargs: _rows(x) + _columns(x)
+    ),
+    "quantize_blocks": Declaration(("Tensor w",), _CAST, ("blocks", "blocks"), _blocks),
+    "requantize_columns": Declaration(("Fp8 rows",), "float amax_floor", ("rows",), _columns),
+    "pack_e5m6": Declaration(("Tensor x",), "float amax_floor", ("e5m6",), _packed),
+    "unpack_e5m6": Declaration(("E5m6 packed",), "ScalarType dtype", ("tensor",), _unpacked),
+    "e5m6_to_columns": Declaration(("E5m6 packed",), "float amax_floor", ("rows",), _columns),
+    "gemm": Declaration(("Fp8 a", "Fp8 b"), "ScalarType out_dtype", ("tensor",), _product),
+    "gemm_add": Declaration(("Fp8 a", "Fp8 b", "Total total"), "", (), _nothing),
+    "wgrad": Declaration(("Tensor dy", "Tensor x", "Total main_grad"), "", (), _nothing),
+    "grouped_gemm": Declaration(
+        ("Fp8 a", "Fp8 b", "Tensor group_offsets"), "ScalarType out_dtype", ("tensor",), _product
+    ),
+    "grouped_wgrad": Declaration(
+        ("Fp8 dy_columns", "Fp8 x_columns", "Tensor group_offsets", "Total main_grad"), "", (), _nothing
+    ),
+    "grouped_mm": Declaration(("Tensor x", "Tensor w", "Tensor group_offsets"), "", ("tensor",), _product),
+    "grouped_mm_wgrad": Declaration(
+        ("Tensor dy", "Tensor x", "Tensor group_offsets", "Total main_grad"), "", (), _nothing
+    ),
+}

@@ -1,0 +1,31 @@
+"""Where the Triton casts put their results, without importing Triton (tracing on any machine asks here).
+
+Codes are contiguous in the orientation a tensor core reads, columns included: the transpose is physical. Scales of
+1x128 tiles are M-major, stride 1 along M, as a GEMM loads them; gathering rows for the wire makes them token-major.
+"""
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels.fp8 import BLOCK_TILE, E4M3, TILE, Fp8Tensor, ceil_div, scale_shape
+
+
+def empty_rows(m: int, k: int, device: torch.device) -> Fp8Tensor:
+    """An unfilled [M, K] of 1x128 tiles."""
+    return Fp8Tensor(torch.empty(m, k, dtype=E4M3, device=device), empty_scales(m, k, device))
+
+
+def empty_columns(m: int, k: int, device: torch.device) -> Fp8Tensor:
+    """The unfilled columns [K, M] of an x [M, K]."""
+    return empty_rows(k, m, device)
+
+
+def empty_blocks(shape: tuple[int, ...], device: torch.device) -> Fp8Tensor:
+    """An unfilled [..., N, K] of 128x128 blocks."""
+    scale = torch.empty(scale_shape(shape, BLOCK_TILE), dtype=torch.float32, device=device)
+    return Fp8Tensor(torch.empty(shape, dtype=E4M3, device=device), scale, BLOCK_TILE)
+
+
+def empty_scales(m: int, k: int, device: torch.device) -> Tensor:
+    """Unfilled scales [M, ceil(K/128)] at stride 1 along M."""
+    return torch.empty(ceil_div(k, TILE), m, dtype=torch.float32, device=device).t()

@@ -1,0 +1,172 @@
+"""Quantization in Triton: rows, columns, both in one pass, blocks in both orientations, FP8 rows to columns.
+
+One program casts one tile of [BLOCK_M, 128]: a 1x128 scale needs no more, and 128x128 is what a scale along M needs, so
+that x is read once whatever is written. Columns are transposed in registers (Triton goes through shared memory) and
+stored contiguously along tokens: an FP8 tensor core reads K-major bytes only. A second pass that transposes codes was
+refused, it reads and writes everything once more. Programs along M come first in the grid, so that neighbours share the
+same columns of scales.
+
+The formula is the specification's, bit for bit (see `encode`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
+from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.layout import empty_blocks, empty_columns, empty_rows
+
+ROWS_BLOCK_M = 32  # rows a program casts when it writes no columns
+NUM_WARPS = 4
+TRANSPOSING_WARPS = 8
+
+
+@triton.jit
+def write_rows(x, codes, scales, m, k, M, K, floor, POWER_OF_TWO: tl.constexpr):
+    """x [BLOCK_M, 128] FP32 at rows m, columns k -> codes [M, K], scales [ceil(K/128), M]."""
+    bits = tl.max(encode.magnitude_bits(x), axis=1)
+    scale = encode.scale_of(bits, floor, encode.E4M3_MAX, POWER_OF_TWO)
+    code = encode.to_e4m3(x * encode.inverse_of(scale)[:, None])
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    tl.store(codes + m.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
+    tl.store(scales + tl.program_id(1).to(tl.int64) * M + m, scale, mask=m < M)
+
+
+@triton.jit
+def write_columns(x, codes, scales, m, k, M, K, floor, POWER_OF_TWO: tl.constexpr):
+    """x [128, 128] FP32 at rows m, columns k -> codes [K, M], scales [ceil(M/128), K]."""
+    bits = tl.max(encode.magnitude_bits(x), axis=0)
+    scale = encode.scale_of(bits, floor, encode.E4M3_MAX, POWER_OF_TWO)
+    code = encode.to_e4m3(x * encode.inverse_of(scale)[None, :])
+    mask = (k < K)[:, None] & (m < M)[None, :]
+    tl.store(codes + k.to(tl.int64)[:, None] * M + m[None, :], tl.trans(code), mask=mask)
+    tl.store(scales + tl.program_id(0).to(tl.int64) * K + k, scale, mask=k < K)
+
+
+@triton.jit
+def tiles_kernel(
+    x, rows, rows_scale, columns, columns_scale, M, K, stride_m, floor,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> rows, columns or both. BLOCK_M is 128 where COLUMNS."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    value = tl.load(x + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ROWS:
+        write_rows(value, rows, rows_scale, m, k, M, K, floor, POWER_OF_TWO)
+    if COLUMNS:
+        write_columns(value, columns, columns_scale, m, k, M, K, floor, POWER_OF_TWO)
+
+
+@triton.jit
+def blocks_kernel(
+    w, codes, scales, transposed, transposed_scales, N, K, stride_e, stride_n, floor, POWER_OF_TWO: tl.constexpr
+):
+    """w [E, N, K] -> codes [E, N, K], their bytes transposed [E, K, N], one scale a 128x128 block in both orders."""
+    n_tile, k_tile, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = n_tile * encode.TILE + tl.arange(0, encode.TILE)
+    k = k_tile * encode.TILE + tl.arange(0, encode.TILE)
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    source = w + e * stride_e + n.to(tl.int64)[:, None] * stride_n + k[None, :]
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    bits = tl.max(tl.max(encode.magnitude_bits(value), axis=1, keep_dims=True), axis=0, keep_dims=True)
+    scale = encode.scale_of(bits, floor, encode.E4M3_MAX, POWER_OF_TWO)
+    code = encode.to_e4m3(value * encode.inverse_of(scale))
+    base = e * N * K
+    tl.store(codes + base + n.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
+    other_mask = (k < K)[:, None] & (n < N)[None, :]
+    tl.store(transposed + base + k.to(tl.int64)[:, None] * N + n[None, :], tl.trans(code), mask=other_mask)
+    num_n, num_k = tl.cdiv(N, encode.TILE), tl.cdiv(K, encode.TILE)
+    here = e * num_n * num_k
+    one = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]
+    tl.store(scales + here + n_tile * num_k + k_tile + one, scale)
+    tl.store(transposed_scales + here + k_tile * num_n + n_tile + one, scale)
+
+
+@triton.jit
+def requantize_kernel(codes, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor):
+    """FP8 rows [M, K] -> columns, scales powers of two: decoded, transposed and cast without leaving the registers."""
+    m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
+    k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    code = tl.load(codes + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
+    where = scales + m.to(tl.int64) * scale_stride_m + tl.program_id(1).to(tl.int64) * scale_stride_k
+    scale = tl.load(where, mask=m < M, other=1.0)
+    value = tl.where(mask, code.to(tl.float32) * scale[:, None], 0.0)
+    write_columns(value, columns, columns_scale, m, k, M, K, floor, True)
+
+
+def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
+    flat = last_dim_contiguous(x.flatten(0, -2))
+    m, k = flat.shape
+    rows = empty_rows(m, k, x.device)
+    _launch_tiles(flat, rows, None, amax_floor, power_of_two)
+    # Both are views: M-major scales have one stride over all leading dims.
+    return Fp8Tensor(rows.data.view(x.shape), rows.scale.reshape(*x.shape[:-1], ceil_div(k, TILE)))
+
+
+def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
+    m, k = x.shape
+    columns = empty_columns(m, k, x.device)
+    _launch_tiles(last_dim_contiguous(x), None, columns, amax_floor, power_of_two)
+    return columns
+
+
+def quantize_rows_and_columns(
+    x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    m, k = x.shape
+    rows, columns = empty_rows(m, k, x.device), empty_columns(m, k, x.device)
+    _launch_tiles(last_dim_contiguous(x), rows, columns, amax_floor, power_of_two)
+    return rows, columns
+
+
+def quantize_blocks(
+    w: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    n, k = w.shape[-2:]
+    blocks = empty_blocks(tuple(w.shape), w.device)
+    transposed = empty_blocks((*w.shape[:-2], k, n), w.device)
+    stacked = last_dim_contiguous(w.reshape(-1, n, k) if w.numel() else w.new_empty(0, n, k))
+    if stacked.numel():
+        blocks_kernel[(ceil_div(n, TILE), ceil_div(k, TILE), stacked.shape[0])](
+            stacked, blocks.data, blocks.scale, transposed.data, transposed.scale, n, k, stacked.stride(0),
+            stacked.stride(1), amax_floor, POWER_OF_TWO=power_of_two, num_warps=TRANSPOSING_WARPS,
+        )  # fmt: skip
+    return blocks, transposed
+
+
+def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
+    m, k = rows.shape
+    columns = empty_columns(m, k, rows.device)
+    data = last_dim_contiguous(rows.data)
+    if data.numel():
+        requantize_kernel[(ceil_div(m, TILE), ceil_div(k, TILE))](
+            data, rows.scale, columns.data, columns.scale, m, k, data.stride(0), rows.scale.stride(0),
+            rows.scale.stride(1), amax_floor, num_warps=TRANSPOSING_WARPS,
+        )  # fmt: skip
+    return columns
+
+
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """x itself where its last dim has stride 1, which the kernels count on; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch_tiles(
+    x: Tensor, rows: Fp8Tensor | None, columns: Fp8Tensor | None, amax_floor: float, power_of_two: bool
+) -> None:
+    m, k = x.shape
+    if m == 0 or k == 0:
+        return
+    block_m = ROWS_BLOCK_M if columns is None else TILE
+    nothing: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    tiles_kernel[(ceil_div(m, block_m), ceil_div(k, TILE))](
+        x, *(nothing if rows is None else (rows.data, rows.scale)),
+        *(nothing if columns is None else (columns.data, columns.scale)), m, k, x.stride(0), amax_floor,
+        POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=block_m,
+        num_warps=NUM_WARPS if columns is None else TRANSPOSING_WARPS,
+    )  # fmt: skip

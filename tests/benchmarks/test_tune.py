@@ -1,0 +1,39 @@
+"""The search for tiles: what it tries is legal, what it chooses is the fastest, and it needs a GPU."""
+
+import pytest
+import torch
+
+from benchmarks import tune
+from fp8moe.kernels.tiles import CLASSES, Tile, shape_class
+
+
+@pytest.mark.parametrize("op", list(tune.MODULE))
+def test_candidates_fit_an_sm_and_their_op(op):
+    found = list(tune.candidates("gluon", op))
+    assert len(found) == len(set(found)) >= 16
+    for tile in found:
+        rows = op in ("gemm", "grouped_gemm")
+        ring = tile.stages * (tile.block_m + tile.block_n) * (128 if rows else 132)
+        assert ring + (2 * 64 * 128 * 2 if rows else 0) <= 227 * 1024 - 512
+        assert op != "grouped_gemm" or tile.block_m == 128
+
+
+def test_every_class_of_every_op_is_searched():
+    classes = {op: {shape_class(p.m, p.n, p.k, p.groups) for p in tune.PROBLEMS if p.op == op} for op in tune.MODULE}
+    assert all(found == set(CLASSES) for found in classes.values()), classes
+
+
+def test_the_best_is_the_geometric_mean_of_what_all_problems_have():
+    a, b, c = (Tile(128, 128, stages, 8, 4) for stages in (4, 5, 6))
+    assert tune.best([{a: 1.0, b: 2.0, c: 0.1}, {a: 4.0, b: 1.0}]) == b
+    assert tune.best([{a: 1.0, b: 1.0}]) == a
+    with pytest.raises(ValueError, match="no tile computed every problem"):
+        tune.best([{a: 1.0}, {b: 1.0}])
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as end:
+        tune.main([])
+    assert end.value.code == 2 and "torch sees 0" in capsys.readouterr().err

@@ -1,0 +1,186 @@
+"""Every kernel as Hopper machine code, on a machine without a GPU: what `test_sm90` checks and `sm90.json` records.
+
+    python -m tests.kernels.sm90            compile everything, print the table
+    python -m tests.kernels.sm90 --write    and rewrite this Triton version's part of sm90.json
+
+The launchers themselves are run, on CPU tensors that nobody reads, with the launch replaced by a note of what would
+have been compiled: the signature, alignment and constants are those of a real run, and a launcher that doesn't fit its
+kernel fails here. Notes are then compiled for sm_90a in two processes and their SASS is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tests.kernels.sm90_cases import CASES
+
+TABLE = Path(__file__).with_name("sm90.json")
+TARGET = GPUTarget("cuda", 90, 32)
+COUNTED = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
+PROCESSES = 2
+
+
+class Pretender:
+    """Stands in for Triton's CUDA driver where there is none: a Hopper GPU that is asked for its kind only."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Note:
+    """One kernel that a launcher asked for."""
+
+    name: str
+    kernel: str
+    source: Any
+    options: dict[str, Any]
+
+
+@contextmanager
+def noting(label: str, notes: dict[str, Note]) -> Iterator[None]:
+    """Launches inside are noted under `label` and do not run."""
+    launched = JITFunction.run
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kwargs |= {"debug": False, "instrumentation_mode": ""}
+        _, _, _, backend, binder = self.device_caches[0]
+        bound, specialization, options = binder(*args, **kwargs)
+        options, signature, constants, attributes = self._pack_args(backend, kwargs, bound, specialization, options)
+        source = self.ASTSource(self, signature, constants, attributes)
+        name = f"{label} {self.__name__}"
+        notes.setdefault(name, Note(name, f"{self.__module__}.{self.__name__}", source, options.__dict__))
+
+    JITFunction.run = note
+    try:
+        yield
+    finally:
+        JITFunction.run = launched
+
+
+def collect() -> dict[str, Note]:
+    """Every kernel that the cases launch, by name."""
+    driver.set_active(Pretender())
+    notes: dict[str, Note] = {}
+    for label, launch in CASES:
+        with noting(label, notes):
+            launch()
+    return notes
+
+
+def figures(compiled: Any) -> dict[str, int]:
+    """Counts of instructions in the SASS, shared memory in bytes, registers and local memory a thread, threads."""
+    # Not compiled.asm["sass"]: Triton's own reader of the disassembly stops early at some kernels.
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, timeout=120, check=True).stdout
+            for flag in ("--dump-sass", "--dump-resource-usage")
+        )
+    assert "EXIT" in sass, "the disassembly is empty"
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in COUNTED}
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return counts | {
+        "shared": compiled.metadata.shared,
+        "registers": int(found["REG"]),
+        "local": int(found["STACK"]) + int(found["LOCAL"]),
+        "threads": 32 * compiled.metadata.num_warps,
+    }
+
+
+def unguarded_arrivals(ptx: str) -> int:
+    """Consumer arrivals at a barrier that no barrier of the consumer's warps precedes directly.
+
+    One thread arrives for four warps: without it a slot could be refilled under a warp that still reads it.
+    """
+    lines = [line.strip() for line in ptx.splitlines() if line.strip() and not line.strip().startswith(("//", "."))]
+    wrong = 0
+    for i, line in enumerate(lines):
+        if "mbarrier.arrive.shared" not in line:
+            continue
+        before = lines[max(0, i - 12) : i]
+        synced = max((j for j, text in enumerate(before) if text.startswith("bar.sync")), default=None)
+        touched = ("wgmma", "ld.shared", "ldmatrix", "$L", "@%p")
+        between = [] if synced is None else before[synced + 1 :]
+        wrong += synced is None or any(text.startswith(touched) and "bra" not in text for text in between)
+    return wrong
+
+
+def compile_share(share: int) -> dict[str, dict[str, Any]]:
+    """Compile every PROCESSES-th kernel, from number `share`."""
+    torch.set_num_threads(1)
+    result = {}
+    for note in list(collect().values())[share::PROCESSES]:
+        compiled = triton.compile(note.source, target=TARGET, options=note.options)
+        result[note.name] = {
+            "kernel": note.kernel,
+            "figures": figures(compiled),
+            "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
+        }
+    return result
+
+
+def compile_all() -> dict[str, dict[str, Any]]:
+    """Name -> kernel, figures, unguarded arrivals, of every kernel."""
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        shares = list(pool.map(compile_share, range(PROCESSES)))
+    merged: dict[str, dict[str, Any]] = {}
+    for share in shares:
+        merged |= share
+    return dict(sorted(merged.items()))
+
+
+def write(result: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
+    """Put the figures under this Triton version, a kernel a line."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table[triton.__version__] = {name: entry["figures"] for name, entry in result.items()}
+    versions = []
+    for version in sorted(table):
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table[version].items())
+        versions.append(f" {json.dumps(version)}: {{\n{rows}\n }}")
+    path.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compile every kernel for sm_90a and count its machine code")
+    parser.add_argument("--write", action="store_true", help="rewrite this Triton version's part of sm90.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found there")
+    arguments = parser.parse_args()
+    result = compile_all()
+    for name, entry in result.items():
+        print(f"{name}: " + " ".join(f"{key} {value}" for key, value in entry["figures"].items() if value))
+    if arguments.write:
+        write(result)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": result}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What is launched for the compile gate: each op of each device back end, with every production tile.
+
+Tensors are never read, so they are unfilled. A tile is handed to the launcher in place of the table's choice, so that
+the tiles of every device in the table are compiled, not only those of this one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fp8moe.kernels import tiles
+from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
+from fp8moe.kernels.tiles import Tile
+
+Case = tuple[str, Callable[[], Any]]
+M, N, K = 4096, 4096, 7168
+GROUPS = 4
+
+
+def rows(m: int, k: int) -> Fp8Tensor:
+    """Unfilled FP8 rows (or columns) with M-major scales."""
+    scale = torch.empty(scale_shape((m, k), (1, 128))[::-1])
+    return Fp8Tensor(torch.empty(m, k, dtype=E4M3), scale.t())
+
+
+def blocks(*shape: int) -> Fp8Tensor:
+    """Unfilled FP8 weight blocks."""
+    return Fp8Tensor(torch.empty(shape, dtype=E4M3), torch.empty(scale_shape(shape, (128, 128))), (128, 128))
+
+
+def offsets() -> Tensor:
+    return torch.zeros(GROUPS + 1, dtype=torch.int32)
+
+
+def with_tile(tile: Tile, launch: Callable[[], Any]) -> None:
+    """Launch as if the table had chosen `tile`."""
+    with patch.object(tiles, "choose", lambda *_, **__: tile):
+        launch()
+
+
+def gemm_cases(backend: str) -> Iterator[Case]:
+    """gemm, grouped_gemm and grouped_wgrad with every tile, output dtype and epilogue."""
+    gemm = importlib.import_module(f"fp8moe.kernels.{backend}.gemm").gemm
+    grouped_gemm = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_gemm
+    grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_wgrad").grouped_wgrad
+    total, grads = torch.empty(M, N), torch.empty(GROUPS, M, N)
+    columns, experts = (rows(M, K), rows(N, K)), (rows(M, K), blocks(GROUPS, N, K), offsets())
+    launches = [
+        ("gemm", "add", partial(gemm, rows(M, K), blocks(N, K), accumulate=total)),
+        ("gemm_columns", "add", partial(gemm, *columns, accumulate=total)),
+        ("grouped_wgrad", "add", partial(grouped_wgrad, *columns, offsets(), grads)),
+    ]
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        launches += [
+            ("gemm", kind, partial(gemm, rows(M, K), blocks(N, K), out_dtype=dtype)),
+            ("gemm_columns", kind, partial(gemm, *columns, out_dtype=dtype)),
+            ("grouped_gemm", kind, partial(grouped_gemm, *experts, out_dtype=dtype)),
+        ]
+    for op, kind, launch in launches:
+        for tile in tiles.production_tiles(backend, op):
+            yield f"{backend} {op} {kind} {tile_name(tile)}", partial(with_tile, tile, launch)
+
+
+def tile_name(tile: Tile) -> str:
+    """What of a tile changes its code; the swept rows are in it too, as a constant of the kernel."""
+    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}"
+
+
+def cast_cases() -> Iterator[Case]:
+    """Every cast, from BF16 and from FP32, with both kinds of scales."""
+    quantize = importlib.import_module("fp8moe.kernels.triton.quantize")
+    e5m6 = importlib.import_module("fp8moe.kernels.triton.e5m6")
+    m, k = 4096, 7168
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for power_of_two in (False, True):
+            label = f"{kind} {'pow2' if power_of_two else 'fp32scale'}"
+            for name in ("quantize_rows", "quantize_columns", "quantize_rows_and_columns"):
+                cast = partial(getattr(quantize, name), torch.empty(m, k, dtype=dtype), power_of_two=power_of_two)
+                yield f"triton {name} {label}", cast
+            weight = torch.empty(GROUPS, 256, k, dtype=dtype)
+            yield (
+                f"triton quantize_blocks {label}",
+                partial(quantize.quantize_blocks, weight, power_of_two=power_of_two),
+            )
+    yield "triton requantize_columns", partial(quantize.requantize_columns, rows(m, k))
+    values = torch.empty(m, k, dtype=torch.bfloat16)
+    yield "triton pack_e5m6 bf16", partial(e5m6.pack_e5m6, values)
+    yield "triton e5m6", partial(_unpack, e5m6, values)
+
+
+def _unpack(e5m6: Any, values: Tensor) -> None:
+    packed = e5m6.pack_e5m6(values)
+    e5m6.unpack_e5m6(packed)
+    e5m6.e5m6_to_columns(packed)
+
+
+def wgrad_cases() -> Iterator[Case]:
+    """The unquantized weight gradient, of BF16 and of FP32 operands."""
+    wgrad = importlib.import_module("fp8moe.kernels.triton.gemm").wgrad
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        operands = torch.empty(4096, 256, dtype=dtype), torch.empty(4096, 7168, dtype=dtype)
+        yield f"triton wgrad {kind}", partial(wgrad, *operands, torch.empty(256, 7168))
+
+
+def cases() -> Iterator[Case]:
+    """All cases of both device back ends."""
+    yield from gemm_cases("gluon")
+    yield from gemm_cases("triton")
+    yield from wgrad_cases()
+    yield from cast_cases()
+
+
+CASES = tuple(cases())

@@ -1,0 +1,129 @@
+"""The compile gate: every device kernel, at each production tile, as Hopper machine code that keeps its promises.
+
+Runs without a GPU and without the interpreter, in processes of its own (Triton reads TRITON_INTERPRET on import, and
+other tests set it). `sm90` says how; `python -m tests.kernels.sm90 --write` rewrites the committed figures.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(600)  # half a minute of two idle cores; a busy machine takes several
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = json.loads((ROOT / "tests" / "kernels" / "sm90.json").read_text())
+SHARED_LIMIT = 227 * 1024  # bytes one CTA may use
+REGISTER_FILE = 65536
+GEMMS = ("rows_kernel", "columns_kernel", "gemm_kernel", "grouped_gemm_kernel", "grouped_wgrad_kernel")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the two compiling processes report: {"triton": version, "kernels": {name: ...}}."""
+    path = tmp_path_factory.mktemp("sm90") / "found.json"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "FP8MOE_"))}
+    if "TRITON_CACHE_DIR" in os.environ:
+        environment["TRITON_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"]
+    command = [sys.executable, "-m", "tests.kernels.sm90", "--json", str(path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def kernels(found):
+    return found["kernels"]
+
+
+def is_gemm(entry):
+    """FP8 products, not the cast of E5M6 that also goes by columns_kernel."""
+    return entry["kernel"].split(".")[-1] in GEMMS and ".e5m6." not in entry["kernel"]
+
+
+@pytest.mark.slow
+def test_every_kernel_of_the_device_back_ends_is_compiled(kernels):
+    defined = set()
+    for folder in ("triton", "gluon"):
+        for path in (ROOT / "kernels" / folder).glob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list:
+                    defined.add(f"fp8moe.kernels.{folder}.{path.stem}.{node.name}")
+    assert defined and defined == {entry["kernel"] for entry in kernels.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["gemm", "gemm_columns", "grouped_gemm", "grouped_wgrad"])
+@pytest.mark.parametrize("backend", ["gluon", "triton"])
+def test_every_production_tile_is_compiled(kernels, backend, op):
+    from fp8moe.kernels.tiles import production_tiles
+
+    compiled = [name for name in kernels if name.startswith(f"{backend} {op} ")]
+    for tile in production_tiles(backend, op):
+        shape = f" {tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} "
+        kinds = {name.split()[2] for name in compiled if shape in name}
+        assert kinds == {"grouped_gemm": {"bf16", "fp32"}, "grouped_wgrad": {"add"}}.get(op, {"bf16", "fp32", "add"})
+
+
+@pytest.mark.slow
+def test_fp8_products_run_on_the_tensor_cores_from_tma_without_a_spill(kernels):
+    gemms = {name: entry["figures"] for name, entry in kernels.items() if is_gemm(entry)}
+    assert gemms
+    for name, figure in gemms.items():
+        assert figure["QGMMA"] > 0 and figure["HGMMA"] == 0 and figure["UTMALDG"] >= 2, name
+        assert figure["STL"] == figure["LDL"] == figure["local"] == 0, name
+        # Promotion: every value that a WGMMA of k32 makes (64 a thread, 4 a product) is multiplied and added.
+        assert figure["FFMA"] >= 64 * figure["QGMMA"] // 4, name
+
+
+@pytest.mark.slow
+def test_the_unquantized_weight_gradient_runs_on_the_tensor_cores(kernels):
+    figure = kernels["triton wgrad bf16 wgrad_kernel"]["figures"]
+    assert figure["HGMMA"] > 0 and figure["STL"] == figure["LDL"] == figure["local"] == 0
+
+
+@pytest.mark.slow
+def test_bf16_rows_leave_by_tma_and_both_scales_of_columns_arrive_by_it(kernels):
+    for name, entry in kernels.items():
+        if entry["kernel"].endswith("gluon.rows_kernel.rows_kernel"):
+            assert (entry["figures"]["UTMASTG"] > 0) == (" bf16 " in name), name
+        if entry["kernel"].endswith("gluon.columns_kernel.columns_kernel"):
+            assert entry["figures"]["UTMALDG"] == 4, name
+
+
+@pytest.mark.slow
+def test_one_cta_fits_an_sm(kernels):
+    for name, entry in kernels.items():
+        figure = entry["figures"]
+        assert figure["shared"] <= SHARED_LIMIT, name
+        assert figure["registers"] <= 255 and figure["registers"] * figure["threads"] <= REGISTER_FILE, name
+
+
+@pytest.mark.slow
+def test_a_consumer_hands_a_slot_back_only_when_all_its_warps_are_done(kernels):
+    assert [name for name, entry in kernels.items() if entry["unguarded"]] == []
+
+
+def test_an_arrival_without_a_barrier_is_found():
+    from tests.kernels.sm90 import unguarded_arrivals
+
+    arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
+    wgmma = "wgmma.wait_group.sync.aligned 0;"
+    assert unguarded_arrivals("\n".join([wgmma, "bar.sync 2, 128;", "add.s32 %r1, %r2, 8;", arrive])) == 0
+    assert unguarded_arrivals("\n".join([wgmma, "add.s32 %r1, %r2, 8;", arrive])) == 1
+    assert unguarded_arrivals("\n".join(["bar.sync 2, 128;", wgmma, arrive])) == 1
+    assert unguarded_arrivals("\n".join(["bar.sync 2, 128;", "ld.shared.b32 %r3, [%r4];", arrive])) == 1
+    assert unguarded_arrivals("\n".join(["@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 49152;"])) == 0
+
+
+@pytest.mark.slow
+def test_the_committed_figures_are_those_of_this_code(found):
+    if found["triton"] not in TABLE:
+        pytest.skip(f"sm90.json has no figures of Triton {found['triton']}: python -m tests.kernels.sm90 --write")
+    figures = {name: entry["figures"] for name, entry in found["kernels"].items()}
+    assert figures == TABLE[found["triton"]], "rewrite them: python -m tests.kernels.sm90 --write, and read the diff"

@@ -1,0 +1,176 @@
+"""What only a GPU can show of the Triton ops: repetition, production shapes, and no access outside a tensor.
+
+Order of memory operations is the one thing the interpreter does not have: a load that races in a software pipeline
+gives one wrong result in many. So every op is repeated, bit for bit, at sizes that keep all SMs and all stages busy.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
+from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.gemm import gemm, wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm
+from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
+from fp8moe.kernels.quantize import requantize_columns as requantize
+from fp8moe.kernels.reference import quantize as twin
+from tests.distance import calc_diff
+from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REPEATS = 20
+# M, N, K that DeepGEMM publishes figures for.
+DENSE = [
+    (4096, 7168, 16384),
+    (4096, 4096, 7168),
+    (4096, 24576, 1536),
+    (4096, 7168, 2048),
+    (4096, 32768, 512),
+    (4096, 2112, 7168),
+]
+CHECKED_ROWS = 512  # of a production shape, compared with FP64; every column of them
+
+
+def tensors(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for part in (result if isinstance(result, tuple) else (result,)) for t in (part.data, part.scale)]
+
+
+def assert_repeatable(run, repeats=REPEATS):
+    first = [t.clone() for t in tensors(run())]
+    for _ in range(repeats - 1):
+        for once, again in zip(first, tensors(run()), strict=True):
+            assert torch.equal(once.reshape(-1).view(torch.uint8), again.reshape(-1).view(torch.uint8))
+
+
+def from_zero(run, *shape, device):
+    total = torch.zeros(*shape, device=device)
+    run(total)
+    return total
+
+
+def repeat_everything(device, m, n, k, repeats):
+    x, w = data("normal", m, k, device=device), data("normal", n, k, device=device)
+    dy = data("normal", m, n, device=device)
+    rows, columns = quantize_rows_and_columns(x)
+    dy_columns, (b, _) = quantize_columns(dy), quantize_blocks(w)
+    packed = pack_e5m6(x)
+    offsets = offsets_of([m // 2 // 128 * 128, 0, m // 4 // 128 * 128], device)
+    experts, _ = quantize_blocks(w.unflatten(0, (1, n)).repeat(3, 1, 1))
+    for run in (
+        lambda: quantize_rows(x),
+        lambda: quantize_rows_and_columns(x),
+        lambda: quantize_blocks(w),
+        lambda: requantize(rows),
+        lambda: pack_e5m6(x),
+        lambda: unpack_e5m6(packed),
+        lambda: e5m6_to_columns(packed),
+        lambda: gemm(rows, b),
+        lambda: gemm(dy_columns, columns, out_dtype=torch.float32),
+        lambda: from_zero(lambda total: wgrad(dy, x, total), n, k, device=device),
+        lambda: grouped_gemm(rows, experts, offsets),
+        lambda: from_zero(lambda total: grouped_wgrad(dy_columns, columns, offsets, total), 3, n, k, device=device),
+    ):
+        assert_repeatable(run, repeats)
+
+
+def check_dense(device, m, n, k):
+    x, w = data("normal", m, k, device=device), data("normal", n, k, device=device)
+    a, (b, _) = quantize_rows(x), quantize_blocks(w)
+    assert_same(a, twin.quantize_rows(x))
+    assert_same(b, twin.quantize_blocks(w)[0])
+    chosen = torch.randperm(m)[:CHECKED_ROWS].to(device)
+    a64, b64 = a.dequantize()[chosen].double(), b.dequantize().double()
+    exact = a64 @ b64.T
+    for dtype in (torch.bfloat16, torch.float32):
+        out = gemm(a, b, out_dtype=dtype)[chosen]
+        assert calc_diff(out, exact, a64, b64) <= product_bound(dtype, "normal", device)
+
+
+def check_wgrad(device, tokens, n, k):
+    dy, x = data("normal", tokens, n, device=device), data("normal", tokens, k, device=device)
+    a, b = quantize_columns(dy, amax_floor=1e-30, power_of_two=True), quantize_columns(x)
+    total = torch.ones(n, k, device=device)
+    gemm(a, b, accumulate=total)
+    chosen = torch.randperm(n)[:CHECKED_ROWS].to(device)
+    a64, b64 = a.dequantize()[chosen].double(), b.dequantize().double()
+    assert calc_diff(total[chosen].double() - 1, a64 @ b64.T, a64, b64) <= product_bound(
+        torch.float32, "normal", device
+    )
+
+
+def check_grouped(device, sizes, n, k):
+    rows, experts = sum(sizes), len(sizes)
+    x = data("normal", rows, k, device=device)
+    w, dy = data("normal", experts, n, k, device=device), data("normal", rows, n, device=device)
+    offsets = offsets_of(sizes, device)
+    a, (b, _) = quantize_rows(x, power_of_two=True), quantize_blocks(w)
+    dy_columns, x_columns = quantize_columns(dy, amax_floor=1e-30), requantize(a)
+    out = grouped_gemm(a, b, offsets)
+    total = torch.zeros(experts, n, k, device=device)
+    grouped_wgrad(dy_columns, x_columns, offsets, total)
+    for e in range(experts):
+        first, last = int(offsets[e]), int(offsets[e + 1])
+        chosen = slice(first, min(first + CHECKED_ROWS, last))
+        a64 = Fp8Tensor(a.data[chosen], a.scale[chosen]).dequantize().double()
+        b64 = Fp8Tensor(b.data[e], b.scale[e], b.tile).dequantize().double()
+        assert calc_diff(out[chosen], a64 @ b64.T, a64, b64) <= 5e-6
+        left = dy_columns.dequantize()[:CHECKED_ROWS, first:last].double()
+        right = x_columns.dequantize()[:, first:last].double()
+        bound = product_bound(torch.float32, "normal", device)
+        assert calc_diff(total[e, :CHECKED_ROWS], left @ right.T, left, right) <= bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4096, 2112, 7168), (1000 // 16 * 16, 576, 1536)])
+def test_every_op_repeats_itself(triton_device, shape):
+    repeat_everything(triton_device, *shape, REPEATS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", DENSE)
+def test_dense_shapes_of_production(triton_device, shape):
+    check_dense(triton_device, *shape)
+
+
+@pytest.mark.gpu
+def test_wgrad_of_production(triton_device):
+    check_wgrad(triton_device, 16384, 7168, 4096)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(4096, 7168), (7168, 2048)])
+def test_grouped_shapes_of_production(triton_device, n, k):
+    check_grouped(triton_device, [8192] * 4, n, k)
+    check_grouped(triton_device, [128, 0, 8192, 3968, 0, 256], n, k)
+
+
+@pytest.mark.gpu
+def test_no_access_outside_a_tensor(triton_device):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    ops = "test_triton_quantize test_triton_gemm test_triton_grouped_gemm test_triton_grouped_wgrad test_triton_e5m6"
+    files = [f"tests/kernels/{name}.py" for name in ops.split()]
+    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "normal or anyhow or nothing", *files]
+    # The caching allocator would hand out parts of larger blocks, inside which every access is legal.
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_these_checks_run(triton_device):
+    """The checks above at small sizes, on whatever device there is, so that a GPU finds them sound."""
+    repeat_everything(triton_device, 272, 48, 144, 2)
+    check_dense(triton_device, 48, 144, 272)
+    check_wgrad(triton_device, 272, 48, 144)
+    check_grouped(triton_device, [128, 0, 256], 48, 144)
