@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
     "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
+    "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before it is run"),
 }
 
 
