@@ -15,6 +15,7 @@ import torch
 
 from fp8moe.data.config import DataConfig
 from fp8moe.errors import ConfigError
+from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.precision import Precision
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.model.partition import partition
@@ -30,9 +31,13 @@ from fp8moe.train.validation import ValidationConfig
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """mode: fp32, bf16 or fp8 (see `fp8moe.layers.precision`)."""
+    """mode: fp32, bf16 or fp8 (see `fp8moe.layers.precision`).
+
+    backend: of the kernels (`fp8moe.kernels.backend`); None leaves it to FP8MOE_BACKEND and the device.
+    """
 
     mode: Precision
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,8 @@ def _check_tokens(micro_batch: int, seq_len: int) -> None:
 def settle(config: TrainConfig, world_size: int) -> TrainConfig:
     """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
 
-    Raises ValueError or ConfigError. Starts nothing and writes nothing.
+    The kernels' back end is chosen here too, so that one that can't run is refused with all else. Raises ValueError or
+    ConfigError. Starts nothing and writes nothing.
     """
     parallel = config.parallel
     experts = config.model.num_experts
@@ -154,6 +160,8 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
     config.validation.check(dp, batch.micro_batch)
     if config.precision.mode is Precision.FP8:
         _check_tokens(batch.micro_batch, config.seq_len)
+    if config.precision.backend is not None:
+        set_backend(config.precision.backend)
     check_wandb(config.logging)
     check_run_dir(config.run_dir, config.resume)
     _check_resume(config)
@@ -170,7 +178,7 @@ def _check_resume(config: TrainConfig) -> None:
     newest = checkpoint.find("auto", config.run_dir)
     if newest is not None and newest.parent.resolve() == found.parent.resolve() and newest.name != found.name:
         raise ConfigError(
-            f"resume={found.name} would branch off before {newest.name} of the same run: use resume=auto or a new run_dir"
+            f"resume={found.name} would branch off before {newest.name} of the same run: use resume=auto or another"
         )
     state = checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
     if state.step >= config.steps:

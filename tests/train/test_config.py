@@ -41,6 +41,8 @@ def test_the_mesh_is_filled_in(corpus: list[str]) -> None:
         (["parallel.timeout=0"], 1, "parallel.timeout=0.0 seconds must be above 0"),
         (["resume=nowhere"], 1, "resume=nowhere holds no complete checkpoint"),
         (["resume=auto"], 1, "resume=auto goes on in a run directory and none is given"),
+        (["precision.backend=abacus"], 1, "back end 'abacus' does not exist"),
+        (["precision.backend=cublas"], 1, "back end 'cublas' cannot run here: it needs a GPU"),
         (["device=cuda"], 1, "device=cuda needs at least 1 CUDA device and torch sees 0"),
     ],
 )
