@@ -27,7 +27,10 @@ def as_bytes(rows: Tensor) -> Tensor:
 
 def from_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
     """A column slice of bytes -> [N, n] of `dtype`."""
-    return part.reshape(-1).view(dtype).view(len(part), part.shape[1] // dtype.itemsize)
+    flat = part.reshape(-1)
+    if flat.storage_offset() % dtype.itemsize:  # a slice of one row is a view, and may begin anywhere
+        flat = flat.clone()
+    return flat.view(dtype).view(len(part), part.shape[1] // dtype.itemsize)
 
 
 def exponents(scale: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
 
     lr = learning_rate(schedule, at)
     violation = note_loads(run)
+    run.dispatcher.verify()
     accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm)
     if accepted:
         run.optimizer.step(lr, grad_norm)
