@@ -140,7 +140,7 @@ def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
         assert told.across <= link <= 1.10 * told.across, (kind, link / told.across)
         crossed[kind] = (told.across, link)
         naive_payload, naive_link = crossed["naive"]
-        base: dict[str, Any] = {} if kind == "naive" else {"baseline": "naive"}
+        base: dict[str, str] = {} if kind == "naive" else {"baseline": "naive"}
         report.add(f"{kind}: payload across, formula = counted", setting.shape, "bytes", told.across / 2**20, "MiB",
                    **base, **({"ratio": told.across / naive_payload} if base else {}))  # fmt: skip
         report.add(f"{kind}: interface", setting.shape, "bytes", link / 2**20, "MiB",

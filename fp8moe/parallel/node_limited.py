@@ -3,7 +3,7 @@
 The first hop goes to the peer of the same local index on each node that holds one of the token's experts (at most M of
 them, where the router limits groups), the second from there to the ranks that hold them. On the way back each node
 adds its ranks' partial sums before one row a (token, node) crosses. Experts receive the same rows in the same order as
-by one hop; sums associate differently: slots, then ranks of a node, then nodes.
+by one hop; sums associate differently: experts of a rank, then ranks of a node, then nodes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A hop is an all-to-all over one group. A row is sent once to each peer that leads to one of its experts, with the ids
 and weights of those experts; the peer either holds them (the last hop) or sends the row on. On the way back each hop
-returns one partial sum a row, and the sender adds those of each row in FP32, in the order of its top-k slots.
+returns one partial sum a row, and the sender adds those of each row in FP32, in order of peer.
 
 A batch may travel as several messages (chunks of consecutive tokens): the second hop of one chunk then runs beside the
 first hop of the next. Rows arrive ordered by chunk, last sender, origin; `order` is where each row of the global order
@@ -73,10 +73,13 @@ class Cargo:
 
 
 def destinations(ids_TK: Tensor, axis: Axis) -> Tensor:
-    """The peer of each copy, [T, K]; -1 where an earlier slot leads to the same peer, or the copy isn't here."""
-    peer_TK = torch.where(ids_TK < 0, -1, ids_TK // axis.experts_per_peer)
-    again_TK = (peer_TK[:, :, None] == peer_TK[:, None, :]).tril(-1).any(-1)
-    return peer_TK.masked_fill(again_TK, -1)
+    """The peers that each token goes to, [T, min(K, peers)] in ascending order, then -1."""
+    nowhere = axis.peers
+    peer_TK = torch.where(ids_TK < 0, nowhere, ids_TK // axis.experts_per_peer).sort(dim=1).values
+    again_TK = torch.zeros_like(peer_TK, dtype=torch.bool)
+    again_TK[:, 1:] = peer_TK[:, 1:] == peer_TK[:, :-1]
+    peer_TK = peer_TK.masked_fill(again_TK, nowhere).sort(dim=1).values[:, : axis.peers]
+    return peer_TK.masked_fill(peer_TK == nowhere, -1)
 
 
 def plan_leg(ids_TK: Tensor, axis: Axis, splits: Splits) -> Leg:
@@ -113,12 +116,13 @@ def depart(cargo: Cargo, leg: Leg, extra: Tensor | None = None) -> Tensor:
                         for part in (cargo.body, cargo.ids_TK, cargo.weights_TK)))  # fmt: skip
     source_S = leg.row_map.source_R.clamp(min=0)
     here_S = leg.row_map.slot_R >= 0
-    peer_S = cargo.ids_TK.reshape(-1)[leg.row_map.slot_R.clamp(min=0)] // leg.axis.experts_per_peer
+    position_S = torch.arange(len(source_S), device=source_S.device, dtype=torch.int32)
+    peer_S = torch.searchsorted(leg.row_map.group_offsets[1:], position_S, right=True)
     ids_SK = cargo.ids_TK[source_S]
     theirs_SK = (ids_SK // leg.axis.experts_per_peer == peer_S[:, None]) & (ids_SK >= 0) & here_S[:, None]
     local_SK = torch.where(theirs_SK, ids_SK % leg.axis.experts_per_peer, -1).to(torch.int16)
     weights_SK = cargo.weights_TK[source_S].masked_fill(~theirs_SK, 0.0)
-    parts = [cargo.body[source_S], as_bytes(local_SK), as_bytes(weights_SK)]
+    parts = [cargo.body.index_select(0, source_S), as_bytes(local_SK), as_bytes(weights_SK)]
     if extra is not None:
         parts.append(as_bytes(extra[source_S]))
     return torch.cat(parts, dim=1)
@@ -172,7 +176,7 @@ class Way:
 def _rows_of(body: Tensor, leg: Leg) -> Tensor:
     if not len(body):
         return body.new_zeros(len(leg.row_map.source_R), body.shape[1])
-    return body[leg.row_map.source_R.clamp(min=0)]
+    return body.index_select(0, leg.row_map.source_R.clamp(min=0))
 
 
 def in_order(row_map: RowMap, order_N: Tensor) -> RowMap:
