@@ -139,12 +139,13 @@ def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
         assert (got.across, got.inside) == (told.across * repeats, told.inside * repeats), (kind, got, told)
         assert told.across <= link <= 1.10 * told.across, (kind, link / told.across)
         crossed[kind] = (told.across, link)
-        naive_payload, naive_link = crossed["naive"]
-        base: dict[str, str] = {} if kind == "naive" else {"baseline": "naive"}
-        report.add(f"{kind}: payload across, formula = counted", setting.shape, "bytes", told.across / 2**20, "MiB",
-                   **base, **({"ratio": told.across / naive_payload} if base else {}))  # fmt: skip
-        report.add(f"{kind}: interface", setting.shape, "bytes", link / 2**20, "MiB",
-                   **base, **({"ratio": link / naive_link} if base else {}))  # fmt: skip
+        against = None if kind == "naive" else "naive"
+        figures = (("payload across, formula = counted", told.across), ("interface", link))
+        for (what, num_bytes), naive in zip(figures, crossed["naive"], strict=True):
+            ratio = num_bytes / naive if against else None
+            report.add(
+                f"{kind}: {what}", setting.shape, "bytes", num_bytes / 2**20, "MiB", baseline=against, ratio=ratio
+            )
         report.add(f"{kind}: interface over payload", setting.shape, "bytes", link / told.across, "x")
         report.add(f"{kind}: dispatch + combine", setting.shape, "time", seconds * 1e3, "ms")
         report.add(f"{kind}: link", setting.shape, "bandwidth", link / setting.nodes / seconds / 1e9, "GB/s")

@@ -90,15 +90,24 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     record_nccl()
     # Both back ends, so that host-side objects (checkpoints, the run directory's name) never touch the GPU.
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
-    two_hops = parallel.dispatcher == "node_limited"
-    mesh = build_mesh(
-        parallel.pp, config.dp, config.ep, timeout=timeout, ranks_per_node=parallel.ranks_per_node if two_hops else None
-    )
+    mesh = mesh_of(config)
     watch.start()
     warm_up(mesh, device)
     yield mesh
     watch.stop()
     dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
+
+
+def mesh_of(config: TrainConfig) -> Mesh:
+    """The mesh of a settled configuration; its groups wait as long as start-up may take. Collective over all ranks."""
+    parallel = config.parallel
+    return build_mesh(
+        parallel.pp,
+        config.dp,
+        config.ep,
+        timeout=timedelta(seconds=parallel.startup_timeout),
+        ranks_per_node=parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None,
+    )
 
 
 def record_nccl() -> None:

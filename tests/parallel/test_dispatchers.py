@@ -6,6 +6,7 @@ to BF16's rounding of partial sums otherwise.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +161,7 @@ def groups(answer: dict[str, Any], name: str) -> list[Tensor]:
     """`answer[name]` expert by expert; NaN scales, if any, compare as bits."""
     offsets, value = answer["offsets"].tolist(), answer[name]
     value = value.view(torch.int32) if value.dtype is torch.float32 else value
-    return [value[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [value[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def distance(a: Tensor, b: Tensor) -> float:

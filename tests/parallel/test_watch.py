@@ -1,4 +1,4 @@
-"""A rank that stays away is named, with the group and the collective, by every rank that waits for it, in bounded time."""
+"""A rank that stays away is named, with group and collective, by every rank that waits for it, in bounded time."""
 
 from __future__ import annotations
 
