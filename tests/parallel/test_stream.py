@@ -46,6 +46,7 @@ def test_a_handle_owns_its_buffers_until_it_is_waited_for() -> None:
     alive = weakref.ref(tensor)
     handle = stream.start(lambda t=tensor: t + 1, lambda y: y)
     del tensor
+    time.sleep(0.05)  # the message has run by now, and its buffers stay until somebody waits
     gc.collect()
     assert alive() is not None
     assert handle.wait().tolist() == [2, 2, 2]
