@@ -1,4 +1,4 @@
-"""Too many rows for one rank: refused before they are allocated, or noticed before the step, never dropped silently."""
+"""Too many rows for a rank: refused before they are allocated, or noticed before the step, never dropped silently."""
 
 from __future__ import annotations
 
