@@ -172,11 +172,10 @@ def origins(rows: int, nodes: int, device: torch.device) -> Tensor:
 def fixed_order(rows: Tensor, chunks: int, places: Places, *, two_hops: bool) -> Tensor:
     """`order_N` of rows [N, bytes] that fixed messages brought; after two hops the origin is their last column."""
     last = places.ranks_per_node if two_hops else places.ranks
-    position = torch.arange(len(rows), device=rows.device)
-    chunk, sender = position // (len(rows) // chunks), position // (len(rows) // (chunks * last)) % last
+    sender = torch.arange(len(rows), device=rows.device) // (len(rows) // (chunks * last)) % last
     if two_hops:
         sender = from_bytes(rows[:, -2:], torch.int16)[:, 0].long() * last + sender
-    return (sender * chunks + chunk).argsort(stable=True)
+    return sender.argsort(stable=True)  # chunks of one sender arrived in order
 
 
 class Overflow:

@@ -5,6 +5,9 @@ number and name of its last collective, and a thread writes that to the job's st
 second a rank, whatever the number of collectives. (A write before each collective was refused: a step has thousands.)
 When a collective fails, its caller looks twice, two beats apart: a rank of the group that is behind, or whose beat has
 stopped, is missing. The error names rank, group and collective; it is a `HangError`, logged where it is raised.
+
+NCCL's collectives don't fail where they are waited for: its own watchdog ends the process at the timeout. The beat
+therefore also looks for a collective that has taken longer than `patience`, and logs the same sentence once, before.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -38,6 +42,8 @@ class _Watch:
     groups: dict[str, tuple[int, str]] = field(default_factory=dict)
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    patience: float = float("inf")
+    open: dict[int, Note] = field(default_factory=dict)  # by id: collectives that have not ended
 
     def beat_until_stopped(self) -> None:
         beat = 0
@@ -49,7 +55,18 @@ class _Watch:
             except RuntimeError:
                 return  # the store has ended, and the job with it
             beat += 1
+            self.complain()
             self.stopped.wait(BEAT)
+
+    def complain(self) -> None:
+        """Log, once, the oldest collective that takes longer than `patience`, from a thread: the beat goes on."""
+        for note in list(self.open.values()):
+            if note.has_ended():
+                self.open.pop(id(note), None)
+            elif time.monotonic() - note.since > self.patience:
+                self.open.clear()
+                threading.Thread(target=note.complain, args=(self,), name="complaint", daemon=True).start()
+                return
 
     def read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
         """The last word of each of `ranks`; nothing for one that has not spoken."""
@@ -71,6 +88,12 @@ def start() -> None:
     threading.Thread(target=_current[0].beat_until_stopped, name="watch", daemon=True).start()
 
 
+def expect(seconds: float) -> None:
+    """From now on say so when a collective takes longer than `seconds`; choose less than the groups' timeout."""
+    if _current:
+        _current[0].patience = seconds
+
+
 def stop() -> None:
     """End the beat, before the process group is destroyed."""
     if _current:
@@ -82,26 +105,48 @@ class Note:
 
     def __init__(self, group: ProcessGroup, name: str) -> None:
         self._group, self._name, self._number = group, name, 0
+        self.since = time.monotonic()
+        self._done: torch.cuda.Event | None = None
         if _current:
             groups, desc = _current[0].groups, group.group_desc
             self._number = groups.get(desc, (0, ""))[0] + 1
             groups[desc] = (self._number, name)
 
     def __enter__(self) -> None:
-        pass
+        self.since = time.monotonic()
+        if _current:
+            _current[0].open[id(self)] = self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if torch.cuda.is_initialized():  # the device goes on with what the host has only enqueued
+            self._done = torch.cuda.current_stream().record_event()
+        elif _current:
+            _current[0].open.pop(id(self), None)
         if isinstance(error, RuntimeError) and not isinstance(error, HangError) and _current:
             raise self._explained(_current[0], error) from error
 
+    def has_ended(self) -> bool:
+        """Whether the device is through; without one, a collective that has ended is not asked."""
+        return self._done is not None and self._done.query()
+
+    def complain(self, watch: _Watch) -> None:
+        """Say who is missing in a collective that takes too long, if it still does when that is known."""
+        sentence = self._sentence(watch, f"has not ended for {time.monotonic() - self.since:.0f} s")
+        if not self.has_ended():
+            logger.error("rank %d: %s", watch.rank, sentence)
+
     def _explained(self, watch: _Watch, error: RuntimeError) -> HangError:
-        ranks = dist.get_process_group_ranks(self._group)
         text = " ".join(str(error).split())
         lost = any(words in text.lower() for words in _LOST)
-        what = f"{self._name}, number {self._number} of group {self._group.group_desc} (ranks {_listed(ranks)})"
-        sentence = f"{missing_ranks(watch, self._group.group_desc, self._number, ranks)}: {what} failed ({text[:160]})"
+        sentence = self._sentence(watch, f"failed ({text[:160]})")
         logger.error("rank %d: %s", watch.rank, sentence)
         return HangError(sentence, secondary=lost)
+
+    def _sentence(self, watch: _Watch, what_happened: str) -> str:
+        ranks = dist.get_process_group_ranks(self._group)
+        what = f"{self._name}, number {self._number} of group {self._group.group_desc} (ranks {_listed(ranks)})"
+        missing = missing_ranks(watch, self._group.group_desc, self._number, ranks)
+        return f"{missing}: {what} {what_happened}"
 
 
 def collective(group: ProcessGroup, name: str) -> Note:

@@ -36,6 +36,8 @@ from fp8moe.train.run_dir import make_run_dir
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 0.8  # of the timeout: when a collective that has not ended is spoken of
+
 
 @dataclass
 class Run:
@@ -119,6 +121,7 @@ def record_nccl() -> None:
 def end_startup(run: Run) -> None:
     """From here on a message that takes longer than `parallel.timeout` is a hang."""
     timeout = timedelta(seconds=run.config.parallel.timeout)
+    watch.expect(PATIENCE * run.config.parallel.timeout)
     for group in run.mesh.groups:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

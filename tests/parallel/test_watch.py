@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -81,6 +82,31 @@ def test_the_rank_that_stays_away_is_named(kind: str, leave: Callable[[], None],
     # A killed rank's own end says more than who missed it; one that hangs says nothing itself.
     seconded = [a["secondary"] for rank, a in enumerate(answers) if rank != LOST]
     assert all(seconded) if leave is die else not all(seconded)
+
+
+def slow() -> list[str]:
+    """What is logged while a rank is late, though not too late."""
+    watch.BEAT = 0.1
+    mesh = build_mesh(1, 2, 1, timeout=timedelta(seconds=60))
+    watch.start()
+    watch.expect(0.5)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fp8moe.parallel.watch").addHandler(handler)
+    all_reduce(torch.ones(1), mesh.dp_group)
+    if mesh.rank == 1:
+        time.sleep(3)
+    all_reduce(torch.ones(1), mesh.dp_group)
+    return said
+
+
+def test_a_late_rank_is_spoken_of_before_the_timeout() -> None:
+    patient, late = run_ranks(slow, 2)
+    (said,) = patient
+    assert "rank 0: rank 1 is alive and stopped after number 1 (all_reduce): all_reduce, number 2 of group dp0" in said
+    assert "has not ended for" in said
+    assert late == []
 
 
 def unwatched() -> str:
