@@ -27,6 +27,8 @@ for i in 0 2; do
   "${inside[@]}" ip link set lo up
   # A connection that was idle for a moment would start slowly again, and the first messages be measured slower.
   "${inside[@]}" sysctl -qw net.ipv4.tcp_slow_start_after_idle=0
+  # Room for a whole message: a sender that waits for the CPU after every 100 KB measures the scheduler, not the link.
+  "${inside[@]}" sysctl -qw net.ipv4.tcp_wmem="4096 4194304 16777216" net.ipv4.tcp_rmem="4096 4194304 16777216"
   "${inside[@]}" tc qdisc add dev "link$node" root tbf rate "$rate" burst 256kb latency 400ms
 done
 for i in 0 2; do

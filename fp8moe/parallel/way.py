@@ -121,8 +121,7 @@ def depart(cargo: Cargo, leg: Leg, extra: Tensor | None = None) -> Tensor:
     ids_SK = cargo.ids_TK[source_S]
     theirs_SK = (ids_SK // leg.axis.experts_per_peer == peer_S[:, None]) & (ids_SK >= 0) & here_S[:, None]
     local_SK = torch.where(theirs_SK, ids_SK % leg.axis.experts_per_peer, -1).to(torch.int16)
-    weights_SK = cargo.weights_TK[source_S].masked_fill(~theirs_SK, 0.0)
-    parts = [cargo.body.index_select(0, source_S), as_bytes(local_SK), as_bytes(weights_SK)]
+    parts = [cargo.body.index_select(0, source_S), as_bytes(local_SK), as_bytes(cargo.weights_TK[source_S])]
     if extra is not None:
         parts.append(as_bytes(extra[source_S]))
     return torch.cat(parts, dim=1)

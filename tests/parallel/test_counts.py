@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp8moe.errors import ImbalanceError
+from fp8moe.kernels.permute import plan_rows
 from fp8moe.parallel import expert_parallel
 from fp8moe.parallel.counts import histogram
 from fp8moe.parallel.dispatchers import make_dispatcher
@@ -92,6 +93,19 @@ def test_more_tokens_than_messages_were_sized_for() -> None:
         return str(caught.value)
 
     assert run_ranks(too_many, 2) == ["32 tokens exceed the 31 that messages were sized for: use fewer"] * 2
+
+
+def test_a_map_with_less_room_than_rows_cuts_the_last_and_says_how_many_there_are() -> None:
+    ids = torch.tensor([[0], [1], [1], [0], [1]])
+    whole, cut = plan_rows(ids, 2, align=2), plan_rows(ids, 2, align=2, room=4)
+    assert len(whole.slot_R) == 6
+    assert torch.equal(cut.slot_R, whole.slot_R[:4]) and cut.group_offsets.tolist() == [0, 2, 4]
+    assert torch.equal(cut.tokens_per_expert, whole.tokens_per_expert)
+    tight = plan_rows(ids, 2, align=2, room=2)
+    assert torch.equal(tight.slot_R, whole.slot_R[:2]) and tight.group_offsets.tolist() == [0, 2, 2]
+    roomy = plan_rows(ids, 2, align=2, room=9)
+    assert torch.equal(roomy.slot_R[:6], whole.slot_R) and (roomy.slot_R[6:] == -1).all()
+    assert torch.equal(roomy.group_offsets, whole.group_offsets)
 
 
 def test_a_long_histogram_names_the_heaviest() -> None:
