@@ -18,99 +18,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.dispatch_traffic import Naive, Setting, Traffic, expected, forward_row, routing
+from benchmarks.dispatch_layer import KINDS, TIMEOUT, Layer, ranks_of
+from benchmarks.dispatch_traffic import Setting, expected, forward_row, routing
 from benchmarks.harness import Report, make_parser, parse_arguments
-from fp8moe.kernels.quantize import quantize_rows
-from fp8moe.layers.dispatch import Dispatcher
-from fp8moe.parallel.collectives import all_reduce, exposed_seconds, sent_bytes
-from fp8moe.parallel.dispatchers import make_dispatcher
-from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
-
-KINDS = {"one hop": "all_to_all", "two hops": "node_limited"}
-TIMEOUT = timedelta(seconds=300)
-CPU = torch.device("cpu")
-
-
-class Layer:
-    """One rank's batch and dispatchers, and the exchanges that are measured."""
-
-    def __init__(self, setting: Setting, mesh: Mesh) -> None:
-        self.setting, self.mesh = setting, mesh
-        assert mesh.ep_group is not None
-        self.all_ids = [routing(setting, seed) for seed in range(setting.ranks)]
-        self.ids = self.all_ids[mesh.rank]
-        generator = torch.Generator().manual_seed(mesh.rank)
-        self.x = torch.randn(setting.tokens, setting.hidden, generator=generator).bfloat16()
-        self.rows = quantize_rows(self.x, power_of_two=True)
-        self.weights = torch.rand(setting.tokens, setting.topk, generator=generator)
-        self.naive = Naive(mesh.ep_group, setting.experts)
-        self.dispatchers: dict[str, Dispatcher] = {
-            kind: make_dispatcher(name, mesh, setting.experts, max_tokens=setting.tokens, chunks=setting.chunks)
-            for kind, name in KINDS.items()
-        }
-
-    def forward(self, kind: str) -> None:
-        """Dispatch and combine, waited for at once."""
-        if kind == "naive":
-            got, way = self.naive.dispatch(self.x, self.ids)
-            self.naive.combine(got, way)
-            return
-        self.overlapped(kind, lambda _: None)
-
-    def overlapped(self, kind: str, compute: Callable[[int], None]) -> None:
-        """Dispatch and combine, with `compute(0)` and `compute(1)` between their starts and waits."""
-        dispatcher = self.dispatchers[kind]
-        message = dispatcher.dispatch(self.rows, self.ids, self.weights)
-        compute(0)
-        arrived = message.wait()
-        y_RD = arrived.weights_R.new_ones(1, dtype=torch.bfloat16).expand(len(arrived.weights_R), self.setting.hidden)
-        home = dispatcher.combine(y_RD, arrived.layout)
-        compute(1)
-        home.wait()
-
-    def verbs(self, kind: str) -> dict[str, float]:
-        """Seconds of each verb, waited for at once."""
-        d, seconds = self.dispatchers[kind], {}
-
-        def timed(name: str, start: Callable[[], Any]) -> Any:
-            dist.barrier()
-            begin = time.perf_counter()
-            value = start().wait()
-            seconds[name] = time.perf_counter() - begin
-            return value
-
-        arrived = timed("dispatch", lambda: d.dispatch(self.rows, self.ids, self.weights))
-        y_RD = torch.ones(len(arrived.weights_R), self.setting.hidden, dtype=torch.bfloat16)
-        timed("combine", lambda: d.combine(y_RD, arrived.layout))
-        timed("combine backward", lambda: d.combine_backward(self.rows, arrived.layout))
-        timed("dispatch backward", lambda: d.dispatch_backward(y_RD, arrived.weights_R, arrived.layout))
-        return seconds
-
-    def counted(self) -> Traffic:
-        """What all ranks handed to collectives since the last call, across nodes and inside them."""
-        across = inside = 0
-        for (group, peer), num_bytes in sent_bytes().items():
-            if group.startswith("rail") or (
-                group.startswith("ep") and peer // self.setting.per_node != self.mesh.rank // self.setting.per_node
-            ):
-                across += num_bytes
-            else:
-                inside += num_bytes
-        return Traffic(*all_reduce(torch.tensor([across, inside]), self.mesh.dp_group).tolist())
-
-
-def ranks_of(setting: Setting) -> Mesh:
-    """The mesh of a process group that is up, warmed."""
-    mesh = build_mesh(1, setting.ranks, setting.ranks, timeout=TIMEOUT, ranks_per_node=setting.per_node)
-    warm_up(mesh, CPU)
-    return mesh
+from fp8moe.parallel.collectives import all_reduce, exposed_seconds
+from fp8moe.parallel.mesh import Mesh
 
 
 def interface_bytes(mesh: Mesh, per_node: int) -> int:
@@ -153,62 +71,84 @@ def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
         assert crossed["two hops"][1] <= 0.22 * crossed["naive"][1]
 
 
-def measure_overlap(report: Report, setting: Setting, trials: int) -> None:
-    """Waited at once against overlapped with compute as long as the messages, in alternated trials."""
-    mesh = ranks_of(setting)
-    layer = Layer(setting, mesh)
+def message_seconds(layer: Layer, kind: str, repeats: int = 5) -> list[float]:
+    """How long each of the two messages of a forward is waited for, medians."""
+    layer.forward(kind)
+    waits: list[list[float]] = []
+    for _ in range(repeats):
+        dist.barrier()
+        first: list[float] = []
+        exposed_seconds()
+        layer.overlapped(kind, lambda i, seen=first: seen.append(exposed_seconds()))  # type: ignore[misc]
+        waits.append([first[1], exposed_seconds()])
+    return [statistics.median(wait[i] for wait in waits) for i in (0, 1)]
+
+
+def busy(lengths: list[float]) -> Callable[[int], None]:
+    """Matrix products on this CPU that last about `lengths[i]` seconds when nothing else runs."""
     a, b = torch.randn(2, 256, 256)
-    kinds = ["one hop"] if setting.per_node == 1 else list(KINDS)
+    start, n = time.perf_counter(), 200
+    for _ in range(n):
+        torch.mm(a, b)
+    one = (time.perf_counter() - start) / n
 
-    def lasting(seconds: float) -> int:
-        start, n = time.perf_counter(), 200
-        for _ in range(n):
+    def compute(i: int) -> None:
+        for _ in range(max(1, round(lengths[i] / one))):
             torch.mm(a, b)
-        return max(1, round(n * seconds / (time.perf_counter() - start)))
 
-    for kind in kinds:
+    return compute
+
+
+def measure_overlap(report: Report, setting: Setting, trials: int) -> None:
+    """Waited at once against overlapped with compute as long as the messages, in alternated trials.
+
+    Twice: compute on this CPU, and a host that sleeps as long, as one does whose GPU computes.
+    """
+    layer = Layer(setting, ranks_of(setting))
+    for kind in ["one hop"] if setting.per_node == 1 else list(KINDS):
+        lengths = message_seconds(layer, kind)
+        works = {"busy CPU": busy(lengths), "busy device": lambda i, lengths=lengths: time.sleep(lengths[i])}  # type: ignore[misc]
+        for name, compute in works.items():
+            seconds, exposed = overlap_trials(layer, kind, compute, trials)
+            for how in seconds:
+                report.add(f"{kind}, {name}: {how}", setting.shape, "time", statistics.median(seconds[how]) * 1e3, "ms")
+                waits = statistics.median(exposed[how]) * 1e3
+                report.add(f"{kind}, {name}: {how}, waits", setting.shape, "time", waits, "ms")
+            hidden = statistics.median(
+                (at_once - overlapped) / waited
+                for at_once, overlapped, waited in zip(*seconds.values(), exposed["waited at once"], strict=True)
+            )
+            report.add(f"{kind}, {name}: communication hidden", setting.shape, "share", hidden, "of 1")
+            longest = statistics.median(
+                max(e, s - e) for s, e in zip(*(x["waited at once"] for x in (seconds, exposed)), strict=True)
+            )
+            report.add(f"{kind}, {name}: the longer part alone", setting.shape, "time", longest * 1e3, "ms")
+    load = os.getloadavg()[0]
+    report.add("load of the machine meanwhile", setting.shape, "processes", load, f"on {os.cpu_count()} cores")
+
+
+def overlap_trials(
+    layer: Layer, kind: str, compute: Callable[[int], None], trials: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds in all and seconds waited, of each trial, both ways."""
+
+    def at_once() -> None:
         layer.forward(kind)
-        waits: list[list[float]] = []
-        for _ in range(5):  # how long each of the two messages is waited for
+        compute(0)
+        compute(1)
+
+    runs = {"waited at once": at_once, "overlapped": lambda: layer.overlapped(kind, compute)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    exposed: dict[str, list[float]] = {name: [] for name in runs}
+    for trial in range(trials):
+        for name in list(runs) if trial % 2 == 0 else reversed(list(runs)):
             dist.barrier()
-            waited: list[float] = []
             exposed_seconds()
-            layer.overlapped(kind, lambda i, seen=waited: seen.append(exposed_seconds()))  # type: ignore[misc]
-            waits.append([waited[1], exposed_seconds()])
-        lengths = [statistics.median(w[i] for w in waits) for i in (0, 1)]
-        products = [lasting(length) for length in lengths]
-
-        def compute(i: int, products: list[int] = products) -> None:
-            for _ in range(products[i]):
-                torch.mm(a, b)
-
-        def both(kind: str = kind, compute: Callable[[int], None] = compute) -> None:
-            layer.forward(kind)
-            compute(0)
-            compute(1)
-
-        runs: dict[str, Callable[[], None]] = {
-            "waited at once": both,
-            "overlapped": lambda kind=kind, compute=compute: layer.overlapped(kind, compute),  # type: ignore[misc]
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        exposed: dict[str, list[float]] = {name: [] for name in runs}
-        for trial in range(trials):
-            for name in list(runs) if trial % 2 == 0 else reversed(list(runs)):
-                dist.barrier()
-                exposed_seconds()
-                start = time.perf_counter()
-                runs[name]()
-                exposed[name].append(exposed_seconds())
-                seconds[name].append(time.perf_counter() - start)
-        serial, overlapped = seconds["waited at once"], seconds["overlapped"]
-        hidden = statistics.median(
-            (s - o) / e for s, o, e in zip(serial, overlapped, exposed["waited at once"], strict=True)
-        )
-        for name in runs:
-            report.add(f"{kind}: {name}", setting.shape, "time", statistics.median(seconds[name]) * 1e3, "ms")
-            report.add(f"{kind}: {name}, waits", setting.shape, "time", statistics.median(exposed[name]) * 1e3, "ms")
-        report.add(f"{kind}: communication hidden", setting.shape, "share", hidden, "of 1")
+            start = time.perf_counter()
+            runs[name]()
+            exposed[name].append(exposed_seconds())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds, exposed
 
 
 def simulate(report: Report, quick: bool) -> None:

@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from fp8moe.errors import HangError
 logger = logging.getLogger(__name__)
 
 BEAT = 1.0  # seconds
+_SOURCE = re.compile(r"^\[[^]]*\] ")  # the file and line that gloo begins with
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "socket closed", "remote peer")
 
 
@@ -136,7 +138,7 @@ class Note:
             logger.error("rank %d: %s", watch.rank, sentence)
 
     def _explained(self, watch: _Watch, error: RuntimeError) -> HangError:
-        text = " ".join(str(error).split())
+        text = _SOURCE.sub("", " ".join(str(error).split()))
         lost = any(words in text.lower() for words in _LOST)
         sentence = self._sentence(watch, f"failed ({text[:160]})")
         logger.error("rank %d: %s", watch.rank, sentence)
