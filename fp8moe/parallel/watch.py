@@ -140,15 +140,20 @@ class Note:
     def _explained(self, watch: _Watch, error: RuntimeError) -> HangError:
         text = _SOURCE.sub("", " ".join(str(error).split()))
         lost = any(words in text.lower() for words in _LOST)
+        # At once, before the look around takes its seconds: after a lost peer a launcher ends this process soon.
+        logger.error("rank %d: %s failed (%s); who is missing follows", watch.rank, self._what(), text[:160])
         sentence = self._sentence(watch, f"failed ({text[:160]})")
         logger.error("rank %d: %s", watch.rank, sentence)
         return HangError(sentence, secondary=lost)
 
     def _sentence(self, watch: _Watch, what_happened: str) -> str:
         ranks = dist.get_process_group_ranks(self._group)
-        what = f"{self._name}, number {self._number} of group {self._group.group_desc} (ranks {_listed(ranks)})"
         missing = missing_ranks(watch, self._group.group_desc, self._number, ranks)
-        return f"{missing}: {what} {what_happened}"
+        return f"{missing}: {self._what()} {what_happened}"
+
+    def _what(self) -> str:
+        ranks = _listed(dist.get_process_group_ranks(self._group))
+        return f"{self._name}, number {self._number} of group {self._group.group_desc} (ranks {ranks})"
 
 
 def collective(group: ProcessGroup, name: str) -> Note:
