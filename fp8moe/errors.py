@@ -36,6 +36,16 @@ class NonFiniteError(RuntimeError):
 
 
 class HangError(RuntimeError):
-    """A rank made no progress within the time it was given."""
+    """A rank made no progress within the time it was given. secondary: because another one had ended before it."""
 
     exit_code: int = EXIT["hang"]
+
+    def __init__(self, message: str, *, secondary: bool = False) -> None:
+        super().__init__(message)
+        self.secondary = secondary
+
+
+class ImbalanceError(RuntimeError):
+    """More tokens chose the experts of one rank than a stated bound has room for."""
+
+    exit_code: int = EXIT["memory"]

@@ -37,11 +37,12 @@ class RowMap:
     topk: int
 
 
-def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128) -> RowMap:
+def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int | None = None) -> RowMap:
     """topk_ids int64 [N, K], -1 for a copy that is not here -> the map; R = the padded groups together.
 
-    Waits for the device once, for R. Raises ValueError for another dtype or shape, and (on a CPU, where it costs
-    nothing) for an id past num_experts.
+    Waits for the device once, for R, unless the caller gives `room` = R: rows behind the last group are padding, and
+    groups that reach past it are cut off there (the caller sees that in tokens_per_expert). Raises ValueError for
+    another dtype or shape, and (on a CPU, where it costs nothing) for an id past num_experts.
     """
     if topk_ids.dim() != 2 or topk_ids.dtype is not torch.int64:
         raise ValueError(f"topk_ids are int64 [N, K], not {topk_ids.dtype} {list(topk_ids.shape)}: cast or reshape")
@@ -49,7 +50,7 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128) -> RowMap
         raise ValueError(f"groups are padded to a multiple of at least 1, not {align}: use 128 for FP8, 1 otherwise")
     if topk_ids.device.type == "cpu" and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
         raise ValueError(f"expert ids end at {num_experts - 1}, topk_ids hold {int(topk_ids.max())}: renumber")
-    return backend.op("plan_rows")(topk_ids, num_experts, align=align)
+    return backend.op("plan_rows")(topk_ids, num_experts, align=align, room=room)
 
 
 def permute(x: Rows, row_map: RowMap) -> Rows:

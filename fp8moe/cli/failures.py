@@ -46,7 +46,8 @@ def explain(error: BaseException) -> Failure:
     text = " ".join(str(error).split()) or type(error).__name__
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
-        return Failure(code, text, shared=isinstance(error, ValueError))
+        secondary = bool(getattr(error, "secondary", False))
+        return Failure(code, text, secondary=secondary, shared=isinstance(error, ValueError))
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return Failure(EXIT["memory"], f"out of memory ({_first_sentence(text)}): lower batch.micro_batch or seq_len")
     if isinstance(error, RuntimeError):

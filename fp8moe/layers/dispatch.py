@@ -74,6 +74,10 @@ class Dispatcher(Protocol):
         """[T, D] -> [R, D]: each token's gradient to all of its rows."""
         ...
 
+    def verify(self) -> None:
+        """Raise if rows of a dispatch since the last call had no room; called once before each optimizer step."""
+        ...
+
 
 class LocalDispatcher:
     """One rank holds all experts: dispatch is a permutation."""
@@ -94,6 +98,9 @@ class LocalDispatcher:
 
     def combine_backward(self, dy_TD: Rows, layout: RowMap) -> Ready[Rows]:
         return Ready(permute(dy_TD, layout))
+
+    def verify(self) -> None:
+        """One rank has room for all rows."""
 
 
 def select_weights(topk_weights_TK: Tensor, row_map: RowMap) -> Tensor:

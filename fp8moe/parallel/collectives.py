@@ -1,25 +1,31 @@
-"""The few collectives that the framework uses, timed: what a process spends waiting here is exposed communication.
+"""The few collectives that the framework uses: timed, counted, and watched.
 
-Everything accepts `group=None` as the group of one, which does nothing: callers need no `if`. FP8 travels as bytes,
-because gloo knows no float8.
+What a process spends waiting here is exposed communication. Everything accepts `group=None` as the group of one, which
+does nothing: callers need no `if`. FP8 travels as bytes, because gloo knows no float8. Every collective says what it is
+to the watch (`watch.py`), so that a failed one can name the rank that stayed away.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fp8moe.parallel import watch
+
 _exposed = [0.0]
+_sent: Counter[tuple[str, int]] = Counter()
 
 
 @contextmanager
-def _waiting() -> Iterator[None]:
+def waiting() -> Iterator[None]:
+    """What runs inside is time that this process waits for communication."""
     start = time.perf_counter()
     try:
         yield
@@ -33,25 +39,53 @@ def exposed_seconds() -> float:
     return seconds
 
 
+def sent_bytes() -> dict[tuple[str, int], int]:
+    """Payload bytes handed to all-to-alls for other ranks since the last call, by group's name and peer in it."""
+    counted = dict(_sent)
+    _sent.clear()
+    return counted
+
+
 def all_reduce(tensor: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over `group`; returns the tensor."""
     if group is not None:
-        with _waiting():
+        with waiting(), watch.collective(group, "all_reduce"):
             dist.all_reduce(tensor, op=op, group=group)
     return tensor
 
 
-def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup) -> Tensor:
-    """rows [sum(send), ...] in order of destination -> [sum(receive), ...] in order of source."""
+class Message:
+    """An all-to-all under way; it owns its buffers."""
+
+    def __init__(self, out: Tensor, rows: Tensor, work: Any, note: watch.Note) -> None:
+        self._out, self._rows, self._work, self._note = out, rows, work, note
+
+    def wait(self) -> Tensor:
+        """[sum(receive), ...] in order of source. On a GPU the current stream waits, not the host."""
+        with self._note:
+            self._work.wait()
+        return self._out
+
+
+def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup, name: str) -> Message:
+    """Send rows [sum(send), ...], in order of destination; `name` says what they are, for errors."""
+    rows = rows.contiguous()
+    _count(group, send, rows.element_size() * rows[0].numel() if len(rows) else 0)
     out = rows.new_empty(sum(receive), *rows.shape[1:])
-    with _waiting():
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-    return out
+    note = watch.collective(group, f"all_to_all ({name})")
+    with note:
+        work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
+    return Message(out, rows, work, note)
 
 
-def exchange_counts(send: Tensor, group: ProcessGroup) -> Tensor:
-    """send [W] int64, one number for each rank of the group -> what each rank sends here, [W]."""
-    out = torch.empty_like(send)
-    with _waiting():
-        dist.all_to_all_single(out, send, group=group)
-    return out
+def exchange(send: Tensor, group: ProcessGroup, name: str) -> Tensor:
+    """send [W, n], one row for each rank of the group -> what each rank sends here, [W, n]."""
+    ones = [1] * group.size()
+    return start_all_to_all(send, ones, ones, group, name).wait()
+
+
+def _count(group: ProcessGroup, send: list[int], row_bytes: int) -> None:
+    me = group.rank()
+    for peer, rows in enumerate(send):
+        if peer != me:
+            _sent[group.group_desc, peer] += rows * row_bytes

@@ -1,12 +1,15 @@
 """Dispatch across ranks: a token goes once to each rank that holds one of its experts, and is fanned out there.
 
-Each rank sends, for every destination, one packed message of its tokens in order: codes, scales, the ids of the
-destination's experts and their routing weights, side by side in one row of bytes. The receiver then holds tokens in
-global order (source rank, then token) and does what `LocalDispatcher` does, with the experts it has. What comes back is
-one partial sum per (token, rank), added in FP32 in order of rank. Sending a row per expert instead was refused: at
-top-8 over 8 nodes it is several times the bytes.
+The receiver holds tokens in global order (source rank, then token), whatever way they came, and does what
+`LocalDispatcher` does, with the experts it has. What comes back is one partial sum per (token, rank). Sending a row per
+expert instead was refused: at top-8 over 8 nodes it is several times the bytes.
 
-Legend: T tokens here, K top-k, D model, W ranks of the group, S rows sent, N rows received, R rows after the fan-out.
+Counts, messages and sums of what comes back run on the communication stream; the fan-out to experts and its sum run
+where the caller waits or starts, as they do on one rank. Memory: a rank receives at most all tokens of its group, and
+R <= (copies for its experts) + 127 rows of padding an expert; `max_imbalance` refuses more than its multiple of an even
+share before anything is allocated.
+
+Legend: T tokens here, K top-k, D model, e local experts, W ranks, N rows received, R rows after the fan-out.
 """
 
 from __future__ import annotations
@@ -17,98 +20,160 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
-from fp8moe.layers.dispatch import Dispatched, Ready, return_weights, select_weights
+from fp8moe.layers.dispatch import Dispatched, Handle, return_weights, select_weights
 from fp8moe.layers.operand import Rows
-from fp8moe.parallel.collectives import all_to_all, exchange_counts
+from fp8moe.parallel.collectives import Message
+from fp8moe.parallel.counts import (
+    Capacity,
+    Overflow,
+    Places,
+    Sizes,
+    exact,
+    fixed,
+    fixed_order,
+    origins,
+    padded_rows,
+)
+from fp8moe.parallel.stream import communication_stream
+from fp8moe.parallel.way import Axis, Cargo, Leg, Way, arrive, depart, in_order, plan_leg
+from fp8moe.parallel.wire import pack, row_bytes, unpack
+
+MOST_EXPERTS = 2**15  # ids travel as int16
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one dispatch went, for its three sisters: which token each sent row is, the splits, the fan-out."""
+class Layout:
+    """How one dispatch went, for its three sisters: the way, and the fan-out at its end."""
 
-    token_S: Tensor
-    sent: list[int]
-    received: list[int]
-    num_tokens: int
+    way: Way
     row_map: RowMap
 
 
+@dataclass(frozen=True)
+class _Arrived:
+    rows: Tensor  # body, ids and weights, as bytes
+    order_N: Tensor
+    overflowed: Tensor | None
+    way: Way
+    room: int
+
+
 class AllToAllDispatcher:
-    """Experts spread evenly over the ranks of `group`: rank w holds experts [w e, (w + 1) e)."""
+    """Experts spread evenly over the ranks of `group`: rank w holds experts [w e, (w + 1) e). One hop.
 
-    def __init__(self, group: ProcessGroup, num_experts: int) -> None:
-        self.group = group
-        self.num_ranks = group.size()
-        if num_experts % self.num_ranks:
-            raise ValueError(f"{num_experts} experts can't be spread evenly over {self.num_ranks} ranks")
-        self.num_local_experts = num_experts // self.num_ranks
+    chunks: messages a dispatch. capacity: fixed messages in place of exact counts; `verify` then reads what didn't fit.
+    max_imbalance: rows a rank may receive, in multiples of what it sends; None: whatever comes.
+    """
 
-    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Ready[Dispatched]:
-        e = self.num_local_experts
-        rank_TK = topk_ids_TK // e
-        visits_WT = torch.zeros(self.num_ranks, len(rank_TK), dtype=torch.bool, device=rank_TK.device)
-        visits_WT.T.scatter_(1, rank_TK, True)
-        destination_S, token_S = visits_WT.nonzero(as_tuple=True)
-        counts = visits_WT.sum(1)
-        sent, received = torch.stack([counts, exchange_counts(counts, self.group)]).tolist()
+    def __init__(
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        *,
+        chunks: int = 1,
+        capacity: Capacity | None = None,
+        max_imbalance: float | None = None,
+    ) -> None:
+        self._place(Places(group, num_experts, nodes=group.size(), ranks_per_node=1), chunks, capacity, max_imbalance)
+        self.axes: tuple[Axis, ...] = (Axis(group, self.num_local_experts),)
 
-        here_SK = rank_TK[token_S] == destination_S[:, None]
-        local_ids_SK = torch.where(here_SK, topk_ids_TK[token_S] % e, -1).to(torch.int32)
-        parts = [*_bytes_of(rows_TD, token_S), _as_bytes(local_ids_SK), _as_bytes(topk_weights_TK[token_S])]
-        arrived = self._send(torch.cat(parts, dim=1), sent, received).split([p.shape[1] for p in parts], dim=1)
-        local_ids_NK = _from_bytes(arrived[-2], torch.int32).long()
-        weights_NK = _from_bytes(arrived[-1], torch.float32)
+    def _place(self, places: Places, chunks: int, capacity: Capacity | None, max_imbalance: float | None) -> None:
+        if places.num_experts % places.ranks:
+            raise ValueError(f"{places.num_experts} experts can't be spread evenly over {places.ranks} ranks")
+        if places.num_experts > MOST_EXPERTS:
+            raise ValueError(
+                f"a dispatcher numbers at most {MOST_EXPERTS} experts, not {places.num_experts}: use fewer"
+            )
+        if chunks < 1:
+            raise ValueError(f"a dispatch travels in at least 1 chunk, not {chunks}: use parallel.chunks=1")
+        self.places, self.chunks, self.capacity, self.max_imbalance = places, chunks, capacity, max_imbalance
+        self.num_local_experts = places.local_experts
+        self._overflow = None if capacity is None else Overflow(places, capacity)
 
-        row_map = plan_rows(local_ids_NK, e)
-        rows_RD = permute(_rows_from(arrived[:-2], rows_TD), row_map)
-        way = Way(token_S, sent, received, len(rank_TK), row_map)
-        return Ready(Dispatched(rows_RD, select_weights(weights_NK, row_map), row_map.group_offsets, way))
+    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Handle[Dispatched]:
+        """See `Dispatcher`. Collective over the group, as every verb is, in one order on all ranks."""
+        if self.capacity is not None and len(topk_ids_TK) > self.capacity.tokens:
+            raise ValueError(
+                f"{len(topk_ids_TK)} tokens exceed the {self.capacity.tokens} that messages were sized for: use fewer"
+            )
+        topk = topk_ids_TK.shape[1]
 
-    def combine(self, y_RD: Tensor, layout: Way) -> Ready[Tensor]:
-        return Ready(self._sum_home(unpermute(y_RD, layout.row_map), layout))
+        def finish(arrived: _Arrived) -> Dispatched:
+            cargo, _ = arrive(arrived.rows, row_bytes(rows_TD), topk)
+            e, order_N = self.num_local_experts, arrived.order_N
+            row_map = in_order(plan_rows(cargo.ids_TK[order_N], e, room=arrived.room), order_N)
+            if self._overflow is not None and arrived.overflowed is not None:
+                too_many = padded_rows(row_map.tokens_per_expert) > arrived.room
+                self._overflow.note(arrived.overflowed | too_many, topk_ids_TK)
+            rows_RD = permute(unpack(cargo.body, rows_TD), row_map)
+            weights_R = select_weights(cargo.weights_TK, row_map)
+            return Dispatched(rows_RD, weights_R, row_map.group_offsets, Layout(arrived.way, row_map))
 
-    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: Way) -> Ready[tuple[Tensor, Tensor]]:
-        dweights_NK = return_weights(dweights_R, layout.row_map)
-        dx_TD = self._sum_home(unpermute(dx_RD, layout.row_map), layout)
-        return Ready((dx_TD, self._sum_home(dweights_NK, layout)))
+        return communication_stream(topk_ids_TK.device).start(
+            lambda: self._send(pack(rows_TD), topk_ids_TK, topk_weights_TK), finish
+        )
 
-    def combine_backward(self, dy_TD: Rows, layout: Way) -> Ready[Rows]:
-        parts = _bytes_of(dy_TD, layout.token_S)
-        arrived = self._send(torch.cat(parts, dim=1), layout.sent, layout.received)
-        rows_ND = _rows_from(arrived.split([p.shape[1] for p in parts], dim=1), dy_TD)
-        return Ready(permute(rows_ND, layout.row_map))
+    def combine(self, y_RD: Tensor, layout: Layout) -> Handle[Tensor]:
+        """See `Dispatcher`."""
+        partial_ND = unpermute(y_RD, layout.row_map)
+        return communication_stream(y_RD.device).start(
+            lambda: layout.way.back([partial_ND], "combine"), lambda sums: sums[0]
+        )
 
-    def _send(self, rows_S: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        return all_to_all(rows_S, sent, received, self.group)
+    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: Layout) -> Handle[tuple[Tensor, Tensor]]:
+        """See `Dispatcher`; the weights' gradients travel with the rows'."""
+        parts = [unpermute(dx_RD, layout.row_map), return_weights(dweights_R, layout.row_map)]
+        return communication_stream(dx_RD.device).start(
+            lambda: layout.way.back(parts, "dispatch backward"), lambda sums: (sums[0], sums[1])
+        )
 
-    def _sum_home(self, partial_N: Tensor, way: Way) -> Tensor:
-        """Send partial sums [N, D] back and add those of each token, in FP32 and in order of rank: [T, D]."""
-        partial_S = all_to_all(partial_N, way.received, way.sent, self.group)
-        total = torch.zeros(way.num_tokens, partial_S.shape[1], dtype=torch.float32, device=partial_S.device)
-        return total.index_add_(0, way.token_S, partial_S.float()).to(partial_S.dtype)
+    def combine_backward(self, dy_TD: Rows, layout: Layout) -> Handle[Rows]:
+        """See `Dispatcher`."""
+        return communication_stream(dy_TD.device).start(
+            lambda: layout.way.forth(pack(dy_TD), "combine backward"),
+            lambda rows: permute(unpack(rows, dy_TD), layout.row_map),
+        )
 
+    def verify(self) -> None:
+        """ImbalanceError if fixed messages were too small since the last call; collective then, else nothing."""
+        if self._overflow is not None:
+            self._overflow.check()
 
-def _as_bytes(rows: Tensor) -> Tensor:
-    """[S, n] of any dtype -> [S, bytes] uint8."""
-    return rows.reshape(-1).view(torch.uint8).view(len(rows), rows.shape[1] * rows.element_size())
+    def _send(self, body_TB: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Arrived:
+        """The first journey: sizes, then hop by hop, each planned from what the last one brought."""
+        tokens = self._chunk_tokens(len(ids_TK))
+        ids, topk = ids_TK.split(tokens), ids_TK.shape[1]
+        if self.capacity is None:
+            sizes = exact(ids, self.places, self.max_imbalance)
+        else:
+            sizes = fixed(self.chunks, topk, self.places, self.capacity)
+        cargos = [Cargo(*parts) for parts in zip(body_TB.split(tokens), ids, weights_TK.split(tokens), strict=True)]
+        legs: list[list[Leg]] = [[] for _ in cargos]
+        messages: list[Message] = []
+        for hop, axis in enumerate(self.axes):
+            last, messages = messages, []
+            for chunk, first in enumerate(cargos):
+                cargo = arrive(last[chunk].wait(), body_TB.shape[1], topk)[0] if hop else first
+                leg = plan_leg(cargo.ids_TK, axis, sizes.splits[chunk][hop])
+                legs[chunk].append(leg)
+                origin = (
+                    origins(len(cargo.body), self.places.nodes, body_TB.device) if hop and leg.splits.fixed else None
+                )
+                messages.append(leg.forth(depart(cargo, leg, origin), "dispatch" if hop == 0 else "dispatch, hop 2"))
+        rows = [message.wait() for message in messages]
+        return self._arrived(Way(legs, tokens, [len(r) for r in rows]), torch.cat(rows), sizes)
 
+    def _arrived(self, way: Way, rows: Tensor, sizes: Sizes) -> _Arrived:
+        if sizes.order_N is not None:
+            return _Arrived(rows, sizes.order_N, None, way, sizes.room)
+        legs = [leg for chunk in way.legs for leg in chunk]
+        over = torch.stack([(leg.row_map.tokens_per_expert > leg.splits.sent[0]).any() for leg in legs]).any()
+        order_N = fixed_order(rows, self.chunks, self.places, two_hops=len(self.axes) > 1)
+        return _Arrived(rows, order_N, over, way, sizes.room)
 
-def _from_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """A column slice of received bytes -> [N, n] of `dtype`."""
-    return part.reshape(-1).view(dtype).view(len(part), part.shape[1] // dtype.itemsize)
-
-
-def _bytes_of(rows_TD: Rows, token_S: Tensor) -> list[Tensor]:
-    """The chosen rows as byte columns: codes and scales, or the tensor's own bytes."""
-    if isinstance(rows_TD, Fp8Tensor):
-        return [_as_bytes(rows_TD.data)[token_S], _as_bytes(rows_TD.scale)[token_S]]
-    return [_as_bytes(rows_TD)[token_S]]
-
-
-def _rows_from(parts: tuple[Tensor, ...], like: Rows) -> Rows:
-    """The inverse of `_bytes_of` for received byte columns."""
-    if isinstance(like, Fp8Tensor):
-        return Fp8Tensor(_from_bytes(parts[0], like.data.dtype), _from_bytes(parts[1], torch.float32))
-    return _from_bytes(parts[0], like.dtype)
+    def _chunk_tokens(self, tokens: int) -> list[int]:
+        """Tokens of each chunk: even, or, with fixed messages, as many as those have room for."""
+        step = ceil_div(tokens if self.capacity is None else self.capacity.tokens, self.chunks)
+        return [max(0, min(step, tokens - i * step)) for i in range(self.chunks)]

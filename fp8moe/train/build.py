@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fp8moe.data.build import Data, open_data
 from fp8moe.data.sampler import Sampler
-from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
+from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.router import Router
 from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.parallel import watch
 from fp8moe.parallel.collectives import all_reduce
-from fp8moe.parallel.expert_parallel import AllToAllDispatcher
-from fp8moe.parallel.mesh import Mesh, build_mesh
+from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.guard import Guard
@@ -34,6 +35,8 @@ from fp8moe.train.optimizer import AdamW
 from fp8moe.train.run_dir import make_run_dir
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = 0.8  # of the timeout: when a collective that has not ended is spoken of
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Run:
     data: Data
     sampler: Sampler
     model: Transformer
+    dispatcher: Dispatcher
     optimizer: AdamW
     guard: Guard
     step: int = 0
@@ -85,18 +89,41 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     if parallel.pp * config.dp == 1:
         yield build_mesh(1, 1, 1, timeout=timeout)
         return
+    record_nccl()
     # Both back ends, so that host-side objects (checkpoints, the run directory's name) never touch the GPU.
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
-    yield build_mesh(parallel.pp, config.dp, config.ep, timeout=timeout)
+    mesh = mesh_of(config)
+    watch.start()
+    warm_up(mesh, device)
+    yield mesh
+    watch.stop()
     dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
+
+
+def mesh_of(config: TrainConfig) -> Mesh:
+    """The mesh of a settled configuration; its groups wait as long as start-up may take. Collective over all ranks."""
+    parallel = config.parallel
+    return build_mesh(
+        parallel.pp,
+        config.dp,
+        config.ep,
+        timeout=timedelta(seconds=parallel.startup_timeout),
+        ranks_per_node=parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None,
+    )
+
+
+def record_nccl() -> None:
+    """Let NCCL keep its last collectives and write them down on a timeout, unless the user has said otherwise."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def end_startup(run: Run) -> None:
     """From here on a message that takes longer than `parallel.timeout` is a hang."""
     timeout = timedelta(seconds=run.config.parallel.timeout)
-    for group in (run.mesh.dp_group, run.mesh.ep_group, run.mesh.edp_group):
-        if group is not None:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+    watch.expect(PATIENCE * run.config.parallel.timeout)
+    for group in run.mesh.groups:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def wait_for_all(mesh: Mesh) -> None:
@@ -136,10 +163,14 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         barrier=lambda: wait_for_all(mesh),
         validation_samples=config.validation.samples,
     )
-    dispatcher: Dispatcher = (
-        LocalDispatcher(config.model.num_experts)
-        if mesh.ep_group is None
-        else AllToAllDispatcher(mesh.ep_group, config.model.num_experts)
+    dispatcher = make_dispatcher(
+        config.parallel.dispatcher,
+        mesh,
+        config.model.num_experts,
+        chunks=config.parallel.chunks,
+        capacity_factor=config.parallel.capacity_factor,
+        max_imbalance=config.parallel.max_imbalance,
+        max_tokens=config.micro_batch * config.seq_len,
     )
     model = Transformer(config.model, precision=config.precision.mode, dispatcher=dispatcher, device=device)
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
@@ -151,6 +182,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         data=data,
         sampler=Sampler(len(data.train), config.seed),
         model=model,
+        dispatcher=dispatcher,
         optimizer=AdamW(dict(model.named_parameters()), config.optimizer),
         guard=Guard(config.max_skipped_steps),
     )

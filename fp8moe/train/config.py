@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,8 @@ from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.precision import Precision
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.model.partition import partition
-from fp8moe.parallel.mesh import validate_mesh
+from fp8moe.parallel.deep_ep import check_deep_ep
+from fp8moe.parallel.mesh import ranks_in_node, validate_mesh
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, settle_batch
 from fp8moe.train.checkpoint import CheckpointConfig
@@ -45,6 +47,11 @@ class ParallelConfig:
     """World = pp x dp, ep inside dp. dp: None is processes / pp; ep: None is the most ranks that experts spread over.
 
     layout: blocks of each pipeline stage, given by hand; None cuts the model by cost (`fp8moe.model.partition`).
+    dispatcher: how tokens travel (`fp8moe.parallel`): all_to_all in one hop; node_limited once to each node of
+    ranks_per_node (None: the processes of this machine), then inside it; deep_ep where that package is installed.
+    chunks: messages a dispatch. capacity_factor: messages of a fixed size, this multiple of an even share, with no wait
+    for counts; an overflow is an error before the step (None: exact counts). max_imbalance: rows a rank may receive, as
+    a multiple of an even share, before anything is allocated for them (None: whatever comes).
     timeout, startup_timeout: seconds a rank waits for a message, afterwards and until the first step is done (the first
     step compiles kernels and opens connections).
     """
@@ -53,6 +60,11 @@ class ParallelConfig:
     dp: int | None = None
     ep: int | None = None
     layout: tuple[int, ...] | None = None
+    dispatcher: Literal["all_to_all", "node_limited", "deep_ep"] = "all_to_all"
+    ranks_per_node: int | None = None
+    chunks: int = 1
+    capacity_factor: float | None = None
+    max_imbalance: float | None = None
     timeout: float = 300.0
     startup_timeout: float = 900.0
 
@@ -62,6 +74,15 @@ class ParallelConfig:
         for name in ("timeout", "startup_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} seconds must be above 0")
+        for name in ("chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"parallel.{name}={value} must be at least 1")
+        if self.capacity_factor is not None and self.max_imbalance is not None:
+            raise ValueError(
+                f"parallel.capacity_factor={self.capacity_factor} bounds what a rank receives already: "
+                f"use parallel.max_imbalance=null, not {self.max_imbalance}"
+            )
 
 
 @dataclass(frozen=True)
@@ -167,7 +188,14 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
     _check_resume(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda needs at least 1 CUDA device and torch sees 0: use device=cpu")
-    filled = dataclasses.replace(parallel, dp=dp, ep=math.gcd(dp, experts) if ep is None else ep)
+    ep = math.gcd(dp, experts) if ep is None else ep
+    filled = dataclasses.replace(parallel, dp=dp, ep=ep)
+    if parallel.dispatcher == "node_limited":
+        per_node = parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+        ranks_in_node(ep, per_node)
+        filled = dataclasses.replace(filled, ranks_per_node=per_node)
+    if parallel.dispatcher == "deep_ep":
+        check_deep_ep(config.precision.mode)
     return dataclasses.replace(config, parallel=filled, batch=batch)
 
 

@@ -65,7 +65,7 @@ def _validate(run: Run) -> ValidationReport | None:
     every = run.config.validation.every
     if run.step != run.config.steps and (every == 0 or run.step % every):
         return None
-    return validate(
+    report = validate(
         run.model,
         run.data.validation,
         run.data.token_bytes,
@@ -74,6 +74,8 @@ def _validate(run: Run) -> ValidationReport | None:
         micro_batch=run.config.micro_batch,
         device=run.device,
     )
+    run.dispatcher.verify()
+    return report
 
 
 def _save(run: Run, report: StepReport) -> tuple[StepReport, Path | None]:

@@ -59,6 +59,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     grad_norm = global_grad_norm(run.model.main_grads, run.mesh)
 
     lr = learning_rate(schedule, at)
+    run.dispatcher.verify()
     accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm)
     violation = worst_violation(run)
     if accepted:

@@ -9,7 +9,7 @@ from fp8moe.kernels.permute import RowMap, Rows
 _CHUNK = 1 << 17  # values summed at a time, to stay in a core's cache
 
 
-def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128) -> RowMap:
+def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int | None = None) -> RowMap:
     num_rows, topk = topk_ids.shape
     flat = topk_ids.reshape(-1)
     expert = torch.where(flat < 0, num_experts, flat)  # copies that are not here sort to the end
@@ -20,15 +20,16 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128) -> RowMap
     padded[num_experts] = 0
     start = torch.cumsum(padded, 0) - padded  # of the group in the padded rows; of "not here": R
     first = torch.cumsum(counts, 0) - counts  # of the group in the sorted copies
-    r = int(start[num_experts])
+    r = int(start[num_experts]) if room is None else room
     position = start[sorted_expert] + torch.arange(flat.numel(), device=flat.device) - first[sorted_expert]
-    # Copies that are not here land past the end, in room that is cut off.
-    slot_R = torch.full((r + flat.numel(),), -1, dtype=torch.int64, device=flat.device)
+    # Copies that are not here land past the end, in room that is cut off; so do those that have no room.
+    position = torch.where(sorted_expert == num_experts, r, position).clamp(max=r)
+    slot_R = torch.full((r + 1,), -1, dtype=torch.int64, device=flat.device)
     slot_R = slot_R.scatter_(0, position, slot)[:r]
     return RowMap(
         source_R=torch.where(slot_R < 0, -1, slot_R // max(topk, 1)),
         slot_R=slot_R,
-        group_offsets=start.to(torch.int32),
+        group_offsets=start.clamp(max=r).to(torch.int32),
         tokens_per_expert=counts[:num_experts],
         num_rows=num_rows,
         topk=topk,

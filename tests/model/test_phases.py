@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.dispatch import LocalDispatcher
+from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.precision import Precision
 from fp8moe.layers.wgrad import WeightGradStore
 from fp8moe.model.phases import DenseRun, MoeRun, run_block
 from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.mesh import build_mesh
 from tests.model.hf_oracle import BASE
+from tests.parallel.ranks import TIMEOUT, run_ranks
 
 B, S, BALANCE = 2, 24, 0.25
 CONFIG = replace(BASE, num_layers=2, num_dense_layers=1)
@@ -22,10 +25,11 @@ F_ORDER = {"dense": ("attn", "mlp"), "moe": ("attn", "dispatch", "mlp", "combine
 PAIR = ("B combine", "F attn", "F dispatch", "B mlp", "B dispatch", "W mlp", "F mlp", "F combine", "B attn", "W attn")
 
 
-def build(precision: Precision, shared: int = 1) -> Transformer:
+def build(precision: Precision, shared: int = 1, dispatcher: Dispatcher | None = None, ep_rank: int = 0) -> Transformer:
     config = replace(CONFIG, num_shared_experts=shared)
-    model = Transformer(config, precision=precision, dispatcher=LocalDispatcher(config.num_experts))
-    init_weights(model, seed=3)
+    dispatcher = dispatcher or LocalDispatcher(config.num_experts)
+    model = Transformer(config, precision=precision, dispatcher=dispatcher)
+    init_weights(model, seed=3, ep_rank=ep_rank)
     return model
 
 
@@ -87,7 +91,27 @@ def test_phases_equal_autograd(precision: Precision, layer: int, shared: int) ->
 
 @pytest.mark.parametrize("precision", list(Precision))
 def test_interleaved_pair_equals_one_after_the_other(precision: Precision) -> None:
-    model = build(precision)
+    expected, got = interleaved(build(precision))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def interleaved_on_ranks(precision: Precision, kind: str, chunks: int) -> bool:
+    """The same pair with real messages under way beside the compute; every rank starts them in one order."""
+    mesh = build_mesh(1, 4, 4, timeout=TIMEOUT, ranks_per_node=2)
+    dispatcher = make_dispatcher(kind, mesh, CONFIG.num_experts, max_tokens=B * S, chunks=chunks)
+    expected, got = interleaved(build(precision, 1, dispatcher, mesh.ep_rank))
+    return all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("precision, kind, chunks", [
+    (Precision.FP8, "all_to_all", 1), (Precision.FP8, "node_limited", 2), (Precision.FP32, "node_limited", 1),
+])  # fmt: skip
+def test_the_pair_across_ranks(precision: Precision, kind: str, chunks: int) -> None:
+    assert run_ranks(interleaved_on_ranks, 4, precision, kind, chunks) == [True] * 4
+
+
+def interleaved(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
+    """Two micro-batches one after the other under autograd, and as an overlapped pair: outputs and gradients."""
     (x0, dy0), (x1, dy1) = stream(model, 0), stream(model, 1)
     first, second = autograd(model, 1, x0, dy0), autograd(model, 1, x1, dy1)
     expected = [*first, *second, *grads(model)]
@@ -112,5 +136,4 @@ def test_interleaved_pair_equals_one_after_the_other(precision: Precision) -> No
         phase.backward()
         if phase.wgrad:
             phase.wgrad()
-    got = [y0, old.input_gradient, y1, new.input_gradient, *grads(model)]
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    return expected, [y0, old.input_gradient, y1, new.input_gradient, *grads(model)]

@@ -23,8 +23,13 @@ import torch.distributed as dist
 TIMEOUT = timedelta(seconds=60)
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90.0) -> list[Any]:
-    """`function(*args)` on every rank of a gloo world -> the results in order of rank (pickled, so no graphs)."""
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90.0, absent: tuple[int, ...] = ()
+) -> list[Any]:
+    """`function(*args)` on every rank of a gloo world -> the results in order of rank (pickled, so no graphs).
+
+    Ranks `absent` are not waited for: they hang or die, and their result is None.
+    """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -36,15 +41,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             process.start()
             writer.close()
         try:
-            return _collect([reader for reader, _ in pipes], time.monotonic() + timeout)
+            return _collect([reader for reader, _ in pipes], time.monotonic() + timeout, absent)
         finally:
             for process in ranks:
                 process.kill()
                 process.join()
 
 
-def _collect(readers: list[Connection], deadline: float) -> list[Any]:
-    results: dict[int, Any] = {}
+def _collect(readers: list[Connection], deadline: float, absent: tuple[int, ...]) -> list[Any]:
+    results: dict[int, Any] = dict.fromkeys(absent)
     while len(results) < len(readers):
         pending = [r for i, r in enumerate(readers) if i not in results]
         ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))

@@ -9,11 +9,9 @@ import torch
 from fp8moe.cli.compose import compose
 from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
-from fp8moe.parallel.mesh import build_mesh
-from fp8moe.train.build import Run, build
+from fp8moe.train.build import Run, build, mesh_of
 from fp8moe.train.config import TrainConfig, settle
 from fp8moe.train.run_dir import make_run_dir
-from tests.parallel.ranks import TIMEOUT
 
 VOCABULARY = 300
 SMALL = (
@@ -52,7 +50,7 @@ def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainC
 
 def built(config: TrainConfig) -> Run:
     """The run, for one process or inside `run_ranks`, its directory made where the configuration has one."""
-    mesh = build_mesh(1, config.dp, config.ep, timeout=TIMEOUT)
+    mesh = mesh_of(config)
     run_dir = Path(config.run_dir or "nowhere")
     if config.run_dir is not None and mesh.rank == 0:
         make_run_dir(config.run_dir, config.name, config.resume)

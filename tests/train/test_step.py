@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.errors import NonFiniteError
+from fp8moe.errors import ImbalanceError, NonFiniteError
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
@@ -39,6 +39,39 @@ def test_neither_micro_batches_nor_ranks_change_a_step(corpus: list[str]) -> Non
                 assert torch.allclose(master, masters[name], atol=1e-5), name
     assert expected[0].consumed_samples == 8 and expected[1].consumed_samples == 16
     assert expected[0].tokens < 8 * 32  # the document mask leaves some tokens unpredicted
+
+
+@pytest.mark.parametrize(
+    "dispatcher",
+    [
+        ["parallel.dispatcher=node_limited", "parallel.ranks_per_node=2", "parallel.chunks=2"],
+        ["parallel.capacity_factor=8.0", "parallel.chunks=3"],
+        ["parallel.dispatcher=node_limited", "parallel.ranks_per_node=2", "parallel.capacity_factor=8.0"],
+    ],
+)
+def test_no_dispatcher_changes_a_step(corpus: list[str], dispatcher: list[str]) -> None:
+    settings = [*corpus, "precision=fp32", "optimizer.moments=fp32"]
+    (expected,), _ = steps([*settings, "batch.micro_batch=8"], 1)
+    for (ours,), _ in run_ranks(steps, 4, [*settings, *dispatcher], 1, 4):
+        assert ours.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+
+
+def overflowing(settings: list[str]) -> str:
+    run = built(configured(settings, world_size=4))
+    before = [state.master.clone() for state in run.optimizer.states.values()]
+    for router in run.routers().values():
+        router.bias_E[:2] = 10.0  # all tokens to two experts
+    with pytest.raises(ImbalanceError) as caught:
+        train_step(run)
+    after = [state.master for state in run.optimizer.states.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return str(caught.value)
+
+
+def test_an_overflow_ends_the_run_before_the_step(corpus: list[str]) -> None:
+    for said in run_ranks(overflowing, 4, [*corpus, "parallel.capacity_factor=1.0"]):
+        assert "parallel.capacity_factor=1.0 has room for, and no step is taken" in said
 
 
 def test_figures_of_an_fp8_step(corpus: list[str]) -> None:

@@ -1,0 +1,117 @@
+"""The communication stream: one FIFO thread a process, on which messages run while the caller computes.
+
+`start` gives a handle at once; the handle owns the message's buffers until it is waited for, and `wait()` is counted as
+exposed communication. A thread and not a single asynchronous collective, because a message has several stages: the
+second hop starts when the first has arrived, rows are sent when counts are known. On a GPU the same thread is the host
+of a CUDA stream: it reads counts while the caller goes on to enqueue compute, so counts stall nobody; events order the
+two streams. A thread pool was refused: every rank must issue a group's collectives in one order, which one queue gives.
+
+What a message raises is raised by its `wait()`, and by every later one's: ranks are out of step from there on, and a
+message after the first failed one would only hang.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fp8moe.parallel.collectives import waiting
+
+Value = TypeVar("Value")
+Result = TypeVar("Result")
+
+
+class Pending(Generic[Value, Result]):
+    """A message under way; `finish` turns what arrived into the result, on the thread and stream that waits."""
+
+    def __init__(self, message: Callable[[], Value], finish: Callable[[Value], Result]) -> None:
+        self.future: Future[tuple[Value, Any]] = Future()
+        self._message: Callable[[], Value] | None = message  # owns the buffers
+        self._finish: Callable[[Value], Result] | None = finish
+        self._result: Any = None
+
+    def call(self) -> Value:
+        """Run the message; the stream's thread does."""
+        assert self._message is not None
+        return self._message()
+
+    def wait(self) -> Result:
+        """The result, as often as it is asked for; raises what the message raised."""
+        if self._finish is not None:
+            with waiting():
+                value, done = self.future.result()
+            if done is not None:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(done)
+                for tensor in tensors_of(value):
+                    tensor.record_stream(stream)
+            self._result = self._finish(value)
+            self._message = self._finish = None
+            self.future = Future()  # lets go of what arrived
+        return self._result
+
+
+class Stream:
+    """First in, first out; a daemon thread, so that a hung message can't keep a failed process alive."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._queue: queue.SimpleQueue[tuple[Pending[Any, Any], Any]] = queue.SimpleQueue()
+        self._device = device
+        self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._work, name="communication", daemon=True).start()
+
+    def start(self, message: Callable[[], Value], finish: Callable[[Value], Result]) -> Pending[Value, Result]:
+        """Queue `message`; on a GPU it begins behind the work enqueued so far on the caller's stream."""
+        pending = Pending(message, finish)
+        ready = torch.cuda.current_stream(self._device).record_event() if self._cuda is not None else None
+        self._queue.put((pending, ready))
+        return pending
+
+    def _work(self) -> None:
+        with torch.no_grad(), torch.cuda.stream(self._cuda):  # a stream of None is no context at all
+            while True:
+                self._step(*self._queue.get())
+
+    def _step(self, pending: Pending[Any, Any], ready: Any) -> None:
+        try:
+            if self._error is not None:
+                raise self._error
+            if self._cuda is not None:
+                self._cuda.wait_event(ready)
+            value = pending.call()
+            pending.future.set_result((value, None if self._cuda is None else self._cuda.record_event()))
+        except BaseException as error:
+            self._error = error
+            pending.future.set_exception(error)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value: itself, or those in its items or fields."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
+
+
+_streams: dict[torch.device, Stream] = {}
+os.register_at_fork(after_in_child=_streams.clear)  # a child inherits no threads
+
+
+def communication_stream(device: torch.device) -> Stream:
+    """The communication stream of this process for `device`."""
+    if device not in _streams:
+        _streams[device] = Stream(device)
+    return _streams[device]

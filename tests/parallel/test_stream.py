@@ -1,0 +1,81 @@
+"""The communication thread: starts at once, keeps the order, owns buffers, counts waits, hands exceptions on."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+
+from fp8moe.parallel.collectives import exposed_seconds
+from fp8moe.parallel.stream import Stream, communication_stream
+from tests.parallel.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def test_messages_run_in_order_beside_the_caller_and_only_waits_are_exposed() -> None:
+    stream, gate, order = Stream(CPU), threading.Event(), []
+
+    def first() -> int:
+        gate.wait(10)
+        order.append(1)
+        return 1
+
+    def second() -> int:
+        order.append(2)
+        return 2
+
+    exposed_seconds()
+    a, b = stream.start(first, lambda x: x + 10), stream.start(second, lambda x: x + 20)
+    time.sleep(0.05)
+    assert order == []  # the caller went on, and so far neither has run
+    assert exposed_seconds() == 0.0
+    threading.Timer(0.2, gate.set).start()
+    assert b.wait() == 22
+    assert 0.1 < exposed_seconds() < 5
+    assert (a.wait(), a.wait()) == (11, 11)
+    assert order == [1, 2]
+
+
+def test_a_handle_owns_its_buffers_until_it_is_waited_for() -> None:
+    stream, tensor = Stream(CPU), torch.ones(3)
+    alive = weakref.ref(tensor)
+    handle = stream.start(lambda t=tensor: t + 1, lambda y: y)
+    del tensor
+    time.sleep(0.05)  # the message has run by now, and its buffers stay until somebody waits
+    gc.collect()
+    assert alive() is not None
+    assert handle.wait().tolist() == [2, 2, 2]
+    gc.collect()
+    assert alive() is None
+
+
+def test_an_exception_reaches_its_waiter_and_ends_the_stream() -> None:
+    stream, ran = Stream(CPU), []
+
+    def fail() -> None:
+        raise RuntimeError("the link is down")
+
+    handles = [stream.start(fail, lambda _: None), stream.start(lambda: ran.append(1), lambda _: None)]
+    for handle in handles:
+        with pytest.raises(RuntimeError, match="the link is down"):
+            handle.wait()
+    assert ran == []
+
+
+def test_messages_record_no_graph() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert not Stream(CPU).start(lambda: x * 2, lambda y: y).wait().requires_grad
+
+
+def use_the_stream() -> int:
+    return communication_stream(CPU).start(lambda: 5, lambda x: x).wait()
+
+
+def test_a_forked_process_has_a_stream_of_its_own() -> None:
+    assert use_the_stream() == 5
+    assert run_ranks(use_the_stream, 1, timeout=20) == [5]
