@@ -3,9 +3,9 @@
 Sample n of the mixture is sample k of source d, by a closed form in n: source 0 takes sample n when floor((n+1) w)
 steps past floor(n w), and the samples it leaves are shared among the others the same way. So after ANY number of
 samples each source is within a few samples of its exact share, nothing is drawn at random, nothing is stored, and a
-resume at sample 10^12 costs what the first sample costs. Weights become integers first: floating products would drift
-by one sample at some n, and then a sample would come twice. Refused: the greedy largest-error-first rule, which has the
-same balance but must be replayed from the start or stored.
+resume at sample 10^12 costs what the first sample costs. Weights become integers first: a floating product is off by
+one sample at some n (49 times 1/49 is below 1). Refused: the greedy largest-error-first rule, which has the same
+balance but must be replayed from the start or stored.
 """
 
 from __future__ import annotations

@@ -219,10 +219,8 @@ def _assemble(
         end = end_of_text_id(tokenizer)
     except DataError:
         end = None  # token files that exist say themselves where documents end
-    key = key_of(
-        _BIGRAM_FORMAT, train.fingerprint, validation.fingerprint, config.document_mask, validation_samples or 0,
-        _file_hash(str(tokenizer_path)),
-    )  # fmt: skip
+    texts = [train.fingerprint, validation.fingerprint, _file_hash(str(tokenizer_path))]
+    key = key_of(_BIGRAM_FORMAT, texts, config.document_mask, validation_samples or 0)
 
     def build(folder: Path) -> None:
         figure = bigram_bits_per_byte(train, validation, strings, validation_samples=validation_samples)

@@ -206,7 +206,7 @@ def _check_resume(config: TrainConfig) -> None:
     newest = checkpoint.find("auto", config.run_dir)
     if newest is not None and newest.parent.resolve() == found.parent.resolve() and newest.name != found.name:
         raise ConfigError(
-            f"resume={found.name} would branch off before {newest.name} of the same run: use resume=auto or another"
+            f"resume={found.name} would branch off before {newest.name} of this run: use resume=auto or a new run_dir"
         )
     state = checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
     if state.step >= config.steps:

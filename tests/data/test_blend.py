@@ -90,6 +90,7 @@ def test_an_epoch_is_the_most_that_repeats_nothing() -> None:
         assert any(count > size for count, size in zip(more, sizes, strict=True))
     assert len(blend([30, 40, 50], [30, 40, 50])) == 120  # in proportion to size: all of each
     assert len(blend([1], [7])) == 7
+    assert all(len(blend([1, n - 1], [1, n - 1])) == n for n in range(2, 100))  # 49 * (1 / 49) is below 1
 
 
 def test_integer_weights() -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +73,20 @@ def test_a_second_opening_builds_nothing(small_library: Path, tmp_path: Path, mo
     assert sorted(tmp_path.rglob("*")) == before
     assert torch.equal(first.train.batch(range(9)).inputs_BS, again.train.batch(range(9)).inputs_BS)
     assert first.bigram_bits_per_byte == again.bigram_bits_per_byte
+
+
+def test_one_cache_keeps_different_settings_apart(small_library: Path, tmp_path: Path) -> None:
+    def held_out(**changes: object) -> int:
+        open_data(stdlib(tmp_path, **changes), seq_len=32, seed=1)
+        newest = max(tmp_path.glob("stdlib-*"), key=lambda folder: folder.stat().st_mtime_ns)
+        return len(IndexedDataset(newest / "validation"))
+
+    assert held_out(validation_share=0.1) < held_out(validation_share=0.4)
+    bigrams = [
+        open_data(stdlib(tmp_path), seq_len=32, seed=1, validation_samples=samples).bigram_bits_per_byte
+        for samples in (None, 1, 4)
+    ]
+    assert len(set(bigrams)) == 3
 
 
 def test_another_cache_gives_the_same_data(small_library: Path, tmp_path: Path) -> None:
@@ -232,11 +245,9 @@ def test_a_bad_seq_len_is_a_configuration_error(small_library: Path, tmp_path: P
         open_data(stdlib(tmp_path), seq_len=0, seed=1)
 
 
-def test_first_use_of_the_real_corpus_is_quick(tmp_path: Path) -> None:
-    """About 4 s on two idle cores; the bound is what a user may be asked to wait on busy ones."""
-    start = time.perf_counter()
+def test_the_real_corpus(tmp_path: Path) -> None:
+    """The standard library of this very interpreter, as a newcomer's first run prepares it."""
     data = open_data(DataConfig(cache_dir=str(tmp_path)), seq_len=256, seed=0)
-    assert time.perf_counter() - start < 40
     assert len(data.train) > 4000 and len(data.validation) > 100
     assert data.bigram_bits_per_byte is not None and 3.2 < data.bigram_bits_per_byte < 3.8
     (folder,) = tmp_path.glob("bigram-*")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,19 @@ from fp8moe.data.cache import built_folder, cache_root, key_of
 from fp8moe.errors import DataError
 
 
-def race(root: Path, built: list[int]) -> list[str]:
-    """Eight threads that want one folder; each opens the lock file anew, as processes do."""
+def race(root: Path, built: list[int], patience: float) -> list[str]:
+    """Eight threads that want one folder; each opens the lock file anew, as processes do.
+
+    A builder stops half-way until two of them are at work, at most `patience` seconds.
+    """
+    enough = threading.Event()
 
     def build(folder: Path) -> None:
         built.append(1)
         (folder / "half").write_text("a")
-        time.sleep(0.05)
+        if len(built) >= 2:
+            enough.set()
+        enough.wait(patience)
         (folder / "whole").write_text("b")
 
     contents: list[str] = []
@@ -37,7 +42,7 @@ def race(root: Path, built: list[int]) -> list[str]:
 
 def test_many_want_it_and_one_builds_it(tmp_path: Path) -> None:
     built: list[int] = []
-    assert race(tmp_path / "c", built) == ["b"] * 8
+    assert race(tmp_path / "c", built, patience=0.3) == ["b"] * 8
     assert len(built) == 1
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"thing", ".thing.lock"}
 
@@ -48,7 +53,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(cache.fcntl, "flock", refuse)
     built: list[int] = []
-    assert race(tmp_path / "c", built) == ["b"] * 8
+    assert race(tmp_path / "c", built, patience=30) == ["b"] * 8
     assert len(built) > 1
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"thing", ".thing.lock"}
 

@@ -81,7 +81,7 @@ def test_old_checkpoints_go_and_the_newest_is_found(corpus: list[str], tmp_path:
     assert [path.name for path in checkpoint.complete(root)] == ["step-4", "step-5"]
     assert sorted(path.name for path in root.iterdir()) == ["step-4", "step-5"]
     assert checkpoint.find("auto", tmp_path) == root / "step-5" == checkpoint.find(str(tmp_path), None)
-    with pytest.raises(ConfigError, match="resume=step-4 would branch off before step-5 of the same run"):
+    with pytest.raises(ConfigError, match="resume=step-4 would branch off before step-5 of this run"):
         configured([*corpus, "steps=9", f"resume={root / 'step-4'}", f"run_dir={tmp_path}"])
     (root / "step-5" / ".metadata").unlink()
     assert checkpoint.find("auto", tmp_path) == root / "step-4"
