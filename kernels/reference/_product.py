@@ -24,7 +24,7 @@ from torch import Tensor
 from fp8moe.kernels.fp8 import BLOCK_TILE, DECODE_GAIN, TILE, Fp8Tensor, ceil_div, decode, half_codes, multiply_tiles
 
 _mkldnn: Any = torch.backends.mkldnn  # a class in the place of a module, whose attributes type checkers miss
-_FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere FP32 products are faster
+FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere FP32 products are faster
 _CHUNK = 1 << 18  # values of one partial product: 1 MiB of FP32
 
 
@@ -48,7 +48,7 @@ def write_product(out: Tensor, a: Fp8Tensor, b: Fp8Tensor) -> None:
             for rows, product in _promoted(a, b):
                 out[rows] = product
             return
-        dtype = out.dtype if _FAST_BF16 else torch.float32
+        dtype = out.dtype if FAST_BF16 else torch.float32
         left = torch.empty(a.shape, dtype=dtype, device=a.device)
         for rows in _chunks(*a.shape):
             left[rows] = decode(a.data[rows], a.scale[rows])

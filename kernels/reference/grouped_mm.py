@@ -5,14 +5,20 @@ import itertools
 import torch
 from torch import Tensor
 
+from fp8moe.kernels.reference._product import FAST_BF16
 from fp8moe.kernels.reference.gemm import wgrad
 
 
 def grouped_mm(x: Tensor, w: Tensor, group_offsets: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
     offsets = group_offsets.tolist()
+    through_fp32 = x.device.type == "cpu" and x.dtype is torch.bfloat16 and not FAST_BF16
     for e, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        if start < stop:
+        if start == stop:
+            continue
+        if through_fp32:
+            out[start:stop] = x[start:stop].float() @ w[e].float().t()
+        else:
             torch.mm(x[start:stop], w[e].t(), out=out[start:stop])
     out[offsets[-1] :] = 0
     return out

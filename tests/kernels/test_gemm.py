@@ -98,7 +98,7 @@ def test_without_fast_bf16_the_result_is_the_same(monkeypatch: pytest.MonkeyPatc
     b, _ = quantize_blocks(sample("normal", 144, 256), power_of_two=True)
     a64, b64 = a.dequantize().double(), b.dequantize().double()
     for fast in (False, True):
-        monkeypatch.setattr(_product, "_FAST_BF16", fast)
+        monkeypatch.setattr(_product, "FAST_BF16", fast)
         assert calc_diff(gemm(a, b), a64 @ b64.T, a64, b64) <= BOUND[torch.bfloat16]
 
 
