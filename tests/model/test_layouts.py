@@ -48,7 +48,7 @@ def one_step(dp: int, ep: int, precision: Precision) -> dict[str, Any]:
         if isinstance(module, Router):
             module.register_forward_hook(record)
 
-    batch = tokens(CONFIG.vocab_size, batch=SEQUENCES, seq_len=SEQ_LEN)
+    batch = tokens(CONFIG.vocab_size, batch=SEQUENCES, seq_len=SEQ_LEN, seed=5)  # without near-ties: see `gap`
     share = SEQUENCES // dp
     counts = LossCounts(*count_predicted(batch.labels_BS), sequences=SEQUENCES)
     mine = batch.sequences(slice(mesh.rank * share, (mesh.rank + 1) * share))
@@ -66,7 +66,7 @@ def one_step(dp: int, ep: int, precision: Precision) -> dict[str, Any]:
 
 
 def gap(router: Router, x_TD: Tensor) -> float:
-    """How near a biased score outside the chosen groups' top-k comes to one inside: the smallest distance of scores."""
+    """The smallest distance of any two biased scores of a token: what rounding would have to bridge to flip a choice."""
     scores = torch.nn.functional.linear(x_TD.float(), router.weight.float()).sigmoid() + router.bias_E
     ordered = scores.sort(-1).values
     return float((ordered[:, 1:] - ordered[:, :-1]).detach().min())
@@ -84,7 +84,7 @@ def gathered(answers: list[dict[str, Any]], name: str) -> Tensor:
 @pytest.mark.parametrize("dp, ep", [(2, 1), (2, 2), (4, 2), (4, 4)])
 def test_fp32_step_is_the_one_process_step(dp: int, ep: int) -> None:
     expected = one_step(1, 1, Precision.FP32)
-    assert expected["gap"] > 1e-7, "two experts tie: choose another seed"
+    assert expected["gap"] > 1e-5, "two experts nearly tie: choose another seed"
     answers = run_ranks(one_step, dp, dp, ep, Precision.FP32)
 
     for layer in range(ROUTERS):
