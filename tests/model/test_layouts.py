@@ -66,7 +66,7 @@ def one_step(dp: int, ep: int, precision: Precision) -> dict[str, Any]:
 
 
 def gap(router: Router, x_TD: Tensor) -> float:
-    """The smallest distance of any two biased scores of a token: what rounding would have to bridge to flip a choice."""
+    """The smallest distance of any two biased scores of a token: what rounding must bridge to flip a choice."""
     scores = torch.nn.functional.linear(x_TD.float(), router.weight.float()).sigmoid() + router.bias_E
     ordered = scores.sort(-1).values
     return float((ordered[:, 1:] - ordered[:, :-1]).detach().min())
