@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,11 +31,31 @@ class Phase:
     wgrad: Callable[[], None] | None = None
 
 
+class Run(Protocol):
+    """One micro-batch's way through one part of a model (a block, the embedding, the head), phase by phase.
+
+    `phases` are in forward order, a backward calls them in reverse. `output` and `input_gradient` are read once, after
+    the last phase of either way; `backward_from` says where the output's gradient will come from, before the first
+    phase that goes back. Between the two a run keeps what its backward needs; a phase's `wgrad` needs the run no more.
+    """
+
+    @property
+    def phases(self) -> tuple[Phase, ...]: ...
+
+    @property
+    def output(self) -> Tensor: ...
+
+    @property
+    def input_gradient(self) -> Tensor: ...
+
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None: ...
+
+
 class Island:
     """A function of tensors run once, with its own graph: `values` are its outputs, cut off from it.
 
-    `backward` gives the gradients of the inputs (None for inputs that no output depends on); weight gradients of
-    Linears go to `store` under `key`.
+    Under `torch.no_grad` there is no graph, and no backward. `backward` gives the gradients of the inputs (None for
+    inputs that no output depends on); weight gradients of Linears go to `store` under `key`.
     """
 
     def __init__(
@@ -43,8 +63,7 @@ class Island:
     ) -> None:
         self._inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
         self._store, self._key = store, key
-        with torch.enable_grad():
-            self._outputs = function(*self._inputs)
+        self._outputs = function(*self._inputs)
         self.values = tuple(y.detach() for y in self._outputs)
 
     def backward(self, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -52,9 +71,6 @@ class Island:
         given = [(y, dy) for y, dy in zip(self._outputs, grads, strict=True) if dy is not None and y.requires_grad]
         with self._store.collect(self._key):
             torch.autograd.backward([y for y, _ in given], [dy for _, dy in given])
-        self._outputs = ()
-        return tuple(x.grad for x in self._inputs)
-
-    def wgrad(self) -> None:
-        """Compute the weight gradients that the backward left."""
-        self._store.run(self._key)
+        grads = tuple(x.grad for x in self._inputs)
+        self._outputs, self._inputs = (), []
+        return grads

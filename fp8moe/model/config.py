@@ -162,3 +162,8 @@ class ModelConfig:
     def is_dense(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0; the MTP module's block is number `num_layers`) has a dense MLP."""
         return layer < self.num_dense_layers
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any block, the MTP module's included, is a mixture of experts."""
+        return not self.is_dense(self.num_layers - 1 + self.mtp_depth)

@@ -51,8 +51,41 @@ def cross_entropy_sum(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE, reduction="sum")
 
 
-def total_loss(sums: LossSums, counts: LossCounts, *, mtp_weight: float, balance_alpha: float) -> Tensor:
+@dataclass(frozen=True)
+class LossWeights:
+    """What each sum of a `LossSums` counts in the total loss."""
+
+    main: float
+    mtp: float
+    balance: float
+
+
+def loss_weights(counts: LossCounts, *, mtp_weight: float, balance_alpha: float) -> LossWeights:
+    """Weights that make sums over micro-batches and ranks add up to the loss of the global batch."""
+    return LossWeights(
+        main=1 / max(counts.main_tokens, 1),
+        mtp=mtp_weight / max(counts.mtp_tokens, 1),
+        balance=balance_alpha / max(counts.sequences, 1),
+    )
+
+
+def total_loss(sums: LossSums, weights: LossWeights) -> Tensor:
     """The scalar to call backward on; summed over all micro-batches and ranks it is the loss of the global batch."""
-    loss = sums.main / max(counts.main_tokens, 1)
-    loss = loss + sums.mtp * (mtp_weight / max(counts.mtp_tokens, 1))
-    return loss + sums.balance * (balance_alpha / max(counts.sequences, 1))
+    return sums.main * weights.main + sums.mtp * weights.mtp + sums.balance * weights.balance
+
+
+class LossTally:
+    """What a rank's losses of a step add up to, in FP64 and on the device: `sums` are main, mtp, balance."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add_losses(self, main: Tensor, mtp: Tensor | None = None) -> None:
+        """The losses of one micro-batch, on the rank that has the head."""
+        self.sums[0] += main
+        if mtp is not None:
+            self.sums[1] += mtp
+
+    def add_balance(self, loss: Tensor) -> None:
+        """The balance loss of one block on one micro-batch."""
+        self.sums[2] += loss

@@ -42,6 +42,13 @@ class Mtp(nn.Module):
         self.block = Block(config, config.num_layers, precision=precision, dispatcher=dispatcher, device=device)
 
     def forward(self, hidden_TD: Tensor, next_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        joined = torch.cat([self.hidden_norm(hidden_TD), self.embedding_norm(next_TD)], dim=-1)
-        x_TD, balance_loss = self.block(self.join(joined), positions)
-        return self.final_norm(x_TD), balance_loss
+        x_TD, balance_loss = self.block(self.enter(hidden_TD, next_TD), positions)
+        return self.leave(x_TD), balance_loss
+
+    def enter(self, hidden_TD: Tensor, next_TD: Tensor) -> Tensor:
+        """What the block works on."""
+        return self.join(torch.cat([self.hidden_norm(hidden_TD), self.embedding_norm(next_TD)], dim=-1))
+
+    def leave(self, x_TD: Tensor) -> Tensor:
+        """The block's output, normed for the head."""
+        return self.final_norm(x_TD)

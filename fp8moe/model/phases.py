@@ -1,14 +1,16 @@
 """One micro-batch's run through one block, phase by phase: what pipelines and overlapping schedules call.
 
-A run keeps what its backward needs and nothing else. `phases` lists its phases in forward order; a backward calls them
-in reverse. `backward_from` is given the gradient of the output first, `output` and `input_gradient` are read last.
+A run keeps what its backward needs and nothing else. Where its input and its output's gradient come from are callables,
+asked by the phase that needs them and not before: whatever the caller places in between hides the wait.
 
 Legend: T tokens, D model, K top-k, R received rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -20,55 +22,87 @@ from fp8moe.layers.wgrad import WeightGradStore
 from fp8moe.model.block import Block
 
 
+@dataclass(frozen=True)
+class BalanceLoss:
+    """What becomes of a block's balance loss: its weight in the total loss, and who adds up its values."""
+
+    weight: float
+    tally: Callable[[Tensor], None]
+
+
 class DenseRun:
     """A dense block: attn, then mlp; nothing to wait for."""
 
     def __init__(
-        self, block: Block, x_TD: Tensor, positions: Positions, *, store: WeightGradStore, key: Hashable
+        self,
+        block: Block,
+        source: Callable[[], Tensor],
+        positions: Positions,
+        balance: BalanceLoss,
+        *,
+        store: WeightGradStore,
+        key: Hashable,
     ) -> None:
         assert block.mlp is not None
-        self._block, self._mlp, self._x_TD, self._positions = block, block.mlp, x_TD, positions
+        self._block, self._mlp, self._source, self._positions = block, block.mlp, source, positions
         self._store, self._key = store, key
         self.phases = (
-            Phase("attn", "compute", self._attn, self._attn_backward, lambda: self._attn_island.wgrad()),
-            Phase("mlp", "compute", self._mlp_forward, self._mlp_backward, lambda: self._mlp_island.wgrad()),
+            Phase("attn", "compute", self._attn, self._attn_backward, partial(store.run, (key, "attn"))),
+            Phase("mlp", "compute", self._mlp_forward, self._mlp_backward, partial(store.run, (key, "mlp"))),
         )
 
     def _attn(self) -> None:
         self._attn_island = Island(
-            lambda x: self._block.attend(x, self._positions), self._x_TD, store=self._store, key=(self._key, "attn")
+            lambda x: self._block.attend(x, self._positions), self._source(), store=self._store, key=(self._key, "attn")
         )
 
     def _mlp_forward(self) -> None:
-        h_TD, normed_TD = self._attn_island.values
+        normed_TD = self._attn_island.values[1]
         self._mlp_island = Island(lambda x: (self._mlp(x),), normed_TD, store=self._store, key=(self._key, "mlp"))
-        self.output = h_TD + self._mlp_island.values[0]
 
-    def backward_from(self, dy_TD: Tensor, balance_weight: float) -> None:
-        """The gradient of the output; a dense block has no balance loss to weigh."""
-        self._dy_TD = dy_TD
+    @property
+    def output(self) -> Tensor:
+        """Lets go of what the backward has no use for."""
+        output_TD = self._attn_island.values[0] + self._mlp_island.values[0]
+        self._attn_island.values = self._mlp_island.values = ()
+        return output_TD
+
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
+        """Where the gradient of the output will come from."""
+        self._gradient = gradient
 
     def _mlp_backward(self) -> None:
+        self._dy_TD = self._gradient()
         (self._d_normed_TD,) = self._mlp_island.backward(self._dy_TD)
 
     def _attn_backward(self) -> None:
-        (self.input_gradient,) = self._attn_island.backward(self._dy_TD, self._d_normed_TD)
+        (dx_TD,) = self._attn_island.backward(self._dy_TD, self._d_normed_TD)
+        assert dx_TD is not None
+        self.input_gradient = dx_TD
 
 
 class MoeRun:
     """A block with experts: attn, dispatch, mlp, combine; messages start in their phase and are awaited by the next."""
 
     def __init__(
-        self, block: Block, x_TD: Tensor, positions: Positions, *, store: WeightGradStore, key: Hashable
+        self,
+        block: Block,
+        source: Callable[[], Tensor],
+        positions: Positions,
+        balance: BalanceLoss,
+        *,
+        store: WeightGradStore,
+        key: Hashable,
     ) -> None:
         assert block.moe is not None
-        self._block, self._moe, self._x_TD, self._positions = block, block.moe, x_TD, positions
+        self._block, self._moe, self._source, self._positions = block, block.moe, source, positions
+        self._balance = balance
         self._dispatcher = block.moe.dispatcher
         self._store, self._key = store, key
         self.phases = (
-            Phase("attn", "compute", self._attn, self._attn_backward, lambda: self._attn_island.wgrad()),
+            Phase("attn", "compute", self._attn, self._attn_backward, partial(store.run, (key, "attn"))),
             Phase("dispatch", "communication", self._dispatch, self._dispatch_backward),
-            Phase("mlp", "compute", self._mlp, self._mlp_backward, lambda: self._mlp_island.wgrad()),
+            Phase("mlp", "compute", self._mlp, self._mlp_backward, partial(store.run, (key, "mlp"))),
             Phase("combine", "communication", self._combine, self._combine_backward),
         )
 
@@ -80,8 +114,8 @@ class MoeRun:
             self._operand: Operand = self._moe.cast(normed_TD).operand
             return h_TD, normed_TD, routing.topk_weights_TK, routing.balance_loss
 
-        self._attn_island = Island(attn, self._x_TD, store=self._store, key=(self._key, "attn"))
-        self.balance_loss = self._attn_island.values[3]
+        self._attn_island = Island(attn, self._source(), store=self._store, key=(self._key, "attn"))
+        self._balance.tally(self._attn_island.values[3])
 
     def _dispatch(self) -> None:
         weights_TK = self._attn_island.values[2]
@@ -108,16 +142,20 @@ class MoeRun:
 
     @property
     def output(self) -> Tensor:
-        """Waits for combine."""
+        """Waits for combine, and lets go of what the backward has no use for."""
         routed_TD = self._combined.wait()
         y_TD = self._mlp_island.values[1] + routed_TD if self._shared else routed_TD
-        return self._attn_island.values[0] + y_TD
+        output_TD = self._attn_island.values[0] + y_TD
+        self._attn_island.values = self._mlp_island.values = ()
+        del self._combined, self._dispatched
+        return output_TD
 
-    def backward_from(self, dy_TD: Tensor, balance_weight: float) -> None:
-        """The gradient of the output, and what the block's balance loss weighs in the total loss."""
-        self._dy_TD, self._balance_weight = dy_TD, balance_weight
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
+        """Where the gradient of the output will come from."""
+        self._gradient = gradient
 
     def _combine_backward(self) -> None:
+        self._dy_TD = self._gradient()
         rows = gradient_rows(self._dy_TD, fp8=self._box is not None)
         self._returned: Handle[Rows] = self._dispatcher.combine_backward(rows, self._layout)
 
@@ -134,13 +172,21 @@ class MoeRun:
         d_normed_TD, d_weights_TK = self._d_dispatched.wait()
         if self._d_normed_TD is not None:
             d_normed_TD = self._d_normed_TD + d_normed_TD
-        d_balance = self.balance_loss.new_full((), self._balance_weight)
-        (self.input_gradient,) = self._attn_island.backward(self._dy_TD, d_normed_TD, d_weights_TK, d_balance)
+        d_balance = d_weights_TK.new_full((), self._balance.weight)
+        (dx_TD,) = self._attn_island.backward(self._dy_TD, d_normed_TD, d_weights_TK, d_balance)
+        assert dx_TD is not None
+        self.input_gradient = dx_TD
 
 
 def run_block(
-    block: Block, x_TD: Tensor, positions: Positions, *, store: WeightGradStore, key: Hashable
+    block: Block,
+    source: Callable[[], Tensor],
+    positions: Positions,
+    balance: BalanceLoss,
+    *,
+    store: WeightGradStore,
+    key: Hashable,
 ) -> DenseRun | MoeRun:
-    """A run of `block` on x [T, D], its phases not yet called; weight gradients go to `store` under keys from `key`."""
+    """A run of `block` on the x [T, D] that `source` gives when it starts; weight gradients wait under `key`."""
     run = DenseRun if block.moe is None else MoeRun
-    return run(block, x_TD, positions, store=store, key=key)
+    return run(block, source, positions, balance, store=store, key=key)

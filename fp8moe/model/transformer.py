@@ -10,6 +10,7 @@ Legend: B sequences, S tokens of a sequence, T = B x S, D model, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -55,7 +56,7 @@ class Transformer(nn.Module):
         *,
         precision: Precision,
         dispatcher: Dispatcher,
-        layers: range | None = None,
+        layers: Iterable[int] | None = None,
         embedding: bool = True,
         head: bool = True,
         device: torch.device | str | None = None,
@@ -68,7 +69,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict(
             {
                 str(i): Block(c, i, precision=precision, dispatcher=dispatcher, device=device)
-                for i in (range(c.num_layers) if layers is None else layers)
+                for i in (range(c.num_layers) if layers is None else sorted(layers))
             }
         )
         self.norm = RMSNorm(c.dim, eps=c.norm_eps, precision=precision, device=device) if head else None
@@ -90,6 +91,12 @@ class Transformer(nn.Module):
         mask = None if documents_BS is None else document_mask(documents_BS)
         return Positions(len(positions_BS), cos, sin, mask)
 
+    def block(self, layer: int) -> Block:
+        """Block number `layer` of the whole model."""
+        block = self.blocks[str(layer)]
+        assert isinstance(block, Block)
+        return block
+
     def run_blocks(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """-> hidden [T, D] before the final norm, and the balance loss summed over blocks."""
         balance = torch.zeros((), dtype=torch.float32, device=x_TD.device)
@@ -104,11 +111,11 @@ class Transformer(nn.Module):
         positions = self.positions(batch.positions_BS, batch.documents_BS)
         labels_BS = batch.labels_BS
         hidden_TD, balance = self.run_blocks(self.embedding(batch.inputs_BS.flatten()), positions)
-        main = cross_entropy_sum(self.head(self.norm(hidden_TD)), labels_BS.flatten())
+        # A view for each of its two ways: the gradients are then summed way by way, as runs sum them.
+        main = cross_entropy_sum(self.head(self.norm(hidden_TD.view_as(hidden_TD))), labels_BS.flatten())
         mtp = torch.zeros_like(main)
         if self.mtp is not None and self.training:
-            next_ids_BS = torch.cat([batch.inputs_BS[:, 1:], labels_BS[:, -1:].clamp(min=0)], dim=1)
-            mtp_TD, mtp_balance = self.mtp(hidden_TD, self.embedding(next_ids_BS.flatten()), positions)
+            mtp_TD, mtp_balance = self.mtp(hidden_TD.view_as(hidden_TD), self.embedding(next_ids(batch)), positions)
             mtp = cross_entropy_sum(self.head(mtp_TD), mtp_labels(labels_BS).flatten())
             balance = balance + mtp_balance
         return LossSums(main, mtp, balance)
@@ -119,6 +126,12 @@ class Transformer(nn.Module):
         positions_BS = torch.arange(inputs_BS.shape[1], device=inputs_BS.device).expand_as(inputs_BS)
         hidden_TD, _ = self.run_blocks(self.embedding(inputs_BS.flatten()), self.positions(positions_BS))
         return self.head(self.norm(hidden_TD)).unflatten(0, inputs_BS.shape)
+
+
+def next_ids(batch: Inputs) -> Tensor:
+    """The token after each, [T] int64; behind the last of a sequence its label, or any where that is not predicted."""
+    last = batch.labels_BS[:, -1:].clamp(min=0)
+    return torch.cat([batch.inputs_BS[:, 1:], last], dim=1).flatten()
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

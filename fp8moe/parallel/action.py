@@ -130,6 +130,11 @@ class Schedule:
         return len(self.placement)
 
     @property
+    def goes_back(self) -> bool:
+        """Whether there are backwards; a schedule for validation has none."""
+        return any(kind is Kind.B for actions in self.actions for action in actions for kind, *_ in action.parts())
+
+    @property
     def is_folded(self) -> bool:
         """Whether stages r and num_stages - 1 - r share a rank."""
         return len(self.held_by(0)) > 1

@@ -54,6 +54,16 @@ def all_reduce(tensor: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.Red
     return tensor
 
 
+def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """What every rank of `group` has, in order of rank; by pickle, on the host: for the end of a run, no step."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    with waiting(), watch.collective(group, "all_gather (objects)"):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 class Message:
     """An all-to-all under way; it owns its buffers."""
 

@@ -7,7 +7,8 @@ gives groups 30 minutes whatever the world's is. The mesh is an argument to all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -46,23 +47,40 @@ def validate_mesh(world_size: int, pp: int, ep: int, num_experts: int) -> None:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the axes, this rank's place on each, and the groups it belongs to (None where it is alone)."""
+    """Sizes of the axes, this rank's place on each, and the groups it belongs to (None where it is alone).
+
+    dense_group, expert_group   ranks with the same dense, and the same expert, parameters: gradients are summed there;
+                                dp and edp, or in a mirrored pipeline those of both ranks of a stage
+    pp_group                    the pipeline: ranks of one dp rank, every stage
+    tie_group                   the first and the last stage's rank, where the last holds a copy of the embedding
+    links                       by (from, to), pipeline ranks: communicators with neighbours
+    """
 
     pp: int
     dp: int
     ep: int
     rank: int
+    mirrored: bool = False
+    world_group: ProcessGroup | None = None
     dp_group: ProcessGroup | None = None
     ep_group: ProcessGroup | None = None
     edp_group: ProcessGroup | None = None
+    dense_group: ProcessGroup | None = None
+    expert_group: ProcessGroup | None = None
+    pp_group: ProcessGroup | None = None
+    tie_group: ProcessGroup | None = None
     rail_group: ProcessGroup | None = None
     node_group: ProcessGroup | None = None
+    links: Mapping[tuple[int, int], ProcessGroup] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """Every group that this rank belongs to, in one order on all ranks."""
-        every = (self.dp_group, self.ep_group, self.edp_group, self.rail_group, self.node_group)
-        return tuple(group for group in every if group is not None)
+        """Every group of collectives that this rank belongs to, in one order on all ranks, each once."""
+        every = (
+            self.world_group, self.dp_group, self.ep_group, self.edp_group, self.dense_group, self.expert_group,
+            self.pp_group, self.tie_group, self.rail_group, self.node_group,
+        )  # fmt: skip
+        return tuple(dict.fromkeys(group for group in every if group is not None))
 
     @property
     def world_size(self) -> int:
@@ -88,11 +106,25 @@ class Mesh:
     def edp_rank(self) -> int:
         return self.dp_rank // self.ep
 
+    @property
+    def replicas(self) -> list[int]:
+        """The pipeline ranks that hold this rank's stages: itself, and its mirror image in a mirrored pipeline."""
+        return sorted({self.pp_rank, self.pp - 1 - self.pp_rank}) if self.mirrored else [self.pp_rank]
 
-def axis_ranks(pp: int, dp: int, ep: int, ranks_per_node: int | None = None) -> dict[str, list[list[int]]]:
-    """The ranks of every group of every axis: dp (one pipeline stage), ep (neighbours), edp (same experts).
+    @property
+    def is_counted(self) -> bool:
+        """Whether this rank's parameters count, of those pipeline ranks that hold the same."""
+        return self.pp_rank == self.replicas[0]
 
-    With `ranks_per_node` each ep group also has its nodes (neighbours) and rails (one local index across its nodes).
+
+def axis_ranks(
+    pp: int, dp: int, ep: int, ranks_per_node: int | None = None, *, mirrored: bool = False, tied: bool = False
+) -> dict[str, list[list[int]]]:
+    """The ranks of every group of every axis, by the names of `Mesh`'s groups.
+
+    dp (one pipeline rank), ep (neighbours), edp (same experts); with more than one pipeline rank world, pp and, where
+    asked, dense and expert (both pipeline ranks of a stage, `mirrored`) and tie (first and last, `tied`). With
+    `ranks_per_node` each ep group also has its nodes (neighbours) and rails (one local index across its nodes).
     """
     stages = [list(range(stage * dp, (stage + 1) * dp)) for stage in range(pp)]
     experts = [stage[i : i + ep] for stage in stages for i in range(0, dp, ep)]
@@ -101,6 +133,14 @@ def axis_ranks(pp: int, dp: int, ep: int, ranks_per_node: int | None = None) -> 
         local = ranks_in_node(ep, ranks_per_node)
         axes["rail"] = [ranks[i::local] for ranks in experts for i in range(local)]
         axes["node"] = [ranks[i : i + local] for ranks in experts for i in range(0, ep, local)]
+    if pp > 1:
+        axes["world"] = [list(range(pp * dp))]
+        axes["pp"] = [list(range(rank, pp * dp, dp)) for rank in range(dp)]
+    if mirrored:
+        axes["dense"] = [stages[rank] + stages[pp - 1 - rank] for rank in range(pp // 2)]
+        axes["expert"] = [ranks[i::ep] for ranks in axes["dense"] for i in range(ep)]
+    if tied:
+        axes["tie"] = [[first, last] for first, last in zip(stages[0], stages[-1], strict=True)]
     return axes
 
 
@@ -113,10 +153,19 @@ def ranks_in_node(ep: int, ranks_per_node: int) -> int:
     return min(ep, ranks_per_node)
 
 
-def build_mesh(pp: int, dp: int, ep: int, *, timeout: timedelta, ranks_per_node: int | None = None) -> Mesh:
+def build_mesh(
+    pp: int,
+    dp: int,
+    ep: int,
+    *,
+    timeout: timedelta,
+    ranks_per_node: int | None = None,
+    mirrored: bool = False,
+    tied: bool = False,
+) -> Mesh:
     """The mesh of this process. With more than one process torch.distributed must be up; collective over all ranks.
 
-    `ranks_per_node` adds the groups of a two-hop dispatcher.
+    `ranks_per_node` adds the groups of a two-hop dispatcher; `mirrored` and `tied` are those of `axis_ranks`.
     """
     world = pp * dp
     if world == 1:
@@ -125,13 +174,32 @@ def build_mesh(pp: int, dp: int, ep: int, *, timeout: timedelta, ranks_per_node:
         raise ValueError(f"the mesh pp={pp} x dp={dp} needs {world} processes, and there are {dist.get_world_size()}")
     rank = dist.get_rank()
     mine: dict[str, ProcessGroup] = {}
-    for axis, groups in axis_ranks(pp, dp, ep, ranks_per_node).items():
+    for axis, groups in axis_ranks(pp, dp, ep, ranks_per_node, mirrored=mirrored, tied=tied).items():
         for number, ranks in enumerate(groups):
             if len(ranks) > 1:  # every rank must take part in making every group, in one order
                 group = dist.new_group(ranks, timeout=timeout, group_desc=f"{axis}{number}")
                 if rank in ranks:
                     mine[axis] = group
-    return Mesh(pp, dp, ep, rank, *(mine.get(axis) for axis in ("dp", "ep", "edp", "rail", "node")))
+    same = {"world": "dp", "dense": "dp", "expert": "edp"}  # where no group of its own was made
+    axes = ("world", "dp", "ep", "edp", "dense", "expert", "pp", "tie", "rail", "node")
+    found = {f"{axis}_group": mine.get(axis, mine.get(same.get(axis, ""))) for axis in axes}
+    return Mesh(pp, dp, ep, rank, mirrored, **found, links=_make_links(pp, dp, rank, timeout))
+
+
+def _make_links(pp: int, dp: int, rank: int, timeout: timedelta) -> dict[tuple[int, int], ProcessGroup]:
+    """A communicator for each direction of this rank's links, made by the two ends alone, in order along the pipeline.
+
+    Every rank taking part in making every link would be thousands of meetings of all ranks.
+    """
+    stage, links = rank // dp, {}
+    for low in (stage - 1, stage):
+        if low >= 0 and low + 1 < pp:
+            ends = [low * dp + rank % dp, (low + 1) * dp + rank % dp]
+            for source, target in ((low, low + 1), (low + 1, low)):
+                links[source, target] = dist.new_group(
+                    ends, timeout=timeout, group_desc=f"link {source} to {target}", use_local_synchronization=True
+                )
+    return links
 
 
 def warm_up(mesh: Mesh, device: torch.device) -> None:
@@ -139,3 +207,5 @@ def warm_up(mesh: Mesh, device: torch.device) -> None:
     for group in mesh.groups:
         all_reduce(torch.zeros(1, device=device), group)
         exchange(torch.zeros(group.size(), 1, device=device), group, "warm-up")
+    for _, link in sorted(mesh.links.items(), key=lambda item: (min(item[0]), item[0])):
+        all_reduce(torch.zeros(1, device=device), link)  # in order along the pipeline, as they were made

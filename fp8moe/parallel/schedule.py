@@ -10,6 +10,7 @@ overlapped with a backward. Legal sizes are `legal(...)`; the actions' meaning i
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fp8moe.errors import ConfigError
 from fp8moe.parallel.action import Action, Kind, Schedule
@@ -74,6 +75,16 @@ def num_stages(name: str, num_ranks: int) -> int:
     return 2 * num_ranks if name == "dualpipev" else num_ranks
 
 
+FOLDED = ("dualpipe", "dualpipev")  # stages r and num_stages - 1 - r are on one rank
+
+
+def microbatches(name: str, num_ranks: int) -> tuple[int, int]:
+    """(least, multiple): the numbers of micro-batches that are legal. Raises ConfigError for a number of ranks."""
+    least, multiple = (2 * num_ranks, 2 if name == "dualpipe" else 1) if name in FOLDED else (1, 1)
+    legal(name, num_ranks, least)
+    return least, multiple
+
+
 def legal(name: str, num_ranks: int, num_microbatches: int) -> None:
     """Raise ConfigError, one sentence that names the nearest legal choice, unless the schedule exists so."""
     if name not in SCHEDULES:
@@ -108,3 +119,19 @@ def build_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule
     """
     legal(name, num_ranks, num_microbatches)
     return with_messages(SCHEDULES[name](num_ranks, num_microbatches))
+
+
+def forwards(schedule: Schedule, num_microbatches: int) -> Schedule:
+    """Forwards only, of any number of micro-batches, on the ranks of `schedule`: what a validation runs.
+
+    Every rank takes its stages in the order in which a full pipeline would reach them.
+    """
+    blank = replace(schedule, name=f"{schedule.name}, forwards", num_microbatches=num_microbatches, phases=("F",))
+    lists: list[list[tuple[int, int, Action]]] = [[] for _ in schedule.actions]
+    for direction, ranks in enumerate(schedule.placement):
+        travelling = [i for i in range(num_microbatches) if blank.direction_of(i) == direction]
+        for turn, microbatch in enumerate(travelling):
+            for stage, rank in enumerate(ranks):
+                lists[rank].append((turn + stage, direction, Action(Kind.F, stage, microbatch, direction, phase=1)))
+    ordered = (sorted(actions, key=lambda entry: entry[:2]) for actions in lists)
+    return with_messages(replace(blank, actions=tuple(tuple(action for *_, action in actions) for actions in ordered)))

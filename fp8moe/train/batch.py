@@ -57,14 +57,16 @@ def global_batch(config: BatchConfig, consumed: int) -> int:
     return min(config.sequences, max(config.ramp_from, int(wanted / increment) * increment))
 
 
-def settle_batch(config: BatchConfig, dp: int) -> BatchConfig:
+def settle_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
     """The configuration with `micro_batch` filled in, every size the batch can take being a multiple of dp times it.
 
-    Raises ValueError with the nearest legal size.
+    least, multiple: of micro-batches, what the schedule needs. Raises ValueError with the nearest legal size.
     """
+    smallest = config.sequences if config.ramp_from is None else config.ramp_from
     if config.micro_batch is None:
-        smallest = config.sequences if config.ramp_from is None else config.ramp_from
-        config = dataclasses.replace(config, micro_batch=max(1, smallest // dp))
+        share = max(1, smallest // dp)
+        fitting = [size for size in range(1, share + 1) if _fits(share, size, least, multiple)]
+        config = dataclasses.replace(config, micro_batch=max(fitting, default=1))
     assert config.micro_batch is not None
     unit = dp * config.micro_batch
     sizes = {"sequences": config.sequences}
@@ -77,7 +79,19 @@ def settle_batch(config: BatchConfig, dp: int) -> BatchConfig:
                 f"batch.{name}={size} is no multiple of dp x batch.micro_batch = {dp} x {config.micro_batch} = {unit}: "
                 f"use {nearest}"
             )
+        if size // unit < least or (size // unit) % multiple:
+            enough = max(least, -(-(size // unit) // multiple) * multiple) * unit
+            raise ValueError(
+                f"batch.{name}={size} makes {size // unit} micro-batches of dp x batch.micro_batch = {dp} x "
+                f"{config.micro_batch} sequences and the pipeline's schedule needs at least {least}"
+                f"{f', in multiples of {multiple}' if multiple > 1 else ''}: use {enough}"
+            )
     return config
+
+
+def _fits(share: int, micro_batch: int, least: int, multiple: int) -> bool:
+    count, rest = divmod(share, micro_batch)
+    return rest == 0 and count >= least and count % multiple == 0
 
 
 def pieces(ids: Sequence[int], size: int) -> list[Sequence[int]]:

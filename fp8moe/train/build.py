@@ -23,13 +23,16 @@ from fp8moe.data.sampler import Sampler
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.router import Router
+from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel import watch
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.links import Links, make_links
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
+from fp8moe.parallel.schedule import FOLDED, build_schedule
 from fp8moe.train import checkpoint
-from fp8moe.train.config import TrainConfig
+from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import AdamW
 from fp8moe.train.run_dir import make_run_dir
@@ -41,7 +44,10 @@ PATIENCE = 0.8  # of the timeout: when a collective that has not ended is spoken
 
 @dataclass
 class Run:
-    """What a run is made of. `step` steps are done; `loads` are the tokens each expert has had, by router name."""
+    """What a run is made of. `step` steps are done; `loads` are the tokens each expert has had, by router name.
+
+    `stages` are all of the pipeline's; `model` and `loads` are of those that this rank holds.
+    """
 
     config: TrainConfig
     mesh: Mesh
@@ -51,6 +57,8 @@ class Run:
     sampler: Sampler
     model: Transformer
     dispatcher: Dispatcher
+    stages: tuple[Stage, ...]
+    links: Links
     optimizer: AdamW
     guard: Guard
     step: int = 0
@@ -65,7 +73,7 @@ class Run:
         wait_for_all(self.mesh)
 
     def routers(self) -> dict[str, Router]:
-        """Every router by its canonical name, in the order of the model."""
+        """This rank's routers by their canonical names, in the order of the model."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, Router)}
 
 
@@ -109,6 +117,8 @@ def mesh_of(config: TrainConfig) -> Mesh:
         config.ep,
         timeout=timedelta(seconds=parallel.startup_timeout),
         ranks_per_node=parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None,
+        mirrored=parallel.schedule == "dualpipe",
+        tied=config.model.mtp_depth > 0 and parallel.pp > 1 and parallel.schedule not in FOLDED,
     )
 
 
@@ -124,11 +134,12 @@ def end_startup(run: Run) -> None:
     watch.expect(PATIENCE * run.config.parallel.timeout)
     for group in run.mesh.groups:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+    run.links.timeout = timeout
 
 
 def wait_for_all(mesh: Mesh) -> None:
     """A barrier on the host over all ranks."""
-    float(all_reduce(torch.zeros(1), mesh.dp_group))
+    float(all_reduce(torch.zeros(1), mesh.world_group))
 
 
 def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
@@ -172,8 +183,8 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         max_imbalance=config.parallel.max_imbalance,
         max_tokens=config.micro_batch * config.seq_len,
     )
-    model = Transformer(config.model, precision=config.precision.mode, dispatcher=dispatcher, device=device)
-    init_weights(model, config.seed, ep_rank=mesh.ep_rank)
+    stages = stages_of(config)
+    model = build_model(config, mesh, stages, dispatcher, device)
     run = Run(
         config=config,
         mesh=mesh,
@@ -183,6 +194,8 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         sampler=Sampler(len(data.train), config.seed),
         model=model,
         dispatcher=dispatcher,
+        stages=stages,
+        links=make_links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
         optimizer=AdamW(dict(model.named_parameters()), config.optimizer),
         guard=Guard(config.max_skipped_steps),
     )
@@ -190,6 +203,29 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     if found is not None and state is not None:
         _restore(run, found, state)
     return run
+
+
+def build_model(
+    config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
+) -> Transformer:
+    """The part of the model that this rank's stages are, with its first weights.
+
+    Where the MTP module is on a rank without the first stage, a copy of the embedding is beside it.
+    """
+    parallel = config.parallel
+    schedule = build_schedule(parallel.schedule, parallel.pp, config.num_microbatches)
+    held = [stages[stage] for stage in sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})]
+    model = Transformer(
+        config.model,
+        precision=config.precision.mode,
+        dispatcher=dispatcher,
+        layers=[layer for stage in held for layer in stage.layers],
+        embedding=any(stage.embedding or stage.mtp for stage in held),
+        head=any(stage.head for stage in held),
+        device=device,
+    )
+    init_weights(model, config.seed, ep_rank=mesh.ep_rank)
+    return model
 
 
 def state_tensors(run: Run) -> dict[str, Tensor]:

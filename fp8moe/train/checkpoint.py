@@ -4,11 +4,12 @@
     step-N/.metadata     torch's index
     step-N/*.distcp      masters, moments, router biases, loads so far
 
-Expert tensors are handed over as DTensors sharded over ep and replicated over edp, so torch writes each expert once and
-any ep can resume any other; the rest is replicated, and torch writes it once. The BF16 weights are not saved: they are
-the masters rounded. A checkpoint is written as `step-N.tmp` and renamed by rank 0 when all ranks are done, so a
-directory without the suffix is complete. What would make the resumed run another run (model, seed) is compared first
-and refused in one sentence, before a tensor is read.
+Expert tensors are handed over as DTensors sharded over ep and replicated over the ranks with the same experts, so torch
+writes each expert once and any ep can resume any other; the rest is replicated, and torch writes it once. Blocks are
+named by their number in the whole model, so a pipeline's ranks write one checkpoint and any other layout reads it. The
+BF16 weights are not saved: they are the masters rounded. A checkpoint is written as `step-N.tmp` and renamed by rank 0
+when all ranks are done, so a directory without the suffix is complete. What would make the resumed run another run
+(model, seed) is compared first and refused in one sentence, before a tensor is read.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def run_tensors(
 def _as_stored(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
     if mesh.ep == 1 or not is_expert(parameter):  # type: ignore[arg-type]
         return tensor
-    ranks = torch.arange(mesh.pp_rank * mesh.dp, (mesh.pp_rank + 1) * mesh.dp).view(mesh.edp, mesh.ep)
+    ranks = torch.cat([torch.arange(r * mesh.dp, (r + 1) * mesh.dp).view(mesh.edp, mesh.ep) for r in mesh.replicas])
     # No process groups of its own: nothing is ever communicated through these DTensors, they only say who holds what.
     axes = DeviceMesh(tensor.device.type, ranks, mesh_dim_names=("edp", "ep"), _init_backend=False)
     return DTensor.from_local(tensor, axes, [Replicate(), Shard(0)], run_check=False)

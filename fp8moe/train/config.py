@@ -19,9 +19,10 @@ from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.precision import Precision
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
-from fp8moe.model.partition import partition
+from fp8moe.model.partition import Stage, partition
 from fp8moe.parallel.deep_ep import check_deep_ep
 from fp8moe.parallel.mesh import ranks_in_node, validate_mesh
+from fp8moe.parallel.schedule import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, settle_batch
 from fp8moe.train.checkpoint import CheckpointConfig
@@ -46,6 +47,9 @@ class PrecisionConfig:
 class ParallelConfig:
     """World = pp x dp, ep inside dp. dp: None is processes / pp; ep: None is the most ranks that experts spread over.
 
+    schedule: of the pipeline's pp ranks (`fp8moe.parallel.schedule`); dualpipev has a use at pp=1 too, it hides the
+    experts' messages of one micro-batch under the compute of another. overlap: whether messages are hidden under
+    compute (False: one after the other, the same bits).
     layout: blocks of each pipeline stage, given by hand; None cuts the model by cost (`fp8moe.model.partition`).
     dispatcher: how tokens travel (`fp8moe.parallel`): all_to_all in one hop; node_limited once to each node of
     ranks_per_node (None: the processes of this machine), then inside it; deep_ep where that package is installed.
@@ -59,6 +63,8 @@ class ParallelConfig:
     pp: int = 1
     dp: int | None = None
     ep: int | None = None
+    schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
+    overlap: bool = True
     layout: tuple[int, ...] | None = None
     dispatcher: Literal["all_to_all", "node_limited", "deep_ep"] = "all_to_all"
     ranks_per_node: int | None = None
@@ -69,8 +75,6 @@ class ParallelConfig:
     startup_timeout: float = 900.0
 
     def __post_init__(self) -> None:
-        if self.pp != 1:
-            raise ValueError(f"parallel.pp={self.pp}: this version trains with 1 pipeline stage, use parallel.pp=1")
         for name in ("timeout", "startup_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} seconds must be above 0")
@@ -147,6 +151,23 @@ class TrainConfig:
         assert self.batch.micro_batch is not None, "settle(config, world_size) comes first"
         return self.batch.micro_batch
 
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches a step of the full batch, on each data-parallel rank, of a settled configuration."""
+        return self.batch.sequences // (self.dp * self.micro_batch)
+
+
+def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
+    """How the model is cut for the pipeline. Raises ConfigError where it can't be."""
+    parallel = config.parallel
+    return partition(
+        config.model,
+        num_stages(parallel.schedule, parallel.pp),
+        seq_len=config.seq_len,
+        folded=parallel.schedule in FOLDED,
+        layout=parallel.layout,
+    )
+
 
 def _check_tokens(micro_batch: int, seq_len: int) -> None:
     """FP8 casts the tokens of a micro-batch along both axes, so their number is one of its sizes."""
@@ -174,9 +195,10 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
         )
     ep = parallel.ep
     validate_mesh(world_size, parallel.pp, 1 if ep is None else ep, experts)
-    partition(config.model, parallel.pp, seq_len=config.seq_len, layout=parallel.layout)
+    least, multiple = microbatches(parallel.schedule, parallel.pp)
+    stages_of(config)
     dp = world_size // parallel.pp
-    batch = settle_batch(config.batch, dp)
+    batch = settle_batch(config.batch, dp, least=least, multiple=multiple)
     assert batch.micro_batch is not None
     config.validation.check(dp, batch.micro_batch)
     if config.precision.mode is Precision.FP8:

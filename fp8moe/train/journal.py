@@ -14,8 +14,11 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from fp8moe.kernels import backend
 from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
+from fp8moe.parallel.collectives import gather
 from fp8moe.train.build import Run
 from fp8moe.train.metrics import MetricsWriter, StepReport
 from fp8moe.train.progress import ProgressDisplay
@@ -96,7 +99,7 @@ class Journal:
         """Write and show the summary of a run that has done all its steps."""
         run, validation = self._run, self._validation
         assert validation is not None, "the last step is always validated"
-        violations, shares = balance(run.loads)
+        violations, shares = balance(all_loads(run))
         paced = self._paces[1:] or self._paces  # the first step compiles, allocates and opens connections
         summary = Summary(
             loss=sum(self._losses) / len(self._losses),
@@ -142,8 +145,8 @@ def opening(run: Run) -> str:
     formula = f"mfu = tokens/s/GPU x {_short(flops)} FLOP/token (forward and backward, causal, active parameters) / "
     lines = [
         f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
-        f"{config.precision.mode.value} on {processes} ({run.device.type}): dp {mesh.dp}, experts over ep {mesh.ep}; "
-        f"kernels: {backend.resolve()}",
+        f"{config.precision.mode.value} on {processes} ({run.device.type}): {pipeline(run)}dp {mesh.dp}, experts over "
+        f"ep {mesh.ep}; kernels: {backend.resolve()}",
         f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
         formula
         + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
@@ -153,6 +156,26 @@ def opening(run: Run) -> str:
     if run.step:
         lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
     return "\n".join(lines)
+
+
+def pipeline(run: Run) -> str:
+    """Schedule and stages in words, nothing for a run without either."""
+    parallel = run.config.parallel
+    if parallel.pp == 1 and len(run.stages) == 1:
+        return ""
+    blocks = ",".join(str(stage.num_layers) for stage in run.stages)
+    return f"{parallel.schedule} over pp {parallel.pp} (blocks {blocks}), "
+
+
+def all_loads(run: Run) -> dict[str, Tensor]:
+    """The tokens each expert has had, of every stage's routers, in the order of the model. Collective over pp."""
+    loads = {name: load.cpu() for part in gather(run.loads, run.mesh.pp_group) for name, load in part.items()}
+    return {name: loads[name] for name in sorted(loads, key=_block_number)}
+
+
+def _block_number(name: str) -> tuple[bool, int]:
+    _, number, *_ = name.split(".")
+    return (False, int(number)) if number.isdigit() else (True, 0)  # the MTP module's block is the last
 
 
 def _short(number: float) -> str:

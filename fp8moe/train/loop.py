@@ -15,6 +15,7 @@ from fp8moe.train.build import Run, build, choose_device, claim_run_dir, end_sta
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.journal import Journal, log_file
 from fp8moe.train.metrics import StepReport
+from fp8moe.train.passes import forward_passes
 from fp8moe.train.step import train_step
 from fp8moe.train.summary import Summary
 from fp8moe.train.validation import ValidationReport, validate
@@ -66,13 +67,12 @@ def _validate(run: Run) -> ValidationReport | None:
     if run.step != run.config.steps and (every == 0 or run.step % every):
         return None
     report = validate(
-        run.model,
+        lambda batches: forward_passes(run, batches)[0],
         run.data.validation,
         run.data.token_bytes,
         run.mesh,
         samples=run.config.validation.samples,
         micro_batch=run.config.micro_batch,
-        device=run.device,
     )
     run.dispatcher.verify()
     return report

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
@@ -22,13 +23,14 @@ from fp8moe.layers.balance import max_violation, update_bias
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.precision import Precision
 from fp8moe.model.flops import mfu
-from fp8moe.model.loss import LossCounts, count_predicted, total_loss
+from fp8moe.model.loss import LossCounts, count_predicted, loss_weights
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
-from fp8moe.train.batch import global_batch, pieces, to_device
+from fp8moe.train.batch import global_batch, pieces
 from fp8moe.train.build import Run
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
+from fp8moe.train.passes import train_passes
 from fp8moe.train.stopwatch import EXPOSED, Stopwatch
 
 
@@ -54,9 +56,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     observing = count_fp8 and config.precision.mode is Precision.FP8
     with observe_casts() if observing else contextlib.nullcontext() as casts:
         losses = forward_backward(run, batches, counts, mtp_weight(schedule, config.model.mtp_weight, at), watch)
-    reduce_gradients(run.model.main_grads, run.mesh)
-    reduce_counts(run.model, run.mesh)
-    grad_norm = global_grad_norm(run.model.main_grads, run.mesh)
+    grad_norm = reduce(run)
 
     lr = learning_rate(schedule, at)
     run.dispatcher.verify()
@@ -77,7 +77,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
         step=run.step,
         loss=losses.main,
         mtp_loss=losses.mtp if config.model.mtp_depth else None,
-        aux_loss=losses.balance if run.loads else None,
+        aux_loss=losses.balance if config.model.has_experts else None,
         grad_norm=grad_norm,
         lr=lr,
         skipped=not accepted,
@@ -102,21 +102,27 @@ def next_batches(run: Run) -> tuple[list[Batch], LossCounts]:
     batches = [run.data.train.batch(ids) for ids in pieces(mine, config.micro_batch)]
     counted = torch.tensor([count_predicted(batch.labels_BS) for batch in batches]).sum(0)
     main_tokens, mtp_tokens = all_reduce(counted, mesh.dp_group).tolist()
-    return [to_device(batch, run.device) for batch in batches], LossCounts(main_tokens, mtp_tokens, sequences)
+    return batches, LossCounts(main_tokens, mtp_tokens, sequences)
 
 
 def forward_backward(run: Run, batches: list[Batch], counts: LossCounts, weight: float, watch: Stopwatch) -> Losses:
     """Add the gradients of every micro-batch into `main_grad`, and give the losses of the global batch. Collective."""
-    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for batch in batches:
-        sums = run.model(batch)
-        loss = total_loss(sums, counts, mtp_weight=weight, balance_alpha=run.config.model.aux_loss_alpha)
-        watch.lap("forward")
-        loss.backward()
-        totals += torch.stack([sums.main, sums.mtp, sums.balance]).detach()
-        watch.lap("backward")
-    main, mtp, balance = all_reduce(totals, run.mesh.dp_group).tolist()
+    weights = loss_weights(counts, mtp_weight=weight, balance_alpha=run.config.model.aux_loss_alpha)
+    totals = train_passes(run, batches, weights, watch)
+    main, mtp, balance = all_reduce(totals, run.mesh.world_group).tolist()
     return Losses(main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences)
+
+
+def reduce(run: Run) -> float:
+    """Sum gradients and loads over the ranks that share them, and give the norm of all gradients. Collective."""
+    main_grads, mesh = run.model.main_grads, run.mesh
+    tied = None
+    if mesh.tie_group is not None:
+        assert run.model.embedding is not None
+        tied = run.model.embedding.weight.main_grad  # type: ignore[attr-defined]
+    reduce_gradients(main_grads, mesh, tied)
+    reduce_counts(run.model, mesh)
+    return global_grad_norm(main_grads, mesh, copy=tied if mesh.pp_rank > 0 else None)
 
 
 def note_loads(run: Run) -> None:
@@ -126,8 +132,11 @@ def note_loads(run: Run) -> None:
 
 
 def worst_violation(run: Run) -> float | None:
-    """The worst layer's MaxVio in the step's loads; None without experts."""
-    return max((max_violation(router.counts_E) for router in run.routers().values()), default=None)
+    """The worst layer's MaxVio in the step's loads, of all stages; None without experts. Collective."""
+    if not run.config.model.has_experts:
+        return None
+    mine = max((max_violation(router.counts_E) for router in run.routers().values()), default=0.0)
+    return float(all_reduce(torch.tensor(mine, dtype=torch.float64), run.mesh.pp_group, dist.ReduceOp.MAX))
 
 
 def cast_shares(run: Run, casts: CastStatistics | None) -> tuple[float | None, float | None]:
@@ -136,7 +145,7 @@ def cast_shares(run: Run, casts: CastStatistics | None) -> tuple[float | None, f
         return None, None
     shares = (casts.saturated_share, casts.underflow_share)
     mine = torch.tensor([casts.values, *(share * casts.values for share in shares)], dtype=torch.float64)
-    values, saturated, underflowed = all_reduce(mine, run.mesh.dp_group).tolist()
+    values, saturated, underflowed = all_reduce(mine, run.mesh.world_group).tolist()
     return saturated / max(values, 1.0), underflowed / max(values, 1.0)
 
 

@@ -18,6 +18,22 @@ from fp8moe.parallel.collectives import exposed_seconds
 EXPOSED = "exposed_communication"
 
 
+class PhaseLaps:
+    """Listens to a pipeline's phases and books them on a stopwatch, as forward or backward."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
+
+    def began(self, name: str) -> None:
+        """A phase's lap begins where the last one ended."""
+
+    def ended(self, name: str, began: None) -> None:
+        if name.startswith("F "):
+            self._watch.lap("forward")
+        elif name.startswith(("B ", "W ")):
+            self._watch.lap("backward")
+
+
 class Stopwatch:
     """`lap(name)` books what passed since the last lap under `name`; `read()` gives the sums in seconds."""
 

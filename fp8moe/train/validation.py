@@ -8,16 +8,17 @@ bytes, can be compared. The MTP module takes no part: it is a help of training.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fp8moe.data.packing import IGNORED_LABEL, Dataset
+from fp8moe.data.packing import IGNORED_LABEL, Batch, Dataset
 from fp8moe.data.sampler import rank_slice
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.train.batch import pieces, to_device
+from fp8moe.train.batch import pieces
 
 
 @dataclass(frozen=True)
@@ -54,33 +55,27 @@ class ValidationReport:
 
 
 def validate(
-    model: nn.Module,
+    forward: Callable[[list[Batch]], Tensor],
     dataset: Dataset,
     token_bytes: Tensor | None,
     mesh: Mesh,
     *,
     samples: int,
     micro_batch: int,
-    device: torch.device,
 ) -> ValidationReport:
-    """Score the first `samples` samples of `dataset`. Collective over dp; the model returns in training mode.
+    """Score the first `samples` samples of `dataset`. Collective over all ranks.
 
+    forward: micro-batches -> nats summed over what this rank scores of them (0 on a rank without the head).
     token_bytes: int64 [vocab_size], bytes of each id.
     """
     mine = rank_slice(list(range(samples)), mesh.dp_rank, mesh.dp)
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    model.eval()
-    with torch.no_grad():
-        for ids in pieces(mine, micro_batch):
-            batch = dataset.batch(ids)
-            result = model(to_device(batch, device))
-            labels = batch.labels_BS[batch.labels_BS != IGNORED_LABEL]
-            num_bytes = 0.0 if token_bytes is None else float(token_bytes[labels].sum())
-            sums += torch.tensor([float(result.main), float(labels.numel()), num_bytes], dtype=torch.float64)
-    model.train()
-    nats, tokens, num_bytes = all_reduce(sums.to(device), mesh.dp_group).tolist()
+    batches = [dataset.batch(ids) for ids in pieces(mine, micro_batch)]
+    labels = torch.cat([batch.labels_BS[batch.labels_BS != IGNORED_LABEL] for batch in batches])
+    in_bytes = 0 if token_bytes is None else int(token_bytes[labels].sum())
+    nats = float(all_reduce(forward(batches).cpu(), mesh.world_group))
+    tokens, num_bytes = all_reduce(torch.tensor([labels.numel(), in_bytes]), mesh.dp_group).tolist()
     return ValidationReport(
-        loss=nats / max(tokens, 1.0),
+        loss=nats / max(tokens, 1),
         bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
-        tokens=int(tokens),
+        tokens=tokens,
     )

@@ -14,7 +14,7 @@ from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.main_grad import is_expert
 from fp8moe.layers.precision import Precision
 from fp8moe.layers.router import Router, Routing
-from fp8moe.model.loss import LossCounts, count_predicted, total_loss
+from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.expert_parallel import AllToAllDispatcher
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
@@ -52,7 +52,7 @@ def one_step(dp: int, ep: int, precision: Precision) -> dict[str, Any]:
     share = SEQUENCES // dp
     counts = LossCounts(*count_predicted(batch.labels_BS), sequences=SEQUENCES)
     mine = batch.sequences(slice(mesh.rank * share, (mesh.rank + 1) * share))
-    loss = total_loss(model(mine), counts, mtp_weight=0.3, balance_alpha=1e-2)
+    loss = total_loss(model(mine), loss_weights(counts, mtp_weight=0.3, balance_alpha=1e-2))
     loss.backward()
     reduce_gradients(model.main_grads, mesh)
     reduce_counts(model, mesh)

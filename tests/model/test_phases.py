@@ -11,7 +11,7 @@ from torch import Tensor
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.precision import Precision
 from fp8moe.layers.wgrad import WeightGradStore
-from fp8moe.model.phases import DenseRun, MoeRun, run_block
+from fp8moe.model.phases import BalanceLoss, DenseRun, MoeRun, run_block
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.dispatchers import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
@@ -56,7 +56,8 @@ def grads(model: Transformer) -> list[Tensor]:
 
 def start(model: Transformer, layer: int, x: Tensor, store: WeightGradStore, key: int) -> DenseRun | MoeRun:
     positions = model.positions(torch.arange(S).expand(B, -1))
-    return run_block(model.blocks[str(layer)], x, positions, store=store, key=key)
+    balance = BalanceLoss(BALANCE, lambda loss: None)
+    return run_block(model.blocks[str(layer)], lambda: x, positions, balance, store=store, key=key)
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -72,7 +73,7 @@ def test_phases_equal_autograd(precision: Precision, layer: int, shared: int) ->
     for phase in run.phases:
         phase.forward()
     output = run.output
-    run.backward_from(dy, BALANCE)
+    run.backward_from(lambda: dy)
     for phase in reversed(run.phases):
         phase.backward()
     early = grads(model)
@@ -121,7 +122,7 @@ def interleaved(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
     for phase in old.phases:
         phase.forward()
     y0 = old.output
-    old.backward_from(dy0, BALANCE)
+    old.backward_from(lambda: dy0)
     new = start(model, 1, x1, store, key=1)
     by_name = {"F": {p.name: p.forward for p in new.phases}, "B": {p.name: p.backward for p in old.phases},
                "W": {p.name: p.wgrad for p in old.phases}}  # fmt: skip
@@ -131,7 +132,7 @@ def interleaved(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
         assert action is not None
         action()
     y1 = new.output
-    new.backward_from(dy1, BALANCE)
+    new.backward_from(lambda: dy1)
     for phase in reversed(new.phases):
         phase.backward()
         if phase.wgrad:

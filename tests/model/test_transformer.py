@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8moe.model.loss import LossCounts, count_predicted, total_loss
+from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
 from tests.model.batches import tokens
 from tests.model.hf_oracle import CASES, hf_names, pair
 
@@ -26,7 +26,7 @@ def test_logits_and_gradients_agree_with_transformers(case: str) -> None:
         theirs(batch.inputs_BS).logits.flatten(0, 1), batch.labels_BS.flatten()
     ).backward()
     counts = LossCounts(*count_predicted(batch.labels_BS), sequences=2)
-    total_loss(ours(batch), counts, mtp_weight=0.0, balance_alpha=0.0).backward()
+    total_loss(ours(batch), loss_weights(counts, mtp_weight=0.0, balance_alpha=0.0)).backward()
     grads = {name: p.main_grad for name, p in ours.named_parameters()}
     for name, ours_grad in hf_names(config, grads).items():
         expected = theirs.get_parameter(name).grad
