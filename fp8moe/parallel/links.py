@@ -1,20 +1,18 @@
 """Messages between neighbouring pipeline ranks: started at once, waited for by the phase that needs them.
 
-A link is an ordered pair of pipeline ranks and has a communicator of its own. On it messages arrive in the order in
-which they are sent, which the schedule's checker proves, so they need no tags. One communicator for both directions
-was refused: NCCL runs what a rank does on a communicator one after another, and a receive posted early would hold back
-the send that its peer waits for.
+A link is an ordered pair of pipeline ranks. On it messages arrive in the order in which they are sent, which the
+schedule's checker proves, so they need no tags. Each direction of the pipeline has its own communicator (NCCL makes one
+of it for each pair of ranks): on one for both, a receive posted early would hold back the send that its peer waits for.
 
 `send` and `receive` never block. What is sent is kept until it has left; `finish` waits for that at the end of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -23,14 +21,6 @@ from fp8moe.parallel import watch
 from fp8moe.parallel.collectives import waiting
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.trace import span
-
-
-@dataclass(frozen=True)
-class Link:
-    """One direction between two pipeline ranks, for this process: its communicator and the rank at the other end."""
-
-    group: ProcessGroup
-    peer: int
 
 
 class Arrival:
@@ -49,30 +39,27 @@ class Arrival:
 
 
 class Links:
-    """This rank's ends of the pipeline's links: `outgoing` and `incoming` by the pipeline rank at the other end.
+    """This rank's links; others are named by their pipeline rank. A message that takes longer than `timeout` hangs."""
 
-    A message that takes longer than `timeout` is a hang.
-    """
-
-    def __init__(self, outgoing: Mapping[int, Link], incoming: Mapping[int, Link], timeout: timedelta) -> None:
-        self._outgoing, self._incoming, self.timeout = outgoing, incoming, timeout
+    def __init__(self, mesh: Mesh, timeout: timedelta) -> None:
+        self._mesh, self.timeout = mesh, timeout
         self._leaving: list[tuple[Tensor, Any, watch.Note]] = []
 
-    def send(self, tensor: Tensor, to: int, name: str) -> None:
-        """Start sending `tensor` to pipeline rank `to`; `name` says what it is, for errors."""
+    def send(self, tensor: Tensor, target: int, name: str) -> None:
+        """Start sending `tensor` to rank `target` of the pipeline; `name` says what it is, for errors."""
         self._leaving = [left for left in self._leaving if not left[1].is_completed()]
-        link, tensor = self._outgoing[to], tensor.contiguous()
-        note = watch.collective(link.group, f"send ({name})")
+        tensor, group = tensor.contiguous(), self._group(self._mesh.pp_rank, target)
+        note = watch.message(group, self._mesh.rank, self._global(target), name)
         with note:
-            work = dist.isend(tensor, link.peer, group=link.group)
+            work = dist.isend(tensor, self._global(target), group=group)
         self._leaving.append((tensor, work, note))
 
     def receive(self, buffer: Tensor, source: int, name: str) -> Arrival:
-        """Start receiving what pipeline rank `source` sends next into `buffer`."""
-        link = self._incoming[source]
-        note = watch.collective(link.group, f"receive ({name})")
+        """Start receiving what rank `source` of the pipeline sends next into `buffer`."""
+        group = self._group(source, self._mesh.pp_rank)
+        note = watch.message(group, self._global(source), self._mesh.rank, name)
         with note:
-            work = dist.irecv(buffer, link.peer, group=link.group)
+            work = dist.irecv(buffer, self._global(source), group=group)
         return Arrival(buffer, work, note, self.timeout)
 
     def finish(self) -> None:
@@ -82,14 +69,26 @@ class Links:
                 work.wait(self.timeout)
         self._leaving = []
 
+    def warm_up(self, device: torch.device) -> None:
+        """One message each way over each link: NCCL opens a connection with the first, which both ends wait for.
 
-def make_links(mesh: Mesh, timeout: timedelta) -> Links:
-    """This rank's ends of the links of `mesh`."""
-    me = mesh.pp_rank
-    by_peer = {
-        (source, target): Link(group, mesh.rank + ((source + target - me) - me) * mesh.dp)
-        for (source, target), group in mesh.links.items()
-    }
-    outgoing = {target: link for (source, target), link in by_peer.items() if source == me}
-    incoming = {source: link for (source, target), link in by_peer.items() if target == me}
-    return Links(outgoing, incoming, timeout)
+        Even ranks meet the rank behind them first, odd ranks the one before: nobody waits in a circle.
+        """
+        me = self._mesh.pp_rank
+        for low in (me - 1, me) if me % 2 else (me, me - 1):
+            if not (low >= 0 and low + 1 < self._mesh.pp):
+                continue
+            for source, target in ((low, low + 1), (low + 1, low)):
+                if source == me:
+                    self.send(torch.zeros(1, device=device), target, "warm-up")
+                    self.finish()
+                else:
+                    self.receive(torch.zeros(1, device=device), source, "warm-up").wait()
+
+    def _group(self, source: int, target: int) -> ProcessGroup:
+        group = self._mesh.up_group if source < target else self._mesh.down_group
+        assert group is not None, "a pipeline of one rank has no links"
+        return group
+
+    def _global(self, pp_rank: int) -> int:
+        return pp_rank * self._mesh.dp + self._mesh.dp_rank

@@ -7,8 +7,7 @@ gives groups 30 minutes whatever the world's is. The mesh is an argument to all 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -53,7 +52,7 @@ class Mesh:
                                 dp and edp, or in a mirrored pipeline those of both ranks of a stage
     pp_group                    the pipeline: ranks of one dp rank, every stage
     tie_group                   the first and the last stage's rank, where the last holds a copy of the embedding
-    links                       by (from, to), pipeline ranks: communicators with neighbours
+    up_group, down_group        the pipeline again: messages to the next rank, and to the one before
     """
 
     pp: int
@@ -68,17 +67,18 @@ class Mesh:
     dense_group: ProcessGroup | None = None
     expert_group: ProcessGroup | None = None
     pp_group: ProcessGroup | None = None
+    up_group: ProcessGroup | None = None
+    down_group: ProcessGroup | None = None
     tie_group: ProcessGroup | None = None
     rail_group: ProcessGroup | None = None
     node_group: ProcessGroup | None = None
-    links: Mapping[tuple[int, int], ProcessGroup] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
         """Every group of collectives that this rank belongs to, in one order on all ranks, each once."""
         every = (
             self.world_group, self.dp_group, self.ep_group, self.edp_group, self.dense_group, self.expert_group,
-            self.pp_group, self.tie_group, self.rail_group, self.node_group,
+            self.pp_group, self.up_group, self.down_group, self.tie_group, self.rail_group, self.node_group,
         )  # fmt: skip
         return tuple(dict.fromkeys(group for group in every if group is not None))
 
@@ -122,9 +122,9 @@ def axis_ranks(
 ) -> dict[str, list[list[int]]]:
     """The ranks of every group of every axis, by the names of `Mesh`'s groups.
 
-    dp (one pipeline rank), ep (neighbours), edp (same experts); with more than one pipeline rank world, pp and, where
-    asked, dense and expert (both pipeline ranks of a stage, `mirrored`) and tie (first and last, `tied`). With
-    `ranks_per_node` each ep group also has its nodes (neighbours) and rails (one local index across its nodes).
+    dp (one pipeline rank), ep (neighbours), edp (same experts); with more than one pipeline rank world, pp, up, down
+    and, where asked, dense and expert (both pipeline ranks of a stage, `mirrored`) and tie (first and last, `tied`).
+    With `ranks_per_node` each ep group also has its nodes (neighbours) and rails (one local index across its nodes).
     """
     stages = [list(range(stage * dp, (stage + 1) * dp)) for stage in range(pp)]
     experts = [stage[i : i + ep] for stage in stages for i in range(0, dp, ep)]
@@ -135,7 +135,7 @@ def axis_ranks(
         axes["node"] = [ranks[i : i + local] for ranks in experts for i in range(0, ep, local)]
     if pp > 1:
         axes["world"] = [list(range(pp * dp))]
-        axes["pp"] = [list(range(rank, pp * dp, dp)) for rank in range(dp)]
+        axes["pp"] = axes["up"] = axes["down"] = [list(range(rank, pp * dp, dp)) for rank in range(dp)]
     if mirrored:
         axes["dense"] = [stages[rank] + stages[pp - 1 - rank] for rank in range(pp // 2)]
         axes["expert"] = [ranks[i::ep] for ranks in axes["dense"] for i in range(ep)]
@@ -181,25 +181,9 @@ def build_mesh(
                 if rank in ranks:
                     mine[axis] = group
     same = {"world": "dp", "dense": "dp", "expert": "edp"}  # where no group of its own was made
-    axes = ("world", "dp", "ep", "edp", "dense", "expert", "pp", "tie", "rail", "node")
+    axes = ("world", "dp", "ep", "edp", "dense", "expert", "pp", "up", "down", "tie", "rail", "node")
     found = {f"{axis}_group": mine.get(axis, mine.get(same.get(axis, ""))) for axis in axes}
-    return Mesh(pp, dp, ep, rank, mirrored, **found, links=_make_links(pp, dp, rank, timeout))
-
-
-def _make_links(pp: int, dp: int, rank: int, timeout: timedelta) -> dict[tuple[int, int], ProcessGroup]:
-    """A communicator for each direction of this rank's links, made by the two ends alone, in order along the pipeline.
-
-    Every rank taking part in making every link would be thousands of meetings of all ranks.
-    """
-    stage, links = rank // dp, {}
-    for low in (stage - 1, stage):
-        if low >= 0 and low + 1 < pp:
-            ends = [low * dp + rank % dp, (low + 1) * dp + rank % dp]
-            for source, target in ((low, low + 1), (low + 1, low)):
-                links[source, target] = dist.new_group(
-                    ends, timeout=timeout, group_desc=f"link {source} to {target}", use_local_synchronization=True
-                )
-    return links
+    return Mesh(pp, dp, ep, rank, mirrored, **found)
 
 
 def warm_up(mesh: Mesh, device: torch.device) -> None:
@@ -207,5 +191,3 @@ def warm_up(mesh: Mesh, device: torch.device) -> None:
     for group in mesh.groups:
         all_reduce(torch.zeros(1, device=device), group)
         exchange(torch.zeros(group.size(), 1, device=device), group, "warm-up")
-    for _, link in sorted(mesh.links.items(), key=lambda item: (min(item[0]), item[0])):
-        all_reduce(torch.zeros(1, device=device), link)  # in order along the pipeline, as they were made

@@ -103,16 +103,16 @@ def stop() -> None:
 
 
 class Note:
-    """One collective of a group: a context around its start, and again around its wait."""
+    """One collective of a group, or message of a link: a context around its start, and again around its wait."""
 
-    def __init__(self, group: ProcessGroup, name: str) -> None:
-        self._group, self._name, self._number = group, name, 0
+    def __init__(self, where: str, ranks: list[int], name: str) -> None:
+        self._where, self._ranks, self._name, self._number = where, ranks, name, 0
         self.since = time.monotonic()
         self._done: torch.cuda.Event | None = None
         if _current:
-            groups, desc = _current[0].groups, group.group_desc
-            self._number = groups.get(desc, (0, ""))[0] + 1
-            groups[desc] = (self._number, name)
+            groups = _current[0].groups
+            self._number = groups.get(where, (0, ""))[0] + 1
+            groups[where] = (self._number, name)
 
     def __enter__(self) -> None:
         self.since = time.monotonic()
@@ -147,18 +147,21 @@ class Note:
         return HangError(sentence, secondary=lost)
 
     def _sentence(self, watch: _Watch, what_happened: str) -> str:
-        ranks = dist.get_process_group_ranks(self._group)
-        missing = missing_ranks(watch, self._group.group_desc, self._number, ranks)
+        missing = missing_ranks(watch, self._where, self._number, self._ranks)
         return f"{missing}: {self._what()} {what_happened}"
 
     def _what(self) -> str:
-        ranks = _listed(dist.get_process_group_ranks(self._group))
-        return f"{self._name}, number {self._number} of group {self._group.group_desc} (ranks {ranks})"
+        return f"{self._name}, number {self._number} of {self._where} (ranks {_listed(self._ranks)})"
 
 
 def collective(group: ProcessGroup, name: str) -> Note:
     """Note that this process joins the next collective of `group`."""
-    return Note(group, name)
+    return Note(f"group {group.group_desc}", dist.get_process_group_ranks(group), name)
+
+
+def message(group: ProcessGroup, source: int, target: int, name: str) -> Note:
+    """Note that this process has begun to send, or receive, the next message from rank `source` to rank `target`."""
+    return Note(f"link {source} to {target} of group {group.group_desc}", [source, target], name)
 
 
 def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> str:

@@ -28,7 +28,7 @@ from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel import watch
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.dispatchers import make_dispatcher
-from fp8moe.parallel.links import Links, make_links
+from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
 from fp8moe.parallel.schedule import FOLDED, build_schedule
 from fp8moe.train import checkpoint
@@ -103,6 +103,7 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     mesh = mesh_of(config)
     watch.start()
     warm_up(mesh, device)
+    Links(mesh, timeout).warm_up(device)
     yield mesh
     watch.stop()
     dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
@@ -195,7 +196,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         model=model,
         dispatcher=dispatcher,
         stages=stages,
-        links=make_links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
+        links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
         optimizer=AdamW(dict(model.named_parameters()), config.optimizer),
         guard=Guard(config.max_skipped_steps),
     )
@@ -226,6 +227,15 @@ def build_model(
     )
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
     return model
+
+
+def tied_embedding(run: Run) -> Tensor | None:
+    """The embedding's `main_grad`, on the two pipeline ranks that hold a copy each; None elsewhere."""
+    if run.mesh.tie_group is None:
+        return None
+    assert run.model.embedding is not None
+    main_grad: Tensor = run.model.embedding.weight.main_grad  # type: ignore[attr-defined]
+    return main_grad
 
 
 def state_tensors(run: Run) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from fp8moe.model.loss import LossCounts, count_predicted, loss_weights
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
 from fp8moe.train.batch import global_batch, pieces
-from fp8moe.train.build import Run
+from fp8moe.train.build import Run, tied_embedding
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
 from fp8moe.train.passes import train_passes
@@ -115,11 +115,7 @@ def forward_backward(run: Run, batches: list[Batch], counts: LossCounts, weight:
 
 def reduce(run: Run) -> float:
     """Sum gradients and loads over the ranks that share them, and give the norm of all gradients. Collective."""
-    main_grads, mesh = run.model.main_grads, run.mesh
-    tied = None
-    if mesh.tie_group is not None:
-        assert run.model.embedding is not None
-        tied = run.model.embedding.weight.main_grad  # type: ignore[attr-defined]
+    main_grads, mesh, tied = run.model.main_grads, run.mesh, tied_embedding(run)
     reduce_gradients(main_grads, mesh, tied)
     reduce_counts(run.model, mesh)
     return global_grad_norm(main_grads, mesh, copy=tied if mesh.pp_rank > 0 else None)

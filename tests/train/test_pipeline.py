@@ -1,0 +1,116 @@
+"""One step under every schedule and layout is the one-process step: routes, losses, norm, every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8moe.data.sampler import rank_slice
+from fp8moe.layers.router import Router, Routing
+from fp8moe.parallel.schedule import build_schedule
+from fp8moe.train.build import tied_embedding
+from fp8moe.train.step import forward_backward, next_batches, reduce
+from fp8moe.train.stopwatch import Stopwatch
+from tests.parallel.ranks import run_ranks
+from tests.train.runs import built, configured
+
+SEQUENCES, SEQ_LEN, LAYERS = 16, 16, 8
+SETTINGS = (
+    *(f"model.num_layers={LAYERS}", "model.num_dense_layers=4", "model.aux_loss_alpha=0.01", f"seq_len={SEQ_LEN}"),
+    *(f"batch.sequences={SEQUENCES}", "batch.micro_batch=1", "validation.samples=16", "seed=3", "run_dir=null"),
+)
+LAYOUTS = [
+    (schedule, pp, ep)
+    for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev")
+    for pp in (1, 2, 4)
+    for ep in (1, 2)
+    if not (schedule == "dualpipe" and pp == 1)
+]
+
+
+def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
+    """Forward, backward and reduction of this rank's part of one global batch; all that must not depend on layout."""
+    run = built(configured(settings, world_size=world_size))
+    parallel, mesh = run.config.parallel, run.mesh
+    calls: dict[str, list[Tensor]] = {name: [] for name in run.routers()}
+    gaps: list[float] = []
+
+    def record(name: str) -> Any:
+        def hook(router: Router, inputs: tuple[Tensor, ...], routing: Routing) -> None:
+            calls[name].append(routing.topk_ids_TK)
+            gaps.append(gap(router, inputs[0]))
+
+        return hook
+
+    for name, router in run.routers().items():
+        router.register_forward_hook(record(name))
+    batches, counts = next_batches(run)
+    losses = forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
+    norm = reduce(run)
+    schedule = build_schedule(parallel.schedule, parallel.pp, len(batches))
+    mine = rank_slice(list(range(SEQUENCES)), mesh.dp_rank, mesh.dp)
+    seen: dict[str, list[int]] = {}
+    for direction, stage in schedule.held_by(mesh.pp_rank):
+        travelling = [mine[i] for i in range(len(batches)) if schedule.direction_of(i) == direction]
+        for layer in run.stages[stage].layers:
+            seen[f"blocks.{layer}.moe.router"] = travelling
+        if run.stages[stage].mtp:
+            seen["mtp.block.moe.router"] = travelling
+    choices = {
+        (name, sequence): ids for name, made in calls.items() for sequence, ids in zip(seen[name], made, strict=True)
+    }
+    loads = {name: router.counts_E.clone() for name, router in run.routers().items()}
+    grads = {name: p.main_grad.clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
+    return {"losses": losses, "norm": norm, "choices": choices, "gap": min(gaps, default=1.0), "loads": loads,
+            "grads": grads, "ep_rank": mesh.ep_rank, "tied": tied_embedding(run) is not None}  # fmt: skip
+
+
+def gap(router: Router, x_TD: Tensor) -> float:
+    """The smallest distance between a chosen and a passed-over score: what rounding must bridge to flip a choice."""
+    scores = torch.nn.functional.linear(x_TD.float(), router.weight.float()).sigmoid() + router.bias_E
+    ordered = scores.sort(-1, descending=True).values
+    k = router.config.topk
+    return float((ordered[:, k - 1] - ordered[:, k]).detach().min())
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: list[str]) -> dict[str, Any]:
+    answer = one_step([*corpus, *SETTINGS, "precision=fp32"], 1)
+    assert answer["gap"] > 1e-5, f"two experts nearly tie ({answer['gap']:.1e}): choose another seed"
+    return answer
+
+
+@pytest.mark.parametrize("schedule, pp, ep", LAYOUTS)
+def test_fp32_step_is_the_one_process_step(
+    corpus: list[str], alone: dict[str, Any], schedule: str, pp: int, ep: int
+) -> None:
+    world = pp * ep
+    settings = [*corpus, *SETTINGS, "precision=fp32", f"parallel.pp={pp}", f"parallel.ep={ep}",
+                f"parallel.schedule={schedule}"]  # fmt: skip
+    answers = [one_step(settings, 1)] if world == 1 else run_ranks(one_step, world, settings, world)
+    check(answers, alone, mtp_tied=schedule in ("1f1b", "zb1p") and pp > 1)
+
+
+def check(answers: list[dict[str, Any]], alone: dict[str, Any], *, mtp_tied: bool) -> None:
+    choices = {key: ids for answer in answers for key, ids in answer["choices"].items()}
+    assert choices.keys() == alone["choices"].keys()
+    assert [key for key in choices if not torch.equal(choices[key], alone["choices"][key])] == []
+    for answer in answers:
+        for name in ("main", "mtp", "balance"):
+            assert getattr(answer["losses"], name) == pytest.approx(getattr(alone["losses"], name), rel=1e-6)
+        assert answer["norm"] == pytest.approx(alone["norm"], rel=1e-6)
+        assert all(torch.equal(load, alone["loads"][name]) for name, load in answer["loads"].items())
+    found: set[str] = set()
+    for answer in answers:
+        for name, grad in answer["grads"].items():
+            expected = alone["grads"][name]
+            if "experts" in name:
+                expected = expected[answer["ep_rank"] * len(grad) :][: len(grad)]
+            distance = (grad - expected).norm() / expected.norm()
+            assert distance <= 1e-5, f"{name}: {distance:.2e}"
+            found.add(name)
+    assert found == alone["grads"].keys()
+    assert any(answer["tied"] for answer in answers) == mtp_tied
