@@ -50,7 +50,7 @@ class Layer:
     def overlapped(self, kind: str, compute: Callable[[int], None]) -> None:
         """Dispatch and combine, with `compute(0)` and `compute(1)` between their starts and waits."""
         dispatcher = self.dispatchers[kind]
-        message = dispatcher.dispatch(self.rows, self.ids, self.weights)
+        message = dispatcher.dispatch(self.rows, dispatcher.announce(self.ids), self.weights)
         compute(0)
         arrived = message.wait()
         y_RD = arrived.weights_R.new_ones(1, dtype=torch.bfloat16).expand(len(arrived.weights_R), self.setting.hidden)
@@ -69,7 +69,7 @@ class Layer:
             seconds[name] = time.perf_counter() - begin
             return value
 
-        arrived = timed("dispatch", lambda: d.dispatch(self.rows, self.ids, self.weights))
+        arrived = timed("dispatch", lambda: d.dispatch(self.rows, d.announce(self.ids), self.weights))
         y_RD = torch.ones(len(arrived.weights_R), self.setting.hidden, dtype=torch.bfloat16)
         timed("combine", lambda: d.combine(y_RD, arrived.layout))
         timed("combine backward", lambda: d.combine_backward(self.rows, arrived.layout))

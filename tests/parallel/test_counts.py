@@ -28,7 +28,7 @@ def skewed(kind: str, limit: float) -> tuple[str, list[int]]:
     plan_rows = expert_parallel.plan_rows
     expert_parallel.plan_rows = lambda *a, **k: (asked.append(k["room"]), plan_rows(*a, **k))[1]  # type: ignore
     try:
-        arrived = dispatcher.dispatch(ROWS, ALL_TO_ONE, WEIGHTS).wait()
+        arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ALL_TO_ONE), WEIGHTS).wait()
     except ImbalanceError as error:
         return str(error), asked
     y = dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
@@ -64,7 +64,7 @@ def fixed(kind: str, factor: float) -> list[str]:
     dispatcher = make_dispatcher(kind, mesh, E, max_tokens=T, capacity_factor=factor)
     told = []
     for ids in (EVEN, ALL_TO_ONE, EVEN):
-        arrived = dispatcher.dispatch(ROWS, ids, WEIGHTS).wait()
+        arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ids), WEIGHTS).wait()
         y = dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
         try:
             dispatcher.verify()
@@ -89,7 +89,7 @@ def test_more_tokens_than_messages_were_sized_for() -> None:
         mesh = build_mesh(1, 2, 2, timeout=TIMEOUT)
         dispatcher = make_dispatcher("all_to_all", mesh, E, max_tokens=T - 1, capacity_factor=2.0)
         with pytest.raises(ValueError) as caught:
-            dispatcher.dispatch(ROWS, EVEN, WEIGHTS)
+            dispatcher.dispatch(ROWS, dispatcher.announce(EVEN), WEIGHTS)
         return str(caught.value)
 
     assert run_ranks(too_many, 2) == ["32 tokens exceed the 31 that messages were sized for: use fewer"] * 2

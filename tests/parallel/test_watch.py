@@ -45,12 +45,12 @@ def one_stays_away(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
     warm_up(mesh, torch.device("cpu"))
     dispatcher = make_dispatcher(kind, mesh, 8, max_tokens=4)
     rows, ids, weights = torch.ones(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
-    arrived = dispatcher.dispatch(rows, ids, weights).wait()
+    arrived = dispatcher.dispatch(rows, dispatcher.announce(ids), weights).wait()
     dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
     if mesh.rank == LOST:
         leave()
     start = time.monotonic()
-    first, second = dispatcher.dispatch(rows, ids, weights), dispatcher.dispatch(rows, ids, weights)
+    first, second = (dispatcher.dispatch(rows, dispatcher.announce(ids), weights) for _ in range(2))
     with pytest.raises(HangError) as caught:
         first.wait()
     with pytest.raises(HangError):  # at once: nothing is sent behind a message that failed
