@@ -85,12 +85,19 @@ def message_seconds(layer: Layer, kind: str, repeats: int = 5) -> list[float]:
 
 
 def busy(lengths: list[float]) -> Callable[[int], None]:
-    """Matrix products on this CPU that last about `lengths[i]` seconds when nothing else runs."""
+    """Matrix products on this CPU that last about `lengths[i]` seconds when nothing else runs.
+
+    One product's time is the median of blocks, all ranks at once, as they will run: the first calls are slow, and a
+    single stretch would take one interruption for the price of all.
+    """
     a, b = torch.randn(2, 256, 256)
-    start, n = time.perf_counter(), 200
-    for _ in range(n):
-        torch.mm(a, b)
-    one = (time.perf_counter() - start) / n
+    blocks = []
+    for _ in range(16):
+        start = time.perf_counter()
+        for _ in range(32):
+            torch.mm(a, b)
+        blocks.append((time.perf_counter() - start) / 32)
+    one = statistics.median(blocks[1:])
 
     def compute(i: int) -> None:
         for _ in range(max(1, round(lengths[i] / one))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -82,6 +83,29 @@ def test_the_rank_that_stays_away_is_named(kind: str, leave: Callable[[], None],
     # A killed rank's own end says more than who missed it; one that hangs says nothing itself.
     seconded = [a["secondary"] for rank, a in enumerate(answers) if rank != LOST]
     assert all(seconded) if leave is die else not all(seconded)
+
+
+def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
+    sleeper = ["sleep", "60"]
+    stopped, alive, elsewhere, reused = (subprocess.Popen(sleeper) for _ in range(4))
+    try:
+        host = watch._this_process()["host"]
+        for process in (stopped, elsewhere, reused):
+            process.send_signal(signal.SIGSTOP)
+        silent = [{"host": host, "pid": p.pid, "started": watch._state(p.pid)[1]} for p in (stopped, alive)]
+        silent.append({"host": "another", "pid": elsewhere.pid, "started": watch._state(elsewhere.pid)[1]})
+        silent.append({"host": host, "pid": reused.pid, "started": "1"})
+        silent.append({"host": host, "pid": 2**22 + 1, "started": "1"})  # no such process
+        watch._current.append(watch._Watch(None, 0, None, silent=silent))  # type: ignore[arg-type]
+        time.sleep(0.1)
+        watch.end_frozen()
+        assert stopped.wait(5) == -signal.SIGKILL
+        assert [p.poll() for p in (alive, elsewhere, reused)] == [None] * 3
+    finally:
+        watch._current.clear()
+        for process in (stopped, alive, elsewhere, reused):
+            process.kill()
+            process.wait()
 
 
 def slow() -> list[str]:
