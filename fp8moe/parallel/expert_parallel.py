@@ -107,7 +107,7 @@ class AllToAllDispatcher:
             return Announced(topk_ids_TK, fixed(self.chunks, topk, self.places, self.capacity))
         pieces = topk_ids_TK.split(self._chunk_tokens(len(topk_ids_TK)))
         counts = communication_stream(topk_ids_TK.device).start(
-            lambda: exact(pieces, self.places, self.max_imbalance), lambda sizes: sizes
+            lambda: exact(pieces, self.places, self.max_imbalance), lambda sizes: sizes, "counts"
         )
         return Announced(topk_ids_TK, counts)
 
@@ -127,21 +127,21 @@ class AllToAllDispatcher:
             return Dispatched(rows_RD, weights_R, row_map.group_offsets, Layout(arrived.way, row_map))
 
         return communication_stream(topk_ids_TK.device).start(
-            lambda: self._send(pack(rows_TD), announced, topk_weights_TK), finish
+            lambda: self._send(pack(rows_TD), announced, topk_weights_TK), finish, "dispatch"
         )
 
     def combine(self, y_RD: Tensor, layout: Layout) -> Handle[Tensor]:
         """See `Dispatcher`."""
         partial_ND = unpermute(y_RD, layout.row_map)
         return communication_stream(y_RD.device).start(
-            lambda: layout.way.back([partial_ND], "combine"), lambda sums: sums[0]
+            lambda: layout.way.back([partial_ND], "combine"), lambda sums: sums[0], "combine"
         )
 
     def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: Layout) -> Handle[tuple[Tensor, Tensor]]:
         """See `Dispatcher`; the weights' gradients travel with the rows'."""
         parts = [unpermute(dx_RD, layout.row_map), return_weights(dweights_R, layout.row_map)]
         return communication_stream(dx_RD.device).start(
-            lambda: layout.way.back(parts, "dispatch backward"), lambda sums: (sums[0], sums[1])
+            lambda: layout.way.back(parts, "dispatch backward"), lambda sums: (sums[0], sums[1]), "dispatch backward"
         )
 
     def combine_backward(self, dy_TD: Rows, layout: Layout) -> Handle[Rows]:
@@ -149,6 +149,7 @@ class AllToAllDispatcher:
         return communication_stream(dy_TD.device).start(
             lambda: layout.way.forth(pack(dy_TD), "combine backward"),
             lambda rows: permute(unpack(rows, dy_TD), layout.row_map),
+            "combine backward",
         )
 
     def verify(self) -> None:

@@ -26,12 +26,12 @@ from fp8moe.parallel.trace import span
 class Arrival:
     """A tensor on its way here; `wait` gives it, once."""
 
-    def __init__(self, buffer: Tensor, work: Any, note: watch.Note, timeout: timedelta) -> None:
-        self._buffer, self._work, self._note, self._timeout = buffer, work, note, timeout
+    def __init__(self, buffer: Tensor, work: Any, note: watch.Note, timeout: timedelta, name: str) -> None:
+        self._buffer, self._work, self._note, self._timeout, self._name = buffer, work, note, timeout, name
 
     def wait(self) -> Tensor:
         """On a GPU the current stream waits, not the host."""
-        with span("wait"), waiting(), self._note:
+        with span(f"wait {self._name}"), waiting(), self._note:
             self._work.wait(self._timeout)
         buffer = self._buffer
         del self._buffer, self._work
@@ -60,12 +60,12 @@ class Links:
         note = watch.message(group, self._global(source), self._mesh.rank, name)
         with note:
             work = dist.irecv(buffer, self._global(source), group=group)
-        return Arrival(buffer, work, note, self.timeout)
+        return Arrival(buffer, work, note, self.timeout, name)
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""
         for _, work, note in self._leaving:
-            with span("wait"), waiting(), note:
+            with span("wait until all has left"), waiting(), note:
                 work.wait(self.timeout)
         self._leaving = []
 

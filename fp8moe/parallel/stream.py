@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.parallel.collectives import waiting
+from fp8moe.parallel.trace import span
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -32,7 +33,8 @@ Result = TypeVar("Result")
 class Pending(Generic[Value, Result]):
     """A message under way; `finish` turns what arrived into the result, on the thread and stream that waits."""
 
-    def __init__(self, message: Callable[[], Value], finish: Callable[[Value], Result]) -> None:
+    def __init__(self, message: Callable[[], Value], finish: Callable[[Value], Result], name: str) -> None:
+        self.name = name
         self.future: Future[tuple[Value, Any]] = Future()
         self._message: Callable[[], Value] | None = message  # owns the buffers
         self._finish: Callable[[Value], Result] | None = finish
@@ -50,7 +52,7 @@ class Pending(Generic[Value, Result]):
     def wait(self) -> Result:
         """The result, as often as it is asked for; raises what the message raised."""
         if self._finish is not None:
-            with waiting():
+            with span(f"wait {self.name}"), waiting():
                 value, done = self.future.result()
             if done is not None:
                 stream = torch.cuda.current_stream()
@@ -73,9 +75,11 @@ class Stream:
         self._error: BaseException | None = None
         threading.Thread(target=self._work, name="communication", daemon=True).start()
 
-    def start(self, message: Callable[[], Value], finish: Callable[[Value], Result]) -> Pending[Value, Result]:
-        """Queue `message`; on a GPU it begins behind the work enqueued so far on the caller's stream."""
-        pending = Pending(message, finish)
+    def start(
+        self, message: Callable[[], Value], finish: Callable[[Value], Result], name: str = "message"
+    ) -> Pending[Value, Result]:
+        """Queue `message`, called `name`; on a GPU it begins behind what the caller's stream has been given so far."""
+        pending = Pending(message, finish, name)
         ready = torch.cuda.current_stream(self._device).record_event() if self._cuda is not None else None
         self._queue.put((pending, ready))
         return pending
@@ -91,7 +95,8 @@ class Stream:
                 raise self._error
             if self._cuda is not None:
                 self._cuda.wait_event(ready)
-            value = pending.call()
+            with span(f"message {pending.name}"):
+                value = pending.call()
             pending.future.set_result((value, None if self._cuda is None else self._cuda.record_event()))
         except BaseException as error:
             self._error = error

@@ -2,7 +2,8 @@
 
 Phases, actions, messages and waits say their names here and nothing else; when nobody listens a span costs a function
 call. A span is named by what runs: "F attn", "B mlp", "W mlp" (a phase), "F2.7" (an action on stage 2, micro-batch 7),
-"message dispatch", "wait". Listeners belong to the process; spans come from its compute and its communication thread.
+"message dispatch" (on the communication thread), "wait dispatch", "wait RECV_F2.7<-rank 1" (whoever needs a message).
+Listeners belong to the process; spans come from its compute and its communication thread.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class TrainConfig:
 
     resume: "none", "auto" (the newest complete checkpoint of run_dir, if any) or a checkpoint's or run's path.
     max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
+    profile: record the third step of this attempt (the last of fewer) as run_dir/trace.json, with figures in the end.
     """
 
     model: ModelConfig
@@ -114,6 +115,7 @@ class TrainConfig:
     resume: str = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = 3
+    profile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len"):

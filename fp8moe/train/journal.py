@@ -19,9 +19,11 @@ from torch import Tensor
 from fp8moe.kernels import backend
 from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
+from fp8moe.train import step_trace
 from fp8moe.train.build import Run
 from fp8moe.train.metrics import MetricsWriter, StepReport
 from fp8moe.train.progress import ProgressDisplay
+from fp8moe.train.step_trace import StepFigures
 from fp8moe.train.summary import Summary, balance, count_of, table, write_summary
 from fp8moe.train.validation import ValidationReport
 
@@ -95,7 +97,7 @@ class Journal:
         if report.fp8_saturated_share is not None:
             self._fp8 = (report.fp8_saturated_share, report.fp8_underflow_share)
 
-    def finish(self) -> Summary:
+    def finish(self, trace: StepFigures | None) -> Summary:
         """Write and show the summary of a run that has done all its steps."""
         run, validation = self._run, self._validation
         assert validation is not None, "the last step is always validated"
@@ -119,12 +121,15 @@ class Journal:
             world_size=run.mesh.world_size,
             precision=run.config.precision.mode.value,
             run_dir=str(run.run_dir),
+            trace=trace,
         )
         if self._writer is not None:
             write_summary(summary, run.run_dir / "summary.json")
             self._writer.close(dataclasses.asdict(summary))
             self._writer = None
         self._display.close()
+        if trace is not None:
+            self._say("\n" + step_trace.table(trace))
         self._say("\n" + table(summary))
         return summary
 

@@ -17,6 +17,7 @@ from fp8moe.train.journal import Journal, log_file
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.passes import forward_passes
 from fp8moe.train.step import train_step
+from fp8moe.train.step_trace import StepTrace
 from fp8moe.train.summary import Summary
 from fp8moe.train.validation import ValidationReport, validate
 
@@ -42,16 +43,17 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
 
 def run_to_end(run: Run, started: float) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
-    journal = Journal(run, started)
+    journal, trace = Journal(run, started), StepTrace(run)
     try:
         while run.step < run.config.steps:
-            report = train_step(run, count_fp8=_counts_fp8(run))
+            with trace.around(run):
+                report = train_step(run, count_fp8=_counts_fp8(run))
             if len(journal) == 0:
                 end_startup(run)
             validation = _validate(run)
             report, saved = _save(run, report)
             journal.note(report, validation, saved)
-        return journal.finish()
+        return journal.finish(trace.figures)
     finally:
         journal.close()
 

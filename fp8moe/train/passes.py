@@ -17,6 +17,7 @@ from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.stage import StageRuns
 from fp8moe.parallel.action import Schedule
 from fp8moe.parallel.pipeline import Pipeline
+from fp8moe.parallel.recorder import marking
 from fp8moe.parallel.schedule import build_schedule, forwards
 from fp8moe.parallel.trace import listening
 from fp8moe.train.batch import to_device
@@ -30,7 +31,7 @@ def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, watch
     -> FP64 [3], this rank's share of the main, MTP and balance losses' sums. Collective over pipeline and experts.
     """
     parallel = run.config.parallel
-    with listening(PhaseLaps(watch)):
+    with listening(PhaseLaps(watch)), marking(run.device):
         return _run(run, _training(parallel.schedule, parallel.pp, len(batches)), batches, weights)
 
 

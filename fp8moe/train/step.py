@@ -26,6 +26,7 @@ from fp8moe.model.flops import mfu
 from fp8moe.model.loss import LossCounts, count_predicted, loss_weights
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
+from fp8moe.parallel.trace import span
 from fp8moe.train.batch import global_batch, pieces
 from fp8moe.train.build import Run, tied_embedding
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
@@ -49,14 +50,16 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     started = time.perf_counter()
     watch = Stopwatch(run.device)
     at = Progress(run.step, config.steps, run.sampler.consumed * config.seq_len)
-    batches, counts = next_batches(run)
+    with span("data"):
+        batches, counts = next_batches(run)
     watch.lap("data")
 
     run.model.main_grads.zero_()
     observing = count_fp8 and config.precision.mode is Precision.FP8
     with observe_casts() if observing else contextlib.nullcontext() as casts:
         losses = forward_backward(run, batches, counts, mtp_weight(schedule, config.model.mtp_weight, at), watch)
-    grad_norm = reduce(run)
+    with span("reduce"):
+        grad_norm = reduce(run)
 
     lr = learning_rate(schedule, at)
     run.dispatcher.verify()
@@ -64,8 +67,9 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     violation = worst_violation(run)
     if accepted:
         note_loads(run)
-        run.optimizer.step(lr, grad_norm)
-        quantize_weights(run.model)
+        with span("optimizer"):
+            run.optimizer.step(lr, grad_norm)
+            quantize_weights(run.model)
     update_bias(run.model, bias_gamma(schedule, config.model.bias_gamma, at) if accepted else 0.0)
     watch.lap("optimizer")
     run.step += 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from fp8moe.layers.balance import max_violation
 from fp8moe.train.metrics import finite
 from fp8moe.train.progress import duration
+from fp8moe.train.step_trace import StepFigures
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Summary:
 
     tokens_per_second: over the training steps of this process's attempt, validation and checkpoints left out;
     wall_seconds: of the attempt, start-up included. expert_token_shares: by layer, each expert's share of its tokens.
+    trace: figures of the step that profile=true recorded.
     """
 
     loss: float
@@ -43,6 +45,7 @@ class Summary:
     world_size: int
     precision: str
     run_dir: str
+    trace: StepFigures | None
 
 
 def balance(loads: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:

@@ -1,0 +1,159 @@
+"""profile=true: one step of the run, recorded on every rank, as one trace and a few figures.
+
+The third step of an attempt is recorded, or its last if there are fewer: the first compiles, allocates and opens
+connections. On a CPU spans are all there is to see, and torch.profiler, which slows every operator down, stays off; on
+a GPU it gives the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fp8moe.parallel.collectives import gather
+from fp8moe.parallel.figures import RankFigures, measured_costs, num_microbatches, rank_figures, window_of
+from fp8moe.parallel.kineto import device_figures, kernels
+from fp8moe.parallel.recorder import Recorder, clock_offset
+from fp8moe.parallel.schedule import build_schedule
+from fp8moe.parallel.simulate import simulate
+from fp8moe.parallel.trace import listening
+from fp8moe.train.build import Run
+from fp8moe.train.chrome_trace import RankTrace, chrome_trace
+
+STEP = 3
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Of one step; seconds. See `parallel.figures` for what each is.
+
+    hidden: share of all ranks' expert communication together, and of the rank that hides least; None without any.
+    bubble: a rank's on average, the largest, and the simulator's average for the costs measured in this step (None on a
+    GPU, where the host's times are none of the device's). phases: of a rank on average, and the largest.
+    """
+
+    step: int
+    seconds: float
+    hidden: float | None
+    hidden_worst: float | None
+    bubble: float
+    bubble_worst: float
+    bubble_simulated: float | None
+    phases: dict[str, float]
+    phases_worst: dict[str, float]
+
+
+class StepTrace:
+    """Records the step that is to be traced, if any, and keeps its figures."""
+
+    def __init__(self, run: Run) -> None:
+        self._step = min(run.step + STEP, run.config.steps) if run.config.profile else None
+        self.figures: StepFigures | None = None
+
+    @contextmanager
+    def around(self, run: Run) -> Iterator[None]:
+        """Around each step; around the traced one it records, and rank 0 writes trace.json. Collective then."""
+        if run.step + 1 != self._step:
+            yield
+            return
+        run.barrier()
+        recorder = Recorder()
+        with listening(recorder), _profiler(run.device) as profiler:
+            yield
+        offset = clock_offset(run.mesh.world_group)
+        work = [] if profiler is None else kernels(_exported(profiler), recorder.spans)
+        mine = RankTrace(
+            name_of(run),
+            [replace(span, start=span.start + offset, end=span.end + offset) for span in recorder.spans],
+            [replace(k, start=k.start + offset, end=k.end + offset, launched=k.launched + offset) for k in work],
+        )
+        ranks = gather(mine, run.mesh.world_group)
+        self.figures = step_figures(run, ranks)
+        if run.is_first:
+            (run.run_dir / "trace.json").write_text(json.dumps(chrome_trace(ranks)) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _profiler(device: torch.device) -> Iterator[Any]:
+    """torch.profiler around the block where there is a GPU."""
+    if device.type != "cuda":
+        yield None
+        return
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        yield profiler
+        torch.cuda.synchronize()
+
+
+def _exported(profiler: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        exported: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return exported
+
+
+def name_of(run: Run) -> str:
+    """A rank in words: its place on the mesh and its stages."""
+    mesh, parallel = run.mesh, run.config.parallel
+    schedule = build_schedule(parallel.schedule, parallel.pp, run.config.num_microbatches)
+    stages = sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})
+    words = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
+    return f"rank {mesh.rank} (pp {mesh.pp_rank}, dp {mesh.dp_rank}, ep {mesh.ep_rank}; {words})"
+
+
+def step_figures(run: Run, ranks: Sequence[RankTrace]) -> StepFigures:
+    """The figures of the step that was just done, from all ranks' records."""
+    parallel = run.config.parallel
+    recorded = [rank.spans for rank in ranks]
+    if any(rank.kernels for rank in ranks):
+        each, simulated = [device_figures(rank.kernels, rank.spans) for rank in ranks], None
+    else:
+        window = window_of(recorded)
+        each = [rank_figures(spans, window) for spans in recorded]
+        schedule = build_schedule(parallel.schedule, parallel.pp, num_microbatches(recorded))
+        simulated = statistics.fmean(simulate(schedule, measured_costs(recorded, schedule.num_stages)).bubble)
+    return summed_up(run.step, each, simulated)
+
+
+def summed_up(step: int, each: Sequence[RankFigures], simulated: float | None) -> StepFigures:
+    """One job's figures from each rank's."""
+    communication = sum(figures.communication for figures in each)
+    exposed = sum(figures.exposed for figures in each)
+    names = dict.fromkeys(name for figures in each for name in figures.phases)
+    phases = {name: [figures.phases.get(name, 0.0) for figures in each] for name in names}
+    return StepFigures(
+        step=step,
+        seconds=max(figures.window for figures in each),
+        hidden=max(0.0, 1 - exposed / communication) if communication else None,
+        hidden_worst=min((f.hidden for f in each if f.hidden is not None), default=None),
+        bubble=statistics.fmean(figures.bubble for figures in each),
+        bubble_worst=max(figures.bubble for figures in each),
+        bubble_simulated=simulated,
+        phases={name: statistics.fmean(seconds) for name, seconds in sorted(phases.items())},
+        phases_worst={name: max(seconds) for name, seconds in sorted(phases.items())},
+    )
+
+
+def table(figures: StepFigures) -> str:
+    """The figures as the lines that end a run."""
+    f = figures
+    rows = [(f"trace of step {f.step}", "a rank, on average", "the worst")]
+    if f.hidden is not None and f.hidden_worst is not None:
+        rows.append(("communication hidden", f"{f.hidden:.1%}", f"{f.hidden_worst:.1%}"))
+    simulated = "" if f.bubble_simulated is None else f" (simulated {f.bubble_simulated * 1e3:.1f} ms)"
+    rows.append(("forwards and backwards", f"{f.seconds * 1e3:.1f} ms", ""))
+    rows.append(("bubble", f"{f.bubble * 1e3:.1f} ms{simulated}", f"{f.bubble_worst * 1e3:.1f} ms"))
+    for name, seconds in f.phases.items():
+        rows.append((name, f"{seconds * 1e3:.1f} ms", f"{f.phases_worst[name] * 1e3:.1f} ms"))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows)

@@ -1,0 +1,80 @@
+"""profile=true on two real processes: the trace of every rank, and the figures that the run ends with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8moe.cli.compose import as_yaml
+from fp8moe.parallel.figures import RankFigures
+from fp8moe.parallel.schedule import build_schedule
+from fp8moe.train.loop import run_to_end
+from fp8moe.train.step_trace import StepFigures, summed_up, table
+from tests.parallel.ranks import run_ranks
+from tests.train.runs import built, configured
+
+SETTINGS = ("parallel.schedule=dualpipev", "parallel.ep=2", "batch.micro_batch=1", "precision=fp8", "profile=true",
+            "checkpoint.at_end=false")  # fmt: skip
+
+
+def trained(corpus: list[str], run_dir: str, *settings: str) -> StepFigures | None:
+    config = configured(corpus, *SETTINGS, *settings, f"run_dir={run_dir}", world_size=2)
+    assert "profile: true" in as_yaml(config)
+    return run_to_end(built(config), 0.0).trace
+
+
+def test_a_traced_step(corpus: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first, second = run_ranks(trained, 2, corpus, str(run_dir), "steps=2")
+    assert first == second and first.step == 2  # the last of fewer than three
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert 0 <= summary["trace"]["hidden_worst"] <= summary["trace"]["hidden"] <= 1
+    assert summary["trace"]["bubble"] >= 0 and summary["trace"]["bubble_simulated"] == pytest.approx(0.0, abs=1e-9)
+    assert {"F attn", "F mlp", "B mlp", "W attn", "F embed", "B loss"} <= summary["trace"]["phases"].keys()
+
+    events = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
+    processes = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert processes == [f"rank {r} (pp 0, dp {r}, ep {r}; stages 0, 1)" for r in range(2)]
+    actions = build_schedule("dualpipev", 1, 4).actions[0]
+    for pid in range(2):
+        slices = [e for e in events if e["ph"] == "X" and e["pid"] == pid]
+        by_kind: dict[str, list[dict[str, Any]]] = {}
+        for one in slices:
+            by_kind.setdefault(one["cat"], []).append(one)
+        assert Counter(e["name"] for e in by_kind["action"]) == Counter(map(str, actions))
+        for phase in by_kind["phase"]:
+            assert re.fullmatch(r"[FBW] (attn|dispatch|mlp|combine|embed|join|loss)", phase["name"])
+            assert phase["tid"] == 0 and sum(holds(action, phase) for action in by_kind["action"]) == 1
+        messages = Counter(e["name"] for e in by_kind["message"])
+        assert len(set(messages.values())) == 1 and set(messages) == {
+            f"message {name}" for name in ("counts", "dispatch", "combine", "dispatch backward", "combine backward")
+        }
+        assert {e["tid"] for e in by_kind["message"]} == {1}
+        assert {"data", "reduce", "optimizer"} == {e["name"] for e in by_kind["rest"]}
+        assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in slices)
+
+
+def holds(outer: dict[str, Any], inner: dict[str, Any]) -> bool:
+    slack = 1e-3  # microseconds
+    return outer["ts"] <= inner["ts"] + slack and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + slack
+
+
+def test_the_job_is_the_sum_of_its_ranks() -> None:
+    one = RankFigures(10.0, 6.0, 4.0, 1.0, 3.0, {"F attn": 2.0})
+    other = RankFigures(10.0, 5.0, 1.0, 1.0, 4.0, {"F attn": 4.0, "W mlp": 2.0})
+    job = summed_up(7, [one, other], 2.5)
+    assert (job.hidden, job.hidden_worst) == (pytest.approx(1 - 2 / 5), 0.0)
+    assert (job.seconds, job.bubble, job.bubble_worst, job.bubble_simulated) == (10.0, 3.5, 4.0, 2.5)
+    assert job.phases == {"F attn": 3.0, "W mlp": 1.0} and job.phases_worst == {"F attn": 4.0, "W mlp": 2.0}
+    lines = table(job).splitlines()
+    assert lines[0].startswith("trace of step 7")
+    assert re.fullmatch(r"communication hidden +60.0% +0.0%", lines[1])
+    assert re.fullmatch(r"bubble +3500.0 ms \(simulated 2500.0 ms\) +4000.0 ms", lines[3])
+    alone = summed_up(1, [RankFigures(1.0, 1.0, 0.0, 0.0, 0.0, {})], None)
+    assert (alone.hidden, alone.hidden_worst) == (None, None)
+    assert "hidden" not in table(alone) and "simulated" not in table(alone)
