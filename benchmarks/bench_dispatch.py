@@ -3,10 +3,10 @@
     python -m benchmarks.bench_dispatch                     bytes for many sizes by formula; four processes on loopback
     benchmarks/two_nodes.sh 200mbit 2 -m benchmarks.bench_dispatch --part bytes      across a link: counted at the call
                                                                                      and at the interface
-    benchmarks/two_nodes.sh 200mbit 1 -m benchmarks.bench_dispatch --part overlap    what compute hides
+    benchmarks/two_nodes.sh 200mbit 1 -m benchmarks.bench_dispatch --part overlap    what compute hides (see there)
 
-Hidden communication = (waited at once - overlapped) / time that waiting at once waits, where "overlapped" runs compute
-as long as each message between its start and its wait. The fan-out of rows to experts is compute in both.
+GB/s of a hop: payload that one rank sends over it in a verb, over the verb's time; casts, plans and sums are inside.
+With `--json FILE` a plot lies beside it where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.dispatch_layer import KINDS, TIMEOUT, Layer, ranks_of
+from benchmarks.dispatch_layer import KINDS, TIMEOUT, VERBS, Layer, Took, ranks_of
+from benchmarks.dispatch_overlap import measure_overlap
+from benchmarks.dispatch_plot import SIMULATED, plot_beside
 from benchmarks.dispatch_traffic import Setting, expected, forward_row, routing
-from benchmarks.harness import Report, make_parser, parse_arguments
-from fp8moe.parallel.collectives import all_reduce, exposed_seconds
+from benchmarks.harness import Report, make_parser, paired_ratio, parse_arguments
+from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
 
 
@@ -39,7 +40,7 @@ def interface_bytes(mesh: Mesh, per_node: int) -> int:
 
 
 def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
-    """Cross-node bytes by formula, at the call and at the interface, and the time of a forward."""
+    """Cross-node bytes by formula, at the call and at the interface, the time of a forward and of each verb."""
     mesh = ranks_of(setting)
     layer = Layer(setting, mesh)
     crossed: dict[str, tuple[int, float]] = {}
@@ -67,106 +68,54 @@ def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
         report.add(f"{kind}: interface over payload", setting.shape, "bytes", link / told.across, "x")
         report.add(f"{kind}: dispatch + combine", setting.shape, "time", seconds * 1e3, "ms")
         report.add(f"{kind}: link", setting.shape, "bandwidth", link / setting.nodes / seconds / 1e9, "GB/s")
+    report_verbs(report, setting, verb_trials(layer, repeats))
     if setting.hidden == 1024 and setting.topk == 8 and setting.experts == 64:
         assert crossed["two hops"][1] <= 0.22 * crossed["naive"][1]
 
 
-def message_seconds(layer: Layer, kind: str, repeats: int = 5) -> list[float]:
-    """How long each of the two messages of a forward is waited for, medians."""
-    layer.forward(kind)
-    waits: list[list[float]] = []
-    for _ in range(repeats):
-        dist.barrier()
-        first: list[float] = []
-        exposed_seconds()
-        layer.overlapped(kind, lambda i, seen=first: seen.append(exposed_seconds()))  # type: ignore[misc]
-        waits.append([first[1], exposed_seconds()])
-    return [statistics.median(wait[i] for wait in waits) for i in (0, 1)]
-
-
-def busy(lengths: list[float]) -> Callable[[int], None]:
-    """Matrix products on this CPU that last about `lengths[i]` seconds when nothing else runs."""
-    a, b = torch.randn(2, 256, 256)
-    start, n = time.perf_counter(), 200
-    for _ in range(n):
-        torch.mm(a, b)
-    one = (time.perf_counter() - start) / n
-
-    def compute(i: int) -> None:
-        for _ in range(max(1, round(lengths[i] / one))):
-            torch.mm(a, b)
-
-    return compute
-
-
-def measure_overlap(report: Report, setting: Setting, trials: int) -> None:
-    """Waited at once against overlapped with compute as long as the messages, in alternated trials.
-
-    Twice: compute on this CPU, and a host that sleeps as long, as one does whose GPU computes.
-    """
-    layer = Layer(setting, ranks_of(setting))
-    for kind in ["one hop"] if setting.per_node == 1 else list(KINDS):
-        lengths = message_seconds(layer, kind)
-        works = {"busy CPU": busy(lengths), "busy device": lambda i, lengths=lengths: time.sleep(lengths[i])}  # type: ignore[misc]
-        for name, compute in works.items():
-            seconds, exposed = overlap_trials(layer, kind, compute, trials)
-            for how in seconds:
-                report.add(f"{kind}, {name}: {how}", setting.shape, "time", statistics.median(seconds[how]) * 1e3, "ms")
-                waits = statistics.median(exposed[how]) * 1e3
-                report.add(f"{kind}, {name}: {how}, waits", setting.shape, "time", waits, "ms")
-            hidden = statistics.median(
-                (at_once - overlapped) / waited
-                for at_once, overlapped, waited in zip(*seconds.values(), exposed["waited at once"], strict=True)
-            )
-            report.add(f"{kind}, {name}: communication hidden", setting.shape, "share", hidden, "of 1")
-            longest = statistics.median(
-                max(e, s - e) for s, e in zip(*(x["waited at once"] for x in (seconds, exposed)), strict=True)
-            )
-            report.add(f"{kind}, {name}: the longer part alone", setting.shape, "time", longest * 1e3, "ms")
-    load = os.getloadavg()[0]
-    report.add("load of the machine meanwhile", setting.shape, "processes", load, f"on {os.cpu_count()} cores")
-
-
-def overlap_trials(
-    layer: Layer, kind: str, compute: Callable[[int], None], trials: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds in all and seconds waited, of each trial, both ways."""
-
-    def at_once() -> None:
-        layer.forward(kind)
-        compute(0)
-        compute(1)
-
-    runs = {"waited at once": at_once, "overlapped": lambda: layer.overlapped(kind, compute)}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    exposed: dict[str, list[float]] = {name: [] for name in runs}
-    for trial in range(trials):
-        for name in list(runs) if trial % 2 == 0 else reversed(list(runs)):
-            dist.barrier()
-            exposed_seconds()
-            start = time.perf_counter()
-            runs[name]()
-            exposed[name].append(exposed_seconds())
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, exposed
-
-
 def simulate(report: Report, quick: bool) -> None:
-    """Bytes a rank sends across nodes for sizes too large for this machine, from drawn routings."""
+    """Bytes a rank sends across nodes for sizes too large for this machine, from drawn routings; of the first ranks."""
+    sizes = [(128, 1024)] if quick else [(tokens, hidden) for hidden in (1024, 4096, 7168) for tokens in (128, 16384)]
     for ranks in (2, 8, 64) if quick else (2, 4, 8, 16, 32, 64):
-        for hidden in (1024, 7168):
-            per_node = min(8, ranks // 2)
-            setting = Setting(128 if quick else 512, hidden, ranks, per_node, 256, 8, top_nodes=4)
-            ids = [routing(setting, rank) for rank in range(ranks)]
-            sent = {kind: expected(kind, setting, ids).across / ranks / 2**20 for kind in ("naive", *KINDS)}
-            report.add("naive, a rank", setting.shape, "bytes across, simulated", sent["naive"], "MiB")
+        for tokens, hidden in sizes:
+            setting = Setting(tokens, hidden, ranks, min(8, ranks // 2), 256, 8, top_nodes=4)
+            ids = [routing(setting, rank) for rank in range(min(ranks, 8))]
+            sent = {kind: expected(kind, setting, ids).across / len(ids) / 2**20 for kind in ("naive", *KINDS)}
+            report.add("naive, a rank", setting.shape, SIMULATED, sent["naive"], "MiB")
             for kind in KINDS:
-                report.add(f"{kind}, a rank", setting.shape, "bytes across, simulated", sent[kind], "MiB",
+                report.add(f"{kind}, a rank", setting.shape, SIMULATED, sent[kind], "MiB",
                            baseline="naive, a rank", ratio=sent[kind] / sent["naive"])  # fmt: skip
 
 
-def loopback(setting: Setting, repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each verb and of the naive all-to-all, from processes forked here."""
+Trials = dict[str, list[dict[str, Took]]]  # by kind: the verbs of each trial
+
+
+def verb_trials(layer: Layer, repeats: int) -> Trials:
+    """All verbs of all kinds, `repeats` times in turning order, after one that is not kept."""
+    trials: Trials = {kind: [] for kind in ("naive", *KINDS)}
+    for trial in range(repeats + 1):
+        for kind in list(trials) if trial % 2 else reversed(list(trials)):
+            trials[kind].append(layer.verbs(kind))
+    return {kind: took[1:] for kind, took in trials.items()}
+
+
+def report_verbs(report: Report, setting: Setting, trials: Trials) -> None:
+    """Time of each verb beside the naive one's, and what it moves over each hop while it lasts (rank 0's share)."""
+    for kind, all_took in trials.items():
+        for verb in VERBS:
+            seconds, naive = ([took[verb].seconds for took in trials[k]] for k in (kind, "naive"))
+            against = None if kind == "naive" else f"naive: {verb}"
+            ratio = paired_ratio(seconds, naive) if against else None
+            median = statistics.median(seconds)
+            report.add(f"{kind}: {verb}", setting.shape, "time", median * 1e3, "ms", baseline=against, ratio=ratio)
+            sent = all_took[0][verb].sent
+            for hop, num_bytes in (("across nodes", sent.across), ("inside the node", sent.inside)):
+                if num_bytes:
+                    report.add(f"{kind}: {verb}, {hop}", setting.shape, "bandwidth", num_bytes / median / 1e9, "GB/s")
+
+
+def loopback(setting: Setting, repeats: int) -> Trials:
+    """All verbs and the naive all-to-all's, on processes forked here."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
@@ -187,33 +136,28 @@ def _rank(setting: Setting, repeats: int, rank: int, folder: str, queue: Any) ->
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(os.path.join(folder, "store"), setting.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=setting.ranks, timeout=TIMEOUT)
-    layer = Layer(setting, ranks_of(setting))
-    trials: dict[str, list[dict[str, float]]] = {"naive": [], "one hop": [], "two hops": []}
-    for trial in range(repeats + 1):
-        for kind in list(trials) if trial % 2 else reversed(list(trials)):
-            if kind == "naive":
-                dist.barrier()
-                start = time.perf_counter()
-                layer.forward(kind)
-                trials[kind].append({"dispatch and combine": time.perf_counter() - start})
-            else:
-                trials[kind].append(layer.verbs(kind))
+    trials = verb_trials(Layer(setting, ranks_of(setting)), repeats)
     if rank == 0:
-        queue.put({kind: {verb: statistics.median(t[verb] for t in times[1:]) for verb in times[0]}
-                   for kind, times in trials.items()})  # fmt: skip
+        queue.put(trials)
     dist.barrier()
     os._exit(0)
+
+
+def loopback_settings(quick: bool) -> list[Setting]:
+    """Tokens a rank and hidden on 2 nodes of 2 ranks; then the other sizes of a world."""
+    if quick:
+        return [Setting(128, 1024, 4, 2, 64, 8)]
+    sizes = [(t, 1024) for t in (128, 512, 2048, 4096, 16384)] + [(t, h) for h in (4096, 7168) for t in (128, 2048)]
+    worlds = [Setting(512, 1024, 2, 1, 64, 8), Setting(512, 1024, 8, 4, 64, 8)]
+    return [Setting(t, h, 4, 2, 64, 8) for t, h in sizes] + worlds
 
 
 def here(report: Report, arguments: argparse.Namespace) -> None:
     """What one machine can tell: simulated bytes, and times over loopback."""
     simulate(report, arguments.quick)
-    sizes = [(128, 1024)] if arguments.quick else [(128, 1024), (1024, 1024), (4096, 1024), (512, 7168)]
-    for tokens, hidden in sizes:
-        setting = Setting(tokens, hidden, 4, 2, 64, 8)
-        for kind, verbs in loopback(setting, min(arguments.repeats, 9)).items():
-            for verb, seconds in verbs.items():
-                report.add(f"{kind}: {verb}", setting.shape, "time", seconds * 1e3, "ms")
+    for setting in loopback_settings(arguments.quick):
+        long = setting.tokens * setting.hidden > 2**22
+        report_verbs(report, setting, loopback(setting, min(arguments.repeats, 3 if long else 9)))
 
 
 def main() -> None:
@@ -228,6 +172,7 @@ def main() -> None:
     if "RANK" not in os.environ:
         here(report, arguments)
         report.finish()
+        plot_beside(report)
         return
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,8 +18,17 @@ from fp8moe.parallel.collectives import all_reduce, sent_bytes
 from fp8moe.parallel.dispatchers import make_dispatcher
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
 
+VERBS = ("dispatch", "combine", "combine backward", "dispatch backward")
 KINDS = {"one hop": "all_to_all", "two hops": "node_limited"}
 TIMEOUT = timedelta(seconds=300)
+
+
+@dataclass(frozen=True)
+class Took:
+    """One verb on one rank: its time, waited for at once, and the payload that the rank sent."""
+
+    seconds: float
+    sent: Traffic
 
 
 class Layer:
@@ -50,7 +60,7 @@ class Layer:
     def overlapped(self, kind: str, compute: Callable[[int], None]) -> None:
         """Dispatch and combine, with `compute(0)` and `compute(1)` between their starts and waits."""
         dispatcher = self.dispatchers[kind]
-        message = dispatcher.dispatch(self.rows, self.ids, self.weights)
+        message = dispatcher.dispatch(self.rows, dispatcher.announce(self.ids), self.weights)
         compute(0)
         arrived = message.wait()
         y_RD = arrived.weights_R.new_ones(1, dtype=torch.bfloat16).expand(len(arrived.weights_R), self.setting.hidden)
@@ -58,26 +68,44 @@ class Layer:
         compute(1)
         home.wait()
 
-    def verbs(self, kind: str) -> dict[str, float]:
-        """Seconds of each verb, waited for at once."""
-        d, seconds = self.dispatchers[kind], {}
+    def verbs(self, kind: str) -> dict[str, Took]:
+        """Each verb, waited for at once."""
+        took: dict[str, Took] = {}
 
-        def timed(name: str, start: Callable[[], Any]) -> Any:
+        def timed(name: str, run: Callable[[], Any]) -> Any:
             dist.barrier()
+            self.sent()
             begin = time.perf_counter()
-            value = start().wait()
-            seconds[name] = time.perf_counter() - begin
+            value = run()
+            took[name] = Took(time.perf_counter() - begin, self.sent())
             return value
 
-        arrived = timed("dispatch", lambda: d.dispatch(self.rows, self.ids, self.weights))
+        if kind == "naive":
+            self._naive_verbs(timed)
+        else:
+            self._verbs(self.dispatchers[kind], lambda name, start: timed(name, lambda: start().wait()))
+        return took
+
+    def _naive_verbs(self, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
+        copies_ND, way = timed("dispatch", lambda: self.naive.dispatch(self.x, self.ids))
+        timed("combine", lambda: self.naive.combine(copies_ND, way))
+        timed("combine backward", lambda: self.naive.copies(self.x, way))
+        timed("dispatch backward", lambda: self.naive.combine(copies_ND, way))
+
+    def _verbs(self, d: Dispatcher, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
+        arrived = timed("dispatch", lambda: d.dispatch(self.rows, d.announce(self.ids), self.weights))
         y_RD = torch.ones(len(arrived.weights_R), self.setting.hidden, dtype=torch.bfloat16)
         timed("combine", lambda: d.combine(y_RD, arrived.layout))
         timed("combine backward", lambda: d.combine_backward(self.rows, arrived.layout))
         timed("dispatch backward", lambda: d.dispatch_backward(y_RD, arrived.weights_R, arrived.layout))
-        return seconds
 
     def counted(self) -> Traffic:
         """What all ranks handed to collectives since the last call, across nodes and inside them."""
+        mine = self.sent()
+        return Traffic(*all_reduce(torch.tensor([mine.across, mine.inside]), self.mesh.dp_group).tolist())
+
+    def sent(self) -> Traffic:
+        """What this rank handed to collectives since the last call."""
         across = inside = 0
         for (group, peer), num_bytes in sent_bytes().items():
             if group.startswith("rail") or (
@@ -86,7 +114,7 @@ class Layer:
                 across += num_bytes
             else:
                 inside += num_bytes
-        return Traffic(*all_reduce(torch.tensor([across, inside]), self.mesh.dp_group).tolist())
+        return Traffic(across, inside)
 
 
 def ranks_of(setting: Setting) -> Mesh:

@@ -67,10 +67,10 @@ class Traffic:
 
 def distinct(ids: Tensor, span: int, own: int) -> int:
     """(token, peer) pairs of a batch, a peer being `span` experts, but for those of peer `own`."""
-    peers = ids // span
-    tokens = torch.arange(len(ids))[:, None].expand_as(peers)
-    pairs = torch.unique(torch.stack([tokens[peers != own], peers[peers != own]]), dim=1)
-    return pairs.shape[1]
+    peers = (ids // span).sort(dim=1).values
+    first = torch.ones_like(peers, dtype=torch.bool)
+    first[:, 1:] = peers[:, 1:] != peers[:, :-1]
+    return int((first & (peers != own)).sum())
 
 
 def forward_row(setting: Setting) -> int:
@@ -127,10 +127,14 @@ class Naive:
         row_map = plan_rows(topk_ids_TK // self.span, self.group.size(), align=1)
         got = exchange(row_map.tokens_per_expert[:, None], self.group, "counts")
         way = NaiveWay(row_map, row_map.tokens_per_expert.tolist(), got[:, 0].tolist())
-        copies_ND = permute(rows_TD, row_map)
+        return self.copies(rows_TD, way), way
+
+    def copies(self, rows_TD: Tensor, way: NaiveWay) -> Tensor:
+        """One copy a (token, expert) along a known way: dispatch without counts, which is combine's backward."""
+        copies_ND = permute(rows_TD, way.row_map)
         assert isinstance(copies_ND, Tensor)
-        return start_all_to_all(copies_ND, way.sent, way.received, self.group, "naive").wait(), way
+        return start_all_to_all(copies_ND, way.sent, way.received, self.group, "naive").wait()
 
     def combine(self, y_ND: Tensor, way: NaiveWay) -> Tensor:
-        """-> the sum of each token's copies [T, D]."""
+        """-> the sum of each token's copies [T, D]; dispatch's backward too."""
         return unpermute(start_all_to_all(y_ND, way.received, way.sent, self.group, "naive").wait(), way.row_map)

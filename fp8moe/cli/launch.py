@@ -8,7 +8,8 @@ breaks with CUDA and with threads.
 
 When one rank ends badly the others fail too, a moment later, on messages that never come; the agent's own choice of
 the first failure goes by whole seconds. Workers therefore note in their error file (torch's protocol, so that bare
-torchrun shows it as well) a precise time and whether they are the cause or a mere witness.
+torchrun shows it as well) a precise time and whether they are the cause or a mere witness. A rank that was killed notes
+nothing; who waited for it, and in which collective, the launcher reads from what the watch has noted of every rank.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fp8moe.cli.failures import Failure
 
+NOTES = "FP8MOE_WATCH_NOTES"  # the folder in which `parallel/watch.py`, which needs torch, notes collectives
 LAUNCHED = "FP8MOE_LAUNCHED"  # set for the workers of `launch`: it prints their failure, they need not
 DEFAULT_PROCESSES = 4
 RENDEZVOUS_SECONDS = 300
@@ -60,7 +63,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they would say, the last line says
-    with tempfile.TemporaryDirectory(prefix="fp8moe-launch-") as folder, _environment(num_processes):
+    with tempfile.TemporaryDirectory(prefix="fp8moe-launch-") as folder, _environment(num_processes, folder):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -76,7 +79,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "fp8moe", *arguments)
         except ChildFailedError as error:
-            code, sentence = _cause(error.failures)
+            code, sentence = _cause(error.failures, Path(folder))
         except SignalException as stopped:
             code, sentence = 128 + stopped.sigval.value, f"stopped by {stopped.sigval.name}, workers included"
         else:
@@ -87,8 +90,9 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
 
 
 @contextlib.contextmanager
-def _environment(num_processes: int) -> Iterator[None]:
-    defaults = {LAUNCHED: "1", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes))}
+def _environment(num_processes: int, notes: str) -> Iterator[None]:
+    threads = str(max(1, (os.cpu_count() or 1) // num_processes))
+    defaults = {LAUNCHED: "1", NOTES: notes, "OMP_NUM_THREADS": threads}
     if sys.platform == "linux":
         # gloo looks its address up by the host's name, which many laptops and containers can't resolve.
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
@@ -101,7 +105,7 @@ def _environment(num_processes: int) -> Iterator[None]:
             del os.environ[key]
 
 
-def _cause(failures: dict[int, Any]) -> tuple[int, str]:
+def _cause(failures: dict[int, Any], notes: Path) -> tuple[int, str]:
     """Exit code and sentence of the rank that failed first by itself (torch's `ProcessFailure` by rank)."""
     rank = min(failures, key=lambda r: _suspicion(failures[r]))
     failure = failures[rank]
@@ -113,8 +117,23 @@ def _cause(failures: dict[int, Any]) -> tuple[int, str]:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         why = "; the kernel kills so when memory runs out" if name == "SIGKILL" else ""
-        return 128 - failure.exitcode, f"rank {rank}: ended by {name}{why}"
+        return 128 - failure.exitcode, f"rank {rank}: ended by {name}{why}{_who_waits(rank, notes)}"
     return failure.exitcode, f"rank {rank}: ended with exit code {failure.exitcode} and no message"
+
+
+def _who_waits(lost: int, notes: Path) -> str:
+    """Where the others wait for rank `lost`, by what each noted as it joined collectives; "" if it joined none."""
+    states = {int(path.stem.removeprefix("rank-")): json.loads(path.read_text()) for path in notes.glob("rank-*.json")
+              if path.stat().st_size}  # fmt: skip
+    if lost not in states:
+        return ""
+    mine = states.pop(lost)
+    for rank, theirs in sorted(states.items()):
+        for group, (number, name, ranks) in theirs["groups"].items():
+            if group in mine["groups"] and number > mine["groups"][group][0]:
+                return f"; rank {rank} waits for it in {name}, number {number} of group {group} (ranks {ranks})"
+    number, name, ranks = mine["groups"][mine["last"]]
+    return f"; its last message was {name}, number {number} of group {mine['last']} (ranks {ranks})"
 
 
 def _suspicion(failure: Any) -> tuple[int, float]:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from fp8moe.cli.launch import count_processes, die_with_launcher, is_worker, launch, report
+from fp8moe.errors import EXIT
 
 DESCRIPTION = """\
 Train a model. Settings are key=value, groups included: model=tiny precision=bf16 parallel.ep=2 steps=100
@@ -78,6 +79,10 @@ def _work(arguments: argparse.Namespace) -> int:
 
         failure = explain(error)
         report(failure)
+        if failure.code == EXIT["hang"]:
+            from fp8moe.parallel import watch
+
+            watch.end_frozen()
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

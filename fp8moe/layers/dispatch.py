@@ -5,6 +5,9 @@ combine, the backward of combine is a dispatch, both on the layout that the forw
 once and `wait()` gives the result, so that a schedule may compute in between. Forward rows travel in FP8 with their
 power-of-two scales, and so do the gradients that combine's backward sends; what comes back is BF16 and is summed.
 
+A dispatch is announced first, as soon as its experts are chosen: how many rows go where is then known, or under way,
+when the rows are ready. Nobody waits for an announcement but the dispatch that it is given to.
+
 `dispatched` and `combined` put the verbs on the tape, waiting at once: the model under ordinary autograd.
 
 Legend: T tokens, K top-k, D model, E experts, e local experts, R received rows (each expert's group 128-aligned).
@@ -43,6 +46,14 @@ class Ready(Generic[Value]):
 
 
 @dataclass(frozen=True)
+class Announced:
+    """A batch whose experts are chosen, int64 [T, K]; `sizes` is what the dispatcher is finding out meanwhile."""
+
+    topk_ids_TK: Tensor
+    sizes: Any = None
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """What a dispatch delivers: rows [R, D], their routing weights [R] (FP32, 0 for padding), where groups begin.
 
@@ -56,11 +67,15 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Four verbs; `num_local_experts` of the experts are this rank's."""
+    """Four verbs and their announcement; `num_local_experts` of the experts are this rank's."""
 
     num_local_experts: int
 
-    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Handle[Dispatched]: ...
+    def announce(self, topk_ids_TK: Tensor) -> Announced:
+        """Let other ranks know how many rows are coming; every announcement is followed by its dispatch."""
+        ...
+
+    def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Handle[Dispatched]: ...
 
     def combine(self, y_RD: Tensor, layout: Any) -> Handle[Tensor]:
         """[R, D] -> [T, D]: the plain sum over a token's rows."""
@@ -85,8 +100,11 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_local_experts = num_experts
 
-    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Ready[Dispatched]:
-        row_map = plan_rows(topk_ids_TK, self.num_local_experts)
+    def announce(self, topk_ids_TK: Tensor) -> Announced:
+        return Announced(topk_ids_TK)
+
+    def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Ready[Dispatched]:
+        row_map = plan_rows(announced.topk_ids_TK, self.num_local_experts)
         weights_R = select_weights(topk_weights_TK, row_map)
         return Ready(Dispatched(permute(rows_TD, row_map), weights_R, row_map.group_offsets, row_map))
 
@@ -145,9 +163,9 @@ def gradient_rows(dy_TD: Tensor, *, fp8: bool) -> Rows:
     return quantize_rows(dy_TD, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True)
 
 
-def dispatched(dispatcher: Dispatcher, x: Activation, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Received:
+def dispatched(dispatcher: Dispatcher, x: Activation, announced: Announced, topk_weights_TK: Tensor) -> Received:
     """Dispatch and wait, under autograd."""
-    arrived = dispatcher.dispatch(x.operand.rows, topk_ids_TK, topk_weights_TK.detach()).wait()
+    arrived = dispatcher.dispatch(x.operand.rows, announced, topk_weights_TK.detach()).wait()
     edge_RD, weights_R = _Dispatch.apply(x.edge, topk_weights_TK, dispatcher, arrived)
     return receive(arrived, edge_RD, weights_R)
 

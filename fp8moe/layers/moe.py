@@ -1,6 +1,6 @@
-"""A mixture of experts: route, dispatch, experts, combine; the shared experts beside them.
+"""A mixture of experts: route, announce, dispatch, experts, combine; the shared experts beside them.
 
-Parallelism is the dispatcher's business alone. The four steps are separate methods, so that a block can run them as
+Parallelism is the dispatcher's business alone. The steps are separate methods, so that a block can run them as
 phases; `forward` runs them in order.
 
 Legend: T tokens, D model, R received rows.
@@ -48,8 +48,9 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, num_sequences: int) -> tuple[Tensor, Routing]:
         """-> the sum of shared and routed experts, and the routing."""
         routing = self.router(x_TD, num_sequences)
+        announced = self.dispatcher.announce(routing.topk_ids_TK)
         x = self.cast(x_TD)
-        received = dispatched(self.dispatcher, x, routing.topk_ids_TK, routing.topk_weights_TK)
+        received = dispatched(self.dispatcher, x, announced, routing.topk_weights_TK)
         y_RD, shared_TD = self.run_experts(received, x)
         routed_TD = combined(self.dispatcher, y_RD, received)
         return (routed_TD if shared_TD is None else shared_TD + routed_TD), routing

@@ -82,7 +82,10 @@ class DenseRun:
 
 
 class MoeRun:
-    """A block with experts: attn, dispatch, mlp, combine; messages start in their phase and are awaited by the next."""
+    """A block with experts: attn, dispatch, mlp, combine; messages start in their phase and are awaited by the next.
+
+    The counts of a dispatch leave at the end of attn, as soon as experts are chosen; the dispatch reads them.
+    """
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class MoeRun:
         def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
             h_TD, normed_TD = self._block.attend(x_TD, self._positions)
             routing = self._moe.router(normed_TD, self._positions.num_sequences)
-            self._topk_ids_TK = routing.topk_ids_TK
+            self._announced = self._dispatcher.announce(routing.topk_ids_TK)
             self._operand: Operand = self._moe.cast(normed_TD).operand
             return h_TD, normed_TD, routing.topk_weights_TK, routing.balance_loss
 
@@ -120,7 +123,7 @@ class MoeRun:
     def _dispatch(self) -> None:
         weights_TK = self._attn_island.values[2]
         self._dispatched: Handle[Dispatched] = self._dispatcher.dispatch(
-            self._operand.rows, self._topk_ids_TK, weights_TK
+            self._operand.rows, self._announced, weights_TK
         )
 
     def _mlp(self) -> None:

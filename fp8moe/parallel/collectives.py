@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -65,15 +67,23 @@ def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
 
 
 class Message:
-    """An all-to-all under way; it owns its buffers."""
+    """An all-to-all under way; it owns its buffers. timeout: seconds, where its parts don't keep the group's own."""
 
-    def __init__(self, out: Tensor, rows: Tensor, work: Any, note: watch.Note) -> None:
-        self._out, self._rows, self._work, self._note = out, rows, work, note
+    def __init__(
+        self, out: Tensor, rows: Tensor, works: list[Any], note: watch.Note, *, timeout: float | None = None
+    ) -> None:
+        self._out, self._rows, self._works, self._note, self._timeout = out, rows, works, note, timeout
 
     def wait(self) -> Tensor:
         """[sum(receive), ...] in order of source. On a GPU the current stream waits, not the host."""
         with self._note:
-            self._work.wait()
+            if self._timeout is None:
+                for work in self._works:
+                    work.wait()
+            else:
+                deadline = time.monotonic() + self._timeout
+                for work in self._works:
+                    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
         return self._out
 
 
@@ -84,8 +94,31 @@ def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group: P
     out = rows.new_empty(sum(receive), *rows.shape[1:])
     note = watch.collective(group, f"all_to_all ({name})")
     with note:
+        if rows.device.type == "cpu":
+            works = _both_ways(out.split(receive), rows.split(send), group)
+            return Message(out, rows, works, note, timeout=_timeout_of(group, rows.device))
         work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
-    return Message(out, rows, work, note)
+    return Message(out, rows, [work], note)
+
+
+def _both_ways(parts: Sequence[Tensor], send: Sequence[Tensor], group: ProcessGroup) -> list[Any]:
+    """The all-to-all by pairs, for gloo: all receives are posted, then all sends -> what is to be waited for.
+
+    Gloo tells a sender that its receiver is ready in the byte stream that carries the receiver's own rows, and its own
+    all-to-all posts each receive behind the send. Where two ranks start a moment apart, the rows of the first then wait
+    until those of the second have passed: a link that is used one way at a time, half as fast.
+    """
+    me, size = group.rank(), group.size()
+    peers = [(me + i) % size for i in range(1, size)]  # in turn, so that not everybody sends to the same rank first
+    works = [dist.irecv(parts[i], group=group, group_src=i) for i in peers if len(parts[i])]
+    works += [dist.isend(send[i], group=group, group_dst=i) for i in peers if len(send[i])]
+    parts[me].copy_(send[me])
+    return works
+
+
+def _timeout_of(group: ProcessGroup, device: torch.device) -> float:
+    """The group's timeout in seconds as it is now; gloo's receives would keep that which the group was made with."""
+    return group._get_backend(device).options._timeout.total_seconds()
 
 
 def exchange(send: Tensor, group: ProcessGroup, name: str) -> Tensor:

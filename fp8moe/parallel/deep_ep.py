@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
-from fp8moe.layers.dispatch import Dispatched, Handle, return_weights, select_weights
+from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.layers.precision import Precision
 from fp8moe.parallel.collectives import waiting
@@ -69,23 +69,24 @@ class DeepEPDispatcher:
         self.num_experts, self.num_local_experts = num_experts, num_experts // group.size()
         self._buffer = deep_ep.Buffer(group, NVLINK_BYTES, RDMA_BYTES if group.size() > RANKS_PER_NODE else 0)
 
-    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Handle[Dispatched]:
+    def announce(self, topk_ids_TK: Tensor) -> Announced:
+        """See `Dispatcher`; DeepEP counts here, and exchanges the counts itself when it dispatches."""
+        layout = self._buffer.get_dispatch_layout(topk_ids_TK, self.num_experts, **self._behind())
+        return Announced(topk_ids_TK, layout)
+
+    def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Handle[Dispatched]:
         """See `Dispatcher`."""
-        before = self._buffer.capture()
-        ranks, rdma_ranks, experts, in_rank, before = self._buffer.get_dispatch_layout(
-            topk_ids_TK, self.num_experts, previous_event=before, async_finish=True, allocate_on_comm_stream=True
-        )
+        ranks, rdma_ranks, experts, in_rank, counted = announced.sizes
+        counted.current_stream_wait()
         got, ids_NK, weights_NK, _, handle, event = self._buffer.dispatch(
             _given(rows_TD),
-            topk_idx=topk_ids_TK,
+            topk_idx=announced.topk_ids_TK,
             topk_weights=topk_weights_TK,
             num_tokens_per_rank=ranks,
             num_tokens_per_rdma_rank=rdma_ranks,
             is_token_in_rank=in_rank,
             num_tokens_per_expert=experts,
-            previous_event=before,
-            async_finish=True,
-            allocate_on_comm_stream=True,
+            **self._behind(),
         )
 
         def finish() -> Dispatched:

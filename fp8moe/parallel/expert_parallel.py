@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
-from fp8moe.layers.dispatch import Dispatched, Handle, return_weights, select_weights
+from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import Message
 from fp8moe.parallel.counts import (
@@ -38,7 +38,7 @@ from fp8moe.parallel.counts import (
 )
 from fp8moe.parallel.stream import communication_stream
 from fp8moe.parallel.way import Axis, Cargo, Leg, Way, arrive, depart, in_order, plan_leg
-from fp8moe.parallel.wire import pack, row_bytes, unpack
+from fp8moe.parallel.wire import joined, pack, row_bytes, unpack
 
 MOST_EXPERTS = 2**15  # ids travel as int16
 
@@ -92,13 +92,28 @@ class AllToAllDispatcher:
         self.num_local_experts = places.local_experts
         self._overflow = None if capacity is None else Overflow(places, capacity)
 
-    def dispatch(self, rows_TD: Rows, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Handle[Dispatched]:
-        """See `Dispatcher`. Collective over the group, as every verb is, in one order on all ranks."""
-        if self.capacity is not None and len(topk_ids_TK) > self.capacity.tokens:
-            raise ValueError(
-                f"{len(topk_ids_TK)} tokens exceed the {self.capacity.tokens} that messages were sized for: use fewer"
-            )
+    def announce(self, topk_ids_TK: Tensor) -> Announced:
+        """See `Dispatcher`. Collective over the group, as every verb is, in one order on all ranks.
+
+        Exact counts go on the communication stream, whose thread alone waits for them; fixed sizes need none.
+        """
         topk = topk_ids_TK.shape[1]
+        if self.capacity is not None:
+            if len(topk_ids_TK) > self.capacity.tokens:
+                raise ValueError(
+                    f"{len(topk_ids_TK)} tokens exceed the {self.capacity.tokens} that messages were sized for: "
+                    "use fewer"
+                )
+            return Announced(topk_ids_TK, fixed(self.chunks, topk, self.places, self.capacity))
+        pieces = topk_ids_TK.split(self._chunk_tokens(len(topk_ids_TK)))
+        counts = communication_stream(topk_ids_TK.device).start(
+            lambda: exact(pieces, self.places, self.max_imbalance), lambda sizes: sizes
+        )
+        return Announced(topk_ids_TK, counts)
+
+    def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Handle[Dispatched]:
+        """See `Dispatcher`."""
+        topk_ids_TK, topk = announced.topk_ids_TK, announced.topk_ids_TK.shape[1]
 
         def finish(arrived: _Arrived) -> Dispatched:
             cargo, _ = arrive(arrived.rows, row_bytes(rows_TD), topk)
@@ -112,7 +127,7 @@ class AllToAllDispatcher:
             return Dispatched(rows_RD, weights_R, row_map.group_offsets, Layout(arrived.way, row_map))
 
         return communication_stream(topk_ids_TK.device).start(
-            lambda: self._send(pack(rows_TD), topk_ids_TK, topk_weights_TK), finish
+            lambda: self._send(pack(rows_TD), announced, topk_weights_TK), finish
         )
 
     def combine(self, y_RD: Tensor, layout: Layout) -> Handle[Tensor]:
@@ -141,15 +156,12 @@ class AllToAllDispatcher:
         if self._overflow is not None:
             self._overflow.check()
 
-    def _send(self, body_TB: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Arrived:
-        """The first journey: sizes, then hop by hop, each planned from what the last one brought."""
-        tokens = self._chunk_tokens(len(ids_TK))
-        ids, topk = ids_TK.split(tokens), ids_TK.shape[1]
-        if self.capacity is None:
-            sizes = exact(ids, self.places, self.max_imbalance)
-        else:
-            sizes = fixed(self.chunks, topk, self.places, self.capacity)
-        cargos = [Cargo(*parts) for parts in zip(body_TB.split(tokens), ids, weights_TK.split(tokens), strict=True)]
+    def _send(self, body_TB: Tensor, announced: Announced, weights_TK: Tensor) -> _Arrived:
+        """The first journey, hop by hop, each planned from what the last one brought."""
+        sizes: Sizes = announced.sizes if self.capacity is not None else announced.sizes.brought()
+        tokens, topk = self._chunk_tokens(len(weights_TK)), weights_TK.shape[1]
+        columns = (body_TB, announced.topk_ids_TK, weights_TK)
+        cargos = [Cargo(*parts) for parts in zip(*(column.split(tokens) for column in columns), strict=True)]
         legs: list[list[Leg]] = [[] for _ in cargos]
         messages: list[Message] = []
         for hop, axis in enumerate(self.axes):
@@ -163,7 +175,7 @@ class AllToAllDispatcher:
                 )
                 messages.append(leg.forth(depart(cargo, leg, origin), "dispatch" if hop == 0 else "dispatch, hop 2"))
         rows = [message.wait() for message in messages]
-        return self._arrived(Way(legs, tokens, [len(r) for r in rows]), torch.cat(rows), sizes)
+        return self._arrived(Way(legs, tokens, [len(r) for r in rows]), joined(rows), sizes)
 
     def _arrived(self, way: Way, rows: Tensor, sizes: Sizes) -> _Arrived:
         if sizes.order_N is not None:

@@ -43,6 +43,10 @@ class Pending(Generic[Value, Result]):
         assert self._message is not None
         return self._message()
 
+    def brought(self) -> Value:
+        """What a message brought that came before the one that asks, on the stream's thread: it is there already."""
+        return self.future.result()[0]
+
     def wait(self) -> Result:
         """The result, as often as it is asked for; raises what the message raised."""
         if self._finish is not None:

@@ -6,6 +6,11 @@ second a rank, whatever the number of collectives. (A write before each collecti
 When a collective fails, its caller looks twice, two beats apart: a rank of the group that is behind, or whose beat has
 stopped, is missing. The error names rank, group and collective; it is a `HangError`, logged where it is raised.
 
+A rank that was stopped ends neither by itself nor by SIGTERM, and a launcher waits half a minute for it. Whoever found
+one on its own machine therefore ends it, once its own sentence is left: `end_frozen`. A rank that is killed outright
+leaves nothing, and its launcher ends the others before they can speak; a launcher that asks for it (NOTES) finds the
+last collectives of each rank in a file, written as they start: one small write each.
+
 NCCL's collectives don't fail where they are waited for: its own watchdog ends the process at the timeout. The beat
 therefore also looks for a collective that has taken longer than `patience`, and logs the same sentence once, before.
 """
@@ -17,9 +22,12 @@ import json
 import logging
 import os
 import re
+import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,26 +39,30 @@ from fp8moe.errors import HangError
 logger = logging.getLogger(__name__)
 
 BEAT = 1.0  # seconds
+NOTES = "FP8MOE_WATCH_NOTES"  # the folder for `rank-N.json`, where a launcher has named one
+_NOTE_BYTES = 4096  # a longer note is not cut, a shorter one covers what stood there
 _SOURCE = re.compile(r"^\[[^]]*\] ")  # the file and line that gloo begins with
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "socket closed", "remote peer")
 
 
 @dataclass
 class _Watch:
-    """This process's part: the store and, by group, the number and name of its last collective."""
+    """This process's part: the store and, by group, the number, name and ranks of its last collective."""
 
     store: dist.Store
     rank: int
-    groups: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notes: int | None  # file descriptor
+    groups: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    silent: list[dict[str, Any]] = field(default_factory=list)  # processes whose beat has stopped
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     patience: float = float("inf")
     open: dict[int, Note] = field(default_factory=dict)  # by id: collectives that have not ended
 
     def beat_until_stopped(self) -> None:
-        beat = 0
+        beat, process = 0, _this_process()
         while not self.stopped.is_set():
-            state = json.dumps({"beat": beat, "groups": dict(self.groups)})
+            state = json.dumps({"beat": beat, "groups": dict(self.groups), "process": process})
             try:
                 with self.lock:
                     self.store.set(str(self.rank), state)
@@ -59,6 +71,15 @@ class _Watch:
             beat += 1
             self.complain()
             self.stopped.wait(BEAT)
+
+    def joins(self, group: str, name: str, ranks: str) -> int:
+        """Note the next collective of `group`; its number."""
+        number = self.groups.get(group, (0,))[0] + 1
+        self.groups[group] = (number, name, ranks)
+        if self.notes is not None:
+            text = json.dumps({"last": group, "groups": dict(self.groups)})
+            os.pwrite(self.notes, text.encode().ljust(_NOTE_BYTES), 0)
+        return number
 
     def complain(self) -> None:
         """Log, once, the oldest collective that takes longer than `patience`, from a thread: the beat goes on."""
@@ -86,7 +107,10 @@ def start() -> None:
         return
     # A connection of its own: a rank that waits on the job's store would otherwise stop its own beat.
     store = dist.PrefixStore("fp8moe/watch", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
-    _current.append(_Watch(store, dist.get_rank()))
+    notes = None
+    if folder := os.environ.get(NOTES):
+        notes = os.open(os.path.join(folder, f"rank-{dist.get_rank()}.json"), os.O_CREAT | os.O_WRONLY, 0o600)
+    _current.append(_Watch(store, dist.get_rank(), notes))
     threading.Thread(target=_current[0].beat_until_stopped, name="watch", daemon=True).start()
 
 
@@ -102,6 +126,33 @@ def stop() -> None:
         _current.pop().stopped.set()
 
 
+def end_frozen() -> None:
+    """Kill the processes of this machine that a failed collective found silent, if they are stopped by a signal."""
+    if _current:
+        host = _this_process()["host"]
+        for process in _current[0].silent:
+            if process["host"] == host and _state(process["pid"]) == ("T", process["started"]):
+                logger.error("process %d is stopped by a signal, and is ended", process["pid"])
+                os.kill(process["pid"], signal.SIGKILL)
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells this process from any other, here and later: the machine's boot, its process namespace, the start."""
+    if sys.platform != "linux":
+        return {"host": None, "pid": os.getpid(), "started": None}
+    host = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return {"host": host, "pid": os.getpid(), "started": _state(os.getpid())[1]}
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """A process's state (T: stopped) and when it started, as Linux says; "" where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
 class Note:
     """One collective of a group, or message of a link: a context around its start, and again around its wait."""
 
@@ -110,9 +161,7 @@ class Note:
         self.since = time.monotonic()
         self._done: torch.cuda.Event | None = None
         if _current:
-            groups = _current[0].groups
-            self._number = groups.get(where, (0, ""))[0] + 1
-            groups[where] = (self._number, name)
+            self._number = _current[0].joins(where, name, _listed(ranks))
 
     def __enter__(self) -> None:
         self.since = time.monotonic()
@@ -151,17 +200,17 @@ class Note:
         return f"{missing}: {self._what()} {what_happened}"
 
     def _what(self) -> str:
-        return f"{self._name}, number {self._number} of {self._where} (ranks {_listed(self._ranks)})"
+        return f"{self._name}, number {self._number} of group {self._where} (ranks {_listed(self._ranks)})"
 
 
 def collective(group: ProcessGroup, name: str) -> Note:
     """Note that this process joins the next collective of `group`."""
-    return Note(f"group {group.group_desc}", dist.get_process_group_ranks(group), name)
+    return Note(group.group_desc, dist.get_process_group_ranks(group), name)
 
 
 def message(group: ProcessGroup, source: int, target: int, name: str) -> Note:
     """Note that this process has begun to send, or receive, the next message from rank `source` to rank `target`."""
-    return Note(f"link {source} to {target} of group {group.group_desc}", [source, target], name)
+    return Note(f"{group.group_desc}, link {source} to {target}", [source, target], name)
 
 
 def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> str:
@@ -181,7 +230,9 @@ def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> s
             continue
         state = after[rank]
         silent = state["beat"] == before.get(rank, {}).get("beat")
-        done, last = state["groups"].get(group, (0, "nothing"))
+        if silent:
+            watch.silent.append(state["process"])
+        done, last, _ = state["groups"].get(group, (0, "nothing", ""))
         if done < number:
             life = "has ended or is frozen" if silent else "is alive"
             words.append(f"rank {rank} {life} and stopped after number {done} ({last})")

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.permute import RowMap, plan_rows, unpermute
 from fp8moe.parallel.collectives import Message, start_all_to_all
-from fp8moe.parallel.wire import as_bytes, from_bytes
+from fp8moe.parallel.wire import as_bytes, from_bytes, joined
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ class Way:
                 leg[hop].forth(_rows_of(message.wait(), leg[hop]), f"{name}, hop {hop + 1}")
                 for message, leg in zip(under_way, self.legs, strict=True)
             ]
-        return torch.cat([message.wait() for message in under_way])
+        return joined([message.wait() for message in under_way])
 
     def back(self, parts: list[Tensor], name: str) -> list[Tensor]:
         """Tensors [N, *] as rows arrived, all in one message -> the sums of each token's, [T, *]."""
         dtypes, widths = [p.dtype for p in parts], [p.shape[1] * p.element_size() for p in parts]
-        pieces: list[Tensor] = list(torch.cat([as_bytes(p) for p in parts], dim=1).split(self.arrived))
+        pieces: list[Tensor] = list(joined([as_bytes(p) for p in parts], dim=1).split(self.arrived))
         sums: list[list[Tensor]] = []
         for hop in reversed(range(len(self.legs[0]))):
             label = name if hop == 0 else f"{name}, hop {hop + 1}"
@@ -168,8 +168,8 @@ class Way:
                 values = [from_bytes(c, dtype) for c, dtype in zip(columns, dtypes, strict=True)]
                 sums.append([unpermute(v, leg[hop].row_map) for v in values])
             if hop:
-                pieces = [torch.cat([as_bytes(p) for p in chunk], dim=1) for chunk in sums]
-        return [torch.cat(column) for column in zip(*sums, strict=True)]
+                pieces = [joined([as_bytes(p) for p in chunk], dim=1) for chunk in sums]
+        return [joined(column) for column in zip(*sums, strict=True)]
 
 
 def _rows_of(body: Tensor, leg: Leg) -> Tensor:

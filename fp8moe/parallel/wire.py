@@ -10,6 +10,8 @@ Legend: N rows, D model, K top-k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ from fp8moe.layers.operand import Rows
 
 _MANTISSA_BITS = 23
 _SIGN_AND_MANTISSA = -0x7F800001  # 0x807FFFFF as int32
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parts along `dim`; a single one as it is, where `torch.cat` would copy it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def as_bytes(rows: Tensor) -> Tensor:

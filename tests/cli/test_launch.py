@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from fp8moe.__main__ import main
 from fp8moe.cli import launch
 from fp8moe.cli.failures import Failure
+from fp8moe.parallel import watch
 from tests.train.runs import SMALL, write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -45,9 +47,27 @@ def failure(exitcode: int, sentence: str = "", **extra: Any) -> Any:
         ({0: failure(7)}, 7, "rank 0: ended with exit code 7 and no message"),
     ],
 )
-def test_whose_failure_it_was(failures: dict[int, Any], code: int, sentence: str) -> None:
-    assert launch._cause(failures)[0] == code
-    assert launch._cause(failures)[1].startswith(sentence)
+def test_whose_failure_it_was(failures: dict[int, Any], code: int, sentence: str, tmp_path: Path) -> None:
+    assert launch._cause(failures, tmp_path)[0] == code
+    assert launch._cause(failures, tmp_path)[1].startswith(sentence)
+
+
+def test_who_waits_for_a_killed_rank(tmp_path: Path) -> None:
+    def note(rank: int, last: str, **groups: list[Any]) -> None:
+        (tmp_path / f"rank-{rank}.json").write_text(json.dumps({"last": last, "groups": groups}).ljust(300))
+
+    dp, ep = [9, "all_reduce", "0-3"], [4, "all_to_all (counts)", "2, 3"]
+    note(0, "dp0", dp0=dp)
+    note(2, "ep1", dp0=dp, ep1=ep)
+    note(3, "ep1", dp0=dp, ep1=ep)
+    (tmp_path / "rank-1.json").write_text("")  # it has only started
+    killed = {3: failure(-9), 2: failure(-15)}
+    last = "its last message was all_to_all (counts), number 4 of group ep1 (ranks 2, 3)"
+    assert launch._cause(killed, tmp_path)[1].endswith(f"; {last}")
+    note(2, "ep1", dp0=dp, ep1=[5, "all_to_all (dispatch)", "2, 3"])
+    waits = "; rank 2 waits for it in all_to_all (dispatch), number 5 of group ep1 (ranks 2, 3)"
+    assert launch._cause(killed, tmp_path)[1].endswith(waits)
+    assert launch._cause({1: failure(-9)}, tmp_path)[1].endswith("memory runs out")  # it joined nothing
 
 
 def test_a_worker_leaves_its_failure_where_torchrun_finds_it(
@@ -83,7 +103,8 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_launchers_environment_is_its_workers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     before = dict(os.environ)
-    with launch._environment(4):
+    with launch._environment(4, "notes"):
+        assert os.environ[watch.NOTES] == "notes"
         assert os.environ[launch.LAUNCHED] == "1" and os.environ["OMP_NUM_THREADS"] == "7"
     assert dict(os.environ) == before
 
@@ -163,7 +184,28 @@ def test_a_crash_ends_all_ranks_and_is_said_last(corpus: list[str], tmp_path: Pa
     os.kill(workers[1], signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 137 and err.splitlines()[-1].startswith("fp8moe: rank 1: ended by SIGKILL")
+    assert re.search(r"(dp0|ep0) \(ranks 0-1\)$", err.splitlines()[-1])
     assert all(is_gone(pid) for pid in workers)
+
+
+def test_a_frozen_rank_is_named_and_ended(corpus: list[str], tmp_path: Path) -> None:
+    """SIGTERM does not reach a stopped process, and both launchers would wait half a minute for it."""
+    timeout = 5
+    words = ["-m", "fp8moe", "train", *SMALL, *corpus, "steps=100000", f"parallel.timeout={timeout}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ours = start(tmp_path, *words[:3], "--nproc", "2", *words[3:], "run_dir=ours")
+    theirs = start(tmp_path, *torchrun, *words, "run_dir=theirs")
+    frozen = {process: workers_of(process, tmp_path / name) for process, name in ((ours, "ours"), (theirs, "theirs"))}
+    for workers in frozen.values():
+        os.kill(workers[1], signal.SIGSTOP)
+    begin = time.monotonic()
+    named = "rank 1 has ended or is frozen and stopped after number"
+    for process, exit_code in ((ours, 6), (theirs, 1)):
+        code, _, err = finish(process)
+        assert (code, time.monotonic() - begin < timeout + 20) == (exit_code, True), err
+        said = err.splitlines()[-1] if process is ours else err
+        assert named in said and re.search(r"number \d+ of group (dp0|ep0) \(ranks 0-1\)", said), err
+        assert all(is_gone(pid) for pid in frozen[process])
 
 
 def test_workers_die_with_their_launcher(corpus: list[str], tmp_path: Path) -> None:

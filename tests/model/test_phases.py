@@ -90,6 +90,19 @@ def test_phases_equal_autograd(precision: Precision, layer: int, shared: int) ->
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+def test_counts_leave_in_attn_and_rows_in_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, called = build(Precision.FP8), []
+    for name in ("announce", "dispatch"):
+        verb = getattr(LocalDispatcher, name)
+        monkeypatch.setattr(LocalDispatcher, name, lambda *a, n=name, f=verb: (called.append(n), f(*a))[1])
+    x, _ = stream(model, seed=0)
+    attn, dispatch, *_ = start(model, 1, x, WeightGradStore(), key=0).phases
+    attn.forward()
+    assert called == ["announce"]
+    dispatch.forward()
+    assert called == ["announce", "dispatch"]
+
+
 @pytest.mark.parametrize("precision", list(Precision))
 def test_interleaved_pair_equals_one_after_the_other(precision: Precision) -> None:
     expected, got = interleaved(build(precision))

@@ -28,7 +28,7 @@ def skewed(kind: str, limit: float) -> tuple[str, list[int]]:
     plan_rows = expert_parallel.plan_rows
     expert_parallel.plan_rows = lambda *a, **k: (asked.append(k["room"]), plan_rows(*a, **k))[1]  # type: ignore
     try:
-        arrived = dispatcher.dispatch(ROWS, ALL_TO_ONE, WEIGHTS).wait()
+        arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ALL_TO_ONE), WEIGHTS).wait()
     except ImbalanceError as error:
         return str(error), asked
     y = dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
@@ -58,13 +58,35 @@ def test_an_imbalance_past_the_limit_is_refused_before_the_allocation(kind: str)
     assert "tokens per expert from expert 4 on: 128, 128" in error
 
 
+def announced_early(kind: str, factor: float | None) -> bool:
+    """Two batches announced, then dispatched the other way round, against each announced where it is dispatched."""
+    mesh = build_mesh(1, 4, 4, timeout=TIMEOUT, ranks_per_node=2)
+    dispatcher = make_dispatcher(kind, mesh, E, max_tokens=T, capacity_factor=factor, chunks=2)
+    batches = [EVEN[: 5 + mesh.rank], ALL_TO_ONE]
+    expected = [dispatcher.dispatch(ROWS[: len(i)], dispatcher.announce(i), WEIGHTS[: len(i)]).wait() for i in batches]
+    announcements = [dispatcher.announce(ids) for ids in batches]
+    if factor is None:  # the counts travel before anything is dispatched
+        assert all(a.sizes.future.result(timeout=20) for a in announcements)
+    late = [dispatcher.dispatch(ROWS[: len(a.topk_ids_TK)], a, WEIGHTS[: len(a.topk_ids_TK)])
+            for a in reversed(announcements)]  # fmt: skip
+    got = [message.wait() for message in reversed(late)]
+    names = ("rows_RD", "weights_R", "group_offsets")
+    return all(torch.equal(getattr(a, n), getattr(b, n)) for a, b in zip(expected, got, strict=True) for n in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_counts_may_travel_long_before_their_rows(kind: str, factor: float | None) -> None:
+    assert run_ranks(announced_early, 4, kind, factor) == [True] * 4
+
+
 def fixed(kind: str, factor: float) -> list[str]:
     """Rounds with fixed messages: what `verify` raises after an even one, a skewed one, and an even one again."""
     mesh = build_mesh(1, 4, 4, timeout=TIMEOUT, ranks_per_node=2)
     dispatcher = make_dispatcher(kind, mesh, E, max_tokens=T, capacity_factor=factor)
     told = []
     for ids in (EVEN, ALL_TO_ONE, EVEN):
-        arrived = dispatcher.dispatch(ROWS, ids, WEIGHTS).wait()
+        arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ids), WEIGHTS).wait()
         y = dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
         try:
             dispatcher.verify()
@@ -89,7 +111,7 @@ def test_more_tokens_than_messages_were_sized_for() -> None:
         mesh = build_mesh(1, 2, 2, timeout=TIMEOUT)
         dispatcher = make_dispatcher("all_to_all", mesh, E, max_tokens=T - 1, capacity_factor=2.0)
         with pytest.raises(ValueError) as caught:
-            dispatcher.dispatch(ROWS, EVEN, WEIGHTS)
+            dispatcher.dispatch(ROWS, dispatcher.announce(EVEN), WEIGHTS)
         return str(caught.value)
 
     assert run_ranks(too_many, 2) == ["32 tokens exceed the 31 that messages were sized for: use fewer"] * 2

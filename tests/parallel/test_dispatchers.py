@@ -173,18 +173,20 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 @settings(
-    max_examples=20, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+    max_examples=32, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 @given(case=st.integers(0, 2**32).map(case_of))
 @example(case=EVERYTHING)
 @example(case=replace(EVERYTHING, fixed=False, chunks=3, per_node=4, precision=Precision.FP32))
+@example(case=replace(EVERYTHING, fixed=False, chunks=1, per_node=8, precision=Precision.BF16))
+@example(case=replace(EVERYTHING, fixed=False, topk=1, open_experts=frozenset({3, 12}), per_node=1))
 @example(case=replace(EVERYTHING, tokens=(0,) * 8))
 def test_every_dispatcher_equals_the_one_rank_layer(case: Case) -> None:
     expected = layer(case, LocalDispatcher(E), slice(None), 0)
     answers = run_ranks(ranks, case.world, case)
     bound = 1e-5 if case.precision is Precision.FP32 else 1e-2
-    event(f"{case.world} ranks")
+    event(f"{case.world // case.per_node} nodes of {case.per_node} ranks")
     for kind in answers[0]:
         got = [answer[kind] for answer in answers]
         if not torch.equal(torch.cat([g["ids"] for g in got]), expected["ids"]):

@@ -60,7 +60,7 @@ def verbs(dispatcher: Dispatcher, case: Case, world: int, tokens: slice, first: 
     """All four verbs on this rank's `tokens` of the batch; `first` is the number of the rank's first expert."""
     rows, ids, weights, dy = make(case[0], case[1], sum(case[2][:world]))
     mine = part(rows, *tokens.indices(len(ids))[:2])
-    sent = dispatcher.dispatch(mine, ids[tokens], weights[tokens]).wait()
+    sent = dispatcher.dispatch(mine, dispatcher.announce(ids[tokens]), weights[tokens]).wait()
     y = expert_function(sent.rows_RD, sent.group_offsets, first).to(dy.dtype)
     back = dispatcher.combine_backward(dy[tokens], sent.layout).wait()
     dweights = torch.where(sent.weights_R > 0, sent.weights_R * 3, torch.nan)

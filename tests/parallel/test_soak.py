@@ -44,7 +44,7 @@ def soak(rounds: int) -> int:
         rows = quantize_rows(torch.randn(tokens, D), power_of_two=True)
         ids = torch.rand(tokens, E).topk(topk).indices
         weights = torch.rand(tokens, topk)
-        messages = [d.dispatch(rows, ids, weights) for d in (one, two)]  # both under way
+        messages = [d.dispatch(rows, d.announce(ids), weights) for d in (one, two)]  # both under way
         a, b = (message.wait() for message in messages)
         assert isinstance(a.rows_RD, Fp8Tensor) and isinstance(b.rows_RD, Fp8Tensor)
         assert torch.equal(a.rows_RD.data.view(torch.uint8), b.rows_RD.data.view(torch.uint8)), number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -45,12 +46,12 @@ def one_stays_away(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
     warm_up(mesh, torch.device("cpu"))
     dispatcher = make_dispatcher(kind, mesh, 8, max_tokens=4)
     rows, ids, weights = torch.ones(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
-    arrived = dispatcher.dispatch(rows, ids, weights).wait()
+    arrived = dispatcher.dispatch(rows, dispatcher.announce(ids), weights).wait()
     dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
     if mesh.rank == LOST:
         leave()
     start = time.monotonic()
-    first, second = dispatcher.dispatch(rows, ids, weights), dispatcher.dispatch(rows, ids, weights)
+    first, second = (dispatcher.dispatch(rows, dispatcher.announce(ids), weights) for _ in range(2))
     with pytest.raises(HangError) as caught:
         first.wait()
     with pytest.raises(HangError):  # at once: nothing is sent behind a message that failed
@@ -82,6 +83,29 @@ def test_the_rank_that_stays_away_is_named(kind: str, leave: Callable[[], None],
     # A killed rank's own end says more than who missed it; one that hangs says nothing itself.
     seconded = [a["secondary"] for rank, a in enumerate(answers) if rank != LOST]
     assert all(seconded) if leave is die else not all(seconded)
+
+
+def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
+    sleeper = ["sleep", "60"]
+    stopped, alive, elsewhere, reused = (subprocess.Popen(sleeper) for _ in range(4))
+    try:
+        host = watch._this_process()["host"]
+        for process in (stopped, elsewhere, reused):
+            process.send_signal(signal.SIGSTOP)
+        silent = [{"host": host, "pid": p.pid, "started": watch._state(p.pid)[1]} for p in (stopped, alive)]
+        silent.append({"host": "another", "pid": elsewhere.pid, "started": watch._state(elsewhere.pid)[1]})
+        silent.append({"host": host, "pid": reused.pid, "started": "1"})
+        silent.append({"host": host, "pid": 2**22 + 1, "started": "1"})  # no such process
+        watch._current.append(watch._Watch(None, 0, None, silent=silent))  # type: ignore[arg-type]
+        time.sleep(0.1)
+        watch.end_frozen()
+        assert stopped.wait(5) == -signal.SIGKILL
+        assert [p.poll() for p in (alive, elsewhere, reused)] == [None] * 3
+    finally:
+        watch._current.clear()
+        for process in (stopped, alive, elsewhere, reused):
+            process.kill()
+            process.wait()
 
 
 def slow() -> list[str]:
