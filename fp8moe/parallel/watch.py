@@ -175,7 +175,7 @@ class Note:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if torch.cuda.is_initialized():  # the device goes on with what the host has only enqueued
             self._done = torch.cuda.current_stream().record_event()
-        elif _current:
+        elif _current and error is None:  # one that failed stays what this rank stood at, for others to read
             _current[0].open.pop(id(self), None)
         if isinstance(error, RuntimeError) and not isinstance(error, HangError) and _current:
             raise self._explained(_current[0], error) from error
@@ -234,7 +234,9 @@ def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> s
         after = watch.read(everyone)
     except RuntimeError as gone:
         return f"the rank that keeps the job's store has ended too ({str(gone).splitlines()[0][:80]})"
-    words, waiting, seen = [], [], {watch.rank}
+    ends: list[str] = []  # who waits for nobody
+    between: list[str] = []
+    seen = {watch.rank}
     questions = deque([(group, number, ranks)])
     while questions:
         group, number, ranks = questions.popleft()
@@ -242,7 +244,7 @@ def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> s
             if rank in seen:
                 continue
             if rank not in after:
-                words.append(f"rank {rank} has not started")
+                ends.append(f"rank {rank} has not started")
                 continue
             state = after[rank]
             silent = state["beat"] == before.get(rank, {}).get("beat")
@@ -251,17 +253,14 @@ def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> s
                 watch.silent.append(state["process"])
             elif done >= number:
                 continue
-            elif state["waits"]:
-                waiting.append(rank)
-                questions.extend((where, awaited, whom) for where, awaited, whom in state["waits"])
-                seen.add(rank)
-                continue
             seen.add(rank)
+            questions.extend(state["waits"])
             stopped = f" and stopped after number {done} ({last})" if done < number else ""
-            words.append(f"rank {rank} {'has ended or is frozen' if silent else 'is alive'}{stopped}")
-    if waiting:
-        words.append(f"between here and there: {', '.join(f'rank {rank}' for rank in waiting)}")
-    return "; ".join(words) or "no rank is behind"
+            said = f"rank {rank} {'has ended or is frozen' if silent else 'is alive'}{stopped}"
+            (between if state["waits"] else ends).append(said)
+    if ends and between:
+        ends.append(f"between them and rank {watch.rank}: {', '.join(' '.join(said.split()[:2]) for said in between)}")
+    return "; ".join(ends or between) or "no rank is behind"
 
 
 def _listed(ranks: list[int]) -> str:
