@@ -1,4 +1,4 @@
-"""The order of an overlapped pair: each phase once, each way in its own order, each message under somebody's compute."""
+"""The order of an overlapped pair: each phase once, each way in its own order, messages under somebody's compute."""
 
 from __future__ import annotations
 
