@@ -4,7 +4,8 @@ Neither gloo nor NCCL names the rank that a collective waited for. Each process 
 number and name of its last collective, and a thread writes that to the job's store once a second: one small write a
 second a rank, whatever the number of collectives. (A write before each collective was refused: a step has thousands.)
 When a collective fails, its caller looks twice, two beats apart: a rank of the group that is behind, or whose beat has
-stopped, is missing. The error names rank, group and collective; it is a `HangError`, logged where it is raised.
+stopped, is missing; one that is behind because it waits for another leads on to that one. The error names rank, group
+and collective; it is a `HangError`, logged where it is raised.
 
 A rank that was stopped ends neither by itself nor by SIGTERM, and a launcher waits half a minute for it. Whoever found
 one on its own machine therefore ends it, once its own sentence is left: `end_frozen`. A rank that is killed outright
@@ -26,6 +27,8 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +65,8 @@ class _Watch:
     def beat_until_stopped(self) -> None:
         beat, process = 0, _this_process()
         while not self.stopped.is_set():
-            state = json.dumps({"beat": beat, "groups": dict(self.groups), "process": process})
+            waits = [note.awaited for note in list(self.open.values()) if not note.has_ended()]
+            state = json.dumps({"beat": beat, "groups": dict(self.groups), "process": process, "waits": waits})
             try:
                 with self.lock:
                     self.store.set(str(self.rank), state)
@@ -91,7 +95,7 @@ class _Watch:
                 threading.Thread(target=note.complain, args=(self,), name="complaint", daemon=True).start()
                 return
 
-    def read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
+    def read(self, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
         """The last word of each of `ranks`; nothing for one that has not spoken."""
         with self.lock:
             return {r: json.loads(self.store.get(str(r))) for r in ranks if self.store.check([str(r)])}
@@ -171,10 +175,15 @@ class Note:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if torch.cuda.is_initialized():  # the device goes on with what the host has only enqueued
             self._done = torch.cuda.current_stream().record_event()
-        elif _current:
+        elif _current and error is None:  # one that failed stays what this rank stood at, for others to read
             _current[0].open.pop(id(self), None)
         if isinstance(error, RuntimeError) and not isinstance(error, HangError) and _current:
             raise self._explained(_current[0], error) from error
+
+    @property
+    def awaited(self) -> tuple[str, int, list[int]]:
+        """Where this process stands: group or link, number, ranks."""
+        return self._where, self._number, self._ranks
 
     def has_ended(self) -> bool:
         """Whether the device is through; without one, a collective that has ended is not asked."""
@@ -200,45 +209,58 @@ class Note:
         return f"{missing}: {self._what()} {what_happened}"
 
     def _what(self) -> str:
-        return f"{self._name}, number {self._number} of {self._where} (ranks {_listed(self._ranks)})"
+        return f"{self._name}, number {self._number} of group {self._where} (ranks {_listed(self._ranks)})"
 
 
 def collective(group: ProcessGroup, name: str) -> Note:
     """Note that this process joins the next collective of `group`."""
-    return Note(f"group {group.group_desc}", dist.get_process_group_ranks(group), name)
+    return Note(group.group_desc, dist.get_process_group_ranks(group), name)
 
 
 def message(group: ProcessGroup, source: int, target: int, name: str) -> Note:
     """Note that this process has begun to send, or receive, the next message from rank `source` to rank `target`."""
-    return Note(f"link {source} to {target} of group {group.group_desc}", [source, target], name)
+    return Note(f"{group.group_desc}, link {source} to {target}", [source, target], name)
 
 
 def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> str:
-    """Which of `ranks` have not come as far as collective `number` of `group`, or show no sign of life; in words."""
+    """Which of `ranks` have not come as far as collective `number` of `group`, or show no sign of life; in words.
+
+    A rank that is missing because it waits for others itself, as along a pipeline, is asked for whom.
+    """
+    everyone = range(dist.get_world_size())
     try:
-        before = watch.read(ranks)
+        before = watch.read(everyone)
         time.sleep(2 * BEAT + 0.5)
-        after = watch.read(ranks)
+        after = watch.read(everyone)
     except RuntimeError as gone:
         return f"the rank that keeps the job's store has ended too ({str(gone).splitlines()[0][:80]})"
-    words = []
-    for rank in ranks:
-        if rank == watch.rank:
-            continue
-        if rank not in after:
-            words.append(f"rank {rank} has not started")
-            continue
-        state = after[rank]
-        silent = state["beat"] == before.get(rank, {}).get("beat")
-        if silent:
-            watch.silent.append(state["process"])
-        done, last, _ = state["groups"].get(group, (0, "nothing", ""))
-        if done < number:
-            life = "has ended or is frozen" if silent else "is alive"
-            words.append(f"rank {rank} {life} and stopped after number {done} ({last})")
-        elif silent:
-            words.append(f"rank {rank} has ended or is frozen")
-    return "; ".join(words) or "no rank is behind"
+    ends: list[str] = []  # who waits for nobody
+    between: list[str] = []
+    seen = {watch.rank}
+    questions = deque([(group, number, ranks)])
+    while questions:
+        group, number, ranks = questions.popleft()
+        for rank in ranks:
+            if rank in seen:
+                continue
+            if rank not in after:
+                ends.append(f"rank {rank} has not started")
+                continue
+            state = after[rank]
+            silent = state["beat"] == before.get(rank, {}).get("beat")
+            done, last, _ = state["groups"].get(group, (0, "nothing", ""))
+            if silent:
+                watch.silent.append(state["process"])
+            elif done >= number:
+                continue
+            seen.add(rank)
+            questions.extend(state["waits"])
+            stopped = f" and stopped after number {done} ({last})" if done < number else ""
+            said = f"rank {rank} {'has ended or is frozen' if silent else 'is alive'}{stopped}"
+            (between if state["waits"] else ends).append(said)
+    if ends and between:
+        ends.append(f"between them and rank {watch.rank}: {', '.join(' '.join(said.split()[:2]) for said in between)}")
+    return "; ".join(ends or between) or "no rank is behind"
 
 
 def _listed(ranks: list[int]) -> str:

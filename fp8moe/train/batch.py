@@ -79,7 +79,7 @@ def settle_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int 
                 f"batch.{name}={size} is no multiple of dp x batch.micro_batch = {dp} x {config.micro_batch} = {unit}: "
                 f"use {nearest}"
             )
-        if size // unit < least or (size // unit) % multiple:
+        if (size // unit < least and name != "increment") or (size // unit) % multiple:
             enough = max(least, -(-(size // unit) // multiple) * multiple) * unit
             raise ValueError(
                 f"batch.{name}={size} makes {size // unit} micro-batches of dp x batch.micro_batch = {dp} x "

@@ -100,6 +100,7 @@ def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
         time.sleep(0.1)
         watch.end_frozen()
         assert stopped.wait(5) == -signal.SIGKILL
+        time.sleep(0.2)  # what was killed with it would be seen to be
         assert [p.poll() for p in (alive, elsewhere, reused)] == [None] * 3
     finally:
         watch._current.clear()

@@ -17,6 +17,11 @@ def test_the_mesh_is_filled_in(corpus: list[str]) -> None:
     # Experts spread over as many ranks as divide both: 4 experts, 6 ranks.
     assert configured(corpus, "batch.sequences=12", "validation.samples=12", world_size=6).ep == 2
     assert configured(corpus, "parallel.ep=2", world_size=4).ep == 2
+    # As large a micro-batch as leaves the schedule enough of them.
+    free = ["batch.micro_batch=null", "batch.sequences=16"]
+    for schedule, pp, size in (("1f1b", 1, 16), ("dualpipev", 1, 8), ("dualpipe", 2, 4), ("zb1p", 2, 16)):
+        settings = [*free, f"parallel.schedule={schedule}", f"parallel.pp={pp}", "validation.samples=16"]
+        assert configured(corpus, *settings, world_size=pp).micro_batch == size
 
 
 @pytest.mark.parametrize(
@@ -27,7 +32,28 @@ def test_the_mesh_is_filled_in(corpus: list[str]) -> None:
         (["parallel.dp=2"], 4, "needs 2 processes and there are 4: use parallel.dp=4 or start 2"),
         (["batch.sequences=7"], 1, "batch.sequences=7 is no multiple .*: use 8"),
         (["validation.samples=6"], 2, "validation.samples=6 is no multiple .*: use 8"),
-        (["parallel.pp=2"], 2, "parallel.pp=2: this version"),
+        (["parallel.pp=3"], 4, "parallel.pp=3 does not divide 4 processes: use 1, 2 or 4"),
+        (["parallel.pp=4"], 4, "2 blocks can't fill 4 pipeline stages, one each at least: use at most 2 stages"),
+        (["parallel.pp=3", "parallel.schedule=dualpipe"], 3, "pipeline ranks, and pp=3 is odd: use 2 or 4"),
+        (["parallel.schedule=dualpipe"], 1, "pipeline ranks, and pp=1 is odd: use 2"),
+        (["parallel.pp=2", "parallel.layout=[1,2]"], 2, "layout 1,2 places 3 blocks, but the model has 2: take 1 away"),
+        (["parallel.pp=2", "parallel.ep=2"], 2, "parallel.ep=2 does not divide the 1 data-parallel processes: use 1"),
+        (
+            ["parallel.pp=2", "parallel.schedule=dualpipe", "batch.micro_batch=4"],
+            2,
+            "batch.sequences=8 makes 2 micro-batches of dp x batch.micro_batch = 1 x 4 sequences and .* needs at least "
+            "4, in multiples of 2: use 16",
+        ),
+        (
+            ["parallel.pp=2", "parallel.schedule=dualpipe", "batch.sequences=10"],
+            2,
+            "batch.sequences=10 makes 5 micro-batches .* needs at least 4, in multiples of 2: use 12",
+        ),
+        (
+            ["parallel.schedule=dualpipev", "batch.sequences=1", "batch.micro_batch=1"],
+            1,
+            "batch.sequences=1 makes 1 micro-batches .* needs at least 2: use 2",
+        ),
         (
             ["seq_len=40", "batch.micro_batch=1"],
             1,

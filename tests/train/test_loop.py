@@ -16,6 +16,7 @@ from fp8moe.cli.convert import to_dataclass
 from fp8moe.data.packing import IGNORED_LABEL
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.loop import run_to_end, train
+from fp8moe.train.passes import forward_passes
 from fp8moe.train.summary import table
 from fp8moe.train.validation import ValidationReport, validate
 from tests.parallel.ranks import run_ranks
@@ -52,16 +53,23 @@ def test_a_run_from_settings_to_summary(corpus: list[str], tmp_path: Path, capsy
 
 def score(settings: list[str], world_size: int) -> ValidationReport:
     run = built(configured(settings, world_size=world_size))
-    run.model.mtp.forward = None  # it takes no part
+    if run.model.mtp is not None:
+        run.model.mtp.enter = None  # it takes no part
+    data, micro_batch = run.data, run.config.micro_batch
     return validate(
-        run.model, run.data.validation, run.data.token_bytes, run.mesh, samples=8, micro_batch=2, device=run.device
-    )
+        lambda batches: forward_passes(run, batches)[0],
+        data.validation, data.token_bytes, run.mesh, samples=8, micro_batch=micro_batch,
+    )  # fmt: skip
 
 
 def test_validation_by_hand_and_on_any_layout(corpus: list[str]) -> None:
     settings = [*corpus, "precision=fp32", "data.document_mask=true"]
     report = score(settings, 1)
-    for other in run_ranks(score, 4, settings, 4):
+    pipelined = [*settings, "parallel.pp=2", "batch.micro_batch=1"]
+    others = run_ranks(score, 4, settings, 4)
+    for schedule in ("1f1b", "dualpipe"):
+        others += run_ranks(score, 4, [*pipelined, f"parallel.schedule={schedule}"], 4)
+    for other in others:
         assert other.loss == pytest.approx(report.loss, rel=1e-6)
         assert other.bits_per_byte == pytest.approx(report.bits_per_byte, rel=1e-6)
         assert other.tokens == report.tokens

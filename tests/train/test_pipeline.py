@@ -12,7 +12,7 @@ from fp8moe.data.sampler import rank_slice
 from fp8moe.layers.router import Router, Routing
 from fp8moe.parallel.schedule import build_schedule
 from fp8moe.train.build import tied_embedding
-from fp8moe.train.step import forward_backward, next_batches, reduce
+from fp8moe.train.step import Losses, forward_backward, next_batches, reduce
 from fp8moe.train.stopwatch import Stopwatch
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
@@ -114,3 +114,24 @@ def check(answers: list[dict[str, Any]], alone: dict[str, Any], *, mtp_tied: boo
             found.add(name)
     assert found == alone["grads"].keys()
     assert any(answer["tied"] for answer in answers) == mtp_tied
+
+
+def a_step(settings: list[str], world_size: int) -> tuple[Losses, float, dict[str, Tensor]]:
+    """Losses, norm and every gradient of one step."""
+    run = built(configured(settings, world_size=world_size))
+    batches, counts = next_batches(run)
+    losses = forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
+    return losses, reduce(run), {name: p.main_grad.clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("schedule, pp, ep", [("dualpipev", 1, 2), ("dualpipe", 2, 2), ("1f1b", 1, 2)])
+def test_overlap_changes_no_bit(corpus: list[str], precision: str, schedule: str, pp: int, ep: int) -> None:
+    settings = [*corpus, *SETTINGS, f"precision={precision}", f"parallel.pp={pp}", f"parallel.ep={ep}",
+                f"parallel.schedule={schedule}"]  # fmt: skip
+    overlapped = run_ranks(a_step, pp * ep, [*settings, "parallel.overlap=true"], pp * ep)
+    for (losses, norm, grads), (others, other, theirs) in zip(
+        overlapped, run_ranks(a_step, pp * ep, [*settings, "parallel.overlap=false"], pp * ep), strict=True
+    ):
+        assert (losses, norm) == (others, other)
+        assert [name for name, grad in grads.items() if not torch.equal(grad, theirs[name])] == []

@@ -75,6 +75,29 @@ def test_any_layout_resumes_any_other(corpus: list[str], tmp_path: Path) -> None
         assert torch.equal(tensor, torch.cat([one, other]) if sharded else one), name
 
 
+PIPELINES = [("1f1b", 2), ("dualpipe", 2), ("dualpipev", 1)]
+
+
+@pytest.mark.parametrize("schedule, pp", PIPELINES)
+def test_a_pipelines_checkpoint_is_everyones(corpus: list[str], tmp_path: Path, schedule: str, pp: int) -> None:
+    settings = [*corpus, *SAVING, "precision=fp32", "batch.micro_batch=1"]
+    cut = [*settings, f"parallel.schedule={schedule}", f"parallel.pp={pp}"]
+    saved = on_ranks([*cut, f"run_dir={tmp_path / 'cut'}"], pp)
+    path = tmp_path / "cut" / "checkpoints" / "step-4"
+    alone = state_tensors(built(configured([*settings, f"resume={path}", "steps=9"])))
+    held: set[str] = set()
+    for _, tensors in saved:
+        assert [name for name, tensor in tensors.items() if not torch.equal(tensor, alone[name])] == []
+        held |= tensors.keys()
+    assert held == alone.keys()
+    assert {summary.val_loss for summary, _ in saved} == {saved[0][0].val_loss}
+
+    whole, _ = run_once([*settings, "steps=6", f"run_dir={tmp_path / 'on'}", f"resume={path}"], 1)
+    for summary, _ in on_ranks([*cut, "steps=6", f"run_dir={tmp_path / 'cut'}", "resume=auto"], pp):
+        assert summary.val_loss == pytest.approx(whole.val_loss, rel=1e-5)
+        assert list(summary.expert_token_shares) == list(whole.expert_token_shares)
+
+
 def test_old_checkpoints_go_and_the_newest_is_found(corpus: list[str], tmp_path: Path) -> None:
     run_once([*corpus, "steps=5", "checkpoint.every=1", "checkpoint.keep=2", f"run_dir={tmp_path}"], 1)
     root = tmp_path / "checkpoints"

@@ -1,0 +1,100 @@
+"""The order of an overlapped pair: each phase once, each way in its own order, messages under somebody's compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fp8moe.layers.phase import Phase
+from fp8moe.parallel.overlap import PAIR, late_wgrads, run_backward, run_forward, run_pair, run_wgrads
+
+PHASES = {
+    "moe": ("attn", "dispatch", "mlp", "combine"),
+    "dense": ("attn", "mlp"),
+    "embedding": ("embed",),
+    "join": ("join",),
+    "loss": ("loss",),
+}
+MESSAGES = ("dispatch", "combine")
+Log = list[tuple[str, str, int]]
+
+
+class Recorded:
+    """A run that writes down which of its phases are called."""
+
+    output: Tensor
+    input_gradient: Tensor
+
+    def __init__(self, kind: str, number: int, log: Log) -> None:
+        def write(way: str, name: str) -> Callable[[], None]:
+            return lambda: log.append((way, name, number))
+
+        self.phases = tuple(
+            Phase(name, "compute", write("F", name), write("B", name), None if name in MESSAGES else write("W", name))
+            for name in PHASES[kind]
+        )
+
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None: ...
+
+
+def paired(forward: list[str], backward: list[str]) -> Log:
+    """The log of the pair; runs are numbered from 0 going forward, from 100 the other's."""
+    log: Log = []
+    run_pair([Recorded(kind, i, log) for i, kind in enumerate(forward)],
+             [Recorded(kind, 100 + i, log) for i, kind in enumerate(backward)])  # fmt: skip
+    return log
+
+
+def test_two_layers_follow_the_list() -> None:
+    log = paired(["moe", "moe"], ["moe", "moe"])
+    assert [(way, name) for way, name, _ in log] == [*PAIR, *PAIR]
+    assert {number for way, _, number in log[:10] if way == "F"} == {0}
+    assert {number for way, _, number in log[:10] if way != "F"} == {101}
+
+
+def test_every_message_travels_under_compute() -> None:
+    log = paired(["moe"] * 3, ["moe"] * 3)
+    needs = {("F", "dispatch"): ("F", "mlp", 0), ("F", "combine"): ("F", "attn", 1),
+             ("B", "combine"): ("B", "mlp", 0), ("B", "dispatch"): ("B", "attn", 0)}  # fmt: skip
+    checked = 0
+    for at, (way, name, number) in enumerate(log):
+        if name in MESSAGES:
+            needing_way, needing, later = needs[way, name]
+            if (needing_way, needing, number + later) in log:
+                between = log[at + 1 : log.index((needing_way, needing, number + later))]
+                assert any(other not in MESSAGES for _, other, _ in between), (way, name, number)
+                checked += 1
+    assert checked == 4 * 3 - 1  # the last combine's output leaves the stage
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(sorted(PHASES)), max_size=6), st.lists(st.sampled_from(sorted(PHASES)), max_size=6))
+def test_any_two_stages_each_in_its_own_order(forward: list[str], backward: list[str]) -> None:
+    log = paired(forward, backward)
+    expected = [("F", name, i) for i, kind in enumerate(forward) for name in PHASES[kind]]
+    assert [entry for entry in log if entry[0] == "F"] == expected
+    back = [("B", name, 100 + i) for i, kind in reversed(list(enumerate(backward))) for name in reversed(PHASES[kind])]
+    assert [entry for entry in log if entry[0] == "B"] == back
+    weights = [("W", name, number) for _, name, number in back if name not in MESSAGES]
+    assert [entry for entry in log if entry[0] == "W"] == weights
+    for entry in weights:
+        assert log.index(entry) > log.index(("B", *entry[1:]))
+    assert len(log) == len(expected) + len(back) + len(weights)
+
+
+@pytest.mark.parametrize("kinds", [["embedding", "dense", "moe"], ["moe", "join", "moe", "loss"]])
+def test_one_after_the_other_does_the_same_work(kinds: list[str]) -> None:
+    log: Log = []
+    runs = [Recorded(kind, i, log) for i, kind in enumerate(kinds)]
+    run_forward(runs)
+    run_backward(runs)
+    run_wgrads(late_wgrads(runs))
+    alone: Log = []
+    others = [Recorded(kind, i, alone) for i, kind in enumerate(kinds)]
+    run_pair(others, ())
+    run_pair((), others)
+    assert sorted(log) == sorted(alone)

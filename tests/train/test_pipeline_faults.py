@@ -1,0 +1,79 @@
+"""A rank that stops in the middle of a schedule ends all others in bounded time, and is the one they name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+
+from fp8moe.errors import HangError
+from fp8moe.parallel import watch
+from fp8moe.parallel.trace import listening
+from fp8moe.train.step import forward_backward, next_batches
+from fp8moe.train.stopwatch import Stopwatch
+from tests.parallel.ranks import run_ranks
+from tests.train.runs import built, configured
+
+PP, LOST, TIMEOUT = 4, 2, 4.0
+
+
+class Leaver:
+    """Hears of every action, and leaves at one."""
+
+    def __init__(self, action: str, leave: Callable[[], None]) -> None:
+        self._action, self._leave = action, leave
+
+    def began(self, name: str) -> None:
+        if name.split("&")[0] == self._action:
+            self._leave()
+
+    def ended(self, name: str, began: None) -> None: ...
+
+
+def sleep() -> None:
+    time.sleep(120)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def one_leaves(settings: list[str], action: str, leave: Callable[[], None]) -> tuple[float, str]:
+    """How long this rank waited, and what it was told."""
+    watch.BEAT = 0.25
+    run = built(configured(settings, world_size=PP))
+    watch.start()
+    run.links.timeout = timedelta(seconds=TIMEOUT)
+    batches, counts = next_batches(run)
+    start = time.monotonic()
+    with listening(Leaver(action, leave)), pytest.raises(HangError) as caught:
+        forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
+    return time.monotonic() - start, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "schedule, action, leave, words",
+    [
+        ("1f1b", "F2.3", die, "has ended or is frozen"),
+        ("1f1b", "BW2.1", sleep, "is alive and stopped after number"),
+        ("dualpipe", "F2.1", die, "has ended or is frozen"),
+        ("dualpipe", "F1.5", sleep, "is alive and stopped after number"),
+    ],
+)
+def test_the_rank_that_stops_is_named(
+    corpus: list[str], schedule: str, action: str, leave: Callable[[], None], words: str
+) -> None:
+    settings = [*corpus, f"parallel.schedule={schedule}", f"parallel.pp={PP}", "model.num_layers=4",
+                "batch.micro_batch=1", "precision=bf16"]  # fmt: skip
+    answers = run_ranks(one_leaves, PP, settings, action, leave, absent=(LOST,))
+    for rank, answer in enumerate(answers):
+        if rank != LOST:
+            seconds, said = answer
+            assert seconds < TIMEOUT + 30
+            assert f"rank {LOST} {words}" in said, said
+            named = [f"rank {other} {state}" for other in range(PP) for state in ("is alive", "has ended")]
+            assert [name for name in named if name in said and not name.startswith(f"rank {LOST}")] == [], said
