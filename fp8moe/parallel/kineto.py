@@ -11,12 +11,19 @@ stages; they wait for peers, so they count neither as computing nor as communica
 
 from __future__ import annotations
 
+import json
 import statistics
+import tempfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fp8moe.parallel.figures import RankFigures, kind_of
 from fp8moe.parallel.intervals import Intervals, length, union, without
@@ -35,6 +42,26 @@ class Kernel:
     start: float
     end: float
     launched: float
+
+
+@contextmanager
+def profiling(device: torch.device) -> Iterator[Callable[[Sequence[Span]], list[Kernel]]]:
+    """torch.profiler around the block; afterwards, given the block's spans, its kernels. Without a GPU there are none."""
+    if device.type != "cuda":
+        yield lambda spans: []
+        return
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        yield lambda spans: kernels(_exported(profiler), spans)
+        torch.cuda.synchronize()
+
+
+def _exported(profiler: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        exported: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return exported
 
 
 def kernels(exported: Mapping[str, Any], spans: Sequence[Span]) -> list[Kernel]:

@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch.profiler import ProfilerActivity, profile
 
 from fp8moe.parallel.collectives import gather
 from fp8moe.parallel.figures import RankFigures, measured_costs, num_microbatches, rank_figures, window_of
-from fp8moe.parallel.kineto import device_figures, kernels
+from fp8moe.parallel.kineto import device_figures, profiling
 from fp8moe.parallel.recorder import Recorder, clock_offset
 from fp8moe.parallel.schedule import build_schedule
 from fp8moe.parallel.simulate import simulate
@@ -67,10 +61,10 @@ class StepTrace:
             return
         run.barrier()
         recorder = Recorder()
-        with listening(recorder), _profiler(run.device) as profiler:
+        with listening(recorder), profiling(run.device) as kernels_of:
             yield
         offset = clock_offset(run.mesh.world_group)
-        work = [] if profiler is None else kernels(_exported(profiler), recorder.spans)
+        work = kernels_of(recorder.spans)
         mine = RankTrace(
             name_of(run),
             [replace(span, start=span.start + offset, end=span.end + offset) for span in recorder.spans],
@@ -80,26 +74,6 @@ class StepTrace:
         self.figures = step_figures(run, ranks)
         if run.is_first:
             (run.run_dir / "trace.json").write_text(json.dumps(chrome_trace(ranks)) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _profiler(device: torch.device) -> Iterator[Any]:
-    """torch.profiler around the block where there is a GPU."""
-    if device.type != "cuda":
-        yield None
-        return
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        yield profiler
-        torch.cuda.synchronize()
-
-
-def _exported(profiler: Any) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        exported: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return exported
 
 
 def name_of(run: Run) -> str:

@@ -1,0 +1,153 @@
+"""One GPU, DualPipeV at pp=1, a stand-in for the all-to-all: what overlap hides, and what SMs left to messages cost.
+
+Times are of whole forwards and backwards, alternated; hidden share and waits are those of the kernels of one step under
+torch.profiler (`fp8moe.parallel.kineto`). The budget is `limit_sms` of the GEMMs: 20 of 132 SMs left free, as in the
+report. It needs torch, triton and numpy only. Without a GPU a small model runs, so that the way through it is tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Report, alternate, paired_ratio, summarize
+from benchmarks.stand_in import StandIn, copies_as_slow_as
+from fp8moe.kernels.gluon.launch import limit_sms
+from fp8moe.layers.precision import Precision
+from fp8moe.model.config import ModelConfig
+from fp8moe.model.loss import LossTally, LossWeights
+from fp8moe.model.partition import partition
+from fp8moe.model.stage import StageRuns
+from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.parallel.figures import RankFigures, rank_figures, window_of
+from fp8moe.parallel.kineto import device_figures, profiling
+from fp8moe.parallel.links import Links
+from fp8moe.parallel.mesh import Mesh
+from fp8moe.parallel.pipeline import Pipeline
+from fp8moe.parallel.recorder import Recorder, marking
+from fp8moe.parallel.schedule import build_schedule
+from fp8moe.parallel.trace import listening
+
+PEERS, FREE_SMS, MICROBATCHES = 8, 20, 16
+LINKS = (None, 150e9, 50e9)  # bytes a second: a copy as it is, DeepEP over NVLink at EP8, over RDMA at EP64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Ids drawn at random; see `fp8moe.model.transformer.Inputs`."""
+
+    inputs_BS: Tensor
+    labels_BS: Tensor
+    positions_BS: Tensor
+    documents_BS: Tensor | None = None
+
+
+def model_of(device: torch.device) -> tuple[ModelConfig, int]:
+    """The model, and tokens a micro-batch: DeepSeek-V2-Lite's blocks, four of them; on a CPU a toy."""
+    if device.type == "cuda":
+        config = ModelConfig(
+            vocab_size=32768, dim=2048, num_layers=4, num_dense_layers=0, num_heads=16, kv_lora_rank=512, nope_dim=128,
+            rope_dim=64, v_dim=128, dense_hidden=10944, expert_hidden=1408, num_experts=64, num_shared_experts=2,
+            topk=6, force_balance=True,
+        )  # fmt: skip
+        return config, 4096
+    config = ModelConfig(
+        vocab_size=256, dim=64, num_layers=2, num_dense_layers=0, num_heads=2, kv_lora_rank=32, nope_dim=16,
+        rope_dim=16, v_dim=16, dense_hidden=64, expert_hidden=32, num_experts=4, topk=2,
+    )  # fmt: skip
+    return config, 128
+
+
+class Step:
+    """Forwards and backwards of a step's micro-batches, by DualPipeV on this one rank."""
+
+    def __init__(self, device: torch.device, *, microbatches: int = MICROBATCHES, repeats: int = 1) -> None:
+        self.device, (self.config, self.tokens) = device, model_of(device)
+        config, tokens = self.config, self.tokens
+        self.dispatcher = StandIn(
+            config.num_experts, device, peers=min(PEERS, config.topk), max_rows=tokens, width=config.dim,
+            repeats=repeats,
+        )  # fmt: skip
+        self.model = Transformer(config, precision=Precision.FP8, dispatcher=self.dispatcher, device=device)
+        init_weights(self.model, 0)
+        self._schedule = build_schedule("dualpipev", 1, microbatches)
+        self._stages = partition(config, 2, seq_len=tokens, folded=True)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(config.vocab_size, (microbatches, 1, tokens + 1), generator=generator).to(device)
+        positions = torch.arange(tokens, device=device)[None]
+        self._batches = [Batch(one[:, :-1].contiguous(), one[:, 1:].contiguous(), positions) for one in ids]
+        self._weights = LossWeights(1 / (tokens * microbatches), 0.0, 1e-4 / microbatches)
+
+    def __call__(self, overlap: bool) -> Tensor:
+        """-> the losses' sums, FP64 [3]; gradients are in `main_grad`."""
+        self.model.main_grads.zero_()
+        tally = LossTally(self.device)
+        Pipeline(
+            self._schedule,
+            0,
+            Links(Mesh(1, 1, 1, rank=0), timedelta(seconds=60)),
+            StageRuns(self.model, self._stages, self._batches, self._weights, tally),
+            empty=lambda: torch.empty(0),
+            overlap=overlap,
+        ).run()
+        return tally.sums
+
+    def figures(self, overlap: bool) -> RankFigures:
+        """Of one step, from its kernels; without a GPU from its spans."""
+        recorder = Recorder()
+        with profiling(self.device) as kernels_of, marking(self.device), listening(recorder):
+            self(overlap)
+        work = kernels_of(recorder.spans)
+        if not work:
+            return rank_figures(recorder.spans, window_of([recorder.spans]))
+        return device_figures(work, recorder.spans)
+
+
+def measure_gpu(report: Report, arguments: argparse.Namespace) -> None:
+    """Each link: waited at once, overlapped, overlapped with SMs left free."""
+    device: torch.device = arguments.device
+    step = Step(device, microbatches=4 if arguments.quick else MICROBATCHES)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    free = f"overlapped, GEMMs on {sms - FREE_SMS} of {sms} SMs"
+    cases: dict[str, tuple[bool, int | None]] = {
+        "waited at once": (False, None), "overlapped": (True, None), free: (True, sms - FREE_SMS),
+    }  # fmt: skip
+    row = torch.empty(step.tokens, step.config.dim, dtype=torch.bfloat16, device=device)
+    num_bytes = step.dispatcher.bytes_of(row)
+    for link in LINKS:
+        repeats = 1 if link is None else copies_as_slow_as(step.dispatcher, num_bytes, link, device)
+        step.dispatcher.repeats = repeats
+        rate = "a copy's rate" if link is None else f"{link / 1e9:.0f} GB/s"
+        shape = f"{step.config.dim}x{step.config.num_layers} T{step.tokens}x{len(step._batches)}, {rate}"
+        calls = {name: partial(_limited, step, *case) for name, case in cases.items()}
+        seconds = alternate(calls, device, trials=arguments.repeats, warmup=min(2, arguments.warmup))
+        for name, case in cases.items():
+            baseline = None if name == "waited at once" else "waited at once"
+            ratio = None if baseline is None else paired_ratio(seconds[name], seconds[baseline])
+            report.add(name, shape, "forwards and backwards", summarize(seconds[name]).median * 1e3, "ms",
+                       baseline=baseline, ratio=ratio)  # fmt: skip
+            limit_sms(case[1])
+            _report(report, name, shape, step.figures(case[0]))
+            limit_sms(None)
+
+
+def _limited(step: Step, overlap: bool, sms: int | None) -> Tensor:
+    """The step with a limit on the GEMMs' SMs."""
+    limit_sms(sms)
+    try:
+        return step(overlap)
+    finally:
+        limit_sms(None)
+
+
+def _report(report: Report, name: str, shape: str, figures: RankFigures) -> None:
+    report.add(name, shape, "computing", figures.computing * 1e3, "ms")
+    report.add(name, shape, "communication", figures.communication * 1e3, "ms")
+    report.add(name, shape, "communication alone on the device", figures.exposed * 1e3, "ms")
+    if figures.hidden is not None:
+        report.add(name, shape, "communication hidden", figures.hidden, "of 1")

@@ -1,0 +1,130 @@
+"""Whole training steps under several settings, alternated in one set of processes, each recorded span by span.
+
+A trial is one optimizer step. What it took is the host's clock around it; figures come from the spans of all ranks
+(`fp8moe.parallel.figures`), and the simulator is given the costs that the same spans say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from fp8moe.cli.compose import compose
+from fp8moe.parallel.collectives import gather
+from fp8moe.parallel.figures import RankFigures, measured_costs, num_microbatches, rank_figures, window_of
+from fp8moe.parallel.links import Links
+from fp8moe.parallel.mesh import warm_up
+from fp8moe.parallel.recorder import Recorder, clock_offset
+from fp8moe.parallel.schedule import build_schedule
+from fp8moe.parallel.simulate import simulate
+from fp8moe.parallel.trace import listening
+from fp8moe.train.build import Run, build, mesh_of
+from fp8moe.train.config import TrainConfig, settle
+from fp8moe.train.step import train_step
+
+CPU = torch.device("cpu")
+TIMEOUT = timedelta(seconds=600)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step: seconds of it all (the slowest rank's), each rank's figures, and what the simulator says.
+
+    simulated: makespan, and bubble of a rank on average.
+    """
+
+    seconds: float
+    ranks: tuple[RankFigures, ...]
+    simulated: tuple[float, float]
+
+    @property
+    def passes(self) -> float:
+        """Seconds of forwards and backwards."""
+        return self.ranks[0].window
+
+    @property
+    def bubble(self) -> float:
+        """A rank's on average, seconds."""
+        return statistics.fmean(rank.bubble for rank in self.ranks)
+
+    @property
+    def computing(self) -> float:
+        """A rank's on average, seconds."""
+        return statistics.fmean(rank.computing for rank in self.ranks)
+
+    @property
+    def communication(self) -> float:
+        """A rank's on average, seconds."""
+        return statistics.fmean(rank.communication for rank in self.ranks)
+
+    @property
+    def exposed(self) -> float:
+        """A rank's on average, seconds."""
+        return statistics.fmean(rank.exposed for rank in self.ranks)
+
+    @property
+    def hidden(self) -> float:
+        """Of all ranks' communication together; 1 where there is none."""
+        return max(0.0, 1 - self.exposed / self.communication) if self.communication else 1.0
+
+
+def configured(words: Sequence[str], world_size: int) -> TrainConfig:
+    """The configuration of `words` for so many processes."""
+    return settle(compose([*words, "device=cpu", "checkpoint.at_end=false"]).config, world_size)
+
+
+def built(config: TrainConfig) -> Run:
+    """The run, its groups warmed. Collective."""
+    mesh = mesh_of(config)
+    warm_up(mesh, CPU)
+    Links(mesh, TIMEOUT).warm_up(CPU)
+    return build(config, mesh, CPU, Path("nowhere"))
+
+
+def one_step(run: Run) -> Trial:
+    """Do a step of `run`, recorded. Collective."""
+    group = run.mesh.world_group
+    run.barrier()
+    recorder, start = Recorder(), time.perf_counter()
+    with listening(recorder):
+        train_step(run)
+    seconds, offset = time.perf_counter() - start, clock_offset(group)
+    spans = [dataclasses.replace(s, start=s.start + offset, end=s.end + offset) for s in recorder.spans]
+    told = gather((seconds, spans), group)
+    recorded = [spans for _, spans in told]
+    window = window_of(recorded)
+    parallel = run.config.parallel
+    schedule = build_schedule(parallel.schedule, parallel.pp, num_microbatches(recorded))
+    timeline = simulate(schedule, measured_costs(recorded, schedule.num_stages))
+    return Trial(
+        max(seconds for seconds, _ in told),
+        tuple(rank_figures(spans, window) for spans in recorded),
+        (timeline.makespan, statistics.fmean(timeline.bubble)),
+    )
+
+
+def alternated(runs: Mapping[str, tuple[Run, TrainConfig]], trials: int) -> dict[str, list[Trial]]:
+    """`trials` steps of each in turning order, after one that is not counted. Runs may share a model. Collective."""
+    done: dict[str, list[Trial]] = {name: [] for name in runs}
+    for trial in range(trials + 1):
+        for name in list(runs) if trial % 2 == 0 else reversed(list(runs)):
+            run, run.config = runs[name][0], runs[name][1]
+            one = one_step(run)
+            if trial:
+                done[name].append(one)
+    return done
+
+
+def overlap_and_not(run: Run) -> dict[str, tuple[Run, TrainConfig]]:
+    """The same run with every message waited for at once, and with messages hidden."""
+    return {
+        name: (run, dataclasses.replace(run.config, parallel=dataclasses.replace(run.config.parallel, overlap=overlap)))
+        for name, overlap in (("waited at once", False), ("overlapped", True))
+    }
