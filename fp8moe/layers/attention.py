@@ -2,7 +2,8 @@
 
 Keys and values come from one small latent a token, queries from another; a rotary part, one key for all heads, carries
 position. The down projections of both latents are one GEMM (`qkv_a`, 2112 outputs in V3). Scores and their softmax are
-torch's `scaled_dot_product_attention`, or flash-attn when it is asked for.
+torch's `scaled_dot_product_attention`, or flash-attn when it is asked for. Attention itself is BF16 in FP8 too; its
+output is then kept for backward in 12 bits (`kept_output`).
 
 Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads.
 """
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fp8moe.layers.kept_output import attention_kept_in_e5m6
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.operand import activation
 from fp8moe.layers.precision import Precision
 from fp8moe.layers.rope import rotate
 
@@ -101,8 +102,13 @@ class LatentAttention(nn.Module):
 
         q = by_sequence(torch.cat([q_nope, q_rope], dim=-1))
         k = by_sequence(torch.cat([k_nope, k_rope], dim=-1))
-        out = self.attend(q, k, by_sequence(v), c.softmax_scale, positions.mask_BSS)
-        return self.o(activation(out.reshape(x_TD.shape[0], -1), self.precision, power_of_two=True))
+
+        def attend() -> Tensor:
+            return self.attend(q, k, by_sequence(v), c.softmax_scale, positions.mask_BSS)
+
+        if self.precision is Precision.FP8:
+            return self.o(attention_kept_in_e5m6(attend))
+        return self.o(attend().reshape(x_TD.shape[0], -1))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
