@@ -172,7 +172,13 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         max_imbalance=config.parallel.max_imbalance,
         max_tokens=config.micro_batch * config.seq_len,
     )
-    model = Transformer(config.model, precision=config.precision.mode, dispatcher=dispatcher, device=device)
+    model = Transformer(
+        config.model,
+        precision=config.precision.mode,
+        dispatcher=dispatcher,
+        recompute=frozenset(config.recompute),
+        device=device,
+    )
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
     run = Run(
         config=config,

@@ -14,11 +14,13 @@ from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.layers import attention as attention_module
 from fp8moe.layers.attention import AttentionConfig, LatentAttention, Positions
-from fp8moe.layers.kept_output import attention_kept_in_e5m6
+from fp8moe.layers.kept_output import kept_in_e5m6
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.main_grad import attach_main_grads
+from fp8moe.layers.operand import Activation
 from fp8moe.layers.precision import Precision
 from fp8moe.layers.rope import inverse_frequencies, rotation
+from fp8moe.layers.saved import boxed
 from tests.distance import calc_diff
 
 B, S, H, V = 2, 32, 4, 32  # heads of equal size: PyTorch's fused attention on a CPU, which saves its output
@@ -31,6 +33,12 @@ def qkv(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_module._sdpa(q, k, v, V**-0.5, None)
+
+
+def attention_kept_in_e5m6(attend: Callable[[], Tensor]) -> Activation:
+    with boxed() as boxes:
+        out = attend()
+    return kept_in_e5m6(out, boxes)
 
 
 def as_rows(out: Tensor) -> Tensor:
