@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kept import Made
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.main_grad import attach_main_grads
 from fp8moe.layers.mlp import Mlp
@@ -16,7 +17,6 @@ from fp8moe.layers.recompute import RECIPE, Recompute, kept
 from fp8moe.layers.router import Router, RouterConfig
 from fp8moe.layers.saved import boxed, compute_again
 from fp8moe.layers.swiglu import swiglu
-from tests.kept import Made
 
 T, D = 48, 64
 NOTHING: frozenset[Recompute] = frozenset()

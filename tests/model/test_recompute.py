@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from benchmarks.kept import Made
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.grouped_linear import GroupedLinear, GroupedProducts
 from fp8moe.layers.linear import Linear
@@ -23,7 +24,6 @@ from fp8moe.model.partition import MicroBatch, Stage, stage_activation_bytes
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.dispatchers import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
-from tests.kept import Made
 from tests.model import test_phases
 from tests.model.batches import tokens
 from tests.model.hf_oracle import BASE
