@@ -220,6 +220,7 @@ def build_model(
         config.model,
         precision=config.precision.mode,
         dispatcher=dispatcher,
+        recompute=frozenset(config.recompute),
         layers=[layer for stage in held for layer in stage.layers],
         embedding=any(stage.embedding or stage.mtp for stage in held),
         head=any(stage.head for stage in held),

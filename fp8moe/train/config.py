@@ -18,6 +18,7 @@ from fp8moe.data.config import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import DEFAULT, Recompute
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.model.partition import Stage, partition
 from fp8moe.parallel.deep_ep import check_deep_ep
@@ -95,6 +96,7 @@ class TrainConfig:
 
     resume: "none", "auto" (the newest complete checkpoint of run_dir, if any) or a checkpoint's or run's path.
     max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
+    recompute: what a forward leaves to the backward to compute again (`fp8moe.layers.recompute`); bits don't change.
     """
 
     model: ModelConfig
@@ -114,8 +116,12 @@ class TrainConfig:
     resume: str = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = 3
+    recompute: tuple[Recompute, ...] = tuple(DEFAULT)
 
     def __post_init__(self) -> None:
+        once = ",".join(dict.fromkeys(self.recompute))
+        if once != ",".join(self.recompute):
+            raise ValueError(f"recompute=[{','.join(self.recompute)}] says a name twice: use recompute=[{once}]")
         for name in ("steps", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
