@@ -18,7 +18,7 @@ from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
 
-OURS = ("gluon", "triton", "cublas")
+OURS = ("gluon", "triton", "cublas", "te")
 BF16 = "bf16 cublas"
 
 
@@ -97,7 +97,7 @@ def dense(p: Problem, x: Operands) -> Contest:
     else:
         contest.enter(BF16, lambda: lambda: torch.mm(x.left, x.right.t()))
         contest.enter("deepgemm", lambda: _deepgemm(x))
-        contest.enter("te", lambda: _transformer_engine(p, x))
+        contest.enter("te linear", lambda: _transformer_engine(p, x))
     return contest
 
 
