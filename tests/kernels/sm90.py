@@ -105,6 +105,8 @@ def figures(compiled: Any) -> dict[str, int]:
         )
     assert "EXIT" in sass, "the disassembly is empty"
     counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in COUNTED}
+    if "MULTICAST" in sass:
+        counts["multicast"] = len(re.findall(r"\bUTMALDG\S*\.MULTICAST", sass))
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return counts | {
         "shared": compiled.metadata.shared,
@@ -142,6 +144,7 @@ def compile_share(share: int) -> dict[str, dict[str, Any]]:
             "kernel": note.kernel,
             "figures": figures(compiled),
             "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
+            "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),
         }
     return result
 
