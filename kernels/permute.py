@@ -38,7 +38,7 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
         raise ValueError(f"groups are padded to a multiple of at least 1, not {align}: use 128 for FP8, 1 otherwise")
     if num_experts < 1 or (room is not None and room < 0):
         raise ValueError(f"a map has at least 1 expert and 0 rows, not {num_experts} and {room}: count them anew")
-    if topk_ids.device.type == "cpu" and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
+    if _read_for_free(topk_ids) and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
         raise ValueError(f"expert ids end at {num_experts - 1}, topk_ids hold {int(topk_ids.max())}: renumber")
     return backend.op("plan_rows")(topk_ids, num_experts, align=align, room=room)
 
@@ -89,6 +89,10 @@ def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
     _check_rows(y_R.shape[0], row_map.slot_R.shape[0], "R")
     _check_device(y_R.device, row_map)
     return backend.op("unpermute")(y_R, row_map)
+
+
+def _read_for_free(numbers: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(numbers) is Tensor and numbers.device.type == "cpu"
 
 
 def _check_rows(rows: int, expected: int, name: str) -> None:

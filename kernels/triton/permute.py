@@ -38,7 +38,8 @@ COPIED_BYTES = 1024  # of one row, at most
 SUMMED_VALUES = 1024  # a program of sum_kernel sums
 CAST_ROWS = 32
 INVERTED_ROWS = 1024
-PLAN_COPIES, PLAN_EXPERTS, PLAN_BLOCKS = 128, 64, 1024
+# A block of copies is compared with itself: 128 of them take every register a thread has.
+PLAN_COPIES, PLAN_EXPERTS, PLAN_BLOCKS = 64, 64, 1024
 
 
 def copy_block(width: int, word: int) -> tuple[int, int]:
@@ -153,7 +154,7 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     scan_kernel[(num_experts,)](counts, tokens_per_expert, num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
     if room is None:  # the one wait for the device
         room = int(((tokens_per_expert + (align - 1)) // align * align).sum())
-    slot_R, source_R = torch.full((2, room), -1, dtype=torch.int64, device=device)
+    slot_R, source_R = (torch.full((room,), -1, dtype=torch.int64, device=device) for _ in range(2))
     group_offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     place_kernel[(max(num_blocks, 1),)](
         topk_ids, counts, tokens_per_expert, slot_R, source_R, group_offsets, *sizes, num_blocks, room,
