@@ -22,9 +22,7 @@ def load_ids(ids, p, P, topk, stride_n, stride_k, E):
 
 
 @triton.jit(do_not_specialize=["P", "num_blocks"])
-def count_kernel(
-    ids, counts, P, topk, stride_n, stride_k, E, num_blocks, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def count_kernel(ids, counts, P, topk, stride_n, stride_k, E, num_blocks, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
     """counts [E, num_blocks]: copies of each block that go to each expert."""
     block = tl.program_id(0)
     id_ = load_ids(ids, block * BLOCK_P + tl.arange(0, BLOCK_P), P, topk, stride_n, stride_k, E)
