@@ -39,6 +39,7 @@ def moves(x: Tensor, ids: Tensor, row_map: RowMap) -> dict[str, tuple[Callable[[
     """Name -> (call, bytes it must read and write) for x [N, D] BF16."""
     rows, room = quantize_rows(x, power_of_two=True), len(row_map.slot_R)
     copies, fp8_copies = permute(x, row_map), permute(rows, row_map)
+    assert isinstance(copies, Tensor)
     source = row_map.source_R.clamp(min=0)
     sources, slots = size_of(row_map.source_R), size_of(row_map.slot_R)
 

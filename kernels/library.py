@@ -88,7 +88,7 @@ def register(run: Callable[..., Any], by_specification: Callable[[torch.device],
 
 def traced(name: str) -> Callable[..., Any]:
     """The public op `name` through its registration."""
-    special = {"gemm": _gemm, "permute": _permute, "plan_rows": _plan_rows}
+    special: dict[str, Callable[..., Any]] = {"gemm": _gemm, "permute": _permute, "plan_rows": _plan_rows}
     return special[name] if name in special else functools.partial(_call, name)
 
 

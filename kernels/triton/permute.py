@@ -157,8 +157,8 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     slot_R, source_R = (torch.full((room,), -1, dtype=torch.int64, device=device) for _ in range(2))
     group_offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     place_kernel[(max(num_blocks, 1),)](
-        topk_ids, counts, tokens_per_expert, slot_R, source_R, group_offsets, *sizes, num_blocks, room,
-        ALIGN=align, BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
+        topk_ids, counts, tokens_per_expert, slot_R, source_R, group_offsets, *sizes, num_blocks, room, align,
+        BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return RowMap(source_R, slot_R, group_offsets, tokens_per_expert, n, topk)
 

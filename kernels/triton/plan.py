@@ -44,10 +44,10 @@ def scan_kernel(counts, totals, num_blocks, BLOCK_B: tl.constexpr):
     tl.store(totals + tl.program_id(0), total.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["P", "num_blocks", "R"])
+@triton.jit(do_not_specialize=["P", "num_blocks", "R", "align"])
 def place_kernel(
-    ids, before, totals, slots, sources, offsets, P, topk, stride_n, stride_k, E, num_blocks, R,
-    ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+    ids, before, totals, slots, sources, offsets, P, topk, stride_n, stride_k, E, num_blocks, R, align,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """slots, sources [R] of the copies that have room there (the rest stays as it was); offsets int32 [E + 1]."""
     block = tl.program_id(0)
@@ -60,7 +60,7 @@ def place_kernel(
     for first in range(0, E, BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
         total = tl.load(totals + e, mask=e < E, other=0).to(tl.int32)
-        padded = (total + (ALIGN - 1)) // ALIGN * ALIGN
+        padded = (total + (align - 1)) // align * align
         row += tl.sum(tl.where(e[None, :] < id_[:, None], padded[None, :], 0), axis=1)
         if block == 0:
             tl.store(offsets + e, tl.minimum(end + tl.cumsum(padded, 0) - padded, R), mask=e < E)
