@@ -1,10 +1,10 @@
 """`fp8moe warmup`: compile the kernels that a configuration needs, once a node, before all processes wait for it.
 
-Every cast and GEMM of one dense and one expert Linear of each size, and the way of rows to experts and back, is run once
-on this machine's GPU, at the sizes of a micro-batch, through the same ops as training: what the tile table chooses for
-the run is what is compiled. The compiled code stays in Triton's cache, which should lie on the node itself: a shared
-file system under a thousand readers is slower than compiling. Compiling without running was refused: alignment and
-constants come from real operands.
+Every cast and GEMM of one dense and one expert Linear of each size, and the way of rows to experts and back, is run
+once on this machine's GPU, at the sizes of a micro-batch, through the same ops as training: what the tile table chooses
+for the run is what is compiled. The compiled code stays in Triton's cache, which should lie on the node itself: a
+shared file system under a thousand readers is slower than compiling. Compiling without running was refused: alignment
+and constants come from real operands.
 """
 
 from __future__ import annotations
