@@ -1,6 +1,6 @@
 """PREDICTION of the Hopper GEMMs' speed from their tiles, before any measurement; what a measurement is held against.
 
-    python -m benchmarks.model [--sms 132 112] [--clock 1.59 1.82]
+    python -m benchmarks.model [--sms 132 112] [--clock 1.59 1.82] [--multicast]
 
 One persistent CTA an SM works through its tiles; a tile is ceil(K / 128) steps and an epilogue. In a step of BM x BN x
 128 four units work side by side, and the slowest sets the pace (cycles of one SM):
@@ -8,7 +8,7 @@ One persistent CTA an SM works through its tiles; a tile is ceil(K / 128) steps 
     tensor core   BM * BN * 128 / 4096 multiply-adds a cycle
     promotion     BM * BN / 128 FP32 lanes, once (rows by blocks) or twice (columns: a product with b's scale first)
     shared memory what TMA writes, (BM + BN) * 128 bytes, and WGMMA reads, 192 * 128 a wave of 64x128; 128 B a cycle
-    L2            (BM + BN) * 128 bytes at 32 B a cycle and SM, no multicast
+    L2            (BM + BN) * 128 bytes at 32 B a cycle and SM; with multicast a pair of SMs reads its rows once
 
 Promotion of one consumer hides under the tensor core's work for the other as long as one consumer's own chain, per wave
 256 cycles of WGMMA, its latency and the promotion, is shorter than the step. The busiest SM has ceil(tiles / SMs)
@@ -20,7 +20,7 @@ What it leaves out: the order of tiles (L2 hits are taken for granted), HBM page
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD, Problem
 from fp8moe.kernels.fp8 import ceil_div
@@ -72,18 +72,19 @@ class Prediction:
     bound: str
 
 
-def step_of(block_m: int, block_n: int, kind: str) -> Step:
-    """Cycles of one step of a tile; kind as in `Problem`."""
+def step_of(block_m: int, block_n: int, kind: str, *, multicast: bool = False) -> Step:
+    """Cycles of one step of a tile; kind as in `Problem`; multicast: a pair of CTAs reads its rows from L2 once."""
     waves = block_m * block_n / (64 * 128)
     operations = 2 if kind == "columns" else 1
     loaded = (block_m + block_n) * 128
+    read = (block_m / (2 if multicast else 1) + block_n) * 128
     wave_tensor = 64 * 128 * 128 / MACS_PER_CYCLE
     wave_promotion = 64 * 128 / FP32_LANES * operations
     return Step(
         tensor=waves * wave_tensor,
         promotion=waves * wave_promotion,
         shared=(loaded + waves * (64 + 128) * 128) / SHARED_BYTES_PER_CYCLE,
-        l2=loaded / L2_BYTES_PER_CYCLE,
+        l2=read / L2_BYTES_PER_CYCLE,
         chain=waves / 2 * (wave_tensor + WGMMA_LATENCY + wave_promotion),
     )
 
@@ -100,9 +101,10 @@ def memory_bytes(problem: Problem) -> float:
 
 def predict(problem: Problem, tile: Tile, sms: int, clock: float) -> Prediction:
     """Time and TFLOPS of `problem` with `tile` on `sms` SMs at `clock` Hz."""
-    step = step_of(tile.block_m, tile.block_n, problem.kind)
-    num_tiles = problem.groups * ceil_div(problem.m, tile.block_m) * ceil_div(problem.n, tile.block_n)
-    waves = ceil_div(num_tiles, sms)
+    step = step_of(tile.block_m, tile.block_n, problem.kind, multicast=tile.multicast)
+    pair = 2 if tile.multicast else 1
+    programs = problem.groups * ceil_div(problem.m, tile.block_m) * ceil_div(problem.n, tile.block_n * pair)
+    num_tiles, waves = programs * pair, ceil_div(programs, max(1, sms // pair))
     epilogue = tile.block_m * tile.block_n / (2 * 64 * 128) * EPILOGUE_CYCLES
     compute = waves * (ceil_div(problem.k, 128) * step.cycles + epilogue) / clock
     moved = memory_bytes(problem)
@@ -117,13 +119,13 @@ def tile_of(problem: Problem) -> Tile:
     return choose("gluon", problem.op, problem.m, problem.n, problem.k, groups=problem.groups)
 
 
-def table(sms: Sequence[int], clocks: Sequence[float]) -> str:
+def table(sms: Sequence[int], clocks: Sequence[float], *, multicast: bool = False) -> str:
     """Every problem of `shapes` with its production tile: a step's cycles, waves, and TFLOPS as a range of clocks."""
     head = ["op", "shape", "tile", "tensor", "promo", "shared", "L2", "bound", "GB"]
     head += [f"waves@{count}" for count in sms] + [f"TFLOPS@{count}" for count in sms] + ["of FP8 peak", "published"]
     rows = [head]
     for problem in (*DENSE, *DENSE_WGRAD, *GROUPED, *GROUPED_WGRAD):
-        tile = tile_of(problem)
+        tile = replace(tile_of(problem), multicast=multicast)
         found = {count: [predict(problem, tile, count, clock * 1e9) for clock in clocks] for count in sms}
         first = found[sms[0]][0]
         step = first.step
@@ -137,7 +139,9 @@ def table(sms: Sequence[int], clocks: Sequence[float]) -> str:
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    title = f"PREDICTION, not a measurement: clock {' to '.join(map(str, clocks))} GHz; cycles are of one step of 128"
+    pairs = ", multicast in pairs of SMs" if multicast else ""
+    clock = f"clock {' to '.join(map(str, clocks))} GHz"
+    title = f"PREDICTION, not a measurement{pairs}: {clock}; cycles are of one step of 128"
     return "\n".join([title, *lines])
 
 
@@ -146,10 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="predict the speed of the Hopper GEMMs from their tiles")
     parser.add_argument("--sms", type=int, nargs="+", default=[132, 112], help="SMs that compute (132 112)")
     parser.add_argument("--clock", type=float, nargs=2, default=[1.59, 1.82], metavar="GHZ", help="1.59 1.82")
+    parser.add_argument("--multicast", action="store_true", help="pairs of SMs that share their rows")
     arguments = parser.parse_args(argv)
     if min(arguments.sms) < 1 or min(arguments.clock) <= 0:
         parser.error(f"--sms must be at least 1 and --clock above 0, got {arguments.sms} and {arguments.clock}")
-    print(table(arguments.sms, arguments.clock))
+    print(table(arguments.sms, arguments.clock, multicast=arguments.multicast))
     return 0
 
 

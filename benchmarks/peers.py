@@ -7,18 +7,21 @@ reason, never replaced.
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from benchmarks.shapes import Problem
-from fp8moe.kernels import backend
+from fp8moe.kernels import backend, tiles
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
 
-OURS = ("gluon", "triton", "cublas")
+PAIRS = "gluon multicast"
+OURS = ("gluon", PAIRS, "triton", "cublas", "te")
+OURS_GROUPED = ("gluon", PAIRS, "triton")
 BF16 = "bf16 cublas"
 
 
@@ -45,8 +48,23 @@ class Contest:
             self.candidates[name] = call
 
 
+def in_pairs(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The Gluon op with the table's tiles, run by pairs of CTAs that share their rows by multicast."""
+
+    def choose(*args: Any, choose: Callable[..., tiles.Tile] = tiles.choose, **kwargs: Any) -> tiles.Tile:
+        return replace(choose(*args, **kwargs), multicast=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with patch.object(tiles, "choose", choose):
+            return op(*args, **kwargs)
+
+    return run
+
+
 def implementation(name: str, module: str, op: str) -> Callable[..., Any]:
     """Op of one back end, without the choice in force. Raises ValueError where it can't run here."""
+    if name == PAIRS:
+        return in_pairs(implementation("gluon", module, op))
     if reason := backend.why_not(name):
         raise ValueError(reason)
     found: Callable[..., Any] = getattr(importlib.import_module(f"fp8moe.kernels.{name}.{module}"), op)
@@ -97,14 +115,14 @@ def dense(p: Problem, x: Operands) -> Contest:
     else:
         contest.enter(BF16, lambda: lambda: torch.mm(x.left, x.right.t()))
         contest.enter("deepgemm", lambda: _deepgemm(x))
-        contest.enter("te", lambda: _transformer_engine(p, x))
+        contest.enter("te linear", lambda: _transformer_engine(p, x))
     return contest
 
 
 def grouped(p: Problem, x: Operands) -> Contest:
     """grouped_gemm into BF16."""
     contest = Contest()
-    for name in ("gluon", "triton"):
+    for name in OURS_GROUPED:
 
         def make(name: str = name) -> Callable[[], Tensor]:
             op = implementation(name, "grouped_gemm", "grouped_gemm")
@@ -121,7 +139,7 @@ def grouped_wgrad(p: Problem, x: Operands) -> Contest:
     """grouped_wgrad added into FP32; the BF16 peer writes BF16 and adds nothing, which is less work."""
     total = torch.zeros(p.groups, p.m, p.n, device=x.left.device)
     contest = Contest(total=total)
-    for name in ("gluon", "triton"):
+    for name in OURS_GROUPED:
 
         def make(name: str = name) -> Callable[[], Tensor]:
             op = implementation(name, "grouped_wgrad", "grouped_wgrad")

@@ -1,8 +1,9 @@
 """One GPU, DualPipeV at pp=1, a stand-in for the all-to-all: what overlap hides, and what SMs left to messages cost.
 
 Times are of whole forwards and backwards, alternated; hidden share and waits are those of the kernels of one step under
-torch.profiler (`fp8moe.parallel.kineto`). The budget is `limit_sms` of the GEMMs: 20 of 132 SMs left free, as in the
-report. It needs torch, triton and numpy only. Without a GPU a small model runs, so that the way through it is tried.
+torch.profiler (`fp8moe.parallel.kineto`). The budget is the pipeline's own, of the GEMMs of a pair: 20 of 132 SMs left
+free, as in the report. It needs torch, triton and numpy only. Without a GPU a small model runs, so that the way through
+it is tried.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.harness import Report, alternate, paired_ratio, summarize
 from benchmarks.stand_in import StandIn, copies_as_slow_as
-from fp8moe.kernels.gluon.launch import limit_sms
 from fp8moe.layers.precision import Precision
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.loss import LossTally, LossWeights
@@ -83,8 +83,8 @@ class Step:
         self._batches = [Batch(one[:, :-1].contiguous(), one[:, 1:].contiguous(), positions) for one in ids]
         self._weights = LossWeights(1 / (tokens * microbatches), 0.0, 1e-4 / microbatches)
 
-    def __call__(self, overlap: bool) -> Tensor:
-        """-> the losses' sums, FP64 [3]; gradients are in `main_grad`."""
+    def __call__(self, overlap: bool, sms: int | None = None) -> Tensor:
+        """-> the losses' sums, FP64 [3]; gradients are in `main_grad`. sms: for the GEMMs of a pair."""
         self.model.main_grads.zero_()
         tally = LossTally(self.device)
         Pipeline(
@@ -94,14 +94,15 @@ class Step:
             StageRuns(self.model, self._stages, self._batches, self._weights, tally),
             empty=lambda: torch.empty(0),
             overlap=overlap,
+            sms=sms,
         ).run()
         return tally.sums
 
-    def figures(self, overlap: bool) -> RankFigures:
+    def figures(self, overlap: bool, sms: int | None = None) -> RankFigures:
         """Of one step, from its kernels; without a GPU from its spans."""
         recorder = Recorder()
         with profiling(self.device) as kernels_of, marking(self.device), listening(recorder):
-            self(overlap)
+            self(overlap, sms)
         work = kernels_of(recorder.spans)
         if not work:
             return rank_figures(recorder.spans, window_of([recorder.spans]))
@@ -124,25 +125,14 @@ def measure_gpu(report: Report, arguments: argparse.Namespace) -> None:
         step.dispatcher.repeats = repeats
         rate = "a copy's rate" if link is None else f"{link / 1e9:.0f} GB/s"
         shape = f"{step.config.dim}x{step.config.num_layers} T{step.tokens}x{len(step._batches)}, {rate}"
-        calls = {name: partial(_limited, step, *case) for name, case in cases.items()}
+        calls = {name: partial(step, *case) for name, case in cases.items()}
         seconds = alternate(calls, device, trials=arguments.repeats, warmup=min(2, arguments.warmup))
         for name, case in cases.items():
             baseline = None if name == "waited at once" else "waited at once"
             ratio = None if baseline is None else paired_ratio(seconds[name], seconds[baseline])
             report.add(name, shape, "forwards and backwards", summarize(seconds[name]).median * 1e3, "ms",
                        baseline=baseline, ratio=ratio)  # fmt: skip
-            limit_sms(case[1])
-            _report(report, name, shape, step.figures(case[0]))
-            limit_sms(None)
-
-
-def _limited(step: Step, overlap: bool, sms: int | None) -> Tensor:
-    """The step with a limit on the GEMMs' SMs."""
-    limit_sms(sms)
-    try:
-        return step(overlap)
-    finally:
-        limit_sms(None)
+            _report(report, name, shape, step.figures(*case))
 
 
 def _report(report: Report, name: str, shape: str, figures: RankFigures) -> None:

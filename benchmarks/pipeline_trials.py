@@ -82,7 +82,7 @@ def configured(words: Sequence[str], world_size: int) -> TrainConfig:
 
 def built(config: TrainConfig) -> Run:
     """The run, its groups warmed. Collective."""
-    mesh = mesh_of(config)
+    mesh = mesh_of(config, CPU)
     warm_up(mesh, CPU)
     Links(mesh, TIMEOUT).warm_up(CPU)
     return build(config, mesh, CPU, Path("nowhere"))

@@ -15,6 +15,7 @@ Tensors without data (meta, FakeTensor) and code under `torch.compile` go throug
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -27,7 +28,7 @@ from torch import Tensor
 from fp8moe.kernels import library
 
 REFERENCE = "reference"
-BACKENDS = (REFERENCE, "triton", "gluon", "cublas", "deepgemm")
+BACKENDS = (REFERENCE, "triton", "gluon", "cublas", "deepgemm", "te")
 DEFAULTS = ("gluon", "triton")  # on a GPU, the first that can run
 VARIABLE = "FP8MOE_BACKEND"
 
@@ -51,29 +52,33 @@ _MODULE_OF = {
     "swiglu_backward": "swiglu",
     "plan_rows": "permute",
     "permute": "permute",
+    "permute_quantize": "permute",
     "unpermute": "permute",
     "group_limited_topk": "topk",
     "adamw_step": "adamw",
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "grouped_wgrad")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "grouped_wgrad", "permute")
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),
     "triton": frozenset(name for name, module in _MODULE_OF.items() if module in _IN_TRITON),
     "gluon": frozenset({"gemm", "grouped_gemm", "grouped_wgrad"}),
     "cublas": frozenset({"gemm"}),
     "deepgemm": frozenset({"gemm", "grouped_gemm"}),
+    "te": frozenset({"gemm"}),
 }
-NEXT = {"triton": REFERENCE, "gluon": "triton", "cublas": "triton", "deepgemm": "triton"}
+NEXT = {"triton": REFERENCE, "gluon": "triton", "cublas": "triton", "deepgemm": "triton", "te": "triton"}
 _PACKAGE = {
     "triton": "triton",
     "gluon": "triton",
     "cublas": "triton",
     "deepgemm": "deep_gemm",
+    "te": "transformer_engine",
 }
-_HOPPER_ONLY = ("gluon", "cublas", "deepgemm")
+_HOPPER_ONLY = ("gluon", "cublas", "deepgemm", "te")
 _OLDEST_TRITON = (3, 6)
+_OLDEST_TE = (2, 11)
 
 _log = logging.getLogger(__name__)
 _chosen: str | None = None  # explicitly, by set_backend or by the environment
@@ -131,10 +136,12 @@ def why_not(name: str) -> str | None:
         return f"the package {_PACKAGE[name]} is not installed"
     if name in ("triton", "gluon"):
         triton = importlib.import_module("triton")
-        if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
-            return f"it needs Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, this is {triton.__version__}"
+        if reason := _too_old("Triton", triton.__version__, _OLDEST_TRITON):
+            return reason
         if name == "triton" and triton.knobs.runtime.interpret:
             return None
+    if name == "te" and (reason := _too_old(_PACKAGE[name], importlib.metadata.version(_PACKAGE[name]), _OLDEST_TE)):
+        return reason
     if not torch.cuda.is_available():
         on_cpu = ", or TRITON_INTERPRET=1 set before Python starts, which is slow" if name == "triton" else ""
         return f"it needs a GPU with FP8 tensor cores{on_cpu}, and there is no GPU"
@@ -144,6 +151,12 @@ def why_not(name: str) -> str | None:
     if (major, minor) < (8, 9):
         return f"FP8 tensor cores come with compute capability 8.9, and this GPU has {major}.{minor}"
     return None
+
+
+def _too_old(package: str, version: str, oldest: tuple[int, int]) -> str | None:
+    if tuple(map(int, version.split(".")[:2])) >= oldest:
+        return None
+    return f"it needs {package} {'.'.join(map(str, oldest))} or newer, this is {version}"
 
 
 def _checked(name: str) -> str:

@@ -33,6 +33,7 @@ class Tile:
     stages: int  # of the ring (Gluon) or of the software pipeline (Triton)
     group: int
     warps: int  # of one program; a Gluon kernel has 4 in each of two consumers and one that loads
+    multicast: bool = False  # Gluon: two CTAs side by side share their rows; in the table only where it is true
 
 
 def shape_class(m: int, n: int, k: int, groups: int = 1) -> str:
@@ -90,7 +91,7 @@ def write_table(table: dict[str, Any], path: Path = TABLE) -> None:
 
 def as_entry(tile: Tile) -> dict[str, int]:
     """A tile as the table stores it."""
-    return asdict(tile)
+    return {name: value for name, value in asdict(tile).items() if name != "multicast" or value}
 
 
 def _entries(table: dict[str, Any], device: str, backend: str, op: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fp8moe.errors import ConfigError
+from fp8moe.layers.recompute import Recompute
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.partition import MicroBatch, partition, relative_costs
 from fp8moe.parallel.action import Schedule
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--micro-batch", type=int, default=1, metavar="N", help="sequences of a micro-batch (1)")
     model.add_argument("--ep", type=int, default=1, metavar="N", help="ranks that share the experts (1)")
     model.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="fp8", help="of activations (fp8)")
+    every = ",".join(Recompute)
+    model.add_argument("--recompute", default=every, metavar="NAME,...", help=f"instead of being kept ({every})")
     model.add_argument(
         "override", nargs="*", metavar="key=value", help="changes: model.num_layers=32 parallel.layout=[8,8]"
     )
@@ -127,6 +130,14 @@ def _layout(text: str | None) -> tuple[int, ...] | None:
         raise ConfigError(f"--layout {text!r} is no list of block counts: write 4,4,3, say") from None
 
 
+def _recompute(text: str) -> frozenset[Recompute]:
+    names = [name for name in text.strip("[] ").split(",") if name]
+    for name in names:
+        if name not in list(Recompute):
+            raise ConfigError(f"--recompute {name!r} is unknown: use some of {','.join(Recompute)}, or '' for nothing")
+    return frozenset(Recompute(name) for name in names)
+
+
 def _at_least_one(options: argparse.Namespace) -> None:
     for name in ("seq_len", "micro_batch", "ep", "width"):
         value = getattr(options, name)
@@ -159,7 +170,7 @@ def _of_model(
     seq_len = options.seq_len or config.max_seq_len
     stages = partition(config, schedule.num_stages, seq_len=seq_len, folded=schedule.is_folded, layout=layout)
     timeline = simulate(schedule, replace(costs, stages=relative_costs(config, stages, seq_len)))
-    sizes = MicroBatch(options.micro_batch, seq_len, options.precision)
+    sizes = MicroBatch(options.micro_batch, seq_len, options.precision, _recompute(options.recompute))
     return timeline, [partition_table(config, stages, timeline, sizes, options.ep)]
 
 

@@ -9,6 +9,8 @@ from fp8moe.layers.dispatch import Received
 from fp8moe.layers.grouped_linear import GroupedLinear
 from fp8moe.layers.mlp import gated_mlp
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import DEFAULT, Recompute
+from fp8moe.layers.swiglu import swiglu
 
 
 class Experts(nn.Module):
@@ -21,10 +23,12 @@ class Experts(nn.Module):
         hidden: int,
         *,
         precision: Precision,
+        recompute: frozenset[Recompute] = DEFAULT,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.precision = precision
+        self.act = swiglu(precision, recompute=recompute)
         self.gate_up = GroupedLinear(num_local_experts, dim, 2 * hidden, precision=precision, device=device)
         self.down = GroupedLinear(num_local_experts, hidden, dim, precision=precision, device=device)
 
@@ -35,6 +39,7 @@ class Experts(nn.Module):
             self.gate_up.at(received.group_offsets),
             self.down.at(received.group_offsets),
             precision=self.precision,
+            act=self.act,
             parameters=(self.gate_up.weight, self.down.weight),
             weights_R=received.weights_R,
             gradient=received.gradient,

@@ -20,6 +20,7 @@ from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks
 from fp8moe.layers.operand import Activation, Rows, activation, from_gradient
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.wgrad import submit
 
 
@@ -67,9 +68,9 @@ class Linear(QuantizedWeight):
     ) -> None:
         super().__init__((out_features, in_features), precision=precision, device=device)
 
-    def forward(self, x: Tensor | Activation) -> Tensor:
+    def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
         """x: a tensor, cast here, or an activation that was cast before (one cast can feed several Linears)."""
-        if isinstance(x, Tensor):
+        if not isinstance(x, Activation):
             x = activation(x, self.precision)
         return _LinearFunction.apply(x.edge, self.weight, x, self)
 
@@ -104,14 +105,15 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, edge: Tensor, weight: Tensor, x: Activation, linear: Linear) -> Tensor:
-        ctx.operand, ctx.linear = x.operand, linear
+        ctx.columns, ctx.linear = x.operand.columns, linear
         return linear.fprop(x.operand.rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        linear, x = ctx.linear, ctx.operand
+        linear, x_columns = ctx.linear, ctx.columns
         dy = from_gradient(grads[0], linear.precision)
-        submit(lambda: linear.wgrad(dy.columns(), x.columns()))
+        dy_columns = dy.columns
+        submit(lambda: linear.wgrad(dy_columns(), x_columns()))
         return linear.dgrad(dy.rows) if ctx.needs_input_grad[0] else None, None, None, None
 
 

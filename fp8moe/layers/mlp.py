@@ -19,7 +19,8 @@ from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, activation, from_gradient, from_rows
 from fp8moe.layers.precision import Precision
-from fp8moe.layers.swiglu import swiglu
+from fp8moe.layers.recompute import DEFAULT, Recallable, Recompute
+from fp8moe.layers.swiglu import Swiglu, swiglu
 from fp8moe.layers.wgrad import submit
 
 
@@ -35,18 +36,29 @@ class Mlp(nn.Module):
     """x [T, dim] -> [T, dim] through `hidden` features; the MLP of a dense block and of the shared experts."""
 
     def __init__(
-        self, dim: int, hidden: int, *, precision: Precision, device: torch.device | str | None = None
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        precision: Precision,
+        recompute: frozenset[Recompute] = DEFAULT,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.precision = precision
+        self.act = swiglu(precision, recompute=recompute)
         self.gate_up = Linear(dim, 2 * hidden, precision=precision, device=device)
         self.down = Linear(hidden, dim, precision=precision, device=device)
 
-    def forward(self, x: Tensor | Activation) -> Tensor:
-        if isinstance(x, Tensor):
-            x = activation(x, self.precision, power_of_two=True)
+    def cast(self, x_TD: Tensor | Recallable) -> Activation:
+        """The cast of its input; scales are powers of two."""
+        return activation(x_TD, self.precision, power_of_two=True)
+
+    def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
+        if not isinstance(x, Activation):
+            x = self.cast(x)
         weights = (self.gate_up.weight, self.down.weight)
-        return gated_mlp(x, self.gate_up, self.down, precision=self.precision, parameters=weights)
+        return gated_mlp(x, self.gate_up, self.down, precision=self.precision, act=self.act, parameters=weights)
 
 
 def gated_mlp(
@@ -55,6 +67,7 @@ def gated_mlp(
     down: Products,
     *,
     precision: Precision,
+    act: Swiglu,
     parameters: tuple[Tensor, Tensor],
     weights_R: Tensor | None = None,
     gradient: Fp8Gradient | None = None,
@@ -63,32 +76,37 @@ def gated_mlp(
 
     `parameters` are the two weights: only so that autograd enters when x needs no gradient.
     """
-    return _GatedMlpFunction.apply(x.edge, weights_R, *parameters, x, gate_up, down, precision, gradient)
+    return _GatedMlpFunction.apply(x.edge, weights_R, *parameters, x, gate_up, down, precision, act, gradient)
 
 
 class _GatedMlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, edge_RD: Tensor, weights_R: Tensor | None, w1: Tensor, w2: Tensor, x: Activation,
-        gate_up: Products, down: Products, precision: Precision, gradient: Fp8Gradient | None,
+        gate_up: Products, down: Products, precision: Precision, act: Swiglu, gradient: Fp8Gradient | None,
     ) -> Tensor:  # fmt: skip
-        hidden_rows, cached = swiglu(precision).forward(gate_up.fprop(x.operand.rows), weights_R)
-        ctx.x, ctx.cached, ctx.weights_R = x.operand, cached, weights_R
-        ctx.gate_up, ctx.down, ctx.precision, ctx.gradient = gate_up, down, precision, gradient
-        return down.fprop(hidden_rows)
+        hidden, cached = act.forward(gate_up.fprop(x.operand.rows), weights_R)
+        ctx.x_columns, ctx.hidden_columns, ctx.cached, ctx.weights_R = (
+            x.operand.columns,
+            hidden.columns,
+            cached,
+            weights_R,
+        )
+        ctx.gate_up, ctx.down, ctx.precision, ctx.act, ctx.gradient = gate_up, down, precision, act, gradient
+        return down.fprop(hidden.rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, cached, weights_R, gate_up, down = ctx.x, ctx.cached, ctx.weights_R, ctx.gate_up, ctx.down
-        act = swiglu(ctx.precision)
+        gate_up, down, x_columns, hidden_columns = ctx.gate_up, ctx.down, ctx.x_columns, ctx.hidden_columns
         delivered = ctx.gradient.take() if ctx.gradient else None
         if delivered is None:
             dy = from_gradient(grads[0], ctx.precision)
         else:
             dy = from_rows(delivered, amax_floor=GRADIENT_AMAX_FLOOR)
-        d_hidden_RF = down.dgrad(dy.rows)
-        submit(lambda: down.wgrad(dy.columns(), act.columns(cached, weights_R)))
-        d_gate_up, dweights_R = act.backward(d_hidden_RF, cached, weights_R)
-        submit(lambda: gate_up.wgrad(d_gate_up.columns(), x.columns()))
+        d_hidden_RF, dy_columns = down.dgrad(dy.rows), dy.columns
+        submit(lambda: down.wgrad(dy_columns(), hidden_columns()))
+        d_gate_up, dweights_R = ctx.act.backward(d_hidden_RF, ctx.cached, ctx.weights_R)
+        d_gate_up_columns = d_gate_up.columns
+        submit(lambda: gate_up.wgrad(d_gate_up_columns(), x_columns()))
         dx_RD = gate_up.dgrad(d_gate_up.rows) if ctx.needs_input_grad[0] else None
-        return dx_RD, dweights_R, *(None,) * 7
+        return dx_RD, dweights_R, *(None,) * 8

@@ -16,6 +16,7 @@ from fp8moe.layers.experts import Experts
 from fp8moe.layers.mlp import Mlp
 from fp8moe.layers.operand import Activation, activation
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import DEFAULT, Recallable, Recompute, kept
 from fp8moe.layers.router import Router, RouterConfig, Routing
 
 
@@ -31,22 +32,26 @@ class MoE(nn.Module):
         num_shared_experts: int,
         dispatcher: Dispatcher,
         precision: Precision,
+        recompute: frozenset[Recompute] = DEFAULT,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.precision, self.dispatcher = precision, dispatcher
         self.router = Router(dim, router, precision=precision, device=device)
-        self.experts = Experts(dispatcher.num_local_experts, dim, hidden, precision=precision, device=device)
-        self.shared = (
-            Mlp(dim, num_shared_experts * hidden, precision=precision, device=device) if num_shared_experts else None
-        )
+        num_local = dispatcher.num_local_experts
+        self.experts = Experts(num_local, dim, hidden, precision=precision, recompute=recompute, device=device)
+        self.shared: Mlp | None = None
+        if num_shared_experts:
+            features = num_shared_experts * hidden
+            self.shared = Mlp(dim, features, precision=precision, recompute=recompute, device=device)
 
-    def cast(self, x_TD: Tensor) -> Activation:
+    def cast(self, x_TD: Tensor | Recallable) -> Activation:
         """The one cast that dispatch and the shared experts share; its scales are powers of two."""
         return activation(x_TD, self.precision, power_of_two=True)
 
-    def forward(self, x_TD: Tensor, num_sequences: int) -> tuple[Tensor, Routing]:
+    def forward(self, x_TD: Tensor | Recallable, num_sequences: int) -> tuple[Tensor, Routing]:
         """-> the sum of shared and routed experts, and the routing."""
+        x_TD = kept(x_TD)
         routing = self.router(x_TD, num_sequences)
         announced = self.dispatcher.announce(routing.topk_ids_TK)
         x = self.cast(x_TD)

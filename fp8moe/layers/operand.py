@@ -3,6 +3,7 @@
 Fprop and Dgrad contract over features and want *rows* (1x128 scales along features); Wgrad contracts over tokens and
 wants *columns* (the transposed tensor, 1x128 scales along tokens). An `Operand` is both: rows at hand, columns made
 when the weight gradient is computed, from whatever the recipe keeps for them. In BF16 and FP32 both are the tensor.
+A backward must hold on to `columns` alone, since rows are done with after Fprop.
 
 Autograd moves plain tensors only, and wants a gradient in the dtype of its value. Where FP8 travels, forward or back,
 a stand-in travels in its place: a view of one NaN, without memory, of the right shape and dtype. Should anyone compute
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from fp8moe.kernels.quantize import (
     requantize_columns,
 )
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import Recallable, kept
 
 Rows = Tensor | Fp8Tensor
 
@@ -65,13 +68,18 @@ def stand_in(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_full((), float("nan")).expand(shape)
 
 
-def from_tensor(x: Tensor, precision: Precision, *, power_of_two: bool = False) -> Operand:
-    """Cast an activation x [T, D] at its use; x is kept for the columns (a norm's output, kept or recomputed)."""
-    x = x.detach()
+def cast(x: Tensor, precision: Precision, *, power_of_two: bool = False) -> Rows:
+    """The rows of an activation x [T, D]: in BF16 and FP32 x itself."""
+    return quantize_rows(x, power_of_two=power_of_two) if precision is Precision.FP8 else x.detach()
+
+
+def from_tensor(x: Tensor | Recallable, precision: Precision, *, power_of_two: bool = False) -> Operand:
+    """Cast an activation x [T, D] at its use; for the columns it is recalled."""
+    x = kept(x)
+    recall, rows = x.recall, cast(x.tensor.detach(), precision, power_of_two=power_of_two)
     if precision is not Precision.FP8:
-        return Operand(x, lambda: x)
-    rows = quantize_rows(x, power_of_two=power_of_two)
-    return Operand(rows, lambda: quantize_columns(x, power_of_two=power_of_two))
+        return Operand(rows, recall)
+    return Operand(rows, lambda: quantize_columns(recall(), power_of_two=power_of_two))
 
 
 def from_rows(rows: Rows, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Operand:
@@ -89,6 +97,21 @@ def from_gradient(dy: Tensor, precision: Precision) -> Operand:
     return Operand(rows, lambda: columns)
 
 
-def activation(x: Tensor, precision: Precision, *, power_of_two: bool = False) -> Activation:
+def activation(x: Tensor | Recallable, precision: Precision, *, power_of_two: bool = False) -> Activation:
     """Put an operand made of x [T, D] on the tape; in FP8 the cast is transparent to gradients (straight through)."""
-    return Activation(x, from_tensor(x, precision, power_of_two=power_of_two))
+    return Activation(kept(x).tensor, from_tensor(x, precision, power_of_two=power_of_two))
+
+
+def edge_of(x: Tensor) -> Tensor:
+    """The place of x [T, D] on the tape without its values: a stand-in, whose gradient is x's."""
+    return _EdgeFunction.apply(x)
+
+
+class _EdgeFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return stand_in(x.shape, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fp8moe.layers.wgrad import WeightGradStore
 
@@ -54,8 +55,9 @@ class Run(Protocol):
 class Island:
     """A function of tensors run once, with its own graph: `values` are its outputs, cut off from it.
 
-    Under `torch.no_grad` there is no graph, and no backward. `backward` gives the gradients of the inputs (None for
-    inputs that no output depends on); weight gradients of Linears go to `store` under `key`.
+    The graph keeps what its backward needs, not the outputs: they live as long as `values`, which `take` empties. Under
+    `torch.no_grad` there is no graph, and no backward. `backward` gives the gradients of the inputs (None for inputs
+    that no output depends on); weight gradients of Linears go to `store` under `key`.
     """
 
     def __init__(
@@ -63,14 +65,19 @@ class Island:
     ) -> None:
         self._inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
         self._store, self._key = store, key
-        self._outputs = function(*self._inputs)
-        self.values = tuple(y.detach() for y in self._outputs)
+        outputs = function(*self._inputs)
+        self._edges = [get_gradient_edge(y) if y.requires_grad else None for y in outputs]
+        self.values = tuple(y.detach() for y in outputs)
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The outputs, handed over: the island forgets them."""
+        values, self.values = self.values, ()
+        return values
 
     def backward(self, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """One gradient an output, None where there is none -> one an input."""
-        given = [(y, dy) for y, dy in zip(self._outputs, grads, strict=True) if dy is not None and y.requires_grad]
+        given = [(edge, dy) for edge, dy in zip(self._edges, grads, strict=True) if edge is not None and dy is not None]
         with self._store.collect(self._key):
-            torch.autograd.backward([y for y, _ in given], [dy for _, dy in given])
-        grads = tuple(x.grad for x in self._inputs)
-        self._outputs, self._inputs = (), []
-        return grads
+            torch.autograd.backward([edge for edge, _ in given], [dy for _, dy in given])
+        inputs, self._inputs, self._edges = self._inputs, [], []
+        return tuple(x.grad for x in inputs)

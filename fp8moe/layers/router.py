@@ -2,7 +2,8 @@
 
 Scores are FP32. The choice is made on scores plus a bias that steers load, the weights come from the scores alone,
 normalised over the chosen and scaled. Groups limit how many nodes a token visits. Loads are counted in training
-forwards only, once, and used by `balance.update_bias` after the step.
+forwards only, once, and used by `balance.update_bias` after the step. The product is FP32; its operands are widened
+again in backward, since FP32 copies of x, which is kept or recomputed anyway, would weigh more than x.
 
 Legend: T tokens, D model, E experts, K top-k, B sequences, S tokens of a sequence.
 """
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from fp8moe.kernels.topk import group_limited_topk
 from fp8moe.layers.balance import sequence_loss
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import Recallable, kept
+from fp8moe.layers.saved import boxed, compute_again
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ class Router(nn.Module):
         self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=torch.float32, device=device))
         self.register_buffer("counts_E", torch.zeros(config.num_experts, dtype=torch.int64, device=device))
 
-    def forward(self, x_TD: Tensor, num_sequences: int) -> Routing:
+    def forward(self, x_TD: Tensor | Recallable, num_sequences: int) -> Routing:
         """x [T, D], T = num_sequences x S, sequence after sequence -> the routing of every token."""
         c = self.config
-        logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+        logits_TE = self._logits(kept(x_TD))
         scores_TE = logits_TE.sigmoid() if c.score == "sigmoid" else logits_TE.softmax(-1)
         topk_ids_TK = self.choose(scores_TE.detach())
         weights_TK = scores_TE.gather(1, topk_ids_TK)
@@ -70,6 +73,14 @@ class Router(nn.Module):
             self.counts_E += torch.bincount(topk_ids_TK.flatten(), minlength=c.num_experts)
         loss = sequence_loss(scores_TE, topk_ids_TK, num_sequences)
         return Routing(topk_ids_TK, weights_TK * c.route_scale, loss)
+
+    def _logits(self, x_TD: Recallable) -> Tensor:
+        recall, weight_ED = x_TD.recall, self.weight.detach()
+        wide = x_TD.tensor.float(), self.weight.float()
+        with boxed() as boxes:
+            logits_TE = nn.functional.linear(*wide)
+        compute_again(boxes, wide, lambda: (recall().float(), weight_ED.float()))
+        return logits_TE
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         """Top-k ids [T, K] int64 of biased scores, or in turn, the same number for all, when balance is forced."""

@@ -22,6 +22,7 @@ from fp8moe.layers.mlp import Mlp
 from fp8moe.layers.moe import MoE
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import DEFAULT, Recallable, Recompute
 from fp8moe.layers.router import RouterConfig
 from fp8moe.model.config import ModelConfig
 
@@ -36,17 +37,18 @@ class Block(nn.Module):
         *,
         precision: Precision,
         dispatcher: Dispatcher,
+        recompute: frozenset[Recompute] = DEFAULT,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         c = config
-        self.attn_norm = RMSNorm(c.dim, eps=c.norm_eps, precision=precision, device=device)
-        self.attn = LatentAttention(attention_config(c), precision=precision, device=device)
-        self.mlp_norm = RMSNorm(c.dim, eps=c.norm_eps, precision=precision, device=device)
+        self.attn_norm = RMSNorm(c.dim, eps=c.norm_eps, precision=precision, recompute=recompute, device=device)
+        self.attn = LatentAttention(attention_config(c), precision=precision, recompute=recompute, device=device)
+        self.mlp_norm = RMSNorm(c.dim, eps=c.norm_eps, precision=precision, recompute=recompute, device=device)
         self.mlp: Mlp | None = None
         self.moe: MoE | None = None
         if c.is_dense(layer):
-            self.mlp = Mlp(c.dim, c.dense_hidden, precision=precision, device=device)
+            self.mlp = Mlp(c.dim, c.dense_hidden, precision=precision, recompute=recompute, device=device)
         else:
             self.moe = MoE(
                 c.dim,
@@ -55,10 +57,11 @@ class Block(nn.Module):
                 num_shared_experts=c.num_shared_experts,
                 dispatcher=dispatcher,
                 precision=precision,
+                recompute=recompute,
                 device=device,
             )
 
-    def attend(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def attend(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Recallable]:
         """The residual stream after attention, h [T, D], and its norm for the MLP."""
         h_TD = x_TD + self.attn(self.attn_norm(x_TD), positions)
         return h_TD, self.mlp_norm(h_TD)

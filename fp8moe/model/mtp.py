@@ -17,6 +17,7 @@ from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import DEFAULT, Recallable, Recompute
 from fp8moe.model.block import Block
 from fp8moe.model.config import ModelConfig
 
@@ -30,25 +31,31 @@ class Mtp(nn.Module):
         *,
         precision: Precision,
         dispatcher: Dispatcher,
+        recompute: frozenset[Recompute] = DEFAULT,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
 
         def norm() -> RMSNorm:
-            return RMSNorm(config.dim, eps=config.norm_eps, precision=precision, device=device)
+            return RMSNorm(config.dim, eps=config.norm_eps, precision=precision, recompute=recompute, device=device)
 
         self.hidden_norm, self.embedding_norm, self.final_norm = norm(), norm(), norm()
         self.join = Linear(2 * config.dim, config.dim, precision=precision, device=device)
-        self.block = Block(config, config.num_layers, precision=precision, dispatcher=dispatcher, device=device)
+        self.block = Block(
+            config, config.num_layers, precision=precision, dispatcher=dispatcher, recompute=recompute, device=device
+        )
 
-    def forward(self, hidden_TD: Tensor, next_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TD: Tensor, next_TD: Tensor, positions: Positions) -> tuple[Recallable, Tensor]:
         x_TD, balance_loss = self.block(self.enter(hidden_TD, next_TD), positions)
         return self.leave(x_TD), balance_loss
 
     def enter(self, hidden_TD: Tensor, next_TD: Tensor) -> Tensor:
         """What the block works on."""
-        return self.join(torch.cat([self.hidden_norm(hidden_TD), self.embedding_norm(next_TD)], dim=-1))
+        normed = self.hidden_norm(hidden_TD), self.embedding_norm(next_TD)
+        recalls = [part.recall for part in normed]
+        joined = torch.cat([part.tensor for part in normed], dim=-1)
+        return self.join(Recallable(joined, lambda: torch.cat([recall() for recall in recalls], dim=-1)))
 
-    def leave(self, x_TD: Tensor) -> Tensor:
+    def leave(self, x_TD: Tensor) -> Recallable:
         """The block's output, normed for the head."""
         return self.final_norm(x_TD)

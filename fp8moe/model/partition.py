@@ -17,6 +17,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from fp8moe.errors import ConfigError
+from fp8moe.layers.recompute import RECIPE, Recompute
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import attention_flops, block_parameters, count_parameters
 
@@ -112,11 +113,15 @@ def stage_parameters(config: ModelConfig, stage: Stage, ep: int = 1) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What passes a stage at once: sequences of seq_len tokens, and what activations are kept in (fp8, bf16, fp32)."""
+    """What passes a stage at once: sequences of seq_len tokens.
+
+    precision: what activations are kept in (fp8, bf16, fp32); recompute: which are not kept but computed again.
+    """
 
     sequences: int
     seq_len: int
     precision: str = "fp8"
+    recompute: frozenset[Recompute] = RECIPE
 
     @property
     def tokens(self) -> int:
@@ -126,25 +131,45 @@ class MicroBatch:
 def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> float:
     """Bytes a stage keeps of one micro-batch until its weight gradients are done.
 
-    What the recipe keeps, with its recomputation (norms, MLA up-projections, SwiGLU), experts evenly loaded: the
-    residual stream before attention and before the MLP, the two latents, attention's output (E5M6 under FP8) and its
-    log-sum-exp, the shared expert's and the routed experts' gate and up, the received rows, and the router's scores;
-    for the head its input and the logits' gradient, in BF16.
+    Per block what `_block_bytes` says; for the head its input, its norm's output unless that is recomputed, and the
+    logits' gradient, in BF16; for the MTP module the two states it joins, their norms likewise.
     """
-    c, precision = config, sizes.precision
-    wide = 4.0 if precision == "fp32" else 2.0  # a value of the residual stream
-    cached = 1 + 4 / 128 if precision == "fp8" else wide  # a code and its share of a 1x128 tile's scale
-    saved_output = 1.5 if precision == "fp8" else wide
-    latents = wide * (c.q_lora_rank + c.kv_lora_rank + c.rope_dim)
-    attention = wide * c.dim + latents + saved_output * c.num_heads * c.v_dim + 4 * c.num_heads
-    dense = wide * c.dim + cached * 2 * c.dense_hidden
-    experts = cached * (c.topk * c.dim + 2 * c.expert_hidden * (c.topk + c.num_shared_experts))
-    mixture = wide * c.dim + experts + 4 * c.num_experts + 12 * c.topk
+    c = config
+    wide = 4.0 if sizes.precision == "fp32" else 2.0
+    normed = 0.0 if Recompute.NORM in sizes.recompute else wide * c.dim
     blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
-    per_token = sum(attention + (dense if c.is_dense(layer) else mixture) for layer in blocks)
-    per_token += (stage.head + stage.mtp) * wide * (c.dim + c.vocab_size)
-    per_token += stage.mtp * 2 * wide * c.dim
+    per_token = sum(_block_bytes(c, layer, sizes) for layer in blocks)
+    per_token += (stage.head + stage.mtp) * (wide * (c.dim + c.vocab_size) + normed)
+    per_token += stage.mtp * 2 * (wide * c.dim + normed)
     return per_token * sizes.tokens
+
+
+def _block_bytes(c: ModelConfig, layer: int, sizes: MicroBatch) -> float:
+    """Bytes a token that block number `layer` keeps, experts evenly loaded and no row padding.
+
+    Always: the residual stream before attention and before the MLP, the latents, attention's output (E5M6 under FP8)
+    and its log-sum-exp, gate and up of the MLP, the shared and the routed experts, the received rows with their weights
+    and places, the router's scores and choice. Without recomputation also the norms' outputs; q, k and v; SwiGLU's
+    output, but for FP8, which recomputes it always.
+    """
+    fp8, again = sizes.precision == "fp8", sizes.recompute
+    wide = 4.0 if sizes.precision == "fp32" else 2.0  # a value of the residual stream
+    cached = 1 + 4 / 128 if fp8 else wide  # a code and its share of a 1x128 tile's scale
+    saved_output = 1.5 + 4 / 128 if fp8 else wide
+    latents = c.kv_lora_rank + (c.q_lora_rank or c.num_heads * c.qk_dim)
+    kept = wide * (2 * c.dim + latents + c.rope_dim) + saved_output * c.num_heads * c.v_dim + 4 * c.num_heads
+    if Recompute.NORM not in again:
+        kept += wide * (2 * c.dim + c.kv_lora_rank + c.q_lora_rank)
+    if Recompute.MLA_UP not in again:
+        kept += wide * c.num_heads * (2 * c.qk_dim + c.nope_dim + c.v_dim)
+    hidden = c.dense_hidden if c.is_dense(layer) else c.expert_hidden * (c.topk + c.num_shared_experts)
+    kept += cached * 2 * hidden
+    if Recompute.SWIGLU not in again and not fp8:
+        kept += wide * hidden
+    if not c.is_dense(layer):
+        kept += c.topk * (cached * c.dim + 4 + 16)  # a row, its weight, where it came from and belongs
+        kept += 4 * c.num_experts + 12 * c.topk + 8  # scores, choice and weights, two sums that normalise
+    return kept
 
 
 class _Cut(NamedTuple):

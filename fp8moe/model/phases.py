@@ -1,7 +1,9 @@
 """One micro-batch's run through one block, phase by phase: what pipelines and overlapping schedules call.
 
 A run keeps what its backward needs and nothing else. Where its input and its output's gradient come from are callables,
-asked by the phase that needs them and not before: whatever the caller places in between hides the wait.
+asked by the phase that needs them and not before: whatever the caller places in between hides the wait. What a phase
+hands to the next is forgotten once it is used, and the normed hidden state goes from attn to mlp as an operand and a
+stand-in for autograd.
 
 Legend: T tokens, D model, K top-k, R received rows.
 """
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from fp8moe.layers.attention import Positions
 from fp8moe.layers.dispatch import Dispatched, Handle, arrived_edge, deliver, gradient_rows, receive
-from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows
+from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, edge_of
 from fp8moe.layers.phase import Island, Phase
 from fp8moe.layers.wgrad import WeightGradStore
 from fp8moe.model.block import Block
@@ -52,20 +54,23 @@ class DenseRun:
         )
 
     def _attn(self) -> None:
-        self._attn_island = Island(
-            lambda x: self._block.attend(x, self._positions), self._source(), store=self._store, key=(self._key, "attn")
-        )
+        def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
+            h_TD, normed = self._block.attend(x_TD, self._positions)
+            self._operand: Operand | None = self._mlp.cast(normed).operand
+            return h_TD, edge_of(normed.tensor)
+
+        self._attn_island = Island(attn, self._source(), store=self._store, key=(self._key, "attn"))
 
     def _mlp_forward(self) -> None:
-        normed_TD = self._attn_island.values[1]
-        self._mlp_island = Island(lambda x: (self._mlp(x),), normed_TD, store=self._store, key=(self._key, "mlp"))
+        h_TD, edge_TD = self._attn_island.take()
+        operand, self._operand = self._operand, None  # its rows are done with after this
 
-    @property
-    def output(self) -> Tensor:
-        """Lets go of what the backward has no use for."""
-        output_TD = self._attn_island.values[0] + self._mlp_island.values[0]
-        self._attn_island.values = self._mlp_island.values = ()
-        return output_TD
+        def mlp(edge_TD: Tensor) -> tuple[Tensor]:
+            assert operand is not None
+            return (self._mlp(Activation(edge_TD, operand)),)
+
+        self._mlp_island = Island(mlp, edge_TD, store=self._store, key=(self._key, "mlp"))
+        self.output = h_TD + self._mlp_island.take()[0]
 
     def backward_from(self, gradient: Callable[[], Tensor]) -> None:
         """Where the gradient of the output will come from."""
@@ -111,46 +116,52 @@ class MoeRun:
 
     def _attn(self) -> None:
         def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
-            h_TD, normed_TD = self._block.attend(x_TD, self._positions)
-            routing = self._moe.router(normed_TD, self._positions.num_sequences)
+            h_TD, normed = self._block.attend(x_TD, self._positions)
+            routing = self._moe.router(normed, self._positions.num_sequences)
             self._announced = self._dispatcher.announce(routing.topk_ids_TK)
-            self._operand: Operand = self._moe.cast(normed_TD).operand
-            return h_TD, normed_TD, routing.topk_weights_TK, routing.balance_loss
+            self._operand: Operand | None = self._moe.cast(normed).operand
+            return h_TD, edge_of(normed.tensor), routing.topk_weights_TK, routing.balance_loss
 
         self._attn_island = Island(attn, self._source(), store=self._store, key=(self._key, "attn"))
         self._balance.tally(self._attn_island.values[3])
 
     def _dispatch(self) -> None:
         weights_TK = self._attn_island.values[2]
+        assert self._operand is not None
         self._dispatched: Handle[Dispatched] = self._dispatcher.dispatch(
             self._operand.rows, self._announced, weights_TK
         )
+        del self._announced
 
     def _mlp(self) -> None:
         arrived = self._dispatched.wait()
-        normed_TD = self._attn_island.values[1]
+        del self._dispatched
+        self._h_TD, edge_TD, *_ = self._attn_island.take()
+        operand, self._operand = self._operand, None  # its rows are done with after this
         self._layout, self._shared = arrived.layout, self._moe.shared is not None
 
-        def mlp(edge_RD: Tensor, weights_R: Tensor, x_TD: Tensor) -> tuple[Tensor, ...]:
+        def mlp(edge_RD: Tensor, weights_R: Tensor, edge_TD: Tensor) -> tuple[Tensor, ...]:
+            assert operand is not None
             received = receive(arrived, edge_RD, weights_R)
             self._box: Fp8Gradient | None = received.gradient
-            y_RD, shared_TD = self._moe.run_experts(received, Activation(x_TD, self._operand))
+            y_RD, shared_TD = self._moe.run_experts(received, Activation(edge_TD, operand))
             return (y_RD,) if shared_TD is None else (y_RD, shared_TD)
 
-        edge_RD = arrived_edge(arrived.rows_RD, like=normed_TD)
-        self._mlp_island = Island(mlp, edge_RD, arrived.weights_R, normed_TD, store=self._store, key=(self._key, "mlp"))
+        edge_RD = arrived_edge(arrived.rows_RD, like=edge_TD)
+        self._mlp_island = Island(mlp, edge_RD, arrived.weights_R, edge_TD, store=self._store, key=(self._key, "mlp"))
 
     def _combine(self) -> None:
-        self._combined: Handle[Tensor] = self._dispatcher.combine(self._mlp_island.values[0], self._layout)
+        y_RD, *self._shared_TD = self._mlp_island.take()
+        self._combined: Handle[Tensor] = self._dispatcher.combine(y_RD, self._layout)
 
     @property
     def output(self) -> Tensor:
-        """Waits for combine, and lets go of what the backward has no use for."""
-        routed_TD = self._combined.wait()
-        y_TD = self._mlp_island.values[1] + routed_TD if self._shared else routed_TD
-        output_TD = self._attn_island.values[0] + y_TD
-        self._attn_island.values = self._mlp_island.values = ()
-        del self._combined, self._dispatched
+        """Waits for combine; read once."""
+        y_TD = self._combined.wait()
+        for shared_TD in self._shared_TD:
+            y_TD = shared_TD + y_TD
+        output_TD = self._h_TD + y_TD
+        del self._h_TD, self._shared_TD, self._combined
         return output_TD
 
     def backward_from(self, gradient: Callable[[], Tensor]) -> None:

@@ -23,6 +23,7 @@ from fp8moe.layers.linear import Linear, quantize_weights
 from fp8moe.layers.main_grad import attach_main_grads, is_expert
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import DEFAULT, Recompute
 from fp8moe.layers.rope import inverse_frequencies, rotation, yarn_frequencies
 from fp8moe.model.block import Block
 from fp8moe.model.config import ModelConfig
@@ -47,7 +48,7 @@ class Transformer(nn.Module):
     """Blocks `layers` (all by default), with the embedding before and the head after them where asked.
 
     The MTP module belongs to the part that has both ends. Parameters are uninitialised until `init_weights`; every one
-    has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them.
+    has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them. `recompute`: see `layers.recompute`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Transformer(nn.Module):
         *,
         precision: Precision,
         dispatcher: Dispatcher,
+        recompute: frozenset[Recompute] = DEFAULT,
         layers: Iterable[int] | None = None,
         embedding: bool = True,
         head: bool = True,
@@ -68,14 +70,16 @@ class Transformer(nn.Module):
         self.embedding = Embedding(c.vocab_size, c.dim, precision=precision, device=device) if embedding else None
         self.blocks = nn.ModuleDict(
             {
-                str(i): Block(c, i, precision=precision, dispatcher=dispatcher, device=device)
+                str(i): Block(c, i, precision=precision, dispatcher=dispatcher, recompute=recompute, device=device)
                 for i in (range(c.num_layers) if layers is None else sorted(layers))
             }
         )
-        self.norm = RMSNorm(c.dim, eps=c.norm_eps, precision=precision, device=device) if head else None
+        self.norm = (
+            RMSNorm(c.dim, eps=c.norm_eps, precision=precision, recompute=recompute, device=device) if head else None
+        )
         self.head = Linear(c.dim, c.vocab_size, precision=plain, device=device) if head else None
         self.mtp = (
-            Mtp(c, precision=precision, dispatcher=dispatcher, device=device)
+            Mtp(c, precision=precision, dispatcher=dispatcher, recompute=recompute, device=device)
             if c.mtp_depth and embedding and head
             else None
         )
@@ -111,11 +115,10 @@ class Transformer(nn.Module):
         positions = self.positions(batch.positions_BS, batch.documents_BS)
         labels_BS = batch.labels_BS
         hidden_TD, balance = self.run_blocks(self.embedding(batch.inputs_BS.flatten()), positions)
-        # A view for each of its two ways: the gradients are then summed way by way, as runs sum them.
-        main = cross_entropy_sum(self.head(self.norm(hidden_TD.view_as(hidden_TD))), labels_BS.flatten())
+        main = cross_entropy_sum(self.head(self.norm(hidden_TD)), labels_BS.flatten())
         mtp = torch.zeros_like(main)
         if self.mtp is not None and self.training:
-            mtp_TD, mtp_balance = self.mtp(hidden_TD.view_as(hidden_TD), self.embedding(next_ids(batch)), positions)
+            mtp_TD, mtp_balance = self.mtp(hidden_TD, self.embedding(next_ids(batch)), positions)
             mtp = cross_entropy_sum(self.head(mtp_TD), mtp_labels(labels_BS).flatten())
             balance = balance + mtp_balance
         return LossSums(main, mtp, balance)

@@ -46,7 +46,7 @@ class Kernel:
 
 @contextmanager
 def profiling(device: torch.device) -> Iterator[Callable[[Sequence[Span]], list[Kernel]]]:
-    """torch.profiler around the block; afterwards, given the block's spans, its kernels. Without a GPU there are none."""
+    """torch.profiler around the block; afterwards, given the block's spans, its kernels (none without one)."""
     if device.type != "cuda":
         yield lambda spans: []
         return

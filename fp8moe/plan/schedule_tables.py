@@ -118,11 +118,12 @@ def partition_table(
                 "; ".join(str(stage) for stage in here),
             )
         )
+    again = ", ".join(sorted(sizes.recompute)) or "nothing"
     title = (
         f"{schedule.num_stages} stages of {config.num_layers} blocks, layout "
         f"{','.join(str(stage.num_layers) for stage in stages)}; heaviest rank "
         f"{imbalance(config, stages, sizes.seq_len, schedule.is_folded):.3f} of the average; ep={ep}; activations of "
-        f"{sizes.tokens} tokens a micro-batch, {sizes.precision}, norms, MLA up-projections and SwiGLU recomputed"
+        f"{sizes.tokens} tokens a micro-batch, {sizes.precision}, recomputed: {again}"
     )
     header = ("", "work", "parameters (1e9)", "activations (GiB)", "held", "stages")
     return "\n".join([title, table(header, rows)])

@@ -18,6 +18,7 @@ from fp8moe.data.config import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import DEFAULT, Recompute
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.model.partition import Stage, partition
 from fp8moe.parallel.deep_ep import check_deep_ep
@@ -49,7 +50,8 @@ class ParallelConfig:
 
     schedule: of the pipeline's pp ranks (`fp8moe.parallel.schedule`); dualpipev has a use at pp=1 too, it hides the
     experts' messages of one micro-batch under the compute of another. overlap: whether messages are hidden under
-    compute (False: one after the other, the same bits).
+    compute (False: one after the other, the same bits). communication_sms: on a GPU, the SMs that messages of experts
+    may take (NCCL's max_ctas), and that GEMMs of an overlapped pair leave to them.
     layout: blocks of each pipeline stage, given by hand; None cuts the model by cost (`fp8moe.model.partition`).
     dispatcher: how tokens travel (`fp8moe.parallel`): all_to_all in one hop; node_limited once to each node of
     ranks_per_node (None: the processes of this machine), then inside it; deep_ep where that package is installed.
@@ -65,6 +67,7 @@ class ParallelConfig:
     ep: int | None = None
     schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     overlap: bool = True
+    communication_sms: int = 20
     layout: tuple[int, ...] | None = None
     dispatcher: Literal["all_to_all", "node_limited", "deep_ep"] = "all_to_all"
     ranks_per_node: int | None = None
@@ -78,7 +81,7 @@ class ParallelConfig:
         for name in ("timeout", "startup_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} seconds must be above 0")
-        for name in ("chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
+        for name in ("communication_sms", "chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"parallel.{name}={value} must be at least 1")
@@ -95,6 +98,7 @@ class TrainConfig:
 
     resume: "none", "auto" (the newest complete checkpoint of run_dir, if any) or a checkpoint's or run's path.
     max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
+    recompute: what a forward leaves to the backward to compute again (`fp8moe.layers.recompute`); bits don't change.
     profile: record the third step of this attempt (the last of fewer) as run_dir/trace.json, with figures in the end.
     """
 
@@ -115,9 +119,13 @@ class TrainConfig:
     resume: str = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = 3
+    recompute: tuple[Recompute, ...] = tuple(DEFAULT)
     profile: bool = False
 
     def __post_init__(self) -> None:
+        once = ",".join(dict.fromkeys(self.recompute))
+        if once != ",".join(self.recompute):
+            raise ValueError(f"recompute=[{','.join(self.recompute)}] says a name twice: use recompute=[{once}]")
         for name in ("steps", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

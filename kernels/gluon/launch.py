@@ -1,8 +1,9 @@
 """From checked operands to a launch: descriptors, scales in the layout the kernels read, and how many SMs may work.
 
 Descriptors are made on the host: they travel as kernel arguments, and the device needs no scratch memory and no fence
-for them. A kernel runs one program an SM; `limit_sms` leaves some to the communication that runs beside it (DeepSeek-V3
-gives 20 of 132).
+for them. A kernel runs one program an SM, on as many as it may take (`kernels/sms.py`).
+
+A tile with `multicast` runs a pair of CTAs a program and half as many programs.
 
 Operands that already lie well are used in place: K-major codes on 16-byte rows, scales at stride 1 along M. Anything
 else is copied first, which costs a pass over it: whoever quantizes for these kernels writes the right layout.
@@ -12,10 +13,12 @@ import functools
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fp8moe.kernels import sms as sm_limit
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gluon.columns_kernel import columns_kernel
 from fp8moe.kernels.gluon.pipeline import ADD, STORE, STORE_TMA
@@ -23,25 +26,15 @@ from fp8moe.kernels.gluon.rows_kernel import rows_kernel
 from fp8moe.kernels.tiles import DEFAULT_DEVICE, HOPPER_SMS, Tile
 
 TMA_ALIGNMENT = 16
-CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-OUTPUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+PAIR = 2  # CTAs of a cluster, side by side along the columns of the output
+WHOLE, SPLIT = 0, 1  # what each CTA of a pair has of a dim: all of it, or its half
 
-_limit: int | None = None
-
-
-def limit_sms(count: int | None) -> None:
-    """At most `count` SMs for the GEMMs launched from now on (communication takes the others); None: all."""
-    global _limit
-    if count is not None and count < 1:
-        raise ValueError(f"a GEMM needs at least 1 SM, limit_sms got {count}: use None for all of them")
-    _limit = count
+OLDEST_MULTICAST = (3, 8)  # of Triton: before it an arrival can't reach another CTA's barrier (see `pipeline`)
 
 
 def num_sms(device: torch.device) -> int:
     """SMs that a GEMM may use on `device`."""
-    count = _properties(device)[1]
-    return count if _limit is None else min(_limit, count)
+    return sm_limit.allowed(_properties(device)[1])
 
 
 def device_name(device: torch.device) -> str:
@@ -73,12 +66,16 @@ def launch_rows(
     assert not (grouped and tile.block_m != TILE), "a taller tile could straddle two experts"
     epilogue = ADD.value if accumulate else STORE_TMA.value if out.dtype is torch.bfloat16 else STORE.value
     scale = _m_major(a.scale)
-    c = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, TILE], OUTPUT) if epilogue == STORE_TMA.value else out
-    num_tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
+    ctas = _ctas(tile)
+    c: TensorDescriptor | Tensor = out
+    if epilogue == STORE_TMA.value:
+        layout = _layout(16, 128, ctas, WHOLE, SPLIT)
+        c = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, TILE * ctas], layout)
+    num_tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n * ctas)
     with torch.cuda.device_of(out):
-        rows_kernel[(min(sms, num_tiles),)](
-            _codes(a.data, tile.block_m),
-            _codes(b.data.reshape(-1, k), tile.block_n),
+        rows_kernel[(min(max(1, sms // ctas), num_tiles),)](
+            _codes(a.data, _rows(tile), ctas, WHOLE),
+            _codes(b.data.reshape(-1, k), _columns(tile), ctas, SPLIT),
             c,
             scale,
             b.scale.contiguous(),
@@ -106,13 +103,14 @@ def launch_columns(
     """out [N, K] (or [E, N, K] with offsets) = or += a columns [N, T] @ b columns [K, T]^T; no size may be zero."""
     (n, t), k, grouped = a.shape, b.shape[0], group_offsets is not None
     num_groups = out.shape[0] if grouped else 1
-    num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n)
+    ctas = _ctas(tile)
+    num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n * ctas)
     with torch.cuda.device_of(out):
-        columns_kernel[(min(sms, num_tiles),)](
-            _codes(a.data, tile.block_m),
-            _codes(b.data, tile.block_n),
-            _scales(a.scale, tile.block_m),
-            _scales(b.scale, tile.block_n),
+        columns_kernel[(min(max(1, sms // ctas), num_tiles),)](
+            _codes(a.data, _rows(tile), ctas, WHOLE),
+            _codes(b.data, _columns(tile), ctas, SPLIT),
+            _scales(a.scale, _rows(tile), ctas, WHOLE),
+            _scales(b.scale, _columns(tile), ctas, SPLIT),
             out,
             group_offsets,
             num_groups,
@@ -132,15 +130,46 @@ def _constants(tile: Tile, grouped: bool, epilogue: int) -> dict[str, Any]:
         "GROUP": tile.group,
         "GROUPED": grouped,
         "EPILOGUE": epilogue,
+        "CTAS": _ctas(tile),
+        "num_ctas": _ctas(tile),
         "num_warps": tile.warps,
     }
 
 
-def _codes(data: Tensor, block_rows: int) -> TensorDescriptor:
+def _ctas(tile: Tile) -> int:
+    """CTAs that share their rows by multicast, each with its own columns. ValueError where Triton can't do it."""
+    if tile.multicast and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_MULTICAST:
+        raise ValueError(
+            f"a tile with multicast needs Triton {'.'.join(map(str, OLDEST_MULTICAST))} or newer, this is "
+            f"{triton.__version__}: take multicast out of tiles.json"
+        )
+    return PAIR if tile.multicast else 1
+
+
+def _rows(tile: Tile) -> int:
+    """Rows that one TMA load brings: a tile's; of a pair 64, because a tile that two CTAs share can't be sliced."""
+    return TILE // 2 if tile.multicast else tile.block_m
+
+
+def _columns(tile: Tile) -> int:
+    """Columns that one TMA load brings: a tile's; of a pair 128 each, so that each half is one CTA's."""
+    return PAIR * TILE if tile.multicast else tile.block_n
+
+
+@functools.cache
+def _layout(bits: int, swizzle: int, ctas: int, *halves: int) -> gl.NVMMASharedLayout:
+    """Shared memory for TMA; `halves`: for each dim WHOLE or SPLIT, where there is a pair."""
+    pair = {"cga_layout": [list(halves)]} if ctas == PAIR else {}
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(halves), **pair)
+
+
+def _codes(data: Tensor, block_rows: int, ctas: int, rows: int) -> TensorDescriptor:
     """A descriptor of K-major codes [M, K] for tiles of block_rows x 128."""
     if data.stride(1) != 1 or data.stride(0) % TMA_ALIGNMENT or data.data_ptr() % TMA_ALIGNMENT:
         data = data.contiguous()
-    return TensorDescriptor(data, list(data.shape), [data.stride(0), 1], [block_rows, TILE], CODES)
+    return TensorDescriptor(
+        data, list(data.shape), [data.stride(0), 1], [block_rows, TILE], _layout(8, 128, ctas, rows, WHOLE)
+    )
 
 
 def _m_major(scale: Tensor) -> Tensor:
@@ -148,9 +177,9 @@ def _m_major(scale: Tensor) -> Tensor:
     return scale if scale.stride(0) == 1 else scale.mT.contiguous().mT
 
 
-def _scales(scale: Tensor, block: int) -> TensorDescriptor:
+def _scales(scale: Tensor, block: int, ctas: int, rows: int) -> TensorDescriptor:
     """A descriptor of the scales [M, T/128] as one vector, a token tile after the other."""
     flat = scale.mT.contiguous()  # no copy where they are M-major already
     if flat.data_ptr() % TMA_ALIGNMENT:
         flat = flat.clone()
-    return TensorDescriptor(flat.view(-1), [flat.numel()], [1], [block], SCALES)
+    return TensorDescriptor(flat.view(-1), [flat.numel()], [1], [block], _layout(32, 0, ctas, rows))

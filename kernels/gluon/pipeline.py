@@ -29,6 +29,18 @@ partition before the others start: `warp_specialize` itself synchronises, and th
 initialisation visible to TMA. At the end nothing is drained: the producer's last fills are all consumed, because both
 sides run the same steps.
 
+A pair (CTAS = 2, `multicast` in a tile): a cluster of two CTAs computes two tiles side by side. Their rows are the
+same, so one TMA load brings them into both, in pieces of 64 rows because the language can't slice what two CTAs share;
+each CTA loads its own columns. `full` and `empty` stay each CTA's own. A third barrier, `both`, lies in CTA 0, gets the
+arrivals of all four consumers and holds back CTA 0's producer, which loads for the peer too. The peer's bytes may land
+before its own producer expects them (a barrier may count below zero within a round) but never a round early. At the
+end the CTAs wait for each other, so that no arrival meets a CTA that is gone.
+    This needs Triton 3.8. In 3.7 `multicast=True` compiles, but `init` of a barrier that two CTAs share counts one
+CTA's arrivals and `arrive` stays in the own CTA's memory (PTX: count 2, `mbarrier.arrive.shared::cta`), so that CTA 0
+would refill slots that its peer still reads; nothing else in the language reaches a peer's barrier, and a cluster-wide
+barrier can't be used inside `warp_specialize`. In 3.8 it is count 4 and `mbarrier.arrive.shared::cluster` at CTA 0's
+address. All of it compiled and read as machine code only: off by default until a GPU has run it.
+
 Epilogues: BF16 leaves through shared memory and a TMA store, which clips at the edges of the output; the buffer of a
 consumer is rewritten only after `store_wait(0)` says that its last store has read it. FP32 leaves straight from the
 registers, masked, either written or added into what is there: no other CTA touches the tile.
@@ -57,9 +69,13 @@ STORE_TMA, STORE, ADD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
 @gluon.constexpr_function
-def wave_layout():
-    """Registers of a 64x128 FP32 product of one consumer: 4 warps of 16 rows, as WGMMA m64n128 writes it."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+def wave_layout(ctas=1):
+    """Registers of a 64x128 FP32 product of one consumer: 4 warps of 16 rows, as WGMMA m64n128 writes it.
+
+    A pair of CTAs has one such product each, side by side: 64x256 to the language.
+    """
+    shape, pair = [16, 128, 32], [[0, 1]] if ctas == 2 else []
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=shape, cga_layout=pair)
 
 
 @gluon.jit
@@ -93,16 +109,85 @@ def ring_position(step, STAGES: gl.constexpr):
     return step % STAGES, (step // STAGES) & 1
 
 
+@gluon.constexpr_function
+def barrier_layout(bases=()):
+    """Of barriers whose owners among the CTAs `bases` tell: [[1]] gives each of a pair its own, [[0]] both one."""
+    return mbarrier.MBarrierLayout(cga_layout=[list(basis) for basis in bases]) if bases else mbarrier.MBarrierLayout()
+
+
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr):
-    """The ring's barriers, initialised: full (one arrival, the producer's) and empty (two, one a consumer)."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+def make_barriers(STAGES: gl.constexpr, CTAS: gl.constexpr):
+    """The ring's barriers, initialised: full (one arrival, the producer's) and empty (two, one a consumer).
+
+    `both` is what a pair of CTAs adds: arrivals of all four consumers, for the producer that loads for both.
+    """
+    OWN: gl.constexpr = barrier_layout(((1,),) if CTAS == 2 else ())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, CTAS], OWN)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, CTAS], OWN)
+    both = empty
+    if CTAS == 2:
+        both = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(((0,),)))
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
+        if CTAS == 2:
+            mbarrier.init(both.index(slot), count=2)  # for each CTA of the two
     fence_async_shared()
-    return full, empty
+    return full, empty, both
+
+
+@gluon.jit
+def wait_empty(empty, both, slot, parity, CTAS: gl.constexpr):
+    """The producer's wait for a slot that its consumers have left; where it loads for both CTAs, all four."""
+    mbarrier.wait(empty.index(slot), parity)
+    if CTAS == 2:
+        mbarrier.wait(both.index(slot), parity)
+
+
+@gluon.jit
+def release(empty, both, slot, CTAS: gl.constexpr):
+    """A consumer leaves a slot."""
+    mbarrier.arrive(empty.index(slot), count=1)
+    if CTAS == 2:
+        mbarrier.arrive(both.index(slot), count=1)
+
+
+@gluon.jit
+def cta_rank():
+    """Which of the pair this CTA is, as a number that the language believes to be the same in both."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r,r", [gl.program_id(0)], gl.int32, True, 1)
+
+
+@gluon.jit
+def load(desc, at, bar, destination, MULTICAST: gl.constexpr):
+    """One TMA load that `bar` counts; MULTICAST: one of the pair loads for both."""
+    if MULTICAST:
+        tma.async_copy_global_to_shared(desc, at, bar, destination, multicast=True)
+    else:
+        tma.async_copy_global_to_shared(desc, at, bar, destination)
+
+
+@gluon.jit
+def rows_of(a_ring, slot, FIRST: gl.constexpr, BM: gl.constexpr, CTAS: gl.constexpr):
+    """A slot's 64 rows (or scales) from FIRST on: a part of the tile or, in a pair, one of the pieces it came in."""
+    if CTAS == 1:  # noqa: SIM108  one of two types, chosen while compiling
+        rows = a_ring.index(slot).slice(FIRST, 64, 0)
+    else:
+        rows = a_ring.index(slot * (BM // 64) + FIRST // 64)
+    return rows
+
+
+@gluon.jit
+def columns_of(b_ring, slot, WIDE: gl.constexpr, CTAS: gl.constexpr):
+    """A slot's columns (or their scales) for the first wave and for the second: 128 each, of each CTA."""
+    if CTAS == 1:
+        b = b_ring.index(slot)
+        first, second = b.slice(0, 128, 0), b.slice(128 if WIDE else 0, 128, 0)
+    elif WIDE:
+        first, second = b_ring.index(slot * 2), b_ring.index(slot * 2 + 1)
+    else:
+        first, second = b_ring.index(slot), b_ring.index(slot)
+    return first, second
 
 
 @gluon.jit
@@ -112,7 +197,7 @@ def start_wave(a, b, dead):
 
 
 @gluon.jit
-def write_wave(c, buffer, acc, row, col, num_rows, num_cols, ld, EPILOGUE: gl.constexpr):
+def write_wave(c, buffer, acc, row, col, num_rows, num_cols, ld, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):
     """One 64x128 wave to the output at (row, col). c: a TMA descriptor for STORE_TMA, else a pointer, rows ld apart."""
     if EPILOGUE == STORE_TMA:
         tma.store_wait(0)
@@ -120,15 +205,22 @@ def write_wave(c, buffer, acc, row, col, num_rows, num_cols, ld, EPILOGUE: gl.co
         fence_async_shared()
         tma.async_copy_shared_to_global(c, [row, col], buffer)
     else:
-        layout: gl.constexpr = wave_layout()
+        layout: gl.constexpr = wave_layout(CTAS)
         rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        cols = col + gl.arange(0, 128, gl.SliceLayout(0, layout))
+        cols = col + gl.arange(0, 128 * CTAS, gl.SliceLayout(0, layout))
         # A sum of FP32 gradients of all experts has more than 2^31 elements: 64-bit addresses.
         pointers = c + rows.to(gl.int64)[:, None] * ld + cols[None, :]
         inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
         if EPILOGUE == ADD:
             acc += gl.load(pointers, mask=inside, other=0.0)
         gl.store(pointers, acc.to(c.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def finish_pair(CTAS: gl.constexpr):
+    """After all partitions: a CTA stays until its peer has made its last arrival."""
+    if CTAS == 2:
+        gl.barrier(cluster=True)
 
 
 @gluon.jit

@@ -13,80 +13,102 @@ past the last offset have no steps and are written as zeros. The protocol betwee
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from fp8moe.kernels.gluon.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     STORE_TMA,
+    columns_of,
+    cta_rank,
     find_group,
+    finish_pair,
     finish_stores,
+    load,
     make_barriers,
+    release,
     ring_position,
+    rows_of,
     start_wave,
     tile_order,
+    wait_empty,
     wave_layout,
     write_wave,
 )
 
 
 @gluon.jit
-def locate(tile, M, N, K, offsets, num_groups, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
+def locate(tile, M, N, K, offsets, num_groups, BM: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr,
            GROUPED: gl.constexpr):  # fmt: skip
     """(first row, first column, expert, steps) of a tile; the one place that all partitions take them from."""
-    m, n = tile_order(tile, gl.cdiv(M, BM), gl.cdiv(N, BN), GROUP)
+    m, n = tile_order(tile, gl.cdiv(M, BM), gl.cdiv(N, WIDTH), GROUP)
     steps = gl.cdiv(K, 128)
     group = 0
     if GROUPED:
         group = find_group(m * BM, offsets, num_groups)
         steps = gl.where(m * BM < gl.load(offsets + num_groups), steps, 0)
-    return m * BM, n * BN, group, steps
+    return m * BM, n * WIDTH, group, steps
 
 
 @gluon.jit
-def produce(a_desc, b_desc, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups, BM: gl.constexpr,
-            BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
+def produce(a_desc, b_desc, a_ring, b_ring, full, empty, both, offsets, M, N, K, num_groups, BM: gl.constexpr,
+            BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
+            CTAS: gl.constexpr):  # fmt: skip
     """The producer: every step's two operand tiles."""
+    WIDTH: gl.constexpr = BN * CTAS
+    PIECES: gl.constexpr = BN // 128
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
-        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, BN, GROUP, GROUPED)
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, WIDTH), gl.num_programs(0)):
+        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         for k in range(steps):
             slot, parity = ring_position(step, STAGES)
-            mbarrier.wait(empty.index(slot), parity ^ 1)
-            mbarrier.expect(full.index(slot), a_desc.block_type.nbytes + b_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(a_desc, [row, k * 128], full.index(slot), a_ring.index(slot))
-            tma.async_copy_global_to_shared(b_desc, [group * N + col, k * 128], full.index(slot), b_ring.index(slot))
+            wait_empty(empty, both, slot, parity ^ 1, CTAS)
+            bar = full.index(slot)
+            mbarrier.expect(bar, (BM + BN) * 128)
+            if CTAS == 1:
+                load(a_desc, [row, k * 128], bar, a_ring.index(slot), False)
+                load(b_desc, [group * N + col, k * 128], bar, b_ring.index(slot), False)
+            else:
+                for piece in gl.static_range(BM // 64):
+                    load(a_desc, [row + piece * 64, k * 128], bar, a_ring.index(slot * (BM // 64) + piece), True)
+                for piece in gl.static_range(PIECES):
+                    at = [group * N + col + piece * 256, k * 128]
+                    load(b_desc, at, bar, b_ring.index(slot * PIECES + piece), False)
             step += 1
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, offsets, M, N, K,
+def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
             num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr):  # fmt: skip
+            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide)."""
-    layout: gl.constexpr = wave_layout()
+    layout: gl.constexpr = wave_layout(CTAS)
+    WIDTH: gl.constexpr = BN * CTAS
     TWO: gl.constexpr = BM * BN > 128 * 128
     TALL: gl.constexpr = BM > 128
     FIRST: gl.constexpr = INDEX * (BM // 2)
     # Where the second wave lies in the tile; without one, on the first (its sum is then never formed).
     DOWN: gl.constexpr = 64 if TALL else 0
-    ACROSS: gl.constexpr = 128 if TWO and not TALL else 0
+    ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
     num_k = gl.cdiv(K, 128)
     blocks_n = gl.cdiv(N, 128)
     buffer = c_buffers.index(INDEX)
-    dead = gl.zeros((64, 128), gl.float32, layout)
+    dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
-        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, BN, GROUP, GROUPED)
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, WIDTH), gl.num_programs(0)):
+        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         row += FIRST
-        acc0 = gl.zeros((64, 128), gl.float32, layout)
-        acc1 = gl.zeros((64, 128), gl.float32, layout)
+        acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
+        acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
         inside0, inside1 = rows < M, rows + DOWN < M
         a_scales = a_scale + rows
         # The last wide tile of a weight may reach past its last block: any block will do, nothing of it is stored.
-        b_scales0 = b_scale + (group * blocks_n + col // 128) * num_k
-        b_scales1 = b_scale + (group * blocks_n + gl.minimum((col + ACROSS) // 128, blocks_n - 1)) * num_k
+        block = col // 128
+        if CTAS == 2:  # each CTA's own columns, a block apart
+            block = gl.minimum(block + cta_rank(), blocks_n - 1)
+        b_scales0 = b_scale + (group * blocks_n + block) * num_k
+        b_scales1 = b_scale + (group * blocks_n + gl.minimum(block + ACROSS // 128, blocks_n - 1)) * num_k
         sa0, sb0 = gl.load(a_scales, mask=inside0, other=0.0), gl.load(b_scales0)
         sa1, sb1 = sa0, sb0
         if TWO and TALL:
@@ -105,47 +127,50 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
             elif TWO:
                 sb1 = gl.load(b_scales1 + later)
             mbarrier.wait(full.index(slot), parity)
-            a, b = a_ring.index(slot), b_ring.index(slot)
-            product = start_wave(a.slice(FIRST, 64, 0), b.slice(0, 128, 0), dead)
+            b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)
+            product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
             if TWO:
                 product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
                 acc0 += product * scale0[:, None]
-                product = start_wave(a.slice(FIRST + DOWN, 64, 0), b.slice(ACROSS, 128, 0), product)
+                product = start_wave(rows_of(a_ring, slot, FIRST + DOWN, BM, CTAS), b1, product)
                 dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
-                mbarrier.arrive(empty.index(slot), count=1)
+                release(empty, both, slot, CTAS)
                 acc1 += dead * scale1[:, None]
             else:
                 dead = warpgroup_mma_wait(0, deps=[product])
-                mbarrier.arrive(empty.index(slot), count=1)
+                release(empty, both, slot, CTAS)
                 acc0 += dead * scale0[:, None]
             step += 1
-        write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE)
+        write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE, CTAS)
         if TWO:
-            write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE)
+            write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
     finish_stores(EPILOGUE)
 
 
 @gluon.jit(do_not_specialize=["M", "num_groups", "a_ld"])
 def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr,
                 BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-                EPILOGUE: gl.constexpr):  # fmt: skip
-    """c = rows x blocks^T; grid: one program an SM in use."""
-    a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 128], a_desc.layout)
-    b_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, 128], b_desc.layout)
-    if EPILOGUE == STORE_TMA:  # noqa: SIM108  one of two types, chosen while compiling
-        c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], c.layout)
+                EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+    """c = rows x blocks^T; grid: one program an SM in use, or a pair of them."""
+    HEIGHT: gl.constexpr = BM if CTAS == 1 else 64
+    a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BM // HEIGHT, HEIGHT, 128], a_desc.layout)
+    PIECES: gl.constexpr = BN // 128 if CTAS == 2 else 1
+    b_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * PIECES, BN * CTAS // PIECES, 128], b_desc.layout)
+    if EPILOGUE == STORE_TMA:
+        c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128 * CTAS], c.layout)
     else:
         c_buffers = a_ring  # never touched: this epilogue writes from the registers
-    full, empty = make_barriers(STAGES)
+    full, empty, both = make_barriers(STAGES, CTAS)
     gl.warp_specialize(
         [
-            (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups,
-                       a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE)),
-            (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups,
-                       a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE)),
-            (produce, (a_desc, b_desc, a_ring, b_ring, full, empty, offsets, M, N, K, num_groups, BM, BN, STAGES,
-                       GROUP, GROUPED)),
+            (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
+                       num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
+            (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
+                       num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
+            (produce, (a_desc, b_desc, a_ring, b_ring, full, empty, both, offsets, M, N, K, num_groups, BM, BN, STAGES,
+                       GROUP, GROUPED, CTAS)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+    finish_pair(CTAS)

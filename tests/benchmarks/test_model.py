@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,14 @@ def test_cycles_of_a_step():
     assert columns.promotion == 512 and columns.tensor == 1024
     # One consumer: two waves of 256 + 60 + 128 cycles
     assert columns.chain == 888 < columns.tensor
+
+
+def test_a_pair_reads_its_rows_once():
+    tall, wide = step_of(256, 128, "rows", multicast=True), step_of(128, 256, "rows", multicast=True)
+    assert (tall.l2, wide.l2) == (256 * 128 / 32, 320 * 128 / 32) and tall.shared == 1152 and tall.bound == "shared"
+    problem, pair = Problem("gemm", 4096, 2112, 7168), replace(TALL, multicast=True)
+    assert (predict(problem, pair, 132, 1e9).tiles, predict(problem, pair, 132, 1e9).waves) == (16 * 9 * 2, 3)
+    assert predict(DENSE[0], pair, 132, 1e9).tflops > 1.1 * predict(DENSE[0], TALL, 132, 1e9).tflops
 
 
 def test_bytes_are_operands_and_output_once():

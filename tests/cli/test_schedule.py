@@ -64,7 +64,16 @@ def test_a_models_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "model.num_layers=12", "--layout", "6,6"]) == 0
     assert "layout 6,6" in capsys.readouterr().out
     assert main([*words, "parallel.layout=[3,1]"]) == 0  # as a training configuration says it
-    assert "layout 3,1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "layout 3,1" in out and "recomputed: mla_up, norm, swiglu" in out
+    assert main([*words, "--recompute", ""]) == 0
+    kept = capsys.readouterr().out
+    assert "recomputed: nothing" in kept and _activations(kept) > _activations(balanced) > 0
+
+
+def _activations(text: str) -> float:
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("rank 0")]
+    return float(row[4])
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,7 @@ def test_a_models_stages(capsys: pytest.CaptureFixture[str]) -> None:
         ("--pp 2 --model tiny --layout two", "--layout 'two' is no list of block counts"),
         ("--pp 8 --model tiny", "4 blocks can't fill 8 pipeline stages"),
         ("--pp 2 --model tiny --ep 3", "--ep 3 does not divide num_experts=8: use 2"),
+        ("--pp 2 --model tiny --recompute norms", "--recompute 'norms' is unknown: use some of norm,mla_up,swiglu"),
         ("--pp 2 --model huge", "model=huge is not there"),
         ("--pp 2 --svg /no/such/folder/x.svg", "/no/such/folder/x.svg: No such file or directory"),
     ],

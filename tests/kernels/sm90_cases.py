@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
 from torch import Tensor
 
 from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
+from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.tiles import Tile
 
 Case = tuple[str, Callable[[], Any]]
 M, N, K = 4096, 4096, 7168
 GROUPS = 4
+MULTICAST = (("gemm", "bf16"), ("grouped_gemm", "bf16"), ("grouped_wgrad", "add"))
 
 
 def rows(m: int, k: int) -> Fp8Tensor:
@@ -45,8 +49,8 @@ def with_tile(tile: Tile, launch: Callable[[], Any]) -> None:
         launch()
 
 
-def gemm_cases(backend: str) -> Iterator[Case]:
-    """gemm, grouped_gemm and grouped_wgrad with every tile, output dtype and epilogue."""
+def gemm_cases(backend: str, *, multicast: bool = False) -> Iterator[Case]:
+    """gemm, grouped_gemm and grouped_wgrad with every tile, output dtype and epilogue; multicast: what it changes."""
     gemm = importlib.import_module(f"fp8moe.kernels.{backend}.gemm").gemm
     grouped_gemm = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_gemm
     grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_wgrad").grouped_wgrad
@@ -63,14 +67,17 @@ def gemm_cases(backend: str) -> Iterator[Case]:
             ("gemm_columns", kind, partial(gemm, *columns, out_dtype=dtype)),
             ("grouped_gemm", kind, partial(grouped_gemm, *experts, out_dtype=dtype)),
         ]
+    if multicast:
+        launches = [one for one in launches if (one[0], one[1]) in MULTICAST]
     for op, kind, launch in launches:
         for tile in tiles.production_tiles(backend, op):
+            tile = replace(tile, multicast=multicast or tile.multicast)
             yield f"{backend} {op} {kind} {tile_name(tile)}", partial(with_tile, tile, launch)
 
 
 def tile_name(tile: Tile) -> str:
     """What of a tile changes its code; the swept rows are in it too, as a constant of the kernel."""
-    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}"
+    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}" + " multicast" * tile.multicast
 
 
 def cast_cases() -> Iterator[Case]:
@@ -109,12 +116,50 @@ def wgrad_cases() -> Iterator[Case]:
         yield f"triton wgrad {kind}", partial(wgrad, *operands, torch.empty(256, 7168))
 
 
+def multicast_cases() -> Iterator[Case]:
+    """A pair of CTAs for each kind of tile and kernel, as code: whether it may run is for the launcher to say."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        return
+    launch = importlib.import_module("fp8moe.kernels.gluon.launch")
+    for label, run in gemm_cases("gluon", multicast=True):
+        yield label, partial(_whatever_triton, launch, run)
+
+
+def _whatever_triton(launch: Any, run: Callable[[], Any]) -> None:
+    with patch.object(launch, "OLDEST_MULTICAST", (3, 7)):
+        run()
+
+
+def permute_cases() -> Iterator[Case]:
+    """The plan, rows of every kind to experts and back, and the cast on the way."""
+    ops = importlib.import_module("fp8moe.kernels.triton.permute")
+    n, k, topk, received = 4096, 7168, 8, 8192
+    numbers = torch.empty(received, dtype=torch.int64)
+    row_map = RowMap(numbers, numbers, offsets(), numbers[:GROUPS], n, topk)
+    ids = torch.empty(n, topk, dtype=torch.int64)
+    yield "triton plan_rows", partial(ops.plan_rows, ids, 256, room=received)
+    token_major = rows(n, k)
+    token_major = Fp8Tensor(token_major.data, token_major.scale.contiguous())
+    for kind, x in (("fp8", rows(n, k)), ("fp8 token-major", token_major), ("fp8 K576", rows(n, 576))):
+        yield f"triton permute {kind}", partial(ops.permute, x, row_map)
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        x = torch.empty(n, k, dtype=dtype)
+        yield f"triton permute {kind}", partial(ops.permute, x, row_map)
+        yield f"triton unpermute {kind}", partial(ops.unpermute, torch.empty(received, k, dtype=dtype), row_map)
+        for power_of_two in (False, True):
+            label = f"{kind} {'pow2' if power_of_two else 'fp32scale'}"
+            cast = partial(ops.permute_quantize, x, row_map, power_of_two=power_of_two)
+            yield f"triton permute_quantize {label}", cast
+
+
 def cases() -> Iterator[Case]:
     """All cases of both device back ends."""
     yield from gemm_cases("gluon")
+    yield from multicast_cases()
     yield from gemm_cases("triton")
     yield from wgrad_cases()
     yield from cast_cases()
+    yield from permute_cases()
 
 
 CASES = tuple(cases())

@@ -3,11 +3,13 @@
 Gluon has no interpreter: without a GPU only the compile gate (`test_sm90`) and the launchers' refusals are tested.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fp8moe.kernels import backend
-from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels import backend, tiles
+from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
 from fp8moe.kernels.gemm import gemm
 from fp8moe.kernels.grouped_gemm import grouped_gemm
 from fp8moe.kernels.grouped_wgrad import grouped_wgrad
@@ -96,7 +98,7 @@ def test_grouped(hopper, sizes, n, k):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sms", [None, 112, 1])
 def test_repetition_and_the_number_of_sms_change_no_bit(hopper, sms):
-    from fp8moe.kernels.gluon.launch import limit_sms
+    from fp8moe.kernels.sms import limit_sms
 
     m, n, k = (512, 512, 1024) if sms == 1 else (4096, 7168, 2048)
     a, b = quantize_rows(torch.randn(m, k, device=hopper)), quantize_blocks(torch.randn(n, k, device=hopper))[0]
@@ -111,15 +113,60 @@ def test_repetition_and_the_number_of_sms_change_no_bit(hopper, sms):
         limit_sms(None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", GROUPS)
+@pytest.mark.parametrize(("m", "n", "k"), [(4096, 7168, 2048), (256, 576, 512), (130, 272, 4096)])
+def test_pairs_change_no_bit(hopper, monkeypatch, m, n, k, sizes):
+    from fp8moe.kernels.gluon import launch
+
+    if tuple(map(int, launch.triton.__version__.split(".")[:2])) < launch.OLDEST_MULTICAST:
+        pytest.skip("this Triton has no arrival at another CTA's barrier")
+    offsets = offsets_of(sizes, hopper)
+    r = max(128, int(offsets[-1]))
+    a, b = quantize_rows(data("normal", m, k, device=hopper)), quantize_blocks(data("normal", n, k, device=hopper))[0]
+    x, w = quantize_rows(data("normal", r, k, device=hopper)), data("normal", len(sizes), n, k, device=hopper)
+    experts, dy = quantize_blocks(w)[0], quantize_columns(data("normal", r, n, device=hopper))
+    columns = quantize_columns(data("normal", r, k, device=hopper))
+
+    def run():
+        total = torch.ones(len(sizes), n, k, device=hopper)
+        grouped_wgrad(dy, columns, offsets, total)
+        return gemm(a, b), gemm(dy, columns, out_dtype=torch.float32), grouped_gemm(x, experts, offsets), total
+
+    alone = run()
+    choose = tiles.choose
+    monkeypatch.setattr(tiles, "choose", lambda *args, **kwargs: replace(choose(*args, **kwargs), multicast=True))
+    for _ in range(REPEATS):
+        assert all(torch.equal(one, other) for one, other in zip(alone, run(), strict=True))
+
+
+def test_pairs_on_a_triton_that_cannot_are_refused(monkeypatch):
+    pytest.importorskip("triton")
+    from fp8moe.kernels.gluon import launch
+
+    monkeypatch.setattr(launch.triton, "__version__", "3.7.1")
+    with pytest.raises(ValueError, match=r"multicast needs Triton 3\.8 or newer, this is 3\.7\.1: take multicast out"):
+        launch.launch_rows(
+            Fp8Tensor(torch.empty(128, 128, dtype=E4M3), torch.empty(128, 1)),
+            Fp8Tensor(torch.empty(128, 128, dtype=E4M3), torch.empty(1, 1), (128, 128)),
+            torch.empty(128, 128),
+            tile=tiles.Tile(128, 128, 4, 8, 4, multicast=True),
+            sms=132,
+        )
+
+
 def test_a_limit_of_no_sms_is_refused():
     pytest.importorskip("triton")
-    from fp8moe.kernels.gluon.launch import limit_sms, num_sms
+    from fp8moe.kernels.gluon.launch import num_sms
+    from fp8moe.kernels.sms import limit_sms, limited_sms
 
     with pytest.raises(ValueError, match=r"at least 1 SM, limit_sms got 0"):
         limit_sms(0)
-    limit_sms(112)
-    try:
+    with limited_sms(112):
         assert num_sms(torch.device("cpu")) == 112
-    finally:
-        limit_sms(None)
+        with limited_sms(None):
+            assert num_sms(torch.device("cpu")) == 112, "no limit asked for leaves the one there is"
+        with limited_sms(200):
+            assert num_sms(torch.device("cpu")) == 132
+        assert num_sms(torch.device("cpu")) == 112
     assert num_sms(torch.device("cpu")) == 132

@@ -7,6 +7,7 @@ other tests set it). `sm90` says how; `python -m tests.kernels.sm90 --write` rew
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_every_kernel_of_the_device_back_ends_is_compiled(kernels):
 def test_every_production_tile_is_compiled(kernels, backend, op):
     from fp8moe.kernels.tiles import production_tiles
 
-    compiled = [name for name in kernels if name.startswith(f"{backend} {op} ")]
+    compiled = [name for name in kernels if name.startswith(f"{backend} {op} ") and " multicast " not in name]
     for tile in production_tiles(backend, op):
         shape = f" {tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} "
         kinds = {name.split()[2] for name in compiled if shape in name}
@@ -92,8 +93,34 @@ def test_bf16_rows_leave_by_tma_and_both_scales_of_columns_arrive_by_it(kernels)
     for name, entry in kernels.items():
         if entry["kernel"].endswith("gluon.rows_kernel.rows_kernel"):
             assert (entry["figures"]["UTMASTG"] > 0) == (" bf16 " in name), name
-        if entry["kernel"].endswith("gluon.columns_kernel.columns_kernel"):
+        if entry["kernel"].endswith("gluon.columns_kernel.columns_kernel") and " multicast " not in name:
             assert entry["figures"]["UTMALDG"] == 4, name
+
+
+@pytest.mark.slow
+def test_a_pair_loads_its_rows_once_for_both(found, kernels):
+    pairs = {name: entry for name, entry in kernels.items() if " multicast " in name}
+    version = tuple(map(int, found["triton"].split(".")[:2]))
+    assert (len(pairs) == 6) is (version >= (3, 7))
+    for name, entry in pairs.items():
+        figure, height, width = entry["figures"], *map(int, re.findall(r"(\d+)x(\d+)x", name)[0])
+        both = 2 if "columns_kernel" in name else 1  # codes, and in a ring of scales those too
+        assert figure["multicast"] == both * height // 64, name
+        assert figure["UTMALDG"] == figure["multicast"] + both * width // 128, name
+        # What the launcher waits for: each of two consumers tells CTA 0, wherever it is.
+        assert entry["remote"] == (2 if version >= (3, 8) else 0), name
+
+
+def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
+    # (loads, stores) of 16 bytes that a thread must have: 32 words moved, 8 copies of a row summed, 32 values cast.
+    least = {"copy_kernel": (8, 8), "sum_kernel": (8, 1), "cast_kernel": (4, 16)}
+    moved = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("permute", "plan")}
+    assert {e["kernel"].split(".")[-1] for e in moved.values()} > set(least)
+    for name, entry in moved.items():
+        figure, wide = entry["figures"], entry["wide"]
+        assert figure["STL"] == figure["LDL"] == figure["local"] == wide["atomic"] == 0, name
+        loads, stores = least.get(entry["kernel"].split(".")[-1], (0, 0))
+        assert wide["loads"] >= loads and wide["stores"] >= stores, name
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from fp8moe.layers.balance import update_bias
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.main_grad import is_expert
 from fp8moe.layers.precision import Precision
+from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing
 from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
 from fp8moe.model.transformer import Transformer, init_weights
@@ -39,10 +40,10 @@ def one_step(dp: int, ep: int, precision: Precision) -> dict[str, Any]:
     choices: list[Tensor] = []
     gaps: list[float] = []
 
-    def record(router: torch.nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> None:
+    def record(router: torch.nn.Module, inputs: tuple[Recallable, int], routing: Routing) -> None:
         assert isinstance(router, Router)
         choices.append(routing.topk_ids_TK)
-        gaps.append(gap(router, inputs[0]))
+        gaps.append(gap(router, inputs[0].tensor))
 
     for module in model.modules():
         if isinstance(module, Router):

@@ -10,6 +10,7 @@ import yaml
 
 import fp8moe
 from fp8moe.errors import ConfigError
+from fp8moe.layers.recompute import RECIPE, Recompute
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import count_parameters, flops_per_token
 from fp8moe.model.partition import (
@@ -144,18 +145,29 @@ def test_costs_add_up_to_the_models_arithmetic() -> None:
 
 
 def test_activation_bytes_by_hand() -> None:
-    """One mixture block, FP8: residual twice, latents, E5M6 output, log-sum-exp, received rows, gate and up, scores."""
+    """One mixture block, FP8: residual twice, latents, E5M6 output, log-sum-exp, received rows with weight and place,
+    gate and up, scores, choice and sums; then what each kind of recomputation spares."""
     config = small(num_layers=1, num_dense_layers=0)
     stage = Stage(0, 0, 1, True, False, False)
     tile = 1 + 4 / 128
     per_token = (
-        2 * 64 * 2 + 2 * (32 + 32 + 16) + 1.5 * 2 * 16 + 4 * 2 + tile * (2 * 64 + 2 * 64 * 3) + 4 * 8 + 12 * 2
+        2 * 64 * 2 + 2 * (32 + 32 + 16) + (1.5 + 4 / 128) * 2 * 16 + 4 * 2 + tile * (2 * 64 + 2 * 64 * 3) + 2 * (4 + 16)
+        + 4 * 8 + 12 * 2 + 4 * 2
     )  # fmt: skip
     assert stage_activation_bytes(config, stage, MicroBatch(3, 10)) == pytest.approx(30 * per_token)
     wide = [stage_activation_bytes(config, stage, MicroBatch(1, 1, precision)) for precision in ("fp8", "bf16", "fp32")]
     assert wide == sorted(wide) and wide[2] > 1.8 * wide[1]
     with_head = replace(stage, head=True)
     assert stage_activation_bytes(config, with_head, MicroBatch(1, 1)) - wide[0] == 2 * (64 + 1024)
+
+    def spared(name: Recompute, precision: str, where: Stage = stage) -> float:
+        every, without = (MicroBatch(1, 1, precision, names) for names in (RECIPE, RECIPE - {name}))
+        return stage_activation_bytes(config, where, without) - stage_activation_bytes(config, where, every)
+
+    assert spared(Recompute.NORM, "fp8") == 2 * (64 + 64 + 32 + 32)
+    assert spared(Recompute.NORM, "fp8", with_head) == 2 * (64 + 64 + 32 + 32 + 64)
+    assert spared(Recompute.MLA_UP, "fp8") == 2 * 2 * (32 + 32 + 16 + 16)
+    assert [spared(Recompute.SWIGLU, precision) for precision in ("fp8", "bf16", "fp32")] == [0, 2 * 3 * 64, 4 * 3 * 64]
 
 
 @pytest.mark.parametrize(

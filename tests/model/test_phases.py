@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fp8moe.layers.attention import Positions
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.precision import Precision
 from fp8moe.layers.wgrad import WeightGradStore
+from fp8moe.model.block import Block
 from fp8moe.model.phases import BalanceLoss, DenseRun, MoeRun, run_block
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.dispatchers import make_dispatcher
@@ -56,8 +58,11 @@ def grads(model: Transformer) -> list[Tensor]:
 
 def start(model: Transformer, layer: int, x: Tensor, store: WeightGradStore, key: int) -> DenseRun | MoeRun:
     positions = model.positions(torch.arange(S).expand(B, -1))
-    balance = BalanceLoss(BALANCE, lambda loss: None)
-    return run_block(model.blocks[str(layer)], lambda: x, positions, balance, store=store, key=key)
+    return start_at(model.block(layer), x, positions, store, key)
+
+
+def start_at(block: Block, x: Tensor, positions: Positions, store: WeightGradStore, key: int) -> DenseRun | MoeRun:
+    return run_block(block, lambda: x, positions, BalanceLoss(BALANCE, lambda loss: None), store=store, key=key)
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -63,6 +63,8 @@ def test_the_mesh_is_filled_in(corpus: list[str]) -> None:
         (["data.vocab_size=500"], 1, "data.vocab_size=500 exceeds model.vocab_size=300: use at most 300"),
         (["model.dim=72"], 1, "model.dim=72 is no multiple of 16, as FP8 needs: use 64"),
         (["steps=0"], 1, "steps=0 must be at least 1"),
+        (["recompute=[norms]"], 1, "recompute.0.='norms' is not one of norm, mla_up, swiglu: did you mean norm?"),
+        (["recompute=[norm,swiglu,norm]"], 1, r"\[norm,swiglu,norm\] says a name twice: use recompute=\[norm,swiglu\]"),
         (["seed=-1"], 1, "seed=-1 must be at least 0"),
         (["parallel.timeout=0"], 1, "parallel.timeout=0.0 seconds must be above 0"),
         (["parallel.chunks=0"], 1, "parallel.chunks=0 must be at least 1"),

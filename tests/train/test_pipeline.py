@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.data.sampler import rank_slice
+from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing
 from fp8moe.parallel.schedule import build_schedule
 from fp8moe.train.build import tied_embedding
@@ -39,9 +40,9 @@ def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
     gaps: list[float] = []
 
     def record(name: str) -> Any:
-        def hook(router: Router, inputs: tuple[Tensor, ...], routing: Routing) -> None:
+        def hook(router: Router, inputs: tuple[Recallable, int], routing: Routing) -> None:
             calls[name].append(routing.topk_ids_TK)
-            gaps.append(gap(router, inputs[0]))
+            gaps.append(gap(router, inputs[0].tensor))
 
         return hook
 
@@ -126,12 +127,14 @@ def a_step(settings: list[str], world_size: int) -> tuple[Losses, float, dict[st
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("schedule, pp, ep", [("dualpipev", 1, 2), ("dualpipe", 2, 2), ("1f1b", 1, 2)])
-def test_overlap_changes_no_bit(corpus: list[str], precision: str, schedule: str, pp: int, ep: int) -> None:
+def test_overlap_and_recomputation_change_no_bit(
+    corpus: list[str], precision: str, schedule: str, pp: int, ep: int
+) -> None:
     settings = [*corpus, *SETTINGS, f"precision={precision}", f"parallel.pp={pp}", f"parallel.ep={ep}",
                 f"parallel.schedule={schedule}"]  # fmt: skip
-    overlapped = run_ranks(a_step, pp * ep, [*settings, "parallel.overlap=true"], pp * ep)
-    for (losses, norm, grads), (others, other, theirs) in zip(
-        overlapped, run_ranks(a_step, pp * ep, [*settings, "parallel.overlap=false"], pp * ep), strict=True
-    ):
-        assert (losses, norm) == (others, other)
-        assert [name for name, grad in grads.items() if not torch.equal(grad, theirs[name])] == []
+    plain = run_ranks(a_step, pp * ep, [*settings, "parallel.overlap=false"], pp * ep)
+    for recompute in ("[swiglu]", "[norm,mla_up,swiglu]"):
+        answers = run_ranks(a_step, pp * ep, [*settings, f"recompute={recompute}"], pp * ep)
+        for (losses, norm, grads), (others, other, theirs) in zip(answers, plain, strict=True):
+            assert (losses, norm) == (others, other)
+            assert [name for name, grad in grads.items() if not torch.equal(grad, theirs[name])] == []

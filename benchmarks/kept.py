@@ -1,0 +1,34 @@
+"""What is still in memory of all that some code made: the measure of what a forward keeps for its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Made(TorchDispatchMode):
+    """While it is entered, remembers every storage that an operation returned, without keeping any alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+                ref = StorageWeakRef(t.untyped_storage())
+                self._bytes.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes()))
+        return out
+
+    def alive(self) -> int:
+        """Bytes of the storages that something still holds."""
+        return sum(size for ref, size in self._bytes.values() if not ref.expired())
