@@ -27,12 +27,13 @@ from benchmarks.harness import Report, make_parser, paired_ratio, parse_argument
 
 if TYPE_CHECKING:
     from benchmarks.pipeline_trials import Trial
+    from fp8moe.train.config import TrainConfig
 
 SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev")
 COMPARED = ("experiment=quickstart", "seq_len=128", "batch.sequences=16", "batch.micro_batch=1", "parallel.pp=2",
             "parallel.ep=2")  # fmt: skip
-# Every token meets experts of both ranks. Blocks are cut evenly by hand: an emulated FP8 block costs a CPU far more than
-# its share of the arithmetic, and a pair of uneven stages leaves blocks alone, whose messages nothing hides.
+# Every token meets experts of both ranks. Blocks are cut evenly by hand: an emulated FP8 block costs a CPU far more
+# than its share of the arithmetic, and a pair of uneven stages leaves blocks alone, whose messages nothing hides.
 HIDDEN = ("experiment=quickstart", "model.num_dense_layers=0", "model.mtp_depth=0", "model.topk=4",
           "model.num_groups=1", "model.top_groups=1", "model.expert_hidden=128", "seq_len=512",
           "batch.micro_batch=2", "parallel.schedule=dualpipev", "parallel.ep=2")  # fmt: skip
@@ -84,6 +85,12 @@ def report_overlap(report: Report, done: dict[str, list[Trial]], shape: str) -> 
     report.add("overlapped", shape, "waits less than waited at once", less, "of 1")
 
 
+def shape_of(config: TrainConfig) -> str:
+    """Mesh, width x blocks, tokens x micro-batches."""
+    tokens, parallel, model = config.micro_batch * config.seq_len, config.parallel, config.model
+    return f"pp{parallel.pp} ep{parallel.ep} {model.dim}x{model.num_layers} T{tokens}x{config.num_microbatches}"
+
+
 def report_load(report: Report, shape: str) -> None:
     report.add("load of the machine meanwhile", shape, "processes", os.getloadavg()[0], f"on {os.cpu_count()} cores")
 
@@ -100,9 +107,7 @@ def measure_overlap(report: Report, arguments: argparse.Namespace) -> None:
     words = [*HIDDEN, *sizes, *arguments.settings]
     run = pipeline_trials.built(pipeline_trials.configured(words, world))
     done = pipeline_trials.alternated(pipeline_trials.overlap_and_not(run), max(LEAST_TRIALS, arguments.repeats))
-    config, rate = run.config, f", {arguments.rate}" if arguments.rate else ""
-    shape = f"pp{config.parallel.pp} ep2 {config.model.dim}x{config.model.num_layers} T{config.micro_batch * config.seq_len}x" \
-            f"{config.num_microbatches}{rate}"  # fmt: skip
+    shape = shape_of(run.config) + (f", {arguments.rate}" if arguments.rate else "")
     if run.is_first:
         report_overlap(report, done, shape)
         report_load(report, shape)
@@ -136,8 +141,7 @@ def measure_schedules(report: Report, arguments: argparse.Namespace) -> None:
         for process in ranks:
             process.join()
     assert isinstance(done, dict), done
-    model = config.model
-    shape = f"pp2 ep2 {model.dim}x{model.num_layers} T{config.micro_batch * config.seq_len}x{config.num_microbatches}"
+    shape = shape_of(config)
     report_schedules(report, done, shape)
     report_load(report, shape)
 

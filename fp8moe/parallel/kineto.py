@@ -4,9 +4,9 @@ The profiler's times have an origin of their own. It also sees the compute threa
 difference of the clocks is the median over those. (It does not see annotations of other threads.) A kernel belongs to
 the phase during which it was launched: autograd launches from a thread of its own while the phase waits for it.
 
-A stream is one of communication if its kernels (nine tenths of them: clocks differ by microseconds) were launched while
-a message was: NCCL's for collectives, and the communication stream. NCCL's kernels elsewhere are messages between
-stages; they wait for peers, so they count neither as computing nor as communication.
+A stream is one of communication if its work was launched while a message was: NCCL's for collectives, and the
+communication stream. A compute stream gets some of its work then too, but never all of it. NCCL's kernels elsewhere are
+messages between stages; they wait for peers, so they count neither as computing nor as communication.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fp8moe.parallel.intervals import Intervals, length, union, without
 from fp8moe.parallel.recorder import COMMUNICATION, COMPUTE, Span
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-MOST = 0.9
+MOST, SLACK = 0.98, 5e-5  # of a stream's launches; seconds around a message, by which the clocks may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def _offset(events: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> float
 
 def communication_streams(work: Sequence[Kernel], spans: Sequence[Span]) -> frozenset[int]:
     """Streams whose work was launched inside messages."""
-    messages = union((span.start, span.end) for span in spans if span.thread == COMMUNICATION)
+    messages = union((span.start - SLACK, span.end + SLACK) for span in spans if span.thread == COMMUNICATION)
     launches: dict[int, list[bool]] = defaultdict(list)
     for kernel in work:
         launches[kernel.stream].append(_within(kernel.launched, messages) is not None)

@@ -6,7 +6,7 @@ import pytest
 
 from fp8moe.parallel.figures import kind_of, measured_costs, num_microbatches, rank_figures, window_of
 from fp8moe.parallel.intervals import length, overlap, union, without
-from fp8moe.parallel.kineto import communication_streams, device_figures, kernels
+from fp8moe.parallel.kineto import Kernel, communication_streams, device_figures, kernels
 from fp8moe.parallel.recorder import COMMUNICATION, COMPUTE, Span
 from fp8moe.parallel.schedule import build_schedule
 from fp8moe.parallel.simulate import Costs, simulate
@@ -126,6 +126,9 @@ def test_kernels_of_a_known_step() -> None:
     work = kernels(trace, spans)
     assert [kernel.start for kernel in work] == pytest.approx([0.0, 1.0, 3.0, 7.0, 20.0])
     assert communication_streams(work, spans) == {20}
+    busy = [Kernel("gemm", 9, 0.0, 1.0, launched) for launched in [1.5] * 9 + [0.5]]  # most of it beside a message
+    just = [Kernel("copy", 21, 0.0, 1.0, 1.25 - 1e-5)]  # clocks differ a little
+    assert communication_streams([*work, *busy, *just], spans) == {20, 21}
     figures = device_figures(work, spans)
     assert (figures.communication, figures.exposed) == pytest.approx((6.0, 2.0))  # 5 to 7
     assert figures.hidden == pytest.approx(2 / 3)
