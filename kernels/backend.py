@@ -52,13 +52,14 @@ _MODULE_OF = {
     "swiglu_backward": "swiglu",
     "plan_rows": "permute",
     "permute": "permute",
+    "permute_quantize": "permute",
     "unpermute": "permute",
     "group_limited_topk": "topk",
     "adamw_step": "adamw",
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "grouped_wgrad")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "grouped_wgrad", "permute")
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),
     "triton": frozenset(name for name, module in _MODULE_OF.items() if module in _IN_TRITON),

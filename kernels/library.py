@@ -14,6 +14,7 @@ the layout in force on the tensor's device.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import BLOCK_TILE, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, ceil_div
 from fp8moe.kernels.reference import _encode as specified
+from fp8moe.kernels.reference import permute as permutation
+from fp8moe.kernels.row_map import RowMap, Rows
 from fp8moe.kernels.triton import layout
 
 NAMESPACE = "fp8moe"
@@ -31,6 +34,11 @@ _PARTS = {
     "Total": ("Tensor({0}!) {0}",),  # mutated in place
     "Fp8": ("Tensor {}_data", "Tensor {}_scale", "int[] {}_tile"),
     "E5m6": ("Tensor {}_data", "Tensor {}_scale"),
+    "Map": (
+        *("Tensor {}_source", "Tensor {}_slot", "Tensor {}_offsets", "Tensor {}_tokens"),
+        *("SymInt {}_num_rows", "SymInt {}_topk"),
+    ),
+    "int": ("int {}",),
 }
 _CAST = "float amax_floor, bool power_of_two"
 
@@ -80,7 +88,8 @@ def register(run: Callable[..., Any], by_specification: Callable[[torch.device],
 
 def traced(name: str) -> Callable[..., Any]:
     """The public op `name` through its registration."""
-    return _gemm if name == "gemm" else functools.partial(_call, name)
+    special: dict[str, Callable[..., Any]] = {"gemm": _gemm, "permute": _permute, "plan_rows": _plan_rows}
+    return special[name] if name in special else functools.partial(_call, name)
 
 
 def _call(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -98,6 +107,19 @@ def _gemm(a: Fp8Tensor, b: Fp8Tensor, *, out_dtype: torch.dtype, accumulate: Ten
     return accumulate
 
 
+def _permute(x: Rows, row_map: RowMap) -> Rows:
+    rows: Rows = _call("permute_fp8" if isinstance(x, Fp8Tensor) else "permute", x, row_map)
+    return rows
+
+
+def _plan_rows(topk_ids: Tensor, num_experts: int, *, align: int, room: int | None) -> RowMap:
+    """Without `room` the number of rows is data: the specification is traced through, as far as the tracer can."""
+    if room is None:
+        return permutation.plan_rows(topk_ids, num_experts, align=align)
+    tensors = torch.ops.fp8moe.plan_rows(topk_ids, num_experts, align=align, room=room)
+    return RowMap(*tensors, *topk_ids.shape)
+
+
 def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
     args = _regroup(DECLARATIONS[name].kinds, flat)
     if name == "gemm_add":
@@ -105,7 +127,7 @@ def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> 
         return None
     if name == "gemm":
         kwargs["accumulate"] = None
-    result = run(name, *args, **kwargs)
+    result = run("permute" if name == "permute_fp8" else name, *args, **kwargs)
     return _flatten(result if isinstance(result, tuple) else (result,), tiles=False) if result is not None else None
 
 
@@ -122,6 +144,9 @@ def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
             flat += [value.data, value.scale, list(value.tile)] if tiles else [value.data, value.scale]
         elif isinstance(value, E5m6Tensor):
             flat += [value.data, value.scale]
+        elif isinstance(value, RowMap):
+            flat += [value.source_R, value.slot_R, value.group_offsets, value.tokens_per_expert]
+            flat += [value.num_rows, value.topk] if tiles else []
         else:
             flat.append(value)
     return flat
@@ -136,6 +161,8 @@ def _regroup(kinds: list[str], flat: Iterable[Any]) -> list[Any]:
             args.append(Fp8Tensor(data, scale, (rows, columns)))
         elif kind == "E5m6":
             args.append(E5m6Tensor(next(rest), next(rest)))
+        elif kind == "Map":
+            args.append(RowMap(*itertools.islice(rest, len(_PARTS["Map"]))))
         else:
             args.append(next(rest))
     return args
@@ -187,6 +214,23 @@ def _unpacked(packed: E5m6Tensor, *, dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(packed.shape, dtype=dtype, device=packed.device)]
 
 
+def _planned(topk_ids: Tensor, num_experts: int, *, align: int, room: int) -> list[Tensor]:
+    sizes = ((room, torch.int64), (room, torch.int64), (num_experts + 1, torch.int32), (num_experts, torch.int64))
+    return [topk_ids.new_empty(size, dtype=dtype) for size, dtype in sizes]
+
+
+def _moved(x: Tensor, row_map: RowMap, **kwargs: Any) -> list[Tensor]:
+    return [torch.empty(len(row_map.source_R), *x.shape[1:], dtype=x.dtype, device=x.device)]
+
+
+def _cast_copies(x: Rows, row_map: RowMap, **kwargs: Any) -> list[Tensor]:
+    return _rows(torch.empty(len(row_map.source_R), x.shape[1], device=x.device))
+
+
+def _summed(y_R: Tensor, row_map: RowMap) -> list[Tensor]:
+    return [torch.empty(row_map.num_rows, y_R.shape[1], dtype=y_R.dtype, device=y_R.device)]
+
+
 def _nothing(*args: Any) -> list[Tensor]:
     return []
 
@@ -202,6 +246,13 @@ DECLARATIONS = {
     "pack_e5m6": Declaration(("Tensor x",), "float amax_floor", ("e5m6",), _packed),
     "unpack_e5m6": Declaration(("E5m6 packed",), "ScalarType dtype", ("tensor",), _unpacked),
     "e5m6_to_columns": Declaration(("E5m6 packed",), "float amax_floor", ("rows",), _columns),
+    "plan_rows": Declaration(
+        ("Tensor topk_ids", "int num_experts"), "int align, SymInt room", ("tensor",) * 4, _planned
+    ),
+    "permute": Declaration(("Tensor x", "Map row_map"), "", ("tensor",), _moved),
+    "permute_fp8": Declaration(("Fp8 x", "Map row_map"), "", ("rows",), _cast_copies),
+    "permute_quantize": Declaration(("Tensor x", "Map row_map"), _CAST, ("rows",), _cast_copies),
+    "unpermute": Declaration(("Tensor y_R", "Map row_map"), "", ("tensor",), _summed),
     "gemm": Declaration(("Fp8 a", "Fp8 b"), "ScalarType out_dtype", ("tensor",), _product),
     "gemm_add": Declaration(("Fp8 a", "Fp8 b", "Total total"), "", (), _nothing),
     "wgrad": Declaration(("Tensor dy", "Tensor x", "Total main_grad"), "", (), _nothing),

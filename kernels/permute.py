@@ -7,34 +7,22 @@ along tokens covers two experts. Padding rows are zeros.
 `unpermute` is the transpose of `permute`: a plain sum of a row's copies (the routing weight was applied in SwiGLU),
 taken in FP32 in the order of the slots, so that the result doesn't depend on where the experts live. An atomic scatter
 add was refused: its order isn't fixed.
-"""
 
-from dataclasses import dataclass
+`permute_quantize` casts on the way: each row is quantized once, however many copies of it are written. It is for rows
+that nobody else wants in FP8; where the shared expert reads the same cast, `quantize_rows` and `permute` share it.
+"""
 
 import torch
 from torch import Tensor
 
-from fp8moe.kernels import backend
-from fp8moe.kernels.fp8 import ROW_TILE, Fp8Tensor
+from fp8moe.kernels import backend, statistics
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_sizes
+from fp8moe.kernels.quantize import quantize_rows
+from fp8moe.kernels.row_map import RowMap, Rows
 
-Rows = Tensor | Fp8Tensor
+__all__ = ["RowMap", "Rows", "permute", "permute_quantize", "plan_rows", "unpermute"]
 
-
-@dataclass(frozen=True)
-class RowMap:
-    """Where the R permuted rows come from.
-
-    source_R: int64, row of x, -1 for padding. slot_R: int64, n * topk + k of the copy, -1 for padding.
-    group_offsets: int32 [E+1], rows of expert e are [group_offsets[e], group_offsets[e+1]). tokens_per_expert: int64
-    [E], without padding. num_rows: rows of x. topk: copies a row of x may have.
-    """
-
-    source_R: Tensor
-    slot_R: Tensor
-    group_offsets: Tensor
-    tokens_per_expert: Tensor
-    num_rows: int
-    topk: int
+_SUMMED = (torch.bfloat16, torch.float32)
 
 
 def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int | None = None) -> RowMap:
@@ -48,7 +36,9 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
         raise ValueError(f"topk_ids are int64 [N, K], not {topk_ids.dtype} {list(topk_ids.shape)}: cast or reshape")
     if align < 1:
         raise ValueError(f"groups are padded to a multiple of at least 1, not {align}: use 128 for FP8, 1 otherwise")
-    if topk_ids.device.type == "cpu" and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
+    if num_experts < 1 or (room is not None and room < 0):
+        raise ValueError(f"a map has at least 1 expert and 0 rows, not {num_experts} and {room}: count them anew")
+    if _read_for_free(topk_ids) and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
         raise ValueError(f"expert ids end at {num_experts - 1}, topk_ids hold {int(topk_ids.max())}: renumber")
     return backend.op("plan_rows")(topk_ids, num_experts, align=align, room=room)
 
@@ -56,23 +46,60 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
 def permute(x: Rows, row_map: RowMap) -> Rows:
     """x [N, D] (a tensor, also [N], or an Fp8Tensor of 1x128 tiles) -> its copies [R, D] in the map's order.
 
-    Padding rows are zeros (FP8: codes zero, scales one). Raises ValueError where x has another number of rows.
+    Padding rows are zeros (FP8: codes zero, scales one). Scales of FP8 rows arrive as the back end's GEMMs load them.
+    Raises ValueError where x has another number of rows, lies on another device, or is FP8 of another tile.
     """
     if isinstance(x, Fp8Tensor) and (x.tile != ROW_TILE or len(x.shape) != 2):
         raise ValueError(f"permute takes FP8 rows [N, D] of {ROW_TILE} tiles, not {list(x.shape)} of {x.tile}: cast")
+    if len(x.shape) == 0:
+        raise ValueError("permute takes rows [N, D] or numbers [N], not one number: reshape it to [1]")
     _check_rows(x.shape[0], row_map.num_rows, "num_rows")
+    _check_device(x.device, row_map)
     return backend.op("permute")(x, row_map)
 
 
-def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
-    """y [R, D] -> [N, D]: the sum of each row's copies in FP32, in slot order, in y's dtype; zero for a row without.
+def permute_quantize(
+    x: Tensor, row_map: RowMap, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> Fp8Tensor:
+    """x [N, D] BF16 or FP32, D a multiple of 16 -> FP8 rows [R, D]: `permute(quantize_rows(x), row_map)`, bit for bit.
 
-    What padding rows hold is not read. Raises ValueError where y has another number of rows.
+    Raises ValueError for another dtype or shape, another number of rows or another device.
     """
+    if x.dtype not in _SUMMED or x.dim() != 2:
+        raise ValueError(
+            f"permute_quantize takes BF16 or FP32 rows [N, D], not {x.dtype} {list(x.shape)}: cast or reshape"
+        )
+    check_sizes(D=x.shape[1])
+    _check_rows(x.shape[0], row_map.num_rows, "num_rows")
+    _check_device(x.device, row_map)
+    rows: Fp8Tensor = backend.op("permute_quantize")(x, row_map, amax_floor=amax_floor, power_of_two=power_of_two)
+    if statistics.observing():  # every row counts once, as its cast does, not its copies
+        quantize_rows(x, amax_floor=amax_floor, power_of_two=power_of_two)
+    return rows
+
+
+def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
+    """y [R, D] BF16 or FP32 -> [N, D]: the sum of each row's copies in FP32, in slot order, in y's dtype; zero for a
+    row without.
+
+    What padding rows hold is not read. Raises ValueError for another dtype or shape, or another device.
+    """
+    if y_R.dtype not in _SUMMED or y_R.dim() != 2:
+        raise ValueError(f"unpermute sums BF16 or FP32 rows [R, D], not {y_R.dtype} {list(y_R.shape)}: cast or reshape")
     _check_rows(y_R.shape[0], row_map.slot_R.shape[0], "R")
+    _check_device(y_R.device, row_map)
     return backend.op("unpermute")(y_R, row_map)
+
+
+def _read_for_free(numbers: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(numbers) is Tensor and numbers.device.type == "cpu"
 
 
 def _check_rows(rows: int, expected: int, name: str) -> None:
     if rows != expected:
         raise ValueError(f"the map has {name}={expected}, the tensor {rows} rows: use the map of this batch")
+
+
+def _check_device(device: torch.device, row_map: RowMap) -> None:
+    if device != row_map.slot_R.device:
+        raise ValueError(f"the map lies on {row_map.slot_R.device}, the rows on {device}: move one of them")

@@ -68,6 +68,11 @@ def observe_casts() -> Iterator[CastStatistics]:
         _observer = before
 
 
+def observing() -> bool:
+    """Whether casts are being counted."""
+    return _observer is not None
+
+
 def report(x: Tensor, q: Fp8Tensor) -> None:
     """Called by the quantizers after a cast."""
     if _observer is not None:

@@ -1,9 +1,10 @@
 """`fp8moe warmup`: compile the kernels that a configuration needs, once a node, before all processes wait for it.
 
-Every cast and GEMM of one dense and one expert Linear of each size is run once on this machine's GPU, at the sizes of a
-micro-batch, through the same ops as training: what the tile table chooses for the run is what is compiled. The compiled
-code stays in Triton's cache, which should lie on the node itself: a shared file system under a thousand readers is
-slower than compiling. Compiling without running was refused: alignment and constants come from real operands.
+Every cast and GEMM of one dense and one expert Linear of each size, and the way of rows to experts and back, is run
+once on this machine's GPU, at the sizes of a micro-batch, through the same ops as training: what the tile table chooses
+for the run is what is compiled. The compiled code stays in Triton's cache, which should lie on the node itself: a
+shared file system under a thousand readers is slower than compiling. Compiling without running was refused: alignment
+and constants come from real operands.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from pathlib import Path
 import torch
 
 from fp8moe.errors import ConfigError
-from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, TILE, ceil_div
+from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm
 from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.permute import permute, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
     quantize_blocks,
     quantize_columns,
@@ -45,6 +47,7 @@ class Sizes:
     """What a rank multiplies: (outputs, inputs) of each Linear, `tokens` of a micro-batch, `rows` its experts receive.
 
     unquantized: the Linears that stay in BF16 (head, router), whose weight gradient alone is a kernel of ours.
+    dim, topk: width of a row that goes to experts, and how many it goes to.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -53,6 +56,8 @@ class Sizes:
     num_experts: int  # on one rank
     tokens: int
     rows: int
+    dim: int
+    topk: int
 
 
 def sizes_of(model: ModelConfig, tokens: int, ep: int) -> Sizes:
@@ -73,7 +78,16 @@ def sizes_of(model: ModelConfig, tokens: int, ep: int) -> Sizes:
     num_experts = c.num_experts // ep
     rows = ceil_div(ceil_div(tokens * c.topk, num_experts), TILE) * TILE * num_experts
     unquantized = ((c.vocab_size, c.dim), (c.num_experts, c.dim))
-    return Sizes(tuple(dict.fromkeys(linears)), tuple(dict.fromkeys(experts)), unquantized, num_experts, tokens, rows)
+    return Sizes(
+        tuple(dict.fromkeys(linears)),
+        tuple(dict.fromkeys(experts)),
+        unquantized,
+        num_experts=num_experts,
+        tokens=tokens,
+        rows=rows,
+        dim=c.dim,
+        topk=c.topk,
+    )
 
 
 def calls(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -85,6 +99,7 @@ def calls(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[]
         yield f"{sizes.num_experts} experts {n}x{k}", lambda n=n, k=k: expert(sizes, n, k, device)  # type: ignore[misc]
     for n, k in sizes.unquantized:
         yield f"BF16 Linear {n}x{k}", lambda n=n, k=k: unquantized(tokens, n, k, device)  # type: ignore[misc]
+    yield f"rows of {sizes.dim} to {sizes.topk} experts and back", lambda: there_and_back(tokens, sizes, device)
 
 
 def unquantized(tokens: int, n: int, k: int, device: torch.device) -> None:
@@ -119,6 +134,17 @@ def expert(sizes: Sizes, n: int, k: int, device: torch.device) -> None:
     grouped_gemm(dy_rows, transposed, offsets)
     total = torch.zeros(sizes.num_experts, n, k, device=device)
     grouped_wgrad(dy_columns, requantize_columns(rows), offsets, total)
+
+
+def there_and_back(tokens: int, sizes: Sizes, device: torch.device) -> None:
+    """Plan, permute and unpermute, of rows cast here and of rows that came over the wire (scales token-major)."""
+    ids = torch.arange(tokens * sizes.topk, device=device).view(tokens, sizes.topk) % sizes.num_experts
+    row_map = plan_rows(ids, sizes.num_experts)
+    x = torch.zeros(tokens, sizes.dim, dtype=torch.bfloat16, device=device)
+    rows = quantize_rows(x, power_of_two=True)
+    permute(rows, row_map)
+    permute(Fp8Tensor(rows.data, rows.scale.contiguous()), row_map)
+    unpermute(torch.zeros(len(row_map.slot_R), sizes.dim, dtype=torch.bfloat16, device=device), row_map)
 
 
 def choose_cache(given: Path | None) -> Path:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from fp8moe.parallel.collectives import all_reduce, exchange
+
+EXPERT_AXES = ("ep", "rail", "node")  # whose groups carry tokens to experts
 
 
 def divisors(number: int) -> list[int]:
@@ -162,10 +165,12 @@ def build_mesh(
     ranks_per_node: int | None = None,
     mirrored: bool = False,
     tied: bool = False,
+    nccl_ctas: int | None = None,
 ) -> Mesh:
     """The mesh of this process. With more than one process torch.distributed must be up; collective over all ranks.
 
-    `ranks_per_node` adds the groups of a two-hop dispatcher; `mirrored` and `tied` are those of `axis_ranks`.
+    `ranks_per_node` adds the groups of a two-hop dispatcher; `mirrored` and `tied` are those of `axis_ranks`;
+    `nccl_ctas` bounds the SMs that NCCL takes for the experts' messages (None: as NCCL likes, and without NCCL).
     """
     world = pp * dp
     if world == 1:
@@ -177,13 +182,21 @@ def build_mesh(
     for axis, groups in axis_ranks(pp, dp, ep, ranks_per_node, mirrored=mirrored, tied=tied).items():
         for number, ranks in enumerate(groups):
             if len(ranks) > 1:  # every rank must take part in making every group, in one order
-                group = dist.new_group(ranks, timeout=timeout, group_desc=f"{axis}{number}")
+                options = None if nccl_ctas is None or axis not in EXPERT_AXES else nccl_options(nccl_ctas)
+                group = dist.new_group(ranks, timeout=timeout, group_desc=f"{axis}{number}", pg_options=options)
                 if rank in ranks:
                     mine[axis] = group
     same = {"world": "dp", "dense": "dp", "expert": "edp"}  # where no group of its own was made
     axes = ("world", "dp", "ep", "edp", "dense", "expert", "pp", "up", "down", "tie", "rail", "node")
     found = {f"{axis}_group": mine.get(axis, mine.get(same.get(axis, ""))) for axis in axes}
     return Mesh(pp, dp, ep, rank, mirrored, **found)
+
+
+def nccl_options(max_ctas: int) -> Any:
+    """Options of an NCCL group that takes at most `max_ctas` SMs."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = max_ctas
+    return options
 
 
 def warm_up(mesh: Mesh, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
+from fp8moe.kernels.sms import limited_sms
 from fp8moe.layers.phase import Run
 from fp8moe.parallel.action import Action, Kind, Schedule
 from fp8moe.parallel.links import Links
@@ -31,6 +32,7 @@ class Pipeline:
     make_runs   builds a stage's runs for a micro-batch
     empty       a new tensor of the shape, dtype and device of the hidden states that ranks send each other
     overlap     whether FB pairs are interleaved and backwards hide messages under their own weight gradients
+    sms         on a GPU, SMs for a pair's GEMMs: its messages run beside them (None: all)
     """
 
     schedule: Schedule
@@ -39,6 +41,7 @@ class Pipeline:
     make_runs: MakeRuns
     empty: Callable[[], Tensor]
     overlap: bool = True
+    sms: int | None = None
     _runs: dict[tuple[int, int], Sequence[Run]] = field(default_factory=dict)
     _late: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
     _ready: dict[tuple[Kind, int, int], Callable[[], Tensor]] = field(default_factory=dict)  # by message: action.py
@@ -84,7 +87,8 @@ class Pipeline:
         ahead = () if forward is None else self._begin(forward)
         back = self._turn(backward)
         if self.overlap:
-            run_pair(ahead, back)
+            with limited_sms(self.sms):
+                run_pair(ahead, back)
         else:
             run_forward(ahead)
             run_backward(back)

@@ -100,7 +100,7 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     record_nccl()
     # Both back ends, so that host-side objects (checkpoints, the run directory's name) never touch the GPU.
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
-    mesh = mesh_of(config)
+    mesh = mesh_of(config, device)
     watch.start()
     warm_up(mesh, device)
     Links(mesh, timeout).warm_up(device)
@@ -109,7 +109,7 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
 
 
-def mesh_of(config: TrainConfig) -> Mesh:
+def mesh_of(config: TrainConfig, device: torch.device) -> Mesh:
     """The mesh of a settled configuration; its groups wait as long as start-up may take. Collective over all ranks."""
     parallel = config.parallel
     return build_mesh(
@@ -119,6 +119,7 @@ def mesh_of(config: TrainConfig) -> Mesh:
         timeout=timedelta(seconds=parallel.startup_timeout),
         ranks_per_node=parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None,
         mirrored=parallel.schedule == "dualpipe",
+        nccl_ctas=parallel.communication_sms if device.type == "cuda" else None,
         tied=config.model.mtp_depth > 0 and parallel.pp > 1 and parallel.schedule not in FOLDED,
     )
 

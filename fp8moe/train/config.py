@@ -50,7 +50,8 @@ class ParallelConfig:
 
     schedule: of the pipeline's pp ranks (`fp8moe.parallel.schedule`); dualpipev has a use at pp=1 too, it hides the
     experts' messages of one micro-batch under the compute of another. overlap: whether messages are hidden under
-    compute (False: one after the other, the same bits).
+    compute (False: one after the other, the same bits). communication_sms: on a GPU, the SMs that messages of experts
+    may take (NCCL's max_ctas), and that GEMMs of an overlapped pair leave to them.
     layout: blocks of each pipeline stage, given by hand; None cuts the model by cost (`fp8moe.model.partition`).
     dispatcher: how tokens travel (`fp8moe.parallel`): all_to_all in one hop; node_limited once to each node of
     ranks_per_node (None: the processes of this machine), then inside it; deep_ep where that package is installed.
@@ -66,6 +67,7 @@ class ParallelConfig:
     ep: int | None = None
     schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     overlap: bool = True
+    communication_sms: int = 20
     layout: tuple[int, ...] | None = None
     dispatcher: Literal["all_to_all", "node_limited", "deep_ep"] = "all_to_all"
     ranks_per_node: int | None = None
@@ -79,7 +81,7 @@ class ParallelConfig:
         for name in ("timeout", "startup_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} seconds must be above 0")
-        for name in ("chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
+        for name in ("communication_sms", "chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"parallel.{name}={value} must be at least 1")

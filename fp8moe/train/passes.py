@@ -62,5 +62,14 @@ def _run(run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWe
         StageRuns(run.model, run.stages, on_device, weights, tally),
         empty=partial(torch.empty, tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
         overlap=config.parallel.overlap,
+        sms=sms_for_gemms(run),
     ).run()
     return tally.sums
+
+
+def sms_for_gemms(run: Run) -> int | None:
+    """What the experts' messages leave of the GPU's SMs; None on a CPU, and without such messages."""
+    if run.device.type != "cuda" or run.mesh.ep == 1:
+        return None
+    count: int = torch.cuda.get_device_properties(run.device).multi_processor_count
+    return max(1, count - run.config.parallel.communication_sms)

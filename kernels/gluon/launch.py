@@ -1,8 +1,7 @@
 """From checked operands to a launch: descriptors, scales in the layout the kernels read, and how many SMs may work.
 
 Descriptors are made on the host: they travel as kernel arguments, and the device needs no scratch memory and no fence
-for them. A kernel runs one program an SM; `limit_sms` leaves some to the communication that runs beside it (DeepSeek-V3
-gives 20 of 132).
+for them. A kernel runs one program an SM, on as many as it may take (`kernels/sms.py`).
 
 A tile with `multicast` runs a pair of CTAs a program and half as many programs.
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fp8moe.kernels import sms as sm_limit
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gluon.columns_kernel import columns_kernel
 from fp8moe.kernels.gluon.pipeline import ADD, STORE, STORE_TMA
@@ -31,21 +31,10 @@ WHOLE, SPLIT = 0, 1  # what each CTA of a pair has of a dim: all of it, or its h
 
 OLDEST_MULTICAST = (3, 8)  # of Triton: before it an arrival can't reach another CTA's barrier (see `pipeline`)
 
-_limit: int | None = None
-
-
-def limit_sms(count: int | None) -> None:
-    """At most `count` SMs for the GEMMs launched from now on (communication takes the others); None: all."""
-    global _limit
-    if count is not None and count < 1:
-        raise ValueError(f"a GEMM needs at least 1 SM, limit_sms got {count}: use None for all of them")
-    _limit = count
-
 
 def num_sms(device: torch.device) -> int:
     """SMs that a GEMM may use on `device`."""
-    count = _properties(device)[1]
-    return count if _limit is None else min(_limit, count)
+    return sm_limit.allowed(_properties(device)[1])
 
 
 def device_name(device: torch.device) -> str:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
-from fp8moe.kernels.permute import RowMap, Rows
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E4M3, Fp8Tensor
+from fp8moe.kernels.reference.quantize import quantize_rows
+from fp8moe.kernels.row_map import RowMap, Rows
 
 _CHUNK = 1 << 17  # values summed at a time, to stay in a core's cache
 
@@ -43,6 +44,14 @@ def permute(x: Rows, row_map: RowMap) -> Rows:
         codes = _take(x.data.view(torch.uint8), index, 0).view(E4M3)
         return Fp8Tensor(codes, _take(x.scale, index, 1), x.tile)
     return _take(x, index, 0)
+
+
+def permute_quantize(
+    x: Tensor, row_map: RowMap, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
+) -> Fp8Tensor:
+    copies = permute(quantize_rows(x, amax_floor=amax_floor, power_of_two=power_of_two), row_map)
+    assert isinstance(copies, Fp8Tensor)
+    return copies
 
 
 def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:

@@ -51,17 +51,26 @@ def test_sizes_are_those_of_the_model(q_lora_rank):
     sizes = sizes_of(config, tokens=64, ep=2)
     assert (set(sizes.linears), set(sizes.experts)) == linears_of_a_model(config)
     assert sizes.num_experts == 4 and sizes.rows == 4 * 128  # 32 rows an expert, padded
+    assert (sizes.dim, sizes.topk) == (64, 2)
 
 
 def test_every_call_runs():
     sizes = Sizes(
-        linears=((144, 64),), experts=((96, 64), (64, 48)), unquantized=((48, 64),), num_experts=2, tokens=20, rows=256
+        linears=((144, 64),),
+        experts=((96, 64), (64, 48)),
+        unquantized=((48, 64),),
+        num_experts=2,
+        tokens=20,
+        rows=256,
+        dim=64,
+        topk=2,
     )
     names = []
     for name, call in calls(sizes, torch.device("cpu")):
         call()
         names.append(name)
-    assert names == ["Linear 144x64", "2 experts 96x64", "2 experts 64x48", "BF16 Linear 48x64"]
+    assert names[:4] == ["Linear 144x64", "2 experts 96x64", "2 experts 64x48", "BF16 Linear 48x64"]
+    assert names[4:] == ["rows of 64 to 2 experts and back"]
 
 
 def test_the_cache_lies_where_it_was_asked_for(monkeypatch):

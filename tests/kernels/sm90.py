@@ -92,8 +92,8 @@ def collect() -> dict[str, Note]:
     return notes
 
 
-def figures(compiled: Any) -> dict[str, int]:
-    """Counts of instructions in the SASS, shared memory in bytes, registers and local memory a thread, threads."""
+def disassembly(compiled: Any) -> tuple[str, str]:
+    """SASS, and what it uses of the machine, as the toolkit prints them."""
     # Not compiled.asm["sass"]: Triton's own reader of the disassembly stops early at some kernels.
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -104,6 +104,11 @@ def figures(compiled: Any) -> dict[str, int]:
             for flag in ("--dump-sass", "--dump-resource-usage")
         )
     assert "EXIT" in sass, "the disassembly is empty"
+    return sass, usage
+
+
+def figures(compiled: Any, sass: str, usage: str) -> dict[str, int]:
+    """Counts of instructions in the SASS, shared memory in bytes, registers and local memory a thread, threads."""
     counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in COUNTED}
     if "MULTICAST" in sass:
         counts["multicast"] = len(re.findall(r"\bUTMALDG\S*\.MULTICAST", sass))
@@ -114,6 +119,12 @@ def figures(compiled: Any) -> dict[str, int]:
         "local": int(found["STACK"]) + int(found["LOCAL"]),
         "threads": 32 * compiled.metadata.num_warps,
     }
+
+
+def wide(sass: str) -> dict[str, int]:
+    """How many accesses to global memory are of 16 bytes, and how many are atomic."""
+    forms = {"loads": r"LDG\.E\S*\.128\b", "stores": r"STG\.E\S*\.128\b", "atomic": r"(?:ATOM|ATOMG|RED)\."}
+    return {name: len(re.findall(rf"\b{form}", sass)) for name, form in forms.items()}
 
 
 def unguarded_arrivals(ptx: str) -> int:
@@ -140,9 +151,11 @@ def compile_share(share: int) -> dict[str, dict[str, Any]]:
     result = {}
     for note in list(collect().values())[share::PROCESSES]:
         compiled = triton.compile(note.source, target=TARGET, options=note.options)
+        sass, usage = disassembly(compiled)
         result[note.name] = {
             "kernel": note.kernel,
-            "figures": figures(compiled),
+            "figures": figures(compiled, sass, usage),
+            "wide": wide(sass),
             "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
             "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),
         }

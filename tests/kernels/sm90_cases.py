@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
+from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.tiles import Tile
 
 Case = tuple[str, Callable[[], Any]]
@@ -129,6 +130,28 @@ def _whatever_triton(launch: Any, run: Callable[[], Any]) -> None:
         run()
 
 
+def permute_cases() -> Iterator[Case]:
+    """The plan, rows of every kind to experts and back, and the cast on the way."""
+    ops = importlib.import_module("fp8moe.kernels.triton.permute")
+    n, k, topk, received = 4096, 7168, 8, 8192
+    numbers = torch.empty(received, dtype=torch.int64)
+    row_map = RowMap(numbers, numbers, offsets(), numbers[:GROUPS], n, topk)
+    ids = torch.empty(n, topk, dtype=torch.int64)
+    yield "triton plan_rows", partial(ops.plan_rows, ids, 256, room=received)
+    token_major = rows(n, k)
+    token_major = Fp8Tensor(token_major.data, token_major.scale.contiguous())
+    for kind, x in (("fp8", rows(n, k)), ("fp8 token-major", token_major), ("fp8 K576", rows(n, 576))):
+        yield f"triton permute {kind}", partial(ops.permute, x, row_map)
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        x = torch.empty(n, k, dtype=dtype)
+        yield f"triton permute {kind}", partial(ops.permute, x, row_map)
+        yield f"triton unpermute {kind}", partial(ops.unpermute, torch.empty(received, k, dtype=dtype), row_map)
+        for power_of_two in (False, True):
+            label = f"{kind} {'pow2' if power_of_two else 'fp32scale'}"
+            cast = partial(ops.permute_quantize, x, row_map, power_of_two=power_of_two)
+            yield f"triton permute_quantize {label}", cast
+
+
 def cases() -> Iterator[Case]:
     """All cases of both device back ends."""
     yield from gemm_cases("gluon")
@@ -136,6 +159,7 @@ def cases() -> Iterator[Case]:
     yield from gemm_cases("triton")
     yield from wgrad_cases()
     yield from cast_cases()
+    yield from permute_cases()
 
 
 CASES = tuple(cases())

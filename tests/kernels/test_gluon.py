@@ -98,7 +98,7 @@ def test_grouped(hopper, sizes, n, k):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sms", [None, 112, 1])
 def test_repetition_and_the_number_of_sms_change_no_bit(hopper, sms):
-    from fp8moe.kernels.gluon.launch import limit_sms
+    from fp8moe.kernels.sms import limit_sms
 
     m, n, k = (512, 512, 1024) if sms == 1 else (4096, 7168, 2048)
     a, b = quantize_rows(torch.randn(m, k, device=hopper)), quantize_blocks(torch.randn(n, k, device=hopper))[0]
@@ -157,13 +157,16 @@ def test_pairs_on_a_triton_that_cannot_are_refused(monkeypatch):
 
 def test_a_limit_of_no_sms_is_refused():
     pytest.importorskip("triton")
-    from fp8moe.kernels.gluon.launch import limit_sms, num_sms
+    from fp8moe.kernels.gluon.launch import num_sms
+    from fp8moe.kernels.sms import limit_sms, limited_sms
 
     with pytest.raises(ValueError, match=r"at least 1 SM, limit_sms got 0"):
         limit_sms(0)
-    limit_sms(112)
-    try:
+    with limited_sms(112):
         assert num_sms(torch.device("cpu")) == 112
-    finally:
-        limit_sms(None)
+        with limited_sms(None):
+            assert num_sms(torch.device("cpu")) == 112, "no limit asked for leaves the one there is"
+        with limited_sms(200):
+            assert num_sms(torch.device("cpu")) == 132
+        assert num_sms(torch.device("cpu")) == 112
     assert num_sms(torch.device("cpu")) == 132

@@ -10,6 +10,7 @@ from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
     quantize_blocks,
     quantize_columns,
@@ -29,7 +30,17 @@ def layout(request):
 
 def parts(*values):
     """The plain tensors inside."""
-    return [t for v in values for t in ((v,) if isinstance(v, torch.Tensor) else (v.data, v.scale))]
+    return [
+        t
+        for v in values
+        for t in (
+            (v,)
+            if isinstance(v, torch.Tensor)
+            else (v.source_R, v.slot_R, v.group_offsets, v.tokens_per_expert)
+            if isinstance(v, RowMap)
+            else (v.data, v.scale)
+        )
+    ]
 
 
 def every_cast(x, w):
@@ -61,6 +72,18 @@ def every_product(x, dy, w, offsets, total, totals):
     return y, dx, gemm(rows, first), gemm(dy_rows, back, out_dtype=torch.float32), grouped_mm(x, w, offsets)
 
 
+def every_way(x, ids):
+    """Rows to experts and back."""
+    row_map = plan_rows(ids, 3, room=512)
+    copies = permute(x, row_map)
+    rows = permute(quantize_rows(x), row_map)
+    return parts(row_map, copies, rows, permute_quantize(x, row_map, power_of_two=True), unpermute(copies, row_map))
+
+
+def ways_arguments():
+    return torch.randn(40, 144).bfloat16(), torch.tensor([[0, 2], [2, -1]]).repeat(20, 1)
+
+
 def casts_arguments():
     return torch.randn(2, 48, 144).bfloat16(), torch.randn(3, 32, 144).bfloat16()
 
@@ -70,7 +93,7 @@ def products_arguments():
     return x, dy, w, torch.tensor([0, 128, 256], dtype=torch.int32), torch.zeros(32, 48), torch.zeros(2, 32, 48)
 
 
-CASES = [(every_cast, casts_arguments), (every_product, products_arguments)]
+CASES = [(every_cast, casts_arguments), (every_product, products_arguments), (every_way, ways_arguments)]
 
 
 def look(tensors):
@@ -86,6 +109,7 @@ def test_tensors_without_data_get_the_shapes_and_strides_of_the_real_ones(layout
         assert look(function(*(mode.from_tensor(a) for a in args))) == real
 
 
+@pytest.mark.filterwarnings("error:.*may not alias")
 @pytest.mark.parametrize(("function", "arguments"), CASES)
 def test_compiled_whole_it_computes_the_same(layout, function, arguments):
     torch.manual_seed(1)
@@ -103,7 +127,7 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
 
 def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
-    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "grouped_wgrad", "grouped_mm"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "grouped_wgrad", "grouped_mm", "permute"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)

@@ -2,20 +2,14 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
+from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
+from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_rows
-from tests.kernels.operands import codes
-
-
-def random_ids(n: int, topk: int, num_experts: int, absent: float) -> Tensor:
-    """Distinct experts a row, the second expert never chosen, some copies not here."""
-    scores = torch.rand(n, num_experts)
-    scores[:, 1] = -1
-    ids = scores.topk(topk, dim=1).indices
-    return ids.masked_fill(torch.rand(n, topk) < absent, -1)
+from fp8moe.kernels.reference import permute as reference
+from fp8moe.kernels.statistics import observe_casts
+from tests.kernels.operands import codes, quantize_matrix, sample
+from tests.kernels.row_maps import PARTS, random_ids, record_waits
 
 
 def plan_by_loop(ids: list[list[int]], num_experts: int, align: int) -> tuple[list[int], ...]:
@@ -44,6 +38,34 @@ def test_plan_equals_a_loop(n: int, topk: int, absent: float, align: int) -> Non
     assert row_map.source_R.dtype is row_map.slot_R.dtype is torch.int64
 
 
+@pytest.mark.parametrize("align", [1, 128])
+def test_room_pads_behind_the_last_group_and_cuts_what_reaches_past_it(align: int) -> None:
+    ids = random_ids(60, 3, 6, 0.3)
+    exact = plan_rows(ids, 6, align=align)
+    r = len(exact.slot_R)
+    wide, narrow = plan_rows(ids, 6, align=align, room=r + 77), plan_rows(ids, 6, align=align, room=r // 2)
+    for part in PARTS:
+        full, more, less = (getattr(row_map, part) for row_map in (exact, wide, narrow))
+        if part.endswith("_R"):
+            assert torch.equal(more[:r], full) and bool((more[r:] == -1).all()) and len(more) == r + 77
+            assert torch.equal(less, full[: r // 2])
+        else:
+            assert torch.equal(more, full)
+            assert torch.equal(less, full.clamp(max=r // 2) if part == "group_offsets" else full)
+
+
+def test_no_step_waits_for_the_device_where_the_room_is_given() -> None:
+    ids, x = random_ids(37, 3, 6, 0.3), torch.randn(37, 48)
+    with record_waits() as waits:
+        row_map = reference.plan_rows(ids, 6, room=1000)
+        reference.permute_quantize(x, row_map)
+        reference.unpermute(reference.permute(x, row_map), row_map)
+    assert waits == []
+    with record_waits() as waits:
+        reference.plan_rows(ids, 6)
+    assert len(waits) == 1
+
+
 def some_map(absent: float = 0.3) -> RowMap:
     return plan_rows(random_ids(50, 4, 6, absent), 6)
 
@@ -66,12 +88,14 @@ def test_permute_and_unpermute_equal_loops(dtype: torch.dtype) -> None:
     assert torch.equal(unpermute(y, row_map), total.to(dtype))
 
 
-def test_permute_and_unpermute_are_duals() -> None:
-    row_map = some_map()
-    x, y = torch.randn(50, 16), torch.randn(row_map.source_R.shape[0], 16)
-    forward = float((permute(x, row_map).double() * y.double()).sum())
-    backward = float((x.double() * unpermute(y, row_map).double()).sum())
-    assert forward == pytest.approx(backward, rel=1e-6)
+@pytest.mark.parametrize("topk", range(1, 9))
+def test_permute_and_unpermute_are_duals(topk: int) -> None:
+    """Exactly: sums of small whole numbers round nowhere."""
+    row_map = plan_rows(random_ids(50, topk, 9, 0.3), 9, room=50 * topk + 9 * 128)
+    x = torch.randint(-8, 9, (50, 16)).float()
+    y = torch.randint(-8, 9, (len(row_map.slot_R), 16)).float()
+    forward = (permute(x, row_map).double() * y.double()).sum()
+    assert torch.equal(forward, (x.double() * unpermute(y, row_map).double()).sum()) and bool(forward != 0)
 
 
 def test_the_sum_is_taken_in_slot_order() -> None:
@@ -92,6 +116,33 @@ def test_fp8_rows() -> None:
     assert isinstance(permuted, Fp8Tensor) and permuted.tile == x.tile
     assert torch.equal(permuted.dequantize(), permute(x.dequantize(), row_map))
     assert not bool(codes(permuted)[padding].any()) and bool((permuted.scale[padding] == 1).all())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("k", [16, 576, 2112])
+def test_a_cast_on_the_way(k: int, power_of_two: bool) -> None:
+    """Each copy has the codes and scales of its row, by a quantizer that shares no code with the project's."""
+    row_map = plan_rows(random_ids(9, 2, 6, 0.3), 6, align=8, room=60)
+    x = sample("outliers", 9, k)
+    expected, scale = quantize_matrix(x, (1, 128), 1e-4, power_of_two)
+    rows = permute_quantize(x, row_map, power_of_two=power_of_two)
+    for r, source in enumerate(row_map.source_R.tolist()):
+        nothing = torch.zeros(k, dtype=torch.uint8), torch.ones(scale.shape[1])
+        code, factor = nothing if source < 0 else (expected[source], scale[source])
+        assert torch.equal(codes(rows)[r], code) and torch.equal(rows.scale[r], factor)
+
+
+def test_a_cast_on_the_way_counts_each_row_once() -> None:
+    row_map = some_map()
+    x = torch.randn(50, 144) * 2.0**-36
+    counted = []
+    for cast in (lambda: quantize_rows(x), lambda: permute_quantize(x, row_map)):
+        with observe_casts() as statistics:
+            cast()
+        counted.append((statistics.values, statistics.underflow_share, statistics.saturated_share))
+    assert counted[0] == counted[1] and counted[0][0] == x.numel() and counted[0][1] > 0.9
+    small = permute_quantize(x, row_map, amax_floor=GRADIENT_AMAX_FLOOR)
+    assert bool((codes(small) & 0x7F).any())
 
 
 def test_one_number_a_row() -> None:
@@ -121,13 +172,26 @@ def test_nothing_here(n: int) -> None:
 
 def test_wrong_arguments() -> None:
     row_map = some_map()
+    r = len(row_map.slot_R)
     cases = (
         (lambda: plan_rows(torch.zeros(4, 2), 3), "not torch.float32"),
         (lambda: plan_rows(torch.zeros(4, dtype=torch.int64), 3), r"\[4\]"),
         (lambda: plan_rows(torch.full((4, 2), 3), 3), "end at 2, topk_ids hold 3"),
         (lambda: plan_rows(torch.zeros(4, 2, dtype=torch.int64), 3, align=0), "at least 1, not 0"),
+        (lambda: plan_rows(torch.zeros(4, 2, dtype=torch.int64), 0), "at least 1 expert and 0 rows, not 0 and None"),
+        (lambda: plan_rows(torch.zeros(4, 2, dtype=torch.int64), 3, room=-1), "not 3 and -1"),
         (lambda: permute(torch.zeros(49, 8), row_map), "num_rows=50, the tensor 49 rows"),
         (lambda: unpermute(torch.zeros(3, 8), row_map), "the tensor 3 rows"),
+        (lambda: unpermute(torch.zeros(r), row_map), rf"BF16 or FP32 rows \[R, D\], not torch.float32 \[{r}\]"),
+        (lambda: unpermute(torch.zeros(r, 8, dtype=torch.float64), row_map), "not torch.float64"),
+        (lambda: permute(torch.zeros(()), row_map), "not one number"),
+        (lambda: permute(torch.zeros(50, 8, device="meta"), row_map), "lies on cpu, the rows on meta"),
+        (lambda: unpermute(torch.zeros(r, 8, device="meta"), row_map), "lies on cpu, the rows on meta"),
+        (lambda: permute_quantize(torch.zeros(50, 24), row_map), "D=24 is not"),
+        (lambda: permute_quantize(torch.zeros(50, 16, dtype=torch.float16), row_map), "not torch.float16"),
+        (lambda: permute_quantize(torch.zeros(50), row_map), r"\[50\]"),
+        (lambda: permute_quantize(torch.zeros(49, 16), row_map), "num_rows=50, the tensor 49 rows"),
+        (lambda: permute_quantize(torch.zeros(50, 16, device="meta"), row_map), "the rows on meta"),
         (lambda: permute(quantize_blocks(torch.zeros(48, 16))[0], row_map), r"of \(128, 128\)"),
     )
     for call, message in cases:

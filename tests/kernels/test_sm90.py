@@ -111,6 +111,18 @@ def test_a_pair_loads_its_rows_once_for_both(found, kernels):
         assert entry["remote"] == (2 if version >= (3, 8) else 0), name
 
 
+def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
+    # (loads, stores) of 16 bytes that a thread must have: 32 words moved, 8 copies of a row summed, 32 values cast.
+    least = {"copy_kernel": (8, 8), "sum_kernel": (8, 1), "cast_kernel": (4, 16)}
+    moved = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("permute", "plan")}
+    assert {e["kernel"].split(".")[-1] for e in moved.values()} > set(least)
+    for name, entry in moved.items():
+        figure, wide = entry["figures"], entry["wide"]
+        assert figure["STL"] == figure["LDL"] == figure["local"] == wide["atomic"] == 0, name
+        loads, stores = least.get(entry["kernel"].split(".")[-1], (0, 0))
+        assert wide["loads"] >= loads and wide["stores"] >= stores, name
+
+
 @pytest.mark.slow
 def test_one_cta_fits_an_sm(kernels):
     for name, entry in kernels.items():

@@ -18,11 +18,14 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm
 from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
 from fp8moe.kernels.quantize import requantize_columns as requantize
+from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.reference import quantize as twin
 from tests.distance import calc_diff
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
+from tests.kernels.row_maps import PARTS, random_ids
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 20
@@ -41,6 +44,8 @@ CHECKED_ROWS = 512  # of a production shape, compared with FP64; every column of
 def tensors(result):
     if isinstance(result, torch.Tensor):
         return [result]
+    if isinstance(result, RowMap):
+        return [getattr(result, part) for part in PARTS]
     return [t for part in (result if isinstance(result, tuple) else (result,)) for t in (part.data, part.scale)]
 
 
@@ -65,7 +70,15 @@ def repeat_everything(device, m, n, k, repeats):
     packed = pack_e5m6(x)
     offsets = offsets_of([m // 2 // 128 * 128, 0, m // 4 // 128 * 128], device)
     experts, _ = quantize_blocks(w.unflatten(0, (1, n)).repeat(3, 1, 1))
+    ids = random_ids(m, 4, 16, 0.3).to(device)
+    row_map = plan_rows(ids, 16, align=16)
+    copies = permute(x, row_map)
     for run in (
+        lambda: plan_rows(ids, 16),
+        lambda: permute(x, row_map),
+        lambda: permute(rows, row_map),
+        lambda: permute_quantize(x, row_map),
+        lambda: unpermute(copies, row_map),
         lambda: quantize_rows(x),
         lambda: quantize_rows_and_columns(x),
         lambda: quantize_blocks(w),
@@ -129,6 +142,44 @@ def check_grouped(device, sizes, n, k):
         assert calc_diff(total[e, :CHECKED_ROWS], left @ right.T, left, right) <= bound
 
 
+def check_permute(device, n, k, topk, num_experts, spare):
+    """Every op of the permutation, bit for bit the specification on the same device, with room to spare."""
+    ids = random_ids(n, topk, num_experts, 0.5).to(device)
+    room = len(plan_rows(ids, num_experts).slot_R) + spare
+    row_map, expected = (plan(ids, num_experts, room=room) for plan in (plan_rows, permutation.plan_rows))
+    for ours, theirs in zip(tensors(row_map), tensors(expected), strict=True):
+        assert torch.equal(ours, theirs)
+    x = data("normal", n, k, device=device)
+    rows = quantize_rows(x, power_of_two=True)
+    assert_same(permute(rows, row_map), permutation.permute(rows, row_map))
+    assert_same(permute_quantize(x, row_map, power_of_two=True), permutation.permute(rows, row_map))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(permute(x.to(dtype), row_map), permutation.permute(x.to(dtype), row_map))
+        y = data("normal", room, k, device=device, dtype=dtype)
+        assert torch.equal(unpermute(y, row_map), permutation.unpermute(y, row_map))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [7168, 2112, 576])
+def test_permutations_of_production(triton_device, k):
+    check_permute(triton_device, 4096, k, 8, 64, 1000)
+
+
+@pytest.mark.gpu
+def test_rows_go_to_experts_and_back_without_a_wait(triton_device):
+    ids = random_ids(1000, 8, 64, 0.5).to(triton_device)
+    x = data("normal", 1000, 576, device=triton_device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        row_map = plan_rows(ids, 64, room=16384)
+        permute(quantize_rows(x), row_map)
+        permute_quantize(x, row_map)
+        unpermute(permute(x, row_map), row_map)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4096, 2112, 7168), (1000 // 16 * 16, 576, 1536)])
 def test_every_op_repeats_itself(triton_device, shape):
@@ -158,10 +209,11 @@ def test_no_access_outside_a_tensor(triton_device):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    ops = "test_triton_quantize test_triton_gemm test_triton_grouped_gemm test_triton_grouped_wgrad test_triton_e5m6"
-    files = [f"tests/kernels/{name}.py" for name in ops.split()]
+    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute"
+    files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "normal or anyhow or nothing", *files]
+    chosen = "normal or anyhow or nothing or slot_order or on_the_way"
+    command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, *files]
     # The caching allocator would hand out parts of larger blocks, inside which every access is legal.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
@@ -174,3 +226,4 @@ def test_these_checks_run(triton_device):
     check_dense(triton_device, 48, 144, 272)
     check_wgrad(triton_device, 272, 48, 144)
     check_grouped(triton_device, [128, 0, 256], 48, 144)
+    check_permute(triton_device, 24, 144, 3, 5, 40)

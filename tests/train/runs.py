@@ -50,7 +50,7 @@ def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainC
 
 def built(config: TrainConfig) -> Run:
     """The run, for one process or inside `run_ranks`, its directory made where the configuration has one."""
-    mesh = mesh_of(config)
+    mesh = mesh_of(config, torch.device("cpu"))
     run_dir = Path(config.run_dir or "nowhere")
     if config.run_dir is not None and mesh.rank == 0:
         make_run_dir(config.run_dir, config.name, config.resume)
