@@ -168,6 +168,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="under torchrun (default 1024)")
     parser.add_argument("--per-node", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     arguments = parse_arguments(parser)
+    if arguments.device.type == "cuda" and "RANK" not in os.environ:
+        print("Dispatch here is processes on a CPU, which a GPU's figures do not join: nothing was measured")
+        return
     report = Report(arguments.device, json_path=arguments.json)
     if "RANK" not in os.environ:
         here(report, arguments)

@@ -2,12 +2,10 @@
 
 Throughput is FLOPs over the median time, ratios are medians over alternated trials of one run (`harness`), the error is
 that of 256 rows of the output against FP64 of the dequantized operands (for the BF16 peer and those that cast
-themselves it includes what the cast cost). With --json FILE the table and, where matplotlib is installed, the plot are
-written beside it.
+themselves it includes what the cast cost). With --json FILE the table and the plot are written beside it.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from benchmarks.harness import Record, Report, alternate, make_parser, measure, paired_ratio, parse_arguments, summarize
 from benchmarks.model import FP8_PEAK
 from benchmarks.peers import BF16, Contest, Operands
+from benchmarks.plot import bars
 from benchmarks.shapes import Problem
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor
 from tests.distance import calc_diff
@@ -124,29 +123,7 @@ def _unit(records: Sequence[Record], name: str) -> str:
 
 
 def write_beside(records: Sequence[Record], path: Path) -> None:
-    """The Markdown table and, where matplotlib is installed, a bar plot, beside the JSON file `path`."""
+    """The Markdown table and the plot, beside the JSON file `path`."""
     path.with_suffix(".md").write_text(markdown(records))
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"table in {path.with_suffix('.md')}; no plot: matplotlib is not installed")
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [r for r in records if r.metric in ("throughput", "bandwidth")]
-    names, shapes = (list(dict.fromkeys(getattr(r, key) for r in shown)) for key in ("name", "shape"))
-    values = {(r.shape, r.name): r.value for r in shown}
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(shapes), 4))
-    width = 0.8 / max(1, len(names))
-    for i, name in enumerate(names):
-        axes.bar(
-            [s + i * width for s in range(len(shapes))], [values.get((s, name), 0) for s in shapes], width, label=name
-        )
-    axes.set_xticks([s + 0.4 for s in range(len(shapes))], shapes, rotation=20, ha="right")
-    axes.set_ylabel(shown[0].unit)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    pyplot.close(figure)
-    print(f"table in {path.with_suffix('.md')}, plot in {path.with_suffix('.png')}")
+    path.with_suffix(".svg").write_text(bars(records))
+    print(f"table in {path.with_suffix('.md')}, plot in {path.with_suffix('.svg')}")

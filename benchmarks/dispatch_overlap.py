@@ -35,20 +35,21 @@ def message_seconds(layer: Layer, kind: str, repeats: int = 5) -> list[float]:
 
 
 def busy(lengths: list[float]) -> Callable[[int], None]:
-    """Matrix products on this CPU that last about `lengths[i]` seconds when nothing else runs.
+    """Matrix products on this CPU that last about `lengths[i]` seconds where every rank runs them at once.
 
-    One product's time is that of the quickest of many blocks, all ranks at once, as they will run: the first calls are
-    slow, and a neighbour on the machine would make a product seem long, and the compute then be too short.
+    One product's time is the median of blocks over a second: the first calls are slow, and a short stretch would take
+    one interruption for the price of all. The quickest block was refused: where ranks share cores it is a product that
+    had a core to itself, and compute came out several times as long as the messages, which hides them for nothing.
     """
     a, b = torch.randn(2, 256, 256)
     blocks = []
     dist.barrier()
-    for _ in range(16):
+    for _ in range(64):
         start = time.perf_counter()
         for _ in range(32):
             torch.mm(a, b)
         blocks.append((time.perf_counter() - start) / 32)
-    one = min(blocks)
+    one = statistics.median(blocks[1:])
 
     def compute(i: int) -> None:
         for _ in range(max(1, round(lengths[i] / one))):

@@ -86,12 +86,8 @@ class _GatedMlpFunction(torch.autograd.Function):
         gate_up: Products, down: Products, precision: Precision, act: Swiglu, gradient: Fp8Gradient | None,
     ) -> Tensor:  # fmt: skip
         hidden, cached = act.forward(gate_up.fprop(x.operand.rows), weights_R)
-        ctx.x_columns, ctx.hidden_columns, ctx.cached, ctx.weights_R = (
-            x.operand.columns,
-            hidden.columns,
-            cached,
-            weights_R,
-        )
+        ctx.x_columns, ctx.hidden_columns = x.operand.columns, hidden.columns
+        ctx.cached, ctx.weights_R = cached, weights_R
         ctx.gate_up, ctx.down, ctx.precision, ctx.act, ctx.gradient = gate_up, down, precision, act, gradient
         return down.fprop(hidden.rows)
 

@@ -23,19 +23,28 @@ from fp8moe.model.mtp import Mtp
 from fp8moe.model.transformer import Transformer
 
 
+def _one_phase(
+    name: str, forward: Callable[[], None], backward: Callable[[], None], store: WeightGradStore, key: Hashable
+) -> tuple[Phase]:
+    return (Phase(name, "compute", forward, backward, partial(store.run, key)),)
+
+
 class EmbeddingRun:
     """ids [T] -> [T, D]; the first run of the first stage."""
 
     def __init__(self, embedding: Embedding, ids_T: Tensor, *, store: WeightGradStore, key: Hashable) -> None:
         self._embedding, self._ids_T, self._store, self._key = embedding, ids_T, store, key
-        self.phases = (Phase("embed", "compute", self._forward, self._backward, partial(store.run, key)),)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return _one_phase("embed", self._forward, self._backward, self._store, self._key)
 
     def _forward(self) -> None:
         self._island = Island(lambda: (self._embedding(self._ids_T),), store=self._store, key=self._key)
 
     @property
     def output(self) -> Tensor:
-        return self._island.values[0]
+        return self._island.take()[0]
 
     def backward_from(self, gradient: Callable[[], Tensor]) -> None:
         self._gradient = gradient
@@ -65,7 +74,10 @@ class MtpEntranceRun:
     ) -> None:
         self._mtp, self._embedding, self._source, self._next_ids_T = mtp, embedding, source, next_ids_T
         self._store, self._key = store, key
-        self.phases = (Phase("join", "compute", self._forward, self._backward, partial(store.run, key)),)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return _one_phase("join", self._forward, self._backward, self._store, self._key)
 
     def _forward(self) -> None:
         def join(hidden_TD: Tensor) -> tuple[Tensor]:
@@ -76,7 +88,7 @@ class MtpEntranceRun:
 
     @property
     def output(self) -> Tensor:
-        return self._island.values[0]
+        return self._island.take()[0]
 
     def backward_from(self, gradient: Callable[[], Tensor]) -> None:
         self._gradient = gradient
@@ -104,7 +116,10 @@ class LossRun:
     ) -> None:
         self._model, self._source, self._labels_BS, self._entrance = model, source, labels_BS, entrance
         self._weights, self._tally, self._store, self._key = weights, tally, store, key
-        self.phases = (Phase("loss", "compute", self._forward, self._backward, partial(store.run, key)),)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return _one_phase("loss", self._forward, self._backward, self._store, self._key)
 
     def _losses(self, hidden_TD: Tensor, mtp_TD: Tensor | None = None) -> tuple[Tensor, ...]:
         model = self._model

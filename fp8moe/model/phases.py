@@ -17,7 +17,8 @@ from functools import partial
 from torch import Tensor
 
 from fp8moe.layers.attention import Positions
-from fp8moe.layers.dispatch import Dispatched, Handle, arrived_edge, deliver, gradient_rows, receive
+from fp8moe.layers.dispatch import Dispatched, Dispatcher, Handle, arrived_edge, deliver, gradient_rows, receive
+from fp8moe.layers.moe import MoE
 from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, edge_of
 from fp8moe.layers.phase import Island, Phase
 from fp8moe.layers.wgrad import WeightGradStore
@@ -32,8 +33,10 @@ class BalanceLoss:
     tally: Callable[[Tensor], None]
 
 
-class DenseRun:
-    """A dense block: attn, then mlp; nothing to wait for."""
+class _BlockRun:
+    """What both kinds of a block's run start from. `output` is read once: nothing else holds on to it."""
+
+    input_gradient: Tensor
 
     def __init__(
         self,
@@ -45,36 +48,52 @@ class DenseRun:
         store: WeightGradStore,
         key: Hashable,
     ) -> None:
-        assert block.mlp is not None
-        self._block, self._mlp, self._source, self._positions = block, block.mlp, source, positions
+        self._block, self._source, self._positions, self._balance = block, source, positions, balance
         self._store, self._key = store, key
-        self.phases = (
-            Phase("attn", "compute", self._attn, self._attn_backward, partial(store.run, (key, "attn"))),
-            Phase("mlp", "compute", self._mlp_forward, self._mlp_backward, partial(store.run, (key, "mlp"))),
+
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
+        """Where the gradient of the output will come from."""
+        self._gradient = gradient
+
+    def _late(self, phase: str) -> Callable[[], None]:
+        """Computes the weight gradients that `phase` left; needs the run no more."""
+        return partial(self._store.run, (self._key, phase))
+
+
+class DenseRun(_BlockRun):
+    """A dense block: attn, then mlp; nothing to wait for."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (
+            Phase("attn", "compute", self._attn, self._attn_backward, self._late("attn")),
+            Phase("mlp", "compute", self._mlp, self._mlp_backward, self._late("mlp")),
         )
 
     def _attn(self) -> None:
         def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
             h_TD, normed = self._block.attend(x_TD, self._positions)
-            self._operand: Operand | None = self._mlp.cast(normed).operand
+            assert self._block.mlp is not None
+            self._operand: Operand | None = self._block.mlp.cast(normed).operand
             return h_TD, edge_of(normed.tensor)
 
         self._attn_island = Island(attn, self._source(), store=self._store, key=(self._key, "attn"))
 
-    def _mlp_forward(self) -> None:
-        h_TD, edge_TD = self._attn_island.take()
+    def _mlp(self) -> None:
+        self._h_TD, edge_TD = self._attn_island.take()
         operand, self._operand = self._operand, None  # its rows are done with after this
 
         def mlp(edge_TD: Tensor) -> tuple[Tensor]:
-            assert operand is not None
-            return (self._mlp(Activation(edge_TD, operand)),)
+            assert operand is not None and self._block.mlp is not None
+            return (self._block.mlp(Activation(edge_TD, operand)),)
 
         self._mlp_island = Island(mlp, edge_TD, store=self._store, key=(self._key, "mlp"))
-        self.output = h_TD + self._mlp_island.take()[0]
 
-    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
-        """Where the gradient of the output will come from."""
-        self._gradient = gradient
+    @property
+    def output(self) -> Tensor:
+        output_TD = self._h_TD + self._mlp_island.take()[0]
+        del self._h_TD
+        return output_TD
 
     def _mlp_backward(self) -> None:
         self._dy_TD = self._gradient()
@@ -86,33 +105,29 @@ class DenseRun:
         self.input_gradient = dx_TD
 
 
-class MoeRun:
+class MoeRun(_BlockRun):
     """A block with experts: attn, dispatch, mlp, combine; messages start in their phase and are awaited by the next.
 
     The counts of a dispatch leave at the end of attn, as soon as experts are chosen; the dispatch reads them.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        source: Callable[[], Tensor],
-        positions: Positions,
-        balance: BalanceLoss,
-        *,
-        store: WeightGradStore,
-        key: Hashable,
-    ) -> None:
-        assert block.moe is not None
-        self._block, self._moe, self._source, self._positions = block, block.moe, source, positions
-        self._balance = balance
-        self._dispatcher = block.moe.dispatcher
-        self._store, self._key = store, key
-        self.phases = (
-            Phase("attn", "compute", self._attn, self._attn_backward, partial(store.run, (key, "attn"))),
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (
+            Phase("attn", "compute", self._attn, self._attn_backward, self._late("attn")),
             Phase("dispatch", "communication", self._dispatch, self._dispatch_backward),
-            Phase("mlp", "compute", self._mlp, self._mlp_backward, partial(store.run, (key, "mlp"))),
+            Phase("mlp", "compute", self._mlp, self._mlp_backward, self._late("mlp")),
             Phase("combine", "communication", self._combine, self._combine_backward),
         )
+
+    @property
+    def _moe(self) -> MoE:
+        assert self._block.moe is not None
+        return self._block.moe
+
+    @property
+    def _dispatcher(self) -> Dispatcher:
+        return self._moe.dispatcher
 
     def _attn(self) -> None:
         def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
@@ -156,17 +171,13 @@ class MoeRun:
 
     @property
     def output(self) -> Tensor:
-        """Waits for combine; read once."""
+        """Waits for combine."""
         y_TD = self._combined.wait()
         for shared_TD in self._shared_TD:
             y_TD = shared_TD + y_TD
         output_TD = self._h_TD + y_TD
         del self._h_TD, self._shared_TD, self._combined
         return output_TD
-
-    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
-        """Where the gradient of the output will come from."""
-        self._gradient = gradient
 
     def _combine_backward(self) -> None:
         self._dy_TD = self._gradient()

@@ -49,11 +49,10 @@ class StageRuns:
             return microbatch, name
 
         def before() -> Callable[[], Tensor]:
-            if not runs:
-                assert source is not None
-                return source
-            last = runs[-1]
-            return lambda: last.output
+            if runs:
+                return _Output(runs[-1])
+            assert source is not None
+            return source
 
         def add_block(block: Block, name: object) -> None:
             runs.append(run_block(block, before(), positions, self._balance, store=self._store, key=key(name)))
@@ -78,9 +77,31 @@ class StageRuns:
                         store=self._store, key=key("loss"))
             )  # fmt: skip
         for run, behind in pairwise(runs):
-            run.backward_from(_gradient_of(behind))
+            run.backward_from(_InputGradient(behind))
         return runs
 
 
-def _gradient_of(run: Run) -> Callable[[], Tensor]:
-    return lambda: run.input_gradient
+class _OfRun:
+    """Something of a run, given once, after which the run is forgotten.
+
+    A chain that went on knowing both ways would be a circle, whose activations stay in memory until Python happens to
+    collect it.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run: Run | None = run
+
+    def _forget(self) -> Run:
+        run, self._run = self._run, None
+        assert run is not None
+        return run
+
+
+class _Output(_OfRun):
+    def __call__(self) -> Tensor:
+        return self._forget().output
+
+
+class _InputGradient(_OfRun):
+    def __call__(self) -> Tensor:
+        return self._forget().input_gradient

@@ -56,7 +56,7 @@ class _Watch:
     rank: int
     notes: int | None  # file descriptor
     groups: dict[str, tuple[int, str, str]] = field(default_factory=dict)
-    silent: list[dict[str, Any]] = field(default_factory=list)  # processes whose beat has stopped
+    silent: dict[int, dict[str, Any]] = field(default_factory=dict)  # processes whose beat has stopped, by rank
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     patience: float = float("inf")
@@ -134,9 +134,9 @@ def end_frozen() -> None:
     """Kill the processes of this machine that a failed collective found silent, if they are stopped by a signal."""
     if _current:
         host = _this_process()["host"]
-        for process in _current[0].silent:
+        for rank, process in _current[0].silent.items():
             if process["host"] == host and _state(process["pid"]) == ("T", process["started"]):
-                logger.error("process %d is stopped by a signal, and is ended", process["pid"])
+                logger.error("rank %d, process %d, is stopped by a signal: it is killed", rank, process["pid"])
                 os.kill(process["pid"], signal.SIGKILL)
 
 
@@ -250,7 +250,7 @@ def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> s
             silent = state["beat"] == before.get(rank, {}).get("beat")
             done, last, _ = state["groups"].get(group, (0, "nothing", ""))
             if silent:
-                watch.silent.append(state["process"])
+                watch.silent[rank] = state["process"]
             elif done >= number:
                 continue
             seen.add(rank)

@@ -169,10 +169,19 @@ class TrainConfig:
 
 def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
     """How the model is cut for the pipeline. Raises ConfigError where it can't be."""
-    parallel = config.parallel
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = num_stages(parallel.schedule, parallel.pp)
+    if layers < stages:
+        most = layers * parallel.pp // stages
+        most -= most % 2 if parallel.schedule == "dualpipe" else 0
+        instead = f"parallel.pp={most}" if most else "parallel.schedule=1f1b"
+        raise ConfigError(
+            f"parallel.schedule={parallel.schedule} on parallel.pp={parallel.pp} has {stages} stages of at least 1 "
+            f"block and the model has {layers}: use {instead}"
+        )
     return partition(
         config.model,
-        num_stages(parallel.schedule, parallel.pp),
+        stages,
         seq_len=config.seq_len,
         folded=parallel.schedule in FOLDED,
         layout=parallel.layout,

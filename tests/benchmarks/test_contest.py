@@ -4,6 +4,7 @@ a GPU in one sentence."""
 import argparse
 import importlib
 import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_the_table_has_a_row_a_size_and_a_column_a_candidate(tmp_path):
     ]
     contest.write_beside(report.records, tmp_path / "out.json")
     assert (tmp_path / "out.md").read_text() == contest.markdown(report.records)
+    svg = ElementTree.parse(tmp_path / "out.svg").getroot()
+    tall = [float(bar.get("height")) for bar in svg.iter("{http://www.w3.org/2000/svg}rect") if len(bar)]
+    assert tall == pytest.approx([260, 260 * 0.666, 260 * 0.9, 0], abs=0.1)  # two sizes of two candidates, one missing
+    words = {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"M1", "M2", "gemm gluon", "gemm bf16 cublas", "1000", "0"} <= words
+    assert ElementTree.fromstring(contest.bars([])).tag.endswith("svg")
 
 
 def test_a_candidate_that_fails_is_left_out_with_its_reason(monkeypatch):

@@ -13,7 +13,7 @@ from fp8moe.cli.compose import CONFIGS, as_yaml, compose
 from fp8moe.cli.convert import keys_of, to_dataclass
 from fp8moe.layers.precision import Precision
 from fp8moe.model.flops import count_parameters
-from fp8moe.train.config import TrainConfig, settle
+from fp8moe.train.config import TrainConfig, settle, stages_of
 
 
 def choices(group: str) -> list[str]:
@@ -69,6 +69,16 @@ def test_names_and_overrides() -> None:
     assert compose(["model.vocab_size=512"]).config.data.vocab_size == 512
     long = compose(["model.yarn={factor: 40.0}", "model.max_seq_len=163840", "optimizer.eps=1e-7"]).config
     assert long.model.yarn is not None and long.model.yarn.factor == 40.0 and long.optimizer.eps == 1e-7
+
+
+def test_the_published_layout_takes_2048_gpus() -> None:
+    words = ["experiment=dsv3_pretrain", "parallel=dsv3_2048", "data.paths=[some]"]
+    with pytest.raises(ValueError, match=r"ramp_from=3072 makes 24 micro-batches .* needs at least 32, .*: use 4096"):
+        settle(compose(words).config, 2048)
+    config = settle(compose([*words, "batch.ramp_from=4096", "batch.increment=1024"]).config, 2048)
+    assert (config.dp, config.ep, config.micro_batch, config.num_microbatches) == (128, 64, 1, 120)
+    stages = stages_of(config)
+    assert len(stages) == 16 and stages[-1].mtp and sum(stage.num_layers for stage in stages) == 61
 
 
 def test_the_quickstart_runs_on_one_to_eight_processes() -> None:

@@ -1,4 +1,4 @@
-"""Data and bounds that the tests of device kernels share, on any device."""
+"""Data and bounds that the tests of kernels share, on any device."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 KINDS = ("normal", "positive", "outliers")
 
 
-def data(kind: str, *shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def data(kind: str, *shape: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Random normal data, its absolute value, or with 1 % of the rows (at least one) a thousand times larger."""
     x = torch.randn(*shape, device=device)
     if kind == "positive":

@@ -1,23 +1,10 @@
-"""Operands for the tests of kernels, and an E4M3 quantizer in NumPy that shares no code with the project's."""
+"""An E4M3 quantizer in NumPy that shares no code with the project's, and what tests ask of a quantized tensor."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import Fp8Tensor
-
-KINDS = ("normal", "positive", "outliers")
-
-
-def sample(kind: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Random normal data, its absolute value, or with 1 % of the rows (at least one) a thousand times larger."""
-    x = torch.randn(*shape)
-    if kind == "positive":
-        x = x.abs()
-    if kind == "outliers":
-        rows = x.flatten(0, -2)
-        rows[torch.randperm(rows.shape[0])[: max(1, rows.shape[0] // 100)]] *= 1000.0
-    return x.to(dtype)
 
 
 def e4m3_values() -> np.ndarray:

@@ -8,7 +8,7 @@ from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
 from fp8moe.kernels.reference import _product
 from tests.distance import calc_diff
-from tests.kernels.operands import KINDS, sample
+from tests.kernels.device_cases import KINDS, data
 
 BOUND = {torch.bfloat16: 5e-6, torch.float32: 1e-12}
 # (rows, columns, contraction): short last tiles of N and K, one tile and less than one, many chunks of rows
@@ -20,7 +20,7 @@ SHAPES = [(130, 320, 576), (48, 80, 2112), (17, 128, 128), (33, 16, 48), (2600, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_by_blocks(kind: str, shape: tuple[int, int, int], power_of_two: bool) -> None:
     m, n, k = shape
-    x, w = sample(kind, m, k), sample("normal", n, k)
+    x, w = data(kind, m, k), data("normal", n, k)
     a = quantize_rows(x, power_of_two=power_of_two)
     b, transposed = quantize_blocks(w, power_of_two=power_of_two)
     a64, b64 = a.dequantize().double(), b.dequantize().double()
@@ -30,7 +30,7 @@ def test_rows_by_blocks(kind: str, shape: tuple[int, int, int], power_of_two: bo
     x64, w64 = x.double(), w.double()
     assert calc_diff(gemm(a, b), x64 @ w64.T, x64, w64) <= 1e-3
 
-    dy = sample(kind, m, n) * 2**-20
+    dy = data(kind, m, n) * 2**-20
     g = quantize_rows(dy, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=power_of_two)
     assert calc_diff(gemm(g, transposed), dy.double() @ w64, dy.double(), w64.T) <= 1e-3
 
@@ -39,7 +39,7 @@ def test_rows_by_blocks(kind: str, shape: tuple[int, int, int], power_of_two: bo
 @pytest.mark.parametrize("tokens", [16, 400, 2048])
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_by_columns_accumulate(kind: str, tokens: int, power_of_two: tuple[bool, bool]) -> None:
-    dy, x = sample(kind, tokens, 144), sample(kind, tokens, 576)
+    dy, x = data(kind, tokens, 144), data(kind, tokens, 576)
     a = quantize_columns(dy, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=power_of_two[0])
     b = quantize_columns(x, power_of_two=power_of_two[1])
     a64, b64 = a.dequantize().double(), b.dequantize().double()
@@ -72,9 +72,9 @@ def test_each_tile_of_k_is_scaled_on_its_own() -> None:
 
 
 def test_the_short_way_and_promotion_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = quantize_rows(sample("outliers", 300, 576), power_of_two=True)
-    b, _ = quantize_blocks(sample("normal", 320, 576), power_of_two=True)
-    c = quantize_rows(sample("normal", 320, 576), power_of_two=True)
+    a = quantize_rows(data("outliers", 300, 576), power_of_two=True)
+    b, _ = quantize_blocks(data("normal", 320, 576), power_of_two=True)
+    c = quantize_rows(data("normal", 320, 576), power_of_two=True)
     for right in (b, c):
         short = gemm(a, right, out_dtype=torch.float32), gemm(a, right, accumulate=torch.ones(300, 320))
         with monkeypatch.context() as patch:
@@ -86,16 +86,16 @@ def test_the_short_way_and_promotion_agree(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("power_of_two", [(False, True), (True, False)])
 def test_powers_of_two_on_one_side_only(power_of_two: tuple[bool, bool]) -> None:
-    a = quantize_rows(sample("positive", 64, 256), power_of_two=power_of_two[0])
-    b, _ = quantize_blocks(sample("positive", 144, 256), power_of_two=power_of_two[1])
+    a = quantize_rows(data("positive", 64, 256), power_of_two=power_of_two[0])
+    b, _ = quantize_blocks(data("positive", 144, 256), power_of_two=power_of_two[1])
     a64, b64 = a.dequantize().double(), b.dequantize().double()
     for dtype, bound in BOUND.items():
         assert calc_diff(gemm(a, b, out_dtype=dtype), a64 @ b64.T, a64, b64) <= bound
 
 
 def test_without_fast_bf16_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = quantize_rows(sample("normal", 64, 256), power_of_two=True)
-    b, _ = quantize_blocks(sample("normal", 144, 256), power_of_two=True)
+    a = quantize_rows(data("normal", 64, 256), power_of_two=True)
+    b, _ = quantize_blocks(data("normal", 144, 256), power_of_two=True)
     a64, b64 = a.dequantize().double(), b.dequantize().double()
     for fast in (False, True):
         monkeypatch.setattr(_product, "FAST_BF16", fast)
@@ -111,7 +111,7 @@ def test_nothing_to_multiply() -> None:
 
 
 def test_nan_reaches_its_row_only() -> None:
-    x = sample("normal", 16, 256)
+    x = data("normal", 16, 256)
     x[3, 200] = float("nan")
     for power_of_two in (False, True):
         b, _ = quantize_blocks(torch.randn(32, 256), power_of_two=power_of_two)
@@ -135,7 +135,7 @@ def test_the_precision_of_other_products_is_untouched() -> None:
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_wgrad(kind: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    dy, x = sample(kind, 333, 40, dtype=dtypes[0]), sample(kind, 333, 24, dtype=dtypes[1])
+    dy, x = data(kind, 333, 40, dtype=dtypes[0]), data(kind, 333, 24, dtype=dtypes[1])
     start = torch.randn(40, 24)
     main_grad = start.clone()
     wgrad(dy, x, main_grad)

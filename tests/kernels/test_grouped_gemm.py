@@ -10,7 +10,7 @@ from fp8moe.kernels.gemm import gemm
 from fp8moe.kernels.grouped_gemm import grouped_gemm
 from fp8moe.kernels.quantize import quantize_blocks, quantize_rows
 from tests.distance import calc_diff
-from tests.kernels.operands import KINDS, sample
+from tests.kernels.device_cases import KINDS, data
 
 OFFSETS = [0, 128, 128, 512, 896, 896]  # five experts, two without rows
 
@@ -22,7 +22,7 @@ def int32(offsets: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_fp64(kind: str, power_of_two: bool) -> None:
-    x, w = sample(kind, 1024, 576), sample("normal", 5, 144, 576)
+    x, w = data(kind, 1024, 576), data("normal", 5, 144, 576)
     x[896:] = float("nan")  # past the last group: never read
     a = quantize_rows(x, power_of_two=power_of_two)
     b, transposed = quantize_blocks(w, power_of_two=power_of_two)
@@ -41,7 +41,7 @@ def test_against_fp64(kind: str, power_of_two: bool) -> None:
         part = Fp8Tensor(a.data[rows], a.scale[rows])
         assert torch.equal(out[rows], gemm(part, Fp8Tensor(b.data[e], b.scale[e], b.tile)))
 
-    dy = sample(kind, 896, 144)
+    dy = data(kind, 896, 144)
     dx = grouped_gemm(quantize_rows(dy, power_of_two=power_of_two), transposed, int32(OFFSETS))
     dy64, w64 = dy[128:512].double(), w[2].double()
     assert calc_diff(dx[128:512], dy64 @ w64, dy64, w64.T) <= 1e-3

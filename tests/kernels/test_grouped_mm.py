@@ -7,7 +7,7 @@ import torch
 
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from tests.distance import calc_diff
-from tests.kernels.operands import KINDS, sample
+from tests.kernels.device_cases import KINDS, data
 
 OFFSETS = [0, 3, 3, 90, 91, 91]
 BOUND = {torch.bfloat16: 5e-6, torch.float32: 1e-12}
@@ -20,7 +20,7 @@ def int32(offsets: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", list(BOUND))
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_fp64(kind: str, dtype: torch.dtype) -> None:
-    x, w, dy = sample(kind, 100, 40, dtype=dtype), sample("normal", 5, 24, 40, dtype=dtype), sample(kind, 100, 24)
+    x, w, dy = data(kind, 100, 40, dtype=dtype), data("normal", 5, 24, 40, dtype=dtype), data(kind, 100, 24)
     x[91:] = float("nan")
     dy = dy.to(dtype)
     out = grouped_mm(x, w, int32(OFFSETS))

@@ -9,7 +9,7 @@ from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR
 from fp8moe.kernels.grouped_wgrad import grouped_wgrad
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns
 from tests.distance import calc_diff
-from tests.kernels.operands import KINDS, sample
+from tests.kernels.device_cases import KINDS, data
 
 OFFSETS = [0, 128, 128, 512, 896, 896]
 
@@ -22,7 +22,7 @@ def int32(offsets: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_fp64(kind: str, power_of_two: bool, contiguous: bool) -> None:
-    dy, x = sample(kind, 1024, 144), sample(kind, 1024, 208)
+    dy, x = data(kind, 1024, 144), data(kind, 1024, 208)
     dy[896:] = float("nan")  # past the last group: never read
     a = quantize_columns(dy, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=power_of_two)
     b = quantize_columns(x, power_of_two=power_of_two)

@@ -8,7 +8,8 @@ from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows,
 from fp8moe.kernels.quantize import quantize_blocks, quantize_rows
 from fp8moe.kernels.reference import permute as reference
 from fp8moe.kernels.statistics import observe_casts
-from tests.kernels.operands import codes, quantize_matrix, sample
+from tests.kernels.device_cases import data
+from tests.kernels.operands import codes, quantize_matrix
 from tests.kernels.row_maps import PARTS, random_ids, record_waits
 
 
@@ -123,7 +124,7 @@ def test_fp8_rows() -> None:
 def test_a_cast_on_the_way(k: int, power_of_two: bool) -> None:
     """Each copy has the codes and scales of its row, by a quantizer that shares no code with the project's."""
     row_map = plan_rows(random_ids(9, 2, 6, 0.3), 6, align=8, room=60)
-    x = sample("outliers", 9, k)
+    x = data("outliers", 9, k)
     expected, scale = quantize_matrix(x, (1, 128), 1e-4, power_of_two)
     rows = permute_quantize(x, row_map, power_of_two=power_of_two)
     for r, source in enumerate(row_map.source_R.tolist()):

@@ -13,7 +13,8 @@ from fp8moe.kernels.quantize import (
     requantize_columns,
 )
 from tests.distance import calc_diff
-from tests.kernels.operands import KINDS, assert_rounded, codes, quantize_matrix, sample
+from tests.kernels.device_cases import KINDS, data
+from tests.kernels.operands import assert_rounded, codes, quantize_matrix
 
 FLOOR = ACTIVATION_AMAX_FLOOR
 
@@ -27,7 +28,7 @@ def assert_equals(q: Fp8Tensor, expected: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_and_columns_equal_the_formula(kind: str, dtype: torch.dtype, power_of_two: bool) -> None:
-    x = sample(kind, 176, 576, dtype=dtype)
+    x = data(kind, 176, 576, dtype=dtype)
     by_rows = quantize_matrix(x, ROW_TILE, FLOOR, power_of_two)
     by_columns = quantize_matrix(x.t().contiguous(), ROW_TILE, FLOOR, power_of_two)
     assert_equals(quantize_rows(x, power_of_two=power_of_two), by_rows)
@@ -42,7 +43,7 @@ def test_rows_and_columns_equal_the_formula(kind: str, dtype: torch.dtype, power
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("shape", [(144, 2112), (48, 64), (256, 128)])
 def test_blocks_equal_the_formula_and_are_transposed_physically(shape: tuple[int, int], power_of_two: bool) -> None:
-    w = sample("outliers", *shape, dtype=torch.float32)
+    w = data("outliers", *shape, dtype=torch.float32)
     q, transposed = quantize_blocks(w, power_of_two=power_of_two)
     assert_equals(q, quantize_matrix(w, BLOCK_TILE, FLOOR, power_of_two))
     assert q.tile == transposed.tile == BLOCK_TILE
@@ -51,10 +52,10 @@ def test_blocks_equal_the_formula_and_are_transposed_physically(shape: tuple[int
 
 
 def test_leading_dims_are_kept() -> None:
-    x = sample("normal", 2, 3, 144)
+    x = data("normal", 2, 3, 144)
     assert torch.equal(codes(quantize_rows(x)), codes(quantize_rows(x.view(6, 144))).view(2, 3, 144))
     assert quantize_rows(x).scale.shape == (2, 3, 2)
-    w = sample("normal", 3, 144, 80)
+    w = data("normal", 3, 144, 80)
     q, transposed = quantize_blocks(w)
     for e in range(3):
         one, one_transposed = quantize_blocks(w[e])
@@ -64,7 +65,7 @@ def test_leading_dims_are_kept() -> None:
 
 
 def test_strided_input() -> None:
-    wide = sample("normal", 32, 400)
+    wide = data("normal", 32, 400)
     assert torch.equal(codes(quantize_rows(wide[:, 100:244])), codes(quantize_rows(wide[:, 100:244].contiguous())))
     columns = quantize_columns(wide[:, 100:244])
     assert torch.equal(codes(columns), codes(quantize_columns(wide[:, 100:244].contiguous())))
@@ -80,7 +81,7 @@ def test_no_tokens(k: int) -> None:
 
 
 def test_many_chunks_equal_one_by_one() -> None:
-    x = sample("outliers", 2048, 176)
+    x = data("outliers", 2048, 176)
     rows, columns = quantize_rows_and_columns(x)
     for start in range(0, 2048, 128):
         part_rows, part_columns = quantize_rows_and_columns(x[start : start + 128])
@@ -90,7 +91,7 @@ def test_many_chunks_equal_one_by_one() -> None:
 
 
 def test_input_is_left_alone() -> None:
-    x = sample("normal", 64, 144, dtype=torch.float32)
+    x = data("normal", 64, 144, dtype=torch.float32)
     before = x.clone()
     quantize_rows_and_columns(x)
     quantize_rows(x)
@@ -117,7 +118,7 @@ def test_nothing_saturates_to_nan_at_the_largest_value() -> None:
 
 
 def test_small_gradients_keep_their_codes() -> None:
-    dy = sample("outliers", 256, 144) * 0.02
+    dy = data("outliers", 256, 144) * 0.02
     small = dy * 2.0**-40  # exact in BF16
     for reference, shrunk in zip(
         quantize_rows_and_columns(dy, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True),
@@ -130,7 +131,7 @@ def test_small_gradients_keep_their_codes() -> None:
 
 
 def test_requantized_gradients_keep_their_codes() -> None:
-    dy = sample("normal", 256, 144)
+    dy = data("normal", 256, 144)
     results = []
     for scale in (1.0, 2.0**-40):
         rows = quantize_rows(dy * scale, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True)
@@ -149,7 +150,7 @@ def test_the_floor_bounds_the_scale_of_zeros(floor: float) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_non_finite_value_poisons_its_tile_and_no_other(bad: float, power_of_two: bool) -> None:
-    x = sample("normal", 256, 256)
+    x = data("normal", 256, 256)
     x[3, 5] = bad
     rows, columns = quantize_rows_and_columns(x, power_of_two=power_of_two)
     blocks, _ = quantize_blocks(x, power_of_two=power_of_two)
@@ -161,7 +162,7 @@ def test_a_non_finite_value_poisons_its_tile_and_no_other(bad: float, power_of_t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_requantize_columns(kind: str) -> None:
-    x = sample(kind, 400, 208)
+    x = data(kind, 400, 208)
     rows = quantize_rows(x, power_of_two=True)
     columns = requantize_columns(rows)
     expected = quantize_matrix(rows.dequantize().t().contiguous(), ROW_TILE, FLOOR, True)

@@ -8,7 +8,8 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_blocks, quantize_rows
 from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 from tests.distance import calc_diff
-from tests.kernels.operands import assert_rounded, codes, sample
+from tests.kernels.device_cases import data
+from tests.kernels.operands import assert_rounded, codes
 
 # kind, rows, F, weighted: short last tiles, tiles that hold gate and up, one token tile and several
 CASES = [
@@ -26,7 +27,7 @@ def exact(gate_up: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def operands(kind: str, r: int, f: int, weighted: bool) -> tuple[Tensor, Tensor | None]:
-    return sample(kind, r, 2 * f), torch.rand(r) if weighted else None
+    return data(kind, r, 2 * f), torch.rand(r) if weighted else None
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -61,7 +62,7 @@ def test_columns_are_recomputed_from_the_cached_copy(case: tuple[str, int, int, 
 def test_backward(case: tuple[str, int, int, bool], power_of_two: bool) -> None:
     gate_up, weights = operands(*case)
     _, cached = swiglu(gate_up, weights)
-    dy = sample("normal", case[1], case[2]) * 2**-20
+    dy = data("normal", case[1], case[2]) * 2**-20
     rows, columns, dweights = swiglu_backward(dy, cached, weights, power_of_two=power_of_two)
 
     leaf = cached.dequantize().double().requires_grad_()
@@ -83,7 +84,7 @@ def test_backward(case: tuple[str, int, int, bool], power_of_two: bool) -> None:
 def test_small_gradients_keep_their_codes() -> None:
     gate_up, weights = operands("normal", 144, 144, True)
     _, cached = swiglu(gate_up, weights)
-    dy = sample("normal", 144, 144)
+    dy = data("normal", 144, 144)
     large = swiglu_backward(dy, cached, weights, power_of_two=True)
     small = swiglu_backward(dy * 2.0**-40, cached, weights, power_of_two=True)
     for one, other in zip(large[:2], small[:2], strict=True):
@@ -112,7 +113,7 @@ def test_large_gates_stay_finite() -> None:
 
 
 def test_arguments_are_left_alone() -> None:
-    gate_up, dy = sample("normal", 32, 96, dtype=torch.float32), sample("normal", 32, 48, dtype=torch.float32)
+    gate_up, dy = data("normal", 32, 96, dtype=torch.float32), data("normal", 32, 48, dtype=torch.float32)
     weights = torch.rand(32)
     before = [tensor.clone() for tensor in (gate_up, dy, weights)]
     _, cached = swiglu(gate_up, weights)

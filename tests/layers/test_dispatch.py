@@ -10,7 +10,9 @@ from fp8moe.layers.dispatch import LocalDispatcher, gradient_rows
 def four_verbs(x_TD, ids_TK, weights_TK):
     """Bytes of everything that the four verbs deliver, by name."""
     dispatcher = LocalDispatcher(5)
-    arrived = dispatcher.dispatch(quantize_rows(x_TD, power_of_two=True), ids_TK, weights_TK).wait()
+    arrived = dispatcher.dispatch(
+        quantize_rows(x_TD, power_of_two=True), dispatcher.announce(ids_TK), weights_TK
+    ).wait()
     rows, layout = arrived.rows_RD, arrived.layout
     y_RD = rows.dequantize(torch.bfloat16) * arrived.weights_R[:, None].bfloat16()
     gradient = dispatcher.combine_backward(gradient_rows(x_TD * 2.0**-20, fp8=True), layout).wait()

@@ -72,6 +72,17 @@ def test_the_whole_model_is_bit_equal(precision: Precision, changes: dict[str, i
         assert equal(expected, step(build(precision, recompute, **changes))), recompute
 
 
+@pytest.mark.parametrize("recompute", [NOTHING, RECIPE], ids=["nothing", "all"])
+def test_the_joined_norms_of_mtp_come_back_in_their_order(recompute: frozenset[Recompute]) -> None:
+    model = build(Precision.FP32, recompute)
+    assert model.mtp is not None
+    torch.manual_seed(0)
+    hidden, embedded, dy = torch.randn(3, B * S, CONFIG.dim)
+    model.mtp.enter(hidden, embedded).backward(dy)
+    normed = [torch.nn.functional.rms_norm(x, x.shape[1:], eps=CONFIG.norm_eps) for x in (hidden, embedded)]
+    torch.testing.assert_close(model.mtp.join.weight.main_grad, dy.T @ torch.cat(normed, dim=-1))
+
+
 @pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
 @pytest.mark.parametrize("recompute", CHOICES, ids=IDS)

@@ -96,7 +96,7 @@ def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
         silent.append({"host": "another", "pid": elsewhere.pid, "started": watch._state(elsewhere.pid)[1]})
         silent.append({"host": host, "pid": reused.pid, "started": "1"})
         silent.append({"host": host, "pid": 2**22 + 1, "started": "1"})  # no such process
-        watch._current.append(watch._Watch(None, 0, None, silent=silent))  # type: ignore[arg-type]
+        watch._current.append(watch._Watch(None, 0, None, silent=dict(enumerate(silent))))  # type: ignore[arg-type]
         time.sleep(0.1)
         watch.end_frozen()
         assert stopped.wait(5) == -signal.SIGKILL

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 from fp8moe.errors import ImbalanceError, NonFiniteError
+from fp8moe.layers.attention import LatentAttention
+from fp8moe.layers.experts import Experts
+from fp8moe.layers.mlp import Mlp
+from fp8moe.layers.norm import RMSNorm
+from fp8moe.layers.precision import Precision
+from fp8moe.layers.swiglu import swiglu
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
@@ -72,6 +78,15 @@ def overflowing(settings: list[str]) -> str:
 def test_an_overflow_ends_the_run_before_the_step(corpus: list[str]) -> None:
     for said in run_ranks(overflowing, 4, [*corpus, "parallel.capacity_factor=1.0"]):
         assert "parallel.capacity_factor=1.0 has room for, and no step is taken" in said
+
+
+def test_the_model_recomputes_what_the_configuration_says(corpus: list[str]) -> None:
+    for names in ("[]", "[norm]", "[mla_up,norm]"):
+        modules = list(built(configured(corpus, "precision=bf16", f"recompute={names}")).model.modules())
+        assert {m.recompute for m in modules if isinstance(m, RMSNorm)} == {"norm" in names}
+        assert {m.recompute for m in modules if isinstance(m, LatentAttention)} == {"mla_up" in names}
+        keeping = {m.act for m in modules if isinstance(m, (Mlp, Experts))}
+        assert keeping == {swiglu(Precision.BF16, recompute=frozenset())}
 
 
 def test_figures_of_an_fp8_step(corpus: list[str]) -> None:
