@@ -2,10 +2,11 @@
 # Runs a command on two "nodes" of this machine: two network namespaces, joined by one link of a chosen rate.
 #   benchmarks/two_nodes.sh RATE RANKS_PER_NODE COMMAND...     what follows torchrun's own options, as in
 #   benchmarks/two_nodes.sh 200mbit 2 -m benchmarks.bench_dispatch --part bytes
-# Needs root, iproute2 and the tbf queue. PYTHON chooses the interpreter. Ends with 1 if a node fails, and leaves
+# Needs root, iproute2 and the tbf queue. PYTHON chooses the interpreter, BURST (256kb) what a link that has rested sends
+# at once: messages with pauses between them travel faster than RATE by that much each, and without pauses not. Ends with 1 if a node fails, and leaves
 # neither namespace nor process behind.
 set -euo pipefail
-if [ $# -lt 3 ]; then sed -n '2,6s/^# //p' "$0" >&2; exit 2; fi
+if [ $# -lt 3 ]; then sed -n '2,7s/^# //p' "$0" >&2; exit 2; fi
 rate=$1 ranks=$2; shift 2
 python=${PYTHON:-python3} name=fp8moe-$$ agents=()
 end() {
@@ -29,7 +30,7 @@ for i in 0 2; do
   "${inside[@]}" sysctl -qw net.ipv4.tcp_slow_start_after_idle=0
   # Room for a whole message: a sender that waits for the CPU after every 100 KB measures the scheduler, not the link.
   "${inside[@]}" sysctl -qw net.ipv4.tcp_wmem="4096 4194304 16777216" net.ipv4.tcp_rmem="4096 4194304 16777216"
-  "${inside[@]}" tc qdisc add dev "link$node" root tbf rate "$rate" burst 256kb latency 400ms
+  "${inside[@]}" tc qdisc add dev "link$node" root tbf rate "$rate" burst "${BURST:-256kb}" latency 400ms
 done
 for i in 0 2; do
   node=${address[i]}
