@@ -3,8 +3,8 @@
 #   benchmarks/two_nodes.sh RATE RANKS_PER_NODE COMMAND...     what follows torchrun's own options, as in
 #   benchmarks/two_nodes.sh 200mbit 2 -m benchmarks.bench_dispatch --part bytes
 # Needs root, iproute2 and the tbf queue. PYTHON chooses the interpreter, BURST (256kb) what a link that has rested sends
-# at once: messages with pauses between them travel faster than RATE by that much each, and without pauses not. Ends with 1 if a node fails, and leaves
-# neither namespace nor process behind.
+# at once: messages with pauses between them travel faster than RATE by that much each, and without pauses not.
+# Ends with 1 if a node fails, and leaves neither namespace nor process behind.
 set -euo pipefail
 if [ $# -lt 3 ]; then sed -n '2,7s/^# //p' "$0" >&2; exit 2; fi
 rate=$1 ranks=$2; shift 2
