@@ -120,8 +120,8 @@ class Pipeline:
         """Leave the output where the SEND, or the next stage on this rank, finds it."""
         runs = self._runs[action.stage, action.microbatch]
         if action.stage < self.schedule.num_stages - 1:
-            output = runs[-1].output
-            self._ready[Kind.RECV_F, action.stage + 1, action.microbatch] = lambda: output
+            last = runs[-1]  # asked when the output is needed: what runs until then hides the last combine
+            self._ready[Kind.RECV_F, action.stage + 1, action.microbatch] = lambda: last.output
         if not self._goes_back:
             del self._runs[action.stage, action.microbatch]
 
