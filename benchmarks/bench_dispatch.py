@@ -6,7 +6,7 @@
     benchmarks/two_nodes.sh 200mbit 1 -m benchmarks.bench_dispatch --part overlap    what compute hides (see there)
 
 GB/s of a hop: payload that one rank sends over it in a verb, over the verb's time; casts, plans and sums are inside.
-With `--json FILE` a plot lies beside it where matplotlib is installed.
+With `--json FILE` a plot (SVG) lies beside it.
 """
 
 from __future__ import annotations

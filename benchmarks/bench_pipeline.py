@@ -67,14 +67,12 @@ def report_schedules(report: Report, done: dict[str, list[Trial]], shape: str) -
 def report_overlap(report: Report, done: dict[str, list[Trial]], shape: str) -> None:
     """On against off, the share of communication in the latter, and the floor: what can't be hidden by anything.
 
-    Waiting at once, a process leaves its core to another; where all compute at once, they share the cores.
+    Where processes share cores the floor is out of reach: one that waits leaves its core to another even without
+    overlap, and what it computes takes longer once all compute at once.
     """
     off, on = done["waited at once"], done["overlapped"]
     share = statistics.median(t.exposed / t.seconds for t in off)
-    crowd = max(1.0, len(off[0].ranks) / (os.cpu_count() or 1))  # processes that compute on one core, in turn
-    floor = statistics.median(
-        max(t.seconds - t.exposed + (crowd - 1) * t.computing, t.exposed) / t.seconds for t in off
-    )
+    floor = statistics.median(max(t.seconds - t.exposed, t.exposed) / t.seconds for t in off)
     ratio = paired_ratio([t.seconds for t in on], [t.seconds for t in off])
     report.add("waited at once", shape, "step", median_ms(off, lambda t: t.seconds), "ms")
     report.add("overlapped", shape, "step", median_ms(on, lambda t: t.seconds), "ms", baseline="waited at once",

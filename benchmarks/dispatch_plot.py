@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from benchmarks.harness import Record, Report
+from benchmarks.plot import COLOURS, LINE, text
+
+LEFT, TOP, WIDTH, HEIGHT = 40, 40, 420, 260  # pixels
 
 SIMULATED = "bytes across, simulated"
 Lines = dict[str, list[tuple[float, float]]]  # by legend: the points
@@ -37,28 +41,64 @@ def _lines(points: dict[tuple[str, int], float]) -> Lines:
     return {kind: sorted((x, y) for (k, x), y in points.items() if k == kind) for kind, _ in points}
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Lines over a logarithmic axis to the base 2; upwards logarithmic too, or linear from zero."""
+
+    lines: Lines
+    across: str
+    upwards: str
+    is_log: bool
+
+    def height(self, value: float) -> float:
+        """Where `value` stands, 0 at the bottom and 1 at the top."""
+        values = [y for points in self.lines.values() for _, y in points]
+        if self.is_log:
+            low, high = math.log(min(values)), math.log(max(values))
+            return (math.log(value) - low) / ((high - low) or 1.0)
+        return value / (max(values) or 1.0)
+
+    def draw(self, left: float) -> list[str]:
+        """As SVG elements, `left` pixels from the edge."""
+        ticks = sorted({x for points in self.lines.values() for x, _ in points})
+        place = {x: left + WIDTH * (i + 0.5) / len(ticks) for i, x in enumerate(ticks)}
+        floor = TOP + HEIGHT
+        parts = [f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999999"/>']
+        parts += [text(place[x], floor + 16, f"{x:g}", "middle") for x in ticks]
+        parts += [text(left + WIDTH / 2, floor + 34, self.across, "middle"), text(left, TOP - 8, self.upwards, "start")]
+        for n, (name, points) in enumerate(self.lines.items()):
+            colour, y = COLOURS[n], floor + 52 + LINE * n
+            spots = [(place[x], floor - HEIGHT * self.height(value), value) for x, value in points]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in spots)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            for x, spot, value in spots:
+                parts.append(f'<circle cx="{x:.1f}" cy="{spot:.1f}" r="3" fill="{colour}"/>')
+                parts.append(text(x + 5, spot - 4, f"{value:.3g}", "start"))
+            parts.append(f'<rect x="{left}" y="{y}" width="10" height="10" fill="{colour}"/>')
+            parts.append(text(left + 16, y + 9, name, "start"))
+        return parts
+
+
+def picture(records: Sequence[Record]) -> str:
+    """Both panels, those that have something to show, as one SVG picture."""
+    panels = [
+        Panel(times(records), "tokens a rank", "ms, four verbs, 2 x 2 ranks, hidden 1024", True),
+        Panel(shares(records), "ranks", "bytes across nodes / naive", False),
+    ]
+    width, height = 2 * (WIDTH + LEFT) + LEFT, TOP + HEIGHT + 52 + 4 * LINE
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="11"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for i, panel in enumerate(panels):
+        if panel.lines:
+            parts += panel.draw(LEFT + i * (WIDTH + LEFT))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 def plot_beside(report: Report) -> None:
-    """Write the picture beside the report's JSON file, if one was asked for and matplotlib is installed."""
-    if report.json_path is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed")
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    panels = ((left, times(report.records), "tokens a rank", "ms, four verbs, 2 x 2 ranks, hidden 1024", "log"),
-              (right, shares(report.records), "ranks", "bytes across nodes / naive", "linear"))  # fmt: skip
-    for axes, lines, x, y, scale in panels:
-        for kind, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o", label=kind)
-        axes.set(xlabel=x, ylabel=y, yscale=scale)
-        axes.set_xscale("log", base=2)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(report.json_path.with_suffix(".png"), dpi=120)
-    pyplot.close(figure)
-    print(f"plot in {report.json_path.with_suffix('.png')}")
+    """Write the picture beside the report's JSON file, if one was asked for."""
+    if report.json_path is not None:
+        path = report.json_path.with_suffix(".svg")
+        path.write_text(picture(report.records), encoding="utf-8")
+        print(f"plot in {path}")

@@ -29,7 +29,7 @@ def bars(records: Sequence[Record]) -> str:
     for tick in range(TICKS + 1):
         y = floor - HEIGHT * tick / TICKS
         parts.append(f'<line x1="{LEFT}" x2="{width - GAP}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
-        parts.append(_text(LEFT - 6, y + 4, f"{top * tick / TICKS:.0f}", "end"))
+        parts.append(text(LEFT - 6, y + 4, f"{top * tick / TICKS:.0f}", "end"))
     for s, shape in enumerate(shapes):
         left = LEFT + GAP / 2 + s * group
         for n, name in enumerate(names):
@@ -39,15 +39,16 @@ def bars(records: Sequence[Record]) -> str:
                 f'<rect x="{left + n * BAR:.1f}" y="{floor - tall:.1f}" width="{BAR - 2}" height="{tall:.1f}" '
                 f'fill="{COLOURS[n % len(COLOURS)]}"><title>{escape(name)}: {value:.0f}</title></rect>'
             )
-        parts.append(_text(left + (group - GAP) / 2, floor + 16, shape, "middle"))
+        parts.append(text(left + (group - GAP) / 2, floor + 16, shape, "middle"))
     for n, name in enumerate(names):
         y = floor + 30 + LINE * n
         parts.append(f'<rect x="{LEFT}" y="{y}" width="10" height="10" fill="{COLOURS[n % len(COLOURS)]}"/>')
-        parts.append(_text(LEFT + 16, y + 9, name, "start"))
+        parts.append(text(LEFT + 16, y + 9, name, "start"))
     if shown:
-        parts.append(_text(LEFT, TOP - 12, f"{shown[0].unit}; {shown[0].device}; {shown[0].date}", "start"))
+        parts.append(text(LEFT, TOP - 12, f"{shown[0].unit}; {shown[0].device}; {shown[0].date}", "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _text(x: float, y: float, words: str, anchor: str) -> str:
+def text(x: float, y: float, words: str, anchor: str) -> str:
+    """Words at a place, in pixels; anchor: start, middle or end."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -59,5 +60,9 @@ def test_the_simulation_covers_its_worlds_and_is_drawn(tmp_path: Path, capsys: p
     assert capsys.readouterr().out == ""
     report.json_path = tmp_path / "dispatch.json"
     plot_beside(report)
-    drawn = (tmp_path / "dispatch.png").exists()
-    assert ("plot in" if drawn else "matplotlib is not installed") in capsys.readouterr().out
+    assert "plot in" in capsys.readouterr().out
+    drawn = ElementTree.parse(tmp_path / "dispatch.svg").getroot()
+    tags = [element.tag.rpartition("}")[2] for element in drawn.iter()]
+    assert tags.count("polyline") == len(KINDS) and tags.count("circle") == 3 * len(KINDS)
+    heights = {float(element.get("cy", "nan")) for element in drawn.iter() if element.tag.endswith("circle")}
+    assert min(heights) == pytest.approx(40.0) and max(heights) < 300.0, "the largest value reaches the top"
