@@ -20,6 +20,18 @@ def figures(report: Report) -> dict[tuple[str, str], tuple[float, float | None]]
     return {(record.name, record.metric): (record.value, record.ratio) for record in report.records}
 
 
+def test_overlap_on_against_off() -> None:
+    report = Report(torch.device("cpu"))
+    off, on = [trial(10.0, 4.5, 4.0), trial(20.0, 9.0, 8.0)], [trial(7.0, 5.0, 1.0), trial(14.0, 10.0, 2.0)]
+    bench_pipeline.report_overlap(report, {"waited at once": off, "overlapped": on}, "")
+    found = figures(report)
+    assert found["overlapped", "step"] == (pytest.approx(10500.0), pytest.approx(0.7))
+    assert found["floor, max(compute, communication) / all", "share of waited at once"][0] == pytest.approx(0.6)
+    assert found["waited at once", "communication in the step"][0] == pytest.approx(0.4)
+    assert found["overlapped", "communication hidden"][0] == pytest.approx(0.8)
+    assert found["overlapped", "waits less than waited at once"][0] == pytest.approx(0.75)
+
+
 def test_schedules_beside_the_simulator() -> None:
     report = Report(torch.device("cpu"))
     done = {"1f1b": [trial(10.0, 4.0, 4.0, 1.0)], "zb1p": [trial(9.0, 0.0, 0.0, 2.0)]}
