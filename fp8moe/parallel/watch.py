@@ -59,22 +59,29 @@ class _Watch:
     silent: dict[int, dict[str, Any]] = field(default_factory=dict)  # processes whose beat has stopped, by rank
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    beat: int = 0
+    process: dict[str, Any] = field(default_factory=lambda: _this_process())
     patience: float = float("inf")
     open: dict[int, Note] = field(default_factory=dict)  # by id: collectives that have not ended
 
     def beat_until_stopped(self) -> None:
-        beat, process = 0, _this_process()
         while not self.stopped.is_set():
-            waits = [note.awaited for note in list(self.open.values()) if not note.has_ended()]
-            state = json.dumps({"beat": beat, "groups": dict(self.groups), "process": process, "waits": waits})
-            try:
-                with self.lock:
-                    self.store.set(str(self.rank), state)
-            except RuntimeError:
-                return  # the store has ended, and the job with it
-            beat += 1
+            if not self.speak():
+                return
             self.complain()
             self.stopped.wait(BEAT)
+
+    def speak(self) -> bool:
+        """Write where this process stands; False when the store has ended, and the job with it."""
+        waits = [note.awaited for note in list(self.open.values()) if not note.has_ended()]
+        try:
+            with self.lock:
+                self.beat += 1
+                state = {"beat": self.beat, "groups": dict(self.groups), "process": self.process, "waits": waits}
+                self.store.set(str(self.rank), json.dumps(state))
+        except RuntimeError:
+            return False
+        return True
 
     def joins(self, group: str, name: str, ranks: str) -> int:
         """Note the next collective of `group`; its number."""
@@ -198,6 +205,7 @@ class Note:
     def _explained(self, watch: _Watch, error: RuntimeError) -> HangError:
         text = _SOURCE.sub("", " ".join(str(error).split()))
         lost = any(words in text.lower() for words in _LOST)
+        watch.speak()  # whoever loses this rank next must find what it stood at
         # At once, before the look around takes its seconds: after a lost peer a launcher ends this process soon.
         logger.error("rank %d: %s failed (%s); who is missing follows", watch.rank, self._what(), text[:160])
         sentence = self._sentence(watch, f"failed ({text[:160]})")
