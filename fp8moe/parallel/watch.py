@@ -265,10 +265,19 @@ def missing_ranks(watch: _Watch, group: str, number: int, ranks: list[int]) -> s
             questions.extend(state["waits"])
             stopped = f" and stopped after number {done} ({last})" if done < number else ""
             said = f"rank {rank} {'has ended or is frozen' if silent else 'is alive'}{stopped}"
-            (between if state["waits"] else ends).append(said)
+            (between if _is_blocked(state["waits"], after) else ends).append(said)
     if ends and between:
         ends.append(f"between them and rank {watch.rank}: {', '.join(' '.join(said.split()[:2]) for said in between)}")
     return "; ".join(ends or between) or "no rank is behind"
+
+
+def _is_blocked(waits: list[Any], states: dict[int, dict[str, Any]]) -> bool:
+    """Whether somebody has not come to what is waited for; the last word of a rank that died may be of an old wait."""
+    return any(
+        states[rank]["groups"].get(where, (0,))[0] < number if rank in states else True
+        for where, number, ranks in waits
+        for rank in ranks
+    )
 
 
 def _listed(ranks: list[int]) -> str:

@@ -75,7 +75,5 @@ def test_the_rank_that_stops_is_named(
             seconds, said = answer
             assert seconds < TIMEOUT + 30
             assert f"rank {LOST} {words}" in said, said
-            # Neighbours of a rank that died soon end as well and may be told of beside it; one that lives may not.
-            states = ("is alive",) if leave is die else ("is alive", "has ended")
-            named = [f"rank {other} {state}" for other in range(PP) for state in states]
+            named = [f"rank {other} {state}" for other in range(PP) for state in ("is alive", "has ended")]
             assert [name for name in named if name in said and not name.startswith(f"rank {LOST}")] == [], said
