@@ -20,7 +20,8 @@ from benchmarks.kept import Made
 from fp8moe.cli.compose import compose
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.recompute import DEFAULT, Recompute
-from fp8moe.model.partition import MicroBatch, Stage, stage_activation_bytes
+from fp8moe.model.memory import MicroBatch, stage_activation_bytes
+from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.train.config import TrainConfig
 

@@ -27,12 +27,12 @@ def runs(settings: Sequence[str], device: str, folder: Path) -> dict[str, Run]:
     from fp8moe.cli.compose import compose
     from fp8moe.parallel.mesh import Mesh
     from fp8moe.train.build import build, choose_device
-    from fp8moe.train.config import settle
+    from fp8moe.train.config import resolve
 
     made = {}
     for precision in PRECISIONS:
         words = ["experiment=quickstart", *settings, f"precision={precision}", f"device={device}"]
-        config = settle(compose(words).config, 1)
+        config = resolve(compose(words).config, 1)
         made[precision] = build(config, Mesh(1, 1, 1, rank=0), choose_device(config), folder)
     return made
 

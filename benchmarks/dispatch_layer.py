@@ -15,7 +15,7 @@ from benchmarks.dispatch_traffic import Naive, Setting, Traffic, routing
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.parallel.collectives import all_reduce, sent_bytes
-from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
 
 VERBS = ("dispatch", "combine", "combine backward", "dispatch backward")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from benchmarks.dispatch_layer import KINDS, Layer, ranks_of
 from benchmarks.dispatch_traffic import Setting
 from benchmarks.harness import Report
-from fp8moe.parallel.collectives import exposed_seconds
+from fp8moe.profile.spans import exposed_seconds
 
 
 def message_seconds(layer: Layer, kind: str, repeats: int = 5) -> list[float]:

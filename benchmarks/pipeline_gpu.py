@@ -1,7 +1,7 @@
 """One GPU, DualPipeV at pp=1, a stand-in for the all-to-all: what overlap hides, and what SMs left to messages cost.
 
 Times are of whole forwards and backwards, alternated; hidden share and waits are those of the kernels of one step under
-torch.profiler (`fp8moe.parallel.kineto`). The budget is the pipeline's own, of the GEMMs of a pair: 20 of 132 SMs left
+torch.profiler (`fp8moe.profile.kineto`). The budget is the pipeline's own, of the GEMMs of a pair: 20 of 132 SMs left
 free, as in the report. It needs torch, triton and numpy only. Without a GPU a small model runs, so that the way through
 it is tried.
 """
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from benchmarks.harness import Report, alternate, paired_ratio, summarize
 from benchmarks.stand_in import StandIn, copies_as_slow_as
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.partition import partition
-from fp8moe.model.stage import StageRuns
+from fp8moe.model.stage import StagePasses
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.figures import RankFigures, rank_figures, window_of
-from fp8moe.parallel.kineto import device_figures, profiling
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.pipeline import Pipeline
-from fp8moe.parallel.recorder import Recorder, marking
-from fp8moe.parallel.schedule import build_schedule
-from fp8moe.parallel.trace import listening
+from fp8moe.profile.figures import RankFigures, rank_figures, window_of
+from fp8moe.profile.kineto import device_figures, profiling
+from fp8moe.profile.recorder import Recorder, marking
+from fp8moe.profile.spans import listening
+from fp8moe.schedule.build import build_schedule
 
 PEERS, FREE_SMS, MICROBATCHES = 8, 20, 16
 LINKS = (None, 150e9, 50e9)  # bytes a second: a copy as it is, DeepEP over NVLink at EP8, over RDMA at EP64
@@ -91,7 +91,7 @@ class Step:
             self._schedule,
             0,
             Links(Mesh(1, 1, 1, rank=0), timedelta(seconds=60)),
-            StageRuns(self.model, self._stages, self._batches, self._weights, tally),
+            StagePasses(self.model, self._stages, self._batches, self._weights, tally),
             empty=lambda: torch.empty(0),
             overlap=overlap,
             sms=sms,

@@ -1,7 +1,7 @@
 """Whole training steps under several settings, alternated in one set of processes, each recorded span by span.
 
 A trial is one optimizer step. What it took is the host's clock around it; figures come from the spans of all ranks
-(`fp8moe.parallel.figures`), and the simulator is given the costs that the same spans say.
+(`fp8moe.profile.figures`), and the simulator is given the costs that the same spans say.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from pathlib import Path
 import torch
 
 from fp8moe.cli.compose import compose
-from fp8moe.parallel.collectives import gather
-from fp8moe.parallel.figures import RankFigures, measured_costs, num_microbatches, rank_figures, window_of
+from fp8moe.parallel.collectives import clock_offset, gather
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import warm_up
-from fp8moe.parallel.recorder import Recorder, clock_offset
-from fp8moe.parallel.schedule import build_schedule
-from fp8moe.parallel.simulate import simulate
-from fp8moe.parallel.trace import listening
-from fp8moe.train.build import Run, build, mesh_of
-from fp8moe.train.config import TrainConfig, settle
+from fp8moe.profile.figures import RankFigures, num_microbatches, rank_figures, window_of
+from fp8moe.profile.recorder import Recorder
+from fp8moe.profile.spans import listening
+from fp8moe.schedule.build import build_schedule
+from fp8moe.schedule.simulate import simulate
+from fp8moe.train.build import Run, build
+from fp8moe.train.config import TrainConfig, resolve
+from fp8moe.train.processes import mesh_of
 from fp8moe.train.step import train_step
+from fp8moe.train.step_trace import measured_costs
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=600)
@@ -77,7 +79,7 @@ class Trial:
 
 def configured(words: Sequence[str], world_size: int) -> TrainConfig:
     """The configuration of `words` for so many processes."""
-    return settle(compose([*words, "device=cpu", "checkpoint.at_end=false"]).config, world_size)
+    return resolve(compose([*words, "device=cpu", "checkpoint.at_end=false"]).config, world_size)
 
 
 def built(config: TrainConfig) -> Run:
@@ -110,7 +112,7 @@ def one_step(run: Run) -> Trial:
     )
 
 
-def alternated(runs: Mapping[str, tuple[Run, TrainConfig]], trials: int) -> dict[str, list[Trial]]:
+def alternated(runs: Mapping[str, tuple[Pass, TrainConfig]], trials: int) -> dict[str, list[Trial]]:
     """`trials` steps of each in turning order, after one that is not counted. Runs may share a model. Collective."""
     done: dict[str, list[Trial]] = {name: [] for name in runs}
     for trial in range(trials + 1):
@@ -122,7 +124,7 @@ def alternated(runs: Mapping[str, tuple[Run, TrainConfig]], trials: int) -> dict
     return done
 
 
-def overlap_and_not(run: Run) -> dict[str, tuple[Run, TrainConfig]]:
+def overlap_and_not(run: Run) -> dict[str, tuple[Pass, TrainConfig]]:
     """The same run with every message waited for at once, and with messages hidden."""
     return {
         name: (run, dataclasses.replace(run.config, parallel=dataclasses.replace(run.config.parallel, overlap=overlap)))

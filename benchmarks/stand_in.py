@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fp8moe.layers.dispatch import Announced, Dispatched, Handle, LocalDispatcher
 from fp8moe.layers.operand import Rows
+from fp8moe.parallel.dispatch.payload import row_bytes
 from fp8moe.parallel.stream import communication_stream
-from fp8moe.parallel.wire import row_bytes
 
 
 class StandIn:

@@ -59,7 +59,7 @@ def _run(module: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from fp8moe.cli.failures import explain
+        from fp8moe.cli.command import explain
 
         failure = explain(error)
         if failure.traceback:

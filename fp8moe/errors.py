@@ -17,6 +17,10 @@ EXIT: dict[str, int] = {
 }
 
 
+# How gloo and NCCL say that a peer is gone, lower case; they raise plain RuntimeErrors and have no codes.
+LOST_PEER_PHRASES = ("closed by peer", "reset by peer", "broken pipe", "socket closed", "remote peer")
+
+
 class ConfigError(ValueError):
     """A setting, or a combination of settings, that can't work."""
 

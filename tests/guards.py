@@ -16,6 +16,8 @@ from pathlib import Path
 FLOORS = {
     "kernels": 0,
     "layers": 1,
+    "schedule": 1,
+    "profile": 1,
     "parallel": 2,
     "model": 3,
     "data": 3,

@@ -28,9 +28,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8moe.cli.failures import Failure
+from fp8moe.cli.command import Failure
 
-NOTES = "FP8MOE_WATCH_NOTES"  # the folder in which `parallel/watch.py`, which needs torch, notes collectives
 LAUNCHED = "FP8MOE_LAUNCHED"  # set for the workers of `launch`: it prints their failure, they need not
 DEFAULT_PROCESSES = 4
 RENDEZVOUS_SECONDS = 300
@@ -91,6 +90,8 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
 
 @contextlib.contextmanager
 def _environment(num_processes: int, notes: str) -> Iterator[None]:
+    from fp8moe.parallel.hang import NOTES
+
     threads = str(max(1, (os.cpu_count() or 1) // num_processes))
     defaults = {LAUNCHED: "1", NOTES: notes, "OMP_NUM_THREADS": threads}
     if sys.platform == "linux":

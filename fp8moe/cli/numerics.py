@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.cli.launch import count_processes, launch
 from fp8moe.errors import ConfigError, NonFiniteError
 
@@ -81,24 +82,21 @@ def table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def command_parser() -> Parser:
     """The command's own options; all else is settings."""
-    parser = argparse.ArgumentParser(
-        prog="fp8moe numerics", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("numerics", DESCRIPTION, settings=True)
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps of each run")
     parser.add_argument("--nproc", default="auto", metavar="N", help="processes of each run (default auto)")
     parser.add_argument("--bound", type=float, default=0.01, help="largest relative difference (default 0.01)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the runs and numerics.json go (default runs/...)"
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Train, compare, print; 0 within the bound, 1 beyond it, or the exit code of a run that failed."""
-    arguments = make_parser().parse_intermixed_args(list(argv))
+    arguments = parse(command_parser(), argv)
     _check(arguments)
     num_processes = count_processes(arguments.nproc)
     out = arguments.out or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-numerics")

@@ -15,35 +15,36 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from fp8moe.cli.command import make_parser
 from fp8moe.errors import ConfigError
-from fp8moe.layers.recompute import Recompute
-from fp8moe.model.config import ModelConfig
-from fp8moe.model.partition import MicroBatch, partition, relative_costs
-from fp8moe.parallel.action import Schedule
-from fp8moe.parallel.schedule import SCHEDULES, build_schedule
-from fp8moe.parallel.simulate import Costs, Timeline, simulate
-from fp8moe.plan import published_step
+from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.plan.schedule_files import as_json, chrome_trace
 from fp8moe.plan.schedule_svg import svg
-from fp8moe.plan.schedule_tables import caption, compare, partition_table, published_table
+from fp8moe.plan.schedule_tables import (
+    beside_published,
+    caption,
+    compare,
+    is_published,
+    published_costs,
+    published_table,
+)
 from fp8moe.plan.schedule_text import LEGEND, draw
+from fp8moe.schedule.action import Schedule
+from fp8moe.schedule.build import SCHEDULES, build_schedule
+from fp8moe.schedule.simulate import Costs, Timeline, simulate
+
+if TYPE_CHECKING:  # torch, which a model's configuration loads, takes seconds that a bare picture need not wait for
+    from fp8moe.model.config import ModelConfig
 
 COST_KEYS = {"F": "forward", "B": "backward", "W": "weight", "FB": "overlapped", "message": "message"}
 DEEPSEEK = "deepseek-v3"
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see fp8moe schedule --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = _Parser(prog="fp8moe schedule", description="Simulate, draw and compare pipeline schedules.")
+    out = make_parser("schedule", "Simulate, draw and compare pipeline schedules.")
     add = out.add_argument
     add("--name", default="dualpipe", metavar="NAME", help=f"{', '.join(SCHEDULES)} (dualpipe)")
     add("--pp", type=int, default=8, metavar="N", help="pipeline ranks (8)")
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
 def parse_costs(text: str) -> Costs:
     """`F=1,B=2,W=1,FB=2.6,message=0.1` in any order and number, or the published step's name."""
     if text == DEEPSEEK:
-        return published_step.published_costs()
+        return published_costs()
     given: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
@@ -114,7 +115,6 @@ def _model(options: argparse.Namespace) -> tuple[ModelConfig, tuple[int, ...] | 
         if given or options.override:
             raise ConfigError(f"{(given or options.override)[0]} is about a model's stages: add --model NAME")
         return None
-    # Only here: hydra and what it composes take a second to load, which a bare picture does not need.
     from fp8moe.cli.compose import compose
 
     config = compose([f"model={options.model}", *options.override]).config
@@ -152,8 +152,8 @@ def _run(options: argparse.Namespace) -> None:
     schedule = build_schedule(options.name, options.pp, microbatches)
     asked = _model(options)
     timeline, tables = (simulate(schedule, costs), []) if asked is None else _of_model(options, *asked, schedule, costs)
-    if options.cost == DEEPSEEK and published_step.is_published(schedule):
-        tables.append(published_table(published_step.beside_published(timeline)))
+    if options.cost == DEEPSEEK and is_published(schedule):
+        tables.append(published_table(beside_published(timeline)))
     if options.compare:
         tables.append(compare(options.pp, microbatches, costs))
     _show(options, timeline, tables)
@@ -164,13 +164,19 @@ def _of_model(
     options: argparse.Namespace, config: ModelConfig, layout: tuple[int, ...] | None, schedule: Schedule, costs: Costs
 ) -> tuple[Timeline, list[str]]:
     """The time-line at the model's own stage costs, and the table of its ranks."""
-    if config.num_experts % options.ep:
-        nearest = max(n for n in range(1, options.ep) if config.num_experts % n == 0)
-        raise ConfigError(f"--ep {options.ep} does not divide num_experts={config.num_experts}: use {nearest}")
+    from fp8moe.model.memory import MicroBatch
+    from fp8moe.model.partition import partition, relative_costs
+    from fp8moe.plan.stage_table import partition_table
+
+    num_experts = config.experts.num_experts
+    if num_experts % options.ep:
+        nearest = max(n for n in range(1, options.ep) if num_experts % n == 0)
+        raise ConfigError(f"--ep {options.ep} does not divide num_experts={num_experts}: use {nearest}")
     seq_len = options.seq_len or config.max_seq_len
     stages = partition(config, schedule.num_stages, seq_len=seq_len, folded=schedule.is_folded, layout=layout)
     timeline = simulate(schedule, replace(costs, stages=relative_costs(config, stages, seq_len)))
-    sizes = MicroBatch(options.micro_batch, seq_len, options.precision, _recompute(options.recompute))
+    recipe = Recipe(Precision(options.precision), _recompute(options.recompute))
+    sizes = MicroBatch(options.micro_batch, seq_len, recipe)
     return timeline, [partition_table(config, stages, timeline, sizes, options.ep)]
 
 

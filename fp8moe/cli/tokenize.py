@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from fp8moe.cli.command import Parser, make_parser
 from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.textfiles import find_files, read_pieces
 from fp8moe.data.tokenizer import (
@@ -31,11 +32,11 @@ ENDINGS = (".bin", ".idx", ".tokenizer.json")
 TRAINING_SAMPLE_BYTES = 64 << 20
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="fp8moe tokenize",
-        description="Turn text into PREFIX.bin and PREFIX.idx (readable by Megatron too) and PREFIX.tokenizer.json.",
+    parser = make_parser(
+        "tokenize",
+        "Turn text into PREFIX.bin and PREFIX.idx (readable by Megatron too) and PREFIX.tokenizer.json.",
     )
     parser.add_argument(
         "--input",
@@ -57,14 +58,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code (0, 2 configuration, 3 data)."""
-    options = parser().parse_args(argv)
     try:
+        options = parser().parse_args(argv)
         _run(options)
     except (ConfigError, DataError) as error:
         print(f"fp8moe tokenize: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"fp8moe tokenize: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
+        print(f"fp8moe tokenize: {error.filename or argv}: {error.strerror or error}", file=sys.stderr)
         return DataError.exit_code
     return 0
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.cli.launch import count_processes, die_with_launcher, is_worker, launch, report
 from fp8moe.errors import EXIT
 
@@ -25,31 +26,28 @@ run_dir=runs/mine resume=auto. `--cfg job` shows them all.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def command_parser() -> Parser:
     """The command's own options; all else is settings."""
-    parser = argparse.ArgumentParser(
-        prog="fp8moe train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("train", DESCRIPTION, settings=True)
     parser.add_argument("--nproc", metavar="N", help="start N processes here; auto: one a GPU, 4 where there is none")
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and exit")
-    parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit code is 0, or that of what went wrong."""
-    arguments = make_parser().parse_intermixed_args(list(argv))
+    arguments = parse(command_parser(), argv)
     if is_worker():
         return _work(arguments)
     from fp8moe.cli.compose import as_yaml, compose
-    from fp8moe.train.config import settle
+    from fp8moe.train.config import resolve
 
     composed = compose(arguments.settings)
     if arguments.cfg:
         print(composed.text, end="")
         return 0
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
-    config = settle(composed.config, num_processes or 1)
+    config = resolve(composed.config, num_processes or 1)
     if num_processes is not None:
         return launch(["train", *arguments.settings], num_processes)
     from fp8moe.train.loop import train
@@ -65,7 +63,7 @@ def _work(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--nproc={arguments.nproc} starts processes and RANK says this is one: leave --nproc out")
     try:
         from fp8moe.cli.compose import as_yaml, compose
-        from fp8moe.train.config import settle
+        from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
 
         composed = compose(arguments.settings)
@@ -73,16 +71,16 @@ def _work(arguments: argparse.Namespace) -> int:
             if int(os.environ["RANK"]) == 0:
                 print(composed.text, end="")
             return 0
-        train(settle(composed.config, int(os.environ.get("WORLD_SIZE", "1"))), as_yaml)
+        train(resolve(composed.config, int(os.environ.get("WORLD_SIZE", "1"))), as_yaml)
     except Exception as error:
-        from fp8moe.cli.failures import explain
+        from fp8moe.cli.command import explain
 
         failure = explain(error)
         report(failure)
         if failure.code == EXIT["hang"]:
-            from fp8moe.parallel import watch
+            from fp8moe.parallel import hang
 
-            watch.end_frozen()
+            hang.end_frozen()
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,7 +9,6 @@ and constants come from real operands.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gemm import gemm, wgrad
@@ -43,7 +43,7 @@ Compile the kernels that a run needs into a cache on this node. Settings are tho
 
 
 @dataclass(frozen=True)
-class Sizes:
+class GemmSizes:
     """What a rank multiplies: (outputs, inputs) of each Linear, `tokens` of a micro-batch, `rows` its experts receive.
 
     unquantized: the Linears that stay in BF16 (head, router), whose weight gradient alone is a kernel of ours.
@@ -60,37 +60,29 @@ class Sizes:
     topk: int
 
 
-def sizes_of(model: ModelConfig, tokens: int, ep: int) -> Sizes:
+def gemm_sizes(model: ModelConfig, tokens: int, ep: int) -> GemmSizes:
     """The Linears of `model`, each size once, and the rows of a balanced routing, every group padded to 128."""
-    c = model
-    queries = c.num_heads * c.qk_dim
-    latent = c.kv_lora_rank + c.rope_dim
-    shared = c.expert_hidden * c.num_shared_experts
+    c, e, topk = model, model.experts, model.router.topk
+    shared = e.hidden * e.num_shared
     linears = [
-        ((c.q_lora_rank or queries) + latent, c.dim),
-        *([(queries, c.q_lora_rank)] if c.q_lora_rank else []),
-        (c.num_heads * (c.nope_dim + c.v_dim), c.kv_lora_rank),
-        (c.dim, c.num_heads * c.v_dim),
+        *c.attention.linears(c.dim),
         *([(2 * c.dense_hidden, c.dim), (c.dim, c.dense_hidden)] if c.num_dense_layers else []),
         *([(2 * shared, c.dim), (c.dim, shared)] if shared else []),
     ]
-    experts = [(2 * c.expert_hidden, c.dim), (c.dim, c.expert_hidden)]
-    num_experts = c.num_experts // ep
-    rows = ceil_div(ceil_div(tokens * c.topk, num_experts), TILE) * TILE * num_experts
-    unquantized = ((c.vocab_size, c.dim), (c.num_experts, c.dim))
-    return Sizes(
-        tuple(dict.fromkeys(linears)),
-        tuple(dict.fromkeys(experts)),
-        unquantized,
+    num_experts = e.num_experts // ep
+    return GemmSizes(
+        linears=tuple(dict.fromkeys(linears)),
+        experts=tuple(dict.fromkeys([(2 * e.hidden, c.dim), (c.dim, e.hidden)])),
+        unquantized=((c.vocab_size, c.dim), (e.num_experts, c.dim)),
         num_experts=num_experts,
         tokens=tokens,
-        rows=rows,
+        rows=ceil_div(ceil_div(tokens * topk, num_experts), TILE) * TILE * num_experts,
         dim=c.dim,
-        topk=c.topk,
+        topk=topk,
     )
 
 
-def calls(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+def calls(sizes: GemmSizes, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) of every cast and product of a step, one size after the other."""
     tokens = ceil_div(sizes.tokens, 16) * 16
     for n, k in sizes.linears:
@@ -120,7 +112,7 @@ def linear(tokens: int, n: int, k: int, device: torch.device) -> None:
     gemm(dy_columns, columns, accumulate=torch.zeros(n, k, device=device))
 
 
-def expert(sizes: Sizes, n: int, k: int, device: torch.device) -> None:
+def expert(sizes: GemmSizes, n: int, k: int, device: torch.device) -> None:
     """The grouped products of one expert Linear, with the casts of its operands."""
     x, dy = (torch.zeros(sizes.rows, size, dtype=torch.bfloat16, device=device) for size in (k, n))
     experts = torch.zeros(sizes.num_experts, n, k, dtype=torch.bfloat16, device=device)
@@ -136,7 +128,7 @@ def expert(sizes: Sizes, n: int, k: int, device: torch.device) -> None:
     grouped_wgrad(dy_columns, requantize_columns(rows), offsets, total)
 
 
-def there_and_back(tokens: int, sizes: Sizes, device: torch.device) -> None:
+def there_and_back(tokens: int, sizes: GemmSizes, device: torch.device) -> None:
     """Plan, permute and unpermute, of rows cast here and of rows that came over the wire (scales token-major)."""
     ids = torch.arange(tokens * sizes.topk, device=device).view(tokens, sizes.topk) % sizes.num_experts
     row_map = plan_rows(ids, sizes.num_experts)
@@ -155,27 +147,24 @@ def choose_cache(given: Path | None) -> Path:
     return Path(named) if named else Path(tempfile.gettempdir(), f"fp8moe-kernels-{os.getuid()}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def command_parser() -> Parser:
     """The command's own options; all else is settings."""
-    parser = argparse.ArgumentParser(
-        prog="fp8moe warmup", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("warmup", DESCRIPTION, settings=True)
     parser.add_argument("--processes", type=int, metavar="N", help="of the whole run (the GPUs of this machine)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"(${CACHE_VARIABLE}, or a local one)")
-    parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 0 when everything is compiled, or when the precision has nothing to compile."""
-    arguments = make_parser().parse_intermixed_args(list(argv))
+    arguments = parse(command_parser(), argv)
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError(f"--processes={arguments.processes} must be at least 1")
     from fp8moe.cli.compose import compose
-    from fp8moe.train.config import settle
+    from fp8moe.train.config import resolve
 
     config = compose(arguments.settings).config
-    config = settle(config, arguments.processes or max(1, torch.cuda.device_count()))
+    config = resolve(config, arguments.processes or max(1, torch.cuda.device_count()))
     if config.precision.mode != "fp8":
         print(f"precision {config.precision.mode} runs on PyTorch's own kernels: nothing to compile")
         return 0
@@ -183,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("warmup compiles for the GPU it runs on and torch sees 0: run it on a node that trains")
     cache = choose_cache(arguments.cache)
     os.environ[CACHE_VARIABLE] = str(cache)
-    sizes = sizes_of(config.model, config.micro_batch * config.seq_len, config.ep)
+    sizes = gemm_sizes(config.model, config.micro_batch * config.seq_len, config.ep)
     start = time.perf_counter()
     for name, call in calls(sizes, torch.device("cuda")):
         call()

@@ -1,14 +1,14 @@
-"""How rows reach experts and come back: the protocol, its one-rank form, and its place on autograd's tape.
+"""Dispatch of rows to experts and back: the protocol, its one-rank form, and its use under ordinary autograd.
 
 A dispatcher has four verbs on plain data, in two pairs of duals (DeepEP's insight): the backward of dispatch is a
-combine, the backward of combine is a dispatch, both on the layout that the forward left. Each verb returns a handle at
+combine, the backward of combine is a dispatch, both by the state that the forward left. Each verb returns a handle at
 once and `wait()` gives the result, so that a schedule may compute in between. Forward rows travel in FP8 with their
 power-of-two scales, and so do the gradients that combine's backward sends; what comes back is BF16 and is summed.
 
-A dispatch is announced first, as soon as its experts are chosen: how many rows go where is then known, or under way,
-when the rows are ready. Nobody waits for an announcement but the dispatch that it is given to.
+A dispatch is announced first, as soon as its experts are chosen: how many rows go where is then known, or being
+exchanged, when the rows are ready. Only the dispatch that an announcement is given to waits for it.
 
-`dispatched` and `combined` put the verbs on the tape, waiting at once: the model under ordinary autograd.
+`dispatched` and `combined` call the verbs under autograd and wait at once: the model without a schedule.
 
 Legend: T tokens, K top-k, D model, E experts, e local experts, R received rows (each expert's group 128-aligned).
 """
@@ -24,13 +24,13 @@ from torch import Tensor
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
-from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, from_rows, stand_in
+from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, from_rows, placeholder
 
 Value = TypeVar("Value", covariant=True)
 
 
 class Handle(Protocol[Value]):
-    """A message under way."""
+    """A message in flight."""
 
     def wait(self) -> Value: ...
 
@@ -57,13 +57,13 @@ class Announced:
 class Dispatched:
     """What a dispatch delivers: rows [R, D], their routing weights [R] (FP32, 0 for padding), where groups begin.
 
-    `layout` is the dispatcher's own memory of the way, handed back to its other verbs.
+    `state` is what the dispatcher's other verbs need of this dispatch, and nobody else reads.
     """
 
     rows_RD: Rows
     weights_R: Tensor
     group_offsets: Tensor
-    layout: Any
+    state: Any
 
 
 class Dispatcher(Protocol):
@@ -77,15 +77,15 @@ class Dispatcher(Protocol):
 
     def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Handle[Dispatched]: ...
 
-    def combine(self, y_RD: Tensor, layout: Any) -> Handle[Tensor]:
+    def combine(self, y_RD: Tensor, state: Any) -> Handle[Tensor]:
         """[R, D] -> [T, D]: the plain sum over a token's rows."""
         ...
 
-    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: Any) -> Handle[tuple[Tensor, Tensor]]:
+    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, state: Any) -> Handle[tuple[Tensor, Tensor]]:
         """-> dx [T, D] and d topk_weights [T, K]."""
         ...
 
-    def combine_backward(self, dy_TD: Rows, layout: Any) -> Handle[Rows]:
+    def combine_backward(self, dy_TD: Rows, state: Any) -> Handle[Rows]:
         """[T, D] -> [R, D]: each token's gradient to all of its rows."""
         ...
 
@@ -108,14 +108,14 @@ class LocalDispatcher:
         weights_R = select_weights(topk_weights_TK, row_map)
         return Ready(Dispatched(permute(rows_TD, row_map), weights_R, row_map.group_offsets, row_map))
 
-    def combine(self, y_RD: Tensor, layout: RowMap) -> Ready[Tensor]:
-        return Ready(unpermute(y_RD, layout))
+    def combine(self, y_RD: Tensor, state: RowMap) -> Ready[Tensor]:
+        return Ready(unpermute(y_RD, state))
 
-    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: RowMap) -> Ready[tuple[Tensor, Tensor]]:
-        return Ready((unpermute(dx_RD, layout), return_weights(dweights_R, layout)))
+    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, state: RowMap) -> Ready[tuple[Tensor, Tensor]]:
+        return Ready((unpermute(dx_RD, state), return_weights(dweights_R, state)))
 
-    def combine_backward(self, dy_TD: Rows, layout: RowMap) -> Ready[Rows]:
-        return Ready(permute(dy_TD, layout))
+    def combine_backward(self, dy_TD: Rows, state: RowMap) -> Ready[Rows]:
+        return Ready(permute(dy_TD, state))
 
     def verify(self) -> None:
         """One rank has room for all rows."""
@@ -136,24 +136,25 @@ def return_weights(dweights_R: Tensor, row_map: RowMap) -> Tensor:
 
 @dataclass(frozen=True)
 class Received:
-    """A `Dispatched` on autograd's tape, for the experts."""
+    """A `Dispatched` that autograd follows, for the experts."""
 
     x: Activation
     weights_R: Tensor
     group_offsets: Tensor
-    layout: Any
+    state: Any
     gradient: Fp8Gradient | None
 
 
-def receive(rows: Dispatched, edge_RD: Tensor, weights_R: Tensor) -> Received:
-    """Give delivered rows an edge; FP8 rows also a box in which combine's backward will find their FP8 gradient."""
-    box = Fp8Gradient() if isinstance(rows.rows_RD, Fp8Tensor) else None
-    return Received(Activation(edge_RD, from_rows(rows.rows_RD)), weights_R, rows.group_offsets, rows.layout, box)
+def receive(rows: Dispatched, autograd_handle_RD: Tensor, weights_R: Tensor) -> Received:
+    """Delivered rows with what autograd follows of them; FP8 rows also with a slot for their FP8 gradient."""
+    gradient = Fp8Gradient() if isinstance(rows.rows_RD, Fp8Tensor) else None
+    x = Activation(autograd_handle_RD, from_rows(rows.rows_RD))
+    return Received(x, weights_R, rows.group_offsets, rows.state, gradient)
 
 
-def arrived_edge(rows_RD: Rows, *, like: Tensor) -> Tensor:
-    """What autograd follows of delivered rows: themselves, or their stand-in."""
-    return stand_in(rows_RD.shape, like) if isinstance(rows_RD, Fp8Tensor) else rows_RD
+def handle_of_rows(rows_RD: Rows, *, like: Tensor) -> Tensor:
+    """What autograd follows of delivered rows: themselves, or a placeholder."""
+    return placeholder(rows_RD.shape, like) if isinstance(rows_RD, Fp8Tensor) else rows_RD
 
 
 def gradient_rows(dy_TD: Tensor, *, fp8: bool) -> Rows:
@@ -166,47 +167,47 @@ def gradient_rows(dy_TD: Tensor, *, fp8: bool) -> Rows:
 def dispatched(dispatcher: Dispatcher, x: Activation, announced: Announced, topk_weights_TK: Tensor) -> Received:
     """Dispatch and wait, under autograd."""
     arrived = dispatcher.dispatch(x.operand.rows, announced, topk_weights_TK.detach()).wait()
-    edge_RD, weights_R = _Dispatch.apply(x.edge, topk_weights_TK, dispatcher, arrived)
-    return receive(arrived, edge_RD, weights_R)
+    handle_RD, weights_R = _Dispatch.apply(x.autograd_handle, topk_weights_TK, dispatcher, arrived)
+    return receive(arrived, handle_RD, weights_R)
 
 
 def combined(dispatcher: Dispatcher, y_RD: Tensor, received: Received) -> Tensor:
     """Combine and wait, under autograd."""
-    return _Combine.apply(y_RD, dispatcher, received.layout, received.gradient)
+    return _Combine.apply(y_RD, dispatcher, received.state, received.gradient)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Puts what has arrived on the tape, behind the tensors it came from."""
+    """Lets autograd follow what has arrived, back to the tensors it came from."""
 
     @staticmethod
     def forward(
-        ctx: Any, edge_TD: Tensor, weights_TK: Tensor, dispatcher: Dispatcher, arrived: Dispatched
+        ctx: Any, handle_TD: Tensor, weights_TK: Tensor, dispatcher: Dispatcher, arrived: Dispatched
     ) -> tuple[Tensor, Tensor]:
-        ctx.dispatcher, ctx.layout = dispatcher, arrived.layout
-        return arrived_edge(arrived.rows_RD, like=edge_TD), arrived.weights_R
+        ctx.dispatcher, ctx.state = dispatcher, arrived.state
+        return handle_of_rows(arrived.rows_RD, like=handle_TD), arrived.weights_R
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dx_TD, dweights_TK = ctx.dispatcher.dispatch_backward(*grads, ctx.layout).wait()
+        dx_TD, dweights_TK = ctx.dispatcher.dispatch_backward(*grads, ctx.state).wait()
         return dx_TD, dweights_TK, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, dispatcher: Dispatcher, layout: Any, box: Fp8Gradient | None) -> Tensor:
-        ctx.dispatcher, ctx.layout, ctx.box, ctx.shape = dispatcher, layout, box, y_RD.shape
-        return dispatcher.combine(y_RD, layout).wait()
+    def forward(ctx: Any, y_RD: Tensor, dispatcher: Dispatcher, state: Any, gradient: Fp8Gradient | None) -> Tensor:
+        ctx.dispatcher, ctx.state, ctx.gradient = dispatcher, state, gradient
+        return dispatcher.combine(y_RD, state).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        rows = ctx.dispatcher.combine_backward(gradient_rows(grads[0], fp8=ctx.box is not None), ctx.layout).wait()
-        return deliver(rows, ctx.box, like=grads[0]), None, None, None
+        rows = ctx.dispatcher.combine_backward(gradient_rows(grads[0], fp8=ctx.gradient is not None), ctx.state).wait()
+        return deliver(rows, ctx.gradient, like=grads[0]), None, None, None
 
 
-def deliver(rows: Rows, box: Fp8Gradient | None, *, like: Tensor) -> Tensor:
-    """The gradient for autograd: the rows themselves, or a stand-in while the FP8 rows wait in the box."""
+def deliver(rows: Rows, gradient: Fp8Gradient | None, *, like: Tensor) -> Tensor:
+    """The gradient for autograd: the rows themselves, or a placeholder while the FP8 rows wait in their slot."""
     if isinstance(rows, Fp8Tensor):
-        assert box is not None
-        box.put(rows)
-        return stand_in(rows.shape, like)
+        assert gradient is not None
+        gradient.put(rows)
+        return placeholder(rows.shape, like)
     return rows

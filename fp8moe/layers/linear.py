@@ -1,4 +1,4 @@
-"""A Linear without bias whose three products follow the precision recipe.
+"""Linears without bias whose three products follow the recipe, and the embedding: all add into FP32 `main_grad`.
 
     Fprop  y  [T, N] = x  [T, K] @ W^T          rows of x, 128x128 blocks of W
     Dgrad  dx [T, K] = dy [T, N] @ W            rows of dy, blocks of the transposed copy
@@ -19,7 +19,7 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks
 from fp8moe.layers.operand import Activation, Rows, activation, from_gradient
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.wgrad import submit
 
@@ -29,15 +29,15 @@ class QuantizedWeight(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, shape: tuple[int, ...], *, precision: Precision, device: torch.device | str | None) -> None:
+    def __init__(self, shape: tuple[int, ...], recipe: Recipe) -> None:
         super().__init__()
-        self.precision = precision
-        self.weight = nn.Parameter(torch.empty(shape, dtype=precision.dtype, device=device))
+        self.recipe = recipe
+        self.weight = nn.Parameter(torch.empty(shape, dtype=recipe.dtype))
         self._blocks: tuple[Fp8Tensor, Fp8Tensor] | None = None
 
     def quantize(self) -> None:
         """Refresh the FP8 blocks from the weight; nothing to do in BF16 and FP32."""
-        if self.precision is Precision.FP8:
+        if self.recipe.fp8:
             self._blocks = quantize_blocks(self.weight.detach())
 
     @property
@@ -58,21 +58,14 @@ class QuantizedWeight(nn.Module):
 class Linear(QuantizedWeight):
     """y = x W^T with x [T, in_features] -> y [T, out_features]; `weight` [out_features, in_features]."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        precision: Precision,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__((out_features, in_features), precision=precision, device=device)
+    def __init__(self, in_features: int, out_features: int, recipe: Recipe) -> None:
+        super().__init__((out_features, in_features), recipe)
 
     def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
         """x: a tensor, cast here, or an activation that was cast before (one cast can feed several Linears)."""
         if not isinstance(x, Activation):
-            x = activation(x, self.precision)
-        return _LinearFunction.apply(x.edge, self.weight, x, self)
+            x = activation(x, self.recipe)
+        return _LinearFunction.apply(x.autograd_handle, self.weight, x, self)
 
     def fprop(self, x: Rows) -> Tensor:
         return gemm(x, self.blocks) if isinstance(x, Fp8Tensor) else product(x, self.weight.detach().T)
@@ -104,14 +97,14 @@ class _LinearFunction(torch.autograd.Function):
     """The weight is an argument only so that autograd enters when the input needs no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, edge: Tensor, weight: Tensor, x: Activation, linear: Linear) -> Tensor:
+    def forward(ctx: Any, autograd_handle: Tensor, weight: Tensor, x: Activation, linear: Linear) -> Tensor:
         ctx.columns, ctx.linear = x.operand.columns, linear
         return linear.fprop(x.operand.rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         linear, x_columns = ctx.linear, ctx.columns
-        dy = from_gradient(grads[0], linear.precision)
+        dy = from_gradient(grads[0], linear.recipe)
         dy_columns = dy.columns
         submit(lambda: linear.wgrad(dy_columns(), x_columns()))
         return linear.dgrad(dy.rows) if ctx.needs_input_grad[0] else None, None, None, None
@@ -122,3 +115,30 @@ def quantize_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.quantize()
+
+
+class Embedding(nn.Module):
+    """ids [T] int64 -> [T, dim]; `weight` [vocab_size, dim].
+
+    Its gradient goes into FP32 `main_grad` directly: a frequent token sums thousands of rows, which BF16 would lose.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim, dtype=recipe.dtype))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return _EmbeddingFunction.apply(self.weight, ids_T)
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids_T: Tensor) -> Tensor:
+        ctx.weight, ctx.ids_T = weight, ids_T
+        return weight.detach()[ids_T]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        weight, ids_T, dy_TD = ctx.weight, ctx.ids_T, grads[0]
+        submit(lambda: weight.main_grad.index_add_(0, ids_T, dy_TD.float()))
+        return None, None

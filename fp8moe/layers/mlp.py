@@ -1,26 +1,29 @@
 """down(SwiGLU(gate_up(x))), forward and backward as the recipe lays the casts, for dense, shared and routed experts.
 
-One autograd function holds the three steps, because what passes between them is FP8 with its own caches, and nothing
-of it belongs on autograd's tape: the input of SwiGLU is kept in FP8, its output is recomputed for Wgrad, its gradient
-leaves as rows and columns at once. The same function serves `Linear` and, group by group, `GroupedLinear`: both offer
-fprop, dgrad and wgrad.
+One autograd function holds the three steps, because what passes between them is FP8 with its own caches, and autograd
+needs none of it: the input of SwiGLU is kept in FP8, its output is recomputed for Wgrad (DeepSeek-V3 report, 3.3.3),
+its gradient leaves as rows and columns at once. The same function serves `Linear` and, group by group,
+`experts.GroupedLinear`: both offer fprop, dgrad and wgrad. The routing weight is applied here and nowhere else, so that
+combine is a plain sum.
 
 Legend: R rows (tokens, or received rows), D model, F hidden.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fp8moe.kernels import swiglu as fp8
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR
 from fp8moe.layers.linear import Linear
-from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, activation, from_gradient, from_rows
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.recompute import DEFAULT, Recallable, Recompute
-from fp8moe.layers.swiglu import Swiglu, swiglu
+from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, activation, from_gradient, from_rows
+from fp8moe.layers.recipe import Recipe, Recompute
+from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.wgrad import submit
 
 
@@ -35,39 +38,29 @@ class Products(Protocol):
 class Mlp(nn.Module):
     """x [T, dim] -> [T, dim] through `hidden` features; the MLP of a dense block and of the shared experts."""
 
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        *,
-        precision: Precision,
-        recompute: frozenset[Recompute] = DEFAULT,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, dim: int, hidden: int, recipe: Recipe) -> None:
         super().__init__()
-        self.precision = precision
-        self.act = swiglu(precision, recompute=recompute)
-        self.gate_up = Linear(dim, 2 * hidden, precision=precision, device=device)
-        self.down = Linear(hidden, dim, precision=precision, device=device)
+        self.recipe = recipe
+        self.gate_up = Linear(dim, 2 * hidden, recipe)
+        self.down = Linear(hidden, dim, recipe)
 
     def cast(self, x_TD: Tensor | Recallable) -> Activation:
         """The cast of its input; scales are powers of two."""
-        return activation(x_TD, self.precision, power_of_two=True)
+        return activation(x_TD, self.recipe, power_of_two=True)
 
     def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
         if not isinstance(x, Activation):
             x = self.cast(x)
         weights = (self.gate_up.weight, self.down.weight)
-        return gated_mlp(x, self.gate_up, self.down, precision=self.precision, act=self.act, parameters=weights)
+        return gated_mlp(x, self.gate_up, self.down, self.recipe, parameters=weights)
 
 
 def gated_mlp(
     x: Activation,
     gate_up: Products,
     down: Products,
+    recipe: Recipe,
     *,
-    precision: Precision,
-    act: Swiglu,
     parameters: tuple[Tensor, Tensor],
     weights_R: Tensor | None = None,
     gradient: Fp8Gradient | None = None,
@@ -76,19 +69,20 @@ def gated_mlp(
 
     `parameters` are the two weights: only so that autograd enters when x needs no gradient.
     """
-    return _GatedMlpFunction.apply(x.edge, weights_R, *parameters, x, gate_up, down, precision, act, gradient)
+    return _GatedMlpFunction.apply(x.autograd_handle, weights_R, *parameters, x, gate_up, down, recipe, gradient)
 
 
 class _GatedMlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, edge_RD: Tensor, weights_R: Tensor | None, w1: Tensor, w2: Tensor, x: Activation,
-        gate_up: Products, down: Products, precision: Precision, act: Swiglu, gradient: Fp8Gradient | None,
+        ctx: Any, autograd_handle: Tensor, weights_R: Tensor | None, w1: Tensor, w2: Tensor, x: Activation,
+        gate_up: Products, down: Products, recipe: Recipe, gradient: Fp8Gradient | None,
     ) -> Tensor:  # fmt: skip
+        act = swiglu(recipe)
         hidden, cached = act.forward(gate_up.fprop(x.operand.rows), weights_R)
         ctx.x_columns, ctx.hidden_columns = x.operand.columns, hidden.columns
         ctx.cached, ctx.weights_R = cached, weights_R
-        ctx.gate_up, ctx.down, ctx.precision, ctx.act, ctx.gradient = gate_up, down, precision, act, gradient
+        ctx.gate_up, ctx.down, ctx.recipe, ctx.act, ctx.gradient = gate_up, down, recipe, act, gradient
         return down.fprop(hidden.rows)
 
     @staticmethod
@@ -96,7 +90,7 @@ class _GatedMlpFunction(torch.autograd.Function):
         gate_up, down, x_columns, hidden_columns = ctx.gate_up, ctx.down, ctx.x_columns, ctx.hidden_columns
         delivered = ctx.gradient.take() if ctx.gradient else None
         if delivered is None:
-            dy = from_gradient(grads[0], ctx.precision)
+            dy = from_gradient(grads[0], ctx.recipe)
         else:
             dy = from_rows(delivered, amax_floor=GRADIENT_AMAX_FLOOR)
         d_hidden_RF, dy_columns = down.dgrad(dy.rows), dy.columns
@@ -105,4 +99,68 @@ class _GatedMlpFunction(torch.autograd.Function):
         d_gate_up_columns = d_gate_up.columns
         submit(lambda: gate_up.wgrad(d_gate_up_columns(), x_columns()))
         dx_RD = gate_up.dgrad(d_gate_up.rows) if ctx.needs_input_grad[0] else None
-        return dx_RD, dweights_R, *(None,) * 8
+        return dx_RD, dweights_R, *(None,) * 7
+
+
+class Swiglu(NamedTuple):
+    """SwiGLU's forward and backward in one precision; what is `cached` between them is opaque to the caller.
+
+    forward(gate_up [R, 2F], weights [R] | None)  ->  (Operand of silu(gate) * up * weight [R, F], what is cached)
+    backward(dy [R, F], cached, weights)          ->  (Operand of d gate_up, d weights [R] | None)
+
+    In BF16 and FP32 the output may be kept for Wgrad instead of being recomputed; FP8 has no such choice, since keeping
+    it would give other bits than the recipe's, which makes columns from the cached copy of the input.
+    """
+
+    forward: Callable[[Tensor, Tensor | None], tuple[Operand, Any]]
+    backward: Callable[[Tensor, Any, Tensor | None], tuple[Operand, Tensor | None]]
+
+
+def _product(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    product = torch.nn.functional.silu(gate) * up
+    return (product if weights is None else product * weights[:, None]).to(gate_up.dtype)
+
+
+def _forward(gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Tensor]:
+    return Operand(_product(gate_up, weights), partial(_product, gate_up, weights)), gate_up
+
+
+def _forward_keeping(gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Tensor]:
+    product = _product(gate_up, weights)
+    return Operand(product, lambda: product), gate_up
+
+
+def _backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Tensor | None]:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    dy = dy.float()
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    dweights = None if weights is None else (dy * silu * up).sum(-1)
+    if weights is not None:
+        dy = dy * weights[:, None]
+    dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
+    d_gate_up = torch.cat([dgate, dy * silu], dim=-1).to(gate_up.dtype)
+    return Operand(d_gate_up, lambda: d_gate_up), dweights
+
+
+def _fp8_forward(gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Any]:
+    rows, cached = fp8.swiglu(gate_up, weights)
+    return Operand(rows, partial(fp8.swiglu_columns, cached, weights)), cached
+
+
+def _fp8_backward(dy: Tensor, cached: Any, weights: Tensor | None) -> tuple[Operand, Tensor | None]:
+    rows, columns, dweights = fp8.swiglu_backward(dy, cached, weights)
+    return Operand(rows, lambda: columns), dweights
+
+
+_RECOMPUTING = Swiglu(_forward, _backward)
+_KEEPING = Swiglu(_forward_keeping, _backward)
+_FP8 = Swiglu(_fp8_forward, _fp8_backward)
+
+
+def swiglu(recipe: Recipe) -> Swiglu:
+    """The pair for `recipe`, which also says what BF16 and FP32 keep of the output."""
+    if recipe.fp8:
+        return _FP8
+    return _RECOMPUTING if Recompute.SWIGLU in recipe.recompute else _KEEPING

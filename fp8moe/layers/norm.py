@@ -1,8 +1,7 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, statistics in FP32, output in the dtype of x.
 
-Under recomputation nothing is kept but x: backward runs the norm again for its own gradient, and whoever needs y there
-recalls it. That is twice at most where Wgrad waits; keeping y from one to the other was refused, it is the memory that
-was to be saved.
+Under recomputation only x is kept: backward runs the norm again for its own gradient, and whoever needs y there recalls
+it. That is at most twice where Wgrad waits; keeping y from one to the other was refused, it is the memory to be saved.
 """
 
 from __future__ import annotations
@@ -12,26 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.recompute import DEFAULT, Recallable, Recompute, kept
+from fp8moe.layers.recipe import Recipe, Recompute
+from fp8moe.layers.recompute import Recallable, kept
 
 
 class RMSNorm(nn.Module):
     """x [T, D] -> [T, D]; `weight` [D], ones at first."""
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        eps: float,
-        precision: Precision,
-        recompute: frozenset[Recompute] = DEFAULT,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, dim: int, recipe: Recipe, *, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.recompute = Recompute.NORM in recompute
-        self.weight = nn.Parameter(torch.ones(dim, dtype=precision.dtype, device=device))
+        self.recompute = Recompute.NORM in recipe.recompute
+        self.weight = nn.Parameter(torch.ones(dim, dtype=recipe.dtype))
 
     def forward(self, x: Tensor) -> Recallable:
         if not self.recompute:
@@ -40,10 +31,10 @@ class RMSNorm(nn.Module):
             return kept(_rms_norm(x.view_as(x), self.weight, self.eps))
         y = _RMSNormFunction.apply(x, self.weight, self.eps)
         x = x.detach()
-        return Recallable(y, lambda: self._again(x))
+        return Recallable(y, lambda: self._recompute(x))
 
     @torch.no_grad()
-    def _again(self, x: Tensor) -> Tensor:
+    def _recompute(self, x: Tensor) -> Tensor:
         return _rms_norm(x, self.weight, self.eps)
 
 

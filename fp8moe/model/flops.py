@@ -17,7 +17,7 @@ FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Parameters: `total` and `active` of the main model (active without the embedding), `mtp` of the MTP module."""
 
     total: int
@@ -25,45 +25,30 @@ class Counts:
     mtp: int
 
 
-def attention_parameters(config: ModelConfig) -> int:
-    """Parameters of one MLA layer, its two latent norms included."""
-    c = config
-    queries = c.num_heads * c.qk_dim
-    q = c.dim * c.q_lora_rank + c.q_lora_rank * queries + c.q_lora_rank if c.q_lora_rank else c.dim * queries
-    kv = c.dim * (c.kv_lora_rank + c.rope_dim) + c.kv_lora_rank * c.num_heads * (c.nope_dim + c.v_dim) + c.kv_lora_rank
-    return q + kv + c.num_heads * c.v_dim * c.dim
-
-
 def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -> int:
     """Parameters of block number `layer`, all of them or those one token uses."""
     c = config
-    norms = 2 * c.dim
+    attention, norms = c.attention.num_parameters(c.dim), 2 * c.dim
     if c.is_dense(layer):
-        return attention_parameters(c) + 3 * c.dim * c.dense_hidden + norms
-    experts = (c.topk if active else c.num_experts) + c.num_shared_experts
-    return attention_parameters(c) + 3 * c.dim * c.expert_hidden * experts + c.num_experts * c.dim + norms
+        return attention + 3 * c.dim * c.dense_hidden + norms
+    routed = c.router.topk if active else c.experts.num_experts
+    return attention + c.experts.num_parameters(c.dim, routed) + c.experts.num_experts * c.dim + norms
 
 
-def count_parameters(config: ModelConfig) -> Counts:
+def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Parameters of the main model (total, active a token) and of the MTP module, which shares embedding and head."""
     c = config
     embedding = c.vocab_size * c.dim
     total = sum(block_parameters(c, i) for i in range(c.num_layers)) + 2 * embedding + c.dim
     active = sum(block_parameters(c, i, active=True) for i in range(c.num_layers)) + embedding + c.dim
     mtp = c.mtp_depth * (block_parameters(c, c.num_layers) + 2 * c.dim * c.dim + 3 * c.dim)
-    return Counts(total, active, mtp)
-
-
-def attention_flops(config: ModelConfig, seq_len: int, causal: bool) -> float:
-    """Forward FLOPs of one layer's score and value products, a token."""
-    flops = 2.0 * seq_len * config.num_heads * (config.qk_dim + config.v_dim)
-    return flops / 2 if causal else flops
+    return ParameterCounts(total, active, mtp)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:
     """Forward and backward FLOPs of the main model, a token, at sequences of `seq_len` tokens."""
-    products = 2.0 * count_parameters(config).active + config.num_layers * attention_flops(config, seq_len, causal)
-    return FORWARD_AND_BACKWARD * products
+    attention = config.num_layers * config.attention.core_flops(seq_len, causal=causal)
+    return FORWARD_AND_BACKWARD * (2.0 * count_parameters(config).active + attention)
 
 
 def mfu(config: ModelConfig, seq_len: int, tokens_per_second_per_gpu: float, peak: float = BF16_PEAK) -> float:

@@ -1,4 +1,4 @@
-"""Layers to pipeline stages: balanced by cost, or as a layout says; and what each stage then weighs.
+"""Partition of layers into pipeline stages, balanced by cost or as a layout says.
 
 Cost is forward arithmetic a token, counted as in flops.py: a dense and a mixture block by their active parameters and
 attention's products, the output head by its GEMM, the MTP module by its block, its projection and a second pass of the
@@ -11,15 +11,14 @@ head's stage paired with a full one. Blocks are not split and stages are contigu
 module on 16 ranks some unevenness always stays; `imbalance` says how much.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from fp8moe.errors import ConfigError
-from fp8moe.layers.recompute import RECIPE, Recompute
 from fp8moe.model.config import ModelConfig
-from fp8moe.model.flops import attention_flops, block_parameters, count_parameters
+from fp8moe.model.flops import block_parameters
 
 FLOP_PER_BYTE = 300.0  # 989 TFLOPS of BF16 over 3.35 TB/s
 
@@ -54,7 +53,7 @@ class Stage:
 
 def block_cost(config: ModelConfig, layer: int, seq_len: int) -> float:
     """Forward FLOPs a token of block number `layer`."""
-    return 2.0 * block_parameters(config, layer, active=True) + attention_flops(config, seq_len, causal=True)
+    return 2.0 * block_parameters(config, layer, active=True) + config.attention.core_flops(seq_len, causal=True)
 
 
 def embedding_cost(config: ModelConfig) -> float:
@@ -90,86 +89,6 @@ def relative_costs(config: ModelConfig, stages: tuple[Stage, ...], seq_len: int)
     costs = [stage_cost(config, stage, seq_len) for stage in stages]
     average = sum(costs) / len(costs)
     return tuple(cost / average for cost in costs)
-
-
-def rank_parameters(config: ModelConfig, stages: Sequence[Stage], ep: int = 1) -> int:
-    """Parameters of a rank that holds `stages`; an MTP module away from the embedding brings a tied copy of it."""
-    tied = any(stage.mtp for stage in stages) and not any(stage.embedding for stage in stages)
-    return sum(stage_parameters(config, stage, ep) for stage in stages) + tied * config.vocab_size * config.dim
-
-
-def stage_parameters(config: ModelConfig, stage: Stage, ep: int = 1) -> int:
-    """Parameters of a stage on one rank: routed experts shared out over `ep` ranks, everything else whole."""
-    c = config
-    blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
-    count = sum(block_parameters(c, layer) for layer in blocks)
-    mixtures = sum(not c.is_dense(layer) for layer in blocks)
-    routed = mixtures * c.num_experts * 3 * c.dim * c.expert_hidden
-    count += stage.embedding * c.vocab_size * c.dim + stage.head * (c.vocab_size * c.dim + c.dim)
-    if stage.mtp:
-        count += count_parameters(c).mtp - block_parameters(c, c.num_layers)
-    return count - routed + routed // ep
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What passes a stage at once: sequences of seq_len tokens.
-
-    precision: what activations are kept in (fp8, bf16, fp32); recompute: which are not kept but computed again.
-    """
-
-    sequences: int
-    seq_len: int
-    precision: str = "fp8"
-    recompute: frozenset[Recompute] = RECIPE
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.seq_len
-
-
-def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> float:
-    """Bytes a stage keeps of one micro-batch until its weight gradients are done.
-
-    Per block what `_block_bytes` says; for the head its input, its norm's output unless that is recomputed, and the
-    logits' gradient, in BF16; for the MTP module the two states it joins, their norms likewise.
-    """
-    c = config
-    wide = 4.0 if sizes.precision == "fp32" else 2.0
-    normed = 0.0 if Recompute.NORM in sizes.recompute else wide * c.dim
-    blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
-    per_token = sum(_block_bytes(c, layer, sizes) for layer in blocks)
-    per_token += (stage.head + stage.mtp) * (wide * (c.dim + c.vocab_size) + normed)
-    per_token += stage.mtp * 2 * (wide * c.dim + normed)
-    return per_token * sizes.tokens
-
-
-def _block_bytes(c: ModelConfig, layer: int, sizes: MicroBatch) -> float:
-    """Bytes a token that block number `layer` keeps, experts evenly loaded and no row padding.
-
-    Always: the residual stream before attention and before the MLP, the latents, attention's output (E5M6 under FP8)
-    and its log-sum-exp, gate and up of the MLP, the shared and the routed experts, the received rows with their weights
-    and places, the router's scores and choice. Without recomputation also the norms' outputs; q, k and v; SwiGLU's
-    output, but for FP8, which recomputes it always.
-    """
-    fp8, again = sizes.precision == "fp8", sizes.recompute
-    wide = 4.0 if sizes.precision == "fp32" else 2.0  # a value of the residual stream
-    cached = 1 + 4 / 128 if fp8 else wide  # a code and its share of a 1x128 tile's scale
-    saved_output = 1.5 + 4 / 128 if fp8 else wide
-    latents = c.kv_lora_rank + (c.q_lora_rank or c.num_heads * c.qk_dim)
-    kept = wide * (2 * c.dim + latents + c.rope_dim) + saved_output * c.num_heads * c.v_dim + 4 * c.num_heads
-    if Recompute.NORM not in again:
-        kept += wide * (2 * c.dim + c.kv_lora_rank + c.q_lora_rank)
-    if Recompute.MLA_UP not in again:
-        kept += wide * c.num_heads * (2 * c.qk_dim + c.nope_dim + c.v_dim)
-    hidden = c.dense_hidden if c.is_dense(layer) else c.expert_hidden * (c.topk + c.num_shared_experts)
-    kept += cached * 2 * hidden
-    if Recompute.SWIGLU not in again and not fp8:
-        kept += wide * hidden
-    if not c.is_dense(layer):
-        kept += c.topk * (cached * c.dim + 4 + 16)  # a row, its weight, where it came from and belongs
-        kept += 4 * c.num_experts + 12 * c.topk + 8  # scores, choice and weights, two sums that normalise
-    return kept
 
 
 class _Cut(NamedTuple):

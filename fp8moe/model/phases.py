@@ -1,217 +1,271 @@
-"""One micro-batch's run through one block, phase by phase: what pipelines and overlapping schedules call.
+"""One micro-batch's pass through one block, phase by phase: what pipelines and overlapping schedules call.
 
-A run keeps what its backward needs and nothing else. Where its input and its output's gradient come from are callables,
-asked by the phase that needs them and not before: whatever the caller places in between hides the wait. What a phase
-hands to the next is forgotten once it is used, and the normed hidden state goes from attn to mlp as an operand and a
-stand-in for autograd.
+Where a pass's input and its output's gradient come from are callables, asked by the phase that needs them and not
+before: whatever the caller places in between hides the wait. Each phase leaves one small typed state for those after
+it, forward and backward; a state is released by the last phase that reads it, so a pass keeps what its backward needs
+and nothing else. The normed hidden state goes from attn to mlp as an operand and a placeholder for autograd.
 
 Legend: T tokens, D model, K top-k, R received rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from fp8moe.layers.attention import Positions
-from fp8moe.layers.dispatch import Dispatched, Dispatcher, Handle, arrived_edge, deliver, gradient_rows, receive
-from fp8moe.layers.moe import MoE
-from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, edge_of
-from fp8moe.layers.phase import Island, Phase
-from fp8moe.layers.wgrad import WeightGradStore
-from fp8moe.model.block import Block
+from fp8moe.layers.dispatch import (
+    Announced,
+    Dispatched,
+    Handle,
+    deliver,
+    gradient_rows,
+    handle_of_rows,
+    receive,
+)
+from fp8moe.layers.moe import MoE, with_shared
+from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, detached_handle
+from fp8moe.layers.phase import DetachedGraph, Phase, run_detached
+from fp8moe.layers.wgrad import DeferredWgrads
+from fp8moe.model.block import Attended, Block
+
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
 class BalanceLoss:
-    """What becomes of a block's balance loss: its weight in the total loss, and who adds up its values."""
+    """Use of a block's balance loss: its weight in the total loss, and who adds up its values."""
 
     weight: float
     tally: Callable[[Tensor], None]
 
 
-class _BlockRun:
-    """What both kinds of a block's run start from. `output` is read once: nothing else holds on to it."""
+@dataclass(frozen=True)
+class AttnState:
+    """attn -> dispatch, mlp: the cast input of the MLP, and the announcement of its rows, if they are dispatched."""
+
+    operand: Operand
+    announced: Announced | None
+
+
+@dataclass(frozen=True)
+class MlpState:
+    """mlp -> combine and all backwards but attn's: the dispatch's state, the slot of its FP8 gradient."""
+
+    dispatch_state: Any
+    gradient: Fp8Gradient | None
+    has_shared: bool
+
+
+@dataclass(frozen=True)
+class CombineState:
+    """combine -> output: the rows on their way back, and what is added to them."""
+
+    message: Handle[Tensor]
+    h_TD: Tensor
+    shared_TD: Tensor | None
+
+
+@dataclass(frozen=True)
+class CombineBackwardState:
+    """combine's backward -> mlp's, attn's: the gradient of the output, and its rows on their way to the experts."""
+
+    dy_TD: Tensor
+    message: Handle[Rows]
+
+
+@dataclass(frozen=True)
+class MlpBackwardState:
+    """mlp's backward -> dispatch's, attn's: gradients of the output, of the normed state, of received rows."""
+
+    dy_TD: Tensor
+    d_normed_TD: Tensor | None
+    d_rows: tuple[Tensor, Tensor] | None = None  # of received rows [R, D] and their weights [R], until they are sent
+
+
+def release(state: State | None) -> State:
+    """A state that must be there, for its last reader; the caller clears its place."""
+    assert state is not None, "phases ran out of order"
+    return state
+
+
+class _BlockPass:
+    """What both kinds of a block's pass share: source, gradient, the attn phase and its graph."""
 
     input_gradient: Tensor
 
-    def __init__(
-        self,
-        block: Block,
-        source: Callable[[], Tensor],
-        positions: Positions,
-        balance: BalanceLoss,
-        *,
-        store: WeightGradStore,
-        key: Hashable,
-    ) -> None:
-        self._block, self._source, self._positions, self._balance = block, source, positions, balance
-        self._store, self._key = store, key
+    def __init__(self, block: Block, source: Callable[[], Tensor], positions: Positions, balance: BalanceLoss) -> None:
+        self.block, self._source, self._positions, self._balance = block, source, positions, balance
+        self._attn_wgrads, self._mlp_wgrads = DeferredWgrads(), DeferredWgrads()
+        self._attn_state: AttnState | None = None
+        self._mlp_backward_state: MlpBackwardState | None = None
 
     def backward_from(self, gradient: Callable[[], Tensor]) -> None:
         """Where the gradient of the output will come from."""
         self._gradient = gradient
 
-    def _late(self, phase: str) -> Callable[[], None]:
-        """Computes the weight gradients that `phase` left; needs the run no more."""
-        return partial(self._store.run, (self._key, phase))
+    def _attend(self) -> None:
+        def attn(x_TD: Tensor) -> tuple[tuple[Tensor, ...], AttnState]:
+            attended: Attended = self.block.attend(x_TD, self._positions)
+            outputs: tuple[Tensor, ...] = attended.h_TD, detached_handle(attended.x.autograd_handle)
+            routed = attended.routed
+            if routed is None:
+                return outputs, AttnState(attended.x.operand, None)
+            outputs = *outputs, routed.topk_weights_TK, routed.balance_loss
+            return outputs, AttnState(attended.x.operand, routed.announced)
+
+        self._attn_graph, self._attn_state = run_detached(attn, self._source(), wgrads=self._attn_wgrads)
 
 
-class DenseRun(_BlockRun):
+class DensePass(_BlockPass):
     """A dense block: attn, then mlp; nothing to wait for."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         return (
-            Phase("attn", "compute", self._attn, self._attn_backward, self._late("attn")),
-            Phase("mlp", "compute", self._mlp, self._mlp_backward, self._late("mlp")),
+            Phase("attn", "compute", self._attend, self._attn_backward, self._attn_wgrads.run),
+            Phase("mlp", "compute", self._mlp, self._mlp_backward, self._mlp_wgrads.run),
         )
 
-    def _attn(self) -> None:
-        def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
-            h_TD, normed = self._block.attend(x_TD, self._positions)
-            assert self._block.mlp is not None
-            self._operand: Operand | None = self._block.mlp.cast(normed).operand
-            return h_TD, edge_of(normed.tensor)
-
-        self._attn_island = Island(attn, self._source(), store=self._store, key=(self._key, "attn"))
-
     def _mlp(self) -> None:
-        self._h_TD, edge_TD = self._attn_island.take()
-        operand, self._operand = self._operand, None  # its rows are done with after this
+        operand, self._attn_state = release(self._attn_state).operand, None
+        self._h_TD, handle_TD = self._attn_graph.take()
 
-        def mlp(edge_TD: Tensor) -> tuple[Tensor]:
-            assert operand is not None and self._block.mlp is not None
-            return (self._block.mlp(Activation(edge_TD, operand)),)
+        def mlp(handle_TD: Tensor) -> tuple[tuple[Tensor], None]:
+            assert self.block.mlp is not None
+            return (self.block.mlp(Activation(handle_TD, operand)),), None
 
-        self._mlp_island = Island(mlp, edge_TD, store=self._store, key=(self._key, "mlp"))
+        self._mlp_graph, _ = run_detached(mlp, handle_TD, wgrads=self._mlp_wgrads)
 
     @property
     def output(self) -> Tensor:
-        output_TD = self._h_TD + self._mlp_island.take()[0]
+        output_TD = self._h_TD + self._mlp_graph.take()[0]
         del self._h_TD
         return output_TD
 
     def _mlp_backward(self) -> None:
-        self._dy_TD = self._gradient()
-        (self._d_normed_TD,) = self._mlp_island.backward(self._dy_TD)
+        dy_TD = self._gradient()
+        (d_normed_TD,) = self._mlp_graph.backward(dy_TD)
+        self._mlp_backward_state = MlpBackwardState(dy_TD, d_normed_TD)
 
     def _attn_backward(self) -> None:
-        (dx_TD,) = self._attn_island.backward(self._dy_TD, self._d_normed_TD)
+        late, self._mlp_backward_state = release(self._mlp_backward_state), None
+        (dx_TD,) = self._attn_graph.backward(late.dy_TD, late.d_normed_TD)
         assert dx_TD is not None
         self.input_gradient = dx_TD
 
 
-class MoeRun(_BlockRun):
+class MoePass(_BlockPass):
     """A block with experts: attn, dispatch, mlp, combine; messages start in their phase and are awaited by the next.
 
     The counts of a dispatch leave at the end of attn, as soon as experts are chosen; the dispatch reads them.
     """
 
+    _mlp_graph: DetachedGraph
+
+    def __init__(self, block: Block, source: Callable[[], Tensor], positions: Positions, balance: BalanceLoss) -> None:
+        super().__init__(block, source, positions, balance)
+        self._dispatch_message: Handle[Dispatched] | None = None
+        self._mlp_state: MlpState | None = None
+        self._combine_state: CombineState | None = None
+        self._combine_backward_state: CombineBackwardState | None = None
+        self._dispatch_backward_message: Handle[tuple[Tensor, Tensor]] | None = None
+
     @property
     def phases(self) -> tuple[Phase, ...]:
         return (
-            Phase("attn", "compute", self._attn, self._attn_backward, self._late("attn")),
+            Phase("attn", "compute", self._attn, self._attn_backward, self._attn_wgrads.run),
             Phase("dispatch", "communication", self._dispatch, self._dispatch_backward),
-            Phase("mlp", "compute", self._mlp, self._mlp_backward, self._late("mlp")),
+            Phase("mlp", "compute", self._mlp, self._mlp_backward, self._mlp_wgrads.run),
             Phase("combine", "communication", self._combine, self._combine_backward),
         )
 
     @property
     def _moe(self) -> MoE:
-        assert self._block.moe is not None
-        return self._block.moe
-
-    @property
-    def _dispatcher(self) -> Dispatcher:
-        return self._moe.dispatcher
+        assert self.block.moe is not None
+        return self.block.moe
 
     def _attn(self) -> None:
-        def attn(x_TD: Tensor) -> tuple[Tensor, ...]:
-            h_TD, normed = self._block.attend(x_TD, self._positions)
-            routing = self._moe.router(normed, self._positions.num_sequences)
-            self._announced = self._dispatcher.announce(routing.topk_ids_TK)
-            self._operand: Operand | None = self._moe.cast(normed).operand
-            return h_TD, edge_of(normed.tensor), routing.topk_weights_TK, routing.balance_loss
-
-        self._attn_island = Island(attn, self._source(), store=self._store, key=(self._key, "attn"))
-        self._balance.tally(self._attn_island.values[3])
+        self._attend()
+        *_, balance_loss = self._attn_graph.outputs
+        self._balance.tally(balance_loss)
 
     def _dispatch(self) -> None:
-        weights_TK = self._attn_island.values[2]
-        assert self._operand is not None
-        self._dispatched: Handle[Dispatched] = self._dispatcher.dispatch(
-            self._operand.rows, self._announced, weights_TK
-        )
-        del self._announced
+        state = release(self._attn_state)
+        assert state.announced is not None
+        weights_TK = self._attn_graph.outputs[2]
+        self._dispatch_message = self._moe.dispatcher.dispatch(state.operand.rows, state.announced, weights_TK)
+        self._attn_state = AttnState(state.operand, None)
 
     def _mlp(self) -> None:
-        arrived = self._dispatched.wait()
-        del self._dispatched
-        self._h_TD, edge_TD, *_ = self._attn_island.take()
-        operand, self._operand = self._operand, None  # its rows are done with after this
-        self._layout, self._shared = arrived.layout, self._moe.shared is not None
+        arrived, self._dispatch_message = release(self._dispatch_message).wait(), None
+        operand, self._attn_state = release(self._attn_state).operand, None  # its rows are done with after this
+        h_TD, handle_TD, *_ = self._attn_graph.take()
 
-        def mlp(edge_RD: Tensor, weights_R: Tensor, edge_TD: Tensor) -> tuple[Tensor, ...]:
-            assert operand is not None
-            received = receive(arrived, edge_RD, weights_R)
-            self._box: Fp8Gradient | None = received.gradient
-            y_RD, shared_TD = self._moe.run_experts(received, Activation(edge_TD, operand))
-            return (y_RD,) if shared_TD is None else (y_RD, shared_TD)
+        def mlp(handle_RD: Tensor, weights_R: Tensor, handle_TD: Tensor) -> tuple[tuple[Tensor, ...], MlpState]:
+            received = receive(arrived, handle_RD, weights_R)
+            y_RD, shared_TD = self._moe.compute(received, Activation(handle_TD, operand))
+            outputs = (y_RD,) if shared_TD is None else (y_RD, shared_TD)
+            return outputs, MlpState(received.state, received.gradient, shared_TD is not None)
 
-        edge_RD = arrived_edge(arrived.rows_RD, like=edge_TD)
-        self._mlp_island = Island(mlp, edge_RD, arrived.weights_R, edge_TD, store=self._store, key=(self._key, "mlp"))
+        handle_RD = handle_of_rows(arrived.rows_RD, like=handle_TD)
+        inputs = handle_RD, arrived.weights_R, handle_TD
+        self._mlp_graph, self._mlp_state = run_detached(mlp, *inputs, wgrads=self._mlp_wgrads)
+        self._h_TD = h_TD
 
     def _combine(self) -> None:
-        y_RD, *self._shared_TD = self._mlp_island.take()
-        self._combined: Handle[Tensor] = self._dispatcher.combine(y_RD, self._layout)
+        y_RD, *shared = self._mlp_graph.take()
+        message = self._moe.dispatcher.combine(y_RD, release(self._mlp_state).dispatch_state)
+        self._combine_state = CombineState(message, self._h_TD, shared[0] if shared else None)
+        del self._h_TD
 
     @property
     def output(self) -> Tensor:
         """Waits for combine."""
-        y_TD = self._combined.wait()
-        for shared_TD in self._shared_TD:
-            y_TD = shared_TD + y_TD
-        output_TD = self._h_TD + y_TD
-        del self._h_TD, self._shared_TD, self._combined
-        return output_TD
+        state, self._combine_state = release(self._combine_state), None
+        return state.h_TD + with_shared(state.message.wait(), state.shared_TD)
 
     def _combine_backward(self) -> None:
-        self._dy_TD = self._gradient()
-        rows = gradient_rows(self._dy_TD, fp8=self._box is not None)
-        self._returned: Handle[Rows] = self._dispatcher.combine_backward(rows, self._layout)
+        dy_TD, state = self._gradient(), release(self._mlp_state)
+        rows = gradient_rows(dy_TD, fp8=state.gradient is not None)
+        message = self._moe.dispatcher.combine_backward(rows, state.dispatch_state)
+        self._combine_backward_state = CombineBackwardState(dy_TD, message)
 
     def _mlp_backward(self) -> None:
-        dy_RD = deliver(self._returned.wait(), self._box, like=self._dy_TD)
-        d_shared = (self._dy_TD,) if self._shared else ()
-        self._d_edge_RD, self._d_weights_R, self._d_normed_TD = self._mlp_island.backward(dy_RD, *d_shared)
+        late, self._combine_backward_state = release(self._combine_backward_state), None
+        state = release(self._mlp_state)
+        dy_RD = deliver(late.message.wait(), state.gradient, like=late.dy_TD)
+        d_shared = (late.dy_TD,) if state.has_shared else ()
+        d_handle_RD, d_weights_R, d_normed_TD = self._mlp_graph.backward(dy_RD, *d_shared)
+        assert d_handle_RD is not None and d_weights_R is not None
+        self._mlp_backward_state = MlpBackwardState(late.dy_TD, d_normed_TD, (d_handle_RD, d_weights_R))
 
     def _dispatch_backward(self) -> None:
-        assert self._d_edge_RD is not None and self._d_weights_R is not None
-        self._d_dispatched = self._dispatcher.dispatch_backward(self._d_edge_RD, self._d_weights_R, self._layout)
+        state, self._mlp_state = release(self._mlp_state), None
+        late = release(self._mlp_backward_state)
+        dx_RD, dweights_R = release(late.d_rows)
+        dispatcher = self._moe.dispatcher
+        self._dispatch_backward_message = dispatcher.dispatch_backward(dx_RD, dweights_R, state.dispatch_state)
+        self._mlp_backward_state = MlpBackwardState(late.dy_TD, late.d_normed_TD)
 
     def _attn_backward(self) -> None:
-        d_normed_TD, d_weights_TK = self._d_dispatched.wait()
-        if self._d_normed_TD is not None:
-            d_normed_TD = self._d_normed_TD + d_normed_TD
+        message, self._dispatch_backward_message = release(self._dispatch_backward_message), None
+        late, self._mlp_backward_state = release(self._mlp_backward_state), None
+        d_normed_TD, d_weights_TK = message.wait()
+        if late.d_normed_TD is not None:
+            d_normed_TD = late.d_normed_TD + d_normed_TD
         d_balance = d_weights_TK.new_full((), self._balance.weight)
-        (dx_TD,) = self._attn_island.backward(self._dy_TD, d_normed_TD, d_weights_TK, d_balance)
+        (dx_TD,) = self._attn_graph.backward(late.dy_TD, d_normed_TD, d_weights_TK, d_balance)
         assert dx_TD is not None
         self.input_gradient = dx_TD
 
 
-def run_block(
-    block: Block,
-    source: Callable[[], Tensor],
-    positions: Positions,
-    balance: BalanceLoss,
-    *,
-    store: WeightGradStore,
-    key: Hashable,
-) -> DenseRun | MoeRun:
-    """A run of `block` on the x [T, D] that `source` gives when it starts; weight gradients wait under `key`."""
-    run = DenseRun if block.moe is None else MoeRun
-    return run(block, source, positions, balance, store=store, key=key)
+def pass_through(
+    block: Block, source: Callable[[], Tensor], positions: Positions, balance: BalanceLoss
+) -> DensePass | MoePass:
+    """A pass through `block` of the x [T, D] that `source` gives when it starts."""
+    kind = DensePass if block.moe is None else MoePass
+    return kind(block, source, positions, balance)

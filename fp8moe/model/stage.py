@@ -1,7 +1,12 @@
-"""A stage's runs for one micro-batch: what a pipeline calls, made of the part of the model that this rank holds.
+"""A stage's passes for one micro-batch: what a pipeline calls, made of the part of the model that this rank holds.
 
-The runs form a chain. Each takes its input from the run before it and, going back, its gradient from the run behind
-it, when its phase asks; the pipeline stands at both ends of the chain.
+The passes form a chain. Each takes its input from the pass before it and, going back, its gradient from the pass
+behind it, when its phase asks; the pipeline stands at both ends of the chain. On the last stage the chain is: its
+blocks, then, while training with MTP, the module's entrance and its block, then the losses. The hidden state that
+leaves the last block goes two ways, into the shared head and into the MTP module; its gradient is the sum of both,
+taken at the entrance.
+
+Legend: T tokens, D model, B sequences, S tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -9,20 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-from fp8moe.layers.phase import Run
-from fp8moe.layers.wgrad import WeightGradStore
+from fp8moe.layers.linear import Embedding
+from fp8moe.layers.phase import DetachedGraph, Pass, Phase, run_detached
+from fp8moe.layers.wgrad import DeferredWgrads
 from fp8moe.model.block import Block
-from fp8moe.model.ends import EmbeddingRun, LossRun, MtpEntranceRun
-from fp8moe.model.loss import LossTally, LossWeights
+from fp8moe.model.loss import LossTally, LossWeights, cross_entropy_sum, mtp_labels
 from fp8moe.model.partition import Stage
-from fp8moe.model.phases import BalanceLoss, run_block
-from fp8moe.model.transformer import Inputs, Transformer, next_ids
+from fp8moe.model.phases import BalanceLoss, pass_through
+from fp8moe.model.transformer import Inputs, Mtp, Transformer, next_ids
 
 
-class StageRuns:
-    """Makes the runs of any stage that `model` holds, for the micro-batches of one step.
+class StagePasses:
+    """Makes the passes of any stage that `model` holds, for the micro-batches of one step.
 
     stages: all of the model's, by index. weights: of the losses in the total. tally: where their values are added up.
     """
@@ -36,72 +42,189 @@ class StageRuns:
         tally: LossTally,
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
-        self._weights, self._tally, self._store = weights, tally, WeightGradStore()
+        self._weights, self._tally = weights, tally
         self._balance = BalanceLoss(weights.balance, tally.add_balance)
 
-    def __call__(self, stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Run]:
+    def __call__(self, stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
         """The chain for micro-batch number `microbatch`; `source` gives the input of every stage but the first."""
         here, batch, model = self._stages[stage], self._batches[microbatch], self._model
         positions = model.positions(batch.positions_BS, batch.documents_BS)
-        runs: list[Run] = []
-
-        def key(name: object) -> tuple[int, object]:
-            return microbatch, name
+        passes: list[Pass] = []
 
         def before() -> Callable[[], Tensor]:
-            if runs:
-                return _Output(runs[-1])
+            if passes:
+                return _Output(passes[-1])
             assert source is not None
             return source
 
-        def add_block(block: Block, name: object) -> None:
-            runs.append(run_block(block, before(), positions, self._balance, store=self._store, key=key(name)))
+        def add_block(block: Block) -> None:
+            passes.append(pass_through(block, before(), positions, self._balance))
 
         if here.embedding:
             assert model.embedding is not None
-            ids_T = batch.inputs_BS.flatten()
-            runs.append(EmbeddingRun(model.embedding, ids_T, store=self._store, key=key("embedding")))
+            passes.append(EmbeddingPass(model.embedding, batch.inputs_BS.flatten()))
         for layer in here.layers:
-            add_block(model.block(layer), layer)
+            add_block(model.block(layer))
         if here.head:
             entrance = None
             if model.mtp is not None and model.training:
                 assert model.embedding is not None
-                entrance = MtpEntranceRun(
-                    model.mtp, model.embedding, before(), next_ids(batch), store=self._store, key=key("join")
-                )
-                runs.append(entrance)
-                add_block(model.mtp.block, "mtp")
-            runs.append(
-                LossRun(model, before(), batch.labels_BS, self._weights, self._tally, entrance=entrance,
-                        store=self._store, key=key("loss"))
-            )  # fmt: skip
-        for run, behind in pairwise(runs):
-            run.backward_from(_InputGradient(behind))
-        return runs
+                entrance = MtpEntrancePass(model.mtp, model.embedding, before(), next_ids(batch))
+                passes.append(entrance)
+                add_block(model.mtp.block)
+            passes.append(LossPass(model, before(), batch.labels_BS, self._weights, self._tally, entrance=entrance))
+        for one, behind in pairwise(passes):
+            one.backward_from(_InputGradient(behind))
+        return passes
 
 
-class _OfRun:
-    """Something of a run, given once, after which the run is forgotten.
+class _OfPass:
+    """Something of a pass, given once, after which the pass is forgotten.
 
-    A chain that went on knowing both ways would be a circle, whose activations stay in memory until Python happens to
-    collect it.
+    A chain that went on knowing both neighbours would be a circle, whose activations stay in memory until Python
+    happens to collect it.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run: Run | None = run
+    def __init__(self, one: Pass) -> None:
+        self._pass: Pass | None = one
 
-    def _forget(self) -> Run:
-        run, self._run = self._run, None
-        assert run is not None
-        return run
+    def _forget(self) -> Pass:
+        one, self._pass = self._pass, None
+        assert one is not None
+        return one
 
 
-class _Output(_OfRun):
+class _Output(_OfPass):
     def __call__(self) -> Tensor:
         return self._forget().output
 
 
-class _InputGradient(_OfRun):
+class _InputGradient(_OfPass):
     def __call__(self) -> Tensor:
         return self._forget().input_gradient
+
+
+class _OnePhase:
+    """A pass of a single compute phase: its name, graph and weight gradients."""
+
+    name: str
+    _graph: DetachedGraph
+
+    def __init__(self) -> None:
+        self._wgrads = DeferredWgrads()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(self.name, "compute", self._forward, self._backward, self._wgrads.run),)
+
+    @property
+    def output(self) -> Tensor:
+        return self._graph.take()[0]
+
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
+        """Where the gradient of the output will come from."""
+        self._gradient = gradient
+
+    def _forward(self) -> None:
+        raise AssertionError("each pass has its own")
+
+    def _backward(self) -> None:
+        raise AssertionError("each pass has its own")
+
+
+class EmbeddingPass(_OnePhase):
+    """ids [T] -> [T, D]; the first pass of the first stage."""
+
+    name = "embed"
+
+    def __init__(self, embedding: Embedding, ids_T: Tensor) -> None:
+        super().__init__()
+        self._embedding, self._ids_T = embedding, ids_T
+
+    def _forward(self) -> None:
+        self._graph, _ = run_detached(lambda: ((self._embedding(self._ids_T),), None), wgrads=self._wgrads)
+
+    def _backward(self) -> None:
+        self._graph.backward(self._gradient())
+
+    @property
+    def input_gradient(self) -> Tensor:
+        raise AssertionError("ids have no gradient")
+
+
+class MtpEntrancePass(_OnePhase):
+    """The last block's hidden state and the next token's embedding, joined: the input of the MTP module's block."""
+
+    name = "join"
+    input_gradient: Tensor
+    head_gradient: Tensor  # of the hidden state, from the main head; the losses' backward leaves it here
+
+    def __init__(self, mtp: Mtp, embedding: Embedding, source: Callable[[], Tensor], next_ids_T: Tensor) -> None:
+        super().__init__()
+        self._mtp, self._embedding, self._source, self._next_ids_T = mtp, embedding, source, next_ids_T
+
+    def _forward(self) -> None:
+        def join(hidden_TD: Tensor) -> tuple[tuple[Tensor], None]:
+            return (self._mtp.enter(hidden_TD, self._embedding(self._next_ids_T)),), None
+
+        self.hidden_TD = self._source()
+        self._graph, _ = run_detached(join, self.hidden_TD, wgrads=self._wgrads)
+
+    def _backward(self) -> None:
+        (d_hidden_TD,) = self._graph.backward(self._gradient())
+        assert d_hidden_TD is not None
+        self.input_gradient = self.head_gradient + d_hidden_TD
+
+
+class LossPass(_OnePhase):
+    """Norm, head and cross entropy, of the main model and of the MTP module behind `entrance` where there is one."""
+
+    name = "loss"
+    input_gradient: Tensor
+
+    def __init__(
+        self,
+        model: Transformer,
+        source: Callable[[], Tensor],
+        labels_BS: Tensor,
+        weights: LossWeights,
+        tally: LossTally,
+        *,
+        entrance: MtpEntrancePass | None = None,
+    ) -> None:
+        super().__init__()
+        self._model, self._source, self._labels_BS, self._entrance = model, source, labels_BS, entrance
+        self._weights, self._tally = weights, tally
+
+    def _losses(self, hidden_TD: Tensor, mtp_TD: Tensor | None = None) -> tuple[tuple[Tensor, ...], None]:
+        model = self._model
+        assert model.norm is not None and model.head is not None
+        main = cross_entropy_sum(model.head(model.norm(hidden_TD)), self._labels_BS.flatten())
+        if mtp_TD is None:
+            return (main,), None
+        assert model.mtp is not None
+        labels_T = mtp_labels(self._labels_BS).flatten()
+        return (main, cross_entropy_sum(model.head(model.mtp.leave(mtp_TD)), labels_T)), None
+
+    def _forward(self) -> None:
+        inputs = [self._source()] if self._entrance is None else [self._entrance.hidden_TD, self._source()]
+        self._graph, _ = run_detached(self._losses, *inputs, wgrads=self._wgrads)
+        self._tally.add_losses(*self._graph.outputs)
+
+    @property
+    def output(self) -> Tensor:
+        raise AssertionError("nothing comes after the losses")
+
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
+        raise AssertionError("nothing comes after the losses")
+
+    def _backward(self) -> None:
+        weights, losses = (self._weights.main, self._weights.mtp), self._graph.outputs
+        grads = self._graph.backward(*(torch.full_like(loss, w) for loss, w in zip(losses, weights, strict=False)))
+        last = grads[-1]
+        assert last is not None
+        self.input_gradient = last
+        if self._entrance is not None:
+            head_gradient = grads[0]
+            assert head_gradient is not None
+            self._entrance.head_gradient = head_gradient

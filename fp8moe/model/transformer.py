@@ -16,19 +16,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.attention import Positions, document_mask
+from fp8moe.layers.attention import Positions
 from fp8moe.layers.dispatch import Dispatcher
-from fp8moe.layers.embedding import Embedding
-from fp8moe.layers.linear import Linear, quantize_weights
-from fp8moe.layers.main_grad import attach_main_grads, is_expert
+from fp8moe.layers.linear import Embedding, Linear, quantize_weights
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.recompute import DEFAULT, Recompute
-from fp8moe.layers.rope import inverse_frequencies, rotation, yarn_frequencies
+from fp8moe.layers.recipe import Recipe
+from fp8moe.layers.recompute import Recallable
+from fp8moe.layers.wgrad import attach_main_grads, is_expert
 from fp8moe.model.block import Block
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.loss import LossSums, cross_entropy_sum, mtp_labels
-from fp8moe.model.mtp import Mtp
 
 
 class Inputs(Protocol):
@@ -48,52 +45,33 @@ class Transformer(nn.Module):
     """Blocks `layers` (all by default), with the embedding before and the head after them where asked.
 
     The MTP module belongs to the part that has both ends. Parameters are uninitialised until `init_weights`; every one
-    has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them. `recompute`: see `layers.recompute`.
+    has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        *,
-        precision: Precision,
+        recipe: Recipe,
         dispatcher: Dispatcher,
-        recompute: frozenset[Recompute] = DEFAULT,
+        *,
         layers: Iterable[int] | None = None,
         embedding: bool = True,
         head: bool = True,
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         c = self.config = config
-        self.precision = precision
-        plain = precision.unquantized
-        self.embedding = Embedding(c.vocab_size, c.dim, precision=precision, device=device) if embedding else None
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): Block(c, i, precision=precision, dispatcher=dispatcher, recompute=recompute, device=device)
-                for i in (range(c.num_layers) if layers is None else sorted(layers))
-            }
-        )
-        self.norm = (
-            RMSNorm(c.dim, eps=c.norm_eps, precision=precision, recompute=recompute, device=device) if head else None
-        )
-        self.head = Linear(c.dim, c.vocab_size, precision=plain, device=device) if head else None
-        self.mtp = (
-            Mtp(c, precision=precision, dispatcher=dispatcher, recompute=recompute, device=device)
-            if c.mtp_depth and embedding and head
-            else None
-        )
+        self.recipe = recipe
+        numbers = range(c.num_layers) if layers is None else sorted(layers)
+        self.embedding = Embedding(c.vocab_size, c.dim, recipe) if embedding else None
+        self.blocks = nn.ModuleDict({str(i): Block(c, i, recipe, dispatcher) for i in numbers})
+        self.norm = RMSNorm(c.dim, recipe, eps=c.norm_eps) if head else None
+        self.head = Linear(c.dim, c.vocab_size, recipe.unquantized) if head else None
+        self.mtp = Mtp(c, recipe, dispatcher) if c.mtp_depth and embedding and head else None
         self.main_grads = attach_main_grads(self)
 
     def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
-        """Rotations for tokens at `positions_BS` [B, S], and the mask that keeps documents apart, if they are given."""
-        cos, sin = rotation(
-            positions_BS.flatten(),
-            rope_frequencies(self.config),
-            self.config.yarn.amplitude if self.config.yarn else 1.0,
-        )
-        mask = None if documents_BS is None else document_mask(documents_BS)
-        return Positions(len(positions_BS), cos, sin, mask)
+        """What attention needs to know of tokens at `positions_BS` [B, S], documents apart if they are given."""
+        return self.config.attention.positions(positions_BS, documents_BS)
 
     def block(self, layer: int) -> Block:
         """Block number `layer` of the whole model."""
@@ -131,25 +109,45 @@ class Transformer(nn.Module):
         return self.head(self.norm(hidden_TD)).unflatten(0, inputs_BS.shape)
 
 
+class Mtp(nn.Module):
+    """Multi-token prediction, depth 1 (DeepSeek-V3 report, section 2.2).
+
+    (hidden [T, D], embedding of the next token [T, D]) -> hidden for the shared head [T, D], balance loss.
+
+    At position i the module sees the main model's last hidden state of i and the embedding of token i+1, each normed,
+    joins them by one projection, runs one more block, and predicts token i+2 through the shared head. Embedding and
+    head are the main model's own. The hidden state is taken before the main model's final norm: the module norms it.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        c = config
+        self.hidden_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps)
+        self.embedding_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps)
+        self.final_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps)
+        self.join = Linear(2 * c.dim, c.dim, recipe)
+        self.block = Block(c, c.num_layers, recipe, dispatcher)
+
+    def forward(self, hidden_TD: Tensor, next_TD: Tensor, positions: Positions) -> tuple[Recallable, Tensor]:
+        x_TD, balance_loss = self.block(self.enter(hidden_TD, next_TD), positions)
+        return self.leave(x_TD), balance_loss
+
+    def enter(self, hidden_TD: Tensor, next_TD: Tensor) -> Tensor:
+        """What the block works on."""
+        normed = self.hidden_norm(hidden_TD), self.embedding_norm(next_TD)
+        recalls = [part.recall for part in normed]
+        joined = torch.cat([part.tensor for part in normed], dim=-1)
+        return self.join(Recallable(joined, lambda: torch.cat([recall() for recall in recalls], dim=-1)))
+
+    def leave(self, x_TD: Tensor) -> Recallable:
+        """The block's output, normed for the head."""
+        return self.final_norm(x_TD)
+
+
 def next_ids(batch: Inputs) -> Tensor:
     """The token after each, [T] int64; behind the last of a sequence its label, or any where that is not predicted."""
     last = batch.labels_BS[:, -1:].clamp(min=0)
     return torch.cat([batch.inputs_BS[:, 1:], last], dim=1).flatten()
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies of the rotary pairs, FP32 [rope_dim / 2], by YaRN where it is configured."""
-    if config.yarn is None:
-        return inverse_frequencies(config.rope_dim, config.rope_theta)
-    y = config.yarn
-    return yarn_frequencies(
-        config.rope_dim,
-        config.rope_theta,
-        factor=y.factor,
-        original=y.original_max_seq_len,
-        beta_slow=y.beta_slow,
-        beta_fast=y.beta_fast,
-    )
 
 
 def _generator(*names: object) -> torch.Generator:

@@ -2,16 +2,18 @@
 
 What a process spends waiting here is exposed communication. Everything accepts `group=None` as the group of one, which
 does nothing: callers need no `if`. FP8 travels as bytes, because gloo knows no float8. Every collective says what it is
-to the watch (`watch.py`), so that a failed one can name the rank that stayed away.
+to the watch (`hang.py`), so that a failed one can name the rank that stayed away.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fp8moe.parallel import watch
+from fp8moe.parallel import hang
+from fp8moe.profile.spans import waiting
 
-_exposed = [0.0]
+CLOCK_ROUNDS = 9
 _sent: Counter[tuple[str, int]] = Counter()
-
-
-@contextmanager
-def waiting() -> Iterator[None]:
-    """What runs inside is time that this process waits for communication."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        _exposed[0] += time.perf_counter() - start
-
-
-def exposed_seconds() -> float:
-    """Seconds this process has waited for communication since the last call (host time; on GPUs a lower bound)."""
-    seconds, _exposed[0] = _exposed[0], 0.0
-    return seconds
 
 
 def sent_bytes() -> dict[tuple[str, int], int]:
@@ -51,7 +38,7 @@ def sent_bytes() -> dict[tuple[str, int], int]:
 def all_reduce(tensor: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over `group`; returns the tensor."""
     if group is not None:
-        with waiting(), watch.collective(group, "all_reduce"):
+        with waiting(), hang.collective(group, "all_reduce"):
             dist.all_reduce(tensor, op=op, group=group)
     return tensor
 
@@ -61,7 +48,7 @@ def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
     if group is None:
         return [value]
     values: list[Any] = [None] * group.size()
-    with waiting(), watch.collective(group, "all_gather (objects)"):
+    with waiting(), hang.collective(group, "all_gather (objects)"):
         dist.all_gather_object(values, value, group=group)
     return values
 
@@ -70,7 +57,7 @@ class Message:
     """An all-to-all under way; it owns its buffers. timeout: seconds, where its parts don't keep the group's own."""
 
     def __init__(
-        self, out: Tensor, rows: Tensor, works: list[Any], note: watch.Note, *, timeout: float | None = None
+        self, out: Tensor, rows: Tensor, works: list[Any], note: hang.Note, *, timeout: float | None = None
     ) -> None:
         self._out, self._rows, self._works, self._note, self._timeout = out, rows, works, note, timeout
 
@@ -92,7 +79,7 @@ def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group: P
     rows = rows.contiguous()
     _count(group, send, rows.element_size() * rows[0].numel() if len(rows) else 0)
     out = rows.new_empty(sum(receive), *rows.shape[1:])
-    note = watch.collective(group, f"all_to_all ({name})")
+    note = hang.collective(group, f"all_to_all ({name})")
     with note:
         if rows.device.type == "cpu":
             works = _both_ways(out.split(receive), rows.split(send), group)
@@ -132,3 +119,22 @@ def _count(group: ProcessGroup, send: list[int], row_bytes: int) -> None:
     for peer, rows in enumerate(send):
         if peer != me:
             _sent[group.group_desc, peer] += rows * row_bytes
+
+
+def clock_offset(group: ProcessGroup | None) -> float:
+    """What to add to this rank's perf_counter readings to have them on the clock of rank 0 of `group`. Collective."""
+    readings = []
+    machine = _machine()
+    for _ in range(CLOCK_ROUNDS):
+        gather(None, group)
+        readings.append(time.perf_counter())
+    first = gather((machine, readings), group)[0]
+    if first[0] == machine:
+        return 0.0
+    return statistics.median(theirs - mine for theirs, mine in zip(first[1], readings, strict=True))
+
+
+def _machine() -> str:
+    """What tells this machine, since its last start, from any other: perf_counter counts from that start on Linux."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else f"{os.uname().nodename}"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.main_grad import MainGrads
 from fp8moe.layers.router import Router
+from fp8moe.layers.wgrad import MainGrads
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
 

@@ -17,16 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fp8moe.parallel import watch
-from fp8moe.parallel.collectives import waiting
+from fp8moe.parallel import hang
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.parallel.trace import span
+from fp8moe.profile.spans import span, waiting
 
 
 class Arrival:
     """A tensor on its way here; `wait` gives it, once."""
 
-    def __init__(self, buffer: Tensor, work: Any, note: watch.Note, timeout: timedelta, name: str) -> None:
+    def __init__(self, buffer: Tensor, work: Any, note: hang.Note, timeout: timedelta, name: str) -> None:
         self._buffer, self._work, self._note, self._timeout, self._name = buffer, work, note, timeout, name
 
     def wait(self) -> Tensor:
@@ -43,13 +42,13 @@ class Links:
 
     def __init__(self, mesh: Mesh, timeout: timedelta) -> None:
         self._mesh, self.timeout = mesh, timeout
-        self._leaving: list[tuple[Tensor, Any, watch.Note]] = []
+        self._leaving: list[tuple[Tensor, Any, hang.Note]] = []
 
     def send(self, tensor: Tensor, target: int, name: str) -> None:
         """Start sending `tensor` to rank `target` of the pipeline; `name` says what it is, for errors."""
         self._leaving = [left for left in self._leaving if not left[1].is_completed()]
         tensor, group = tensor.contiguous(), self._group(self._mesh.pp_rank, target)
-        note = watch.message(group, self._mesh.rank, self._global(target), name)
+        note = hang.message(group, self._mesh.rank, self._global(target), name)
         with note:
             work = dist.isend(tensor, self._global(target), group=group)
         self._leaving.append((tensor, work, note))
@@ -57,7 +56,7 @@ class Links:
     def receive(self, buffer: Tensor, source: int, name: str) -> Arrival:
         """Start receiving what rank `source` of the pipeline sends next into `buffer`."""
         group = self._group(source, self._mesh.pp_rank)
-        note = watch.message(group, self._global(source), self._mesh.rank, name)
+        note = hang.message(group, self._global(source), self._mesh.rank, name)
         with note:
             work = dist.irecv(buffer, self._global(source), group=group)
         return Arrival(buffer, work, note, self.timeout, name)

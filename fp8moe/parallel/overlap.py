@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
-from fp8moe.layers.phase import Run
-from fp8moe.parallel.trace import span
+from fp8moe.layers.phase import Pass
+from fp8moe.profile.spans import span
 
 # (F forward | B backward | W weight gradients, phase)
 PAIR = (
@@ -35,21 +35,21 @@ WeightGradients = tuple[tuple[str, Callable[[], None]], ...]  # of named phases
 _PAIRED = frozenset(name for _, name in PAIR)
 
 
-def run_forward(runs: Sequence[Run]) -> None:
+def run_forward(runs: Sequence[Pass]) -> None:
     """The forward of `runs`, first to last."""
     for run in runs:
         for phase in run.phases:
             _call("F", phase.name, phase.forward)
 
 
-def run_backward(runs: Sequence[Run]) -> None:
+def run_backward(runs: Sequence[Pass]) -> None:
     """The backward of `runs`, last to first, without weight gradients."""
     for run in reversed(runs):
         for phase in reversed(run.phases):
             _call("B", phase.name, phase.backward)
 
 
-def late_wgrads(runs: Sequence[Run]) -> WeightGradients:
+def late_wgrads(runs: Sequence[Pass]) -> WeightGradients:
     """What `runs` leave to do once their backward is done, last to first; it needs the runs no more."""
     phases = [phase for run in reversed(runs) for phase in reversed(run.phases)]
     return tuple((phase.name, phase.wgrad) for phase in phases if phase.wgrad is not None)
@@ -61,7 +61,7 @@ def run_wgrads(late: WeightGradients) -> None:
         _call("W", name, wgrad)
 
 
-def run_pair(forward: Sequence[Run], backward: Sequence[Run]) -> None:
+def run_pair(forward: Sequence[Pass], backward: Sequence[Pass]) -> None:
     """The forward of one stage's runs and the whole backward of another's, layer beside layer in the order of `PAIR`.
 
     Either may be empty; a lone backward still hides its messages under its own weight gradients.
@@ -74,9 +74,9 @@ def run_pair(forward: Sequence[Run], backward: Sequence[Run]) -> None:
         _run_layers(ahead[1], back[1])
 
 
-def _layers(runs: Sequence[Run]) -> Iterator[tuple[tuple[Run, ...], Run | None]]:
+def _layers(runs: Sequence[Pass]) -> Iterator[tuple[tuple[Pass, ...], Pass | None]]:
     """Each block with the runs before it that are none; None in place of a block for those behind the last."""
-    before: list[Run] = []
+    before: list[Pass] = []
     for run in runs:
         if all(phase.name in _PAIRED for phase in run.phases):
             yield tuple(before), run
@@ -87,7 +87,7 @@ def _layers(runs: Sequence[Run]) -> Iterator[tuple[tuple[Run, ...], Run | None]]
         yield tuple(before), None
 
 
-def _run_layers(forward: Run | None, backward: Run | None) -> None:
+def _run_layers(forward: Pass | None, backward: Pass | None) -> None:
     ahead = {} if forward is None else {phase.name: phase for phase in forward.phases}
     back = {} if backward is None else {phase.name: phase for phase in backward.phases}
     for way, name in PAIR:

@@ -15,21 +15,21 @@ from functools import partial
 from torch import Tensor
 
 from fp8moe.kernels.sms import limited_sms
-from fp8moe.layers.phase import Run
-from fp8moe.parallel.action import Action, Kind, Schedule
+from fp8moe.layers.phase import Pass
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.overlap import WeightGradients, late_wgrads, run_backward, run_forward, run_pair, run_wgrads
-from fp8moe.parallel.trace import span
+from fp8moe.profile.spans import span
+from fp8moe.schedule.action import Action, Kind, Schedule
 
 # (stage, micro-batch, what gives the stage's input, None for the first) -> the stage's runs, first to last
-MakeRuns = Callable[[int, int, Callable[[], Tensor] | None], Sequence[Run]]
+MakePasses = Callable[[int, int, Callable[[], Tensor] | None], Sequence[Pass]]
 
 
 @dataclass
 class Pipeline:
     """This rank's part of `schedule`; `rank` is its pipeline rank.
 
-    make_runs   builds a stage's runs for a micro-batch
+    make_passes   builds a stage's runs for a micro-batch
     empty       a new tensor of the shape, dtype and device of the hidden states that ranks send each other
     overlap     whether FB pairs are interleaved and backwards hide messages under their own weight gradients
     sms         on a GPU, SMs for a pair's GEMMs: its messages run beside them (None: all)
@@ -38,11 +38,11 @@ class Pipeline:
     schedule: Schedule
     rank: int
     links: Links
-    make_runs: MakeRuns
+    make_passes: MakePasses
     empty: Callable[[], Tensor]
     overlap: bool = True
     sms: int | None = None
-    _runs: dict[tuple[int, int], Sequence[Run]] = field(default_factory=dict)
+    _runs: dict[tuple[int, int], Sequence[Pass]] = field(default_factory=dict)
     _late: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
     _ready: dict[tuple[Kind, int, int], Callable[[], Tensor]] = field(default_factory=dict)  # by message: action.py
 
@@ -98,15 +98,15 @@ class Pipeline:
         self._end_backward(backward)
         self._late.pop((backward.stage, backward.microbatch))
 
-    def _begin(self, action: Action) -> Sequence[Run]:
+    def _begin(self, action: Action) -> Sequence[Pass]:
         """The runs of a new micro-batch; the first will ask for what the stage before has made."""
         message = (Kind.RECV_F, action.stage, action.microbatch)
         source = None if action.stage == 0 else partial(self._take, message)
-        runs = self.make_runs(action.stage, action.microbatch, source)
+        runs = self.make_passes(action.stage, action.microbatch, source)
         self._runs[action.stage, action.microbatch] = runs
         return runs
 
-    def _turn(self, action: Action) -> Sequence[Run]:
+    def _turn(self, action: Action) -> Sequence[Pass]:
         """The runs that go back; the last will ask for the gradient from the stage behind, or begins with the loss."""
         runs = self._runs[action.stage, action.microbatch]
         if action.stage < self.schedule.num_stages - 1:

@@ -23,8 +23,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fp8moe.parallel.collectives import waiting
-from fp8moe.parallel.trace import span
+from fp8moe.profile.spans import span, waiting
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fp8moe.parallel.action import Action, Kind
-from fp8moe.parallel.simulate import Costs, Timed, Timeline
 from fp8moe.plan.schedule_text import label
+from fp8moe.schedule.action import Action, Kind
+from fp8moe.schedule.simulate import Costs, Timed, Timeline
 
 MICROSECONDS = 1000.0  # a cost unit is drawn as one millisecond
 

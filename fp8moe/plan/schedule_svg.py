@@ -9,9 +9,9 @@ differ in lightness, so that the picture survives a grey printer and colour-blin
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
-from fp8moe.parallel.action import Action, Kind
-from fp8moe.parallel.simulate import Timed, Timeline
 from fp8moe.plan.schedule_text import is_second_chunk, ticks
+from fp8moe.schedule.action import Action, Kind
+from fp8moe.schedule.simulate import Timed, Timeline
 
 ROW, STRIP, GAP, LEFT, TOP = 26, 9, 4, 48, 12
 FONT = 10

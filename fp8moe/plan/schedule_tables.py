@@ -1,19 +1,22 @@
-"""What a schedule costs, in words and tables: the caption of a picture, all schedules at one cost, a model's ranks."""
+"""Tables of schedules: a picture's caption, all schedules at one cost, DeepSeek-V3's published step beside ours.
 
+The published figures are seconds of one step of 15,360 sequences of 4,096 tokens on 2,048 H800 (PP16 x EP64, DualPipe,
+so 120 micro-batches of one sequence a pipeline), from Table 4 of the ISCA 2025 hardware paper: forward chunks, backward
+chunks and weight-gradient chunks that run alone, overlapped pairs, bubble, optimizer.
+
+Which rank was timed is not said. The first rank is assumed: it runs 23 forwards, 15 split and 8 whole backwards, 15
+weight gradients and 97 pairs, and with these counts W is 0.22 of a pair, which is what the published kernel times of a
+layer allow (FP8 GEMM 57.5 % of the time, a third of it weight gradients). With the middle rank's counts (17, 8 and 9,
+8, 103) W would be 0.44 of a pair, more than all of its weight-gradient GEMMs.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 
 from fp8moe.errors import ConfigError
-from fp8moe.model.config import ModelConfig
-from fp8moe.model.partition import (
-    MicroBatch,
-    Stage,
-    imbalance,
-    rank_parameters,
-    relative_costs,
-    stage_activation_bytes,
-)
-from fp8moe.parallel.schedule import SCHEDULES, build_schedule
-from fp8moe.parallel.simulate import Costs, Timeline, peak_held, published_bubble, simulate
+from fp8moe.schedule.action import Kind, Schedule
+from fp8moe.schedule.build import SCHEDULES, build_schedule
+from fp8moe.schedule.simulate import Costs, Timeline, published_bubble, simulate
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -96,39 +99,6 @@ def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> str:
     return "\n".join([title, table(header, rows), *reasons])
 
 
-def partition_table(
-    config: ModelConfig, stages: tuple[Stage, ...], timeline: Timeline, sizes: MicroBatch, ep: int
-) -> str:
-    """Each rank's stages, work relative to the average, parameters, and activations at its fullest moment."""
-    schedule = timeline.schedule
-    costs = relative_costs(config, stages, sizes.seq_len)
-    size = [stage_activation_bytes(config, stage, sizes) for stage in stages]
-    held = peak_held(schedule, size)
-    rows = []
-    for rank in range(schedule.num_ranks):
-        here = [stages[index] for index in sorted({stage for _, stage in schedule.held_by(rank)})]
-        work = sum(costs[stage.index] for stage in here) / len(here)
-        rows.append(
-            (
-                f"rank {rank}",
-                f"{work:.3f}",
-                f"{rank_parameters(config, here, ep) / 1e9:.3f}",
-                f"{held[rank] / 2**30:.2f}",
-                f"{timeline.peak_activations[rank]:g}",
-                "; ".join(str(stage) for stage in here),
-            )
-        )
-    again = ", ".join(sorted(sizes.recompute)) or "nothing"
-    title = (
-        f"{schedule.num_stages} stages of {config.num_layers} blocks, layout "
-        f"{','.join(str(stage.num_layers) for stage in stages)}; heaviest rank "
-        f"{imbalance(config, stages, sizes.seq_len, schedule.is_folded):.3f} of the average; ep={ep}; activations of "
-        f"{sizes.tokens} tokens a micro-batch, {sizes.precision}, recomputed: {again}"
-    )
-    header = ("", "work", "parameters (1e9)", "activations (GiB)", "held", "stages")
-    return "\n".join([title, table(header, rows)])
-
-
 def published_table(rows: dict[str, tuple[float, float]]) -> str:
     """Simulated beside published seconds, phase by phase."""
     lines = [
@@ -136,3 +106,45 @@ def published_table(rows: dict[str, tuple[float, float]]) -> str:
         for phase, (ours, theirs) in rows.items()
     ]
     return table(("seconds, first rank", "simulated", "published", "difference", ""), lines)
+
+
+NUM_RANKS, NUM_MICROBATCHES, RANK = 16, 120, 0
+STEP = 19.926
+PUBLISHED = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
+
+
+def published_costs(rank: int = RANK) -> Costs:
+    """Seconds of a chunk: each published total over the number of such chunks that `rank` runs.
+
+    1B holds split and whole backwards: with b the input part, 1B = n_B b + n_BW (b + W).
+    """
+    actions = build_schedule("dualpipe", NUM_RANKS, NUM_MICROBATCHES).actions[rank]
+    count = Counter(action.kind for action in actions)
+    weight = PUBLISHED["1W"] / count[Kind.W]
+    input_part = (PUBLISHED["1B"] - count[Kind.BW] * weight) / (count[Kind.B] + count[Kind.BW])
+    return Costs(
+        forward=PUBLISHED["1F"] / count[Kind.F],
+        backward=input_part + weight,
+        weight=weight,
+        overlapped=PUBLISHED["1F1B"] / count[Kind.FB],
+    )
+
+
+def is_published(schedule: Schedule) -> bool:
+    """Whether this is the schedule of the published step."""
+    return (schedule.name, schedule.num_ranks, schedule.num_microbatches) == ("dualpipe", NUM_RANKS, NUM_MICROBATCHES)
+
+
+def beside_published(timeline: Timeline, rank: int = RANK) -> dict[str, tuple[float, float]]:
+    """phase -> (simulated, published) seconds on `rank`, the whole step last."""
+    spent = timeline.time_by_kind(rank)
+    simulated = {
+        "1F": spent[Kind.F],
+        "bubble": timeline.bubble[rank],
+        "1B": spent[Kind.B] + spent[Kind.BW],
+        "1W": spent[Kind.W],
+        "1F1B": spent[Kind.FB],
+        "optimizer": PUBLISHED["optimizer"],
+    }
+    rows = {phase: (float(simulated[phase]), seconds) for phase, seconds in PUBLISHED.items()}
+    return {**rows, "step": (float(timeline.makespan) + PUBLISHED["optimizer"], STEP)}

@@ -8,8 +8,8 @@ terminal.
 
 from math import floor, inf, log10
 
-from fp8moe.parallel.action import Action, Kind, Schedule
-from fp8moe.parallel.simulate import Timed, Timeline
+from fp8moe.schedule.action import Action, Kind, Schedule
+from fp8moe.schedule.simulate import Timed, Timeline
 
 IDLE = "·"
 LEGEND = (

@@ -57,7 +57,7 @@ def global_batch(config: BatchConfig, consumed: int) -> int:
     return min(config.sequences, max(config.ramp_from, int(wanted / increment) * increment))
 
 
-def settle_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
+def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
     """The configuration with `micro_batch` filled in, every size the batch can take being a multiple of dp times it.
 
     least, multiple: of micro-batches, what the schedule needs. Raises ValueError with the nearest legal size.

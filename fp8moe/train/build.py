@@ -1,4 +1,4 @@
-"""The only composition root: from a settled `TrainConfig` to a `Run`, everything a step touches, put together here.
+"""The only composition root: from a resolved `TrainConfig` to a `Run`, everything a step touches, put together here.
 
 Processes first, then the run directory, the data, the model on its share of the mesh, the optimizer, and what a
 checkpoint brings back. Nothing below this file knows more than its own part.
@@ -6,16 +6,12 @@ checkpoint brings back. Nothing below this file knows more than its own part.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fp8moe.data.build import Data, open_data
@@ -25,21 +21,17 @@ from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.router import Router
 from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel import watch
-from fp8moe.parallel.collectives import all_reduce
-from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
-from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
-from fp8moe.parallel.schedule import FOLDED, build_schedule
+from fp8moe.parallel.mesh import Mesh
+from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import AdamW
-from fp8moe.train.run_dir import make_run_dir
+from fp8moe.train.processes import wait_for_all
 
 logger = logging.getLogger(__name__)
-
-PATIENCE = 0.8  # of the timeout: when a collective that has not ended is spoken of
 
 
 @dataclass
@@ -77,91 +69,6 @@ class Run:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, Router)}
 
 
-def choose_device(config: TrainConfig) -> torch.device:
-    """This rank's device: its own GPU, by LOCAL_RANK, or the CPU."""
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= count:
-        raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {count}: start {count}")
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
-    return device
-
-
-@contextlib.contextmanager
-def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
-    """The mesh while the block runs. A world of one starts no process group and listens nowhere."""
-    parallel = config.parallel
-    timeout = timedelta(seconds=parallel.startup_timeout)
-    if parallel.pp * config.dp == 1:
-        yield build_mesh(1, 1, 1, timeout=timeout)
-        return
-    record_nccl()
-    # Both back ends, so that host-side objects (checkpoints, the run directory's name) never touch the GPU.
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
-    mesh = mesh_of(config, device)
-    watch.start()
-    warm_up(mesh, device)
-    Links(mesh, timeout).warm_up(device)
-    yield mesh
-    watch.stop()
-    dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
-
-
-def mesh_of(config: TrainConfig, device: torch.device) -> Mesh:
-    """The mesh of a settled configuration; its groups wait as long as start-up may take. Collective over all ranks."""
-    parallel = config.parallel
-    return build_mesh(
-        parallel.pp,
-        config.dp,
-        config.ep,
-        timeout=timedelta(seconds=parallel.startup_timeout),
-        ranks_per_node=parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None,
-        mirrored=parallel.schedule == "dualpipe",
-        nccl_ctas=parallel.communication_sms if device.type == "cuda" else None,
-        tied=config.model.mtp_depth > 0 and parallel.pp > 1 and parallel.schedule not in FOLDED,
-    )
-
-
-def record_nccl() -> None:
-    """Let NCCL keep its last collectives and write them down on a timeout, unless the user has said otherwise."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-
-
-def end_startup(run: Run) -> None:
-    """From here on a message that takes longer than `parallel.timeout` is a hang."""
-    timeout = timedelta(seconds=run.config.parallel.timeout)
-    watch.expect(PATIENCE * run.config.parallel.timeout)
-    for group in run.mesh.groups:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-    run.links.timeout = timeout
-
-
-def wait_for_all(mesh: Mesh) -> None:
-    """A barrier on the host over all ranks."""
-    float(all_reduce(torch.zeros(1), mesh.world_group))
-
-
-def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
-    """Rank 0 makes the run directory and tells the others; what it refuses, all ranks raise."""
-    answer: list[Path | Exception | None] = [None]
-    if mesh.rank == 0:
-        try:
-            answer[0] = make_run_dir(config.run_dir, config.name, config.resume)
-        except (ValueError, OSError) as error:
-            answer[0] = error
-    if mesh.world_size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], OSError):
-        raise ValueError(f"run_dir={config.run_dir} can't be made ({answer[0].strerror}): use another run_dir")
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    assert answer[0] is not None
-    return answer[0]
-
-
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
     """Put the run together, from the checkpoint that `resume` means where there is one. Collective over all ranks."""
     found = checkpoint.find(config.resume, run_dir)
@@ -179,7 +86,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     dispatcher = make_dispatcher(
         config.parallel.dispatcher,
         mesh,
-        config.model.num_experts,
+        config.model.experts.num_experts,
         chunks=config.parallel.chunks,
         capacity_factor=config.parallel.capacity_factor,
         max_imbalance=config.parallel.max_imbalance,
@@ -217,16 +124,15 @@ def build_model(
     parallel = config.parallel
     schedule = build_schedule(parallel.schedule, parallel.pp, config.num_microbatches)
     held = [stages[stage] for stage in sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})]
-    model = Transformer(
-        config.model,
-        precision=config.precision.mode,
-        dispatcher=dispatcher,
-        recompute=frozenset(config.recompute),
-        layers=[layer for stage in held for layer in stage.layers],
-        embedding=any(stage.embedding or stage.mtp for stage in held),
-        head=any(stage.head for stage in held),
-        device=device,
-    )
+    with device:
+        model = Transformer(
+            config.model,
+            config.recipe,
+            dispatcher,
+            layers=[layer for stage in held for layer in stage.layers],
+            embedding=any(stage.embedding or stage.mtp for stage in held),
+            head=any(stage.head for stage in held),
+        )
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
     return model
 

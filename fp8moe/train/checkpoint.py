@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fp8moe.errors import ConfigError, DataError
-from fp8moe.layers.main_grad import is_expert
+from fp8moe.layers.wgrad import is_expert
 from fp8moe.model.config import ModelConfig
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.optimizer import AdamW

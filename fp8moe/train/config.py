@@ -17,15 +17,15 @@ import torch
 from fp8moe.data.config import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.recompute import DEFAULT, Recompute
+from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, Precision, Recipe, Recompute
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.model.partition import Stage, partition
-from fp8moe.parallel.deep_ep import check_deep_ep
+from fp8moe.parallel.config import ParallelConfig
+from fp8moe.parallel.dispatch.deep_ep import check_deep_ep
 from fp8moe.parallel.mesh import ranks_in_node, validate_mesh
-from fp8moe.parallel.schedule import FOLDED, microbatches, num_stages
+from fp8moe.schedule.build import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
-from fp8moe.train.batch import BatchConfig, settle_batch
+from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig
@@ -35,61 +35,13 @@ from fp8moe.train.validation import ValidationConfig
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """mode: fp32, bf16 or fp8 (see `fp8moe.layers.precision`).
+    """mode: fp32, bf16 or fp8 (see `fp8moe.layers.recipe`).
 
     backend: of the kernels (`fp8moe.kernels.backend`); None leaves it to FP8MOE_BACKEND and the device.
     """
 
     mode: Precision
     backend: str | None = None
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """World = pp x dp, ep inside dp. dp: None is processes / pp; ep: None is the most ranks that experts spread over.
-
-    schedule: of the pipeline's pp ranks (`fp8moe.parallel.schedule`); dualpipev has a use at pp=1 too, it hides the
-    experts' messages of one micro-batch under the compute of another. overlap: whether messages are hidden under
-    compute (False: one after the other, the same bits). communication_sms: on a GPU, the SMs that messages of experts
-    may take (NCCL's max_ctas), and that GEMMs of an overlapped pair leave to them.
-    layout: blocks of each pipeline stage, given by hand; None cuts the model by cost (`fp8moe.model.partition`).
-    dispatcher: how tokens travel (`fp8moe.parallel`): all_to_all in one hop; node_limited once to each node of
-    ranks_per_node (None: the processes of this machine), then inside it; deep_ep where that package is installed.
-    chunks: messages a dispatch. capacity_factor: messages of a fixed size, this multiple of an even share, with no wait
-    for counts; an overflow is an error before the step (None: exact counts). max_imbalance: rows a rank may receive, as
-    a multiple of an even share, before anything is allocated for them (None: whatever comes).
-    timeout, startup_timeout: seconds a rank waits for a message, afterwards and until the first step is done (the first
-    step compiles kernels and opens connections).
-    """
-
-    pp: int = 1
-    dp: int | None = None
-    ep: int | None = None
-    schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
-    overlap: bool = True
-    communication_sms: int = 20
-    layout: tuple[int, ...] | None = None
-    dispatcher: Literal["all_to_all", "node_limited", "deep_ep"] = "all_to_all"
-    ranks_per_node: int | None = None
-    chunks: int = 1
-    capacity_factor: float | None = None
-    max_imbalance: float | None = None
-    timeout: float = 300.0
-    startup_timeout: float = 900.0
-
-    def __post_init__(self) -> None:
-        for name in ("timeout", "startup_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"parallel.{name}={getattr(self, name)} seconds must be above 0")
-        for name in ("communication_sms", "chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"parallel.{name}={value} must be at least 1")
-        if self.capacity_factor is not None and self.max_imbalance is not None:
-            raise ValueError(
-                f"parallel.capacity_factor={self.capacity_factor} bounds what a rank receives already: "
-                f"use parallel.max_imbalance=null, not {self.max_imbalance}"
-            )
 
 
 @dataclass(frozen=True)
@@ -119,7 +71,7 @@ class TrainConfig:
     resume: str = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = 3
-    recompute: tuple[Recompute, ...] = tuple(DEFAULT)
+    recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)
     profile: bool = False
 
     def __post_init__(self) -> None:
@@ -144,26 +96,31 @@ class TrainConfig:
             )
 
     @property
+    def recipe(self) -> Recipe:
+        """Precision and recomputation of the model."""
+        return Recipe(self.precision.mode, frozenset(self.recompute))
+
+    @property
     def dp(self) -> int:
-        """Data-parallel ranks of a settled configuration."""
-        assert self.parallel.dp is not None, "settle(config, world_size) comes first"
+        """Data-parallel ranks of a resolved configuration."""
+        assert self.parallel.dp is not None, "resolve(config, world_size) comes first"
         return self.parallel.dp
 
     @property
     def ep(self) -> int:
-        """Expert-parallel ranks of a settled configuration."""
-        assert self.parallel.ep is not None, "settle(config, world_size) comes first"
+        """Expert-parallel ranks of a resolved configuration."""
+        assert self.parallel.ep is not None, "resolve(config, world_size) comes first"
         return self.parallel.ep
 
     @property
     def micro_batch(self) -> int:
-        """Sequences a rank of a settled configuration computes at once."""
-        assert self.batch.micro_batch is not None, "settle(config, world_size) comes first"
+        """Sequences a rank of a resolved configuration computes at once."""
+        assert self.batch.micro_batch is not None, "resolve(config, world_size) comes first"
         return self.batch.micro_batch
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches a step of the full batch, on each data-parallel rank, of a settled configuration."""
+        """Micro-batches a step of the full batch, on each data-parallel rank, of a resolved configuration."""
         return self.batch.sequences // (self.dp * self.micro_batch)
 
 
@@ -199,14 +156,14 @@ def _check_tokens(micro_batch: int, seq_len: int) -> None:
         )
 
 
-def settle(config: TrainConfig, world_size: int) -> TrainConfig:
+def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
     """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
 
     The kernels' back end is chosen here too, so that one that can't run is refused with all else. Raises ValueError or
     ConfigError. Starts nothing and writes nothing.
     """
     parallel = config.parallel
-    experts = config.model.num_experts
+    experts = config.model.experts.num_experts
     if parallel.dp is not None and parallel.pp * parallel.dp != world_size:
         raise ValueError(
             f"the mesh pp={parallel.pp} x dp={parallel.dp} needs {parallel.pp * parallel.dp} processes and there are "
@@ -217,7 +174,7 @@ def settle(config: TrainConfig, world_size: int) -> TrainConfig:
     least, multiple = microbatches(parallel.schedule, parallel.pp)
     stages_of(config)
     dp = world_size // parallel.pp
-    batch = settle_batch(config.batch, dp, least=least, multiple=multiple)
+    batch = resolve_batch(config.batch, dp, least=least, multiple=multiple)
     assert batch.micro_batch is not None
     config.validation.check(dp, batch.micro_batch)
     if config.precision.mode is Precision.FP8:

@@ -1,4 +1,4 @@
-"""The training run, from a settled configuration to its summary. The loop itself is a paragraph.
+"""The training run, from a resolved configuration to its summary. The loop itself is a paragraph.
 
 Every rank runs this. What it means to be the first of them, or to be alone, is known to the parts, not here.
 """
@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fp8moe.train.build import Run, build, choose_device, claim_run_dir, end_startup, processes, save_checkpoint
+from fp8moe.train.build import Run, build, save_checkpoint
 from fp8moe.train.config import TrainConfig
-from fp8moe.train.journal import Journal, log_file
 from fp8moe.train.metrics import StepReport
-from fp8moe.train.passes import forward_passes
-from fp8moe.train.step import train_step
+from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
+from fp8moe.train.run_log import RunLogger, log_file
+from fp8moe.train.step import forward_passes, train_step
 from fp8moe.train.step_trace import StepTrace
 from fp8moe.train.summary import Summary
 from fp8moe.train.validation import ValidationReport, validate
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary:
-    """Run `config`, settled for the processes there are, to its end. Collective; `as_yaml` gives config.yaml's text."""
+    """Run a resolved `config` to its end. Collective over all ranks; `as_yaml` gives config.yaml's text."""
     started = time.perf_counter()
     device = choose_device(config)
     with processes(config, device) as mesh:
@@ -43,13 +43,13 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
 
 def run_to_end(run: Run, started: float) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
-    journal, trace = Journal(run, started), StepTrace(run)
+    journal, trace = RunLogger(run, started), StepTrace(run)
     try:
         while run.step < run.config.steps:
             with trace.around(run):
                 report = train_step(run, count_fp8=_counts_fp8(run))
             if len(journal) == 0:
-                end_startup(run)
+                end_startup(run.mesh, run.links, run.config.parallel.timeout)
             validation = _validate(run)
             report, saved = _save(run, report)
             journal.note(report, validation, saved)

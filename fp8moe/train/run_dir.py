@@ -1,9 +1,9 @@
-"""The run directory: one a run, made by rank 0, never written over.
+"""The run directory: one a run, made by rank 0, never overwritten.
 
     config.yaml  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
 
 The rules are checked twice: by whoever launches, so that a mistake costs one sentence and no processes, and by rank 0,
-because another run may have taken the place meanwhile.
+because another run may have taken the directory meanwhile.
 """
 
 from __future__ import annotations

@@ -11,28 +11,34 @@ import contextlib
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
 from fp8moe.kernels.statistics import CastStatistics, observe_casts
-from fp8moe.layers.balance import max_violation, update_bias
 from fp8moe.layers.linear import quantize_weights
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
+from fp8moe.layers.router import max_violation, update_bias
 from fp8moe.model.flops import mfu
-from fp8moe.model.loss import LossCounts, count_predicted, loss_weights
+from fp8moe.model.loss import LossCounts, LossTally, LossWeights, count_predicted, loss_weights
+from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
-from fp8moe.parallel.trace import span
-from fp8moe.train.batch import global_batch, pieces
+from fp8moe.parallel.pipeline import Pipeline
+from fp8moe.profile.recorder import EXPOSED, PhaseLaps, Stopwatch, marking
+from fp8moe.profile.spans import listening, span
+from fp8moe.schedule.action import Schedule
+from fp8moe.schedule.build import build_schedule, forwards
+from fp8moe.train.batch import global_batch, pieces, to_device
 from fp8moe.train.build import Run, tied_embedding
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
-from fp8moe.train.passes import train_passes
-from fp8moe.train.stopwatch import EXPOSED, Stopwatch
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
         with span("optimizer"):
             run.optimizer.step(lr, grad_norm)
             quantize_weights(run.model)
-    update_bias(run.model, bias_gamma(schedule, config.model.bias_gamma, at) if accepted else 0.0)
+    update_bias(run.model, bias_gamma(schedule, config.model.router.bias_gamma, at) if accepted else 0.0)
     watch.lap("optimizer")
     run.step += 1
     laps, seconds = watch.read(), time.perf_counter() - started
@@ -111,7 +117,7 @@ def next_batches(run: Run) -> tuple[list[Batch], LossCounts]:
 
 def forward_backward(run: Run, batches: list[Batch], counts: LossCounts, weight: float, watch: Stopwatch) -> Losses:
     """Add the gradients of every micro-batch into `main_grad`, and give the losses of the global batch. Collective."""
-    weights = loss_weights(counts, mtp_weight=weight, balance_alpha=run.config.model.aux_loss_alpha)
+    weights = loss_weights(counts, mtp_weight=weight, balance_alpha=run.config.model.router.aux_loss_alpha)
     totals = train_passes(run, batches, weights, watch)
     main, mtp, balance = all_reduce(totals, run.mesh.world_group).tolist()
     return Losses(main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences)
@@ -155,3 +161,54 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, watch: Stopwatch) -> Tensor:
+    """Forward and backward of this rank's part of every micro-batch; gradients are added into `main_grad`.
+
+    -> FP64 [3], this rank's share of the main, MTP and balance losses' sums. Collective over pipeline and experts.
+    """
+    parallel = run.config.parallel
+    with listening(PhaseLaps(watch)), marking(run.device):
+        return _run(run, _training(parallel.schedule, parallel.pp, len(batches)), batches, weights)
+
+
+def forward_passes(run: Run, batches: Sequence[Batch]) -> Tensor:
+    """Forwards alone, the model in evaluation mode -> FP64 [3] as above. Collective likewise."""
+    parallel = run.config.parallel
+    training = _training(parallel.schedule, parallel.pp, run.config.num_microbatches)
+    run.model.eval()
+    try:
+        with torch.no_grad():
+            return _run(run, forwards(training, len(batches)), batches, LossWeights(0.0, 0.0, 0.0))
+    finally:
+        run.model.train()
+
+
+@lru_cache
+def _training(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
+    return build_schedule(name, num_ranks, num_microbatches)
+
+
+def _run(run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
+    config, tally = run.config, LossTally(run.device)
+    on_device = [to_device(batch, run.device) for batch in batches]
+    tokens = config.micro_batch * config.seq_len
+    Pipeline(
+        schedule,
+        run.mesh.pp_rank,
+        run.links,
+        StagePasses(run.model, run.stages, on_device, weights, tally),
+        empty=partial(torch.empty, tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
+        overlap=config.parallel.overlap,
+        sms=sms_for_gemms(run),
+    ).run()
+    return tally.sums
+
+
+def sms_for_gemms(run: Run) -> int | None:
+    """What the experts' messages leave of the GPU's SMs; None on a CPU, and without such messages."""
+    if run.device.type != "cuda" or run.mesh.ep == 1:
+        return None
+    count: int = torch.cuda.get_device_properties(run.device).multi_processor_count
+    return max(1, count - run.config.parallel.communication_sms)

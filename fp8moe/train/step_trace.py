@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from fp8moe.parallel.collectives import gather
-from fp8moe.parallel.figures import RankFigures, measured_costs, num_microbatches, rank_figures, window_of
-from fp8moe.parallel.kineto import device_figures, profiling
-from fp8moe.parallel.recorder import Recorder, clock_offset
-from fp8moe.parallel.schedule import build_schedule
-from fp8moe.parallel.simulate import simulate
-from fp8moe.parallel.trace import listening
+from fp8moe.parallel.collectives import clock_offset, gather
+from fp8moe.profile.chrome_trace import RankTrace, chrome_trace
+from fp8moe.profile.figures import (
+    ACTION,
+    RankFigures,
+    length,
+    num_microbatches,
+    overlap,
+    rank_figures,
+    spans_of,
+    times_of,
+    waits_of,
+    window_of,
+)
+from fp8moe.profile.kineto import device_figures, profiling
+from fp8moe.profile.recorder import Recorder, Span
+from fp8moe.profile.spans import listening
+from fp8moe.schedule.build import build_schedule
+from fp8moe.schedule.simulate import Costs, simulate
 from fp8moe.train.build import Run
-from fp8moe.train.chrome_trace import RankTrace, chrome_trace
 
 STEP = 3
 
@@ -97,6 +109,45 @@ def step_figures(run: Run, ranks: Sequence[RankTrace]) -> StepFigures:
         schedule = build_schedule(parallel.schedule, parallel.pp, num_microbatches(recorded))
         simulated = statistics.fmean(simulate(schedule, measured_costs(recorded, schedule.num_stages)).bubble)
     return summed_up(run.step, each, simulated)
+
+
+def measured_costs(ranks: Sequence[Sequence[Span]], num_stages: int) -> Costs:
+    """What a stage's F, B, W and FB took on average, waits for experts included and those for other stages left out.
+
+    F, B and W come from actions of their own where a stage has any; the weight gradients within a BW from its phases.
+    """
+    seconds: dict[str, dict[int, list[float]]] = {kind: defaultdict(list) for kind in ("F", "B", "W")}
+    pairs = []
+    for spans in ranks:
+        between_stages = times_of(waits_of(spans, expert=False))
+        late = [span for span in spans_of(spans, "phase") if span.name.startswith("W ")]
+        for action in spans_of(spans, "action"):
+            match = ACTION.fullmatch(action.name)
+            assert match is not None
+            kind, stage, back = match.group(1), int(match.group(2)), match.group(4)
+            took = action.seconds - length(overlap([(action.start, action.end)], between_stages))
+            if back is not None:
+                pairs.append(took)
+            elif kind == "BW":
+                weight = sum(span.seconds for span in late if action.contains(span))
+                seconds["W"][stage].append(weight)
+                seconds["B"][stage].append(took - weight)
+            else:
+                seconds[kind][stage].append(took)
+    return _costs(seconds, pairs, num_stages)
+
+
+def _costs(seconds: dict[str, dict[int, list[float]]], pairs: list[float], num_stages: int) -> Costs:
+    means = {
+        kind: {stage: statistics.fmean(values) for stage, values in stages.items()} for kind, stages in seconds.items()
+    }
+    forward, back, weight = (statistics.fmean(stages.values()) for stages in means.values())
+    shares = None
+    if all(len(stages) == num_stages for stages in means.values()):
+        totals = [sum(stages[stage] for stages in means.values()) for stage in range(num_stages)]
+        shares = tuple(total / statistics.fmean(totals) for total in totals)
+    pair = max(forward, back + weight, statistics.fmean(pairs)) if pairs else None
+    return Costs(forward, back + weight, weight, pair, stages=shares)
 
 
 def summed_up(step: int, each: Sequence[RankFigures], simulated: float | None) -> StepFigures:

@@ -8,7 +8,7 @@ import torch
 from benchmarks import bench_pipeline
 from benchmarks.harness import Report
 from benchmarks.pipeline_trials import Trial
-from fp8moe.parallel.figures import RankFigures
+from fp8moe.profile.figures import RankFigures
 
 
 def trial(seconds: float, communication: float, exposed: float, bubble: float = 0.0) -> Trial:

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from fp8moe.cli.compose import CONFIGS, as_yaml, compose
-from fp8moe.cli.convert import keys_of, to_dataclass
-from fp8moe.layers.precision import Precision
+from fp8moe.cli.compose import CONFIGS, as_yaml, compose, keys_of, to_dataclass
+from fp8moe.layers.recipe import Precision
 from fp8moe.model.flops import count_parameters
-from fp8moe.train.config import TrainConfig, settle, stages_of
+from fp8moe.train.config import TrainConfig, resolve, stages_of
 
 
 def choices(group: str) -> list[str]:
@@ -74,8 +73,8 @@ def test_names_and_overrides() -> None:
 def test_the_published_layout_takes_2048_gpus() -> None:
     words = ["experiment=dsv3_pretrain", "parallel=dsv3_2048", "data.paths=[some]"]
     with pytest.raises(ValueError, match=r"ramp_from=3072 makes 24 micro-batches .* needs at least 32, .*: use 4096"):
-        settle(compose(words).config, 2048)
-    config = settle(compose([*words, "batch.ramp_from=4096", "batch.increment=1024"]).config, 2048)
+        resolve(compose(words).config, 2048)
+    config = resolve(compose([*words, "batch.ramp_from=4096", "batch.increment=1024"]).config, 2048)
     assert (config.dp, config.ep, config.micro_batch, config.num_microbatches) == (128, 64, 1, 120)
     stages = stages_of(config)
     assert len(stages) == 16 and stages[-1].mtp and sum(stage.num_layers for stage in stages) == 61
@@ -84,9 +83,9 @@ def test_the_published_layout_takes_2048_gpus() -> None:
 def test_the_quickstart_runs_on_one_to_eight_processes() -> None:
     config = compose(["experiment=quickstart"]).config
     for world_size in (1, 2, 4, 8):
-        settled = settle(config, world_size)
-        assert settled.ep == world_size
-        assert yaml.safe_load(as_yaml(settled))["parallel"]["ep"] == world_size
+        resolved = resolve(config, world_size)
+        assert resolved.ep == world_size
+        assert yaml.safe_load(as_yaml(resolved))["parallel"]["ep"] == world_size
 
 
 @pytest.mark.parametrize(

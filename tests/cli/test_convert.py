@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fp8moe.cli.convert import keys_of, to_dataclass
+from fp8moe.cli.compose import keys_of, to_dataclass
 from fp8moe.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8moe.cli.failures import explain
+from fp8moe.cli.command import explain
 from fp8moe.errors import ConfigError, DataError, HangError, NonFiniteError
 
 TIMED_OUT = RuntimeError(

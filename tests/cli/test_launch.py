@@ -18,7 +18,7 @@ import pytest
 from fp8moe.__main__ import main
 from fp8moe.cli import launch
 from fp8moe.cli.failures import Failure
-from fp8moe.parallel import watch
+from fp8moe.parallel import hang
 from tests.train.runs import SMALL, write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -106,7 +106,7 @@ def test_the_launchers_environment_is_its_workers_only(monkeypatch: pytest.Monke
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     before = dict(os.environ)
     with launch._environment(4, "notes"):
-        assert os.environ[watch.NOTES] == "notes"
+        assert os.environ[hang.NOTES] == "notes"
         assert os.environ[launch.LAUNCHED] == "1" and os.environ["OMP_NUM_THREADS"] == "7"
     assert dict(os.environ) == before
 

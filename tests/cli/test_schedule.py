@@ -10,7 +10,7 @@ import pytest
 
 from fp8moe.cli.schedule import main, parse_costs
 from fp8moe.errors import ConfigError
-from fp8moe.plan.published_step import published_costs
+from fp8moe.plan.schedule_tables import published_costs
 
 
 def test_prints_the_picture_and_writes_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

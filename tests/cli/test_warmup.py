@@ -31,9 +31,9 @@ TINY = ModelConfig(
 def linears_of_a_model(config):
     """(dense, expert) weights' shapes of a real model, read off its parameters."""
     from fp8moe.layers.dispatch import LocalDispatcher
-    from fp8moe.layers.grouped_linear import GroupedLinear
+    from fp8moe.layers.experts import GroupedLinear
     from fp8moe.layers.linear import Linear
-    from fp8moe.layers.precision import Precision
+    from fp8moe.layers.recipe import Precision
     from fp8moe.model.transformer import Transformer
 
     model = Transformer(config, precision=Precision.FP8, dispatcher=LocalDispatcher(config.num_experts))

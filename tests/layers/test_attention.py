@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp8moe.layers.attention import AttentionConfig, LatentAttention, Positions, document_mask
-from fp8moe.layers.main_grad import attach_main_grads
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.attention.mla import AttentionConfig, LatentAttention, Positions, document_mask
+from fp8moe.layers.recipe import Precision
 from fp8moe.layers.rope import inverse_frequencies, rotate, rotation
+from fp8moe.layers.wgrad import attach_main_grads
 
 CONFIG = AttentionConfig(
     dim=64, num_heads=2, q_lora_rank=32, kv_lora_rank=32, nope_dim=16, rope_dim=16, v_dim=16, softmax_scale=32**-0.5,

@@ -12,15 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.layers import attention as attention_module
-from fp8moe.layers.attention import AttentionConfig, LatentAttention, Positions
-from fp8moe.layers.kept_output import kept_in_e5m6
+from fp8moe.layers.attention import mla as attention_module
+from fp8moe.layers.attention.mla import AttentionConfig, LatentAttention, Positions
 from fp8moe.layers.linear import quantize_weights
-from fp8moe.layers.main_grad import attach_main_grads
 from fp8moe.layers.operand import Activation
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
+from fp8moe.layers.recompute import capture_saved, keep_in_e5m6
 from fp8moe.layers.rope import inverse_frequencies, rotation
-from fp8moe.layers.saved import boxed
+from fp8moe.layers.wgrad import attach_main_grads
 from tests.distance import calc_diff
 
 B, S, H, V = 2, 32, 4, 32  # heads of equal size: PyTorch's fused attention on a CPU, which saves its output
@@ -36,9 +35,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_kept_in_e5m6(attend: Callable[[], Tensor]) -> Activation:
-    with boxed() as boxes:
+    with capture_saved() as boxes:
         out = attend()
-    return kept_in_e5m6(out, boxes)
+    return keep_in_e5m6(out, boxes)
 
 
 def as_rows(out: Tensor) -> Tensor:
@@ -195,7 +194,7 @@ def test_weight_gradient_of_the_projection() -> None:
 def test_without_gradients_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, x, positions = layer(Precision.FP8)
     expected = attention(x, positions).detach()
-    monkeypatch.setattr("fp8moe.layers.kept_output.pack_e5m6", None)
+    monkeypatch.setattr("fp8moe.layers.recompute.pack_e5m6", None)
     with torch.no_grad():
         assert torch.equal(attention(x, positions), expected)
     with pytest.raises(TypeError):

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from fp8moe.layers.linear import Linear, quantize_weights
-from fp8moe.layers.main_grad import attach_main_grads
 from fp8moe.layers.operand import Fp8Gradient, stand_in
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.wgrad import WeightGradStore
+from fp8moe.layers.recipe import Precision
+from fp8moe.layers.wgrad import WeightGradStore, attach_main_grads
 from tests.distance import calc_diff
 
 BOUND = {Precision.FP32: 1e-11, Precision.BF16: 1e-4, Precision.FP8: 1e-3}

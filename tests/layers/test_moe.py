@@ -11,10 +11,10 @@ from torch.nn.functional import silu
 
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.linear import quantize_weights
-from fp8moe.layers.main_grad import attach_main_grads
 from fp8moe.layers.moe import MoE
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import RouterConfig
+from fp8moe.layers.wgrad import attach_main_grads
 from tests.distance import calc_diff
 
 D, F, T = 128, 64, 96

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from benchmarks.kept import Made
 from fp8moe.layers.linear import quantize_weights
-from fp8moe.layers.main_grad import attach_main_grads
-from fp8moe.layers.mlp import Mlp
+from fp8moe.layers.mlp import Mlp, swiglu
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.operand import activation, edge_of
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.recompute import RECIPE, Recompute, kept
+from fp8moe.layers.operand import activation, detached_handle
+from fp8moe.layers.recipe import Precision
+from fp8moe.layers.recompute import RECIPE, Recompute, capture_saved, recompute_saved, kept
 from fp8moe.layers.router import Router, RouterConfig
-from fp8moe.layers.saved import boxed, compute_again
-from fp8moe.layers.swiglu import swiglu
+from fp8moe.layers.wgrad import attach_main_grads
 
 T, D = 48, 64
 NOTHING: frozenset[Recompute] = frozenset()
@@ -53,7 +51,7 @@ def test_a_recomputing_norm_keeps_its_input_alone(precision: Precision) -> None:
     for norm in norms(precision):
         with Made() as made:
             y = norm(x)
-            columns, edge = activation(y, precision).operand.columns, edge_of(y.tensor)
+            columns, edge = activation(y, precision).operand.columns, detached_handle(y.tensor)
             del y
         alive.append(made.alive())
         assert edge.isnan().all() and columns().shape in ((T, D), (D, T))
@@ -63,7 +61,7 @@ def test_a_recomputing_norm_keeps_its_input_alone(precision: Precision) -> None:
 def test_an_edge_passes_gradients_and_no_values() -> None:
     x, dy = torch.randn(2, T, D)
     x.requires_grad_()
-    edge_of(x).backward(dy)
+    detached_handle(x).backward(dy)
     assert x.grad is not None and torch.equal(x.grad, dy)
 
 
@@ -86,9 +84,9 @@ def test_views_come_back_as_they_were_computed_once_and_without_gradients() -> N
 
     expected = use(*make())
     q, k = make()
-    with boxed() as boxes:
+    with capture_saved() as boxes:
         out = use(q, k)
-    compute_again(boxes, (q, k), again)
+    recompute_saved(boxes, (q, k), again)
     assert sum(box.saved is None for box in boxes) == 4
     (want,) = torch.autograd.grad(expected, x, dy)
     assert calls == []
@@ -100,9 +98,9 @@ def test_views_come_back_as_they_were_computed_once_and_without_gradients() -> N
 
 def test_boxes_of_other_tensors_and_of_empty_ones_are_left_alone() -> None:
     a, b, empty = torch.randn(T, D, requires_grad=True), torch.randn(T, D), torch.empty(0, D, requires_grad=True)
-    with boxed() as boxes:
+    with capture_saved() as boxes:
         out = (a * b).sum() + (empty * torch.empty(0, D)).sum()
-    compute_again(boxes, (torch.randn(T, D), torch.empty(0)), lambda: pytest.fail("nothing of it was saved"))
+    recompute_saved(boxes, (torch.randn(T, D), torch.empty(0)), lambda: pytest.fail("nothing of it was saved"))
     out.backward()
     assert a.grad is not None and torch.equal(a.grad, b)
 

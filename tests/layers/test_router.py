@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8moe.layers.balance import max_violation, sequence_loss, update_bias
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.router import Router, RouterConfig
+from fp8moe.layers.recipe import Precision
+from fp8moe.layers.router import Router, RouterConfig, max_violation, sequence_loss, update_bias
 
 SIGMOID = RouterConfig(
     num_experts=8, topk=2, num_groups=4, top_groups=2, score="sigmoid", normalize_topk=True, route_scale=2.5,

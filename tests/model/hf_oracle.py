@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from fp8moe.layers.dispatch import LocalDispatcher
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
 from fp8moe.model.config import ModelConfig, YarnConfig
 from fp8moe.model.transformer import Transformer, init_weights
 

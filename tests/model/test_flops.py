@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8moe.layers.dispatch import LocalDispatcher
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import count_parameters, flops_per_token, mfu
 from fp8moe.model.transformer import Transformer

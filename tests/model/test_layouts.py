@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.balance import update_bias
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
-from fp8moe.layers.main_grad import is_expert
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
 from fp8moe.layers.recompute import Recallable
-from fp8moe.layers.router import Router, Routing
+from fp8moe.layers.router import Router, Routing, update_bias
+from fp8moe.layers.wgrad import is_expert
 from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.expert_parallel import AllToAllDispatcher
+from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
 from fp8moe.parallel.mesh import build_mesh
 from tests.model.batches import tokens

@@ -13,19 +13,16 @@ from fp8moe.errors import ConfigError
 from fp8moe.layers.recompute import RECIPE, Recompute
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import count_parameters, flops_per_token
+from fp8moe.model.memory import MicroBatch, rank_parameters, stage_activation_bytes, stage_parameters
 from fp8moe.model.partition import (
-    MicroBatch,
     Stage,
     block_cost,
     embedding_cost,
     imbalance,
     mtp_cost,
     partition,
-    rank_parameters,
     relative_costs,
-    stage_activation_bytes,
     stage_cost,
-    stage_parameters,
 )
 
 

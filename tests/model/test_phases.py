@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.attention import Positions
+from fp8moe.layers.attention.mla import Positions
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.wgrad import WeightGradStore
+from fp8moe.layers.recipe import Precision
+from fp8moe.layers.wgrad import DeferredWgrads
 from fp8moe.model.block import Block
-from fp8moe.model.phases import BalanceLoss, DenseRun, MoeRun, run_block
+from fp8moe.model.phases import BalanceLoss, DensePass, MoePass, pass_through
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
 from tests.model.hf_oracle import BASE
 from tests.parallel.ranks import TIMEOUT, run_ranks
@@ -56,13 +56,13 @@ def grads(model: Transformer) -> list[Tensor]:
     return out
 
 
-def start(model: Transformer, layer: int, x: Tensor, store: WeightGradStore, key: int) -> DenseRun | MoeRun:
+def start(model: Transformer, layer: int, x: Tensor, store: DeferredWgrads, key: int) -> DensePass | MoePass:
     positions = model.positions(torch.arange(S).expand(B, -1))
     return start_at(model.block(layer), x, positions, store, key)
 
 
-def start_at(block: Block, x: Tensor, positions: Positions, store: WeightGradStore, key: int) -> DenseRun | MoeRun:
-    return run_block(block, lambda: x, positions, BalanceLoss(BALANCE, lambda loss: None), store=store, key=key)
+def start_at(block: Block, x: Tensor, positions: Positions, store: DeferredWgrads, key: int) -> DensePass | MoePass:
+    return pass_through(block, lambda: x, positions, BalanceLoss(BALANCE, lambda loss: None), store=store, key=key)
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -72,7 +72,7 @@ def test_phases_equal_autograd(precision: Precision, layer: int, shared: int) ->
     x, dy = stream(model, seed=0)
     expected = autograd(model, layer, x, dy) + grads(model)
 
-    store = WeightGradStore()
+    store = DeferredWgrads()
     run = start(model, layer, x, store, key=0)
     assert tuple(phase.name for phase in run.phases) == F_ORDER["dense" if layer == 0 else "moe"]
     for phase in run.phases:
@@ -101,7 +101,7 @@ def test_counts_leave_in_attn_and_rows_in_dispatch(monkeypatch: pytest.MonkeyPat
         verb = getattr(LocalDispatcher, name)
         monkeypatch.setattr(LocalDispatcher, name, lambda *a, n=name, f=verb: (called.append(n), f(*a))[1])
     x, _ = stream(model, seed=0)
-    attn, dispatch, *_ = start(model, 1, x, WeightGradStore(), key=0).phases
+    attn, dispatch, *_ = start(model, 1, x, DeferredWgrads(), key=0).phases
     attn.forward()
     assert called == ["announce"]
     dispatch.forward()
@@ -135,7 +135,7 @@ def interleaved(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
     first, second = autograd(model, 1, x0, dy0), autograd(model, 1, x1, dy1)
     expected = [*first, *second, *grads(model)]
 
-    store = WeightGradStore()
+    store = DeferredWgrads()
     old = start(model, 1, x0, store, key=0)
     for phase in old.phases:
         phase.forward()

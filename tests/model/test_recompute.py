@@ -13,16 +13,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.kept import Made
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
-from fp8moe.layers.grouped_linear import GroupedLinear, GroupedProducts
+from fp8moe.layers.experts import GroupedLinear, GroupedProducts
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
 from fp8moe.layers.recompute import RECIPE, Recallable, Recompute
 from fp8moe.layers.router import Router
-from fp8moe.layers.wgrad import WeightGradStore
-from fp8moe.model.partition import MicroBatch, Stage, stage_activation_bytes
+from fp8moe.layers.wgrad import DeferredWgrads
+from fp8moe.model.memory import MicroBatch, stage_activation_bytes
+from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
 from tests.model import test_phases
 from tests.model.batches import tokens
@@ -97,7 +98,7 @@ def test_blocks_are_bit_equal_phase_by_phase(
         router.counts_E.zero_()
 
     calls = weight_gradient_calls(monkeypatch)
-    store = WeightGradStore()
+    store = DeferredWgrads()
     run = start(model, layer, x, store, key=0)
     for phase in run.phases:
         phase.forward()
@@ -191,7 +192,7 @@ def forward(model: Transformer, layer: int, x: Tensor, phases: bool) -> Any:
     """A block's forward by autograd or phase by phase; what must live on until the backward."""
     if not phases:
         return model.blocks[str(layer)](x, model.positions(torch.arange(S).expand(B, -1)))
-    run = start(model, layer, x, WeightGradStore(), key=0)
+    run = start(model, layer, x, DeferredWgrads(), key=0)
     for phase in run.phases:
         phase.forward()
     return run, run.output
@@ -249,7 +250,7 @@ def test_the_estimate_is_what_is_kept(precision: Precision, layer: int, phases: 
         x = torch.randn(num_tokens, SMALL.dim).to(precision.dtype).requires_grad_()
         with Made() as made:
             if phases:
-                run = test_phases.start_at(model.block(layer), x, positions, WeightGradStore(), key=0)
+                run = test_phases.start_at(model.block(layer), x, positions, DeferredWgrads(), key=0)
                 for phase in run.phases:
                     phase.forward()
                 alive: Any = (run, run.output)

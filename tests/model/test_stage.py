@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from fp8moe.layers.dispatch import LocalDispatcher
-from fp8moe.layers.phase import Run
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.phase import Pass
+from fp8moe.layers.recipe import Precision
 from fp8moe.model.loss import LossCounts, LossTally, count_predicted, loss_weights, total_loss
 from fp8moe.model.partition import partition
-from fp8moe.model.stage import StageRuns
+from fp8moe.model.stage import StagePasses
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.pipeline import Pipeline
-from fp8moe.parallel.schedule import build_schedule
-from fp8moe.parallel.simulate import peak_held
+from fp8moe.schedule.build import build_schedule
+from fp8moe.schedule.simulate import peak_held
 from tests.model.batches import Tokens, tokens
 from tests.model.hf_oracle import BASE
 
@@ -51,15 +51,15 @@ WEIGHTS = loss_weights(counts(), mtp_weight=0.3, balance_alpha=1e-2)
 
 
 def pipelined(
-    model: Transformer, name: str, overlap: bool, watch: Callable[[Sequence[Run]], None] = lambda runs: None
+    model: Transformer, name: str, overlap: bool, watch: Callable[[Sequence[Pass]], None] = lambda runs: None
 ) -> Tensor:
     """A step of the schedule on one rank -> the tally; `watch` is shown the runs of each stage and micro-batch."""
     schedule = build_schedule(name, 1, MICROBATCHES)
     stages = partition(CONFIG, schedule.num_stages, seq_len=SEQ_LEN, folded=schedule.is_folded)
     tally = LossTally(torch.device("cpu"))
-    make = StageRuns(model, stages, batches(), WEIGHTS, tally)
+    make = StagePasses(model, stages, batches(), WEIGHTS, tally)
 
-    def watched(stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Run]:
+    def watched(stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
         runs = make(stage, microbatch, source)
         watch(runs)
         return runs
@@ -100,7 +100,7 @@ def test_runs_are_let_go_without_a_collector(name: str, overlap: bool, counted_o
     made: list[list[weakref.ref[Run]]] = []
     most = 0
 
-    def watch(runs: Sequence[Run]) -> None:
+    def watch(runs: Sequence[Pass]) -> None:
         nonlocal most
         made.append([weakref.ref(run) for run in runs])
         most = max(most, sum(any(ref() is not None for ref in refs) for refs in made))

@@ -6,7 +6,7 @@ message k fills buffer k. `runs` says whether a step's work gets done by the rul
 
 from dataclasses import dataclass, field
 
-from fp8moe.parallel.action import Action, Schedule
+from fp8moe.schedule.action import Action, Schedule
 
 
 @dataclass

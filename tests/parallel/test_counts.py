@@ -7,9 +7,8 @@ import torch
 
 from fp8moe.errors import ImbalanceError
 from fp8moe.kernels.permute import plan_rows
-from fp8moe.parallel import expert_parallel
-from fp8moe.parallel.counts import histogram
-from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.dispatch import all_to_all, make_dispatcher
+from fp8moe.parallel.dispatch.counts import histogram
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
@@ -25,8 +24,8 @@ def skewed(kind: str, limit: float) -> tuple[str, list[int]]:
     mesh = build_mesh(1, 4, 4, timeout=TIMEOUT, ranks_per_node=2)
     dispatcher = make_dispatcher(kind, mesh, E, max_tokens=T, max_imbalance=limit)
     asked: list[int] = []
-    plan_rows = expert_parallel.plan_rows
-    expert_parallel.plan_rows = lambda *a, **k: (asked.append(k["room"]), plan_rows(*a, **k))[1]  # type: ignore
+    plan_rows = all_to_all.plan_rows
+    all_to_all.plan_rows = lambda *a, **k: (asked.append(k["room"]), plan_rows(*a, **k))[1]  # type: ignore
     try:
         arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ALL_TO_ONE), WEIGHTS).wait()
     except ImbalanceError as error:

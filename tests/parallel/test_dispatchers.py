@@ -20,16 +20,15 @@ from torch import Tensor
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from fp8moe.layers.linear import quantize_weights
-from fp8moe.layers.main_grad import attach_main_grads
 from fp8moe.layers.moe import MoE
 from fp8moe.layers.operand import Rows
-from fp8moe.layers.precision import Precision
+from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import RouterConfig
+from fp8moe.layers.wgrad import attach_main_grads
 from fp8moe.parallel.collectives import all_reduce
-from fp8moe.parallel.counts import Capacity
-from fp8moe.parallel.expert_parallel import AllToAllDispatcher
+from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, NodeLimitedDispatcher
+from fp8moe.parallel.dispatch.counts import Capacity
 from fp8moe.parallel.mesh import Mesh, build_mesh
-from fp8moe.parallel.node_limited import NodeLimitedDispatcher
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
 D, F, E = 128, 32, 16

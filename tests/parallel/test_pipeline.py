@@ -13,8 +13,8 @@ from fp8moe.layers.phase import Phase, Run
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.parallel.pipeline import Pipeline
-from fp8moe.parallel.schedule import build_schedule, forwards, num_stages
-from fp8moe.parallel.simulate import peak_held
+from fp8moe.schedule.build import build_schedule, forwards, num_stages
+from fp8moe.schedule.simulate import peak_held
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
 Gradients = dict[int, float]
@@ -68,7 +68,7 @@ def run(name: str, pp: int, microbatches: int, training: bool, overlap: bool) ->
     outputs: list[float] = []
     alive = Alive()
 
-    def make(stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Run]:
+    def make(stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
         def add(gradient: float) -> None:
             gradients[stage] = gradients.get(stage, 0.0) + gradient
             alive.add(-1)

@@ -15,7 +15,7 @@ import torch
 
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_rows
-from fp8moe.parallel.dispatchers import make_dispatcher
+from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 

@@ -10,8 +10,8 @@ import weakref
 import pytest
 import torch
 
-from fp8moe.parallel.collectives import exposed_seconds
 from fp8moe.parallel.stream import Stream, communication_stream
+from fp8moe.profile.spans import exposed_seconds
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from fp8moe.parallel.action import Kind
-from fp8moe.parallel.schedule import SCHEDULES, build_schedule
-from fp8moe.parallel.simulate import Costs, Timeline, simulate
 from fp8moe.plan.schedule_files import as_json, chrome_trace
 from fp8moe.plan.schedule_svg import HUES, svg
 from fp8moe.plan.schedule_tables import caption
 from fp8moe.plan.schedule_text import IDLE, LEGEND, draw, ticks
+from fp8moe.schedule.action import Kind
+from fp8moe.schedule.build import SCHEDULES, build_schedule
+from fp8moe.schedule.simulate import Costs, Timeline, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 

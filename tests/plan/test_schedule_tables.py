@@ -3,12 +3,22 @@
 import pytest
 
 from fp8moe.model.config import ModelConfig
-from fp8moe.model.partition import MicroBatch, partition, relative_costs
-from fp8moe.parallel.action import Kind
-from fp8moe.parallel.schedule import SCHEDULES, build_schedule
-from fp8moe.parallel.simulate import Costs, simulate
-from fp8moe.plan.published_step import PUBLISHED, STEP, beside_published, is_published, published_costs
-from fp8moe.plan.schedule_tables import caption, compare, partition_table, published_table
+from fp8moe.model.memory import MicroBatch
+from fp8moe.model.partition import partition, relative_costs
+from fp8moe.plan.schedule_tables import (
+    PUBLISHED,
+    STEP,
+    beside_published,
+    caption,
+    compare,
+    is_published,
+    partition_table,
+    published_costs,
+    published_table,
+)
+from fp8moe.schedule.action import Kind
+from fp8moe.schedule.build import SCHEDULES, build_schedule
+from fp8moe.schedule.simulate import Costs, simulate
 
 SMALL = ModelConfig(
     vocab_size=512, dim=64, num_layers=9, num_dense_layers=1, num_heads=2, q_lora_rank=32, kv_lora_rank=32, nope_dim=16,

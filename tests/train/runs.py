@@ -9,9 +9,9 @@ import torch
 from fp8moe.cli.compose import compose
 from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
-from fp8moe.train.build import Run, build, mesh_of
-from fp8moe.train.config import TrainConfig, settle
-from fp8moe.train.run_dir import make_run_dir
+from fp8moe.train.build import Run, build
+from fp8moe.train.config import TrainConfig, resolve
+from fp8moe.train.run_dir import make_run_dir, mesh_of
 
 VOCABULARY = 300
 SMALL = (
@@ -44,8 +44,8 @@ def write_corpus(folder: Path) -> list[str]:
 
 
 def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainConfig:
-    """The small run's configuration with `settings` over it, settled for `world_size` processes."""
-    return settle(compose([*SMALL, *corpus, *settings]).config, world_size)
+    """The small run's configuration with `settings` over it, resolved for `world_size` processes."""
+    return resolve(compose([*SMALL, *corpus, *settings]).config, world_size)
 
 
 def built(config: TrainConfig) -> Run:

@@ -11,12 +11,11 @@ import pytest
 import torch
 import yaml
 
-from fp8moe.cli.compose import as_yaml
-from fp8moe.cli.convert import to_dataclass
+from fp8moe.cli.compose import as_yaml, to_dataclass
 from fp8moe.data.packing import IGNORED_LABEL
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.loop import run_to_end, train
-from fp8moe.train.passes import forward_passes
+from fp8moe.train.step import forward_passes
 from fp8moe.train.summary import table
 from fp8moe.train.validation import ValidationReport, validate
 from tests.parallel.ranks import run_ranks

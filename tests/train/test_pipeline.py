@@ -11,10 +11,10 @@ from torch import Tensor
 from fp8moe.data.sampler import rank_slice
 from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing
-from fp8moe.parallel.schedule import build_schedule
+from fp8moe.profile.recorder import Stopwatch
+from fp8moe.schedule.build import build_schedule
 from fp8moe.train.build import tied_embedding
 from fp8moe.train.step import Losses, forward_backward, next_batches, reduce
-from fp8moe.train.stopwatch import Stopwatch
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 

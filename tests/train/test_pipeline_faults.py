@@ -11,10 +11,10 @@ from datetime import timedelta
 import pytest
 
 from fp8moe.errors import HangError
-from fp8moe.parallel import watch
-from fp8moe.parallel.trace import listening
+from fp8moe.parallel import hang
+from fp8moe.profile.recorder import Stopwatch
+from fp8moe.profile.spans import listening
 from fp8moe.train.step import forward_backward, next_batches
-from fp8moe.train.stopwatch import Stopwatch
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 
@@ -44,9 +44,9 @@ def die() -> None:
 
 def one_leaves(settings: list[str], action: str, leave: Callable[[], None]) -> tuple[float, str]:
     """How long this rank waited, and what it was told."""
-    watch.BEAT = 0.25
+    hang.BEAT = 0.25
     run = built(configured(settings, world_size=PP))
-    watch.start()
+    hang.start()
     run.links.timeout = timedelta(seconds=TIMEOUT)
     batches, counts = next_batches(run)
     start = time.monotonic()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fp8moe.train.progress import ProgressDisplay, duration
+from fp8moe.train.run_log import ProgressDisplay, duration
 from tests.train.test_metrics import REPORT
 
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fp8moe.errors import ImbalanceError, NonFiniteError
-from fp8moe.layers.attention import LatentAttention
+from fp8moe.layers.attention.mla import LatentAttention
 from fp8moe.layers.experts import Experts
-from fp8moe.layers.mlp import Mlp
+from fp8moe.layers.mlp import Mlp, swiglu
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.precision import Precision
-from fp8moe.layers.swiglu import swiglu
+from fp8moe.layers.recipe import Precision
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks

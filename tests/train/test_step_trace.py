@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fp8moe.cli.compose import as_yaml
-from fp8moe.parallel.figures import RankFigures
-from fp8moe.parallel.schedule import build_schedule
+from fp8moe.profile.figures import RankFigures
+from fp8moe.schedule.build import build_schedule
 from fp8moe.train.loop import run_to_end
 from fp8moe.train.step_trace import StepFigures, summed_up, table
 from tests.parallel.ranks import run_ranks

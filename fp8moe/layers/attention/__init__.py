@@ -1,0 +1,13 @@
+"""Families of attention: each is one module with its configuration, tagged by `kind`, and the layer built from it.
+
+A configuration answers for everything that depends on the family: parameters, FLOPs, bytes kept for the backward, the
+sizes that FP8 constrains, the Linears to compile kernels for, the rotation of positions, and how the layer is built. To
+add one, write its module with these methods and add its configuration to `AttentionConfig`.
+"""
+
+from fp8moe.layers.attention.core import Positions
+from fp8moe.layers.attention.mla import MlaConfig
+
+AttentionConfig = MlaConfig  # with a second family: MlaConfig | GqaConfig
+
+__all__ = ["AttentionConfig", "MlaConfig", "Positions"]

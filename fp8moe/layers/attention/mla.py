@@ -1,0 +1,189 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3 report, section 2.1.1).
+
+Keys and values come from one small latent a token, queries from another; a rotary part, one key for all heads, carries
+position. The down projections of both latents are one GEMM (`qkv_a`, 2112 outputs in V3). Attention itself is BF16 in
+FP8 too (`core`); under recomputation (`mla_up`) q, k and v are not kept: attention's backward has them made again from
+the latents, by the two up projections and the rotation.
+
+Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fp8moe.layers.attention.core import BACKENDS, Positions, document_mask, keep_in_e5m6
+from fp8moe.layers.linear import Linear
+from fp8moe.layers.norm import RMSNorm
+from fp8moe.layers.operand import cast
+from fp8moe.layers.recipe import Precision, Recipe, Recompute
+from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
+from fp8moe.layers.rope import YarnConfig, rotate, rotation
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """Multi-head latent attention; sizes count features.
+
+    q_lora_rank: of the query latent, 0 for queries without one. nope_dim, rope_dim, v_dim: of a head's query and key
+    without position, their rotary part, and its value. yarn: context extension, None for plain RoPE. backend: kernels
+    of core attention, torch's `sdpa` or `flash` (flash-attn 4).
+    """
+
+    num_heads: int
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    q_lora_rank: int = 0
+    rope_theta: float = 10000.0
+    yarn: YarnConfig | None = None
+    backend: Literal["sdpa", "flash"] = "sdpa"
+    kind: Literal["mla"] = "mla"
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.attention.{name}={getattr(self, name)} must be at least 1")
+        if self.q_lora_rank < 0:
+            raise ValueError(f"model.attention.q_lora_rank={self.q_lora_rank} must be at least 0: use 0 for none")
+        if self.rope_dim % 2:
+            raise ValueError(
+                f"model.attention.rope_dim={self.rope_dim} must be even, to rotate pairs: use {self.rope_dim + 1}"
+            )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"model.attention.backend={self.backend!r} is not a back end: use sdpa or flash")
+
+    @property
+    def qk_dim(self) -> int:
+        """Features of one query or key head: the part without position and the rotary part."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def queries(self) -> int:
+        """Features of all query heads."""
+        return self.num_heads * self.qk_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor of attention scores before the softmax, YaRN's included."""
+        return self.qk_dim**-0.5 * (self.yarn.softmax_factor if self.yarn else 1.0)
+
+    def fp8_sizes(self) -> dict[str, int]:
+        """Sizes that are a contraction or a row of some FP8 product, by how they are configured."""
+        return {
+            "q_lora_rank": self.q_lora_rank,
+            "kv_lora_rank": self.kv_lora_rank,
+            "kv_lora_rank + rope_dim": self.kv_lora_rank + self.rope_dim,
+            "num_heads * (nope_dim + rope_dim)": self.queries,
+            "num_heads * (nope_dim + v_dim)": self.num_heads * (self.nope_dim + self.v_dim),
+            "num_heads * v_dim": self.num_heads * self.v_dim,
+        }
+
+    def linears(self, dim: int) -> list[tuple[int, int]]:
+        """(outputs, inputs) of the layer's Linears in a model of `dim` features."""
+        q_a = self.q_lora_rank or self.queries
+        return [
+            (q_a + self.kv_lora_rank + self.rope_dim, dim),
+            *([(self.queries, self.q_lora_rank)] if self.q_lora_rank else []),
+            (self.num_heads * (self.nope_dim + self.v_dim), self.kv_lora_rank),
+            (dim, self.num_heads * self.v_dim),
+        ]
+
+    def num_parameters(self, dim: int) -> int:
+        """Parameters of one layer, its two latent norms included."""
+        return sum(n * k for n, k in self.linears(dim)) + self.q_lora_rank + self.kv_lora_rank
+
+    def core_flops(self, seq_len: int, *, causal: bool) -> float:
+        """Forward FLOPs of one layer's score and value products, a token, at sequences of `seq_len` tokens."""
+        flops = 2.0 * seq_len * self.num_heads * (self.qk_dim + self.v_dim)
+        return flops / 2 if causal else flops
+
+    def kept_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token that one layer keeps for its backward, beside its input.
+
+        Always: the latents, attention's output (E5M6 under FP8) and its log-sum-exp. Without recomputation also the
+        latents' norms; q, k and v.
+        """
+        wide, again = recipe.dtype.itemsize, recipe.recompute
+        saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
+        latents = self.kv_lora_rank + (self.q_lora_rank or self.queries)
+        total = wide * (latents + self.rope_dim) + saved_output * self.num_heads * self.v_dim + 4 * self.num_heads
+        if Recompute.NORM not in again:
+            total += wide * (self.kv_lora_rank + self.q_lora_rank)
+        if Recompute.MLA_UP not in again:
+            total += wide * self.num_heads * (2 * self.qk_dim + self.nope_dim + self.v_dim)
+        return total
+
+    def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
+        """Rotations for tokens at `positions_BS` [B, S], and the mask that keeps documents apart, if they are given."""
+        cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)
+        return Positions(len(positions_BS), cos, sin, None if documents_BS is None else document_mask(documents_BS))
+
+    def build(self, dim: int, recipe: Recipe, *, norm_eps: float) -> LatentAttention:
+        """The layer, in a model of `dim` features."""
+        return LatentAttention(self, dim, recipe, norm_eps=norm_eps)
+
+
+class LatentAttention(nn.Module):
+    """x [T, D] -> [T, D]."""
+
+    def __init__(self, config: MlaConfig, dim: int, recipe: Recipe, *, norm_eps: float) -> None:
+        super().__init__()
+        c = self.config = config
+        self.recipe = recipe
+        self.qkv_a = Linear(dim, (c.q_lora_rank or c.queries) + c.kv_lora_rank + c.rope_dim, recipe)
+        self.q_norm = RMSNorm(c.q_lora_rank, recipe, eps=norm_eps) if c.q_lora_rank else None
+        self.q_b = Linear(c.q_lora_rank, c.queries, recipe) if c.q_lora_rank else None
+        self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=norm_eps)
+        self.kv_b = Linear(c.kv_lora_rank, c.num_heads * (c.nope_dim + c.v_dim), recipe)
+        self.o = Linear(c.num_heads * c.v_dim, dim, recipe)
+
+    def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
+        c = self.config
+        q_a, kv_a, k_rope = self.qkv_a(x_TD).split([c.q_lora_rank or c.queries, c.kv_lora_rank, c.rope_dim], dim=-1)
+        q_latent = kept(q_a) if self.q_norm is None else self.q_norm(q_a)
+        kv_latent = self.kv_norm(kv_a)
+        q = q_latent.tensor if self.q_b is None else self.q_b(q_latent)
+        qkv = self._heads(q, self.kv_b(kv_latent), k_rope, positions)
+        with capture_saved() as captured:
+            out = BACKENDS[c.backend](*qkv, c.softmax_scale, positions.mask_BSS)
+        if Recompute.MLA_UP in self.recipe.recompute:
+            again = self._heads_again(q_latent.recall, kv_latent.recall, k_rope.detach(), positions)
+            recompute_saved(captured, qkv, again)
+        if self.recipe.precision is Precision.FP8:
+            return self.o(keep_in_e5m6(out, captured))
+        return self.o(out.flatten(0, 1).flatten(1))
+
+    def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """What the up projections give, and the shared rotary part of keys -> q, k, v [B, S, H, d] for attention."""
+        c = self.config
+        q_nope, q_rope = q.unflatten(-1, (c.num_heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
+        k_nope, v = kv.unflatten(-1, (c.num_heads, -1)).split([c.nope_dim, c.v_dim], dim=-1)
+        q_rope = rotate(q_rope, positions.cos, positions.sin)
+        k_rope = rotate(k_rope[:, None], positions.cos, positions.sin).expand(-1, c.num_heads, -1)
+
+        def by_sequence(t: Tensor) -> Tensor:  # [T, H, d] -> [B, S, H, d]
+            return t.unflatten(0, (positions.num_sequences, -1))
+
+        q = by_sequence(torch.cat([q_nope, q_rope], dim=-1))
+        return q, by_sequence(torch.cat([k_nope, k_rope], dim=-1)), by_sequence(v)
+
+    def _heads_again(
+        self, recall_q: Callable[[], Tensor], recall_kv: Callable[[], Tensor], k_rope: Tensor, positions: Positions
+    ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """The same from the recalled latents: casts and products repeated, without autograd."""
+
+        def up(linear: Linear, recall: Callable[[], Tensor]) -> Tensor:
+            return linear.fprop(cast(recall(), self.recipe))
+
+        def again() -> tuple[Tensor, Tensor, Tensor]:
+            q = recall_q() if self.q_b is None else up(self.q_b, recall_q)
+            return self._heads(q, up(self.kv_b, recall_kv), k_rope, positions)
+
+        return again

@@ -1,0 +1,207 @@
+"""How many rows each hop moves: exchanged once for both hops, or fixed beforehand.
+
+Exact: each rank tells every other how many rows it sends to that rank's node, how many of them each rank of that node
+gets, and how many copies are for each expert of the rank: a few integers a pair. With them every size of the dispatch
+is known on the host, R included, and nothing waits for the device again. The exchange runs on the communication
+stream, whose host thread waits for it; whoever computes does not.
+
+Fixed: every message has the same number of rows, a stated multiple of an even share, and nothing is exchanged or read.
+What doesn't fit is noticed on the device and read before the optimizer step: `Overflow`.
+
+Legend: T tokens, K top-k, E experts, e local experts, W ranks = M nodes x L ranks a node, C chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from fp8moe.errors import ImbalanceError
+from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.parallel.collectives import all_reduce, exchange
+from fp8moe.parallel.dispatch.hops import Splits
+from fp8moe.parallel.dispatch.payload import from_bytes
+
+ALIGN = 128  # rows of an expert's group are padded to a multiple
+
+
+@dataclass(frozen=True)
+class EpTopology:
+    """Where this rank stands: rank w = node x ranks_per_node + local of `group`."""
+
+    group: ProcessGroup
+    num_experts: int
+    nodes: int
+    ranks_per_node: int
+
+    @property
+    def ranks(self) -> int:
+        """W."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def local_experts(self) -> int:
+        """e."""
+        return self.num_experts // self.ranks
+
+    @property
+    def local(self) -> int:
+        """This rank's number in its node."""
+        return self.group.rank() % self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class MessageSizes:
+    """`splits[chunk][hop]`; `room` rows R for the experts; `order_N` as in `way`, None with fixed messages."""
+
+    splits: list[list[Splits]]
+    room: int
+    order_N: Tensor | None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed messages for batches of at most `tokens` tokens a rank, with `factor` times the even share of room."""
+
+    tokens: int
+    factor: float
+
+    def share(self, even: float, worst: int) -> int:
+        """Rows of room: at least 1, at most what could ever come."""
+        return max(1, min(worst, math.ceil(self.factor * even)))
+
+
+def hops_of(topology: EpTopology) -> tuple[bool, bool]:
+    """Whether there is a hop across nodes, and one inside the node; a world of one node or of single ranks has one."""
+    return topology.nodes > 1 or topology.ranks_per_node == 1, topology.ranks_per_node > 1
+
+
+def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float | None) -> MessageSizes:
+    """The sizes for expert ids `pieces` [T, K], one a chunk. Collective. ImbalanceError: see `check_imbalance`."""
+    c, m, n, e = len(pieces), topology.nodes, topology.ranks_per_node, topology.local_experts
+    rows_CW = torch.stack([_visits(ids // e, m * n).sum(0) for ids in pieces])
+    nodes_CM = torch.stack([_visits(ids // (e * n), m).sum(0) for ids in pieces])
+    experts_We = torch.cat([ids.reshape(-1) for ids in pieces])
+    experts_We = rows_CW.new_zeros(m * n * e).scatter_add_(0, experts_We, torch.ones_like(experts_We)).view(m * n, e)
+    to_node = torch.cat([nodes_CM.T[:, :, None], rows_CW.view(c, m, n).permute(1, 0, 2)], dim=2)  # [M, C, 1 + L]
+    copies_W1 = experts_We.sum().expand(m * n, 1)
+    send = torch.cat([to_node.reshape(m, -1).repeat_interleave(n, 0), experts_We, copies_W1], dim=1)
+    got = exchange(send, topology.group, "counts")
+    nodes_CM, got = (part.cpu() for part in (nodes_CM, got))  # the one wait for the device
+
+    by_rank = got[:, : c * (1 + n)].view(m, n, c, 1 + n)  # of rank (node, local): its rows to my node, and to each rank
+    mine = topology.local
+    across = [Splits(nodes_CM[i].tolist(), by_rank[:, mine, i, 0].tolist()) for i in range(c)]
+    segments_CLM = by_rank[..., 1 + mine].permute(2, 1, 0)
+    onward = by_rank[:, mine, :, 1:].sum(0)  # [C, L]
+    inside = [Splits(onward[i].tolist(), segments_CLM[i].sum(1).tolist()) for i in range(c)]
+    *tokens_e, copies = got[:, c * (1 + n) :].sum(0).tolist()
+    if max_imbalance is not None:
+        check_imbalance(tokens_e, copies / topology.ranks, max_imbalance, topology)
+    use = hops_of(topology)
+    splits = [[hop for hop, used in zip(pair, use, strict=True) if used] for pair in zip(across, inside, strict=True)]
+    room = int(padded_rows(torch.tensor(tokens_e)))
+    return MessageSizes(splits, room, _global_order(segments_CLM).to(pieces[0].device, non_blocking=True))
+
+
+def padded_rows(tokens_e: Tensor) -> Tensor:
+    """Rows of all groups, each padded to ALIGN: a scalar."""
+    return ((tokens_e + (ALIGN - 1)) // ALIGN * ALIGN).sum()
+
+
+def check_imbalance(tokens_e: list[int], copies: float, limit: float, topology: EpTopology) -> None:
+    """ImbalanceError where this rank would receive more than `limit` times the even share, `copies` rows."""
+    if sum(tokens_e) > limit * copies:
+        first = topology.group.rank() * topology.local_experts
+        raise ImbalanceError(
+            f"this rank would receive {sum(tokens_e)} rows, {sum(tokens_e) / max(copies, 1):.2f} times the even share, "
+            f"and parallel.max_imbalance={limit} allows {int(limit * copies)}: raise it, or lower batch.micro_batch "
+            f"(tokens per expert from expert {first} on: {histogram(tokens_e)})"
+        )
+
+
+def histogram(tokens: list[int]) -> str:
+    """Counts in words; of many, the largest."""
+    if len(tokens) <= 64:
+        return ", ".join(map(str, tokens))
+    largest = sorted(range(len(tokens)), key=lambda i: -tokens[i])[:16]
+    return ", ".join(f"{i}: {tokens[i]}" for i in largest) + f", mean {sum(tokens) / len(tokens):.1f}"
+
+
+def _visits(peer_TK: Tensor, peers: int) -> Tensor:
+    """Which peers each token visits: [T, peers] bool."""
+    return torch.zeros(len(peer_TK), peers, dtype=torch.bool, device=peer_TK.device).scatter_(1, peer_TK, True)
+
+
+def _global_order(segments_CLM: Tensor) -> Tensor:
+    """Where the rows of the order (node, local, chunk) lie that arrived as (chunk, local, node): [N]."""
+    lengths = segments_CLM.reshape(-1)
+    starts = (lengths.cumsum(0) - lengths).view(segments_CLM.shape).permute(2, 1, 0).reshape(-1)
+    ordered = segments_CLM.permute(2, 1, 0).reshape(-1)
+    ends = ordered.cumsum(0)
+    return torch.repeat_interleave(starts - (ends - ordered), ordered) + torch.arange(int(ends[-1]))
+
+
+def fixed(chunks: int, topk: int, topology: EpTopology, capacity: Capacity) -> MessageSizes:
+    """The sizes that need no counts: padded messages, the same on every rank."""
+    m, n = topology.nodes, topology.ranks_per_node
+    tokens = ceil_div(capacity.tokens, chunks)
+    across = capacity.share(tokens * min(topk, m) / m, tokens)
+    gathered = m * across if m > 1 else tokens
+    even = tokens * min(topk, topology.ranks) / topology.ranks * m
+    inside = capacity.share(even, gathered)
+    use = hops_of(topology)
+    hops = (Splits([across] * m, [across] * m, fixed=True), Splits([inside] * n, [inside] * n, fixed=True))
+    arrived = chunks * (n * inside if n > 1 else m * across)
+    copies = capacity.share(capacity.tokens * topk, arrived * min(topk, topology.local_experts))
+    # Each group ends in a tile that is not full: at worst one tile of padding an expert.
+    room = (ceil_div(copies, ALIGN) + topology.local_experts) * ALIGN
+    return MessageSizes([[hop for hop, used in zip(hops, use, strict=True) if used]] * chunks, room, None)
+
+
+def origins(rows: int, nodes: int, device: torch.device) -> Tensor:
+    """The node each row of a fixed message across nodes came from, [rows, 1] int16: it travels to the second hop."""
+    return (torch.arange(rows, device=device) // (rows // nodes)).to(torch.int16)[:, None]
+
+
+def fixed_order(rows: Tensor, chunks: int, topology: EpTopology, *, two_hops: bool) -> Tensor:
+    """`order_N` of rows [N, bytes] that fixed messages brought; after two hops the origin is their last column."""
+    last = topology.ranks_per_node if two_hops else topology.ranks
+    sender = torch.arange(len(rows), device=rows.device) // (len(rows) // (chunks * last)) % last
+    if two_hops:
+        sender = from_bytes(rows[:, -2:], torch.int16)[:, 0].long() * last + sender
+    return sender.argsort(stable=True)  # chunks of one sender arrived in order
+
+
+class Overflow:
+    """What didn't fit since the last check, noticed on the device without a wait, read once a step."""
+
+    def __init__(self, topology: EpTopology, capacity: Capacity) -> None:
+        self._topology, self._capacity = topology, capacity
+        self._state: Tensor | None = None  # [1 + E] int64: messages that overflowed, tokens per expert
+
+    def note(self, overflowed: Tensor, ids_TK: Tensor) -> None:
+        """Add a dispatch: a scalar, true where rows of it stayed behind; the ids that this rank sent."""
+        if self._state is None:
+            self._state = torch.zeros(1 + self._topology.num_experts, dtype=torch.int64, device=ids_TK.device)
+        flat = ids_TK.reshape(-1)
+        self._state[0] += overflowed
+        self._state[1:].scatter_add_(0, flat, torch.ones_like(flat))
+
+    def check(self) -> None:
+        """ImbalanceError on every rank if anything overflowed on one since the last check. Collective; waits."""
+        if self._state is None:
+            return
+        overflowed, *tokens = all_reduce(self._state, self._topology.group, dist.ReduceOp.SUM).tolist()
+        self._state = None
+        if overflowed:
+            raise ImbalanceError(
+                f"{overflowed} messages had more rows than parallel.capacity_factor={self._capacity.factor} has room "
+                f"for, and no step is taken with them: raise it, or use null for exact counts "
+                f"(tokens per expert since the last step: {histogram(tokens)})"
+            )

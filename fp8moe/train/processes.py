@@ -1,0 +1,107 @@
+"""Processes of a run: this rank's device, its process groups and their time limits, the run directory they share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fp8moe.parallel import hang
+from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.links import Links
+from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
+from fp8moe.schedule.build import FOLDED
+from fp8moe.train.config import TrainConfig
+from fp8moe.train.run_dir import make_run_dir
+
+REPORT_AFTER = 0.8  # of the timeout: a collective that has not ended by then is reported
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """This rank's device: its own GPU, by LOCAL_RANK, or the CPU."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {count}: start {count}")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
+    """The mesh while the block runs. A world of one starts no process group and listens nowhere."""
+    parallel = config.parallel
+    timeout = timedelta(seconds=parallel.startup_timeout)
+    if parallel.pp * config.dp == 1:
+        yield build_mesh(1, 1, 1, timeout=timeout)
+        return
+    record_nccl()
+    # Both back ends, so that host-side objects (checkpoints, the run directory's name) never touch the GPU.
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+    mesh = mesh_of(config, device)
+    hang.start()
+    warm_up(mesh, device)
+    Links(mesh, timeout).warm_up(device)
+    yield mesh
+    hang.stop()
+    dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
+
+
+def mesh_of(config: TrainConfig, device: torch.device) -> Mesh:
+    """The mesh of a resolved configuration; its groups wait as long as start-up may take. Collective over all ranks."""
+    parallel = config.parallel
+    return build_mesh(
+        parallel.pp,
+        config.dp,
+        config.ep,
+        timeout=timedelta(seconds=parallel.startup_timeout),
+        ranks_per_node=parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None,
+        mirrored=parallel.schedule == "dualpipe",
+        nccl_ctas=parallel.communication_sms if device.type == "cuda" else None,
+        tied=config.model.mtp_depth > 0 and parallel.pp > 1 and parallel.schedule not in FOLDED,
+    )
+
+
+def record_nccl() -> None:
+    """Let NCCL keep its last collectives and write them down on a timeout, unless the user has said otherwise."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def wait_for_all(mesh: Mesh) -> None:
+    """A barrier on the host over all ranks."""
+    float(all_reduce(torch.zeros(1), mesh.world_group))
+
+
+def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
+    """Rank 0 makes the run directory and tells the others; what it refuses, all ranks raise."""
+    answer: list[Path | Exception | None] = [None]
+    if mesh.rank == 0:
+        try:
+            answer[0] = make_run_dir(config.run_dir, config.name, config.resume)
+        except (ValueError, OSError) as error:
+            answer[0] = error
+    if mesh.world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], OSError):
+        raise ValueError(f"run_dir={config.run_dir} can't be made ({answer[0].strerror}): use another run_dir")
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    assert answer[0] is not None
+    return answer[0]
+
+
+def end_startup(mesh: Mesh, links: Links, seconds: float) -> None:
+    """Start-up is over: from here on a message that takes longer than `seconds` (`parallel.timeout`) is a hang."""
+    timeout = timedelta(seconds=seconds)
+    hang.expect(REPORT_AFTER * seconds)
+    for group in mesh.groups:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    links.timeout = timeout

@@ -1,0 +1,247 @@
+"""All that a run tells: metrics, progress, the log file of each rank, and the summary made of what was told.
+
+Rank 0 shows and writes; the other ranks keep the same books silently, so that every rank ends with the same summary
+and no `if` about ranks stands in the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fp8moe.kernels import backend
+from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
+from fp8moe.parallel.collectives import gather
+from fp8moe.train import step_trace
+from fp8moe.train.build import Run
+from fp8moe.train.metrics import MetricsWriter, StepReport
+from fp8moe.train.step_trace import StepFigures
+from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
+from fp8moe.train.validation import ValidationReport
+
+LOSS_STEPS = 10  # over which the summary's training loss is a mean
+PACE_STEPS = 20  # over which the pace that is shown is a mean
+
+
+@contextlib.contextmanager
+def log_file(run_dir: Path, rank: int) -> Iterator[None]:
+    """Within the block, this rank's log messages and warnings go to `run_dir/logs/rank-N.log`."""
+    handler = logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("fp8moe")
+    root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
+
+
+class RunLogger:
+    """Books of one attempt at a run, from its first step here to its summary. `started` is a perf_counter reading."""
+
+    def __init__(self, run: Run, started: float) -> None:
+        config = run.config
+        self._run, self._started = run, started
+        self._log = logging.getLogger(__name__)
+        self._writer = (
+            MetricsWriter(run.run_dir, config.logging, config.name, dataclasses.asdict(config), run.step)
+            if run.is_first
+            else None
+        )
+        self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
+        self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
+        self._paces: list[tuple[int, float]] = []
+        self._tokens = 0
+        self._fp8: tuple[float | None, float | None] = (None, None)
+        self._validation: ValidationReport | None = None
+        self._say(opening(run))
+
+    def __len__(self) -> int:
+        """Steps booked here."""
+        return len(self._paces)
+
+    def _say(self, text: str) -> None:
+        self._display.say(text)
+        for line in text.splitlines():
+            self._log.info("%s", line)
+
+    def note(self, report: StepReport, validation: ValidationReport | None, checkpoint: Path | None) -> None:
+        """Book one step, with the validation and the checkpoint that followed it, if any."""
+        extra: dict[str, float | None] = {}
+        if validation is not None:
+            self._validation = validation
+            extra = {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+        if self._writer is not None:
+            self._writer.write(report, extra)
+        self._display.show(report)
+        self._log.info("%s", self._display.line(report))
+        if validation is not None:
+            bits = "" if validation.bits_per_byte is None else f", {validation.bits_per_byte:.4f} bits a byte"
+            self._say(f"validation after step {report.step}: loss {validation.loss:.4f}{bits}")
+        if checkpoint is not None:
+            self._log.info("checkpoint %s in %.2f s", checkpoint, report.time.checkpoint)
+        self._losses.append(report.loss)
+        self._paces.append((report.tokens, report.seconds))
+        self._tokens += report.tokens
+        if report.fp8_saturated_share is not None:
+            self._fp8 = (report.fp8_saturated_share, report.fp8_underflow_share)
+
+    def finish(self, trace: StepFigures | None) -> Summary:
+        """Write and show the summary of a run that has done all its steps."""
+        run, validation = self._run, self._validation
+        assert validation is not None, "the last step is always validated"
+        violations, shares = balance(all_loads(run))
+        paced = self._paces[1:] or self._paces  # the first step compiles, allocates and opens connections
+        summary = Summary(
+            loss=sum(self._losses) / len(self._losses),
+            val_loss=validation.loss,
+            val_bits_per_byte=validation.bits_per_byte,
+            byte_bigram_bits_per_byte=run.data.bigram_bits_per_byte,
+            tokens_per_second=sum(tokens for tokens, _ in paced) / sum(seconds for _, seconds in paced),
+            max_violation=max(violations.values(), default=None),
+            max_violation_by_layer=violations,
+            expert_token_shares=shares,
+            fp8_saturated_share=self._fp8[0],
+            fp8_underflow_share=self._fp8[1],
+            steps=run.step,
+            skipped_steps=run.guard.skipped,
+            tokens=self._tokens,
+            wall_seconds=time.perf_counter() - self._started,
+            world_size=run.mesh.world_size,
+            precision=run.config.precision.mode.value,
+            run_dir=str(run.run_dir),
+            trace=trace,
+        )
+        if self._writer is not None:
+            write_summary(summary, run.run_dir / "summary.json")
+            self._writer.close(dataclasses.asdict(summary))
+            self._writer = None
+        self._display.close()
+        if trace is not None:
+            self._say("\n" + step_trace.table(trace))
+        self._say("\n" + table(summary))
+        return summary
+
+    def close(self) -> None:
+        """Let go of files after an error; nothing to do after `finish`."""
+        self._display.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def opening(run: Run) -> str:
+    """The lines that begin a run: what is trained, on what, how, and the formula behind MFU."""
+    config, mesh = run.config, run.mesh
+    counts = count_parameters(config.model)
+    flops = flops_per_token(config.model, config.seq_len)
+    mtp = f" and {_short(counts.mtp)} in the MTP module" if counts.mtp else ""
+    processes = count_of(mesh.world_size, "process", "processes")
+    formula = f"mfu = tokens/s/GPU x {_short(flops)} FLOP/token (forward and backward, causal, active parameters) / "
+    lines = [
+        f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
+        f"{config.precision.mode.value} on {processes} ({run.device.type}): {pipeline(run)}dp {mesh.dp}, experts over "
+        f"ep {mesh.ep}; kernels: {backend.resolve()}",
+        f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
+        formula
+        + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
+        + ("" if run.device.type == "cuda" else "; none on a CPU"),
+        f"run directory {run.run_dir}",
+    ]
+    if run.step:
+        lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
+    return "\n".join(lines)
+
+
+def pipeline(run: Run) -> str:
+    """Schedule and stages in words, nothing for a run without either."""
+    parallel = run.config.parallel
+    if parallel.pp == 1 and len(run.stages) == 1:
+        return ""
+    blocks = ",".join(str(stage.num_layers) for stage in run.stages)
+    return f"{parallel.schedule} over pp {parallel.pp} (blocks {blocks}), "
+
+
+def all_loads(run: Run) -> dict[str, Tensor]:
+    """The tokens each expert has had, of every stage's routers, in the order of the model. Collective over pp."""
+    loads = {name: load.cpu() for part in gather(run.loads, run.mesh.pp_group) for name, load in part.items()}
+    return {name: loads[name] for name in sorted(loads, key=_block_number)}
+
+
+def _block_number(name: str) -> tuple[bool, int]:
+    _, number, *_ = name.split(".")
+    return (False, int(number)) if number.isdigit() else (True, 0)  # the MTP module's block is the last
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+class ProgressDisplay:
+    """Shows the steps from `done` to `steps`; `every` is the distance of plain lines. A silent one shows nothing."""
+
+    def __init__(self, steps: int, done: int, every: int, *, silent: bool = False) -> None:
+        self._steps, self._every, self._silent = steps, every, silent
+        self._first = True
+        self._moments: deque[tuple[float, int]] = deque([(time.monotonic(), done)], maxlen=PACE_STEPS + 1)
+        self._bar: Any = None
+        if not silent and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+
+    def show(self, report: StepReport) -> None:
+        """Report a finished step."""
+        self._moments.append((time.monotonic(), report.step))
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.update(report.step - self._bar.n)
+            self._bar.set_postfix_str(
+                f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tokens/s", refresh=False
+            )
+        elif self._first or report.step % self._every == 0 or report.step == self._steps:
+            print(self.line(report), flush=True)
+        self._first = False
+
+    def line(self, report: StepReport) -> str:
+        """The plain line of a step."""
+        text = (
+            f"step {report.step:>{len(str(self._steps))}}/{self._steps}  loss {report.loss:.4f}  "
+            f"grad norm {report.grad_norm:.2f}  lr {report.lr:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
+            f"{duration(self.seconds_left())} left"
+        )
+        return text + ("  SKIPPED: not finite" if report.skipped else "")
+
+    def seconds_left(self) -> float:
+        """At the pace of the recent steps."""
+        (start, first), (now, last) = self._moments[0], self._moments[-1]
+        return (now - start) / max(last - first, 1) * (self._steps - last)
+
+    def say(self, text: str) -> None:
+        """A line between the steps, such as a validation's result, without breaking the bar."""
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

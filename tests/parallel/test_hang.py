@@ -1,0 +1,148 @@
+"""A rank that stays away is named, with group and collective, by every rank that waits for it, in bounded time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from fp8moe.cli.failures import explain
+from fp8moe.errors import HangError
+from fp8moe.parallel import hang
+from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.dispatch import make_dispatcher
+from fp8moe.parallel.mesh import build_mesh, warm_up
+from tests.parallel.ranks import run_ranks
+
+WORLD, LOST, TIMEOUT = 4, 2, 3.0
+BOUND = TIMEOUT + 30.0
+
+
+def sleep() -> None:
+    time.sleep(60)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def one_stays_away(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
+    """A round of dispatch and combine by all, then one without rank LOST; what this rank gets to know."""
+    hang.BEAT = 0.25
+    mesh = build_mesh(1, WORLD, WORLD, timeout=timedelta(seconds=TIMEOUT), ranks_per_node=2)
+    hang.start()
+    warm_up(mesh, torch.device("cpu"))
+    dispatcher = make_dispatcher(kind, mesh, 8, max_tokens=4)
+    rows, ids, weights = torch.ones(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
+    arrived = dispatcher.dispatch(rows, dispatcher.announce(ids), weights).wait()
+    dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
+    if mesh.rank == LOST:
+        leave()
+    start = time.monotonic()
+    first, second = (dispatcher.dispatch(rows, dispatcher.announce(ids), weights) for _ in range(2))
+    with pytest.raises(HangError) as caught:
+        first.wait()
+    with pytest.raises(HangError):  # at once: nothing is sent behind a message that failed
+        second.wait()
+    failure = explain(caught.value)
+    return {"seconds": time.monotonic() - start, "text": str(caught.value), "code": failure.code,
+            "secondary": failure.secondary}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, leave, words",
+    [
+        ("all_to_all", sleep, "is alive and stopped"),
+        ("all_to_all", freeze, "has ended or is frozen"),
+        ("all_to_all", die, "has ended or is frozen"),
+        ("node_limited", die, "has ended or is frozen"),
+    ],
+)
+def test_the_rank_that_stays_away_is_named(kind: str, leave: Callable[[], None], words: str) -> None:
+    answers = run_ranks(one_stays_away, WORLD, kind, leave, timeout=BOUND, absent=(LOST,))
+    for rank, answer in enumerate(answers):
+        if rank == LOST:
+            continue
+        assert answer["seconds"] < BOUND
+        assert answer["code"] == 6
+        assert f"rank {LOST} {words}" in answer["text"], answer["text"]
+        assert "all_to_all (counts), number" in answer["text"] and "group ep0 (ranks 0-3)" in answer["text"]
+        assert "rank 0" not in answer["text"] and "rank 3" not in answer["text"]
+    # A killed rank's own end says more than who missed it; one that hangs says nothing itself.
+    seconded = [a["secondary"] for rank, a in enumerate(answers) if rank != LOST]
+    assert all(seconded) if leave is die else not all(seconded)
+
+
+def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
+    sleeper = ["sleep", "60"]
+    stopped, alive, elsewhere, reused = (subprocess.Popen(sleeper) for _ in range(4))
+    try:
+        host = hang._this_process()["host"]
+        for process in (stopped, elsewhere, reused):
+            process.send_signal(signal.SIGSTOP)
+        silent = [{"host": host, "pid": p.pid, "started": hang._state(p.pid)[1]} for p in (stopped, alive)]
+        silent.append({"host": "another", "pid": elsewhere.pid, "started": hang._state(elsewhere.pid)[1]})
+        silent.append({"host": host, "pid": reused.pid, "started": "1"})
+        silent.append({"host": host, "pid": 2**22 + 1, "started": "1"})  # no such process
+        hang._current.append(hang._Watch(None, 0, None, silent=dict(enumerate(silent))))  # type: ignore[arg-type]
+        time.sleep(0.1)
+        hang.end_frozen()
+        assert stopped.wait(5) == -signal.SIGKILL
+        time.sleep(0.2)  # what was killed with it would be seen to be
+        assert [p.poll() for p in (alive, elsewhere, reused)] == [None] * 3
+    finally:
+        hang._current.clear()
+        for process in (stopped, alive, elsewhere, reused):
+            process.kill()
+            process.wait()
+
+
+def slow() -> list[str]:
+    """What is logged while a rank is late, though not too late."""
+    hang.BEAT = 0.1
+    mesh = build_mesh(1, 2, 1, timeout=timedelta(seconds=60))
+    hang.start()
+    hang.expect(0.5)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fp8moe.parallel.hang").addHandler(handler)
+    all_reduce(torch.ones(1), mesh.dp_group)
+    if mesh.rank == 1:
+        time.sleep(3)
+    all_reduce(torch.ones(1), mesh.dp_group)
+    return said
+
+
+def test_a_late_rank_is_spoken_of_before_the_timeout() -> None:
+    patient, late = run_ranks(slow, 2)
+    (said,) = patient
+    assert "rank 0: rank 1 is alive and stopped after number 1 (all_reduce): all_reduce, number 2 of group dp0" in said
+    assert "has not ended for" in said
+    assert late == []
+
+
+def unwatched() -> str:
+    mesh = build_mesh(1, 2, 1, timeout=timedelta(seconds=1))
+    if mesh.rank == 1:
+        time.sleep(60)
+    with pytest.raises(RuntimeError) as caught:
+        all_reduce(torch.ones(1), mesh.dp_group)
+    assert not isinstance(caught.value, HangError)
+    return str(caught.value)
+
+
+def test_without_a_watch_the_back_end_speaks_for_itself() -> None:
+    assert run_ranks(unwatched, 2, absent=(1,))[0]
