@@ -70,11 +70,17 @@ bench bench-gpu:
 	done
 
 .PHONY: check
-check: $(SETUP) ## ruff, mypy, and the floors by import-linter
+check: $(SETUP) ## ruff, mypy, the floors by import-linter, and the architecture's figures
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(RUN) -m tests.architecture
+
+# Half an hour on two cores; ARGS="--folder train --count 20" asks less.
+.PHONY: mutants
+mutants: $(SETUP) ## break one line at a time and see whether the tests notice
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m tests.mutants $(ARGS)
 
 .PHONY: clean
 clean: ## remove caches and build outputs; .venv and runs/ stay
