@@ -1,33 +1,32 @@
-"""Dispatch and combine: bytes a hop, time of the four verbs, what hides behind compute, against the naive all-to-all.
+"""Dispatch and combine beside the naive all-to-all: bytes a hop, time of the four verbs, messages hidden by compute.
 
     python -m benchmarks.bench_dispatch                     bytes for many sizes by formula; four processes on loopback
     benchmarks/two_nodes.sh 200mbit 2 -m benchmarks.bench_dispatch --part bytes      across a link: counted at the call
                                                                                      and at the interface
-    benchmarks/two_nodes.sh 200mbit 1 -m benchmarks.bench_dispatch --part overlap    what compute hides (see there)
+    benchmarks/two_nodes.sh 200mbit 1 -m benchmarks.bench_dispatch --part overlap    messages hidden by compute
+                                                                                     (dispatch_overlap.py)
 
-GB/s of a hop: payload that one rank sends over it in a verb, over the verb's time; casts, plans and sums are inside.
+GB/s of a hop: payload that one rank sends over it in a verb, by the verb's time, which includes casts, plans and sums.
 With `--json FILE` a plot (SVG) lies beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.dispatch_layer import KINDS, TIMEOUT, VERBS, Layer, Took, ranks_of
+from benchmarks.dispatch_layer import KINDS, TIMEOUT, VERBS, Layer, VerbCost, ranks_of
 from benchmarks.dispatch_overlap import measure_overlap
 from benchmarks.dispatch_plot import SIMULATED, plot_beside
 from benchmarks.dispatch_traffic import Setting, expected, forward_row, routing
 from benchmarks.harness import Report, make_parser, paired_ratio, parse_arguments
+from benchmarks.local_ranks import run_on_ranks
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
 
@@ -40,7 +39,7 @@ def interface_bytes(mesh: Mesh, per_node: int) -> int:
 
 
 def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
-    """Cross-node bytes by formula, at the call and at the interface, the time of a forward and of each verb."""
+    """Bytes across nodes by formula, at the call and at the interface; time of a forward and of each verb."""
     mesh = ranks_of(setting)
     layer = Layer(setting, mesh)
     crossed: dict[str, tuple[int, float]] = {}
@@ -54,18 +53,18 @@ def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
         dist.barrier()
         seconds = (time.perf_counter() - start) / repeats
         link = (interface_bytes(mesh, setting.per_node) - before) / repeats
-        got, told = layer.counted(), expected(kind, setting, layer.all_ids)
-        assert (got.across, got.inside) == (told.across * repeats, told.inside * repeats), (kind, got, told)
-        assert told.across <= link <= 1.10 * told.across, (kind, link / told.across)
-        crossed[kind] = (told.across, link)
+        got, want = layer.counted(), expected(kind, setting, layer.all_ids)
+        assert (got.across, got.inside) == (want.across * repeats, want.inside * repeats), (kind, got, want)
+        assert want.across <= link <= 1.10 * want.across, (kind, link / want.across)
+        crossed[kind] = (want.across, link)
         against = None if kind == "naive" else "naive"
-        figures = (("payload across, formula = counted", told.across), ("interface", link))
+        figures = (("payload across, formula = counted", want.across), ("interface", link))
         for (what, num_bytes), naive in zip(figures, crossed["naive"], strict=True):
             ratio = num_bytes / naive if against else None
             report.add(
                 f"{kind}: {what}", setting.shape, "bytes", num_bytes / 2**20, "MiB", baseline=against, ratio=ratio
             )
-        report.add(f"{kind}: interface over payload", setting.shape, "bytes", link / told.across, "x")
+        report.add(f"{kind}: interface over payload", setting.shape, "bytes", link / want.across, "x")
         report.add(f"{kind}: dispatch + combine", setting.shape, "time", seconds * 1e3, "ms")
         report.add(f"{kind}: link", setting.shape, "bandwidth", link / setting.nodes / seconds / 1e9, "GB/s")
     report_verbs(report, setting, verb_trials(layer, repeats))
@@ -74,7 +73,7 @@ def measure_bytes(report: Report, setting: Setting, repeats: int) -> None:
 
 
 def simulate(report: Report, quick: bool) -> None:
-    """Bytes a rank sends across nodes for sizes too large for this machine, from drawn routings; of the first ranks."""
+    """Bytes a rank sends across nodes at sizes too large for this machine, by formula from random routings."""
     sizes = [(128, 1024)] if quick else [(tokens, hidden) for hidden in (1024, 4096, 7168) for tokens in (128, 16384)]
     for ranks in (2, 8, 64) if quick else (2, 4, 8, 16, 32, 64):
         for tokens, hidden in sizes:
@@ -87,60 +86,39 @@ def simulate(report: Report, quick: bool) -> None:
                            baseline="naive, a rank", ratio=sent[kind] / sent["naive"])  # fmt: skip
 
 
-Trials = dict[str, list[dict[str, Took]]]  # by kind: the verbs of each trial
+Trials = dict[str, list[dict[str, VerbCost]]]  # by kind: the verbs of each trial
 
 
 def verb_trials(layer: Layer, repeats: int) -> Trials:
-    """All verbs of all kinds, `repeats` times in turning order, after one that is not kept."""
+    """All verbs of all kinds, `repeats` times in alternating order, after one run that is not kept."""
     trials: Trials = {kind: [] for kind in ("naive", *KINDS)}
     for trial in range(repeats + 1):
         for kind in list(trials) if trial % 2 else reversed(list(trials)):
             trials[kind].append(layer.verbs(kind))
-    return {kind: took[1:] for kind, took in trials.items()}
+    return {kind: costs[1:] for kind, costs in trials.items()}
 
 
 def report_verbs(report: Report, setting: Setting, trials: Trials) -> None:
-    """Time of each verb beside the naive one's, and what it moves over each hop while it lasts (rank 0's share)."""
-    for kind, all_took in trials.items():
+    """Time of each verb beside the naive one's, and its bandwidth over each hop, for the bytes of rank 0."""
+    for kind, costs in trials.items():
         for verb in VERBS:
-            seconds, naive = ([took[verb].seconds for took in trials[k]] for k in (kind, "naive"))
+            seconds, naive = ([cost[verb].seconds for cost in trials[k]] for k in (kind, "naive"))
             against = None if kind == "naive" else f"naive: {verb}"
             ratio = paired_ratio(seconds, naive) if against else None
             median = statistics.median(seconds)
             report.add(f"{kind}: {verb}", setting.shape, "time", median * 1e3, "ms", baseline=against, ratio=ratio)
-            sent = all_took[0][verb].sent
+            sent = costs[0][verb].sent
             for hop, num_bytes in (("across nodes", sent.across), ("inside the node", sent.inside)):
                 if num_bytes:
                     report.add(f"{kind}: {verb}, {hop}", setting.shape, "bandwidth", num_bytes / median / 1e9, "GB/s")
 
 
 def loopback(setting: Setting, repeats: int) -> Trials:
-    """All verbs and the naive all-to-all's, on processes forked here."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        queue = context.SimpleQueue()
-        ranks = [
-            context.Process(target=_rank, args=(setting, repeats, rank, folder, queue)) for rank in range(setting.ranks)
-        ]
-        for process in ranks:
-            process.start()
-        answer = queue.get()
-        for process in ranks:
-            process.join()
-    assert isinstance(answer, dict), answer
-    return answer
-
-
-def _rank(setting: Setting, repeats: int, rank: int, folder: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(os.path.join(folder, "store"), setting.ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=setting.ranks, timeout=TIMEOUT)
-    trials = verb_trials(Layer(setting, ranks_of(setting)), repeats)
-    if rank == 0:
-        queue.put(trials)
-    dist.barrier()
-    os._exit(0)
+    """The verbs of all kinds, the naive all-to-all's too, on processes forked here."""
+    trials: Trials = run_on_ranks(
+        lambda: verb_trials(Layer(setting, ranks_of(setting)), repeats), setting.ranks, TIMEOUT
+    )
+    return trials
 
 
 def loopback_settings(quick: bool) -> list[Setting]:
@@ -153,7 +131,7 @@ def loopback_settings(quick: bool) -> list[Setting]:
 
 
 def here(report: Report, arguments: argparse.Namespace) -> None:
-    """What one machine can tell: simulated bytes, and times over loopback."""
+    """Without torchrun: simulated bytes, and times over loopback."""
     simulate(report, arguments.quick)
     for setting in loopback_settings(arguments.quick):
         long = setting.tokens * setting.hidden > 2**22
@@ -161,15 +139,16 @@ def here(report: Report, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Choose the part; under torchrun rank 0 reports."""
+    """Run the part asked for; under torchrun rank 0 reports."""
     parser = make_parser("Dispatch and combine across ranks")
-    parser.add_argument("--part", choices=("bytes", "overlap"), help="under torchrun: what to measure")
-    parser.add_argument("--tokens", type=int, default=1024, help="a rank, under torchrun (default 1024)")
-    parser.add_argument("--hidden", type=int, default=1024, help="under torchrun (default 1024)")
-    parser.add_argument("--per-node", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    parser.add_argument("--part", choices=("bytes", "overlap"), help="under torchrun: bytes and times, or overlap")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a rank, under torchrun (default 1024)")
+    parser.add_argument("--hidden", type=int, default=1024, help="features of a row, under torchrun (default 1024)")
+    parser.add_argument("--per-node", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                        help="ranks of a node, under torchrun (default: LOCAL_WORLD_SIZE)")  # fmt: skip
     arguments = parse_arguments(parser)
     if arguments.device.type == "cuda" and "RANK" not in os.environ:
-        print("Dispatch here is processes on a CPU, which a GPU's figures do not join: nothing was measured")
+        print("bench_dispatch measures processes on a CPU: nothing was measured; use --device cpu")
         return
     report = Report(arguments.device, json_path=arguments.json)
     if "RANK" not in os.environ:
@@ -185,7 +164,7 @@ def main() -> None:
     else:
         measure_bytes(report, setting, repeats=3)
     if dist.get_rank() == 0:
-        print(f"an FP8 row is {forward_row(setting)} bytes out, {2 * setting.hidden} back")
+        print(f"an FP8 row is {forward_row(setting)} bytes in a dispatch, {2 * setting.hidden} in a combine")
         report.finish()
     dist.barrier()
     dist.destroy_process_group()

@@ -24,8 +24,8 @@ TIMEOUT = timedelta(seconds=300)
 
 
 @dataclass(frozen=True)
-class Took:
-    """One verb on one rank: its time, waited for at once, and the payload that the rank sent."""
+class VerbCost:
+    """Cost of one verb on one rank, waited for at once: its time, and the payload that the rank sent."""
 
     seconds: float
     sent: Traffic
@@ -52,8 +52,8 @@ class Layer:
     def forward(self, kind: str) -> None:
         """Dispatch and combine, waited for at once."""
         if kind == "naive":
-            got, way = self.naive.dispatch(self.x, self.ids)
-            self.naive.combine(got, way)
+            got, state = self.naive.dispatch(self.x, self.ids)
+            self.naive.combine(got, state)
             return
         self.overlapped(kind, lambda _: None)
 
@@ -64,48 +64,48 @@ class Layer:
         compute(0)
         arrived = message.wait()
         y_RD = arrived.weights_R.new_ones(1, dtype=torch.bfloat16).expand(len(arrived.weights_R), self.setting.hidden)
-        home = dispatcher.combine(y_RD, arrived.layout)
+        summed = dispatcher.combine(y_RD, arrived.state)
         compute(1)
-        home.wait()
+        summed.wait()
 
-    def verbs(self, kind: str) -> dict[str, Took]:
+    def verbs(self, kind: str) -> dict[str, VerbCost]:
         """Each verb, waited for at once."""
-        took: dict[str, Took] = {}
+        costs: dict[str, VerbCost] = {}
 
         def timed(name: str, run: Callable[[], Any]) -> Any:
             dist.barrier()
             self.sent()
             begin = time.perf_counter()
             value = run()
-            took[name] = Took(time.perf_counter() - begin, self.sent())
+            costs[name] = VerbCost(time.perf_counter() - begin, self.sent())
             return value
 
         if kind == "naive":
             self._naive_verbs(timed)
         else:
             self._verbs(self.dispatchers[kind], lambda name, start: timed(name, lambda: start().wait()))
-        return took
+        return costs
 
     def _naive_verbs(self, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
-        copies_ND, way = timed("dispatch", lambda: self.naive.dispatch(self.x, self.ids))
-        timed("combine", lambda: self.naive.combine(copies_ND, way))
-        timed("combine backward", lambda: self.naive.copies(self.x, way))
-        timed("dispatch backward", lambda: self.naive.combine(copies_ND, way))
+        copies_ND, state = timed("dispatch", lambda: self.naive.dispatch(self.x, self.ids))
+        timed("combine", lambda: self.naive.combine(copies_ND, state))
+        timed("combine backward", lambda: self.naive.copies(self.x, state))
+        timed("dispatch backward", lambda: self.naive.combine(copies_ND, state))
 
     def _verbs(self, d: Dispatcher, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
         arrived = timed("dispatch", lambda: d.dispatch(self.rows, d.announce(self.ids), self.weights))
         y_RD = torch.ones(len(arrived.weights_R), self.setting.hidden, dtype=torch.bfloat16)
-        timed("combine", lambda: d.combine(y_RD, arrived.layout))
-        timed("combine backward", lambda: d.combine_backward(self.rows, arrived.layout))
-        timed("dispatch backward", lambda: d.dispatch_backward(y_RD, arrived.weights_R, arrived.layout))
+        timed("combine", lambda: d.combine(y_RD, arrived.state))
+        timed("combine backward", lambda: d.combine_backward(self.rows, arrived.state))
+        timed("dispatch backward", lambda: d.dispatch_backward(y_RD, arrived.weights_R, arrived.state))
 
     def counted(self) -> Traffic:
-        """What all ranks handed to collectives since the last call, across nodes and inside them."""
+        """Bytes that all ranks handed to collectives since the last call, across nodes and inside them."""
         mine = self.sent()
         return Traffic(*all_reduce(torch.tensor([mine.across, mine.inside]), self.mesh.dp_group).tolist())
 
     def sent(self) -> Traffic:
-        """What this rank handed to collectives since the last call."""
+        """Bytes that this rank handed to collectives since the last call."""
         across = inside = 0
         for (group, peer), num_bytes in sent_bytes().items():
             if group.startswith("rail") or (
@@ -118,7 +118,7 @@ class Layer:
 
 
 def ranks_of(setting: Setting) -> Mesh:
-    """The mesh of a process group that is up, warmed."""
+    """The mesh of the running process group, its groups warmed up."""
     mesh = build_mesh(1, setting.ranks, setting.ranks, timeout=TIMEOUT, ranks_per_node=setting.per_node)
     warm_up(mesh, torch.device("cpu"))
     return mesh

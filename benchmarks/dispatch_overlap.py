@@ -1,8 +1,8 @@
-"""What compute hides of a dispatch and a combine: the part `overlap` of bench_dispatch.
+"""Overlap of a dispatch and a combine with compute: the part `overlap` of bench_dispatch.
 
 Hidden communication = (waited at once - overlapped) / time that waiting at once waits, pair by pair of alternated
-trials, where "overlapped" runs compute as long as each message between its start and its wait. The fan-out of rows to
-experts is compute in both. Times in all, times waited, the compute's own length and the longer part alone stand beside.
+trials, where "overlapped" runs compute as long as each message between its start and its wait. The permutation of rows
+to experts is compute in both. Also reported: total times, waits, compute alone, and the longer of compute and waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fp8moe.profile.spans import exposed_seconds
 
 
 def message_seconds(layer: Layer, kind: str, repeats: int = 5) -> list[float]:
-    """How long each of the two messages of a forward is waited for, medians."""
+    """Median seconds waited for each of the two messages of a forward."""
     layer.forward(kind)
     waits: list[list[float]] = []
     for _ in range(repeats):
@@ -37,9 +37,9 @@ def message_seconds(layer: Layer, kind: str, repeats: int = 5) -> list[float]:
 def busy(lengths: list[float]) -> Callable[[int], None]:
     """Matrix products on this CPU that last about `lengths[i]` seconds where every rank runs them at once.
 
-    One product's time is the median of blocks over a second: the first calls are slow, and a short stretch would take
-    one interruption for the price of all. The quickest block was refused: where ranks share cores it is a product that
-    had a core to itself, and compute came out several times as long as the messages, which hides them for nothing.
+    One product's time is the median over many blocks, about a second in all: the first calls are slow, and one
+    interruption would spoil a short measurement. The quickest block was refused: where ranks share cores it is one that
+    had a core to itself, so compute came out several times as long as the messages and hid them too easily.
     """
     a, b = torch.randn(2, 256, 256)
     blocks = []
@@ -59,9 +59,9 @@ def busy(lengths: list[float]) -> Callable[[int], None]:
 
 
 def measure_overlap(report: Report, setting: Setting, trials: int) -> None:
-    """Waited at once against overlapped with compute as long as the messages, in alternated trials.
+    """Messages waited for at once against messages overlapped with compute as long as they are, in alternated trials.
 
-    Twice: compute on this CPU, and a host that sleeps as long, as one does whose GPU computes.
+    Two kinds of compute: products on this CPU, and a sleep of the same length, as a host does while its GPU computes.
     """
     layer = Layer(setting, ranks_of(setting))
     for kind in ["one hop"] if setting.per_node == 1 else list(KINDS):
@@ -93,7 +93,7 @@ def measure_overlap(report: Report, setting: Setting, trials: int) -> None:
 def overlap_trials(
     layer: Layer, kind: str, compute: Callable[[int], None], trials: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds in all and seconds waited, of each trial, both ways; of the first way also those of compute."""
+    """Total seconds and seconds waited of each trial, at once and overlapped; also the seconds of compute alone."""
     seconds: dict[str, list[float]] = {"waited at once": [], "overlapped": [], "compute alone": []}
     exposed: dict[str, list[float]] = {"waited at once": [], "overlapped": []}
 

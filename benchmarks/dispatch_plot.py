@@ -1,4 +1,4 @@
-"""The picture of a dispatch benchmark: times of the four verbs by tokens, and bytes across nodes by ranks."""
+"""Plot of a dispatch benchmark, as SVG: times of the four verbs by tokens, and bytes across nodes by ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Lines = dict[str, list[tuple[float, float]]]  # by legend: the points
 
 
 def times(records: Sequence[Record], hidden: int = 1024, world: str = "ep2x2") -> Lines:
-    """Tokens a rank against the milliseconds of all four verbs together, a line for each kind."""
+    """Milliseconds of all four verbs together by tokens a rank, a line for each kind."""
     total: dict[tuple[str, int], float] = defaultdict(float)
     for r in records:
         found = re.match(r"T(\d+) D(\d+) (\S+)", r.shape)
@@ -28,7 +28,7 @@ def times(records: Sequence[Record], hidden: int = 1024, world: str = "ep2x2") -
 
 
 def shares(records: Sequence[Record]) -> Lines:
-    """Ranks against bytes across nodes relative to the naive all-to-all's, a line for each kind."""
+    """Bytes across nodes relative to the naive all-to-all's by ranks, a line for each kind."""
     found = {}
     for r in records:
         layout = re.search(r"ep(\d+)x(\d+)", r.shape)
@@ -43,7 +43,7 @@ def _lines(points: dict[tuple[str, int], float]) -> Lines:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over a logarithmic axis to the base 2; upwards logarithmic too, or linear from zero."""
+    """Lines over a logarithmic x axis of base 2; the y axis is logarithmic too, or linear from zero."""
 
     lines: Lines
     across: str
@@ -51,7 +51,7 @@ class Panel:
     is_log: bool
 
     def height(self, value: float) -> float:
-        """Where `value` stands, 0 at the bottom and 1 at the top."""
+        """The place of `value` on the y axis, 0 at the bottom and 1 at the top."""
         values = [y for points in self.lines.values() for _, y in points]
         if self.is_log:
             low, high = math.log(min(values)), math.log(max(values))
@@ -80,7 +80,7 @@ class Panel:
 
 
 def picture(records: Sequence[Record]) -> str:
-    """Both panels, those that have something to show, as one SVG picture."""
+    """Both panels as one SVG picture; a panel without points is left out."""
     panels = [
         Panel(times(records), "tokens a rank", "ms, four verbs, 2 x 2 ranks, hidden 1024", True),
         Panel(shares(records), "ranks", "bytes across nodes / naive", False),

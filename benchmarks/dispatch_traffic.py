@@ -1,7 +1,7 @@
-"""What a dispatch sends, by formula, and the naive all-to-all that it is compared with.
+"""Bytes that a dispatch and its combine send, by formula, and the naive all-to-all that they are compared with.
 
-The formulas are written from the routing alone and share no code with the dispatchers, whose own count of what they
-hand to collectives must equal them to the byte. Payload only: headers and acknowledgements are the link's.
+The formulas are computed from the routing alone and share no code with the dispatchers, whose own count of the bytes
+they hand to collectives must equal them exactly. Only payload is counted, not headers and acknowledgements.
 
     FP8 row      D codes + D / 128 exponents + 2 K ids + 4 K weights          to a rank, or to a node
     BF16 row     2 D                                                          back from it
@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def shape(self) -> str:
-        """In words a reader can repeat."""
+        """The size as the record shows it."""
         return f"T{self.tokens} D{self.hidden} ep{self.nodes}x{self.per_node} E{self.experts} top{self.topk}"
 
 
@@ -66,7 +66,7 @@ class Traffic:
 
 
 def distinct(ids: Tensor, span: int, own: int) -> int:
-    """(token, peer) pairs of a batch, a peer being `span` experts, but for those of peer `own`."""
+    """(token, peer) pairs of a batch, a peer being `span` experts, except those of peer `own`."""
     peers = (ids // span).sort(dim=1).values
     first = torch.ones_like(peers, dtype=torch.bool)
     first[:, 1:] = peers[:, 1:] != peers[:, :-1]
@@ -81,7 +81,7 @@ def expected(kind: str, setting: Setting, all_ids: list[Tensor]) -> Traffic:
     """All ranks' bytes together, of dispatch and combine, for the ids of every rank."""
     s, e = setting, setting.experts // setting.ranks
     node_span, across, inside = e * s.per_node, 0, 0
-    there_and_back = forward_row(s) + 2 * s.hidden
+    both_directions = forward_row(s) + 2 * s.hidden
     local = s.per_node if kind == "two hops" else 1
     counts = 8 * (s.chunks * (1 + local) + e + 1)
     for rank, ids in enumerate(all_ids):
@@ -96,45 +96,45 @@ def expected(kind: str, setting: Setting, all_ids: list[Tensor]) -> Traffic:
         inside += counts * (s.per_node - 1)
         if kind == "one hop":
             everywhere = distinct(ids, e, rank)
-            mine = torch.where(ids // node_span == node, ids, rank * e)  # others' nodes count as nowhere
+            mine = torch.where(ids // node_span == node, ids, rank * e)  # rows for other nodes don't count
             staying = distinct(mine, e, rank)
-            across += (everywhere - staying) * there_and_back
-            inside += staying * there_and_back
+            across += (everywhere - staying) * both_directions
+            inside += staying * both_directions
         else:
-            across += distinct(ids, node_span, node) * there_and_back
+            across += distinct(ids, node_span, node) * both_directions
             # In each node the peer of this rank's local index sends the token on, unless it is its own.
             for there in range(s.nodes):
                 peer = there * s.per_node + rank % s.per_node
-                inside += distinct(torch.where(ids // node_span == there, ids, peer * e), e, peer) * there_and_back
+                inside += distinct(torch.where(ids // node_span == there, ids, peer * e), e, peer) * both_directions
     return Traffic(across, inside)
 
 
 @dataclass(frozen=True)
-class NaiveWay:
+class NaiveState:
     row_map: RowMap
     sent: list[int]
     received: list[int]
 
 
 class Naive:
-    """One copy a (token, expert), BF16 both ways: the textbook's all-to-all, without what experts do between."""
+    """One copy a (token, expert), BF16 in both directions: the textbook's all-to-all, without the experts' compute."""
 
     def __init__(self, group: ProcessGroup, num_experts: int) -> None:
         self.group, self.span = group, num_experts // group.size()
 
-    def dispatch(self, rows_TD: Tensor, topk_ids_TK: Tensor) -> tuple[Tensor, NaiveWay]:
+    def dispatch(self, rows_TD: Tensor, topk_ids_TK: Tensor) -> tuple[Tensor, NaiveState]:
         """-> the copies that arrived [N, D]."""
         row_map = plan_rows(topk_ids_TK // self.span, self.group.size(), align=1)
         got = exchange(row_map.tokens_per_expert[:, None], self.group, "counts")
-        way = NaiveWay(row_map, row_map.tokens_per_expert.tolist(), got[:, 0].tolist())
-        return self.copies(rows_TD, way), way
+        state = NaiveState(row_map, row_map.tokens_per_expert.tolist(), got[:, 0].tolist())
+        return self.copies(rows_TD, state), state
 
-    def copies(self, rows_TD: Tensor, way: NaiveWay) -> Tensor:
-        """One copy a (token, expert) along a known way: dispatch without counts, which is combine's backward."""
-        copies_ND = permute(rows_TD, way.row_map)
+    def copies(self, rows_TD: Tensor, state: NaiveState) -> Tensor:
+        """One copy a (token, expert) by a dispatch's state: a dispatch without counts, which is combine's backward."""
+        copies_ND = permute(rows_TD, state.row_map)
         assert isinstance(copies_ND, Tensor)
-        return start_all_to_all(copies_ND, way.sent, way.received, self.group, "naive").wait()
+        return start_all_to_all(copies_ND, state.sent, state.received, self.group, "naive").wait()
 
-    def combine(self, y_ND: Tensor, way: NaiveWay) -> Tensor:
+    def combine(self, y_ND: Tensor, state: NaiveState) -> Tensor:
         """-> the sum of each token's copies [T, D]; dispatch's backward too."""
-        return unpermute(start_all_to_all(y_ND, way.received, way.sent, self.group, "naive").wait(), way.row_map)
+        return unpermute(start_all_to_all(y_ND, state.received, state.sent, self.group, "naive").wait(), state.row_map)

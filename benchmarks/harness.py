@@ -263,19 +263,26 @@ def _ratio_cells(ratio: float | None, baseline: str | None) -> tuple[str, str]:
     return ("", "") if ratio is None or baseline is None else (f"{ratio:.3f}", baseline)
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments every benchmark takes; a benchmark adds its own before `parse_arguments`."""
+def make_parser(
+    description: str, *, settings: bool = False, repeats: int = 30, warmup: int = 5
+) -> argparse.ArgumentParser:
+    """The arguments every benchmark takes; a benchmark adds its own before `parse_arguments`.
+
+    settings: key=value arguments of a run may follow the options. repeats, warmup: this benchmark's defaults.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there, as a list of objects")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--repeats", type=int, default=30, help="timed calls, or trials of a ratio (default 30)")
-    parser.add_argument("--warmup", type=int, default=5, help="calls before them that are not timed (default 5)")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed calls, or trials of a ratio (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=warmup, help="calls before them, not timed (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats, for a look")
+    if settings:
+        parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run, as of fp8moe train")
     return parser
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and settle the shared arguments: `device` becomes a torch.device, `--quick` caps repeats at 9, warmup at 2.
+    """Parse and check the shared arguments: `device` becomes a torch.device, `--quick` caps repeats at 9, warmup at 2.
 
     Ends with exit code 2 and one sentence when a GPU is asked for and none is there, or a count is out of range.
     """

@@ -1,15 +1,13 @@
-"""One GPU, DualPipeV at pp=1, a stand-in for the all-to-all: what overlap hides, and what SMs left to messages cost.
+"""DualPipeV on one GPU with a simulated all-to-all: communication that overlap hides, and the cost of SMs left to it.
 
 Times are of whole forwards and backwards, alternated; hidden share and waits are those of the kernels of one step under
-torch.profiler (`fp8moe.profile.kineto`). The budget is the pipeline's own, of the GEMMs of a pair: 20 of 132 SMs left
-free, as in the report. It needs torch, triton and numpy only. Without a GPU a small model runs, so that the way through
-it is tried.
+torch.profiler (`fp8moe.profile.kineto`). A pair's GEMMs leave 20 of 132 SMs free, as in the DeepSeek-V3 report (the
+pipeline's `sms`). It needs torch, triton and numpy only. On a CPU a small model runs the same code.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -17,8 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, alternate, paired_ratio, summarize
-from benchmarks.stand_in import StandIn, copies_as_slow_as
-from fp8moe.layers.recipe import Precision
+from benchmarks.local_exchange import LocalExchange, repeats_for_bandwidth
+from fp8moe.data.packing import Batch
+from fp8moe.layers.attention import MlaConfig
+from fp8moe.layers.moe import ExpertsConfig
+from fp8moe.layers.recipe import Precision, Recipe
+from fp8moe.layers.router import RouterConfig
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.partition import partition
@@ -34,31 +36,24 @@ from fp8moe.profile.spans import listening
 from fp8moe.schedule.build import build_schedule
 
 PEERS, FREE_SMS, MICROBATCHES = 8, 20, 16
-LINKS = (None, 150e9, 50e9)  # bytes a second: a copy as it is, DeepEP over NVLink at EP8, over RDMA at EP64
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Ids drawn at random; see `fp8moe.model.transformer.Inputs`."""
-
-    inputs_BS: Tensor
-    labels_BS: Tensor
-    positions_BS: Tensor
-    documents_BS: Tensor | None = None
+LINKS = (None, 150e9, 50e9)  # bytes a second: one copy a message; DeepEP over NVLink at EP8, over RDMA at EP64
 
 
 def model_of(device: torch.device) -> tuple[ModelConfig, int]:
-    """The model, and tokens a micro-batch: DeepSeek-V2-Lite's blocks, four of them; on a CPU a toy."""
+    """The model, and tokens a micro-batch: four blocks of DeepSeek-V2-Lite's sizes; on a CPU a small model."""
     if device.type == "cuda":
         config = ModelConfig(
-            vocab_size=32768, dim=2048, num_layers=4, num_dense_layers=0, num_heads=16, kv_lora_rank=512, nope_dim=128,
-            rope_dim=64, v_dim=128, dense_hidden=10944, expert_hidden=1408, num_experts=64, num_shared_experts=2,
-            topk=6, force_balance=True,
+            vocab_size=32768, dim=2048, num_layers=4, num_dense_layers=0, dense_hidden=10944,
+            attention=MlaConfig(num_heads=16, kv_lora_rank=512, nope_dim=128, rope_dim=64, v_dim=128),
+            router=RouterConfig(topk=6, force_balance=True),
+            experts=ExpertsConfig(num_experts=64, hidden=1408, num_shared=2),
         )  # fmt: skip
         return config, 4096
     config = ModelConfig(
-        vocab_size=256, dim=64, num_layers=2, num_dense_layers=0, num_heads=2, kv_lora_rank=32, nope_dim=16,
-        rope_dim=16, v_dim=16, dense_hidden=64, expert_hidden=32, num_experts=4, topk=2,
+        vocab_size=256, dim=64, num_layers=2, num_dense_layers=0, dense_hidden=64,
+        attention=MlaConfig(num_heads=2, kv_lora_rank=32, nope_dim=16, rope_dim=16, v_dim=16),
+        router=RouterConfig(topk=2),
+        experts=ExpertsConfig(num_experts=4, hidden=32),
     )  # fmt: skip
     return config, 128
 
@@ -69,22 +64,23 @@ class Step:
     def __init__(self, device: torch.device, *, microbatches: int = MICROBATCHES, repeats: int = 1) -> None:
         self.device, (self.config, self.tokens) = device, model_of(device)
         config, tokens = self.config, self.tokens
-        self.dispatcher = StandIn(
-            config.num_experts, device, peers=min(PEERS, config.topk), max_rows=tokens, width=config.dim,
+        self.dispatcher = LocalExchange(
+            config.experts.num_experts, device, peers=min(PEERS, config.router.topk), max_rows=tokens, width=config.dim,
             repeats=repeats,
         )  # fmt: skip
-        self.model = Transformer(config, precision=Precision.FP8, dispatcher=self.dispatcher, device=device)
+        with device:
+            self.model = Transformer(config, Recipe(Precision.FP8), self.dispatcher)
         init_weights(self.model, 0)
         self._schedule = build_schedule("dualpipev", 1, microbatches)
         self._stages = partition(config, 2, seq_len=tokens, folded=True)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (microbatches, 1, tokens + 1), generator=generator).to(device)
         positions = torch.arange(tokens, device=device)[None]
-        self._batches = [Batch(one[:, :-1].contiguous(), one[:, 1:].contiguous(), positions) for one in ids]
+        self._batches = [Batch(one[:, :-1].contiguous(), one[:, 1:].contiguous(), positions, None) for one in ids]
         self._weights = LossWeights(1 / (tokens * microbatches), 0.0, 1e-4 / microbatches)
 
     def __call__(self, overlap: bool, sms: int | None = None) -> Tensor:
-        """-> the losses' sums, FP64 [3]; gradients are in `main_grad`. sms: for the GEMMs of a pair."""
+        """-> the sums of the losses, FP64 [3]; gradients are in `main_grad`. sms: of the GEMMs of a pair."""
         self.model.main_grads.zero_()
         tally = LossTally(self.device)
         Pipeline(
@@ -99,7 +95,7 @@ class Step:
         return tally.sums
 
     def figures(self, overlap: bool, sms: int | None = None) -> RankFigures:
-        """Of one step, from its kernels; without a GPU from its spans."""
+        """Figures of one step, from its kernels; without a GPU from its spans."""
         recorder = Recorder()
         with profiling(self.device) as kernels_of, marking(self.device), listening(recorder):
             self(overlap, sms)
@@ -110,7 +106,7 @@ class Step:
 
 
 def measure_gpu(report: Report, arguments: argparse.Namespace) -> None:
-    """Each link: waited at once, overlapped, overlapped with SMs left free."""
+    """For each link: messages waited for at once, overlapped, and overlapped with SMs left free."""
     device: torch.device = arguments.device
     step = Step(device, microbatches=4 if arguments.quick else MICROBATCHES)
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
@@ -121,9 +117,9 @@ def measure_gpu(report: Report, arguments: argparse.Namespace) -> None:
     row = torch.empty(step.tokens, step.config.dim, dtype=torch.bfloat16, device=device)
     num_bytes = step.dispatcher.bytes_of(row)
     for link in LINKS:
-        repeats = 1 if link is None else copies_as_slow_as(step.dispatcher, num_bytes, link, device)
+        repeats = 1 if link is None else repeats_for_bandwidth(step.dispatcher, num_bytes, link, device)
         step.dispatcher.repeats = repeats
-        rate = "a copy's rate" if link is None else f"{link / 1e9:.0f} GB/s"
+        rate = "one copy" if link is None else f"{link / 1e9:.0f} GB/s"
         shape = f"{step.config.dim}x{step.config.num_layers} T{step.tokens}x{len(step._batches)}, {rate}"
         calls = {name: partial(step, *case) for name, case in cases.items()}
         seconds = alternate(calls, device, trials=arguments.repeats, warmup=min(2, arguments.warmup))

@@ -1,7 +1,7 @@
 """Whole training steps under several settings, alternated in one set of processes, each recorded span by span.
 
-A trial is one optimizer step. What it took is the host's clock around it; figures come from the spans of all ranks
-(`fp8moe.profile.figures`), and the simulator is given the costs that the same spans say.
+A trial is one optimizer step, timed by the host's clock. Its figures come from the spans of all ranks
+(`fp8moe.profile.figures`), and the simulator runs at the costs measured in the same spans.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -37,10 +38,7 @@ TIMEOUT = timedelta(seconds=600)
 
 @dataclass(frozen=True)
 class Trial:
-    """One step: seconds of it all (the slowest rank's), each rank's figures, and what the simulator says.
-
-    simulated: makespan, and bubble of a rank on average.
-    """
+    """One step: its seconds on the slowest rank, each rank's figures, and the simulator's makespan and mean bubble."""
 
     seconds: float
     ranks: tuple[RankFigures, ...]
@@ -51,30 +49,15 @@ class Trial:
         """Seconds of forwards and backwards."""
         return self.ranks[0].window
 
-    @property
-    def bubble(self) -> float:
-        """A rank's on average, seconds."""
-        return statistics.fmean(rank.bubble for rank in self.ranks)
-
-    @property
-    def computing(self) -> float:
-        """A rank's on average, seconds."""
-        return statistics.fmean(rank.computing for rank in self.ranks)
-
-    @property
-    def communication(self) -> float:
-        """A rank's on average, seconds."""
-        return statistics.fmean(rank.communication for rank in self.ranks)
-
-    @property
-    def exposed(self) -> float:
-        """A rank's on average, seconds."""
-        return statistics.fmean(rank.exposed for rank in self.ranks)
+    def mean(self, figure: Literal["bubble", "computing", "communication", "exposed"]) -> float:
+        """Seconds of `figure`, averaged over ranks."""
+        return statistics.fmean(getattr(rank, figure) for rank in self.ranks)
 
     @property
     def hidden(self) -> float:
-        """Of all ranks' communication together; 1 where there is none."""
-        return max(0.0, 1 - self.exposed / self.communication) if self.communication else 1.0
+        """Hidden share of the communication of all ranks; 1 where there is none."""
+        communication = self.mean("communication")
+        return max(0.0, 1 - self.mean("exposed") / communication) if communication else 1.0
 
 
 def configured(words: Sequence[str], world_size: int) -> TrainConfig:
@@ -91,7 +74,7 @@ def built(config: TrainConfig) -> Run:
 
 
 def one_step(run: Run) -> Trial:
-    """Do a step of `run`, recorded. Collective."""
+    """Run one recorded step of `run`. Collective."""
     group = run.mesh.world_group
     run.barrier()
     recorder, start = Recorder(), time.perf_counter()
@@ -99,21 +82,24 @@ def one_step(run: Run) -> Trial:
         train_step(run)
     seconds, offset = time.perf_counter() - start, clock_offset(group)
     spans = [dataclasses.replace(s, start=s.start + offset, end=s.end + offset) for s in recorder.spans]
-    told = gather((seconds, spans), group)
-    recorded = [spans for _, spans in told]
+    gathered = gather((seconds, spans), group)
+    recorded = [spans for _, spans in gathered]
     window = window_of(recorded)
     parallel = run.config.parallel
     schedule = build_schedule(parallel.schedule, parallel.pp, num_microbatches(recorded))
     timeline = simulate(schedule, measured_costs(recorded, schedule.num_stages))
     return Trial(
-        max(seconds for seconds, _ in told),
+        max(seconds for seconds, _ in gathered),
         tuple(rank_figures(spans, window) for spans in recorded),
         (timeline.makespan, statistics.fmean(timeline.bubble)),
     )
 
 
-def alternated(runs: Mapping[str, tuple[Pass, TrainConfig]], trials: int) -> dict[str, list[Trial]]:
-    """`trials` steps of each in turning order, after one that is not counted. Runs may share a model. Collective."""
+def alternated(runs: Mapping[str, tuple[Run, TrainConfig]], trials: int) -> dict[str, list[Trial]]:
+    """`trials` steps of each run in alternating order, after one that is not counted; runs may share a model.
+
+    Collective.
+    """
     done: dict[str, list[Trial]] = {name: [] for name in runs}
     for trial in range(trials + 1):
         for name in list(runs) if trial % 2 == 0 else reversed(list(runs)):
@@ -124,8 +110,8 @@ def alternated(runs: Mapping[str, tuple[Pass, TrainConfig]], trials: int) -> dic
     return done
 
 
-def overlap_and_not(run: Run) -> dict[str, tuple[Pass, TrainConfig]]:
-    """The same run with every message waited for at once, and with messages hidden."""
+def overlap_and_not(run: Run) -> dict[str, tuple[Run, TrainConfig]]:
+    """The same run with every message waited for at once, and with messages overlapped."""
     return {
         name: (run, dataclasses.replace(run.config, parallel=dataclasses.replace(run.config.parallel, overlap=overlap)))
         for name, overlap in (("waited at once", False), ("overlapped", True))

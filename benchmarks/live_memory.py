@@ -1,4 +1,4 @@
-"""What is still in memory of all that some code made: the measure of what a forward keeps for its backward."""
+"""Bytes of the tensors that some code created and that are still alive: what a forward keeps for its backward."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Made(TorchDispatchMode):
-    """While it is entered, remembers every storage that an operation returned, without keeping any alive."""
+class TrackStorages(TorchDispatchMode):
+    """Within the block, records every storage that an operation returned, without keeping any alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +29,6 @@ class Made(TorchDispatchMode):
                 self._bytes.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes()))
         return out
 
-    def alive(self) -> int:
-        """Bytes of the storages that something still holds."""
+    def live_bytes(self) -> int:
+        """Bytes of the recorded storages that something still holds."""
         return sum(size for ref, size in self._bytes.values() if not ref.expired())

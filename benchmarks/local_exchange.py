@@ -1,8 +1,8 @@
-"""A stand-in for the all-to-all on one device: the same bytes, copied on the communication stream.
+"""A simulated all-to-all on one device: each message copies as many bytes as a real one, on the communication stream.
 
-All experts are here, so nothing has to travel; but each message copies as many bytes as one to `peers` other ranks
-would carry, starts and is waited for like one, and fans its rows out where it is waited for. A copy inside a GPU is far
-quicker than a link: `repeats` copies the same bytes so often that a message takes as long as on a link.
+All experts are on this rank, so no row has to travel. A message still copies the bytes that one to `peers` other ranks
+would carry; it is started and waited for like one, and permutes its rows to the experts where it is waited for. A copy
+inside a GPU is far quicker than a link: it is repeated (`repeats`) until a message takes as long as on a link.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from fp8moe.layers.operand import Rows
 from fp8moe.parallel.dispatch.payload import row_bytes
 from fp8moe.parallel.stream import communication_stream
 
+TIMED_COPIES = 20
 
-class StandIn:
+
+class LocalExchange:
     """A `LocalDispatcher` whose verbs are messages. max_rows: the most that a verb is given; width: values a row."""
 
     def __init__(
@@ -38,27 +40,27 @@ class StandIn:
     def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Handle[Dispatched]:
         return self._send(rows_TD, "dispatch", lambda: self._local.dispatch(rows_TD, announced, topk_weights_TK).wait())
 
-    def combine(self, y_RD: Tensor, layout: Any) -> Handle[Tensor]:
-        sums_TD = self._local.combine(y_RD, layout).wait()
+    def combine(self, y_RD: Tensor, state: Any) -> Handle[Tensor]:
+        sums_TD = self._local.combine(y_RD, state).wait()
         return self._send(sums_TD, "combine", lambda: sums_TD)
 
-    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, layout: Any) -> Handle[tuple[Tensor, Tensor]]:
-        sums = self._local.dispatch_backward(dx_RD, dweights_R, layout).wait()
+    def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, state: Any) -> Handle[tuple[Tensor, Tensor]]:
+        sums = self._local.dispatch_backward(dx_RD, dweights_R, state).wait()
         return self._send(sums[0], "dispatch backward", lambda: sums)
 
-    def combine_backward(self, dy_TD: Rows, layout: Any) -> Handle[Rows]:
-        return self._send(dy_TD, "combine backward", lambda: self._local.combine_backward(dy_TD, layout).wait())
+    def combine_backward(self, dy_TD: Rows, state: Any) -> Handle[Rows]:
+        return self._send(dy_TD, "combine backward", lambda: self._local.combine_backward(dy_TD, state).wait())
 
     def verify(self) -> None:
-        """All rows have room."""
+        """One rank has room for all rows."""
 
     def copy(self, num_bytes: int) -> None:
-        """What a message does."""
+        """Copy `num_bytes`, `repeats` times: the work of one message."""
         for _ in range(self.repeats):
             self._target[:num_bytes].copy_(self._source[:num_bytes])
 
     def bytes_of(self, rows: Rows) -> int:
-        """Of a message that carries `rows` to all peers."""
+        """Bytes of a message that carries `rows` to all peers."""
         return self._peers * rows.shape[0] * row_bytes(rows)
 
     def _send(self, rows: Rows, name: str, finish: Any) -> Any:
@@ -66,15 +68,17 @@ class StandIn:
         return communication_stream(self._device).start(lambda: self.copy(num_bytes), lambda _: finish(), name)
 
 
-def copies_as_slow_as(dispatcher: StandIn, num_bytes: int, bytes_per_second: float, device: torch.device) -> int:
-    """How often `num_bytes` must be copied on `device` to take as long as on a link of that rate."""
-    dispatcher.repeats = 20
-    dispatcher.copy(num_bytes)
+def repeats_for_bandwidth(
+    exchange: LocalExchange, num_bytes: int, bytes_per_second: float, device: torch.device
+) -> int:
+    """How many copies of `num_bytes` on `device` take as long as one transfer over a link of that bandwidth."""
+    exchange.repeats = TIMED_COPIES
+    exchange.copy(num_bytes)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    dispatcher.copy(num_bytes)
+    exchange.copy(num_bytes)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    once = (time.perf_counter() - start) / 20
-    return max(1, round(num_bytes / bytes_per_second / once))
+    one_copy = (time.perf_counter() - start) / TIMED_COPIES
+    return max(1, round(num_bytes / bytes_per_second / one_copy))
