@@ -15,9 +15,9 @@ that nobody else wants in FP8; where the shared expert reads the same cast, `qua
 import torch
 from torch import Tensor
 
-from fp8moe.kernels import backend, statistics
+from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_sizes
-from fp8moe.kernels.quantize import quantize_rows
+from fp8moe.kernels.quantize import observers, quantize_rows
 from fp8moe.kernels.row_map import RowMap, Rows
 
 __all__ = ["RowMap", "Rows", "permute", "permute_quantize", "plan_rows", "unpermute"]
@@ -73,7 +73,7 @@ def permute_quantize(
     _check_rows(x.shape[0], row_map.num_rows, "num_rows")
     _check_device(x.device, row_map)
     rows: Fp8Tensor = backend.op("permute_quantize")(x, row_map, amax_floor=amax_floor, power_of_two=power_of_two)
-    if statistics.observing():  # every row counts once, as its cast does, not its copies
+    if observers:  # every row counts once, as its cast does, not its copies
         quantize_rows(x, amax_floor=amax_floor, power_of_two=power_of_two)
     return rows
 

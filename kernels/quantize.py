@@ -12,11 +12,21 @@ twice in one pass, and a cached activation is requantized. 128x128 blocks for gr
 16B parameters (DeepSeek-V3 report, section 3.3.2 and appendix B.2).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fp8moe.kernels import backend, statistics
+from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_sizes
+
+# Called with (input, result) of every cast here, the innermost alone; see `statistics.observe_casts`.
+observers: list[Callable[[Tensor, Fp8Tensor], None]] = []
+
+
+def _observe(x: Tensor, q: Fp8Tensor) -> None:
+    if observers:
+        observers[-1](x, q)
 
 
 def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
@@ -27,7 +37,7 @@ def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power
     _check_source(x)
     check_sizes(K=x.shape[-1])
     q = backend.op("quantize_rows")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    statistics.report(x, q)
+    _observe(x, q)
     return q
 
 
@@ -38,7 +48,7 @@ def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, po
     """
     _check_matrix(x)
     q = backend.op("quantize_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    statistics.report(x.t(), q)
+    _observe(x.t(), q)
     return q
 
 
@@ -51,8 +61,8 @@ def quantize_rows_and_columns(
     """
     _check_matrix(x)
     rows, columns = backend.op("quantize_rows_and_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    statistics.report(x, rows)
-    statistics.report(x.t(), columns)
+    _observe(x, rows)
+    _observe(x.t(), columns)
     return rows, columns
 
 
@@ -67,7 +77,7 @@ def quantize_blocks(
     _check_source(w)
     check_sizes(N=w.shape[-2], K=w.shape[-1])
     q, transposed = backend.op("quantize_blocks")(w, amax_floor=amax_floor, power_of_two=power_of_two)
-    statistics.report(w, q)
+    _observe(w, q)
     return q, transposed
 
 

@@ -1,6 +1,6 @@
-"""What the casts lose: shares of saturated and of underflowed values, counted while somebody looks.
+"""Statistics of casts: shares of saturated and of underflowed values, counted inside `observe_casts`.
 
-The public quantizers report every pair (input, quantized) to the active observer; with none, that is one comparison.
+The public quantizers hand every pair (input, quantized) to the innermost observer; with none, that is one comparison.
 Saturated means that rounding to nearest would have left the format: |x| > 464 x scale (464 lies halfway between 448 and
 the next step), or x is not finite. With amax taken online it stays zero in a healthy run, and a non-zero share means a
 scale was not made for its data. Underflowed means: x is not zero, its code is. Counted are the casts of `quantize.py`;
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import BLOCK_TILE, TILE, Fp8Tensor, multiply_tiles
+from fp8moe.kernels.quantize import observers
 
 _OVERFLOW = 464.0
 
@@ -54,26 +55,12 @@ class CastStatistics:
         return sum(int(count) for count in counts) / self.values if self.values else 0.0
 
 
-_observer: CastStatistics | None = None
-
-
 @contextmanager
 def observe_casts() -> Iterator[CastStatistics]:
     """Scope in which every public quantizer is counted. Scopes nest: the innermost counts."""
-    global _observer
-    before, _observer = _observer, CastStatistics()
+    counts = CastStatistics()
+    observers.append(counts.add)
     try:
-        yield _observer
+        yield counts
     finally:
-        _observer = before
-
-
-def observing() -> bool:
-    """Whether casts are being counted."""
-    return _observer is not None
-
-
-def report(x: Tensor, q: Fp8Tensor) -> None:
-    """Called by the quantizers after a cast."""
-    if _observer is not None:
-        _observer.add(x, q)
+        observers.pop()

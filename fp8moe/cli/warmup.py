@@ -22,8 +22,7 @@ from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gemm import gemm, wgrad
-from fp8moe.kernels.grouped_gemm import grouped_gemm
-from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.permute import permute, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
     quantize_blocks,

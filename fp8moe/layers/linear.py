@@ -1,4 +1,4 @@
-"""Linears without bias whose three products follow the recipe, and the embedding: all add into FP32 `main_grad`.
+"""Linears without bias whose three products follow the recipe, the embedding, and the FP32 gradients of all parameters.
 
     Fprop  y  [T, N] = x  [T, K] @ W^T          rows of x, 128x128 blocks of W
     Dgrad  dx [T, K] = dy [T, N] @ W            rows of dy, blocks of the transposed copy
@@ -6,22 +6,29 @@
 
 FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as it is and transposed, made once after
 each optimizer step by `quantize_weights`. In BF16 and FP32 the same three names are plain products.
+
+Every parameter gets `main_grad`, a view of a flat FP32 buffer in the order of `model.parameters()`, so that one
+collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears and the embedding add
+into it themselves; parameters whose gradient autograd computes (norms, gate) get a hook that moves `.grad` over.
+`.grad` is always None between steps.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks
 from fp8moe.layers.operand import Activation, Rows, activation, from_gradient
+from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable
-from fp8moe.layers.wgrad import submit
 
 
 class QuantizedWeight(nn.Module):
@@ -142,3 +149,41 @@ class _EmbeddingFunction(torch.autograd.Function):
         weight, ids_T, dy_TD = ctx.weight, ctx.ids_T, grads[0]
         submit(lambda: weight.main_grad.index_add_(0, ids_T, dy_TD.float()))
         return None, None
+
+
+@dataclass(frozen=True)
+class MainGrads:
+    """The flat FP32 buffers: `dense` is reduced over all data-parallel ranks, `expert` over those with its experts."""
+
+    dense: torch.Tensor
+    expert: torch.Tensor
+
+    def zero_(self) -> None:
+        self.dense.zero_()
+        self.expert.zero_()
+
+
+def is_expert(parameter: Parameter) -> bool:
+    """Whether this rank holds only its own share of the parameter's experts (dimension 0)."""
+    return getattr(parameter, "is_expert", False)
+
+
+def _move_grad(parameter: torch.Tensor) -> None:
+    if parameter.grad is None:  # a Linear's weight, which autograd follows but which adds its gradient itself
+        return
+    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def attach_main_grads(model: nn.Module) -> MainGrads:
+    """Give every parameter its zeroed `main_grad` (its shape and device, FP32) and return the buffers behind them."""
+    flats = []
+    for expert in (False, True):
+        parameters = [p for p in model.parameters() if is_expert(p) is expert]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=device)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.main_grad = part.view(parameter.shape)  # type: ignore[attr-defined]
+            parameter.register_post_accumulate_grad_hook(_move_grad)
+        flats.append(flat)
+    return MainGrads(*flats)

@@ -22,9 +22,9 @@ from fp8moe.kernels import swiglu as fp8
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, activation, from_gradient, from_rows
+from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe, Recompute
 from fp8moe.layers.recompute import Recallable
-from fp8moe.layers.wgrad import submit
 
 
 class Products(Protocol):

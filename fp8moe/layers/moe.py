@@ -1,10 +1,14 @@
 """A mixture of experts: route, announce, cast; dispatch; experts; combine; the shared experts beside them.
 
-Parallelism is the dispatcher's business alone. `route` and `compute` are the two stretches of compute around the
-messages; a block's phases (`model.phases`) call them with messages in between that a schedule may hide, `forward` calls
-them under ordinary autograd and waits for each message.
+Parallelism is the dispatcher's business alone. `MoE.route` and `MoE.compute` are the two stretches of compute around
+the messages; a block's phases (`model.phases`) call them with messages in between that a schedule may hide, `forward`
+calls them under ordinary autograd and waits for each message.
 
-Legend: T tokens, D model, K top-k, R received rows.
+The routed experts of a rank are two stacked Linears on rows grouped by expert, one launch a product: rows of expert e
+lie in [offsets[e], offsets[e + 1]). Groups are 128-aligned: a tile of columns never holds tokens of two experts. An
+expert without tokens costs nothing and its `main_grad` is not touched.
+
+Legend: T tokens, D model, F expert hidden, K top-k, e local experts, R received rows.
 """
 
 from __future__ import annotations
@@ -13,13 +17,36 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.layers.dispatch import Announced, Dispatcher, Received, combined, dispatched
-from fp8moe.layers.experts import Experts, ExpertsConfig
-from fp8moe.layers.mlp import Mlp
-from fp8moe.layers.operand import Activation, activation
+from fp8moe.layers.linear import QuantizedWeight
+from fp8moe.layers.mlp import Mlp, gated_mlp
+from fp8moe.layers.operand import Activation, Rows, activation
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
 from fp8moe.layers.router import Router, RouterConfig
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Routed and shared experts: `num_experts` routed ones of `hidden` features, `num_shared` seen by every token."""
+
+    num_experts: int
+    hidden: int
+    num_shared: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.experts.{name}={getattr(self, name)} must be at least 1")
+        if self.num_shared < 0:
+            raise ValueError(f"model.experts.num_shared={self.num_shared} must be at least 0: use 0 for none")
+
+    def num_parameters(self, dim: int, routed: int) -> int:
+        """Parameters of `routed` routed experts and of all shared ones, in a model of `dim` features."""
+        return 3 * dim * self.hidden * (routed + self.num_shared)
 
 
 @dataclass(frozen=True)
@@ -67,3 +94,63 @@ class MoE(nn.Module):
 def with_shared(routed_TD: Tensor, shared_TD: Tensor | None) -> Tensor:
     """The sum of what routed and shared experts give."""
     return routed_TD if shared_TD is None else shared_TD + routed_TD
+
+
+class Experts(nn.Module):
+    """`gate_up.weight` [e, 2F, D] and `down.weight` [e, D, F] of e local experts, stacked."""
+
+    def __init__(self, num_local_experts: int, dim: int, hidden: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.gate_up = GroupedLinear(num_local_experts, dim, 2 * hidden, recipe)
+        self.down = GroupedLinear(num_local_experts, hidden, dim, recipe)
+
+    def forward(self, received: Received) -> Tensor:
+        """-> y [R, D], each row already multiplied by its routing weight; the gradient may return in FP8."""
+        return gated_mlp(
+            received.x,
+            self.gate_up.at(received.group_offsets),
+            self.down.at(received.group_offsets),
+            self.recipe,
+            parameters=(self.gate_up.weight, self.down.weight),
+            weights_R=received.weights_R,
+            gradient=received.gradient,
+        )
+
+
+class GroupedLinear(QuantizedWeight):
+    """`weight` [e, out_features, in_features] of the e experts this rank holds."""
+
+    def __init__(self, num_local_experts: int, in_features: int, out_features: int, recipe: Recipe) -> None:
+        super().__init__((num_local_experts, out_features, in_features), recipe)
+        self.weight.is_expert = True  # type: ignore[attr-defined]
+
+    def at(self, group_offsets: Tensor) -> GroupedProducts:
+        """The three products on rows grouped by `group_offsets` (int32 [e + 1])."""
+        return GroupedProducts(self, group_offsets)
+
+
+@dataclass(frozen=True)
+class GroupedProducts:
+    """Fprop, Dgrad and Wgrad of a `GroupedLinear` on one set of groups: what `Linear` has, for received rows."""
+
+    linear: GroupedLinear
+    group_offsets: Tensor
+
+    def fprop(self, x: Rows) -> Tensor:
+        if isinstance(x, Fp8Tensor):
+            return grouped_gemm(x, self.linear.blocks, self.group_offsets)
+        return grouped_mm(x, self.linear.weight.detach(), self.group_offsets)
+
+    def dgrad(self, dy: Rows) -> Tensor:
+        if isinstance(dy, Fp8Tensor):
+            return grouped_gemm(dy, self.linear.transposed_blocks, self.group_offsets)
+        return grouped_mm(dy, self.linear.weight.detach().mT, self.group_offsets)
+
+    def wgrad(self, dy_columns: Rows, x_columns: Rows) -> None:
+        main_grad: Tensor = self.linear.weight.main_grad  # type: ignore[attr-defined]
+        if isinstance(dy_columns, Fp8Tensor) and isinstance(x_columns, Fp8Tensor):
+            grouped_wgrad(dy_columns, x_columns, self.group_offsets, main_grad)
+        else:
+            assert isinstance(dy_columns, Tensor) and isinstance(x_columns, Tensor)
+            grouped_mm_wgrad(dy_columns, x_columns, self.group_offsets, main_grad)

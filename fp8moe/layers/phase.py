@@ -2,15 +2,21 @@
 
 A transformer block is cut where it communicates. A compute phase is a `DetachedGraph`: its inputs are detached, its
 outputs kept, so that its backward may run at any later time and in any order with other phases; only data ties them. A
-communication phase starts a message and returns; whoever needs the message waits for it. Weight gradients of a phase
-wait in its `DeferredWgrads` until its `wgrad` is called.
+communication phase starts a message and returns; whoever needs the message waits for it.
+
+A backward is two products: dgrad, which the layer below needs at once, and wgrad, which nobody needs before the
+optimizer. Zero-bubble and DualPipe schedules run them apart (arXiv 2401.10241). Every Linear hands its wgrad over with
+`submit`: outside `DeferredWgrads.collect` it runs on the spot, which is ordinary training; inside it waits until the
+phase's `wgrad` is called. Results are bit-equal: the same products, in the same order within a parameter. Hooks on
+autograd nodes were refused: they can't tell the two products of one node apart.
 
 Autograd's own graph over a whole block was refused for schedules: it runs a backward to its end once it has begun.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -18,9 +24,45 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from fp8moe.layers.wgrad import DeferredWgrads
-
 Rest = TypeVar("Rest")
+_collecting: list[Callable[[Callable[[], None]], None]] = []
+
+
+def submit(wgrad: Callable[[], None]) -> None:
+    """Run `wgrad` now, or leave it to the `DeferredWgrads` that collects. It must add into a `main_grad`."""
+    if _collecting:
+        _collecting[-1](wgrad)
+    else:
+        wgrad()
+
+
+class DeferredWgrads:
+    """Weight gradients of one phase of one micro-batch, put off; first in, first out."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Within the block, every submitted weight gradient waits here.
+
+        What collects is the process's, not the thread's: on a GPU autograd runs a backward in a thread of its own.
+        """
+        _collecting.append(self._waiting.append)
+        try:
+            yield
+        finally:
+            _collecting.pop()
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Compute what waits, in the order in which it came, and forget it."""
+        waiting, self._waiting = self._waiting, []
+        for wgrad in waiting:
+            wgrad()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
 
 
 @dataclass(frozen=True)

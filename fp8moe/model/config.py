@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fp8moe.layers.attention import AttentionConfig
-from fp8moe.layers.experts import ExpertsConfig
+from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.router import RouterConfig
 
 FP8_MULTIPLE = 16

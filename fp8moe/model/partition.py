@@ -25,28 +25,23 @@ FLOP_PER_BYTE = 300.0  # 989 TFLOPS of BF16 over 3.35 TB/s
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline stage holds: blocks [first, end), and the ends of the model if they are here.
+    """One pipeline stage: blocks `layers` of the model, and the ends of the model if they are here.
 
     The MTP module (block number num_layers) goes with the head that it shares.
     """
 
     index: int
-    first: int
-    end: int
+    layers: range
     embedding: bool
     head: bool
     mtp: bool
 
     @property
-    def layers(self) -> range:
-        return range(self.first, self.end)
-
-    @property
     def num_layers(self) -> int:
-        return self.end - self.first
+        return len(self.layers)
 
     def __str__(self) -> str:
-        blocks = f"block {self.first}" if self.num_layers == 1 else f"blocks {self.first}-{self.end - 1}"
+        blocks = f"block {self.layers[0]}" if len(self.layers) == 1 else f"blocks {self.layers[0]}-{self.layers[-1]}"
         ends = [name for name, here in (("head", self.head), ("MTP", self.mtp)) if here]
         return " + ".join([*(["embedding"] if self.embedding else []), blocks, *ends])
 
@@ -165,7 +160,7 @@ def _stages(config: ModelConfig, counts: tuple[int, ...]) -> tuple[Stage, ...]:
     stages, first, last = [], 0, len(counts) - 1
     for index, count in enumerate(counts):
         mtp = index == last and config.mtp_depth > 0
-        stages.append(Stage(index, first, first + count, index == 0, index == last, mtp))
+        stages.append(Stage(index, range(first, first + count), index == 0, index == last, mtp))
         first += count
     return tuple(stages)
 

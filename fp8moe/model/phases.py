@@ -28,8 +28,7 @@ from fp8moe.layers.dispatch import (
 )
 from fp8moe.layers.moe import MoE, with_shared
 from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, detached_handle
-from fp8moe.layers.phase import DetachedGraph, Phase, run_detached
-from fp8moe.layers.wgrad import DeferredWgrads
+from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Phase, run_detached
 from fp8moe.model.block import Attended, Block
 
 State = TypeVar("State")

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.layers.linear import Embedding
-from fp8moe.layers.phase import DetachedGraph, Pass, Phase, run_detached
-from fp8moe.layers.wgrad import DeferredWgrads
+from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Pass, Phase, run_detached
 from fp8moe.model.block import Block
 from fp8moe.model.loss import LossTally, LossWeights, cross_entropy_sum, mtp_labels
 from fp8moe.model.partition import Stage

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from fp8moe.layers.attention import Positions
 from fp8moe.layers.dispatch import Dispatcher
-from fp8moe.layers.linear import Embedding, Linear, quantize_weights
+from fp8moe.layers.linear import Embedding, Linear, attach_main_grads, is_expert, quantize_weights
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable
-from fp8moe.layers.wgrad import attach_main_grads, is_expert
 from fp8moe.model.block import Block
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.loss import LossSums, cross_entropy_sum, mtp_labels

@@ -1,11 +1,11 @@
-"""Grouped FP8 GEMM on Hopper: `rows_kernel` with the experts' offsets, read on the device."""
+"""Grouped FP8 GEMMs on Hopper: `rows_kernel`, and for the weight gradient `columns_kernel`, with offsets."""
 
 import torch
 from torch import Tensor
 
 from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import Fp8Tensor, ceil_div
-from fp8moe.kernels.gluon.launch import device_name, launch_rows, num_sms
+from fp8moe.kernels.gluon.launch import device_name, launch_columns, launch_rows, num_sms
 
 
 def grouped_gemm(
@@ -19,3 +19,27 @@ def grouped_gemm(
     out = torch.empty(r, n, dtype=out_dtype, device=a.device)
     launch_rows(a, b, out, tile=tile, sms=num_sms(a.device), group_offsets=group_offsets)
     return out
+
+
+def grouped_wgrad(dy_columns: Fp8Tensor, x_columns: Fp8Tensor, group_offsets: Tensor, main_grad: Tensor) -> None:
+    num_groups, n, k = main_grad.shape
+    r = dy_columns.shape[1]
+    if min(num_groups, n, k, r) == 0:
+        return
+    if not main_grad.is_contiguous():
+        raise ValueError(
+            f"grouped_wgrad adds into a contiguous main_grad, this one has strides {main_grad.stride()}: allocate it so"
+        )
+    mean_tokens = ceil_div(r, num_groups)
+    tile = tiles.choose(
+        "gluon", "grouped_wgrad", n, k, mean_tokens, groups=num_groups, device=device_name(main_grad.device)
+    )
+    launch_columns(
+        dy_columns,
+        x_columns,
+        main_grad,
+        tile=tile,
+        sms=num_sms(main_grad.device),
+        group_offsets=group_offsets,
+        accumulate=True,
+    )

@@ -1,7 +1,7 @@
 """From checked operands to a launch: descriptors, scales in the layout the kernels read, and how many SMs may work.
 
 Descriptors are made on the host: they travel as kernel arguments, and the device needs no scratch memory and no fence
-for them. A kernel runs one program an SM, on as many as it may take (`kernels/sms.py`).
+for them. A kernel runs one program an SM, on as many as it may take (`backend.limit_sms`).
 
 A tile with `multicast` runs a pair of CTAs a program and half as many programs.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fp8moe.kernels import sms as sm_limit
+from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gluon.columns_kernel import columns_kernel
 from fp8moe.kernels.gluon.pipeline import ADD, STORE, STORE_TMA
@@ -34,7 +34,7 @@ OLDEST_MULTICAST = (3, 8)  # of Triton: before it an arrival can't reach another
 
 def num_sms(device: torch.device) -> int:
     """SMs that a GEMM may use on `device`."""
-    return sm_limit.allowed(_properties(device)[1])
+    return backend.allowed_sms(_properties(device)[1])
 
 
 def device_name(device: torch.device) -> str:

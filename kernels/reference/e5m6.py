@@ -14,7 +14,7 @@ from fp8moe.kernels.fp8 import (
     Fp8Tensor,
     multiply_tiles,
 )
-from fp8moe.kernels.reference._encode import magnitude_bits, scale_of, tile_amax
+from fp8moe.kernels.reference._arithmetic import magnitude_bits, scale_of, tile_amax
 from fp8moe.kernels.reference.quantize import quantize_columns
 
 _MASKS = tuple(0xFFF << 12 * lane for lane in range(4))  # of the first four values of a run, packed

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.kernels.reference._product import ExactBf16Products, add_product, write_product
+from fp8moe.kernels.reference._arithmetic import ExactBf16Products, add_product, write_product
 
 
 def gemm(

@@ -1,12 +1,12 @@
-"""Grouped FP8 GEMM: one weight for each contiguous group of rows; each group is the plain GEMM of the specification."""
+"""Grouped FP8 GEMMs: for each contiguous group of rows, or of tokens for the weight gradient, the plain GEMM."""
 
 import itertools
 
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.kernels.reference._product import write_product
+from fp8moe.kernels.fp8 import TILE, Fp8Tensor
+from fp8moe.kernels.reference._arithmetic import add_product, write_product
 
 
 def grouped_gemm(
@@ -20,3 +20,14 @@ def grouped_gemm(
             write_product(out[start:stop], rows, Fp8Tensor(b.data[e], b.scale[e], b.tile))
     out[offsets[-1] :] = 0
     return out
+
+
+def grouped_wgrad(dy_columns: Fp8Tensor, x_columns: Fp8Tensor, group_offsets: Tensor, main_grad: Tensor) -> None:
+    offsets = group_offsets.tolist()
+    for e, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        if start < stop:
+            add_product(main_grad[e], _tokens(dy_columns, start, stop), _tokens(x_columns, start, stop))
+
+
+def _tokens(columns: Fp8Tensor, start: int, stop: int) -> Fp8Tensor:
+    return Fp8Tensor(columns.data[:, start:stop], columns.scale[:, start // TILE : stop // TILE])

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.reference._product import FAST_BF16
+from fp8moe.kernels.reference._arithmetic import FAST_BF16
 from fp8moe.kernels.reference.gemm import wgrad
 
 

@@ -13,7 +13,7 @@ from fp8moe.kernels.fp8 import (
     decode,
     multiply_tiles,
 )
-from fp8moe.kernels.reference._encode import (
+from fp8moe.kernels.reference._arithmetic import (
     empty_columns,
     empty_rows,
     encode_columns,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor, decode
-from fp8moe.kernels.reference._encode import (
+from fp8moe.kernels.reference._arithmetic import (
     empty_columns,
     empty_rows,
     encode_columns,

@@ -53,7 +53,7 @@ def gemm_cases(backend: str, *, multicast: bool = False) -> Iterator[Case]:
     """gemm, grouped_gemm and grouped_wgrad with every tile, output dtype and epilogue; multicast: what it changes."""
     gemm = importlib.import_module(f"fp8moe.kernels.{backend}.gemm").gemm
     grouped_gemm = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_gemm
-    grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_wgrad").grouped_wgrad
+    grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_wgrad
     total, grads = torch.empty(M, N), torch.empty(GROUPS, M, N)
     columns, experts = (rows(M, K), rows(N, K)), (rows(M, K), blocks(GROUPS, N, K), offsets())
     launches = [

@@ -6,7 +6,7 @@ import torch
 from fp8moe.kernels.fp8 import BLOCK_TILE, E4M3, GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
-from fp8moe.kernels.reference import _product
+from fp8moe.kernels.reference import _arithmetic
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data
 
@@ -78,7 +78,7 @@ def test_the_short_way_and_promotion_agree(monkeypatch: pytest.MonkeyPatch) -> N
     for right in (b, c):
         short = gemm(a, right, out_dtype=torch.float32), gemm(a, right, accumulate=torch.ones(300, 320))
         with monkeypatch.context() as patch:
-            patch.setattr(_product, "_powers_of_two", lambda *operands: False)
+            patch.setattr(_arithmetic, "_powers_of_two", lambda *operands: False)
             promoted = gemm(a, right, out_dtype=torch.float32), gemm(a, right, accumulate=torch.ones(300, 320))
         for one, other in zip(short, promoted, strict=True):
             assert calc_diff(one, other, a.dequantize(), right.dequantize()) <= BOUND[torch.float32]
@@ -98,7 +98,7 @@ def test_without_fast_bf16_the_result_is_the_same(monkeypatch: pytest.MonkeyPatc
     b, _ = quantize_blocks(data("normal", 144, 256), power_of_two=True)
     a64, b64 = a.dequantize().double(), b.dequantize().double()
     for fast in (False, True):
-        monkeypatch.setattr(_product, "FAST_BF16", fast)
+        monkeypatch.setattr(_arithmetic, "FAST_BF16", fast)
         assert calc_diff(gemm(a, b), a64 @ b64.T, a64, b64) <= BOUND[torch.bfloat16]
 
 
@@ -126,7 +126,7 @@ def test_the_precision_of_other_products_is_untouched() -> None:
     q, (w, _) = quantize_rows(a), quantize_blocks(b)
     gemm(q, w)
     wgrad(a.bfloat16(), b.bfloat16(), torch.zeros(64, 64))
-    with pytest.raises(RuntimeError), _product.ExactBf16Products():
+    with pytest.raises(RuntimeError), _arithmetic.ExactBf16Products():
         torch.mm(a, torch.zeros(3, 3))
     assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
     assert torch.equal(a @ b, expected)

@@ -11,8 +11,7 @@ import torch
 from fp8moe.kernels import backend, tiles
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
 from fp8moe.kernels.gemm import gemm
-from fp8moe.kernels.grouped_gemm import grouped_gemm
-from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data, offsets_of, product_bound
@@ -98,7 +97,7 @@ def test_grouped(hopper, sizes, n, k):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sms", [None, 112, 1])
 def test_repetition_and_the_number_of_sms_change_no_bit(hopper, sms):
-    from fp8moe.kernels.sms import limit_sms
+    from fp8moe.kernels.backend import limit_sms
 
     m, n, k = (512, 512, 1024) if sms == 1 else (4096, 7168, 2048)
     a, b = quantize_rows(torch.randn(m, k, device=hopper)), quantize_blocks(torch.randn(n, k, device=hopper))[0]
@@ -157,8 +156,8 @@ def test_pairs_on_a_triton_that_cannot_are_refused(monkeypatch):
 
 def test_a_limit_of_no_sms_is_refused():
     pytest.importorskip("triton")
+    from fp8moe.kernels.backend import limit_sms, limited_sms
     from fp8moe.kernels.gluon.launch import num_sms
-    from fp8moe.kernels.sms import limit_sms, limited_sms
 
     with pytest.raises(ValueError, match=r"at least 1 SM, limit_sms got 0"):
         limit_sms(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
-from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.grouped_gemm import grouped_wgrad
 from fp8moe.kernels.quantize import quantize_columns, quantize_rows, requantize_columns
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data, offsets_of, product_bound

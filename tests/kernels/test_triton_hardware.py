@@ -16,8 +16,7 @@ import torch
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
-from fp8moe.kernels.grouped_gemm import grouped_gemm
-from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
 from fp8moe.kernels.quantize import requantize_columns as requantize

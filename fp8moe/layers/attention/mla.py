@@ -17,13 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.attention.core import BACKENDS, Positions, document_mask, keep_in_e5m6
+from fp8moe.layers.attention.core import BACKENDS, Positions, YarnConfig, document_mask, keep_in_e5m6, rotate, rotation
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.operand import cast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
-from fp8moe.layers.rope import YarnConfig, rotate, rotation
 
 
 @dataclass(frozen=True)
