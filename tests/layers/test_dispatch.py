@@ -13,13 +13,13 @@ def four_verbs(x_TD, ids_TK, weights_TK):
     arrived = dispatcher.dispatch(
         quantize_rows(x_TD, power_of_two=True), dispatcher.announce(ids_TK), weights_TK
     ).wait()
-    rows, layout = arrived.rows_RD, arrived.layout
+    rows, state = arrived.rows_RD, arrived.state
     y_RD = rows.dequantize(torch.bfloat16) * arrived.weights_R[:, None].bfloat16()
-    gradient = dispatcher.combine_backward(gradient_rows(x_TD * 2.0**-20, fp8=True), layout).wait()
-    dx_TD, dweights_TK = dispatcher.dispatch_backward(y_RD, arrived.weights_R, layout).wait()
+    gradient = dispatcher.combine_backward(gradient_rows(x_TD * 2.0**-20, fp8=True), state).wait()
+    dx_TD, dweights_TK = dispatcher.dispatch_backward(y_RD, arrived.weights_R, state).wait()
     delivered = {
         **{"codes": rows.data, "scales": rows.scale, "weights": arrived.weights_R, "offsets": arrived.group_offsets},
-        **{"y": dispatcher.combine(y_RD, layout).wait(), "gradient": gradient.data, "its scales": gradient.scale},
+        **{"y": dispatcher.combine(y_RD, state).wait(), "gradient": gradient.data, "its scales": gradient.scale},
         **{"dx": dx_TD, "dweights": dweights_TK},
     }
     return {name: tensor.contiguous().view(torch.uint8) for name, tensor in delivered.items()}

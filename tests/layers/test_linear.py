@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fp8moe.layers.linear import Linear, quantize_weights
-from fp8moe.layers.operand import Fp8Gradient, stand_in
-from fp8moe.layers.recipe import Precision
-from fp8moe.layers.wgrad import WeightGradStore, attach_main_grads
+from fp8moe.layers.linear import Embedding, Linear, attach_main_grads, is_expert, product, quantize_weights
+from fp8moe.layers.phase import DeferredWgrads
+from fp8moe.layers.recipe import Precision, Recipe
 from tests.distance import calc_diff
 
 BOUND = {Precision.FP32: 1e-11, Precision.BF16: 1e-4, Precision.FP8: 1e-3}
@@ -17,7 +16,7 @@ BOUND = {Precision.FP32: 1e-11, Precision.BF16: 1e-4, Precision.FP8: 1e-3}
 
 def build(n_in: int, n_out: int, precision: Precision) -> Linear:
     torch.manual_seed(0)
-    linear = Linear(n_in, n_out, precision=precision)
+    linear = Linear(n_in, n_out, Recipe(precision))
     with torch.no_grad():
         linear.weight.normal_(0, n_in**-0.5)
     attach_main_grads(linear)
@@ -27,7 +26,7 @@ def build(n_in: int, n_out: int, precision: Precision) -> Linear:
 
 def tensors(linear: Linear, tokens: int) -> tuple[Tensor, Tensor]:
     n_out, n_in = linear.weight.shape
-    dtype = linear.precision.dtype
+    dtype = linear.recipe.dtype
     return torch.randn(tokens, n_in).to(dtype).requires_grad_(), torch.randn(tokens, n_out).to(dtype) * 2**-20
 
 
@@ -69,30 +68,117 @@ def test_weights_are_quantized_when_told_and_not_before() -> None:
 
 
 def test_an_unquantized_weight_is_refused() -> None:
-    linear = Linear(128, 64, precision=Precision.FP8)
+    linear = Linear(128, 64, Recipe(Precision.FP8))
     with pytest.raises(AssertionError, match="quantize_weights"):
         linear(torch.zeros(16, 128, dtype=torch.bfloat16))
 
 
-def test_weight_gradients_wait_in_the_store() -> None:
+def test_each_pass_runs_its_own_weight_gradients() -> None:
+    """Two micro-batches whose weight gradients wait: running one's adds its gradient and not the other's."""
+    linear = build(128, 64, Precision.FP8)
+    main_grad: Tensor = linear.weight.main_grad  # type: ignore[assignment]
+    at_once, waiting = [], []
+    for scale in (1.0, 3.0):
+        x, dy = tensors(linear, 32)
+        linear(x).backward(dy * scale)
+        at_once.append(main_grad.clone())
+        main_grad.zero_()
+        wgrads = DeferredWgrads()
+        with wgrads.collect():
+            linear(x).backward(dy * scale)
+        waiting.append(wgrads)
+    assert not main_grad.any() and [len(wgrads) for wgrads in waiting] == [1, 1]
+    waiting[1].run()
+    assert torch.equal(main_grad, at_once[1]) and [len(wgrads) for wgrads in waiting] == [1, 0]
+    main_grad.zero_()
+    waiting[0].run()
+    assert torch.equal(main_grad, at_once[0])
+    waiting[0].run()
+    assert torch.equal(main_grad, at_once[0]), "a weight gradient that ran is forgotten"
+
+
+def test_an_input_without_gradient_gets_none_and_the_weight_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = build(128, 64, Precision.FP8)
     x, dy = tensors(linear, 32)
     linear(x).backward(dy)
-    at_once = linear.weight.main_grad.clone()  # type: ignore[operator]
+    expected = linear.weight.main_grad.clone()  # type: ignore[operator]
     linear.weight.main_grad.zero_()  # type: ignore[operator]
-    store = WeightGradStore()
-    with store.collect(("stage", 0)):
-        linear(x).backward(dy)
-    assert not linear.weight.main_grad.any()  # type: ignore[operator]
-    store.run(("stage", 1))
-    assert len(store) == 1
-    store.run(("stage", 0))
-    assert torch.equal(linear.weight.main_grad, at_once)  # type: ignore[arg-type]
+    monkeypatch.setattr(Linear, "dgrad", lambda *_: pytest.fail("nobody asks for this product"))
+    linear(x.detach()).backward(dy)
+    assert torch.equal(linear.weight.main_grad, expected)
 
 
-def test_a_stand_in_poisons_whoever_computes_with_it() -> None:
-    edge = stand_in((3, 4), torch.zeros(1, dtype=torch.bfloat16))
-    assert edge.untyped_storage().nbytes() == 2
-    assert (edge + 1).isnan().all()
-    box = Fp8Gradient()
-    assert box.take() is None
+@pytest.mark.parametrize("avx512", [False, True])
+def test_products_in_bf16_are_rounded_once_on_any_cpu(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8moe.layers.linear._CPU_MULTIPLIES_BF16", avx512)
+    torch.manual_seed(0)
+    a, b = torch.randn(48, 512).bfloat16(), torch.randn(512, 32).bfloat16()
+    exact = a.double() @ b.double()
+    got = product(a, b)
+    assert got.dtype is torch.bfloat16
+    assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_the_embedding_sums_in_fp32(precision: Precision) -> None:
+    """A row of ones a thousand times and a small one: in BF16 the sum would stop at 256."""
+    embedding = Embedding(5, 16, Recipe(precision))
+    torch.nn.init.normal_(embedding.weight)
+    attach_main_grads(embedding)
+    ids = torch.tensor([1] * 1000 + [3, 1])
+    y = embedding(ids)
+    assert torch.equal(y, embedding.weight.detach()[ids]) and y.dtype is precision.dtype
+    dy = torch.ones_like(y)
+    dy[1001] = 0.125
+    y.backward(dy)
+    main_grad: Tensor = embedding.weight.main_grad  # type: ignore[assignment]
+    assert main_grad[:, 0].tolist() == [0, 1000.125, 0, 1, 0] and embedding.weight.grad is None
+    wgrads = DeferredWgrads()
+    with wgrads.collect():
+        embedding(ids).backward(dy)
+    assert main_grad[1, 0] == 1000.125
+    wgrads.run()
+    assert main_grad[1, 0] == 2000.25
+
+
+def model() -> nn.Module:
+    made = nn.ParameterDict({
+        "first": nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16)),
+        "expert": nn.Parameter(torch.ones(4, 5)),
+        "second": nn.Parameter(torch.ones(7)),
+    })  # fmt: skip
+    made["expert"].is_expert = True  # type: ignore[attr-defined]
+    return made
+
+
+def test_main_grads_are_views_of_two_flat_buffers_in_order() -> None:
+    parameters = model()
+    flat = attach_main_grads(parameters)
+    assert (flat.dense.numel(), flat.expert.numel()) == (6 + 7, 20)
+    first, expert, second = (parameters[name] for name in ("first", "expert", "second"))
+    assert [is_expert(p) for p in (first, expert, second)] == [False, True, False]
+    for parameter, buffer, at in ((first, flat.dense, 0), (second, flat.dense, 6), (expert, flat.expert, 0)):
+        assert parameter.main_grad.shape == parameter.shape and parameter.main_grad.dtype is torch.float32
+        assert parameter.main_grad.data_ptr() == buffer[at:].data_ptr()
+    assert not flat.dense.any() and not flat.expert.any()
+    flat.dense.fill_(1)
+    flat.expert.fill_(1)
+    flat.zero_()
+    assert not flat.dense.any() and not flat.expert.any()
+
+
+def test_autograds_gradients_are_moved_over_and_added() -> None:
+    parameters = model()
+    attach_main_grads(parameters)
+    for _ in range(2):
+        (parameters["second"] * torch.arange(7.0)).sum().backward()
+    assert parameters["second"].grad is None
+    assert parameters["second"].main_grad.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert not parameters["first"].main_grad.any()
+
+
+def test_experts_alone_leave_the_dense_buffer_empty() -> None:
+    parameters = nn.ParameterDict({"expert": nn.Parameter(torch.ones(2, 2))})
+    parameters["expert"].is_expert = True  # type: ignore[attr-defined]
+    flat = attach_main_grads(parameters)
+    assert (flat.dense.numel(), flat.expert.numel()) == (0, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,32 +11,34 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from fp8moe.layers.dispatch import LocalDispatcher
-from fp8moe.layers.linear import quantize_weights
-from fp8moe.layers.moe import MoE
-from fp8moe.layers.recipe import Precision
+from fp8moe.layers.linear import attach_main_grads, is_expert, quantize_weights
+from fp8moe.layers.moe import ExpertsConfig, MoE
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.layers.router import RouterConfig
-from fp8moe.layers.wgrad import attach_main_grads
 from tests.distance import calc_diff
 
 D, F, T = 128, 64, 96
-CONFIG = RouterConfig(
-    num_experts=8, topk=3, num_groups=4, top_groups=2, score="sigmoid", normalize_topk=True, route_scale=2.5,
-    force_balance=False,
-)  # fmt: skip
+CONFIG = RouterConfig(topk=3, num_groups=4, top_groups=2, route_scale=2.5)
+EXPERTS = 8
 BOUND = {Precision.FP32: 1e-10, Precision.BF16: 2e-4, Precision.FP8: 4e-3}
 
 
 def build(precision: Precision, config: RouterConfig = CONFIG, shared: int = 1) -> MoE:
     torch.manual_seed(0)
-    moe = MoE(
-        D, F, config, num_shared_experts=shared, dispatcher=LocalDispatcher(config.num_experts), precision=precision
-    )
+    experts = ExpertsConfig(EXPERTS, F, num_shared=shared)
+    moe = MoE(D, config, experts, Recipe(precision), LocalDispatcher(EXPERTS))
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.normal_(0, 0.1)
     attach_main_grads(moe)
     quantize_weights(moe)
     return moe
+
+
+def call(moe: MoE, x: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """Output and chosen experts of x, under ordinary autograd."""
+    routed = moe.route(x, num_sequences)
+    return moe(routed), routed.announced.topk_ids_TK
 
 
 def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -63,12 +66,12 @@ def test_output_and_all_gradients(precision: Precision) -> None:
     moe = build(precision)
     x = torch.randn(T, D).to(precision.dtype).requires_grad_()
     dy = torch.randn(T, D).to(precision.dtype) * 2**-34  # gradients of a mean over 63M tokens are near 1e-10
-    y, routing = moe(x, num_sequences=2)
+    y, ids = call(moe, x, num_sequences=2)
     y.backward(dy)
 
     p = {name: w.detach().double().requires_grad_() for name, w in moe.named_parameters()}
     x64 = x.detach().double().requires_grad_()
-    expected = by_loop(moe, x64, routing.topk_ids_TK, p)
+    expected = by_loop(moe, x64, ids, p)
     expected.backward(dy.double())
     ones = torch.ones
     bound = BOUND[precision]
@@ -84,9 +87,9 @@ def test_one_expert_gets_all_and_the_rest_nothing(precision: Precision) -> None:
     moe = build(precision, replace(CONFIG, topk=1, num_groups=1, top_groups=1), shared=0)
     moe.router.bias_E[5] = 10.0
     x = torch.randn(32, D).to(precision.dtype).requires_grad_()
-    y, routing = moe(x, num_sequences=1)
+    y, ids = call(moe, x, num_sequences=1)
     y.sum().backward()
-    assert (routing.topk_ids_TK == 5).all()
+    assert (ids == 5).all()
     assert torch.isfinite(x.grad).all()  # type: ignore[arg-type]
     touched = moe.experts.down.weight.main_grad.flatten(1).any(1)  # type: ignore[operator]
     assert touched.tolist() == [e == 5 for e in range(8)]
@@ -94,5 +97,30 @@ def test_one_expert_gets_all_and_the_rest_nothing(precision: Precision) -> None:
 
 def test_forced_balance_gives_every_expert_the_same() -> None:
     moe = build(Precision.FP32, replace(CONFIG, force_balance=True))
-    moe(torch.randn(64, D), num_sequences=1)
+    call(moe, torch.randn(64, D), num_sequences=1)
     assert moe.router.counts_E.tolist() == [24] * 8
+
+
+EXPERTS_CONFIG = ExpertsConfig(num_experts=4, hidden=48, num_shared=2)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_experts": 0}, r"^model\.experts\.num_experts=0 must be at least 1$"),
+    ({"hidden": 0}, r"^model\.experts\.hidden=0 must be at least 1$"),
+    ({"num_shared": -1}, r"model\.experts\.num_shared=-1 must be at least 0: use 0 for none"),
+])  # fmt: skip
+def test_impossible_configurations_are_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(EXPERTS_CONFIG, **change)
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 2])
+@pytest.mark.parametrize("here", [2, 4])
+def test_parameters_are_those_of_the_built_layer(num_shared: int, here: int) -> None:
+    config = replace(EXPERTS_CONFIG, num_shared=num_shared)
+    moe = MoE(64, RouterConfig(topk=2), config, Recipe(Precision.FP32), LocalDispatcher(here))
+    parameters = dict(moe.named_parameters())
+    router = parameters.pop("router.weight")
+    assert router.shape == (4, 64) and sum(p.numel() for p in parameters.values()) == config.num_parameters(64, here)
+    assert {name for name, p in parameters.items() if is_expert(p)} == {"experts.gate_up.weight", "experts.down.weight"}
+    assert (moe.shared is None) is (num_shared == 0)

@@ -1,25 +1,24 @@
-"""Attention's output kept in E5M6: what both backwards get of it, and that nobody keeps the BF16 tensor."""
+"""Core attention: what its kernels are called with, and its output kept in E5M6 for both backwards that read it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.layers.attention import mla as attention_module
-from fp8moe.layers.attention.mla import AttentionConfig, LatentAttention, Positions
-from fp8moe.layers.linear import quantize_weights
+from fp8moe.layers.attention.core import BACKENDS, document_mask, keep_in_e5m6
+from fp8moe.layers.attention.mla import LatentAttention, MlaConfig, Positions
+from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.operand import Activation
-from fp8moe.layers.recipe import Precision
-from fp8moe.layers.recompute import capture_saved, keep_in_e5m6
-from fp8moe.layers.rope import inverse_frequencies, rotation
-from fp8moe.layers.wgrad import attach_main_grads
+from fp8moe.layers.recipe import Precision, Recipe
+from fp8moe.layers.recompute import capture_saved
 from tests.distance import calc_diff
 
 B, S, H, V = 2, 32, 4, 32  # heads of equal size: PyTorch's fused attention on a CPU, which saves its output
@@ -31,13 +30,13 @@ def qkv(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention_module._sdpa(q, k, v, V**-0.5, None)
+    return BACKENDS["sdpa"](q, k, v, V**-0.5, None)
 
 
 def attention_kept_in_e5m6(attend: Callable[[], Tensor]) -> Activation:
-    with capture_saved() as boxes:
+    with capture_saved() as captured:
         out = attend()
-    return keep_in_e5m6(out, boxes)
+    return keep_in_e5m6(out, captured)
 
 
 def as_rows(out: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def test_attentions_backward_reads_the_packed_output() -> None:
     q, k, v = qkv()
     x = attention_kept_in_e5m6(lambda: sdpa(q, k, v))
     dout = torch.randn(B * S, H * V).bfloat16()
-    got = torch.autograd.grad(x.edge, (q, k, v), dout)
+    got = torch.autograd.grad(x.autograd_handle, (q, k, v), dout)
 
     by_head = [t.detach().transpose(1, 2) for t in (q, k, v)]
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -65,7 +64,7 @@ def test_gradients_against_fp64() -> None:
     dout = torch.randn(B * S, H * V, generator=torch.Generator().manual_seed(1)).bfloat16()
     inputs = qkv()
     x = attention_kept_in_e5m6(lambda: sdpa(*inputs))
-    got = torch.autograd.grad(x.edge, inputs, dout)
+    got = torch.autograd.grad(x.autograd_handle, inputs, dout)
     plain = torch.autograd.grad(as_rows(sdpa(*inputs)), inputs, dout)
     exact_inputs = qkv(torch.float64)
     exact = torch.autograd.grad(as_rows(sdpa(*exact_inputs)), exact_inputs, dout.double())
@@ -81,8 +80,8 @@ def test_rows_and_columns_of_the_output() -> None:
     assert isinstance(rows, Fp8Tensor) and isinstance(columns, Fp8Tensor)
     for cast in (rows, columns):
         assert bool((torch.frexp(cast.scale).mantissa == 0.5).all())
-    assert calc_diff(rows.dequantize(), x.edge.detach()) < 1e-3
-    assert calc_diff(columns.dequantize(), unpack_e5m6(pack_e5m6(x.edge.detach())).T) < 1e-3
+    assert calc_diff(rows.dequantize(), x.autograd_handle.detach()) < 1e-3
+    assert calc_diff(columns.dequantize(), unpack_e5m6(pack_e5m6(x.autograd_handle.detach())).T) < 1e-3
 
 
 class _Saver(nn.Module):
@@ -129,7 +128,7 @@ def test_any_view_of_the_output_comes_back_as_it_was(
     q = qkv()[0]
     saver = _Saver(make, saved)
     x = attention_kept_in_e5m6(lambda: saver.function(q))
-    x.edge.sum().backward()
+    x.autograd_handle.sum().backward()
     q_given, given = saver.given
     assert q_given.data_ptr() == q.data_ptr()
     assert given.data_ptr() != saver.saved.data_ptr()
@@ -142,48 +141,27 @@ def test_what_is_not_the_output_is_left_alone() -> None:
     q = qkv()[0]
     for saved in (lambda out: out[:, 1:], lambda out: out.clone(), lambda out: out[..., :16]):
         saver = _Saver(by_sequence, saved)
-        attention_kept_in_e5m6(lambda saver=saver: saver.function(q)).edge.sum().backward()
+        attention_kept_in_e5m6(lambda saver=saver: saver.function(q)).autograd_handle.sum().backward()
         assert torch.equal(saver.given[1], saver.saved)
 
 
-def layer(precision: Precision) -> tuple[LatentAttention, Tensor, Positions]:
+def layer() -> tuple[LatentAttention, Tensor, Positions]:
     torch.manual_seed(0)
-    config = AttentionConfig(
-        dim=64, num_heads=H, q_lora_rank=32, kv_lora_rank=32, nope_dim=16, rope_dim=16, v_dim=V, softmax_scale=V**-0.5,
-        norm_eps=1e-6,
-    )  # fmt: skip
-    attention = LatentAttention(config, precision=precision)
+    config = MlaConfig(num_heads=H, q_lora_rank=32, kv_lora_rank=32, nope_dim=16, rope_dim=16, v_dim=V)
+    attention = config.build(64, Recipe(Precision.FP8), norm_eps=1e-6)
     for parameter in attention.parameters():
         nn.init.normal_(parameter, std=0.2)
     attach_main_grads(attention)
     quantize_weights(attention)
-    cos, sin = rotation(torch.arange(S).repeat(B), inverse_frequencies(16, 1e4))
-    return attention, torch.randn(B * S, 64).to(precision.dtype).requires_grad_(), Positions(B, cos, sin)
+    x = torch.randn(B * S, 64).bfloat16().requires_grad_()
+    return attention, x, config.positions(torch.arange(S).expand(B, -1))
 
 
-@pytest.mark.parametrize("precision, alive", [(Precision.BF16, True), (Precision.FP8, False)])
-def test_the_bf16_output_dies_with_the_forward(precision: Precision, alive: bool) -> None:
-    attention, x, positions = layer(precision)
-    seen: list[StorageWeakRef] = []
-    inner = attention.attend
-
-    def watched(*inputs: Any) -> Tensor:
-        out = inner(*inputs)
-        assert out.grad_fn is not None and "FlashAttention" in out.grad_fn.next_functions[0][0].name()
-        seen.append(StorageWeakRef(out.untyped_storage()))
-        return out
-
-    attention.attend = watched
-    y = attention(x, positions)
-    assert seen[0].expired() is not alive
-    y.sum().backward()
-
-
-def test_weight_gradient_of_the_projection() -> None:
-    attention, x, positions = layer(Precision.FP8)
+def test_weight_gradient_of_the_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, x, positions = layer()
     outs: list[Tensor] = []
-    inner = attention.attend
-    attention.attend = lambda *inputs: outs.append(inner(*inputs)) or outs[-1]  # type: ignore[func-returns-value]
+    inner = BACKENDS["sdpa"]
+    monkeypatch.setitem(BACKENDS, "sdpa", lambda *inputs: (outs.append(inner(*inputs)), outs[-1])[1])
     dy = torch.randn(B * S, 64).bfloat16()
     attention(x, positions).backward(dy)
     out, dy64 = as_rows(outs[0].detach()).double(), dy.double()
@@ -192,15 +170,64 @@ def test_weight_gradient_of_the_projection() -> None:
 
 
 def test_without_gradients_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, x, positions = layer(Precision.FP8)
+    attention, x, positions = layer()
     expected = attention(x, positions).detach()
-    monkeypatch.setattr("fp8moe.layers.recompute.pack_e5m6", None)
+    monkeypatch.setattr("fp8moe.layers.attention.core.pack_e5m6", None)
     with torch.no_grad():
         assert torch.equal(attention(x, positions), expected)
+        unasked = keep_in_e5m6(torch.ones(1, 16, 1, 16, dtype=torch.bfloat16), [])
+    with pytest.raises(AssertionError, match="ran without gradients"):
+        unasked.operand.columns()
     with pytest.raises(TypeError):
         attention(x, positions)
 
 
 def test_features_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="FP8 sizes are multiples of 16, K=40 is not: use 32"):
+    with pytest.raises(ValueError, match=r"multiples? of 16.*K=40.*use 32"):
         attention_kept_in_e5m6(lambda: torch.zeros(1, 16, 5, 8, dtype=torch.bfloat16))
+
+
+def test_sdpa_is_attention_by_its_formula() -> None:
+    """Causal without a mask, by the mask where one is given; the scale is the caller's."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, B, 6, H, 24)
+    v = torch.randn(B, 6, H, 16)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]])
+    causal = torch.ones(6, 6).tril().bool().expand(B, -1, -1)
+    for mask, seen in ((None, causal), (document_mask(documents), document_mask(documents))):
+        scores = torch.einsum("bshd,bthd->bhst", q, k) * 0.3
+        weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+        expected = torch.einsum("bhst,bthd->bshd", weights, v)
+        torch.testing.assert_close(BACKENDS["sdpa"](q, k, v, 0.3, mask), expected)
+
+
+@pytest.mark.parametrize("answer", [lambda out: out, lambda out: (out, None)], ids=["tensor", "tuple"])
+def test_flash_attention_is_called_as_its_kernels_want_it(
+    answer: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[B, S, H, d] as it is, causal, with our softmax scale; some versions return the log-sum-exp beside the output."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    out = torch.randn(B, S, H, V)
+
+    def flash_attn_func(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return answer(out)
+
+    made_up = ModuleType("flash_attn.cute")
+    made_up.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", made_up)
+    q, k, v = torch.randn(B, S, H, 48), torch.randn(B, S, H, 48), torch.randn(B, S, H, V)
+    assert BACKENDS["flash"](q, k, v, 0.125, None) is out
+    ((args, kwargs),) = calls
+    assert all(given is ours for given, ours in zip(args, (q, k, v), strict=True))
+    assert kwargs == {"softmax_scale": 0.125, "causal": True}
+
+
+def test_flash_attention_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match=r"can't be imported.*or use model\.attention\.backend=sdpa"):
+        BACKENDS["flash"](q, k, v, 1.0, None)
+    with pytest.raises(ValueError, match=r"supports no document mask: use model\.attention\.backend=sdpa"):
+        BACKENDS["flash"](q, k, v, 1.0, torch.ones(B, S, S).bool())
