@@ -1,19 +1,17 @@
-"""The few collectives that the framework uses: timed, counted, and watched.
+"""The collectives that the framework uses: their waits are timed, their bytes counted, their failures explained.
 
 What a process spends waiting here is exposed communication. Everything accepts `group=None` as the group of one, which
-does nothing: callers need no `if`. FP8 travels as bytes, because gloo knows no float8. Every collective says what it is
-to the watch (`hang.py`), so that a failed one can name the rank that stayed away.
+does nothing: callers need no `if`. FP8 is sent as bytes, because gloo knows no float8. Every collective is reported to
+the hang detector (`hang.py`), so that a failed one names the rank that is missing.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +42,7 @@ def all_reduce(tensor: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.Red
 
 
 def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
-    """What every rank of `group` has, in order of rank; by pickle, on the host: for the end of a run, no step."""
+    """Every rank's `value`, in order of rank of `group`; by pickle, on the host: for start and end of a run."""
     if group is None:
         return [value]
     values: list[Any] = [None] * group.size()
@@ -53,17 +51,23 @@ def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
     return values
 
 
-class Message:
-    """An all-to-all under way; it owns its buffers. timeout: seconds, where its parts don't keep the group's own."""
+class PendingAllToAll:
+    """An all-to-all in flight; it owns its buffers. timeout: seconds, where its parts do not keep the group's own."""
 
     def __init__(
-        self, out: Tensor, rows: Tensor, works: list[Any], note: hang.Note, *, timeout: float | None = None
+        self,
+        out: Tensor,
+        rows: Tensor,
+        works: list[Any],
+        pending: hang.PendingCollective,
+        *,
+        timeout: float | None = None,
     ) -> None:
-        self._out, self._rows, self._works, self._note, self._timeout = out, rows, works, note, timeout
+        self._out, self._rows, self._works, self._pending, self._timeout = out, rows, works, pending, timeout
 
     def wait(self) -> Tensor:
         """[sum(receive), ...] in order of source. On a GPU the current stream waits, not the host."""
-        with self._note:
+        with self._pending:
             if self._timeout is None:
                 for work in self._works:
                     work.wait()
@@ -74,29 +78,31 @@ class Message:
         return self._out
 
 
-def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup, name: str) -> Message:
-    """Send rows [sum(send), ...], in order of destination; `name` says what they are, for errors."""
+def start_all_to_all(
+    rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup, name: str
+) -> PendingAllToAll:
+    """Send rows [sum(send), ...] of any strides, in order of destination; `name` says what they are, for errors."""
     rows = rows.contiguous()
     _count(group, send, rows.element_size() * rows[0].numel() if len(rows) else 0)
     out = rows.new_empty(sum(receive), *rows.shape[1:])
-    note = hang.collective(group, f"all_to_all ({name})")
-    with note:
+    pending = hang.collective(group, f"all_to_all ({name})")
+    with pending:
         if rows.device.type == "cpu":
-            works = _both_ways(out.split(receive), rows.split(send), group)
-            return Message(out, rows, works, note, timeout=_timeout_of(group, rows.device))
+            works = _by_pairs(out.split(receive), rows.split(send), group)
+            return PendingAllToAll(out, rows, works, pending, timeout=_timeout_of(group, rows.device))
         work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
-    return Message(out, rows, [work], note)
+    return PendingAllToAll(out, rows, [work], pending)
 
 
-def _both_ways(parts: Sequence[Tensor], send: Sequence[Tensor], group: ProcessGroup) -> list[Any]:
-    """The all-to-all by pairs, for gloo: all receives are posted, then all sends -> what is to be waited for.
+def _by_pairs(parts: Sequence[Tensor], send: Sequence[Tensor], group: ProcessGroup) -> list[Any]:
+    """The all-to-all by pairs, for gloo: posts all receives, then all sends -> the works to wait for.
 
     Gloo tells a sender that its receiver is ready in the byte stream that carries the receiver's own rows, and its own
     all-to-all posts each receive behind the send. Where two ranks start a moment apart, the rows of the first then wait
-    until those of the second have passed: a link that is used one way at a time, half as fast.
+    until those of the second have passed: the link is used in one direction at a time, half as fast.
     """
     me, size = group.rank(), group.size()
-    peers = [(me + i) % size for i in range(1, size)]  # in turn, so that not everybody sends to the same rank first
+    peers = [(me + i) % size for i in range(1, size)]  # neighbour first: not all to one rank
     works = [dist.irecv(parts[i], group=group, group_src=i) for i in peers if len(parts[i])]
     works += [dist.isend(send[i], group=group, group_dst=i) for i in peers if len(send[i])]
     parts[me].copy_(send[me])
@@ -104,7 +110,7 @@ def _both_ways(parts: Sequence[Tensor], send: Sequence[Tensor], group: ProcessGr
 
 
 def _timeout_of(group: ProcessGroup, device: torch.device) -> float:
-    """The group's timeout in seconds as it is now; gloo's receives would keep that which the group was made with."""
+    """The group's present timeout in seconds; gloo's receives would keep the one that the group was made with."""
     return group._get_backend(device).options._timeout.total_seconds()
 
 
@@ -122,9 +128,12 @@ def _count(group: ProcessGroup, send: list[int], row_bytes: int) -> None:
 
 
 def clock_offset(group: ProcessGroup | None) -> float:
-    """What to add to this rank's perf_counter readings to have them on the clock of rank 0 of `group`. Collective."""
+    """What to add to this rank's perf_counter readings to have them on the clock of rank 0 of `group`. Collective.
+
+    Ranks of one machine share a clock: perf_counter counts from the machine's start on Linux.
+    """
     readings = []
-    machine = _machine()
+    machine = hang.machine_id()
     for _ in range(CLOCK_ROUNDS):
         gather(None, group)
         readings.append(time.perf_counter())
@@ -132,9 +141,3 @@ def clock_offset(group: ProcessGroup | None) -> float:
     if first[0] == machine:
         return 0.0
     return statistics.median(theirs - mine for theirs, mine in zip(first[1], readings, strict=True))
-
-
-def _machine() -> str:
-    """What tells this machine, since its last start, from any other: perf_counter counts from that start on Linux."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else f"{os.uname().nodename}"

@@ -8,47 +8,43 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """World = pp x dp, ep inside dp. dp: None is processes / pp; ep: None is the most ranks that experts spread over.
+    """Sizes of the mesh and how ranks communicate. World = pp x dp, ep inside dp."""
 
-    schedule: of the pipeline's pp ranks (`fp8moe.schedule.build`); dualpipev has a use at pp=1 too, it hides the
-    experts' messages of one micro-batch under the compute of another. overlap: whether messages are hidden under
-    compute (False: one after the other, the same bits). communication_sms: on a GPU, the SMs that messages of experts
-    may take (NCCL's max_ctas), and that GEMMs of an overlapped pair leave to them.
-    layout: blocks of each pipeline stage, given by hand; None cuts the model by cost (`fp8moe.model.partition`).
-    dispatcher: how tokens travel (`fp8moe.parallel`): all_to_all in one hop; node_limited once to each node of
-    ranks_per_node (None: the processes of this machine), then inside it; deep_ep where that package is installed.
-    chunks: messages a dispatch. capacity_factor: messages of a fixed size, this multiple of an even share, with no wait
-    for counts; an overflow is an error before the step (None: exact counts). max_imbalance: rows a rank may receive, as
-    a multiple of an even share, before anything is allocated for them (None: whatever comes).
-    timeout, startup_timeout: seconds a rank waits for a message, afterwards and until the first step is done (the first
-    step compiles kernels and opens connections).
-    """
-
-    pp: int = 1
-    dp: int | None = None
-    ep: int | None = None
+    pp: int = 1  # pipeline ranks
+    dp: int | None = None  # data-parallel ranks of each pipeline rank; None: processes / pp
+    ep: int | None = None  # ranks that share the experts, within dp; None: the most that experts divide over
+    # Schedule of the pipeline (`fp8moe.schedule.build`). dualpipev is of use at pp=1 too: it hides experts' messages
+    # of one micro-batch under the compute of another.
     schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
-    overlap: bool = True
+    overlap: bool = True  # hide messages under compute; false: one after the other, the same bits
+    # On a GPU: SMs that experts' messages may take (NCCL's max_ctas), and that GEMMs of an overlapped pair leave free.
     communication_sms: int = 20
-    layout: tuple[int, ...] | None = None
+    layout: tuple[int, ...] | None = None  # blocks of each pipeline stage; None cuts by cost (`fp8moe.model.partition`)
+    # How tokens are sent to experts (`fp8moe.parallel.dispatch`): all_to_all in one hop; node_limited once to a node,
+    # then inside it; deep_ep where that package is installed.
     dispatcher: Literal["all_to_all", "node_limited", "deep_ep"] = "all_to_all"
-    ranks_per_node: int | None = None
-    chunks: int = 1
+    ranks_per_node: int | None = None  # of node_limited; None: the processes of this machine
+    chunks: int = 1  # messages a dispatch
+    # Messages of a fixed size, this multiple of an even share, with no wait for counts; an overflow is an error before
+    # the optimizer step. None: exact counts.
     capacity_factor: float | None = None
+    # Rows a rank may receive, as a multiple of an even share, before anything is allocated for them. None: no limit.
     max_imbalance: float | None = None
-    timeout: float = 300.0
-    startup_timeout: float = 900.0
+    timeout: float = 300.0  # seconds that a rank waits for a message
+    startup_timeout: float = 900.0  # the same until the first step is done: it compiles kernels and opens connections
 
     def __post_init__(self) -> None:
         for name in ("timeout", "startup_timeout"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"parallel.{name}={getattr(self, name)} seconds must be above 0")
+                raise ValueError(
+                    f"parallel.{name}={getattr(self, name)} seconds must be above 0: use {getattr(type(self), name)}"
+                )
         for name in ("communication_sms", "chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"parallel.{name}={value} must be at least 1")
+                raise ValueError(f"parallel.{name}={value} must be at least 1: use 1 or more")
         if self.capacity_factor is not None and self.max_imbalance is not None:
             raise ValueError(
-                f"parallel.capacity_factor={self.capacity_factor} bounds what a rank receives already: "
+                f"parallel.capacity_factor={self.capacity_factor} already bounds what a rank receives: "
                 f"use parallel.max_imbalance=null, not {self.max_imbalance}"
             )

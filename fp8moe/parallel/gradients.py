@@ -1,10 +1,10 @@
-"""Gradients across ranks: summed over the ranks that hold the same parameter, measured once over all of them.
+"""Gradients across ranks: summed over the ranks that hold the same parameter, and their norm over all parameters.
 
 The loss is a sum over tokens divided by the token count of the GLOBAL batch, so gradients are added, never averaged:
 dense ones over the ranks with the same stage, expert ones over those of them with the same experts. A stage that lives
 on two pipeline ranks is two more replicas, nothing else. A copy of the embedding on the last stage is summed with the
-first stage's after that. A parameter's norm counts once, an expert's once for each ep rank's own experts; so neither
-depends on the layout.
+first stage's after that. Every parameter counts once in the norm, an expert's once for each ep rank's own experts; so
+neither depends on the layout.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fp8moe.layers.linear import MainGrads
 from fp8moe.layers.router import Router
-from fp8moe.layers.wgrad import MainGrads
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
 
-BUCKET = 64 * 2**20  # elements of one collective: bounds the memory a back end needs for its copy
+BUCKET = 64 * 2**20  # elements of one collective: bounds the memory that a back end needs for its copy
 
 
 def reduce_gradients(main_grads: MainGrads, mesh: Mesh, tied: Tensor | None = None) -> None:
@@ -25,7 +25,7 @@ def reduce_gradients(main_grads: MainGrads, mesh: Mesh, tied: Tensor | None = No
 
     tied: on the ranks of `mesh.tie_group`, the `main_grad` of their embedding.
     """
-    for flat, group in zip(_both(main_grads), (mesh.dense_group, mesh.expert_group), strict=True):
+    for flat, group in ((main_grads.dense, mesh.dense_group), (main_grads.expert, mesh.expert_group)):
         for bucket in flat.split(BUCKET):
             all_reduce(bucket, group)
     if tied is not None:
@@ -35,21 +35,22 @@ def reduce_gradients(main_grads: MainGrads, mesh: Mesh, tied: Tensor | None = No
 def global_grad_norm(main_grads: MainGrads, mesh: Mesh, copy: Tensor | None = None) -> float:
     """The L2 norm of all gradients, each parameter counted once, after `reduce_gradients`. Collective over ep and pp.
 
-    copy: the `main_grad` of a tied copy, counted elsewhere; it begins the dense buffer.
+    copy: the `main_grad` of a tied copy, which another rank counts: it is left out, wherever in the dense buffer it is.
     """
-    flat = main_grads.dense
+    dense = main_grads.dense
+    before, after = dense[:0], dense
     if copy is not None:
-        assert copy.data_ptr() == flat.data_ptr(), "the embedding is a model's first parameter"
-        flat = flat[copy.numel() :]
-    dense, expert = (torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in (flat, main_grads.expert))
-    squared = dense + all_reduce(expert, mesh.ep_group)
+        assert copy.untyped_storage().data_ptr() == dense.untyped_storage().data_ptr(), "a view of the dense buffer"
+        start = copy.storage_offset() - dense.storage_offset()
+        before, after = dense[:start], dense[start + copy.numel() :]
+    squared = _squared_norm(before) + _squared_norm(after) + all_reduce(_squared_norm(main_grads.expert), mesh.ep_group)
     if not mesh.is_counted:
         squared = torch.zeros_like(squared)
     return float(all_reduce(squared, mesh.pp_group).sqrt())
 
 
-def _both(main_grads: MainGrads) -> tuple[Tensor, Tensor]:
-    return main_grads.dense, main_grads.expert
+def _squared_norm(flat: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
 
 
 def reduce_counts(model: nn.Module, mesh: Mesh) -> None:

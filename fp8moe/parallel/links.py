@@ -1,6 +1,6 @@
 """Messages between neighbouring pipeline ranks: started at once, waited for by the phase that needs them.
 
-A link is an ordered pair of pipeline ranks. On it messages arrive in the order in which they are sent, which the
+A link is an ordered pair of pipeline ranks. Its messages are received in the order in which they are sent, which the
 schedule's checker proves, so they need no tags. Each direction of the pipeline has its own communicator (NCCL makes one
 of it for each pair of ranks): on one for both, a receive posted early would hold back the send that its peer waits for.
 
@@ -22,15 +22,17 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.profile.spans import span, waiting
 
 
-class Arrival:
-    """A tensor on its way here; `wait` gives it, once."""
+class PendingReceive:
+    """A tensor that is being received; `wait` gives it, once."""
 
-    def __init__(self, buffer: Tensor, work: Any, note: hang.Note, timeout: timedelta, name: str) -> None:
-        self._buffer, self._work, self._note, self._timeout, self._name = buffer, work, note, timeout, name
+    def __init__(
+        self, buffer: Tensor, work: Any, pending: hang.PendingCollective, timeout: timedelta, name: str
+    ) -> None:
+        self._buffer, self._work, self._pending, self._timeout, self._name = buffer, work, pending, timeout, name
 
     def wait(self) -> Tensor:
         """On a GPU the current stream waits, not the host."""
-        with span(f"wait {self._name}"), waiting(), self._note:
+        with span(f"wait {self._name}"), waiting(), self._pending:
             self._work.wait(self._timeout)
         buffer = self._buffer
         del self._buffer, self._work
@@ -38,40 +40,40 @@ class Arrival:
 
 
 class Links:
-    """This rank's links; others are named by their pipeline rank. A message that takes longer than `timeout` hangs."""
+    """This rank's links to other pipeline ranks. A message that takes longer than `timeout` is an error."""
 
     def __init__(self, mesh: Mesh, timeout: timedelta) -> None:
         self._mesh, self.timeout = mesh, timeout
-        self._leaving: list[tuple[Tensor, Any, hang.Note]] = []
+        self._sends: list[tuple[Tensor, Any, hang.PendingCollective]] = []
 
     def send(self, tensor: Tensor, target: int, name: str) -> None:
-        """Start sending `tensor` to rank `target` of the pipeline; `name` says what it is, for errors."""
-        self._leaving = [left for left in self._leaving if not left[1].is_completed()]
+        """Start sending `tensor`, of any strides, to pipeline rank `target`; `name` says what it is, for errors."""
+        self._sends = [send for send in self._sends if not send[1].is_completed()]
         tensor, group = tensor.contiguous(), self._group(self._mesh.pp_rank, target)
-        note = hang.message(group, self._mesh.rank, self._global(target), name)
-        with note:
+        pending = hang.message(group, self._mesh.rank, self._global(target), name)
+        with pending:
             work = dist.isend(tensor, self._global(target), group=group)
-        self._leaving.append((tensor, work, note))
+        self._sends.append((tensor, work, pending))
 
-    def receive(self, buffer: Tensor, source: int, name: str) -> Arrival:
-        """Start receiving what rank `source` of the pipeline sends next into `buffer`."""
+    def receive(self, buffer: Tensor, source: int, name: str) -> PendingReceive:
+        """Start receiving what pipeline rank `source` sends next into `buffer`."""
         group = self._group(source, self._mesh.pp_rank)
-        note = hang.message(group, self._global(source), self._mesh.rank, name)
-        with note:
+        pending = hang.message(group, self._global(source), self._mesh.rank, name)
+        with pending:
             work = dist.irecv(buffer, self._global(source), group=group)
-        return Arrival(buffer, work, note, self.timeout, name)
+        return PendingReceive(buffer, work, pending, self.timeout, name)
 
     def finish(self) -> None:
         """Wait until everything that was sent has left."""
-        for _, work, note in self._leaving:
-            with span("wait until all has left"), waiting(), note:
+        for _, work, pending in self._sends:
+            with span("wait until all has left"), waiting(), pending:
                 work.wait(self.timeout)
-        self._leaving = []
+        self._sends = []
 
     def warm_up(self, device: torch.device) -> None:
-        """One message each way over each link: NCCL opens a connection with the first, which both ends wait for.
+        """Send one message over each link: NCCL opens a connection with the first, which both ends wait for.
 
-        Even ranks meet the rank behind them first, odd ranks the one before: nobody waits in a circle.
+        Even ranks begin with the next rank, odd ranks with the one before, so that no ranks wait in a circle.
         """
         me = self._mesh.pp_rank
         for low in (me - 1, me) if me % 2 else (me, me - 1):

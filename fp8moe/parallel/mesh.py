@@ -1,4 +1,4 @@
-"""Who talks to whom: world = pp x dp, dp = edp x ep, ep innermost.
+"""Process mesh: world = pp x dp, dp = edp x ep, ep innermost; the process groups that a rank belongs to.
 
 Ranks that exchange tokens sit side by side, on one node where it fits. Dense parameters are replicated over `dp`,
 expert parameters over `edp` (the ranks that hold the same experts). Every group carries the configured timeout: torch
@@ -34,7 +34,7 @@ def validate_mesh(world_size: int, pp: int, ep: int, num_experts: int) -> None:
     """Raise ValueError unless pp divides the world, ep the data-parallel ranks, and ep the experts."""
     for name, size in (("pp", pp), ("ep", ep)):
         if size < 1:
-            raise ValueError(f"parallel.{name}={size} must be at least 1")
+            raise ValueError(f"parallel.{name}={size} must be at least 1: use 1 or more")
     if world_size % pp:
         raise ValueError(f"parallel.pp={pp} does not divide {world_size} processes: use {listed(divisors(world_size))}")
     if num_experts % ep:
@@ -176,7 +176,9 @@ def build_mesh(
     if world == 1:
         return Mesh(pp, dp, ep, rank=0)
     if dist.get_world_size() != world:
-        raise ValueError(f"the mesh pp={pp} x dp={dp} needs {world} processes, and there are {dist.get_world_size()}")
+        raise ValueError(
+            f"the mesh pp={pp} x dp={dp} needs {world} processes, and there are {dist.get_world_size()}: start {world}"
+        )
     rank = dist.get_rank()
     mine: dict[str, ProcessGroup] = {}
     for axis, groups in axis_ranks(pp, dp, ep, ranks_per_node, mirrored=mirrored, tied=tied).items():
@@ -200,7 +202,7 @@ def nccl_options(max_ctas: int) -> Any:
 
 
 def warm_up(mesh: Mesh, device: torch.device) -> None:
-    """Let every group open its connections and back ends their buffers, before weights are allocated. Collective."""
+    """Open every group's connections and its back end's buffers, before weights are allocated. Collective."""
     for group in mesh.groups:
         all_reduce(torch.zeros(1, device=device), group)
         exchange(torch.zeros(group.size(), 1, device=device), group, "warm-up")

@@ -1,9 +1,9 @@
-"""Run a schedule: one rank's list of actions, with the messages between ranks that it says.
+"""Pipeline engine: runs one rank's list of actions, messages between ranks included.
 
-The pipeline knows stages, micro-batches and the order of things; what a stage computes comes as runs (`layers.phase`)
-from whoever builds the model. A micro-batch's runs on a stage live from its F to its B; what its W has left to do lives
-on in the weight gradients that wait. Whether a pair is overlapped or run one after the other changes no bit: both call
-the same phases, and a parameter's gradients are added in the order of the actions.
+The engine knows stages, micro-batches and the order of actions; what a stage computes comes as passes (`layers.phase`)
+from the builder of the model. A micro-batch's passes on a stage live from its F to its B; what its W has left to do is
+kept as deferred weight gradients. Whether a pair is overlapped or run one after the other changes no bit: both call the
+same phases, and a parameter's gradients are added in the order of the actions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from functools import partial
 
 from torch import Tensor
 
-from fp8moe.kernels.sms import limited_sms
+from fp8moe.kernels.backend import limited_sms
 from fp8moe.layers.phase import Pass
 from fp8moe.parallel.links import Links
-from fp8moe.parallel.overlap import WeightGradients, late_wgrads, run_backward, run_forward, run_pair, run_wgrads
+from fp8moe.parallel.overlap import WeightGradients, deferred_wgrads, run_backward, run_forward, run_pair, run_wgrads
 from fp8moe.profile.spans import span
 from fp8moe.schedule.action import Action, Kind, Schedule
 
-# (stage, micro-batch, what gives the stage's input, None for the first) -> the stage's runs, first to last
+# (stage, micro-batch, a function that gives the stage's input, None for stage 0) -> the stage's passes, first to last
 MakePasses = Callable[[int, int, Callable[[], Tensor] | None], Sequence[Pass]]
 
 
@@ -29,10 +29,10 @@ MakePasses = Callable[[int, int, Callable[[], Tensor] | None], Sequence[Pass]]
 class Pipeline:
     """This rank's part of `schedule`; `rank` is its pipeline rank.
 
-    make_passes   builds a stage's runs for a micro-batch
-    empty       a new tensor of the shape, dtype and device of the hidden states that ranks send each other
-    overlap     whether FB pairs are interleaved and backwards hide messages under their own weight gradients
-    sms         on a GPU, SMs for a pair's GEMMs: its messages run beside them (None: all)
+    make_passes  builds a stage's passes for a micro-batch
+    empty        makes a tensor of the shape, dtype and device of the hidden states that ranks send each other
+    overlap      whether FB pairs are interleaved and backwards hide messages under their own weight gradients
+    sms          on a GPU, SMs for a pair's GEMMs: its messages run beside them (None: all)
     """
 
     schedule: Schedule
@@ -42,12 +42,12 @@ class Pipeline:
     empty: Callable[[], Tensor]
     overlap: bool = True
     sms: int | None = None
-    _runs: dict[tuple[int, int], Sequence[Pass]] = field(default_factory=dict)
-    _late: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
-    _ready: dict[tuple[Kind, int, int], Callable[[], Tensor]] = field(default_factory=dict)  # by message: action.py
+    _passes: dict[tuple[int, int], Sequence[Pass]] = field(default_factory=dict)
+    _deferred: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
+    _ready: dict[tuple[Kind, int, int], Callable[[], Tensor]] = field(default_factory=dict)  # by `Action.message`
 
     def __post_init__(self) -> None:
-        self._goes_back = self.schedule.goes_back
+        self._has_backward = self.schedule.has_backward
 
     def run(self) -> None:
         """Do every action of this rank, in order. Collective over the pipeline."""
@@ -58,7 +58,7 @@ class Pipeline:
                 with span(str(action)):
                     self._compute(action)
         self.links.finish()
-        assert not (self._runs or self._late or self._ready), "the schedule left work behind"
+        assert not (self._passes or self._deferred or self._ready), "the schedule left work behind"
 
     def _message(self, action: Action) -> None:
         assert action.peer is not None
@@ -70,13 +70,13 @@ class Pipeline:
     def _compute(self, action: Action) -> None:
         match action.kind:
             case Kind.F:
-                run_forward(self._begin(action))
+                run_forward(self._start_forward(action))
                 self._end_forward(action)
             case Kind.B:
-                run_backward(self._turn(action))
+                run_backward(self._start_backward(action))
                 self._end_backward(action)
             case Kind.W:
-                run_wgrads(self._late.pop((action.stage, action.microbatch)))
+                run_wgrads(self._deferred.pop((action.stage, action.microbatch)))
             case Kind.BW:
                 self._pair(None, action)
             case Kind.FB:
@@ -84,51 +84,51 @@ class Pipeline:
 
     def _pair(self, forward: Action | None, backward: Action | None) -> None:
         assert backward is not None
-        ahead = () if forward is None else self._begin(forward)
-        back = self._turn(backward)
+        ahead = () if forward is None else self._start_forward(forward)
+        back = self._start_backward(backward)
         if self.overlap:
             with limited_sms(self.sms):
                 run_pair(ahead, back)
         else:
             run_forward(ahead)
             run_backward(back)
-            run_wgrads(late_wgrads(back))
+            run_wgrads(deferred_wgrads(back))
         if forward is not None:
             self._end_forward(forward)
         self._end_backward(backward)
-        self._late.pop((backward.stage, backward.microbatch))
+        self._deferred.pop((backward.stage, backward.microbatch))
 
-    def _begin(self, action: Action) -> Sequence[Pass]:
-        """The runs of a new micro-batch; the first will ask for what the stage before has made."""
+    def _start_forward(self, action: Action) -> Sequence[Pass]:
+        """The passes of a new micro-batch; the first will ask for the output of the stage before."""
         message = (Kind.RECV_F, action.stage, action.microbatch)
         source = None if action.stage == 0 else partial(self._take, message)
-        runs = self.make_passes(action.stage, action.microbatch, source)
-        self._runs[action.stage, action.microbatch] = runs
-        return runs
+        passes = self.make_passes(action.stage, action.microbatch, source)
+        self._passes[action.stage, action.microbatch] = passes
+        return passes
 
-    def _turn(self, action: Action) -> Sequence[Pass]:
-        """The runs that go back; the last will ask for the gradient from the stage behind, or begins with the loss."""
-        runs = self._runs[action.stage, action.microbatch]
+    def _start_backward(self, action: Action) -> Sequence[Pass]:
+        """The passes of a backward; the last will ask for the gradient from the next stage, or begins with the loss."""
+        passes = self._passes[action.stage, action.microbatch]
         if action.stage < self.schedule.num_stages - 1:
-            runs[-1].backward_from(partial(self._take, (Kind.RECV_B, action.stage, action.microbatch)))
-        return runs
+            passes[-1].backward_from(partial(self._take, (Kind.RECV_B, action.stage, action.microbatch)))
+        return passes
 
     def _take(self, message: tuple[Kind, int, int]) -> Tensor:
         return self._ready.pop(message)()
 
     def _end_forward(self, action: Action) -> None:
-        """Leave the output where the SEND, or the next stage on this rank, finds it."""
-        runs = self._runs[action.stage, action.microbatch]
+        """Keep the output for the SEND, or for the next stage on this rank."""
         if action.stage < self.schedule.num_stages - 1:
-            last = runs[-1]  # asked when the output is needed: what runs until then hides the last combine
+            # Read only when it is needed: what runs until then hides the last combine.
+            last = self._passes[action.stage, action.microbatch][-1]
             self._ready[Kind.RECV_F, action.stage + 1, action.microbatch] = lambda: last.output
-        if not self._goes_back:
-            del self._runs[action.stage, action.microbatch]
+        if not self._has_backward:
+            del self._passes[action.stage, action.microbatch]
 
     def _end_backward(self, action: Action) -> None:
-        """Leave the input's gradient likewise, keep what W has to do, and let the runs go."""
-        runs = self._runs.pop((action.stage, action.microbatch))
+        """Keep the input's gradient likewise, and the weight gradients for W; drop the passes."""
+        passes = self._passes.pop((action.stage, action.microbatch))
         if action.stage > 0:
-            gradient = runs[0].input_gradient
+            gradient = passes[0].input_gradient
             self._ready[Kind.RECV_B, action.stage - 1, action.microbatch] = lambda: gradient
-        self._late[action.stage, action.microbatch] = late_wgrads(runs)
+        self._deferred[action.stage, action.microbatch] = deferred_wgrads(passes)

@@ -1,4 +1,4 @@
-"""The communication stream: one FIFO thread a process, on which messages run while the caller computes.
+"""Communication stream: one FIFO thread a process, on which messages run while the caller computes.
 
 `start` gives a handle at once; the handle owns the message's buffers until it is waited for, and `wait()` is counted as
 exposed communication. A thread and not a single asynchronous collective, because a message has several stages: the
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class Pending(Generic[Value, Result]):
-    """A message under way; `finish` turns what arrived into the result, on the thread and stream that waits."""
+    """A message in flight; `finish` turns what arrived into the result, on the thread and stream that waits."""
 
     def __init__(self, message: Callable[[], Value], finish: Callable[[Value], Result], name: str) -> None:
         self.name = name
@@ -44,8 +44,8 @@ class Pending(Generic[Value, Result]):
         assert self._message is not None
         return self._message()
 
-    def brought(self) -> Value:
-        """What a message brought that came before the one that asks, on the stream's thread: it is there already."""
+    def arrived(self) -> Value:
+        """What arrived, without `finish`; for a later message on the stream's thread, where it needs no wait."""
         return self.future.result()[0]
 
     def wait(self) -> Result:
@@ -77,7 +77,7 @@ class Stream:
     def start(
         self, message: Callable[[], Value], finish: Callable[[Value], Result], name: str = "message"
     ) -> Pending[Value, Result]:
-        """Queue `message`, called `name`; on a GPU it begins behind what the caller's stream has been given so far."""
+        """Queue `message`, called `name`; on a GPU it begins after what the caller's stream has been given so far."""
         pending = Pending(message, finish, name)
         ready = torch.cuda.current_stream(self._device).record_event() if self._cuda is not None else None
         self._queue.put((pending, ready))

@@ -1,1 +1,1 @@
-"""Floor 1: named stretches of a step: recorded, reduced to figures, written as a trace."""
+"""Floor 1: profile of a step: named spans, recorded, reduced to figures, written as a trace."""

@@ -1,12 +1,12 @@
-"""What a recorded step says: communication hidden, bubble, time by phase, and costs for the simulator.
+"""Figures of a recorded step: communication hidden, bubble, time by phase, and costs for the simulator.
 
 Of one rank, all on the host's clock:
   communication   the union of the messages on its communication thread: from when this rank can send until all has
                   arrived, so what it waits for a late peer counts, here and below. Messages between stages are not in
                   it, the host does not see when they move.
-  exposed         what its compute thread stands in waits for those messages; hidden = 1 - exposed / communication
-  bubble          what its compute thread computes nothing between the first action of any rank and the last, less
-                  what is exposed: waits for other stages, and the ends. The same as the simulator's.
+  exposed         how long its compute thread waits for those messages; hidden = 1 - exposed / communication
+  bubble          how long its compute thread computes nothing between the first action of any rank and the last, less
+                  what is exposed: waits for other stages, and both ends. The same as the simulator's.
   phases          time by phase without the waits in it
 On a GPU the host only enqueues; `kineto.py` finds the same figures in the intervals of the kernels.
 """
@@ -43,7 +43,7 @@ class RankFigures:
 
 
 def kind_of(name: str) -> str:
-    """action, phase, message, wait, or "rest": what else says its name."""
+    """The kind of span of that name: action, phase, message, wait or, for any other name, rest."""
     if name.startswith(("message ", "wait ")):
         return name.split(" ", 1)[0]
     return "action" if ACTION.fullmatch(name) else "phase" if PHASE.fullmatch(name) else "rest"

@@ -1,4 +1,4 @@
-"""Kernels of a step on one GPU, out of what torch.profiler exports, on the clock of the recorded spans.
+"""GPU kernels of a step, read from torch.profiler's trace, on the clock of the recorded spans.
 
 The profiler's times have an origin of their own. It also sees the compute thread's spans, as annotations, so the
 difference of the clocks is the median over those. (It does not see annotations of other threads.) A kernel belongs to
@@ -90,18 +90,18 @@ def _offset(events: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> float
     for event in events:
         if event.get("cat") == "user_annotation":
             marked[event["name"]].append(event["ts"] / 1e6)
-    told: dict[str, list[float]] = defaultdict(list)
+    recorded: dict[str, list[float]] = defaultdict(list)
     for span in spans:
         if span.thread == COMPUTE:
-            told[span.name].append(span.start)
+            recorded[span.name].append(span.start)
     differences = [
         mine - theirs
-        for name in told
-        if len(told[name]) == len(marked[name])
-        for mine, theirs in zip(sorted(told[name]), sorted(marked[name]), strict=True)
+        for name in recorded
+        if len(recorded[name]) == len(marked[name])
+        for mine, theirs in zip(sorted(recorded[name]), sorted(marked[name]), strict=True)
     ]
     if not differences:
-        raise RuntimeError("the profiler has none of the recorded spans: it watched another stretch of the run")
+        raise RuntimeError("torch.profiler recorded none of the given spans: give the spans of the profiled step")
     return statistics.median(differences)
 
 

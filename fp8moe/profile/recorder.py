@@ -1,8 +1,7 @@
-"""Listeners of spans: one keeps them, one hands them on to whatever profiler watches this process.
+"""Listeners of spans: one records them, one passes them to profilers, one times a step's parts.
 
-Times are perf_counter's, which all processes of one machine share. Across machines `clock_offset` brings them together:
-the difference of two ranks' readings right behind a barrier, the median of several. A rank of the same machine has
-none, however late the scheduler lets it look at the clock.
+Times are perf_counter's, which all processes of one machine share. Across machines `parallel.collectives.clock_offset`
+gives the difference of two ranks' clocks.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Span:
 
 
 class Recorder:
-    """Keeps every span, in the order in which they end."""
+    """Records every span, in the order in which they end."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -57,7 +56,7 @@ class Recorder:
 
 
 class Marks:
-    """Spans as torch.profiler's annotations and, on a GPU, as NVTX ranges."""
+    """Passes spans to torch.profiler as annotations and, on a GPU, to Nsight Systems as NVTX ranges."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -77,30 +76,30 @@ class Marks:
 
 @contextmanager
 def marking(device: torch.device) -> Iterator[None]:
-    """Within the block spans are marked where a profiler watches: torch's, or Nsight Systems (by its variable)."""
-    watched = torch.autograd._profiler_enabled() or "NSYS_PROFILING_SESSION_ID" in os.environ
-    with listening(Marks(device)) if watched else nullcontext():
+    """Within the block spans are passed to profilers, if one runs: torch's, or Nsight Systems (by its variable)."""
+    profiled = torch.autograd._profiler_enabled() or "NSYS_PROFILING_SESSION_ID" in os.environ
+    with listening(Marks(device)) if profiled else nullcontext():
         yield
 
 
 class PhaseLaps:
-    """Listens to a pipeline's phases and books them on a stopwatch, as forward or backward."""
+    """Adds the time of a pipeline's phases to a stopwatch, as forward or backward."""
 
-    def __init__(self, watch: Stopwatch) -> None:
-        self._watch = watch
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
 
     def began(self, name: str) -> None:
         """A phase's lap begins where the last one ended."""
 
     def ended(self, name: str, began: None) -> None:
         if name.startswith("F "):
-            self._watch.lap("forward")
+            self._stopwatch.lap("forward")
         elif name.startswith(("B ", "W ")):
-            self._watch.lap("backward")
+            self._stopwatch.lap("backward")
 
 
 class Stopwatch:
-    """`lap(name)` books what passed since the last lap under `name`; `read()` gives the sums in seconds."""
+    """`lap(name)` adds the time since the last lap to `name`; `read()` gives the sums in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

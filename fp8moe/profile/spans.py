@@ -1,8 +1,8 @@
-"""Named stretches of time, for whoever listens: the stopwatch of a step, the recorder of a trace.
+"""Spans: named stretches of time, reported to listeners such as a step's stopwatch and the recorder of a trace.
 
-Phases, actions, messages and waits say their names here and nothing else; when nobody listens a span costs a function
+Phases, actions, messages and waits give their names here and nothing else; without a listener a span costs a function
 call. A span is named by what runs: "F attn", "B mlp", "W mlp" (a phase), "F2.7" (an action on stage 2, micro-batch 7),
-"message dispatch" (on the communication thread), "wait dispatch", "wait RECV_F2.7<-rank 1" (whoever needs a message).
+"message dispatch" (on the communication thread), "wait dispatch", "wait RECV_F2.7<-rank 1" (by the phase in need).
 Listeners belong to the process; spans come from its compute and its communication thread.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 
 class Listener(Protocol):
-    """`began` may give anything, which the span's `ended` is given back; both are called by the thread of the span."""
+    """`began` may return anything, which is passed to the span's `ended`; both are called by the span's thread."""
 
     def began(self, name: str) -> Any: ...
 
@@ -24,17 +24,17 @@ class Listener(Protocol):
 
 _exposed = [0.0]
 _listeners: list[Listener] = []
-_SILENCE = nullcontext()
+_NOTHING = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """What runs inside is called `name`."""
-    return _told(name, tuple(_listeners)) if _listeners else _SILENCE
+    """Report what runs in the block to all listeners as `name`."""
+    return _reported(name, tuple(_listeners)) if _listeners else _NOTHING
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within the block, `listener` hears of every span that begins."""
+    """Within the block, `listener` is told of every span that begins."""
     _listeners.append(listener)
     try:
         yield
@@ -43,7 +43,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def _told(name: str, listeners: tuple[Listener, ...]) -> Iterator[None]:
+def _reported(name: str, listeners: tuple[Listener, ...]) -> Iterator[None]:
     begun = [(listener, listener.began(name)) for listener in listeners]
     try:
         yield
@@ -54,7 +54,7 @@ def _told(name: str, listeners: tuple[Listener, ...]) -> Iterator[None]:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """What runs inside is time that this process waits for communication."""
+    """Count the time of the block as waiting for communication."""
     start = time.perf_counter()
     try:
         yield

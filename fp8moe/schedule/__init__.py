@@ -1,1 +1,1 @@
-"""Floor 1: pipeline schedules as data: what each rank does, proven, simulated, drawn and executed. Loads no torch."""
+"""Floor 1: pipeline schedules as data: each rank's actions, built, checked and simulated. Loads no torch."""

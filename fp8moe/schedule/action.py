@@ -1,14 +1,14 @@
-"""The words of a pipeline schedule: what a rank does, one frozen value an action, and the lists that hold them.
+"""Actions of a pipeline schedule: what a rank does, one frozen value an action, and the lists that hold them.
 
 A schedule is data: for each rank the list of its actions, in order, messages included. The same lists are proven
-(check_schedule.py), timed (simulate.py), drawn (fp8moe.plan) and executed; nothing here computes, sends or waits.
+(check.py), timed (simulate.py), drawn (fp8moe.plan) and executed; nothing here computes, sends or waits.
 
     F     forward of one stage on one micro-batch
     B     backward for the stage's input only: what the stage before is waiting for
-    W     backward for the stage's weights, put off from its B
-    BW    the whole backward at once; its input gradient leaves when all of it is done
+    W     backward for the stage's weights, deferred from its B
+    BW    the whole backward at once; its input gradient is sent when all of it is done
     FB    an F and the BW of another micro-batch, interleaved phase by phase so that each hides the other's messages
-    SEND_F, RECV_F    an activation leaves for, or arrives from, a neighbouring stage
+    SEND_F, RECV_F    an activation is sent to, or received from, a neighbouring stage
     SEND_B, RECV_B    the same for the gradient of an activation
 
 A SEND starts a message and never blocks; a RECV posts a buffer and never blocks; the compute that needs the message
@@ -16,7 +16,7 @@ waits for it. On each link (an ordered pair of ranks) messages are received in t
 communicator a link suffices, without tags. Blocking receives were refused: placed early enough to hide a message they
 would wait for what has not been computed yet.
 
-A SEND stands right behind the computation whose output it carries. Its RECV stands one computation before the one that
+A SEND stands right after the computation whose output it carries. Its RECV stands one computation before the one that
 needs it, so that the message travels under that computation; earlier only where a link would otherwise receive in
 another order than it sends, later never. Posting every receive at the start of the step was refused: it costs a buffer
 for each message of the step, and one in flight a link is what hides a message. `with_messages` adds them to a list.
@@ -63,7 +63,7 @@ class Action:
     kind        what
     stage       the stage on this rank that computes; for a message the stage whose output (SEND) or input (RECV) it is
     microbatch  index in the step, 0 .. num_microbatches - 1
-    direction   the way the micro-batch travels: 0 from rank 0 up, 1 from the last rank down
+    direction   of the micro-batch: 0 from rank 0 up, 1 from the last rank down
     paired      FB only: the BW that the forward is interleaved with
     peer        messages only: the rank at the other end
     phase       1-based index into Schedule.phases, for readers and pictures; no part of what the action is
@@ -104,7 +104,7 @@ class Action:
 
 
 class ScheduleError(ValueError):
-    """A list of actions that no set of ranks could run, or that does not do a step's work."""
+    """A schedule that ranks could not run to its end, or that does not do a step's work."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Schedule:
         return len(self.placement)
 
     @property
-    def goes_back(self) -> bool:
+    def has_backward(self) -> bool:
         """Whether there are backwards; a schedule for validation has none."""
         return any(kind is Kind.B for actions in self.actions for action in actions for kind, *_ in action.parts())
 
@@ -179,7 +179,7 @@ def receives(schedule: Schedule, action: Action) -> list[Action]:
 
 
 def sends(schedule: Schedule, action: Action) -> list[Action]:
-    """The messages that leave when a compute action is done."""
+    """The messages that are sent when a compute action is done."""
     leaving = []
     for kind, stage, microbatch, direction in action.parts():
         step = {Kind.F: +1, Kind.B: -1}.get(kind)
@@ -208,7 +208,7 @@ def with_messages(schedule: Schedule) -> Schedule:
 
     posted: dict[tuple[int, int], list[Action]] = defaultdict(list)
     for (_, rank), messages in sorted(on_link.items()):
-        # From the last message of the link back: none is posted after one that is sent later.
+        # From the last message of the link to its first: none is posted after one that is sent later.
         latest = len(compute[rank])
         in_reverse = []
         for send in reversed(messages):

@@ -1,7 +1,7 @@
-"""Pipeline schedules as data: (ranks, micro-batches) -> per-rank lists of actions. Pure; the door to all of them.
+"""Pipeline schedules by name: (ranks, micro-batches) -> per-rank lists of actions; pure functions.
 
     1f1b       one forward, one backward (PipeDream-flush): bubble (PP-1)(F+B), holds PP micro-batches
-    zb1p       1F1B with the weight gradients put off (ZB-H1, Qi et al. 2024): (PP-1)(F+B-2W), holds PP
+    zb1p       1F1B with the weight gradients deferred (ZB-H1, Qi et al. 2024): (PP-1)(F+B-2W), holds PP
     dualpipe   bidirectional, every stage on two ranks: (PP/2-1)(F&B+B-3W), holds PP+1, parameters twice
     dualpipev  its cut in half: 2 PP stages on PP ranks, (PP-1)(F&B+B-3W) in the time of its smaller stages
 
@@ -90,13 +90,13 @@ def legal(name: str, num_ranks: int, num_microbatches: int) -> None:
         raise ConfigError(f"schedule={name} is unknown: use {', '.join(SCHEDULES)}")
     if num_ranks < 1:
         least = 2 if name == "dualpipe" else 1
-        raise ConfigError(f"pp={num_ranks} is no number of pipeline ranks: use at least {least}")
+        raise ConfigError(f"pp={num_ranks} pipeline ranks are too few for {name}: use at least {least}")
     if name == "dualpipe" and num_ranks % 2:
         nearest = f"{num_ranks - 1} or {num_ranks + 1}" if num_ranks > 1 else "2"
         raise ConfigError(f"dualpipe needs an even number of pipeline ranks, and pp={num_ranks} is odd: use {nearest}")
     if name in ("1f1b", "zb1p"):
         if num_microbatches < 1:
-            raise ConfigError(f"{name} needs at least 1 micro-batch, not {num_microbatches}")
+            raise ConfigError(f"{name} needs at least 1 micro-batch, not {num_microbatches}: use 1 or more")
         return
     least = 2 * num_ranks
     if num_microbatches < least:

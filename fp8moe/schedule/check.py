@@ -1,4 +1,4 @@
-"""Prove a schedule: a list of what is wrong with it, empty when a step's work is done, in order, within memory.
+"""Schedule checker: lists what is wrong with a schedule; empty when it does a step's work, in order, within memory.
 
 What is proven, of the lists as they would be executed:
   work      every stage runs F, B and W once for every micro-batch, on the rank that holds it for that direction,
@@ -9,8 +9,8 @@ What is proven, of the lists as they would be executed:
             it sends; the ranks all reach their ends: no circle of waits
   memory    no rank ever holds more than PP+1 stage-activations, PP the number of stages
 
-Timing plays no part: whether lists can run to their end depends on their order only, so one run with any costs decides
-it. Checking the generator's arithmetic instead of its output was refused: the engine trusts lists from anywhere.
+Timing plays no part: whether lists can run to their end depends on their order only, so one simulation with any costs
+decides it. Checking the builder's arithmetic instead of its output was refused: the engine runs any lists it is given.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ def check(schedule: Schedule) -> None:
 
 
 def violations(schedule: Schedule) -> list[str]:
-    """Everything that is wrong with `schedule`, a sentence each; [] for a schedule that can be run."""
+    """Everything that is wrong with `schedule`, a sentence each; [] for one that can be run."""
     # Each step reads the lists as the one before it has proven them.
     found = list(_range(schedule))
     found = found or list(_work(schedule))

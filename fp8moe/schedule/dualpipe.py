@@ -11,7 +11,7 @@ chunk. Bubble: (PP/2-1)(F&B + B - 3W), PP the number of stages, B the whole back
 
 Splitting every backward was refused. It would start some neighbours earlier, and a pair that carries its weight
 gradients hides more messages than one that does not; B and W stand alone only where a neighbour is waiting (phase 3)
-or the weight gradients fill the way out (phases 6 to 8).
+or the weight gradients fill the drain (phases 6 to 8).
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ PHASES = (
 
 
 class _List:
-    """One rank's actions under construction: which micro-batch is next for each chunk, which W is owed."""
+    """Builds one rank's actions: knows which micro-batch is next for each chunk, and which W is owed."""
 
     def __init__(self, stages: tuple[int, int], directions: tuple[int, int], first: tuple[int, int]) -> None:
         self.stages, self.directions = stages, directions

@@ -1,9 +1,9 @@
-"""Run a schedule's lists on paper: when each action starts and ends, and so the makespan, the bubble and the memory.
+"""Schedule simulator: when each action starts and ends, and so the makespan, the bubble and the memory.
 
 Every rank starts its actions in order, each as soon as it is free and the inputs are there. A SEND or RECV takes no
 time of its rank; a message moves when it was sent, its buffer was posted and the link has finished the message before
 it, and takes `Costs.message`. The lists are the ones that the engine executes, so what is wrong with them (a message
-nobody sends, a circle of waits) shows here as a ScheduleError that says who waits for what.
+nobody sends, a circle of waits) shows here as a ScheduleError that says which rank waits for what.
 
 Times are in the unit of the costs; any exact number type works (fractions.Fraction gives formulas without rounding).
 Contention between messages and compute was left out: what an overlap costs is in the measured time of an FB.
@@ -39,16 +39,16 @@ class Costs:
     def __post_init__(self) -> None:
         for name, value in (("F", self.forward), ("B", self.backward), ("W", self.weight), ("message", self.message)):
             if not 0 <= value < float("inf"):
-                raise ConfigError(f"cost {name}={value} is no time: use a finite number of at least 0")
+                raise ConfigError(f"cost {name}={value} must be a finite number of at least 0: use {name}=0 or more")
         if self.weight > self.backward:
             raise ConfigError(
-                f"cost W={self.weight} is more than B={self.backward}, the whole backward that it is a part of: use "
+                f"cost W={self.weight} is more than B={self.backward}, the whole backward, of which W is a part: use "
                 f"W={self.backward} or less"
             )
         longer = max(self.forward, self.backward)
         if self.overlapped is not None and not longer <= self.overlapped < float("inf"):
             raise ConfigError(
-                f"cost FB={self.overlapped} is no finite number of at least {longer}, the longer of the pair's "
+                f"cost FB={self.overlapped} must be a finite number of at least {longer}, the longer of the pair's "
                 f"F={self.forward} and B={self.backward}: use FB={longer} or more"
             )
 
@@ -168,7 +168,7 @@ def _step(schedule: Schedule, action: Action) -> _Step:
     return _Step(action, tuple(local), tuple(receive.message for receive in receives(schedule, action)))
 
 
-class _Run:
+class _Simulation:
     """The state of one simulation: clocks, finished computations, links."""
 
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
@@ -181,7 +181,7 @@ class _Run:
         self.times: list[list[list[float]]] = [[] for _ in schedule.actions]
 
     def waits_for(self, rank: int) -> str | None:
-        """What keeps the rank's next action from starting, or None. What a rank has not done before, it never will."""
+        """What keeps the rank's next action from starting, or None."""
         step = self.steps[rank][len(self.times[rank])]
         for kind, stage, microbatch in step.local:
             if (kind, stage, microbatch) not in self.done[rank]:
@@ -222,28 +222,30 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """
     costs = costs or Costs()
     if costs.stages is not None and len(costs.stages) != schedule.num_stages:
-        raise ConfigError(f"costs for {len(costs.stages)} stages don't fit a schedule of {schedule.num_stages} stages: "
-                          f"use {schedule.num_stages}")  # fmt: skip
-    run = _Run(schedule, costs)
+        raise ConfigError(
+            f"costs.stages has {len(costs.stages)} shares and the schedule {schedule.num_stages} stages: "
+            f"use {schedule.num_stages} shares"
+        )
+    state = _Simulation(schedule, costs)
     moving = True
     while moving:
         moving = False
         for rank in range(schedule.num_ranks):
-            while run.has_more(rank) and run.waits_for(rank) is None:
-                run.start(rank)
+            while state.has_more(rank) and state.waits_for(rank) is None:
+                state.start(rank)
                 moving = True
     stuck = [
-        f"rank {rank} at {actions[len(run.times[rank])]} waits for {run.waits_for(rank)}"
+        f"rank {rank} at {actions[len(state.times[rank])]} waits for {state.waits_for(rank)}"
         for rank, actions in enumerate(schedule.actions)
-        if run.has_more(rank)
+        if state.has_more(rank)
     ]
     if stuck:
         raise ScheduleError(f"{schedule.name} deadlocks: {'; '.join(stuck)}")
     ranks = tuple(
-        tuple(Timed(action, *times) for action, times in zip(actions, run.times[rank], strict=True))
+        tuple(Timed(action, *times) for action, times in zip(actions, state.times[rank], strict=True))
         for rank, actions in enumerate(schedule.actions)
     )
-    return Timeline(schedule, costs, ranks, max(run.clock))
+    return Timeline(schedule, costs, ranks, max(state.clock))
 
 
 def peak_held(schedule: Schedule, weights: Sequence[float] | None = None) -> tuple[float, ...]:

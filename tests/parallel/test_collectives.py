@@ -1,4 +1,4 @@
-"""The all-to-all by pairs: what arrives, what is posted first, and that it keeps the group's present timeout."""
+"""The all-to-all by pairs (what arrives, what is posted first, whose timeout holds), and the offset of clocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8moe.parallel.collectives import sent_bytes, start_all_to_all
+from fp8moe.parallel import collectives, hang
+from fp8moe.parallel.collectives import clock_offset, sent_bytes, start_all_to_all
 from tests.parallel.ranks import run_ranks
 
 WORLD = 4
@@ -56,3 +57,19 @@ def lowered() -> float:
 
 def test_a_timeout_that_was_lowered_after_start_up_holds() -> None:
     assert 0.5 < run_ranks(lowered, 2, absent=(1,))[0] < 10
+
+
+def offsets(behind: list[float], machines: list[str]) -> float:
+    """On each rank: its offset, if its clock were `behind` by that much."""
+    rank = dist.get_rank()
+    real = time.perf_counter
+    hang.machine_id = lambda: machines[rank]
+    collectives.time = type("Clock", (), {"perf_counter": staticmethod(lambda: real() - behind[rank])})  # type: ignore[assignment]
+    return clock_offset(dist.group.WORLD)
+
+
+def test_clocks_of_other_machines_are_set_by_that_of_rank_0() -> None:
+    found: list[Any] = run_ranks(offsets, 3, [5.0, 5.0, 105.0], ["a", "a", "b"])
+    assert found[:2] == [0.0, 0.0]
+    assert found[2] == pytest.approx(100.0, abs=0.5)
+    assert clock_offset(None) == 0.0

@@ -1,4 +1,4 @@
-"""A rank that stays away is named, with group and collective, by every rank that waits for it, in bounded time."""
+"""Hang detector: every rank that waits names the missing rank, with group and collective, in bounded time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8moe.cli.failures import explain
+from fp8moe.cli.command import explain
 from fp8moe.errors import HangError
 from fp8moe.parallel import hang
 from fp8moe.parallel.collectives import all_reduce
@@ -38,23 +38,23 @@ def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def one_stays_away(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
-    """A round of dispatch and combine by all, then one without rank LOST; what this rank gets to know."""
-    hang.BEAT = 0.25
+def one_is_missing(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
+    """A round of dispatch and combine by all, then one without rank LOST; what this rank reports."""
+    hang.HEARTBEAT = 0.25
     mesh = build_mesh(1, WORLD, WORLD, timeout=timedelta(seconds=TIMEOUT), ranks_per_node=2)
     hang.start()
     warm_up(mesh, torch.device("cpu"))
     dispatcher = make_dispatcher(kind, mesh, 8, max_tokens=4)
     rows, ids, weights = torch.ones(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
     arrived = dispatcher.dispatch(rows, dispatcher.announce(ids), weights).wait()
-    dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
+    dispatcher.combine(arrived.rows_RD, arrived.state).wait()
     if mesh.rank == LOST:
         leave()
     start = time.monotonic()
     first, second = (dispatcher.dispatch(rows, dispatcher.announce(ids), weights) for _ in range(2))
     with pytest.raises(HangError) as caught:
         first.wait()
-    with pytest.raises(HangError):  # at once: nothing is sent behind a message that failed
+    with pytest.raises(HangError):  # at once: nothing is sent after a message that failed
         second.wait()
     failure = explain(caught.value)
     return {"seconds": time.monotonic() - start, "text": str(caught.value), "code": failure.code,
@@ -70,8 +70,8 @@ def one_stays_away(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
         ("node_limited", die, "has ended or is frozen"),
     ],
 )
-def test_the_rank_that_stays_away_is_named(kind: str, leave: Callable[[], None], words: str) -> None:
-    answers = run_ranks(one_stays_away, WORLD, kind, leave, timeout=BOUND, absent=(LOST,))
+def test_the_missing_rank_is_named(kind: str, leave: Callable[[], None], words: str) -> None:
+    answers = run_ranks(one_is_missing, WORLD, kind, leave, timeout=BOUND, absent=(LOST,))
     for rank, answer in enumerate(answers):
         if rank == LOST:
             continue
@@ -80,9 +80,9 @@ def test_the_rank_that_stays_away_is_named(kind: str, leave: Callable[[], None],
         assert f"rank {LOST} {words}" in answer["text"], answer["text"]
         assert "all_to_all (counts), number" in answer["text"] and "group ep0 (ranks 0-3)" in answer["text"]
         assert "rank 0" not in answer["text"] and "rank 3" not in answer["text"]
-    # A killed rank's own end says more than who missed it; one that hangs says nothing itself.
-    seconded = [a["secondary"] for rank, a in enumerate(answers) if rank != LOST]
-    assert all(seconded) if leave is die else not all(seconded)
+    # A killed rank's own end says more than the ranks that miss it; one that hangs reports nothing itself.
+    secondary = [a["secondary"] for rank, a in enumerate(answers) if rank != LOST]
+    assert all(secondary) if leave is die else not all(secondary)
 
 
 def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
@@ -96,7 +96,7 @@ def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
         silent.append({"host": "another", "pid": elsewhere.pid, "started": hang._state(elsewhere.pid)[1]})
         silent.append({"host": host, "pid": reused.pid, "started": "1"})
         silent.append({"host": host, "pid": 2**22 + 1, "started": "1"})  # no such process
-        hang._current.append(hang._Watch(None, 0, None, silent=dict(enumerate(silent))))  # type: ignore[arg-type]
+        hang._current.append(hang._Detector(None, 0, None, silent=dict(enumerate(silent))))  # type: ignore[arg-type]
         time.sleep(0.1)
         hang.end_frozen()
         assert stopped.wait(5) == -signal.SIGKILL
@@ -111,10 +111,10 @@ def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
 
 def slow() -> list[str]:
     """What is logged while a rank is late, though not too late."""
-    hang.BEAT = 0.1
+    hang.HEARTBEAT = 0.1
     mesh = build_mesh(1, 2, 1, timeout=timedelta(seconds=60))
     hang.start()
-    hang.expect(0.5)
+    hang.report_after(0.5)
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -126,15 +126,15 @@ def slow() -> list[str]:
     return said
 
 
-def test_a_late_rank_is_spoken_of_before_the_timeout() -> None:
-    patient, late = run_ranks(slow, 2)
-    (said,) = patient
+def test_a_late_rank_is_reported_once_before_the_timeout() -> None:
+    waiting, late = run_ranks(slow, 2)
+    (said,) = waiting
     assert "rank 0: rank 1 is alive and stopped after number 1 (all_reduce): all_reduce, number 2 of group dp0" in said
     assert "has not ended for" in said
     assert late == []
 
 
-def unwatched() -> str:
+def undetected() -> str:
     mesh = build_mesh(1, 2, 1, timeout=timedelta(seconds=1))
     if mesh.rank == 1:
         time.sleep(60)
@@ -144,5 +144,5 @@ def unwatched() -> str:
     return str(caught.value)
 
 
-def test_without_a_watch_the_back_end_speaks_for_itself() -> None:
-    assert run_ranks(unwatched, 2, absent=(1,))[0]
+def test_without_a_detector_the_error_is_the_back_ends() -> None:
+    assert run_ranks(undetected, 2, absent=(1,))[0]

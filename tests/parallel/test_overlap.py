@@ -1,4 +1,4 @@
-"""The order of an overlapped pair: each phase once, each way in its own order, messages under somebody's compute."""
+"""The order of an overlapped pair: each phase once, each direction in its own order, messages under compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.layers.phase import Phase
-from fp8moe.parallel.overlap import PAIR, late_wgrads, run_backward, run_forward, run_pair, run_wgrads
+from fp8moe.parallel.overlap import PAIR, deferred_wgrads, run_backward, run_forward, run_pair, run_wgrads
 
 PHASES = {
     "moe": ("attn", "dispatch", "mlp", "combine"),
@@ -24,14 +24,14 @@ Log = list[tuple[str, str, int]]
 
 
 class Recorded:
-    """A run that writes down which of its phases are called."""
+    """A pass that records which of its phases are called."""
 
     output: Tensor
     input_gradient: Tensor
 
     def __init__(self, kind: str, number: int, log: Log) -> None:
-        def write(way: str, name: str) -> Callable[[], None]:
-            return lambda: log.append((way, name, number))
+        def write(part: str, name: str) -> Callable[[], None]:
+            return lambda: log.append((part, name, number))
 
         self.phases = tuple(
             Phase(name, "compute", write("F", name), write("B", name), None if name in MESSAGES else write("W", name))
@@ -42,7 +42,7 @@ class Recorded:
 
 
 def paired(forward: list[str], backward: list[str]) -> Log:
-    """The log of the pair; runs are numbered from 0 going forward, from 100 the other's."""
+    """The log of the pair; the forward's passes are numbered from 0, the backward's from 100."""
     log: Log = []
     run_pair([Recorded(kind, i, log) for i, kind in enumerate(forward)],
              [Recorded(kind, 100 + i, log) for i, kind in enumerate(backward)])  # fmt: skip
@@ -51,9 +51,9 @@ def paired(forward: list[str], backward: list[str]) -> Log:
 
 def test_two_layers_follow_the_list() -> None:
     log = paired(["moe", "moe"], ["moe", "moe"])
-    assert [(way, name) for way, name, _ in log] == [*PAIR, *PAIR]
-    assert {number for way, _, number in log[:10] if way == "F"} == {0}
-    assert {number for way, _, number in log[:10] if way != "F"} == {101}
+    assert [(part, name) for part, name, _ in log] == [*PAIR, *PAIR]
+    assert {number for part, _, number in log[:10] if part == "F"} == {0}
+    assert {number for part, _, number in log[:10] if part != "F"} == {101}
 
 
 def test_every_message_travels_under_compute() -> None:
@@ -61,12 +61,12 @@ def test_every_message_travels_under_compute() -> None:
     needs = {("F", "dispatch"): ("F", "mlp", 0), ("F", "combine"): ("F", "attn", 1),
              ("B", "combine"): ("B", "mlp", 0), ("B", "dispatch"): ("B", "attn", 0)}  # fmt: skip
     checked = 0
-    for at, (way, name, number) in enumerate(log):
+    for at, (part, name, number) in enumerate(log):
         if name in MESSAGES:
-            needing_way, needing, later = needs[way, name]
-            if (needing_way, needing, number + later) in log:
-                between = log[at + 1 : log.index((needing_way, needing, number + later))]
-                assert any(other not in MESSAGES for _, other, _ in between), (way, name, number)
+            needing_part, needing, later = needs[part, name]
+            if (needing_part, needing, number + later) in log:
+                between = log[at + 1 : log.index((needing_part, needing, number + later))]
+                assert any(other not in MESSAGES for _, other, _ in between), (part, name, number)
                 checked += 1
     assert checked == 4 * 3 - 1  # the last combine's output leaves the stage
 
@@ -89,10 +89,10 @@ def test_any_two_stages_each_in_its_own_order(forward: list[str], backward: list
 @pytest.mark.parametrize("kinds", [["embedding", "dense", "moe"], ["moe", "join", "moe", "loss"]])
 def test_one_after_the_other_does_the_same_work(kinds: list[str]) -> None:
     log: Log = []
-    runs = [Recorded(kind, i, log) for i, kind in enumerate(kinds)]
-    run_forward(runs)
-    run_backward(runs)
-    run_wgrads(late_wgrads(runs))
+    passes = [Recorded(kind, i, log) for i, kind in enumerate(kinds)]
+    run_forward(passes)
+    run_backward(passes)
+    run_wgrads(deferred_wgrads(passes))
     alone: Log = []
     others = [Recorded(kind, i, alone) for i, kind in enumerate(kinds)]
     run_pair(others, ())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.phase import Phase, Run
+from fp8moe.layers.phase import Pass, Phase
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.parallel.pipeline import Pipeline

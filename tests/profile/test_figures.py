@@ -135,5 +135,5 @@ def test_kernels_of_a_known_step() -> None:
     assert (figures.window, figures.computing) == pytest.approx((11.0, 7.0))
     assert figures.bubble == pytest.approx(11 - 7 - 2)
     assert figures.phases == pytest.approx({"F attn": 4.0, "F mlp": 3.0})
-    with pytest.raises(RuntimeError, match="none of the recorded spans"):
+    with pytest.raises(RuntimeError, match="none of the given spans"):
         kernels(trace, [compute("F other", 0.0, 1.0)])

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from fp8moe.parallel.collectives import clock_offset
 from fp8moe.parallel.stream import Stream
-from fp8moe.profile import recorder
 from fp8moe.profile.recorder import COMMUNICATION, COMPUTE, Recorder, Span, marking
 from fp8moe.profile.spans import listening, span
-from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -59,24 +55,6 @@ def test_profilers_of_a_gpu_get_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     with marking(torch.device("cuda")), span("F0.0"), span("F attn"):
         pass
     assert told == ["F0.0", "F attn", "end", "end"]
-
-
-def offsets(behind: list[float], machines: list[str]) -> float:
-    """On each rank: its offset, if its clock were `behind` by that much."""
-    import torch.distributed as dist
-
-    rank = dist.get_rank()
-    real = time.perf_counter
-    recorder._machine = lambda: machines[rank]
-    recorder.time = type("Clock", (), {"perf_counter": staticmethod(lambda: real() - behind[rank])})  # type: ignore[assignment]
-    return clock_offset(dist.group.WORLD)
-
-
-def test_clocks_of_other_machines_are_set_by_that_of_rank_0() -> None:
-    found: list[Any] = run_ranks(offsets, 3, [5.0, 5.0, 105.0], ["a", "a", "b"])
-    assert found[:2] == [0.0, 0.0]
-    assert found[2] == pytest.approx(100.0, abs=0.5)
-    assert clock_offset(None) == 0.0
 
 
 def test_a_span_is_small_enough_to_be_sent() -> None:

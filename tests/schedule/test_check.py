@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fp8moe.schedule.action import Action, Kind, Schedule, ScheduleError
 from fp8moe.schedule.build import SCHEDULES, build_schedule
 from fp8moe.schedule.check import check, violations
-from tests.parallel.naive_reader import runs
+from tests.schedule.naive_reader import runs
 
 
 def microbatches(name: str, pp: int) -> list[int]:

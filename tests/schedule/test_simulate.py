@@ -172,13 +172,13 @@ def test_sixteen_ranks_and_120_micro_batches_answer_at_once() -> None:
 @pytest.mark.parametrize(
     ("costs", "says"),
     [
-        ({"forward": -1}, "F=-1 is no time"),
-        ({"backward": float("inf")}, "B=inf is no time"),
-        ({"weight": float("nan")}, "W=nan is no time"),
-        ({"message": -0.5}, "message=-0.5 is no time"),
+        ({"forward": -1}, "F=-1 must be a finite number of at least 0: use F=0"),
+        ({"backward": float("inf")}, "B=inf must be a finite number"),
+        ({"weight": float("nan")}, "W=nan must be a finite number"),
+        ({"message": -0.5}, "message=-0.5 must be a finite number"),
         ({"backward": 1, "weight": 2}, "W=2 is more than B=1"),
-        ({"overlapped": 1.5}, "FB=1.5 is no finite number of at least 2"),
-        ({"overlapped": float("nan")}, "FB=nan is no finite number"),
+        ({"overlapped": 1.5}, "FB=1.5 must be a finite number of at least 2"),
+        ({"overlapped": float("nan")}, "FB=nan must be a finite number"),
     ],
 )
 def test_impossible_costs(costs: dict[str, float], says: str) -> None:
@@ -187,7 +187,7 @@ def test_impossible_costs(costs: dict[str, float], says: str) -> None:
 
 
 def test_costs_of_another_number_of_stages() -> None:
-    with pytest.raises(ConfigError, match="costs for 3 stages don't fit a schedule of 4 stages: use 4"):
+    with pytest.raises(ConfigError, match=r"costs\.stages has 3 shares and the schedule 4 stages: use 4"):
         simulate(build_schedule("1f1b", 4, 4), Costs(stages=(1.0, 1.0, 1.0)))
 
 

@@ -29,7 +29,7 @@ from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
 from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
 from fp8moe.layers.operand import Rows
-from fp8moe.parallel.collectives import Message
+from fp8moe.parallel.collectives import PendingAllToAll
 from fp8moe.parallel.dispatch.counts import (
     Capacity,
     EpTopology,
@@ -78,8 +78,8 @@ class AllToAllDispatcher:
     """Experts spread evenly over ranks: rank w holds experts [w e, (w + 1) e); rows travel by `hop_groups`, in order.
 
     `one_hop` and `two_hops` make the first two arguments. chunks: messages a dispatch. capacity: fixed messages in
-    place of exact counts; `verify` then reads what didn't fit. max_imbalance: rows a rank may receive, as a multiple of
-    an even share; None: no limit.
+    place of exact counts; `verify` then reads whether all fitted. max_imbalance: rows a rank may receive, as a multiple
+    of an even share; None: no limit.
     """
 
     def __init__(
@@ -92,7 +92,11 @@ class AllToAllDispatcher:
         max_imbalance: float | None = None,
     ) -> None:
         if topology.num_experts % topology.ranks:
-            raise ValueError(f"{topology.num_experts} experts do not divide evenly over {topology.ranks} ranks")
+            legal = [ranks for ranks in range(1, topology.ranks) if topology.num_experts % ranks == 0]
+            raise ValueError(
+                f"model.experts.num_experts={topology.num_experts} is not a multiple of parallel.ep={topology.ranks}: "
+                f"use parallel.ep={legal[-1]}"
+            )
         if topology.num_experts > MOST_EXPERTS:
             raise ValueError(
                 f"model.experts.num_experts={topology.num_experts} exceeds the {MOST_EXPERTS} that a dispatcher can "
@@ -114,8 +118,8 @@ class AllToAllDispatcher:
         if self.capacity is not None:
             if len(topk_ids_TK) > self.capacity.tokens:
                 raise ValueError(
-                    f"{len(topk_ids_TK)} tokens exceed the {self.capacity.tokens} that messages were sized for: "
-                    "use fewer"
+                    f"{len(topk_ids_TK)} tokens exceed the {self.capacity.tokens} that fixed messages were sized for: "
+                    f"dispatch at most {self.capacity.tokens} at once"
                 )
             return Announced(topk_ids_TK, fixed(self.chunks, topk, self.topology, self.capacity))
         pieces = topk_ids_TK.split(self._chunk_tokens(len(topk_ids_TK)))
@@ -176,12 +180,12 @@ class AllToAllDispatcher:
 
     def _send(self, body_TB: Tensor, announced: Announced, weights_TK: Tensor) -> _Arrived:
         """The first dispatch along a new route, hop by hop, each planned from what the last one brought."""
-        sizes: MessageSizes = announced.sizes if self.capacity is not None else announced.sizes.brought()
+        sizes: MessageSizes = announced.sizes if self.capacity is not None else announced.sizes.arrived()
         tokens, topk = self._chunk_tokens(len(weights_TK)), weights_TK.shape[1]
         columns = (body_TB, announced.topk_ids_TK, weights_TK)
         payloads = [Payload(*parts) for parts in zip(*(column.split(tokens) for column in columns), strict=True)]
         hops: list[list[Hop]] = [[] for _ in payloads]
-        messages: list[Message] = []
+        messages: list[PendingAllToAll] = []
         for number, peers in enumerate(self.hop_groups):
             last, messages = messages, []
             name = "dispatch" if number == 0 else "dispatch, hop 2"

@@ -1,12 +1,12 @@
-"""How many rows each hop moves: exchanged once for both hops, or fixed beforehand.
+"""Row counts of each hop: exchanged once for both hops, or fixed beforehand.
 
 Exact: each rank tells every other how many rows it sends to that rank's node, how many of them each rank of that node
 gets, and how many copies are for each expert of the rank: a few integers a pair. With them every size of the dispatch
 is known on the host, R included, and nothing waits for the device again. The exchange runs on the communication
-stream, whose host thread waits for it; whoever computes does not.
+stream, whose host thread waits for it; the thread that computes does not.
 
 Fixed: every message has the same number of rows, a stated multiple of an even share, and nothing is exchanged or read.
-What doesn't fit is noticed on the device and read before the optimizer step: `Overflow`.
+What does not fit is counted on the device and read before the optimizer step: `Overflow`.
 
 Legend: T tokens, K top-k, E experts, e local experts, W ranks = M nodes x L ranks a node, C chunks.
 """
@@ -32,7 +32,7 @@ ALIGN = 128  # rows of an expert's group are padded to a multiple
 
 @dataclass(frozen=True)
 class EpTopology:
-    """Where this rank stands: rank w = node x ranks_per_node + local of `group`."""
+    """Nodes and ranks of an expert-parallel group: rank w of `group` = node x ranks_per_node + local."""
 
     group: ProcessGroup
     num_experts: int
@@ -57,7 +57,7 @@ class EpTopology:
 
 @dataclass(frozen=True)
 class MessageSizes:
-    """`splits[chunk][hop]`; `room` rows R for the experts; `order_N` as in `way`, None with fixed messages."""
+    """`splits[chunk][hop]`; `room` rows R for the experts; `order_N` as in `hops.py`, None with fixed messages."""
 
     splits: list[list[Splits]]
     room: int
@@ -179,14 +179,14 @@ def fixed_order(rows: Tensor, chunks: int, topology: EpTopology, *, two_hops: bo
 
 
 class Overflow:
-    """What didn't fit since the last check, noticed on the device without a wait, read once a step."""
+    """Counts messages that did not fit since the last check, on the device and without a wait; read once a step."""
 
     def __init__(self, topology: EpTopology, capacity: Capacity) -> None:
         self._topology, self._capacity = topology, capacity
-        self._state: Tensor | None = None  # [1 + E] int64: messages that overflowed, tokens per expert
+        self._state: Tensor | None = None  # [1 + E] int64: dispatches that overflowed, tokens per expert
 
     def note(self, overflowed: Tensor, ids_TK: Tensor) -> None:
-        """Add a dispatch: a scalar, true where rows of it stayed behind; the ids that this rank sent."""
+        """Add a dispatch: a scalar, true where some of its rows were not sent; the ids that this rank sent."""
         if self._state is None:
             self._state = torch.zeros(1 + self._topology.num_experts, dtype=torch.int64, device=ids_TK.device)
         flat = ids_TK.reshape(-1)
@@ -201,7 +201,7 @@ class Overflow:
         self._state = None
         if overflowed:
             raise ImbalanceError(
-                f"{overflowed} messages had more rows than parallel.capacity_factor={self._capacity.factor} has room "
-                f"for, and no step is taken with them: raise it, or use null for exact counts "
+                f"{overflowed} dispatches had more rows than parallel.capacity_factor={self._capacity.factor} has room "
+                f"for, so no step is taken: raise it, or use parallel.capacity_factor=null for exact counts "
                 f"(tokens per expert since the last step: {histogram(tokens)})"
             )

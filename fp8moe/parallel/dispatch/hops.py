@@ -1,4 +1,4 @@
-"""The route of a dispatch: one or two hops to the experts, and the same hops back.
+"""Route of a dispatch: one or two hops to the experts, and the same hops in return.
 
 A hop is an all-to-all over one group. A row is sent once to each peer that leads to one of its experts, with the ids
 and weights of those experts; the peer either holds them (the last hop) or sends the row on. On the return each hop
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.permute import RowMap, plan_rows, unpermute
-from fp8moe.parallel.collectives import Message, start_all_to_all
+from fp8moe.parallel.collectives import PendingAllToAll, start_all_to_all
 from fp8moe.parallel.dispatch.payload import as_bytes, from_bytes, joined
 
 
@@ -54,11 +54,11 @@ class Hop:
     row_map: RowMap
     splits: Splits
 
-    def send(self, rows_S: Tensor, name: str) -> Message:
+    def send(self, rows_S: Tensor, name: str) -> PendingAllToAll:
         """Start to send rows [S, bytes] to the peers."""
         return start_all_to_all(rows_S, self.splits.sent, self.splits.received, self.peers.group, name)
 
-    def send_back(self, rows: Tensor, name: str) -> Message:
+    def send_back(self, rows: Tensor, name: str) -> PendingAllToAll:
         """Start to send partial sums of the rows that arrived back to their senders."""
         return start_all_to_all(rows, self.splits.received, self.splits.sent, self.peers.group, name)
 
@@ -83,7 +83,7 @@ def destinations(ids_TK: Tensor, peers: HopGroup) -> Tensor:
 
 
 def plan_hop(ids_TK: Tensor, peers: HopGroup, splits: Splits) -> Hop:
-    """Which rows go to which peer. With fixed splits rows past a peer's room stay behind, and are counted."""
+    """Which rows go to which peer. With fixed splits rows past a peer's room are counted but not sent."""
     peer_TK = destinations(ids_TK, peers)
     if not splits.fixed:
         return Hop(peers, plan_rows(peer_TK, peers.size, align=1, room=sum(splits.sent)), splits)
@@ -137,7 +137,7 @@ def unpack_payload(rows: Tensor, body_bytes: int, topk: int) -> tuple[Payload, T
 
 @dataclass(frozen=True)
 class Route:
-    """The hops of one dispatch: `hops[chunk][number]`; `tokens[chunk]` tokens set out, `arrived[chunk]` rows arrive."""
+    """The hops of one dispatch: `hops[chunk][number]`; `tokens[chunk]` tokens leave, `arrived[chunk]` rows arrive."""
 
     hops: list[list[Hop]]
     tokens: list[int]

@@ -1,6 +1,6 @@
-"""Rows as bytes: what a message is made of.
+"""Payload of a message: rows as bytes.
 
-An FP8 row is its codes and one byte a scale: scales that travel are powers of two, and a power of two is its exponent
+An FP8 row is its codes and one byte a scale: scales that are sent are powers of two, and a power of two is its exponent
 (the byte of the FP32 format, never 0 because casts keep scales normal; 0 is free and stands for NaN, so that a gradient
 that is not finite arrives so). A BF16 or FP32 row is its own bytes. Parts of a message lie side by side in one row, so
 that one all-to-all carries all of them; a message a part was refused, it pays the latency several times.
@@ -45,7 +45,7 @@ def exponents(scale: Tensor) -> Tensor:
     bits = scale.contiguous().view(torch.int32)
     nan = scale.isnan()
     if scale.device.type == "cpu" and bool(((bits & _SIGN_AND_MANTISSA != 0) & ~nan).any()):
-        raise ValueError("scales that travel are powers of two, these are not: cast with power_of_two=True")
+        raise ValueError("scales that are sent must be powers of two, these are not: quantize with power_of_two=True")
     return (bits >> _MANTISSA_BITS).masked_fill(nan, 0).to(torch.uint8)
 
 

@@ -19,8 +19,8 @@ from fp8moe.layers.recipe import Precision
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.dispatch.deep_ep import check_deep_ep
 from fp8moe.parallel.mesh import build_mesh
+from tests.parallel.dispatch.test_all_to_all import CASES, Case, E, verbs
 from tests.parallel.ranks import TIMEOUT, run_ranks
-from tests.parallel.test_all_to_all import CASES, Case, E, verbs
 
 
 class Event:

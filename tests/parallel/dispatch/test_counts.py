@@ -8,7 +8,8 @@ import torch
 from fp8moe.errors import ImbalanceError
 from fp8moe.kernels.permute import plan_rows
 from fp8moe.parallel.dispatch import all_to_all, make_dispatcher
-from fp8moe.parallel.dispatch.counts import histogram
+from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop
+from fp8moe.parallel.dispatch.counts import Capacity, histogram
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
@@ -30,7 +31,7 @@ def skewed(kind: str, limit: float) -> tuple[str, list[int]]:
         arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ALL_TO_ONE), WEIGHTS).wait()
     except ImbalanceError as error:
         return str(error), asked
-    y = dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
+    y = dispatcher.combine(arrived.rows_RD, arrived.state).wait()
     assert torch.equal(y, 2 * ROWS)
     return "", asked
 
@@ -86,7 +87,7 @@ def fixed(kind: str, factor: float) -> list[str]:
     told = []
     for ids in (EVEN, ALL_TO_ONE, EVEN):
         arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ids), WEIGHTS).wait()
-        y = dispatcher.combine(arrived.rows_RD, arrived.layout).wait()
+        y = dispatcher.combine(arrived.rows_RD, arrived.state).wait()
         try:
             dispatcher.verify()
             assert torch.equal(y, 2 * ROWS)
@@ -105,15 +106,22 @@ def test_an_overflow_is_an_error_before_the_step_on_every_rank(kind: str) -> Non
     assert run_ranks(fixed, 4, kind, 4.0) == [["", "", ""]] * 4
 
 
-def test_more_tokens_than_messages_were_sized_for() -> None:
-    def too_many() -> str:
-        mesh = build_mesh(1, 2, 2, timeout=TIMEOUT)
-        dispatcher = make_dispatcher("all_to_all", mesh, E, max_tokens=T - 1, capacity_factor=2.0)
-        with pytest.raises(ValueError) as caught:
-            dispatcher.dispatch(ROWS, dispatcher.announce(EVEN), WEIGHTS)
-        return str(caught.value)
+class Pair:
+    """A group of two ranks that never communicates."""
 
-    assert run_ranks(too_many, 2) == ["32 tokens exceed the 31 that messages were sized for: use fewer"] * 2
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 0
+
+
+def test_more_tokens_than_messages_were_sized_for() -> None:
+    dispatcher = AllToAllDispatcher(*one_hop(Pair(), E), capacity=Capacity(T - 1, 2.0))  # type: ignore[arg-type]
+    dispatcher.announce(EVEN[1:])
+    says = "32 tokens exceed the 31 that fixed messages were sized for: dispatch at most 31 at once"
+    with pytest.raises(ValueError, match=says):
+        dispatcher.announce(EVEN)
 
 
 def test_a_map_with_less_room_than_rows_cuts_the_last_and_says_how_many_there_are() -> None:

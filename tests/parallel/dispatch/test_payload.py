@@ -40,7 +40,7 @@ def test_every_power_of_two_and_what_is_not_finite() -> None:
 
 @pytest.mark.parametrize("scale", [3.0, -2.0, 1.5])
 def test_other_scales_are_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match="cast with power_of_two=True"):
+    with pytest.raises(ValueError, match="quantize with power_of_two=True"):
         exponents(torch.tensor([1.0, scale]))
 
 

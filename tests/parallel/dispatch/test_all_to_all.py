@@ -12,7 +12,7 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.operand import Rows
-from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher
+from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
@@ -62,12 +62,12 @@ def verbs(dispatcher: Dispatcher, case: Case, world: int, tokens: slice, first: 
     mine = part(rows, *tokens.indices(len(ids))[:2])
     sent = dispatcher.dispatch(mine, dispatcher.announce(ids[tokens]), weights[tokens]).wait()
     y = expert_function(sent.rows_RD, sent.group_offsets, first).to(dy.dtype)
-    back = dispatcher.combine_backward(dy[tokens], sent.layout).wait()
+    back = dispatcher.combine_backward(dy[tokens], sent.state).wait()
     dweights = torch.where(sent.weights_R > 0, sent.weights_R * 3, torch.nan)
-    dx, dw = dispatcher.dispatch_backward(y, dweights, sent.layout).wait()
+    dx, dw = dispatcher.dispatch_backward(y, dweights, sent.state).wait()
     return {
         "rows": plain(sent.rows_RD), "weights": sent.weights_R, "offsets": sent.group_offsets,
-        "out": dispatcher.combine(y, sent.layout).wait(), "back": plain(back), "dx": dx, "dw": dw,
+        "out": dispatcher.combine(y, sent.state).wait(), "back": plain(back), "dx": dx, "dw": dw,
     }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def many_ranks(case: Case, world: int) -> dict[str, Tensor]:
     mesh = build_mesh(1, world, world, timeout=TIMEOUT)
     assert mesh.ep_group is not None
     start = sum(case[2][: mesh.rank])
-    dispatcher = AllToAllDispatcher(mesh.ep_group, E)
+    dispatcher = AllToAllDispatcher(*one_hop(mesh.ep_group, E))
     tokens = slice(start, start + case[2][mesh.rank])
     return verbs(dispatcher, case, world, tokens, mesh.rank * dispatcher.num_local_experts)
 
@@ -107,5 +107,5 @@ def test_experts_must_divide() -> None:
         def size(self) -> int:
             return 3
 
-    with pytest.raises(ValueError, match="8 experts can't be spread evenly over 3 ranks"):
-        AllToAllDispatcher(Group(), 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"num_experts=8 is not a multiple of parallel\.ep=3: use parallel\.ep=2"):
+        AllToAllDispatcher(*one_hop(Group(), 8))  # type: ignore[arg-type]

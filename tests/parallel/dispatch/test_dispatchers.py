@@ -19,14 +19,13 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
-from fp8moe.layers.linear import quantize_weights
-from fp8moe.layers.moe import MoE
+from fp8moe.layers.linear import attach_main_grads, quantize_weights
+from fp8moe.layers.moe import ExpertsConfig, MoE
 from fp8moe.layers.operand import Rows
-from fp8moe.layers.recipe import Precision
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.layers.router import RouterConfig
-from fp8moe.layers.wgrad import attach_main_grads
 from fp8moe.parallel.collectives import all_reduce
-from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, NodeLimitedDispatcher
+from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop, two_hops
 from fp8moe.parallel.dispatch.counts import Capacity
 from fp8moe.parallel.mesh import Mesh, build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
@@ -83,9 +82,10 @@ def dispatchers(case: Case, mesh: Mesh) -> dict[str, Dispatcher]:
     options: dict[str, Any] = {"chunks": case.chunks, "capacity": capacity}
     group = mesh.ep_group or dist.group.WORLD
     assert group is not None
-    found: dict[str, Dispatcher] = {"one hop": AllToAllDispatcher(group, E, **options)}
+    found: dict[str, Dispatcher] = {"one hop": AllToAllDispatcher(*one_hop(group, E), **options)}
     if case.world > 1:
-        found["two hops"] = NodeLimitedDispatcher(group, mesh.rail_group, mesh.node_group, E, **options)
+        route = two_hops(group, mesh.rail_group, mesh.node_group, E)
+        found["two hops"] = AllToAllDispatcher(*route, **options)
     return found
 
 
@@ -128,8 +128,8 @@ class LocalDispatcherReady:
 def layer(case: Case, dispatcher: Dispatcher, tokens: slice, first: int) -> dict[str, Any]:
     """Forward and backward of a mixture of experts on `tokens` of the batch, its experts numbered from `first`."""
     recorded = Recorded(dispatcher)
-    config = RouterConfig(E, case.topk, 1, 1, "sigmoid", True, 2.5, False)
-    moe = MoE(D, F, config, num_shared_experts=0, dispatcher=recorded, precision=case.precision)
+    router, experts = RouterConfig(case.topk, route_scale=2.5), ExpertsConfig(E, F, num_shared=0)
+    moe = MoE(D, router, experts, Recipe(case.precision), recorded)
     generator = torch.Generator().manual_seed(case.seed)
     local = slice(first, first + dispatcher.num_local_experts)
     with torch.no_grad():
@@ -141,11 +141,12 @@ def layer(case: Case, dispatcher: Dispatcher, tokens: slice, first: int) -> dict
     quantize_weights(moe)
     x, dy = torch.randn(2, sum(case.tokens), D, generator=generator).to(case.precision.dtype)
     x = x[tokens].requires_grad_()
-    y, routing = moe(x, num_sequences=1)
+    routed = moe.route(x, num_sequences=1)
+    y = moe(routed)
     y.backward(dy[tokens])
     assert x.grad is not None
     grads = {name: p.main_grad.clone() for name, p in moe.named_parameters()}  # type: ignore[attr-defined]
-    return {"ids": routing.topk_ids_TK, "y": y.detach(), "dx": x.grad, **grads, **recorded.seen}
+    return {"ids": routed.announced.topk_ids_TK, "y": y.detach(), "dx": x.grad, **grads, **recorded.seen}
 
 
 def ranks(case: Case) -> dict[str, dict[str, Any]]:

@@ -50,7 +50,7 @@ def soak(rounds: int) -> int:
         assert torch.equal(a.rows_RD.data.view(torch.uint8), b.rows_RD.data.view(torch.uint8)), number
         assert torch.equal(a.rows_RD.scale, b.rows_RD.scale) and torch.equal(a.weights_R, b.weights_R), number
         y_RD = a.rows_RD.dequantize()
-        homes: list[Any] = [d.combine(y_RD, x.layout) for d, x in ((one, a), (two, b))]
+        homes: list[Any] = [d.combine(y_RD, x.state) for d, x in ((one, a), (two, b))]
         if shared.random() < 0.5:
             homes.reverse()  # waits may come in any order
         for home in homes:
