@@ -35,14 +35,16 @@ def adamw_step(
     """
     tensors = (master, grad, exp_avg, exp_avg_sq)
     if master.dtype is not torch.float32 or grad.dtype is not torch.float32:
-        raise ValueError(f"master and gradient are FP32, not {master.dtype} and {grad.dtype}: keep FP32 masters")
+        raise ValueError(f"master and gradient must be FP32, got {master.dtype} and {grad.dtype}: keep FP32 masters")
     if any(moment.dtype not in (torch.bfloat16, torch.float32) for moment in (exp_avg, exp_avg_sq)):
-        raise ValueError(f"moments are BF16 or FP32, not {exp_avg.dtype} and {exp_avg_sq.dtype}: cast them")
+        raise ValueError(f"moments must be BF16 or FP32, got {exp_avg.dtype} and {exp_avg_sq.dtype}: cast them")
     if len({tensor.shape for tensor in tensors}) > 1 or not all(tensor.is_contiguous() for tensor in tensors):
         shapes = [list(tensor.shape) for tensor in tensors]
-        raise ValueError(f"master, gradient and moments are contiguous and of one shape, not {shapes}: flatten them")
+        raise ValueError(
+            f"master, gradient and moments must be contiguous and of one shape, got {shapes}: flatten them"
+        )
     if step < 1:
-        raise ValueError(f"steps count from 1, not {step}: use 1 for the first")
+        raise ValueError(f"step must be at least 1, got {step}: use 1 for the first")
     backend.op("adamw_step")(
         *tensors,
         lr=lr,

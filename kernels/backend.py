@@ -247,7 +247,7 @@ def limit_sms(count: int | None) -> None:
     """At most `count` SMs for the GEMMs launched from now on; None: all."""
     global _sm_limit
     if count is not None and count < 1:
-        raise ValueError(f"a GEMM needs at least 1 SM, limit_sms got {count}: use None for all of them")
+        raise ValueError(f"limit_sms must be at least 1, got {count}: use None for all of them")
     _sm_limit = count
 
 

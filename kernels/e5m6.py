@@ -22,9 +22,7 @@ def pack_e5m6(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> E5m6Te
     Raises ValueError for another dtype, fewer than two dims, or another K.
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or x.dim() < 2:
-        raise ValueError(
-            f"E5M6 is packed from BF16 or FP32 [..., K], this tensor is {x.dtype} {list(x.shape)}: cast or reshape it"
-        )
+        raise ValueError(f"pack_e5m6 takes BF16 or FP32 [..., K], got {x.dtype} {list(x.shape)}: cast or reshape it")
     check_sizes(K=x.shape[-1])
     return backend.op("pack_e5m6")(x, amax_floor=amax_floor)
 
@@ -32,7 +30,7 @@ def pack_e5m6(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> E5m6Te
 def unpack_e5m6(packed: E5m6Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The values [..., K] in BF16 or FP32; FP32 is exact. Raises ValueError for another dtype."""
     if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"E5M6 unpacks to torch.bfloat16 or torch.float32, not {dtype}: cast afterwards")
+        raise ValueError(f"unpack_e5m6 writes torch.bfloat16 or torch.float32, got {dtype}: cast afterwards")
     return backend.op("unpack_e5m6")(packed, dtype=dtype)
 
 
@@ -42,6 +40,6 @@ def e5m6_to_columns(packed: E5m6Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     Raises ValueError for more than two dims or another M.
     """
     if len(packed.shape) != 2:
-        raise ValueError(f"columns are made of a matrix, this tensor has {len(packed.shape)} dims: flatten it before")
+        raise ValueError(f"columns are quantized from a matrix, got {len(packed.shape)} dims: flatten it before")
     check_sizes(M=packed.shape[0])
     return backend.op("e5m6_to_columns")(packed, amax_floor=amax_floor)

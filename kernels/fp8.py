@@ -134,6 +134,9 @@ E5M6_WORDS = 3  # words of 32 bits that hold
 E5M6_VALUES = 8  # this many values of 12 bits
 
 
+Rows = Tensor | Fp8Tensor  # a matrix as it is multiplied, sent or permuted: unquantized, or FP8 with its scales
+
+
 @dataclass(frozen=True)
 class E5m6Tensor:
     """A tensor of 12-bit floats with five exponent and six mantissa bits, by 1x128 tiles; see `e5m6`.
@@ -166,23 +169,23 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size % SIZE_MULTIPLE:
             nearest = max(SIZE_MULTIPLE, round(size / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-            raise ValueError(f"FP8 sizes are multiples of {SIZE_MULTIPLE}, {name}={size} is not: use {nearest}")
+            raise ValueError(f"{name}={size} must be a multiple of {SIZE_MULTIPLE}, which FP8 needs: use {nearest}")
 
 
 def check_groups(group_offsets: Tensor, num_groups: int, num_rows: int, align: int) -> None:
     """Raise ValueError unless offsets are int32 [E+1], and, where they can be read for free (CPU), ascend from 0."""
     if group_offsets.dtype is not torch.int32 or group_offsets.shape != (num_groups + 1,):
         raise ValueError(
-            f"{num_groups} groups take int32 offsets [{num_groups + 1}], these are {group_offsets.dtype} "
+            f"group_offsets of {num_groups} groups must be int32 [{num_groups + 1}], got {group_offsets.dtype} "
             f"{list(group_offsets.shape)}: use RowMap.group_offsets"
         )
     if torch.compiler.is_compiling() or type(group_offsets) is not Tensor or group_offsets.device.type != "cpu":
         return
     offsets = group_offsets.tolist()
     if offsets[0] != 0 or offsets[-1] > num_rows or any(a > b for a, b in itertools.pairwise(offsets)):
-        raise ValueError(f"group offsets ascend from 0 to at most {num_rows} rows, these are {offsets}: sort the rows")
+        raise ValueError(f"group_offsets must ascend from 0 to at most {num_rows} rows, got {offsets}: sort the rows")
     if any(offset % align for offset in offsets):
-        raise ValueError(f"FP8 groups start on multiples of {align} rows, these start on {offsets}: pad each group")
+        raise ValueError(f"group_offsets must be multiples of {align} rows for FP8, got {offsets}: pad each group")
 
 
 def check_total(total: Tensor, shape: tuple[int, ...]) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import BLOCK_TILE, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, ceil_div
+from fp8moe.kernels.fp8 import BLOCK_TILE, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, Rows, ceil_div
 from fp8moe.kernels.reference import _arithmetic as specified
 from fp8moe.kernels.reference import permute as permutation
-from fp8moe.kernels.row_map import RowMap, Rows
+from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.triton import layout
 
 NAMESPACE = "fp8moe"

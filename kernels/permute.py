@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels import backend
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_sizes
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, Rows, check_sizes
 from fp8moe.kernels.quantize import observers, quantize_rows
-from fp8moe.kernels.row_map import RowMap, Rows
+from fp8moe.kernels.row_map import RowMap
 
 __all__ = ["RowMap", "Rows", "permute", "permute_quantize", "plan_rows", "unpermute"]
 
@@ -33,13 +33,15 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     another dtype or shape, and (on a CPU, where it costs nothing) for an id past num_experts.
     """
     if topk_ids.dim() != 2 or topk_ids.dtype is not torch.int64:
-        raise ValueError(f"topk_ids are int64 [N, K], not {topk_ids.dtype} {list(topk_ids.shape)}: cast or reshape")
+        raise ValueError(f"topk_ids must be int64 [N, K], got {topk_ids.dtype} {list(topk_ids.shape)}: cast or reshape")
     if align < 1:
-        raise ValueError(f"groups are padded to a multiple of at least 1, not {align}: use 128 for FP8, 1 otherwise")
+        raise ValueError(f"align must be at least 1, got {align}: use 128 for FP8, 1 otherwise")
     if num_experts < 1 or (room is not None and room < 0):
-        raise ValueError(f"a map has at least 1 expert and 0 rows, not {num_experts} and {room}: count them anew")
+        raise ValueError(f"num_experts must be at least 1 and room at least 0, got {num_experts} and {room}")
     if _read_for_free(topk_ids) and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
-        raise ValueError(f"expert ids end at {num_experts - 1}, topk_ids hold {int(topk_ids.max())}: renumber")
+        raise ValueError(
+            f"topk_ids must be below num_experts={num_experts}, got {int(topk_ids.max())}: renumber the experts"
+        )
     return backend.op("plan_rows")(topk_ids, num_experts, align=align, room=room)
 
 
@@ -97,7 +99,9 @@ def _read_for_free(numbers: Tensor) -> bool:
 
 def _check_rows(rows: int, expected: int, name: str) -> None:
     if rows != expected:
-        raise ValueError(f"the map has {name}={expected}, the tensor {rows} rows: use the map of this batch")
+        raise ValueError(
+            f"the tensor must have {name}={expected} rows as the row map says, got {rows}: use the map of this batch"
+        )
 
 
 def _check_device(device: torch.device, row_map: RowMap) -> None:

@@ -98,13 +98,13 @@ def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
 
 def _check_source(x: Tensor) -> None:
     if x.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"only torch.bfloat16 and torch.float32 are quantized, this tensor is {x.dtype}: cast it")
+        raise ValueError(f"quantizers take torch.bfloat16 or torch.float32, got {x.dtype}: cast it")
     if x.dim() < 2:
-        raise ValueError(f"quantizers take at least 2 dims, this tensor has {x.dim()}: reshape it to [rows, K]")
+        raise ValueError(f"quantizers take at least 2 dims, got {x.dim()}: reshape it to [rows, K]")
 
 
 def _check_matrix(x: Tensor) -> None:
     _check_source(x)
     if x.dim() != 2:
-        raise ValueError(f"columns are made of a matrix, this tensor has {x.dim()} dims: flatten it to [M, K]")
+        raise ValueError(f"columns are quantized from a matrix, got {x.dim()} dims: flatten it to [M, K]")
     check_sizes(M=x.shape[0], K=x.shape[1])

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import Fp8Tensor
-
-Rows = Tensor | Fp8Tensor
-
 
 @dataclass(frozen=True)
 class RowMap:

@@ -29,7 +29,7 @@ def swiglu(
             f"swiglu takes [R, 2F] in BF16 or FP32, not {list(gate_up.shape)} {gate_up.dtype}: flatten and cast it"
         )
     if gate_up.shape[1] % 2:
-        raise ValueError(f"gate and up are equally wide, 2F={gate_up.shape[1]} is odd: use {gate_up.shape[1] + 1}")
+        raise ValueError(f"gate and up must be equally wide, 2F={gate_up.shape[1]} is odd: use {gate_up.shape[1] + 1}")
     check_sizes(F=gate_up.shape[1] // 2)
     _check_weights(weights, gate_up.shape[0])
     return backend.op("swiglu")(gate_up, weights, power_of_two=power_of_two)
@@ -69,7 +69,7 @@ def swiglu_backward(
 def _check_cached(cached: Fp8Tensor) -> None:
     if cached.tile != ROW_TILE or len(cached.shape) != 2 or cached.shape[1] % 2:
         raise ValueError(
-            f"the cached input is [R, 2F] of {ROW_TILE} tiles, not {list(cached.shape)} of {cached.tile}: "
+            f"the cached input must be [R, 2F] of {ROW_TILE} tiles, got {list(cached.shape)} of {cached.tile}: "
             "pass what swiglu returned"
         )
 
@@ -77,5 +77,5 @@ def _check_cached(cached: Fp8Tensor) -> None:
 def _check_weights(weights: Tensor | None, r: int) -> None:
     if weights is not None and (weights.shape != (r,) or weights.dtype is not torch.float32):
         raise ValueError(
-            f"routing weights are FP32, one a row: [{r}], not {list(weights.shape)} {weights.dtype}: permute and cast"
+            f"routing weights must be FP32 [{r}], one a row, got {list(weights.shape)} {weights.dtype}: cast them"
         )

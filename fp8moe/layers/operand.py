@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor, Rows
 from fp8moe.kernels.quantize import (
     quantize_columns,
     quantize_rows,
@@ -28,9 +28,6 @@ from fp8moe.kernels.quantize import (
 )
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
-
-Rows = Tensor | Fp8Tensor
-
 
 @dataclass(frozen=True)
 class Operand:

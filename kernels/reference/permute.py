@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E4M3, Fp8Tensor
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E4M3, Fp8Tensor, Rows
 from fp8moe.kernels.reference.quantize import quantize_rows
-from fp8moe.kernels.row_map import RowMap, Rows
+from fp8moe.kernels.row_map import RowMap
 
 _CHUNK = 1 << 17  # values summed at a time, to stay in a core's cache
 

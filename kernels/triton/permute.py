@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div
-from fp8moe.kernels.row_map import RowMap, Rows
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, Rows, ceil_div
+from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.layout import empty_rows

@@ -72,12 +72,12 @@ def test_wrong_arguments() -> None:
     one, half = torch.zeros(4), torch.zeros(4).bfloat16()
     strided = torch.zeros(4, 2)[:, 0]
     cases = (
-        ((half, one, one, one), 1, "master and gradient are FP32, not torch.bfloat16"),
+        ((half, one, one, one), 1, "master and gradient must be FP32, got torch.bfloat16"),
         ((one, half, one, one), 1, "and torch.bfloat16"),
-        ((one, one, one.half(), one), 1, "moments are BF16 or FP32, not torch.float16"),
+        ((one, one, one.half(), one), 1, "moments must be BF16 or FP32, got torch.float16"),
         ((one, one, torch.zeros(5), one), 1, "of one shape"),
         ((strided, one, one, one), 1, "contiguous"),
-        ((one, one, one, one), 0, "from 1, not 0"),
+        ((one, one, one, one), 0, "step must be at least 1, got 0"),
     )
     for tensors, step, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -74,11 +74,11 @@ def test_a_scale_of_another_shape_is_refused() -> None:
 
 def test_sizes_and_groups_are_checked() -> None:
     check_sizes(K=576, N=0)
-    with pytest.raises(ValueError, match="multiples of 16, K=100 is not: use 96"):
+    with pytest.raises(ValueError, match="K=100 must be a multiple of 16, which FP8 needs: use 96"):
         check_sizes(K=100)
     check_groups(torch.tensor([0, 128, 128, 256], dtype=torch.int32), 3, 256, 128)
     for offsets, message in (
-        ([0, 128], "2 groups take int32 offsets"),
+        ([0, 128], "group_offsets of 2 groups must be int32"),
         ([0, 256, 128], "ascend from 0"),
         ([128, 128, 256], "ascend from 0"),
         ([0, 128, 512], "at most 256 rows"),

@@ -159,7 +159,7 @@ def test_a_limit_of_no_sms_is_refused():
     from fp8moe.kernels.backend import limit_sms, limited_sms
     from fp8moe.kernels.gluon.launch import num_sms
 
-    with pytest.raises(ValueError, match=r"at least 1 SM, limit_sms got 0"):
+    with pytest.raises(ValueError, match=r"limit_sms must be at least 1, got 0"):
         limit_sms(0)
     with limited_sms(112):
         assert num_sms(torch.device("cpu")) == 112

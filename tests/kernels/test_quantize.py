@@ -174,17 +174,17 @@ def test_requantize_columns(kind: str) -> None:
 
 def test_wrong_arguments() -> None:
     for x, message in (
-        (torch.zeros(4, 16, dtype=torch.float16), "this tensor is torch.float16"),
+        (torch.zeros(4, 16, dtype=torch.float16), "got torch.float16"),
         (torch.zeros(16), "at least 2 dims, this tensor has 1"),
         (torch.zeros(4, 100), "K=100 is not: use 96"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize_rows(x)
-    with pytest.raises(ValueError, match="M=24 is not: use 32"):
+    with pytest.raises(ValueError, match="M=24 must be a multiple of 16, which FP8 needs: use 32"):
         quantize_columns(torch.zeros(24, 16))
-    with pytest.raises(ValueError, match="this tensor has 3 dims"):
+    with pytest.raises(ValueError, match="got 3 dims"):
         quantize_rows_and_columns(torch.zeros(2, 16, 16))
-    with pytest.raises(ValueError, match="N=8 is not: use 16"):
+    with pytest.raises(ValueError, match="N=8 must be a multiple of 16, which FP8 needs: use 16"):
         quantize_blocks(torch.zeros(8, 16))
     with pytest.raises(ValueError, match=r"\(128, 128\)"):
         requantize_columns(quantize_blocks(torch.zeros(16, 16))[0])

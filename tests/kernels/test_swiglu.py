@@ -138,15 +138,15 @@ def test_wrong_arguments() -> None:
     cases = (
         (lambda: swiglu(torch.randn(2, 32, 96)), r"takes \[R, 2F\]"),
         (lambda: swiglu(torch.randn(32, 96).half()), "torch.float16"),
-        (lambda: swiglu(torch.randn(32, 80)), "F=40 is not"),
+        (lambda: swiglu(torch.randn(32, 80)), "F=40 must be a multiple of 16"),
         (lambda: swiglu(torch.randn(32, 97)), "2F=97"),
-        (lambda: swiglu(torch.randn(32, 96), torch.rand(31)), r"one a row: \[32\], not \[31\]"),
+        (lambda: swiglu(torch.randn(32, 96), torch.rand(31)), r"FP32 \[32\], one a row, got \[31\]"),
         (lambda: swiglu(torch.randn(32, 96), torch.rand(32).bfloat16()), "torch.bfloat16"),
         (lambda: swiglu_columns(quantize_blocks(torch.randn(32, 96))[0]), r"\(128, 128\)"),
-        (lambda: swiglu_columns(odd), "R=7 is not: use 16"),
+        (lambda: swiglu_columns(odd), "R=7 must be a multiple of 16, which FP8 needs: use 16"),
         (lambda: swiglu_backward(torch.randn(32, 96), cached), r"takes dy \[32, 48\]"),
-        (lambda: swiglu_backward(torch.randn(7, 48), odd), "R=7 is not"),
-        (lambda: swiglu_backward(torch.randn(32, 48), cached, torch.rand(16)), r"\[32\], not \[16\]"),
+        (lambda: swiglu_backward(torch.randn(7, 48), odd), "R=7 must be a multiple"),
+        (lambda: swiglu_backward(torch.randn(32, 48), cached, torch.rand(16)), r"FP32 \[32\], one a row, got \[16\]"),
     )
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

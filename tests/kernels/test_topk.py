@@ -61,10 +61,10 @@ def test_wrong_arguments() -> None:
     scores, bias = torch.rand(3, 8), torch.zeros(8)
     cases = (
         ((scores, torch.zeros(7), 2, 2, 1), r"\[3, 8\] and \[7\]"),
-        ((scores.bfloat16(), bias, 2, 2, 1), "routing is FP32, not torch.bfloat16"),
+        ((scores.bfloat16(), bias, 2, 2, 1), "scores and bias must be FP32, got torch.bfloat16"),
         ((scores, bias, 2, 3, 1), "num_groups=3 does not divide num_experts=8: use 2"),
-        ((scores, bias, 2, 2, 3), "top_groups=3 is not between 1 and num_groups=2: use 2"),
-        ((scores, bias, 5, 2, 1), "topk=5 is not between 1 and the 4 experts of top_groups: use 4"),
+        ((scores, bias, 2, 2, 3), "top_groups=3 must be between 1 and num_groups=2: use 2"),
+        ((scores, bias, 5, 2, 1), "topk=5 must be between 1 and the 4 experts of top_groups: use 4"),
         ((scores, bias, 0, 2, 1), "topk=0"),
     )
     for arguments, message in cases:
