@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from fp8moe.layers.attention.core import YarnConfig
 from fp8moe.layers.dispatch import LocalDispatcher
-from fp8moe.layers.recipe import Precision
-from fp8moe.model.config import ModelConfig, YarnConfig
+from fp8moe.layers.recipe import Precision, Recipe
+from fp8moe.model.config import ModelConfig
 from fp8moe.model.transformer import Transformer, init_weights
+from tests.model.shapes import changed, model_config
 
-BASE = ModelConfig(
+BASE = model_config(
     vocab_size=96, dim=64, num_layers=3, num_dense_layers=1, num_heads=4, q_lora_rank=32, kv_lora_rank=32, nope_dim=16,
     rope_dim=16, v_dim=16, dense_hidden=96, expert_hidden=48, num_experts=8, topk=3, num_groups=4, top_groups=2,
     num_shared_experts=1, route_scale=2.5, init_std=0.05, max_seq_len=64,
 )  # fmt: skip
 
 YARN = YarnConfig(factor=4.0, original_max_seq_len=16, mscale=1.0, mscale_all=1.0)
+AMPLIFIED = YarnConfig(factor=4.0, original_max_seq_len=16, mscale=0.707, mscale_all=1.4)
 CASES = {
     "base": BASE,
-    "no query latent": replace(BASE, q_lora_rank=0),
-    "one group": replace(BASE, num_groups=1, top_groups=1),
-    "eight groups": replace(BASE, num_experts=16, num_groups=8, top_groups=4, topk=8),
-    "yarn": replace(BASE, yarn=YARN),
-    "yarn with amplitude": replace(BASE, yarn=replace(YARN, mscale=0.707, mscale_all=1.4)),
-    "three heads": replace(BASE, num_heads=3, nope_dim=32, rope_dim=16, v_dim=16),
-    "dense first, two shared": replace(BASE, num_dense_layers=2, num_shared_experts=2),
-    "weights not normalised": replace(BASE, normalize_topk=False, route_scale=1.0),
+    "no query latent": changed(BASE, q_lora_rank=0),
+    "one group": changed(BASE, num_groups=1, top_groups=1),
+    "eight groups": changed(BASE, num_experts=16, num_groups=8, top_groups=4, topk=8),
+    "yarn": changed(BASE, yarn=YARN),
+    "yarn with amplitude": changed(BASE, yarn=AMPLIFIED),
+    "three heads": changed(BASE, num_heads=3, nope_dim=32, rope_dim=16, v_dim=16),
+    "dense first, two shared": changed(BASE, num_dense_layers=2, num_shared_experts=2),
+    "weights not normalised": changed(BASE, normalize_topk=False, route_scale=1.0),
 }
 
 
 def hf_config(c: ModelConfig) -> DeepseekV3Config:
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.yarn:
-        y = c.yarn
+    a, r, e = c.attention, c.router, c.experts
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": a.rope_theta}
+    if a.yarn:
+        y = a.yarn
         rope |= {"rope_type": "yarn", "factor": y.factor, "beta_fast": y.beta_fast, "beta_slow": y.beta_slow,
                  "original_max_position_embeddings": y.original_max_seq_len, "mscale": y.mscale,
                  "mscale_all_dim": y.mscale_all}  # fmt: skip
     return DeepseekV3Config(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.dense_hidden,
-        moe_intermediate_size=c.expert_hidden, num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_heads, n_shared_experts=c.num_shared_experts, n_routed_experts=c.num_experts,
-        routed_scaling_factor=c.route_scale, kv_lora_rank=c.kv_lora_rank, q_lora_rank=c.q_lora_rank or None,
-        qk_rope_head_dim=c.rope_dim, v_head_dim=c.v_dim, qk_nope_head_dim=c.nope_dim, n_group=c.num_groups,
-        topk_group=c.top_groups, num_experts_per_tok=c.topk, first_k_dense_replace=c.num_dense_layers,
-        norm_topk_prob=c.normalize_topk, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
+        moe_intermediate_size=e.hidden, num_hidden_layers=c.num_layers, num_attention_heads=a.num_heads,
+        num_key_value_heads=a.num_heads, n_shared_experts=e.num_shared, n_routed_experts=e.num_experts,
+        routed_scaling_factor=r.route_scale, kv_lora_rank=a.kv_lora_rank, q_lora_rank=a.q_lora_rank or None,
+        qk_rope_head_dim=a.rope_dim, v_head_dim=a.v_dim, qk_nope_head_dim=a.nope_dim, n_group=r.num_groups,
+        topk_group=r.top_groups, num_experts_per_tok=r.topk, first_k_dense_replace=c.num_dense_layers,
+        norm_topk_prob=r.normalize_topk, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
         rope_parameters=rope, rope_interleave=True, attention_bias=False, tie_word_embeddings=False,
         attn_implementation="eager", pad_token_id=None,
     )  # fmt: skip
@@ -60,16 +62,17 @@ def hf_names(c: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
         "model.norm.weight": state["norm.weight"],
         "lm_head.weight": state["head.weight"],
     }
-    queries = c.q_lora_rank or c.num_heads * c.qk_dim
+    a = c.attention
+    queries = a.q_lora_rank or a.num_heads * (a.nope_dim + a.rope_dim)
     for i in range(c.num_layers):
         ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        q_a, kv_a = state[ours + "attn.qkv_a.weight"].split([queries, c.kv_lora_rank + c.rope_dim])
-        out[theirs + ("self_attn.q_a_proj.weight" if c.q_lora_rank else "self_attn.q_proj.weight")] = q_a
+        q_a, kv_a = state[ours + "attn.qkv_a.weight"].split([queries, a.kv_lora_rank + a.rope_dim])
+        out[theirs + ("self_attn.q_a_proj.weight" if a.q_lora_rank else "self_attn.q_proj.weight")] = q_a
         out[theirs + "self_attn.kv_a_proj_with_mqa.weight"] = kv_a
         pairs = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
                  "attn.kv_b": "self_attn.kv_b_proj", "attn.kv_norm": "self_attn.kv_a_layernorm",
                  "attn.o": "self_attn.o_proj"}  # fmt: skip
-        if c.q_lora_rank:
+        if a.q_lora_rank:
             pairs |= {"attn.q_b": "self_attn.q_b_proj", "attn.q_norm": "self_attn.q_a_layernorm"}
         for mine, other in pairs.items():
             out[f"{theirs}{other}.weight"] = state[f"{ours}{mine}.weight"]
@@ -89,7 +92,7 @@ def hf_names(c: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def pair(c: ModelConfig, seed: int = 0) -> tuple[Transformer, DeepseekV3ForCausalLM]:
     """Ours and theirs in FP32 with the same random weights, random norms, and biases that are mostly negative."""
     torch.manual_seed(seed)
-    ours = Transformer(c, precision=Precision.FP32, dispatcher=LocalDispatcher(c.num_experts))
+    ours = Transformer(c, Recipe(Precision.FP32), LocalDispatcher(c.experts.num_experts))
     init_weights(ours, seed)
     with torch.no_grad():
         for name, tensor in ours.state_dict().items():

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fp8moe.layers.attention import MlaConfig
-from fp8moe.layers.experts import ExpertsConfig
+from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.router import RouterConfig
 from fp8moe.model.config import ModelConfig
 
@@ -35,4 +35,6 @@ def model_config(**flat: Any) -> ModelConfig:
 def changed(config: ModelConfig, **flat: Any) -> ModelConfig:
     """`config` with some fields of it and of its groups replaced."""
     own, groups = _grouped(flat)
-    return replace(config, **own, **{g: replace(getattr(config, g), **values) for g, values in groups.items() if values})
+    return replace(
+        config, **own, **{g: replace(getattr(config, g), **values) for g, values in groups.items() if values}
+    )

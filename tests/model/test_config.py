@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fp8moe.model.config import YarnConfig
 from tests.model.hf_oracle import BASE
+from tests.model.shapes import changed
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"dim": 100}, "model.dim=100 is no multiple of 16, as FP8 needs: use 96"),
-        ({"expert_hidden": 1}, "use 16"),
-        ({"kv_lora_rank": 40}, "model.kv_lora_rank=40 is no multiple of 16"),
-        ({"rope_dim": 8}, r"model.kv_lora_rank \+ rope_dim=40"),
-        ({"num_groups": 3, "top_groups": 1}, "model.num_groups=3 does not divide num_experts=8: use 2"),
-        ({"top_groups": 5}, "model.top_groups=5 exceeds num_groups=4: use at most 4"),
-        ({"topk": 5}, "model.topk=5 exceeds the 4 experts of top_groups=2 groups: use at most 4"),
-        ({"num_dense_layers": 4}, "between 0 and num_layers=3"),
-        ({"mtp_depth": 2}, "use 0 or 1"),
-        ({"vocab_size": 0}, "model.vocab_size=0 must be at least 1"),
-        ({"num_shared_experts": -1}, "use 0 for none"),
-        ({"score": "tanh"}, "use sigmoid or softmax"),
-        ({"attention": "fast"}, "use sdpa or flash"),
+        ({"dim": 100}, "^model.dim=100 must be a multiple of 16, which FP8 needs: use 96$"),
+        ({"dim": 105}, "model.dim=105 .* use 112"),
+        ({"dense_hidden": 100}, "model.dense_hidden=100 .* use 96"),
+        ({"expert_hidden": 1}, "model.experts.hidden=1 must be a multiple of 16, which FP8 needs: use 16"),
+        ({"q_lora_rank": 24}, "model.attention.q_lora_rank=24 must be a multiple of 16"),
+        ({"kv_lora_rank": 40}, "model.attention.kv_lora_rank=40 must be a multiple of 16"),
+        ({"rope_dim": 8}, r"model.attention.kv_lora_rank \+ rope_dim=40 .* use"),
+        ({"num_heads": 1, "nope_dim": 24}, r"model.attention.num_heads \* \(nope_dim \+ rope_dim\)=40 "),
+        ({"num_heads": 1, "v_dim": 24}, r"model.attention.num_heads \* \(nope_dim \+ v_dim\)=40 "),
+        ({"num_groups": 3, "top_groups": 1}, "model.router.num_groups=3 does not divide num_experts=8: use 2"),
+        ({"num_dense_layers": 4}, "model.num_dense_layers=4 must be between 0 and num_layers=3"),
+        ({"num_dense_layers": -1}, "model.num_dense_layers=-1 must be between 0 and num_layers=3"),
+        ({"mtp_depth": 2}, "model.mtp_depth=2 must be 0 or 1: .* use 1"),
+        *(({name: 0}, f"^model.{name}=0 must be at least 1$")
+          for name in ("vocab_size", "dim", "num_layers", "dense_hidden", "max_seq_len")),
     ],
-)
+)  # fmt: skip
 def test_refusals(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        replace(BASE, **change)
+        changed(BASE, **change)
 
 
-def test_yarn_scales_as_published() -> None:
-    v3 = YarnConfig(factor=40.0, original_max_seq_len=4096)
-    assert v3.softmax_factor == pytest.approx((0.1 * 3.6888794541139363 + 1) ** 2)
-    assert v3.amplitude == 1.0
-    assert replace(BASE, yarn=v3).softmax_scale == pytest.approx(BASE.softmax_scale * v3.softmax_factor)
-    with pytest.raises(ValueError, match="use 1 or more"):
-        YarnConfig(factor=0.5)
+@pytest.mark.parametrize("num_dense_layers, mtp_depth, dense, has_experts", [
+    (0, 0, [False, False, False, False], True),
+    (1, 0, [True, False, False, False], True),
+    (3, 0, [True, True, True, False], False),
+    (3, 1, [True, True, True, False], True),
+])  # fmt: skip
+def test_dense_blocks_come_first_and_the_mtp_block_has_experts(
+    num_dense_layers: int, mtp_depth: int, dense: list[bool], has_experts: bool
+) -> None:
+    config = changed(BASE, num_dense_layers=num_dense_layers, mtp_depth=mtp_depth)
+    assert [config.is_dense(layer) for layer in range(4)] == dense
+    assert config.has_experts is has_experts

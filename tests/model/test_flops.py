@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fp8moe.layers.dispatch import LocalDispatcher
-from fp8moe.layers.recipe import Precision
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.config import ModelConfig
-from fp8moe.model.flops import count_parameters, flops_per_token, mfu
+from fp8moe.model.flops import block_parameters, count_parameters, flops_per_token, mfu
 from fp8moe.model.transformer import Transformer
 from tests.model.hf_oracle import BASE
 from tests.model.published import DSV2_LITE_16B, DSV3_671B
+from tests.model.shapes import changed
 
 # DeepSeek-V3 by hand, a layer at a time.
 ATTENTION = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168 + 1536 + 512
@@ -42,25 +45,31 @@ def test_v3_flops_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("config", [BASE, DSV2_LITE_16B, DSV3_671B], ids=["small", "dsv2_lite_16b", "dsv3_671b"])
 def test_modules_hold_what_is_counted(config: ModelConfig) -> None:
-    model = Transformer(config, precision=Precision.FP8, dispatcher=LocalDispatcher(config.num_experts), device="meta")
+    model = on_meta(config, config.experts.num_experts)
     counts = count_parameters(config)
     assert sum(p.numel() for p in model.parameters()) == counts.total + counts.mtp
+    blocks = {i: sum(p.numel() for p in model.block(i).parameters()) for i in range(config.num_layers)}
+    assert blocks == {i: block_parameters(config, i) for i in range(config.num_layers)}
     assert all(p.device.type == "meta" and p.main_grad.dtype is torch.float32 for p in model.parameters())
 
 
 def test_a_stage_holds_its_layers_alone() -> None:
-    local = LocalDispatcher(DSV3_671B.num_experts // 64)  # one of 64 expert-parallel ranks
-    stage = Transformer(
-        DSV3_671B,
-        precision=Precision.FP8,
-        dispatcher=local,
-        layers=range(4, 8),
-        embedding=False,
-        head=False,
-        device="meta",
-    )
+    one_of_64 = DSV3_671B.experts.num_experts // 64  # expert-parallel ranks
+    stage = on_meta(DSV3_671B, one_of_64, layers=range(4, 8), embedding=False, head=False)
     assert list(stage.blocks) == ["4", "5", "6", "7"]
     held = 4 * (MOE_LAYER - 252 * EXPERT)
     assert sum(p.numel() for p in stage.parameters()) == held
-    whole = Transformer(DSV3_671B, precision=Precision.FP8, dispatcher=LocalDispatcher(256), device="meta")
+    whole = on_meta(DSV3_671B, 256)
     assert set(dict(stage.named_parameters())) < set(dict(whole.named_parameters()))
+
+
+@pytest.mark.parametrize("embedding, head", [(True, False), (False, True)])
+def test_an_end_without_the_other_has_no_mtp_module(embedding: bool, head: bool) -> None:
+    part = on_meta(changed(BASE, mtp_depth=1), 8, layers=[2, 0], embedding=embedding, head=head)
+    assert list(part.blocks) == ["0", "2"] and part.mtp is None
+    assert (part.embedding is None, part.norm is None, part.head is None) == (not embedding, not head, not head)
+
+
+def on_meta(config: ModelConfig, num_experts: int, **part: Any) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config, Recipe(Precision.FP8), LocalDispatcher(num_experts), **part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,20 +9,21 @@ import torch
 from torch import Tensor
 
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
-from fp8moe.layers.recipe import Precision
+from fp8moe.layers.linear import is_expert
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing, update_bias
-from fp8moe.layers.wgrad import is_expert
 from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher
+from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
 from fp8moe.parallel.mesh import build_mesh
 from tests.model.batches import tokens
 from tests.model.hf_oracle import BASE
+from tests.model.shapes import changed
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
-CONFIG = replace(BASE, num_layers=3, mtp_depth=1)
+CONFIG = changed(BASE, num_layers=3, mtp_depth=1)
 SEQUENCES, SEQ_LEN = 4, 32
 ROUTERS = 3  # two blocks with experts, and the MTP module's
 
@@ -31,10 +31,10 @@ ROUTERS = 3  # two blocks with experts, and the MTP module's
 def one_step(dp: int, ep: int, precision: Precision) -> dict[str, Any]:
     """Forward and backward of this rank's share of one global batch, reduced; all that must not depend on layout."""
     mesh = build_mesh(1, dp, ep, timeout=TIMEOUT)
-    dispatcher: Dispatcher = LocalDispatcher(CONFIG.num_experts)
+    dispatcher: Dispatcher = LocalDispatcher(CONFIG.experts.num_experts)
     if mesh.ep_group is not None:
-        dispatcher = AllToAllDispatcher(mesh.ep_group, CONFIG.num_experts)
-    model = Transformer(CONFIG, precision=precision, dispatcher=dispatcher)
+        dispatcher = AllToAllDispatcher(*one_hop(mesh.ep_group, CONFIG.experts.num_experts))
+    model = Transformer(CONFIG, Recipe(precision), dispatcher)
     init_weights(model, seed=0, ep_rank=mesh.ep_rank)
     choices: list[Tensor] = []
     gaps: list[float] = []
@@ -98,7 +98,7 @@ def test_fp32_step_is_the_one_process_step(dp: int, ep: int) -> None:
     for name, (grad, _) in expected["grads"].items():
         distance = (gathered(answers, name) - grad).norm() / grad.norm()
         assert distance <= 1e-5, f"{name}: {distance:.2e}"
-    assert expected["loads"].sum() == ROUTERS * SEQUENCES * SEQ_LEN * CONFIG.topk
+    assert expected["loads"].sum() == ROUTERS * SEQUENCES * SEQ_LEN * CONFIG.router.topk
 
 
 def test_fp8_step_hardly_depends_on_the_layout() -> None:

@@ -3,17 +3,12 @@
 import itertools
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import yaml
 
-import fp8moe
 from fp8moe.errors import ConfigError
-from fp8moe.layers.recompute import RECIPE, Recompute
 from fp8moe.model.config import ModelConfig
-from fp8moe.model.flops import count_parameters, flops_per_token
-from fp8moe.model.memory import MicroBatch, rank_parameters, stage_activation_bytes, stage_parameters
+from fp8moe.model.flops import flops_per_token
 from fp8moe.model.partition import (
     Stage,
     block_cost,
@@ -24,19 +19,17 @@ from fp8moe.model.partition import (
     relative_costs,
     stage_cost,
 )
+from tests.model.published import DSV3_671B
+from tests.model.shapes import changed, model_config
 
-
-def model(name: str) -> ModelConfig:
-    file = Path(fp8moe.__file__).resolve().parent / "configs" / "model" / f"{name}.yaml"
-    return ModelConfig(**yaml.safe_load(file.read_text()))
+SMALL = model_config(
+    vocab_size=1024, dim=64, num_layers=8, num_dense_layers=2, num_heads=2, q_lora_rank=32, kv_lora_rank=32,
+    nope_dim=16, rope_dim=16, v_dim=16, dense_hidden=256, expert_hidden=64, num_experts=8, topk=2, max_seq_len=128,
+)  # fmt: skip
 
 
 def small(**changes: int) -> ModelConfig:
-    base = ModelConfig(
-        vocab_size=1024, dim=64, num_layers=8, num_dense_layers=2, num_heads=2, q_lora_rank=32, kv_lora_rank=32,
-        nope_dim=16, rope_dim=16, v_dim=16, dense_hidden=256, expert_hidden=64, num_experts=8, topk=2, max_seq_len=128,
-    )  # fmt: skip
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return changed(SMALL, **changes)
 
 
 def counts(stages: tuple[Stage, ...]) -> tuple[int, ...]:
@@ -106,7 +99,7 @@ def test_every_block_is_placed_once_and_the_ends_where_they_belong(stages: int, 
 
 
 def test_v3_on_sixteen_ranks() -> None:
-    config = model("dsv3_671b")
+    config = DSV3_671B
     cut = partition(config, 16, seq_len=4096, folded=True)
     assert counts(cut) == (4,) * 15 + (1,)
     assert imbalance(config, cut, 4096, True) == pytest.approx(1.100, abs=5e-4)
@@ -114,57 +107,12 @@ def test_v3_on_sixteen_ranks() -> None:
     assert sum(relative_costs(config, cut, 4096)) == pytest.approx(16)
 
 
-@pytest.mark.parametrize("name", ["tiny", "dsv2_lite_16b", "dsv3_671b"])
-def test_parameters_add_up_to_the_model(name: str) -> None:
-    config = model(name)
-    stages = partition(config, 4)
-    whole = count_parameters(config)
-    assert sum(stage_parameters(config, stage) for stage in stages) == whole.total + whole.mtp
-    # Folded, embedding and head share a rank; in a line the MTP module's rank holds a tied copy.
-    assert rank_parameters(config, [stages[0], stages[3]]) == sum(stage_parameters(config, stages[i]) for i in (0, 3))
-    tied = config.mtp_depth * config.vocab_size * config.dim
-    assert rank_parameters(config, [stages[3]]) == stage_parameters(config, stages[3]) + tied
-
-
-def test_expert_parallel_ranks_share_the_routed_experts_only() -> None:
-    config = small(mtp_depth=1)
-    stage = partition(config, 1)[0]
-    routed = (config.num_layers - config.num_dense_layers + 1) * 8 * 3 * 64 * 64
-    assert stage_parameters(config, stage) - stage_parameters(config, stage, 4) == routed * 3 // 4
-
-
 def test_costs_add_up_to_the_models_arithmetic() -> None:
-    config = model("dsv3_671b")
+    config = DSV3_671B
     stages = partition(replace(config, mtp_depth=0), 8)
     total = sum(stage_cost(replace(config, mtp_depth=0), stage, 4096) for stage in stages) - embedding_cost(config)
     assert total == pytest.approx(flops_per_token(config, 4096) / 3, rel=1e-5)  # norms aside, which do no products
     assert mtp_cost(config, 4096) > block_cost(config, 61, 4096) and mtp_cost(replace(config, mtp_depth=0), 4096) == 0
-
-
-def test_activation_bytes_by_hand() -> None:
-    """One mixture block, FP8: residual twice, latents, E5M6 output, log-sum-exp, received rows with weight and place,
-    gate and up, scores, choice and sums; then what each kind of recomputation spares."""
-    config = small(num_layers=1, num_dense_layers=0)
-    stage = Stage(0, 0, 1, True, False, False)
-    tile = 1 + 4 / 128
-    per_token = (
-        2 * 64 * 2 + 2 * (32 + 32 + 16) + (1.5 + 4 / 128) * 2 * 16 + 4 * 2 + tile * (2 * 64 + 2 * 64 * 3) + 2 * (4 + 16)
-        + 4 * 8 + 12 * 2 + 4 * 2
-    )  # fmt: skip
-    assert stage_activation_bytes(config, stage, MicroBatch(3, 10)) == pytest.approx(30 * per_token)
-    wide = [stage_activation_bytes(config, stage, MicroBatch(1, 1, precision)) for precision in ("fp8", "bf16", "fp32")]
-    assert wide == sorted(wide) and wide[2] > 1.8 * wide[1]
-    with_head = replace(stage, head=True)
-    assert stage_activation_bytes(config, with_head, MicroBatch(1, 1)) - wide[0] == 2 * (64 + 1024)
-
-    def spared(name: Recompute, precision: str, where: Stage = stage) -> float:
-        every, without = (MicroBatch(1, 1, precision, names) for names in (RECIPE, RECIPE - {name}))
-        return stage_activation_bytes(config, where, without) - stage_activation_bytes(config, where, every)
-
-    assert spared(Recompute.NORM, "fp8") == 2 * (64 + 64 + 32 + 32)
-    assert spared(Recompute.NORM, "fp8", with_head) == 2 * (64 + 64 + 32 + 32 + 64)
-    assert spared(Recompute.MLA_UP, "fp8") == 2 * 2 * (32 + 32 + 16 + 16)
-    assert [spared(Recompute.SWIGLU, precision) for precision in ("fp8", "bf16", "fp32")] == [0, 2 * 3 * 64, 4 * 3 * 64]
 
 
 @pytest.mark.parametrize(

@@ -1,125 +1,184 @@
-"""Phase by phase equals ordinary autograd to the bit, in every precision, in order and interleaved."""
+"""Phase by phase equals ordinary autograd to the bit: every precision and recomputation, in order and interleaved."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from fp8moe.layers.attention.mla import Positions
-from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
-from fp8moe.layers.recipe import Precision
-from fp8moe.layers.wgrad import DeferredWgrads
-from fp8moe.model.block import Block
-from fp8moe.model.phases import BalanceLoss, DensePass, MoePass, pass_through
-from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.layers.dispatch import LocalDispatcher
+from fp8moe.layers.linear import Linear
+from fp8moe.layers.moe import GroupedLinear, GroupedProducts
+from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, FULL_RECOMPUTE, Precision, Recompute
+from fp8moe.layers.router import Router
+from fp8moe.model.phases import BalanceLoss, pass_through
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
-from tests.model.hf_oracle import BASE
+from tests.model.passes import (
+    CHOICES,
+    CONFIG,
+    IDS,
+    NOTHING,
+    B,
+    S,
+    autograd,
+    backward,
+    build,
+    equal,
+    forward,
+    grads,
+    interleaved,
+    loads,
+    positions,
+    start,
+    step,
+    stream,
+    wgrads,
+)
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
-B, S, BALANCE = 2, 24, 0.25
-CONFIG = replace(BASE, num_layers=2, num_dense_layers=1)
-F_ORDER = {"dense": ("attn", "mlp"), "moe": ("attn", "dispatch", "mlp", "combine")}
-# The start order of an overlapped pair: a backward's and a forward's phases, each in its own order, mixed.
-PAIR = ("B combine", "F attn", "F dispatch", "B mlp", "B dispatch", "W mlp", "F mlp", "F combine", "B attn", "W attn")
+BLOCKS = {"dense": (0, {}), "moe": (1, {}), "unshared": (1, {"num_shared_experts": 0}), "unfused": (1, {"v_dim": 16})}
+PHASES = {"dense": ("attn", "mlp"), "moe": ("attn", "dispatch", "mlp", "combine")}
 
 
-def build(precision: Precision, shared: int = 1, dispatcher: Dispatcher | None = None, ep_rank: int = 0) -> Transformer:
-    config = replace(CONFIG, num_shared_experts=shared)
-    dispatcher = dispatcher or LocalDispatcher(config.num_experts)
-    model = Transformer(config, precision=precision, dispatcher=dispatcher)
-    init_weights(model, seed=3, ep_rank=ep_rank)
-    return model
+def weight_gradient_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each Linear's weight gradient is computed from here on, by its id."""
+    calls: Counter[int] = Counter()
+    single, grouped = Linear.wgrad, GroupedProducts.wgrad
 
+    def counted(self: Linear, *operands: Any) -> None:
+        calls[id(self)] += 1
+        single(self, *operands)
 
-def stream(model: Transformer, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, dy = torch.randn(2, B * S, CONFIG.dim, generator=generator).to(model.precision.dtype)
-    return x, dy
+    def counted_groups(self: GroupedProducts, *operands: Any) -> None:
+        calls[id(self.linear)] += 1
+        grouped(self, *operands)
 
-
-def autograd(model: Transformer, layer: int, x: Tensor, dy: Tensor) -> list[Tensor]:
-    positions = model.positions(torch.arange(S).expand(B, -1))
-    x = x.clone().requires_grad_()
-    y, balance = model.blocks[str(layer)](x, positions)
-    torch.autograd.backward([y, balance], [dy, torch.tensor(BALANCE)]) if balance.requires_grad else y.backward(dy)
-    assert x.grad is not None
-    return [y.detach(), x.grad]
-
-
-def grads(model: Transformer) -> list[Tensor]:
-    out = [p.main_grad.clone() for p in model.parameters()]
-    model.main_grads.zero_()
-    return out
-
-
-def start(model: Transformer, layer: int, x: Tensor, store: DeferredWgrads, key: int) -> DensePass | MoePass:
-    positions = model.positions(torch.arange(S).expand(B, -1))
-    return start_at(model.block(layer), x, positions, store, key)
-
-
-def start_at(block: Block, x: Tensor, positions: Positions, store: DeferredWgrads, key: int) -> DensePass | MoePass:
-    return pass_through(block, lambda: x, positions, BalanceLoss(BALANCE, lambda loss: None), store=store, key=key)
+    monkeypatch.setattr(Linear, "wgrad", counted)
+    monkeypatch.setattr(GroupedProducts, "wgrad", counted_groups)
+    return calls
 
 
 @pytest.mark.parametrize("precision", list(Precision))
-@pytest.mark.parametrize("layer, shared", [(0, 1), (1, 1), (1, 0)])
-def test_phases_equal_autograd(precision: Precision, layer: int, shared: int) -> None:
-    model = build(precision, shared)
-    x, dy = stream(model, seed=0)
-    expected = autograd(model, layer, x, dy) + grads(model)
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("recompute", CHOICES, ids=IDS)
+def test_phases_equal_autograd(
+    precision: Precision, kind: str, recompute: frozenset[Recompute], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, changes = BLOCKS[kind]
+    plain, model = (build(precision, names, **changes) for names in (NOTHING, recompute))
+    x, dy = stream(plain, seed=0)
+    expected = [*autograd(plain, layer, x, dy), *grads(plain), *loads(plain)]
+    assert equal(expected, [*autograd(model, layer, x, dy), *grads(model), *loads(model)])
+    for router in (m for m in model.modules() if isinstance(m, Router)):
+        router.counts_E.zero_()
 
-    store = DeferredWgrads()
-    run = start(model, layer, x, store, key=0)
-    assert tuple(phase.name for phase in run.phases) == F_ORDER["dense" if layer == 0 else "moe"]
-    for phase in run.phases:
-        phase.forward()
-    output = run.output
-    run.backward_from(lambda: dy)
-    for phase in reversed(run.phases):
-        phase.backward()
-    early = grads(model)
-    linears = [
-        i for i, (name, _) in enumerate(model.named_parameters()) if f"blocks.{layer}." in name and "down" in name
-    ]
-    assert linears and all(not early[i].any() for i in linears), "weight gradients must wait"
-    for phase in run.phases:
-        if phase.wgrad:
-            phase.wgrad()
-    assert len(store) == 0
-    late = [a + b for a, b in zip(early, grads(model), strict=True)]
-    got = [output, run.input_gradient, *late]
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    calls = weight_gradient_calls(monkeypatch)
+    run = start(model, layer, x)
+    assert tuple(phase.name for phase in run.phases) == PHASES["moe" if layer else "dense"]
+    assert {p.name for p in run.phases if p.kind == "communication"} == {"dispatch", "combine"} & set(
+        PHASES["moe"][: 4 * layer]
+    )
+    output, input_gradient = forward(run), backward(run, dy)
+    assert not calls, "weight gradients wait"
+    wgrads(run)
+    linears = [m for m in model.block(layer).modules() if isinstance(m, (Linear, GroupedLinear))]
+    assert calls == {id(linear): 1 for linear in linears}, "each weight gradient is registered once"
+    assert equal(expected, [output, input_gradient, *grads(model), *loads(model)])
+
+
+def test_a_phases_weight_gradients_are_those_of_its_own_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(Precision.BF16, DEFAULT_RECOMPUTE)
+    x, dy = stream(model, seed=0)
+    first, second = start(model, 1, x), start(model, 1, x * 2)
+    for run in (first, second):
+        forward(run)
+        backward(run, dy)
+    calls = weight_gradient_calls(monkeypatch)
+    block = model.block(1)
+    attn, _, mlp, _ = first.phases
+    for phase, modules in ((mlp, block.moe), (attn, block.attn)):
+        assert phase.wgrad is not None and modules is not None
+        phase.wgrad()
+        assert calls == {id(m): 1 for m in modules.modules() if isinstance(m, (Linear, GroupedLinear))}
+        calls.clear()
+    got = grads(model)
+    wgrads(second)
+    others = grads(model)
+    down = [name for name, _ in model.named_parameters()].index("blocks.1.moe.experts.down.weight")
+    assert got[down].any() and others[down].any() and not torch.equal(got[down], others[down])
+
+
+def test_the_balance_loss_is_told_once_in_the_forward_and_weighed_in_the_backward() -> None:
+    model = build(Precision.FP32, NOTHING)
+    x, dy = stream(model, seed=0)
+    told: list[float] = []
+    _, balance = model.block(1)(x, positions(model))
+    gradients = []
+    for weight in (0.0, 1.0, 3.0):
+        balance_loss = BalanceLoss(weight, lambda loss: told.append(loss.item()))
+        run = pass_through(model.block(1), lambda: x, positions(model), balance_loss)
+        forward(run)
+        assert len(told) == 1 and told.pop() == balance.item()
+        backward(run, dy)
+        assert not told
+        gradients.append(
+            dict(zip(dict(model.named_parameters()), grads(model), strict=True))["blocks.1.moe.router.weight"]
+        )
+    torch.testing.assert_close(gradients[2] - gradients[0], 3 * (gradients[1] - gradients[0]), rtol=1e-3, atol=1e-6)
+    assert (gradients[1] - gradients[0]).any()
 
 
 def test_counts_leave_in_attn_and_rows_in_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, called = build(Precision.FP8), []
+    model, called = build(Precision.FP8, DEFAULT_RECOMPUTE), []
     for name in ("announce", "dispatch"):
         verb = getattr(LocalDispatcher, name)
         monkeypatch.setattr(LocalDispatcher, name, lambda *a, n=name, f=verb: (called.append(n), f(*a))[1])
     x, _ = stream(model, seed=0)
-    attn, dispatch, *_ = start(model, 1, x, DeferredWgrads(), key=0).phases
+    attn, dispatch, *_ = start(model, 1, x).phases
     attn.forward()
     assert called == ["announce"]
     dispatch.forward()
     assert called == ["announce", "dispatch"]
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_phases_out_of_order_are_refused(kind: str) -> None:
+    model = build(Precision.FP32, NOTHING)
+    layer, _ = BLOCKS[kind]
+    x, dy = stream(model, seed=0)
+    run = start(model, layer, x)
+    with pytest.raises(AssertionError, match="out of order"):
+        run.phases[1].forward()
+    forward(run)
+    run.backward_from(lambda: dy)
+    with pytest.raises(AssertionError, match="out of order"):
+        run.phases[0].backward()
+
+
 @pytest.mark.parametrize("precision", list(Precision))
-def test_interleaved_pair_equals_one_after_the_other(precision: Precision) -> None:
-    expected, got = interleaved(build(precision))
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+@pytest.mark.parametrize("recompute", CHOICES, ids=IDS)
+def test_an_interleaved_pair_equals_one_after_the_other(precision: Precision, recompute: frozenset[Recompute]) -> None:
+    expected, _ = interleaved(build(precision, NOTHING))
+    assert all(equal(expected, got) for got in interleaved(build(precision, recompute)))
 
 
 def interleaved_on_ranks(precision: Precision, kind: str, chunks: int) -> bool:
-    """The same pair with real messages under way beside the compute; every rank starts them in one order."""
+    """The same pair with real messages beside the compute, every rank starting them in one order; and a whole step.
+
+    With everything recomputed against one after the other with nothing.
+    """
     mesh = build_mesh(1, 4, 4, timeout=TIMEOUT, ranks_per_node=2)
-    dispatcher = make_dispatcher(kind, mesh, CONFIG.num_experts, max_tokens=B * S, chunks=chunks)
-    expected, got = interleaved(build(precision, 1, dispatcher, mesh.ep_rank))
-    return all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    found = []
+    for recompute in (NOTHING, FULL_RECOMPUTE):
+        dispatcher = make_dispatcher(kind, mesh, CONFIG.experts.num_experts, max_tokens=B * S, chunks=chunks)
+        model = build(precision, recompute, dispatcher, mesh.ep_rank)
+        pair, whole = interleaved(model), step(model)
+        found.append([[*order, *whole] for order in pair])
+    (expected, plain), both = found
+    return all(equal(expected, got) for got in (plain, *both))
 
 
 @pytest.mark.parametrize("precision, kind, chunks", [
@@ -127,32 +186,3 @@ def interleaved_on_ranks(precision: Precision, kind: str, chunks: int) -> bool:
 ])  # fmt: skip
 def test_the_pair_across_ranks(precision: Precision, kind: str, chunks: int) -> None:
     assert run_ranks(interleaved_on_ranks, 4, precision, kind, chunks) == [True] * 4
-
-
-def interleaved(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
-    """Two micro-batches one after the other under autograd, and as an overlapped pair: outputs and gradients."""
-    (x0, dy0), (x1, dy1) = stream(model, 0), stream(model, 1)
-    first, second = autograd(model, 1, x0, dy0), autograd(model, 1, x1, dy1)
-    expected = [*first, *second, *grads(model)]
-
-    store = DeferredWgrads()
-    old = start(model, 1, x0, store, key=0)
-    for phase in old.phases:
-        phase.forward()
-    y0 = old.output
-    old.backward_from(lambda: dy0)
-    new = start(model, 1, x1, store, key=1)
-    by_name = {"F": {p.name: p.forward for p in new.phases}, "B": {p.name: p.backward for p in old.phases},
-               "W": {p.name: p.wgrad for p in old.phases}}  # fmt: skip
-    for step in PAIR:
-        direction, name = step.split()
-        action = by_name[direction][name]
-        assert action is not None
-        action()
-    y1 = new.output
-    new.backward_from(lambda: dy1)
-    for phase in reversed(new.phases):
-        phase.backward()
-        if phase.wgrad:
-            phase.wgrad()
-    return expected, [y0, old.input_gradient, y1, new.input_gradient, *grads(model)]

@@ -1,11 +1,10 @@
-"""A stage's chain of runs gives what the model gives under autograd, and nothing of it outlives its backward."""
+"""A stage's chain of passes gives what the model gives under autograd, and nothing of it outlives its backward."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.phase import Pass
-from fp8moe.layers.recipe import Precision
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.loss import LossCounts, LossTally, count_predicted, loss_weights, total_loss
 from fp8moe.model.partition import partition
 from fp8moe.model.stage import StagePasses
@@ -26,14 +25,15 @@ from fp8moe.schedule.build import build_schedule
 from fp8moe.schedule.simulate import peak_held
 from tests.model.batches import Tokens, tokens
 from tests.model.hf_oracle import BASE
+from tests.model.shapes import changed
 
-CONFIG = replace(BASE, num_layers=4, mtp_depth=1)
+CONFIG = changed(BASE, num_layers=4, mtp_depth=1)
 MICROBATCHES, SEQ_LEN = 4, 24
 SCHEDULES = [("1f1b", True), ("zb1p", True), ("dualpipev", True), ("dualpipev", False)]
 
 
 def built(precision: Precision) -> Transformer:
-    model = Transformer(CONFIG, precision=precision, dispatcher=LocalDispatcher(CONFIG.num_experts))
+    model = Transformer(CONFIG, Recipe(precision), LocalDispatcher(CONFIG.experts.num_experts))
     init_weights(model, seed=0)
     return model
 
@@ -51,18 +51,18 @@ WEIGHTS = loss_weights(counts(), mtp_weight=0.3, balance_alpha=1e-2)
 
 
 def pipelined(
-    model: Transformer, name: str, overlap: bool, watch: Callable[[Sequence[Pass]], None] = lambda runs: None
+    model: Transformer, name: str, overlap: bool, watch: Callable[[Sequence[Pass]], None] = lambda passes: None
 ) -> Tensor:
-    """A step of the schedule on one rank -> the tally; `watch` is shown the runs of each stage and micro-batch."""
+    """A step of the schedule on one rank -> the tally; `watch` is shown the passes of each stage and micro-batch."""
     schedule = build_schedule(name, 1, MICROBATCHES)
     stages = partition(CONFIG, schedule.num_stages, seq_len=SEQ_LEN, folded=schedule.is_folded)
     tally = LossTally(torch.device("cpu"))
     make = StagePasses(model, stages, batches(), WEIGHTS, tally)
 
     def watched(stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
-        runs = make(stage, microbatch, source)
-        watch(runs)
-        return runs
+        passes = make(stage, microbatch, source)
+        watch(passes)
+        return passes
 
     links = Links(Mesh(1, 1, 1, rank=0), timedelta(seconds=1))
     Pipeline(schedule, 0, links, watched, empty=lambda: torch.empty(0), overlap=overlap).run()
@@ -95,14 +95,14 @@ def counted_only() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name, overlap", SCHEDULES)
-def test_runs_are_let_go_without_a_collector(name: str, overlap: bool, counted_only: None) -> None:
+def test_passes_are_let_go_without_a_collector(name: str, overlap: bool, counted_only: None) -> None:
     model = built(Precision.BF16)
-    made: list[list[weakref.ref[Run]]] = []
+    made: list[list[weakref.ref[Pass]]] = []
     most = 0
 
-    def watch(runs: Sequence[Pass]) -> None:
+    def watch(passes: Sequence[Pass]) -> None:
         nonlocal most
-        made.append([weakref.ref(run) for run in runs])
+        made.append([weakref.ref(one) for one in passes])
         most = max(most, sum(any(ref() is not None for ref in refs) for refs in made))
 
     pipelined(model, name, overlap, watch)
