@@ -39,6 +39,13 @@ TOP_FILES = (
 )
 VAGUE = re.compile(r"(.*_)?(utils?|common|helpers?|misc)|managers?|manager_.*|.*_managers?")
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:home|root|work|farm|Users)/")
+# Names and phrases that this project coined once and replaced by the field's own (CONTRIBUTING, "Words").
+COINED = re.compile(
+    r"\b(?:cargos?|islands?|legs?|letter box|sisters?|settle[sd]?|journal|borne|in vain|stayed away|under way"
+    r"|stand-?ins?)\b",
+    re.IGNORECASE,
+)
+PRODUCT_TEXT = ("kernels", "fp8moe", "benchmarks", "configs", "launch", "docker", "docs")
 LEFT_OVER = re.compile(r"\b(?:TO" r"DO|FIX" r"ME)\b")
 
 
@@ -274,10 +281,16 @@ def symlink_violations(root: Path) -> list[str]:
     return broken
 
 
-def text_violations(root: Path, pattern: re.Pattern[str], rule: str) -> list[str]:
+def text_violations(
+    root: Path,
+    pattern: re.Pattern[str],
+    rule: str,
+    folders: tuple[str, ...] = TEXT,
+    top_files: tuple[str, ...] = TOP_FILES,
+) -> list[str]:
     """Lines of the project's own text files that match `pattern`."""
     broken = []
-    for path in (*files_under(root, *TEXT), *(root / name for name in TOP_FILES)):
+    for path in (*files_under(root, *folders), *(root / name for name in top_files)):
         if not path.is_file():
             continue
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
@@ -294,3 +307,9 @@ def machine_path_violations(root: Path) -> list[str]:
 def left_over_violations(root: Path) -> list[str]:
     """Marks of unfinished work."""
     return text_violations(root, LEFT_OVER, "a mark of unfinished work: finish it, or say it in an issue")
+
+
+def coined_word_violations(root: Path) -> list[str]:
+    """Coined words where the field has its own; CONTRIBUTING, CHANGELOG and measured records may quote them."""
+    found = text_violations(root, COINED, "a coined word: use the field's own", PRODUCT_TEXT, ("README.md",))
+    return [violation for violation in found if ".json:" not in violation]

@@ -130,6 +130,8 @@ BREAKS = [
         '"""B."""\n# TO' + "DO: measure\n",
         "bench_gemm.py:2: a mark of unfinished",
     ),
+    ("coined_word", "fp8moe/layers/norm.py", '"""The sisters of a norm."""\n', "norm.py:1: a coined word"),
+    ("coined_word", "README.md", "ok\nA message under way.\n", "README.md:2: a coined word"),
     ("left_over", "configs/train.yaml", "# FIX" + "ME\n", "train.yaml:1: a mark"),
 ]
 
