@@ -59,7 +59,7 @@ def _collect(readers: list[Connection], deadline: float, absent: tuple[int, ...]
             try:
                 ok, value = pickle.loads(readers[rank].recv_bytes())
             except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
+                raise AssertionError(f"rank {rank} died without a result") from None
             assert ok, f"rank {rank} failed:\n{value}"
             results[rank] = value
     return [results[i] for i in range(len(readers))]

@@ -1,8 +1,9 @@
-"""The all-to-all by pairs (what arrives, what is posted first, whose timeout holds), and the offset of clocks."""
+"""Collectives: what arrives, what is posted first, whose timeout holds, what is counted, and the offset of clocks."""
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fp8moe.parallel import collectives, hang
-from fp8moe.parallel.collectives import clock_offset, sent_bytes, start_all_to_all
+from fp8moe.parallel.collectives import all_reduce, clock_offset, exchange, gather, sent_bytes, start_all_to_all
 from tests.parallel.ranks import run_ranks
 
 WORLD = 4
@@ -73,3 +74,62 @@ def test_clocks_of_other_machines_are_set_by_that_of_rank_0() -> None:
     assert found[:2] == [0.0, 0.0]
     assert found[2] == pytest.approx(100.0, abs=0.5)
     assert clock_offset(None) == 0.0
+
+
+def strided() -> list[list[float]]:
+    group = dist.group.WORLD
+    assert group is not None
+    rows = torch.arange(6.0).view(2, 3).T + 100 * group.rank()  # [3, 2], transposed: one row stays, two go
+    send, receive = ([1, 2], [1, 2]) if group.rank() == 0 else ([2, 1], [2, 1])
+    return start_all_to_all(rows, send, receive, group, "rows").wait().tolist()
+
+
+def test_transposed_rows_arrive_right() -> None:
+    rows = [(torch.arange(6.0).view(2, 3).T + 100 * rank).tolist() for rank in range(2)]
+    assert run_ranks(strided, 2) == [rows[0][:1] + rows[1][:2], rows[0][1:] + rows[1][2:]]
+
+
+def by_row() -> tuple[list[list[int]], list[Any], dict[tuple[str, int], int], dict[tuple[str, int], int]]:
+    group = dist.new_group([0, 1, 2], group_desc="three")
+    me = group.rank()
+    sent_bytes()
+    got = exchange(torch.tensor([[10 * me + peer, -1] for peer in range(3)]), group, "numbers")
+    values = gather({"rank": me}, group)
+    total = all_reduce(torch.tensor([me]), group, dist.ReduceOp.MAX)
+    assert total.item() == 2 and all_reduce(torch.tensor([me]), group).item() == 3
+    return got.tolist(), values, sent_bytes(), sent_bytes()
+
+
+def test_one_row_to_every_rank_and_what_was_sent_is_counted_by_peer() -> None:
+    for me, (got, values, sent, later) in enumerate(run_ranks(by_row, 3)):
+        assert got == [[10 * peer + me, -1] for peer in range(3)]
+        assert values == [{"rank": rank} for rank in range(3)]
+        assert sent == {("three", peer): 16 for peer in range(3) if peer != me}
+        assert later == {}
+
+
+def test_a_group_of_one_does_nothing() -> None:
+    tensor = torch.ones(2)
+    assert all_reduce(tensor, None) is tensor and tensor.tolist() == [1, 1]
+    assert gather("mine", None) == ["mine"]
+
+
+class Work:
+    """What a back end gives: it notes with which limit it was waited for."""
+
+    def __init__(self, limits: list[Any], seconds: float = 0.0) -> None:
+        self.limits, self.seconds = limits, seconds
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        time.sleep(self.seconds)
+        self.limits.append(None if timeout is None else timeout.total_seconds())
+
+
+def test_all_parts_of_a_message_share_one_timeout() -> None:
+    limits: list[Any] = []
+    works = [Work(limits, 0.3), Work(limits, 0.0)]
+    pending = collectives.PendingAllToAll(torch.ones(1), torch.ones(1), works, nullcontext(), timeout=0.2)  # type: ignore[arg-type]
+    assert pending.wait().tolist() == [1]
+    assert 0.1 < limits[0] <= 0.2 and limits[1] == 0.001  # the first took all of it; the second is only asked
+    collectives.PendingAllToAll(torch.ones(1), torch.ones(1), [Work(limits)], nullcontext()).wait()  # type: ignore
+    assert limits[2] is None

@@ -69,7 +69,7 @@ def test_intervals() -> None:
 
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_costs_of_a_simulated_run_are_those_it_was_made_of(name: str) -> None:
-    """Spans as the simulator says, with a phase in each action; whoever waits has a wait in front."""
+    """Spans as the simulator says, with a phase in each action and a wait in front of each."""
     pair = 2.5 if name.startswith("dual") else None
     schedule, costs = build_schedule(name, 2, 8), Costs(1.0, 2.0, 0.75, pair)
     ranks = []

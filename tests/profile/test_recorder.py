@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fp8moe.parallel.stream import Stream
-from fp8moe.profile.recorder import COMMUNICATION, COMPUTE, Recorder, Span, marking
+from fp8moe.profile import recorder
+from fp8moe.profile.recorder import COMMUNICATION, COMPUTE, EXPOSED, PhaseLaps, Recorder, Span, Stopwatch, marking
 from fp8moe.profile.spans import listening, span
 
 CPU = torch.device("cpu")
@@ -62,3 +63,51 @@ def test_a_span_is_small_enough_to_be_sent() -> None:
 
     one = Span("F attn", COMPUTE, 1.0, 2.0)
     assert pickle.loads(pickle.dumps(one)) == one
+
+
+class Clock:
+    """perf_counter that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_a_stopwatch_adds_laps_by_name_without_what_was_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = Clock(), [9.0]
+
+    def exposed() -> float:
+        seconds, waited[0] = waited[0], 0.0
+        return seconds
+
+    monkeypatch.setattr(recorder, "time", clock)
+    monkeypatch.setattr(recorder, "exposed_seconds", exposed)
+    stopwatch = Stopwatch(CPU)  # what was waited before it does not count
+    clock.now, waited[0] = 103.0, 1.0
+    stopwatch.lap("forward")
+    clock.now = 105.0
+    stopwatch.lap("data")
+    clock.now, waited[0] = 106.0, 4.0  # the host can wait longer than a lap took
+    stopwatch.lap("forward")
+    seconds = stopwatch.read()
+    assert (seconds["forward"], seconds["data"], seconds["backward"], seconds[EXPOSED]) == (2.0, 2.0, 0.0, 5.0)
+
+
+def test_phases_are_forward_or_backward_and_nothing_else_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(recorder, "time", clock)
+    stopwatch = Stopwatch(CPU)
+    with listening(PhaseLaps(stopwatch)):
+        for name, seconds in (("F attn", 1.0), ("B mlp", 2.0), ("F0.1", 0.5), ("W mlp", 4.0), ("wait dispatch", 0.25)):
+            with span(name):
+                clock.now += seconds
+    assert dict(stopwatch.read()) == {"forward": 1.0, "backward": 2.0 + 0.5 + 4.0, EXPOSED: 0.0}
+
+
+def test_a_span_contains_what_lies_within_on_its_thread() -> None:
+    outer = Span("F0.0", COMPUTE, 1.0, 2.0)
+    assert outer.seconds == 1.0 and outer.contains(outer)
+    assert not outer.contains(Span("F attn", COMPUTE, 0.5, 1.5)) and not outer.contains(Span("F", COMPUTE, 1.5, 2.5))
+    assert not outer.contains(Span("message", COMMUNICATION, 1.25, 1.5))

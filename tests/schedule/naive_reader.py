@@ -35,8 +35,8 @@ class Reader:
         self.last = len(schedule.placement[0]) - 1
 
     def rank_of(self, stage: int, mb: int) -> int:
-        way = 0 if len(self.schedule.placement) == 1 or mb < self.schedule.num_microbatches // 2 else 1
-        return self.schedule.placement[way][stage]
+        direction = 0 if len(self.schedule.placement) == 1 or mb < self.schedule.num_microbatches // 2 else 1
+        return self.schedule.placement[direction][stage]
 
     def exists(self, rank: int, action: Action) -> None:
         must(0 <= action.stage <= self.last and 0 <= action.microbatch < self.schedule.num_microbatches)

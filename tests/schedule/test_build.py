@@ -151,7 +151,7 @@ def test_every_link_receives_in_the_order_in_which_it_sends(name: str) -> None:
             elif action.kind.is_message:
                 key = (action.kind, action.stage, action.microbatch)
                 links.setdefault((action.peer, rank), ([], []))[1].append(key)
-    assert len(links) == 10  # five pairs of neighbours, both ways
+    assert len(links) == 10  # five pairs of neighbours, both directions
     assert all(sent == posted for sent, posted in links.values())
 
 

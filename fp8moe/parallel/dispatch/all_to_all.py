@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import ceil_div
-from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
+from fp8moe.kernels.permute import permute, plan_rows, unpermute
 from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import PendingAllToAll
@@ -42,6 +42,7 @@ from fp8moe.parallel.dispatch.counts import (
     padded_rows,
 )
 from fp8moe.parallel.dispatch.hops import (
+    DispatchState,
     Hop,
     HopGroup,
     Payload,
@@ -55,14 +56,6 @@ from fp8moe.parallel.dispatch.payload import joined, pack, row_bytes, unpack
 from fp8moe.parallel.stream import communication_stream
 
 MOST_EXPERTS = 2**15  # ids travel as int16
-
-
-@dataclass(frozen=True)
-class DispatchState:
-    """What the other three verbs need of a dispatch: its route, and the fan-out to experts at the end of it."""
-
-    route: Route
-    row_map: RowMap
 
 
 @dataclass(frozen=True)
@@ -147,7 +140,7 @@ class AllToAllDispatcher:
             lambda: self._send(pack(rows_TD), announced, topk_weights_TK), finish, "dispatch"
         )
 
-    def combine(self, y_RD: Tensor, state: DispatchState) -> Handle[Tensor]:
+    def combine(self, y_RD: Tensor, state: DispatchState[Route]) -> Handle[Tensor]:
         """See `Dispatcher`."""
         partial_ND = unpermute(y_RD, state.row_map)
         return communication_stream(y_RD.device).start(
@@ -155,7 +148,7 @@ class AllToAllDispatcher:
         )
 
     def dispatch_backward(
-        self, dx_RD: Tensor, dweights_R: Tensor, state: DispatchState
+        self, dx_RD: Tensor, dweights_R: Tensor, state: DispatchState[Route]
     ) -> Handle[tuple[Tensor, Tensor]]:
         """See `Dispatcher`; the weights' gradients travel with the rows'."""
         parts = [unpermute(dx_RD, state.row_map), return_weights(dweights_R, state.row_map)]
@@ -165,7 +158,7 @@ class AllToAllDispatcher:
             "dispatch backward",
         )
 
-    def combine_backward(self, dy_TD: Rows, state: DispatchState) -> Handle[Rows]:
+    def combine_backward(self, dy_TD: Rows, state: DispatchState[Route]) -> Handle[Rows]:
         """See `Dispatcher`."""
         return communication_stream(dy_TD.device).start(
             lambda: state.route.send(pack(dy_TD), "combine backward"),
@@ -179,7 +172,7 @@ class AllToAllDispatcher:
             self._overflow.check()
 
     def _send(self, body_TB: Tensor, announced: Announced, weights_TK: Tensor) -> _Arrived:
-        """The first dispatch along a new route, hop by hop, each planned from what the last one brought."""
+        """The first dispatch along a new route, hop by hop, each planned from what the last one delivered."""
         sizes: MessageSizes = announced.sizes if self.capacity is not None else announced.sizes.arrived()
         tokens, topk = self._chunk_tokens(len(weights_TK)), weights_TK.shape[1]
         columns = (body_TB, announced.topk_ids_TK, weights_TK)

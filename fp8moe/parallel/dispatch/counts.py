@@ -170,7 +170,7 @@ def origins(rows: int, nodes: int, device: torch.device) -> Tensor:
 
 
 def fixed_order(rows: Tensor, chunks: int, topology: EpTopology, *, two_hops: bool) -> Tensor:
-    """`order_N` of rows [N, bytes] that fixed messages brought; after two hops the origin is their last column."""
+    """`order_N` of rows [N, bytes] that fixed messages delivered; after two hops the origin is their last column."""
     last = topology.ranks_per_node if two_hops else topology.ranks
     sender = torch.arange(len(rows), device=rows.device) // (len(rows) // (chunks * last)) % last
     if two_hops:
@@ -201,7 +201,8 @@ class Overflow:
         self._state = None
         if overflowed:
             raise ImbalanceError(
-                f"{overflowed} dispatches had more rows than parallel.capacity_factor={self._capacity.factor} has room "
-                f"for, so no step is taken: raise it, or use parallel.capacity_factor=null for exact counts "
+                f"{overflowed} of this step's dispatches had more rows than parallel.capacity_factor="
+                f"{self._capacity.factor} has room for, so no step is taken: raise it, or use "
+                f"parallel.capacity_factor=null for exact counts "
                 f"(tokens per expert since the last step: {histogram(tokens)})"
             )

@@ -1,4 +1,4 @@
-"""DeepEP as a dispatcher: a thin adapter to the `deep_ep` package, where it is installed.
+"""DeepEP dispatcher: an adapter to the `deep_ep` package, where it is installed.
 
 DeepEP moves rows by NVLink and RDMA kernels of its own; it needs Hopper GPUs, NVSHMEM for more than one node, BF16 or
 FP8 rows, and its own build. Its scales travel in FP32. Everything around the messages (the fan-out to experts, their
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
+from fp8moe.kernels.permute import permute, plan_rows, unpermute
 from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.layers.recipe import Precision
+from fp8moe.parallel.dispatch.hops import DispatchState
 from fp8moe.profile.spans import waiting
 
 NVLINK_BYTES, RDMA_BYTES = 2**30, 2**30  # of DeepEP's buffers, enough for 4096 tokens of hidden 7168
@@ -29,7 +30,7 @@ RANKS_PER_NODE = 8
 
 
 def check_deep_ep(precision: Precision) -> None:
-    """Raise ValueError where parallel.dispatcher=deep_ep can't work here."""
+    """Raise ValueError unless parallel.dispatcher=deep_ep can work here."""
     if importlib.util.find_spec("deep_ep") is None:
         raise ValueError(
             "parallel.dispatcher=deep_ep needs the package deep_ep, which is not installed: use "
@@ -37,14 +38,6 @@ def check_deep_ep(precision: Precision) -> None:
         )
     if precision is Precision.FP32:
         raise ValueError("parallel.dispatcher=deep_ep moves BF16 and FP8, not precision=fp32: use all_to_all")
-
-
-@dataclass(frozen=True)
-class DispatchState:
-    """DeepEP's handle, and the fan-out to experts."""
-
-    handle: Any
-    row_map: RowMap
 
 
 @dataclass(frozen=True)
@@ -71,8 +64,8 @@ class DeepEPDispatcher:
 
     def announce(self, topk_ids_TK: Tensor) -> Announced:
         """See `Dispatcher`; DeepEP counts here, and exchanges the counts itself when it dispatches."""
-        layout = self._buffer.get_dispatch_layout(topk_ids_TK, self.num_experts, **self._behind())
-        return Announced(topk_ids_TK, layout)
+        sizes = self._buffer.get_dispatch_layout(topk_ids_TK, self.num_experts, **self._options())
+        return Announced(topk_ids_TK, sizes)
 
     def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Handle[Dispatched]:
         """See `Dispatcher`."""
@@ -86,7 +79,7 @@ class DeepEPDispatcher:
             num_tokens_per_rdma_rank=rdma_ranks,
             is_token_in_rank=in_rank,
             num_tokens_per_expert=experts,
-            **self._behind(),
+            **self._options(),
         )
 
         def finish() -> Dispatched:
@@ -97,30 +90,30 @@ class DeepEPDispatcher:
 
         return _Started(event, finish)
 
-    def combine(self, y_RD: Tensor, state: DispatchState) -> Handle[Tensor]:
+    def combine(self, y_RD: Tensor, state: DispatchState[Any]) -> Handle[Tensor]:
         """See `Dispatcher`."""
-        total, _, event = self._buffer.combine(unpermute(y_RD, state.row_map), state.handle, **self._behind())
+        total, _, event = self._buffer.combine(unpermute(y_RD, state.row_map), state.route, **self._options())
         return _Started(event, lambda: total)
 
     def dispatch_backward(
-        self, dx_RD: Tensor, dweights_R: Tensor, state: DispatchState
+        self, dx_RD: Tensor, dweights_R: Tensor, state: DispatchState[Any]
     ) -> Handle[tuple[Tensor, Tensor]]:
         """See `Dispatcher`; DeepEP's combine carries the weights' gradients."""
         dx_ND, dweights_NK = unpermute(dx_RD, state.row_map), return_weights(dweights_R, state.row_map)
         total, weights, event = self._buffer.combine(
-            dx_ND, state.handle, topk_weights=dweights_NK.float(), **self._behind()
+            dx_ND, state.route, topk_weights=dweights_NK.float(), **self._options()
         )
         return _Started(event, lambda: (total, weights))
 
-    def combine_backward(self, dy_TD: Rows, state: DispatchState) -> Handle[Rows]:
+    def combine_backward(self, dy_TD: Rows, state: DispatchState[Any]) -> Handle[Rows]:
         """See `Dispatcher`."""
-        got, *_, event = self._buffer.dispatch(_given(dy_TD), handle=state.handle, **self._behind())
+        got, *_, event = self._buffer.dispatch(_given(dy_TD), handle=state.route, **self._options())
         return _Started(event, lambda: permute(_taken(got), state.row_map))
 
     def verify(self) -> None:
         """Counts are exact: there is nothing that may not fit."""
 
-    def _behind(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         return {"previous_event": self._buffer.capture(), "async_finish": True, "allocate_on_comm_stream": True}
 
 

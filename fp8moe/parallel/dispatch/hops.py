@@ -14,6 +14,7 @@ Legend: T tokens of a chunk, K top-k, S rows sent, N rows that arrive after the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch.distributed import ProcessGroup
 from fp8moe.kernels.permute import RowMap, plan_rows, unpermute
 from fp8moe.parallel.collectives import PendingAllToAll, start_all_to_all
 from fp8moe.parallel.dispatch.payload import as_bytes, from_bytes, joined
+
+Sent = TypeVar("Sent")
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,14 @@ class Route:
             if number:
                 pieces = [joined([as_bytes(p) for p in chunk], dim=1) for chunk in sums]
         return [joined(column) for column in zip(*sums, strict=True)]
+
+
+@dataclass(frozen=True)
+class DispatchState(Generic[Sent]):
+    """What the other three verbs need of a dispatch: its route (DeepEP: its handle), and the fan-out after it."""
+
+    route: Sent
+    row_map: RowMap
 
 
 def _rows_of(body: Tensor, hop: Hop) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 
 from fp8moe.errors import ImbalanceError
 from fp8moe.kernels.permute import plan_rows
-from fp8moe.parallel.dispatch import all_to_all, make_dispatcher
+from fp8moe.parallel.dispatch import all_to_all, counts, make_dispatcher
 from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop
-from fp8moe.parallel.dispatch.counts import Capacity, histogram
+from fp8moe.parallel.dispatch.counts import Capacity, EpTopology, histogram
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
@@ -59,7 +59,7 @@ def test_an_imbalance_past_the_limit_is_refused_before_the_allocation(kind: str)
 
 
 def announced_early(kind: str, factor: float | None) -> bool:
-    """Two batches announced, then dispatched the other way round, against each announced where it is dispatched."""
+    """Two batches announced, then dispatched in reverse order, against each announced where it is dispatched."""
     mesh = build_mesh(1, 4, 4, timeout=TIMEOUT, ranks_per_node=2)
     dispatcher = make_dispatcher(kind, mesh, E, max_tokens=T, capacity_factor=factor, chunks=2)
     batches = [EVEN[: 5 + mesh.rank], ALL_TO_ONE]
@@ -140,3 +140,116 @@ def test_a_map_with_less_room_than_rows_cuts_the_last_and_says_how_many_there_ar
 def test_a_long_histogram_names_the_heaviest() -> None:
     text = histogram([1] * 100 + [900])
     assert text.startswith("100: 900, 0: 1, ") and text.endswith("mean 9.9")
+
+
+def spilled(copies: list[int]) -> tuple[str, list[int]]:
+    """Two ranks; every token's two experts are rank 0's, `copies` of each from each rank: what `verify` raises.
+
+    No message overflows: a token is one row for rank 0, however many of its experts are there.
+    """
+    mesh = build_mesh(1, 2, 2, timeout=TIMEOUT)
+    tokens = sum(copies) // 2
+    dispatcher = make_dispatcher("all_to_all", mesh, E, max_tokens=tokens, capacity_factor=1.0)
+    flat = torch.repeat_interleave(torch.arange(4), torch.tensor(copies))
+    ids = torch.stack([flat[:tokens], flat[tokens:]], dim=1)
+    rows = torch.ones(tokens, D)
+    arrived = dispatcher.dispatch(rows, dispatcher.announce(ids), torch.ones(tokens, 2)).wait()
+    dispatcher.combine(arrived.rows_RD, arrived.state).wait()
+    try:
+        dispatcher.verify()
+    except ImbalanceError as error:
+        return str(error), []
+    return "", arrived.group_offsets.tolist() if mesh.rank == 0 else []
+
+
+def test_rows_that_fit_unpadded_and_not_padded_overflow() -> None:
+    """Room is 2 x 160 copies in 3 tiles and a tile for each of 4 experts, 896 rows; 640 copies come either way."""
+    for answer in run_ranks(spilled, 2, [65, 65, 65, 125]):  # 130 130 130 250: 256 + 256 + 256 + 256 rows
+        assert answer[0].startswith("1 of this step's dispatches had more rows than parallel.capacity_factor=1.0")
+    fits = run_ranks(spilled, 2, [64, 64, 128, 64])  # 128 128 256 128: no padding at all
+    assert fits == [("", [0, 128, 256, 512, 640]), ("", [])]
+
+
+@pytest.mark.parametrize(
+    "tokens, chunks, expected",
+    [(7, 3, [3, 3, 1]), (6, 3, [2, 2, 2]), (2, 3, [1, 1, 0]), (0, 2, [0, 0]), (5, 1, [5]), (4, 3, [2, 2, 0])],
+)
+def test_tokens_of_each_chunk(tokens: int, chunks: int, expected: list[int]) -> None:
+    exact = AllToAllDispatcher(*one_hop(Pair(), E), chunks=chunks)  # type: ignore[arg-type]
+    assert exact._chunk_tokens(tokens) == expected
+    full = Capacity(12, 2.0)
+    padded = AllToAllDispatcher(*one_hop(Pair(), E), chunks=chunks, capacity=full)  # type: ignore[arg-type]
+    step = 12 // chunks
+    assert padded._chunk_tokens(tokens) == [min(step, max(0, tokens - i * step)) for i in range(chunks)]
+
+
+def test_the_rooms_of_fixed_messages() -> None:
+    """Two nodes of two ranks, 8 experts, top-2, 24 tokens in 2 chunks of 12, a factor of 1.5."""
+    topology = EpTopology(Pair(), E, nodes=2, ranks_per_node=2)  # type: ignore[arg-type]
+    sizes = counts.fixed(2, 2, topology, Capacity(24, 1.5))
+    # A token visits both nodes at most: 12 of 12. On arrival 24 rows, of which a rank gets 12 x 2/4 x 2 x 1.5 = 18.
+    assert [[(s.sent, s.received, s.fixed) for s in chunk] for chunk in sizes.splits] == [
+        [([12, 12], [12, 12], True), ([18, 18], [18, 18], True)]
+    ] * 2
+    assert (sizes.room, sizes.order_N) == ((1 + 2) * 128, None)  # 1.5 x 48 copies are one tile, and one an expert
+    line = EpTopology(Pair(), E, nodes=4, ranks_per_node=1)  # type: ignore[arg-type]
+    (one,) = counts.fixed(1, 1, line, Capacity(10, 1.5)).splits
+    assert [s.sent for s in one] == [[4] * 4]  # 1.5 x 10/4, rounded up
+    node = EpTopology(Pair(), E, nodes=1, ranks_per_node=4)  # type: ignore[arg-type]
+    (only,) = counts.fixed(1, 8, node, Capacity(10, 1.5)).splits
+    assert [s.sent for s in only] == [[10] * 4]  # never more than all tokens
+    assert [counts.hops_of(t) for t in (topology, line, node)] == [(True, True), (True, False), (False, True)]
+
+
+def test_room_is_at_least_one_row_and_at_most_what_can_come() -> None:
+    capacity = Capacity(8, 1.25)
+    assert [capacity.share(even, 10) for even in (0.0, 0.5, 4.0, 4.1, 8.0, 9.0)] == [1, 1, 5, 6, 10, 10]
+
+
+def test_the_order_of_rows_that_arrive_by_chunk_and_local_rank_and_node() -> None:
+    """Two chunks, two local ranks, two nodes; a row is (node, local, chunk, number), and global order is that order."""
+    segments = torch.tensor([[[2, 1], [0, 1]], [[1, 0], [2, 1]]])  # [C, L, M]
+    lying = [(m, n, c, i) for c in range(2) for n in range(2) for m in range(2) for i in range(int(segments[c, n, m]))]
+    order = counts._global_order(segments)
+    assert [lying[i] for i in order.tolist()] == sorted(lying)
+    assert counts._global_order(torch.zeros(2, 2, 2, dtype=torch.int64)).tolist() == []
+
+
+def test_the_order_of_rows_that_fixed_messages_deliver() -> None:
+    one = EpTopology(Pair(), E, nodes=4, ranks_per_node=1)  # type: ignore[arg-type]
+    rows = torch.zeros(16, 3, dtype=torch.uint8)  # 2 chunks of 4 senders, 2 rows each
+    order = counts.fixed_order(rows, 2, one, two_hops=False)
+    assert order.tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    two = EpTopology(Pair(), E, nodes=2, ranks_per_node=2)  # type: ignore[arg-type]
+    nodes = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0], dtype=torch.int16)  # 2 senders, 4 rows each
+    rows = torch.cat([torch.zeros(8, 3, dtype=torch.uint8), nodes[:, None].view(torch.uint8).view(8, 2)], dim=1)
+    order = counts.fixed_order(rows, 1, two, two_hops=True)
+    assert order.tolist() == [1, 2, 6, 7, 0, 3, 4, 5]  # node 0 from senders 0 and 1, then node 1
+    assert counts.origins(6, 2, torch.device("cpu"))[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    topology = EpTopology(Pair(), E, nodes=2, ranks_per_node=1)  # type: ignore[arg-type]
+    counts.check_imbalance([10, 20, 0, 0], 15.0, 2.0, topology)
+    says = r"receive 31 rows, 2\.07 times .*max_imbalance=2\.0 allows 30: .* from expert 0 on: 10, 21, 0, 0\)"
+    with pytest.raises(ImbalanceError, match=says):
+        counts.check_imbalance([10, 21, 0, 0], 15.0, 2.0, topology)
+    assert int(counts.padded_rows(torch.tensor([0, 1, 127, 128, 129]))) == 128 * (0 + 1 + 1 + 1 + 2)
+
+
+def test_a_histogram_of_64_experts_is_written_out() -> None:
+    assert histogram(list(range(64))) == ", ".join(map(str, range(64)))
+    assert histogram(list(range(65))).startswith("64: 64, 63: 63, ") and histogram(list(range(65))).count(":") == 16
+
+
+def test_an_overflow_is_forgotten_once_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "all_reduce", lambda tensor, *rest: tensor)
+    topology = EpTopology(Pair(), 4, nodes=2, ranks_per_node=1)  # type: ignore[arg-type]
+    overflow = counts.Overflow(topology, Capacity(8, 1.0))
+    overflow.check()  # nothing was dispatched
+    for overflowed in (True, False, True):
+        overflow.note(torch.tensor(overflowed), torch.tensor([[0, 3], [1, 3]]))
+    with pytest.raises(ImbalanceError, match=r"2 of this step's dispatches had .*since the last step: 3, 3, 0, 6\)"):
+        overflow.check()
+    overflow.note(torch.tensor(False), torch.tensor([[0, 3]]))
+    overflow.check()

@@ -1,4 +1,4 @@
-"""The adapter to DeepEP, against a stand-in that keeps the package's interface and gathers everything instead.
+"""The adapter to DeepEP, against a fake of the package with the same interface, which gathers everything instead.
 
 What is proved here is the adapter's side: arguments, what it does with results, and that a run's other parts see no
 difference. That DeepEP itself keeps this interface is known on a machine that has it.

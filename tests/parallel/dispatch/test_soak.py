@@ -44,17 +44,17 @@ def soak(rounds: int) -> int:
         rows = quantize_rows(torch.randn(tokens, D), power_of_two=True)
         ids = torch.rand(tokens, E).topk(topk).indices
         weights = torch.rand(tokens, topk)
-        messages = [d.dispatch(rows, d.announce(ids), weights) for d in (one, two)]  # both under way
+        messages = [d.dispatch(rows, d.announce(ids), weights) for d in (one, two)]  # both in flight
         a, b = (message.wait() for message in messages)
         assert isinstance(a.rows_RD, Fp8Tensor) and isinstance(b.rows_RD, Fp8Tensor)
         assert torch.equal(a.rows_RD.data.view(torch.uint8), b.rows_RD.data.view(torch.uint8)), number
         assert torch.equal(a.rows_RD.scale, b.rows_RD.scale) and torch.equal(a.weights_R, b.weights_R), number
         y_RD = a.rows_RD.dequantize()
-        homes: list[Any] = [d.combine(y_RD, x.state) for d, x in ((one, a), (two, b))]
+        sums: list[Any] = [d.combine(y_RD, x.state) for d, x in ((one, a), (two, b))]
         if shared.random() < 0.5:
-            homes.reverse()  # waits may come in any order
-        for home in homes:
-            torch.testing.assert_close(home.wait(), rows.dequantize() * topk, rtol=1e-5, atol=1e-6)
+            sums.reverse()  # waits may come in any order
+        for total in sums:
+            torch.testing.assert_close(total.wait(), rows.dequantize() * topk, rtol=1e-5, atol=1e-6)
     return resident() - start
 
 
