@@ -1,9 +1,9 @@
-"""The one door: `fp8moe COMMAND ...` and `python -m fp8moe COMMAND ...` are the same thing.
+"""The entry point: `fp8moe COMMAND ...` and `python -m fp8moe COMMAND ...` are the same.
 
-A command is a module of `fp8moe.cli` with `main(argv) -> exit code`, imported only when it is asked for, so that
-`fp8moe --help` answers before torch is loaded. Whatever a command raises ends here as one sentence on stderr and an
-exit code: 2 configuration, 3 data, 4 out of memory, 5 non-finite, 6 hang, 130 interrupted, 1 anything else (a defect of
-this program, shown with its traceback).
+A command is a module of `fp8moe.cli` with `main(argv) -> exit code`, imported only when it runs; `fp8moe --help` loads
+no torch. An exception of a command ends here as one sentence on stderr and an exit code: 2 configuration,
+3 data, 4 out of memory, 5 non-finite, 6 hang, 130 interrupted, 1 anything else (a defect of this program, shown with
+its traceback).
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
     "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
-    "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before it is run"),
+    "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),
 }
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: fp8moe COMMAND ...", "", *lines, "", "fp8moe COMMAND --help says more about one of them"])
+    return "\n".join(
+        ["usage: fp8moe COMMAND ...", "", *lines, "", "fp8moe COMMAND --help lists the options of a command"]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; `argv` defaults to the process's own arguments."""
+    """Run one command and return its exit code; `argv` defaults to the arguments of the process."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -55,7 +57,7 @@ def _run(module: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("fp8moe: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `fp8moe ... | head`: whoever read has gone, and the interpreter must not flush to it
+    except BrokenPipeError:  # `fp8moe ... | head`: the reader has gone, and the interpreter must not flush to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:

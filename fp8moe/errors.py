@@ -1,8 +1,8 @@
-"""The failures a user can cause or must act on, and the exit code that each one ends the process with.
+"""Errors that a user can cause or must act on, and the exit code of each.
 
-They carry no logic and import nothing, so any floor from `parallel` up may raise them; `kernels` and `layers` raise a
-plain `ValueError`, which the door treats as a configuration error. A message is one sentence: the rule, both numbers,
-and the nearest legal choice.
+They import nothing, so any floor from `parallel` up may raise them; `kernels` and `layers` raise a plain `ValueError`,
+which `__main__` treats as a configuration error. A message is one sentence: the rule, both numbers, and the nearest
+legal choice.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ EXIT: dict[str, int] = {
     "memory": 4,
     "nonfinite": 5,
     "hang": 6,
-    "preempted": 75,
 }
 
-
-# How gloo and NCCL say that a peer is gone, lower case; they raise plain RuntimeErrors and have no codes.
+# Parts of the messages, lower case, by which gloo and NCCL report a lost peer: they raise RuntimeErrors without codes.
 LOST_PEER_PHRASES = ("closed by peer", "reset by peer", "broken pipe", "socket closed", "remote peer")
 
 
@@ -40,7 +38,7 @@ class NonFiniteError(RuntimeError):
 
 
 class HangError(RuntimeError):
-    """A rank made no progress within the time it was given. secondary: because another one had ended before it."""
+    """A rank made no progress within its timeout. secondary: because another rank had ended before."""
 
     exit_code: int = EXIT["hang"]
 
@@ -50,6 +48,6 @@ class HangError(RuntimeError):
 
 
 class ImbalanceError(RuntimeError):
-    """More tokens chose the experts of one rank than a stated bound has room for."""
+    """One rank's experts were chosen by more tokens than the configured bound allows."""
 
     exit_code: int = EXIT["memory"]

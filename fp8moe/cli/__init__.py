@@ -1,1 +1,1 @@
-"""Floor 6: the commands. Hydra is known here and nowhere below; a command turns words into frozen dataclasses."""
+"""Floor 6: the commands. Hydra is used here and nowhere below; settings become frozen dataclasses."""

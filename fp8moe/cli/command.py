@@ -1,12 +1,11 @@
-"""What every command shares: its argument parser, and the exit code and sentence of an exception.
+"""Shared by all commands: the argument parser, and an exception's exit code and sentence.
 
-A mistake on the command line is a ConfigError of one sentence, like every other: the parsers here raise it instead of
-argparse's usage text.
+A mistake on the command line is a ConfigError of one sentence: the parser raises it in place of argparse's usage text.
 
-Most failures carry their code (`fp8moe.errors`). The rest are recognised here: a plain `ValueError` from below is a
-configuration that can't work, an allocation that failed is memory, a collective that timed out is a hang. A collective
-that failed because a peer's connection closed is SECONDARY: the peer is the cause, and whoever reports should look
-there first. Anything else is a defect of this program and keeps its traceback.
+Most failures carry their exit code (`fp8moe.errors`). The others are classified here: a plain `ValueError` is a
+configuration that can't work, a failed allocation is memory, a collective that timed out is a hang. A collective that
+failed because a peer closed its connection is SECONDARY: the peer is the cause, and its own error is reported first.
+Anything else is a defect of this program and is shown with its traceback.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from typing import NoReturn
 
 from fp8moe.errors import EXIT, LOST_PEER_PHRASES, ConfigError
 
-# What gloo and NCCL say, lower case; they raise plain RuntimeErrors (or subclasses) and have no codes.
+# Parts of the messages of gloo, NCCL and the store, lower case: they raise RuntimeErrors that have no codes.
+COLLECTIVE_WORDS = ("gloo", "nccl", "store", "process group", "recv operation", "send operation", "barrier")
 TIMEOUT_WORDS = ("timed out", "timeout")
-SOURCE_PLACE = re.compile(r"\[[^\]]*:\d+\]\s*")  # where in somebody else's C++ it was thrown
-COLLECTIVE_WORDS = ("gloo", "nccl", "tcpstore", "store", "process group", "recv operation", "send operation", "barrier")
+SOURCE_LOCATION = re.compile(r"\[[^\]]*:\d+\]\s*")  # the file and line of C++ code that a message begins with
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(name: str, description: str, *, settings: bool = False) -> Parser:
-    """The parser of `fp8moe NAME`; `settings` adds the key=value arguments of a run, after which options may follow."""
+    """The parser of `fp8moe NAME`; `settings` adds the key=value arguments of a run."""
     parser = Parser(
         prog=f"fp8moe {name}",
         description=description,
@@ -42,20 +41,21 @@ def make_parser(name: str, description: str, *, settings: bool = False) -> Parse
         allow_abbrev=False,
     )
     if settings:
-        parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run; see fp8moe train")
+        parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run, as in fp8moe train")
     return parser
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with options before, between and after settings. Raises ConfigError for what is not legal."""
+    """Parse `argv`; options may stand before, between and after settings. Raises ConfigError with one sentence."""
     return parser.parse_intermixed_args(list(argv))
 
 
 @dataclass(frozen=True)
 class Failure:
-    """code: exit code. sentence: one line. traceback: "" when the sentence says all.
+    """What a command reports of an exception.
 
-    secondary: a peer is the cause. shared: every rank finds the same by itself, so one of them may speak for all.
+    code: exit code. sentence: one line. traceback: "" unless it is a defect. secondary: a peer's failure is the cause.
+    shared: every rank fails with the same sentence, so rank 0 alone prints it.
     """
 
     code: int
@@ -66,7 +66,7 @@ class Failure:
 
 
 def explain(error: BaseException) -> Failure:
-    """Classify `error`."""
+    """Classify `error` by its type and, where it has no code, by its message."""
     text = " ".join(str(error).split()) or type(error).__name__
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
@@ -97,4 +97,4 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _first_sentence(text: str) -> str:
-    return SOURCE_PLACE.sub("", text).split(". ")[0][:200]
+    return SOURCE_LOCATION.sub("", text).split(". ")[0][:200]

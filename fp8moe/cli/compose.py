@@ -1,8 +1,10 @@
-"""Words on a command line -> hydra -> a plain dict -> `TrainConfig`. Hydra and OmegaConf go no further than this file.
+"""Settings of a command line to a `TrainConfig`: hydra composes a plain dict, which is converted strictly.
 
-The compose API, not `@hydra.main`: that one makes a run directory a rank, sets up logging, and exits 1 on an unknown
-key. Overrides are hydra's: `key=value`, `group=choice`, dotted keys. They are looked through before hydra sees them, so
-that a mistyped key or choice gets the nearest right one instead of hydra's several lines.
+Hydra and OmegaConf are used in this file only. The compose API is used and not `@hydra.main`, which makes a run
+directory a rank, sets up logging, and exits 1 on an unknown key. Settings are hydra's overrides: `key=value`,
+`group=choice`, dotted keys. They are checked before hydra reads them, so that a mistyped key or choice gives one
+sentence with the nearest right one. In the conversion every key must be a field of the dataclass and every value of the
+field's type; a union of dataclasses is chosen by its tag, the field `kind`.
 """
 
 from __future__ import annotations
@@ -34,50 +36,48 @@ T = TypeVar("T")
 
 CONFIGS = Path(fp8moe.__file__).resolve().parent / "configs"
 
-
-# Keys of models before attention, router and experts had groups of their own.
-MOVED = {
-    f"model.{old}": f"model.{group}.{new}"
-    for group, names in {
-        "attention": {"attention": "backend"}
-        | {n: n for n in ("num_heads", "q_lora_rank", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim", "rope_theta")}
-        | {f"yarn{n}": f"yarn{n}" for n in ("", ".factor", ".original_max_seq_len", ".beta_slow", ".beta_fast")},
-        "router": {
-            n: n
-            for n in (
-                *("score", "topk", "num_groups", "top_groups", "normalize_topk", "route_scale"),
-                *("force_balance", "aux_loss_alpha", "bias_gamma"),
-            )
-        },
-        "experts": {"num_experts": "num_experts", "expert_hidden": "hidden", "num_shared_experts": "num_shared"},
-    }.items()
-    for old, new in names.items()
+# Keys of the model configuration when it was flat, and where they are now.
+_YARN_KEYS = ("factor", "original_max_seq_len", "beta_slow", "beta_fast", "mscale", "mscale_all")
+_MOVED_INTO = {
+    "attention": (
+        *("num_heads", "q_lora_rank", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim", "rope_theta", "yarn"),
+        *(f"yarn.{key}" for key in _YARN_KEYS),
+    ),
+    "router": (
+        *("score", "topk", "num_groups", "top_groups", "normalize_topk", "route_scale"),
+        *("force_balance", "aux_loss_alpha", "bias_gamma"),
+    ),
+    "experts": ("num_experts",),
+}
+MOVED = {f"model.{key}": f"model.{group}.{key}" for group, keys in _MOVED_INTO.items() for key in keys} | {
+    "model.attention": "model.attention.backend",
+    "model.expert_hidden": "model.experts.hidden",
+    "model.num_shared_experts": "model.experts.num_shared",
 }
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A checked configuration and the YAML of it, all values resolved."""
+    """A checked configuration, and its YAML with all values resolved."""
 
     config: TrainConfig
     text: str
 
 
-def compose(overrides: Sequence[str]) -> Composed:
-    """The configuration that `overrides` ask for. Raises ConfigError or ValueError, one sentence."""
-    parsed = [_parse(override) for override in overrides]
+def compose(settings: Sequence[str]) -> Composed:
+    """The configuration of the defaults changed by `settings`. Raises ConfigError or ValueError with one sentence."""
     known = keys_of(TrainConfig)
-    for override in parsed:
-        _check(override, known)
+    for setting in settings:
+        _check(_parse(setting), known)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            tree = hydra_compose("train", list(overrides), return_hydra_config=True)
+            tree = hydra_compose("train", list(settings), return_hydra_config=True)
             choices = OmegaConf.to_container(tree.hydra.runtime.choices)
             OmegaConf.set_struct(tree, False)
             del tree["hydra"]
             plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_first_line(error)) from error
     assert isinstance(plain, dict) and isinstance(choices, dict)
     if plain.get("name") is None:
         plain["name"] = choices.get("experiment") or choices["model"]
@@ -98,52 +98,50 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _parse(text: str) -> Override:
-    if "=" not in text and not text.startswith("~"):
-        raise ConfigError(f"{text!r} is no setting: write key=value")
+def _parse(setting: str) -> Override:
+    if "=" not in setting and not setting.startswith("~"):
+        raise ConfigError(f"{setting!r} is not a setting: write key=value")
     try:
-        return OverridesParser.create().parse_override(text)
+        return OverridesParser.create().parse_override(setting)
     except HydraException as error:
-        raise ConfigError(f"{text!r} can't be read as key=value: {_one_line(error)}") from error
+        raise ConfigError(f"{setting!r} can't be read as key=value: {_first_line(error)}") from error
 
 
 def _check(override: Override, known: Sequence[str]) -> None:
-    key = override.key_or_group
+    """Raise ConfigError unless `override` gives one value to a key of `known` or chooses a file of a group."""
+    key, line = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():
-        raise ConfigError(f"{override.input_line!r} asks for {key} more than once: give one value, a list is [a,b]")
+        raise ConfigError(f"{line!r} gives several values and {key} takes one: write a list as [a,b]")
     if key.startswith("hydra"):
-        raise ConfigError(f"{key} belongs to hydra, which only composes the configuration here: leave it out")
+        raise ConfigError(f"{key} is a setting of hydra, which only composes the configuration here: leave it out")
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    value = override.value()
     if key in groups:
         choices = sorted(path.stem for path in (CONFIGS / key).glob("*.yaml"))
-        value = override.value()
         if isinstance(value, str) and value not in choices:
-            near = get_close_matches(value, choices, 1)
-            advice = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
-            raise ConfigError(f"{key}={value} is not there: {advice}")
-    elif key in MOVED and (key not in known or isinstance(override.value(), str)):
-        raise ConfigError(f"{key} is now {MOVED[key]}: write {str(override.input_line).replace(key, MOVED[key], 1)}")
+            raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+    elif key in MOVED and (key not in known or isinstance(value, str)):
+        raise ConfigError(f"{key} is now {MOVED[key]}: write {line.replace(key, MOVED[key], 1)}")
     elif key not in known and not any(key.startswith(f"{name}.") for name in _leaves(known)):
         raise unknown_key(key, [*known, *sorted(groups - set(known))])
 
 
 def _leaves(known: Sequence[str]) -> list[str]:
-    # A key below a leaf reaches into a list or an optional group (data.paths.0): whether it may is hydra's to say.
+    # A key below a leaf reaches into a list or an optional group (data.paths.0): hydra checks those.
     return [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 def to_dataclass(cls: type[T], values: object, path: str = "") -> T:
-    """Build `cls` from a mapping of its fields; `path` is the dotted place of it, for messages.
+    """Build `cls` from a mapping of its fields; `path` is its dotted key, for messages.
 
     Raises ConfigError for an unknown or missing key and for a wrong type, with the nearest legal choice; what the
     dataclass itself refuses (ValueError) passes through.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} is {_show(values)}, not a group of keys")
+    values = _mapping(values, path)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -156,7 +154,7 @@ def to_dataclass(cls: type[T], values: object, path: str = "") -> T:
 
 
 def keys_of(cls: type, path: str = "") -> list[str]:
-    """Every dotted key of a dataclass and of those inside it, groups before their members."""
+    """Every dotted key of a dataclass and of the dataclasses inside it, groups before their members."""
     found = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -165,7 +163,7 @@ def keys_of(cls: type, path: str = "") -> list[str]:
         for inner in _alternatives(hints[field.name]):
             if dataclasses.is_dataclass(inner) and isinstance(inner, type):
                 found += keys_of(inner, key)
-    return found
+    return list(dict.fromkeys(found))  # the families of a union share keys
 
 
 def unknown_key(key: str, known: Sequence[str]) -> ConfigError:
@@ -194,11 +192,12 @@ def _show(value: object) -> str:
 
 
 def _value(hint: Any, value: object, path: str) -> object:
+    """`value` as the type `hint` says."""
     choices = _alternatives(hint)
     if value is None and type(None) in choices:
         return None
     given = [choice for choice in choices if choice is not type(None)]
-    hint = given[0] if len(given) == 1 else _tagged(given, value, path)
+    hint = given[0] if len(given) == 1 else _family(given, value, path)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return to_dataclass(hint, value, path)
     if get_origin(hint) is Literal:
@@ -207,16 +206,24 @@ def _value(hint: Any, value: object, path: str) -> object:
         return hint(_choice(value, tuple(member.value for member in hint), path))
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}={_show(value)} is no list: write {path}=[...]")
+            raise ConfigError(f"{path}={_show(value)} must be a list: write {path}=[...]")
         return tuple(_value(get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     return _scalar(hint, value, path)
 
 
-def _tagged(classes: list[Any], value: object, path: str) -> Any:
-    """The dataclass of a union whose `kind` is that of `value`: families of a part, told apart by their tag."""
+def _mapping(value: object, path: str) -> Mapping[Any, object]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path or 'the configuration'}={_show(value)} must be a group of keys")
+    return value
+
+
+def _family(classes: Sequence[Any], value: object, path: str) -> Any:
+    """The dataclass, of a union of them, whose tag `kind` is the one in `value`."""
     kinds = {get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in classes}
-    kind = value.get("kind") if isinstance(value, Mapping) else value
-    return kinds[_choice(kind, tuple(kinds), f"{path}.kind")]
+    values = _mapping(value, path)
+    if "kind" not in values:
+        raise ConfigError(f"{path}.kind must be set: use one of {', '.join(kinds)}")
+    return kinds[_choice(values["kind"], tuple(kinds), f"{path}.kind")]
 
 
 def _choice(value: object, choices: tuple[Any, ...], path: str) -> object:
@@ -225,7 +232,7 @@ def _choice(value: object, choices: tuple[Any, ...], path: str) -> object:
     return value
 
 
-def _nearest(value: object, choices: tuple[Any, ...]) -> str:
+def _nearest(value: object, choices: Sequence[Any]) -> str:
     near = get_close_matches(str(value), [str(choice) for choice in choices], 1)
     return f": did you mean {near[0]}?" if near else ""
 

@@ -1,15 +1,15 @@
-"""Processes: torch's elastic agent run in this one, and what a worker does so that its end is clean and understood.
+"""Launcher of worker processes (torch's elastic agent), and how a worker reports its failure.
 
-`fp8moe train --nproc N` is torchrun with three differences: the agent runs in-process, the exit code is the failed
-rank's own (bare torchrun returns 1 for all), and the last line is that rank's message. Each worker is a fresh process
-running the same command line with RANK and the rest of torchrun's environment, so that a worker under bare torchrun,
-Slurm or this launcher is the same program. Refused: forking warm workers, which starts in a tenth of the time and
+`fp8moe train --nproc N` is torchrun with three differences: the agent runs in this process, the exit code is the failed
+rank's own (torchrun returns 1 for all), and the last line is that rank's message. Each worker is a new process with the
+same command line, RANK and the rest of torchrun's environment, so a worker is the same program under torchrun, Slurm
+and this launcher. Refused: forking workers with torch already loaded, which starts in a tenth of the time and
 breaks with CUDA and with threads.
 
-When one rank ends badly the others fail too, a moment later, on messages that never come; the agent's own choice of
-the first failure goes by whole seconds. Workers therefore note in their error file (torch's protocol, so that bare
-torchrun shows it as well) a precise time and whether they are the cause or a mere witness. A rank that was killed notes
-nothing; who waited for it, and in which collective, the launcher reads from what the watch has noted of every rank.
+When one rank fails the others fail a moment later, on messages that never arrive; the agent picks the first failure by
+whole seconds. Workers therefore write to their error file (torch's protocol, which torchrun shows too) a precise time
+and whether a peer's failure was the cause (`secondary`). A rank that was killed writes nothing; the launcher then finds
+the rank that waits for it, and the collective, in the files of the hang detector (`parallel.hang`).
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from pathlib import Path
 from typing import Any
 
 from fp8moe.cli.command import Failure
+from fp8moe.errors import ConfigError
 
-LAUNCHED = "FP8MOE_LAUNCHED"  # set for the workers of `launch`: it prints their failure, they need not
+LAUNCHED = "FP8MOE_LAUNCHED"  # set for the workers of `launch`, which prints their failure
 DEFAULT_PROCESSES = 4
 RENDEZVOUS_SECONDS = 300
 
 
 def is_worker() -> bool:
-    """Whether a launcher (this one, torchrun, or a script that sets RANK) started this process as one of many."""
+    """Whether RANK is set: this launcher, torchrun or a script started this process as one of many."""
     return "RANK" in os.environ
 
 
 def count_processes(text: str) -> int:
-    """`--nproc`: a number, or `auto`: one for every GPU, four where there is none. Raises ValueError."""
+    """Processes that `--nproc` asks for: a number, or `auto`, one a GPU, 4 without GPUs. Raises ConfigError."""
     if text == "auto":
         import torch
 
         return torch.cuda.device_count() or DEFAULT_PROCESSES
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--nproc={text} must be a whole number of at least 1, or auto")
+        raise ConfigError(f"--nproc={text} must be a whole number of at least 1, or auto")
     return int(text)
 
 
@@ -61,7 +62,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they would say, the last line says
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the last line says it
     with tempfile.TemporaryDirectory(prefix="fp8moe-launch-") as folder, _environment(num_processes, folder):
         config = LaunchConfig(
             min_nodes=1,
@@ -107,23 +108,23 @@ def _environment(num_processes: int, notes: str) -> Iterator[None]:
 
 
 def _cause(failures: dict[int, Any], notes: Path) -> tuple[int, str]:
-    """Exit code and sentence of the rank that failed first by itself (torch's `ProcessFailure` by rank)."""
-    rank = min(failures, key=lambda r: _suspicion(failures[r]))
+    """Exit code and sentence of the failure that caused the others (torch's `ProcessFailure` by rank)."""
+    rank = min(failures, key=lambda r: _order(failures[r]))
     failure = failures[rank]
     message = failure.message
     if isinstance(message, dict):
-        # An error every rank finds by itself (a setting, the corpus) is nobody's in particular.
+        # A shared error (a setting, the corpus) is every rank's, so none is named.
         shared = message["extraInfo"].get("shared")
         return failure.exitcode, message["message"] if shared else f"rank {rank}: {message['message']}"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        why = "; the kernel kills so when memory runs out" if name == "SIGKILL" else ""
-        return 128 - failure.exitcode, f"rank {rank}: ended by {name}{why}{_who_waits(rank, notes)}"
+        why = "; the system sends it when memory runs out" if name == "SIGKILL" else ""
+        return 128 - failure.exitcode, f"rank {rank}: ended by {name}{why}{_waiting_rank(rank, notes)}"
     return failure.exitcode, f"rank {rank}: ended with exit code {failure.exitcode} and no message"
 
 
-def _who_waits(lost: int, notes: Path) -> str:
-    """Where the others wait for rank `lost`, by what each noted as it joined collectives; "" if it joined none."""
+def _waiting_rank(lost: int, notes: Path) -> str:
+    """The rank that waits for `lost` and in which collective, by each rank's file; "" if `lost` joined none."""
     states = {int(path.stem.removeprefix("rank-")): json.loads(path.read_text()) for path in notes.glob("rank-*.json")
               if path.stat().st_size}  # fmt: skip
     if lost not in states:
@@ -137,8 +138,8 @@ def _who_waits(lost: int, notes: Path) -> str:
     return f"; its last message was {name}, number {number} of {mine['last']} (ranks {ranks})"
 
 
-def _suspicion(failure: Any) -> tuple[int, float]:
-    """Sort key, smallest first: its own fault, then ended without a word, a lost peer, stopped by the agent."""
+def _order(failure: Any) -> tuple[int, float]:
+    """Sort key, the likeliest cause first: an own error, an end without a message, a lost peer, the agent's SIGTERM."""
     if failure.exitcode == -signal.SIGTERM:
         return (3, 0.0)
     if not isinstance(failure.message, dict):
@@ -148,7 +149,7 @@ def _suspicion(failure: Any) -> tuple[int, float]:
 
 
 def report(failure: Failure) -> None:
-    """In a worker: leave `failure` where its launcher finds it; on stderr only if nobody else prints it."""
+    """In a worker: write `failure` to the error file; print it only if neither the launcher nor another rank does."""
     rank = int(os.environ.get("RANK", "0"))
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {
@@ -170,14 +171,14 @@ def report(failure: Failure) -> None:
 
 
 def die_with_launcher() -> None:
-    """Under an elastic agent: end with it, whether by Ctrl-C or because it died with no chance to tell its workers."""
+    """Under an elastic agent: end together with it, on Ctrl-C and when it is killed."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and in silence: the launcher speaks for all
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a message: the launcher prints one
     if sys.platform != "linux":
         return
     parent = os.getppid()
     set_parent_death_signal = 1
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the request: nobody will send the signal
+    if os.getppid() != parent:  # it died before the request: the signal will not come
         os._exit(1)

@@ -1,9 +1,9 @@
-"""`fp8moe numerics`: does FP8 train like BF16 and FP32? The same run three times, and the losses side by side.
+"""`fp8moe numerics`: trains the same run in FP8, BF16 and FP32 and compares the losses.
 
-Same weights, same data, same order, same processes; only `precision=` differs. Training losses are smoothed by an
-exponential mean of 0.9 (bias-corrected), as the DeepSeek-V3 report compares them, and the largest relative difference
-over all steps decides: exit code 0 within the bound, 1 beyond it. The runs go one after another, never at once: their
-speeds would suffer, and their losses don't depend on it.
+Weights, data, their order and the processes are the same; only `precision=` differs. Training losses are smoothed by an
+exponential mean of 0.9 (bias-corrected), as in the DeepSeek-V3 report, and the largest relative difference over all
+steps decides: exit code 0 within the bound, 1 beyond it. The runs go one after another, so that each has the whole
+machine.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def compare(losses: Mapping[str, Sequence[float]]) -> Comparison:
 
 
 def table(comparison: Comparison) -> str:
-    """About a dozen steps of the smoothed losses, FP8's differences, and the verdict's figures."""
+    """Table of the smoothed losses at about a dozen steps, with the relative differences of each pair under it."""
     smoothed = comparison.smoothed
     steps = len(smoothed["fp8"])
     shown = sorted({1, steps, *range(max(1, steps // ROWS), steps + 1, max(1, steps // ROWS))})
@@ -83,25 +83,27 @@ def table(comparison: Comparison) -> str:
 
 
 def command_parser() -> Parser:
-    """The command's own options; all else is settings."""
+    """The parser of the command line."""
     parser = make_parser("numerics", DESCRIPTION, settings=True)
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps of each run")
-    parser.add_argument("--nproc", default="auto", metavar="N", help="processes of each run (default auto)")
-    parser.add_argument("--bound", type=float, default=0.01, help="largest relative difference (default 0.01)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the runs and numerics.json go (default runs/...)"
+        "--nproc", default="auto", metavar="N", help="processes of each run (auto: one a GPU, 4 without GPUs)"
+    )
+    parser.add_argument("--bound", type=float, default=0.01, metavar="X", help="largest relative difference (0.01)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory of the runs and numerics.json (runs/TIME-numerics)"
     )
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train, compare, print; 0 within the bound, 1 beyond it, or the exit code of a run that failed."""
+    """Train, compare and print; returns 0 within the bound, 1 beyond it, or the exit code of a run that failed."""
     arguments = parse(command_parser(), argv)
     _check(arguments)
     num_processes = count_processes(arguments.nproc)
     out = arguments.out or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-numerics")
     if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out={out} is not empty and a comparison needs a new directory: use another")
+        raise ConfigError(f"--out={out} is not empty: use a new directory")
     losses = {}
     for precision in PRECISIONS:
         run_dir = out / precision
@@ -127,11 +129,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.steps < 1:
         raise ConfigError(f"--steps={arguments.steps} must be at least 1")
     if arguments.bound <= 0:
-        raise ConfigError(f"--bound={arguments.bound} must be above 0: 0.01 is one percent")
+        raise ConfigError(f"--bound={arguments.bound} must be above 0: use 0.01 for one percent")
     for setting in arguments.settings:
         key = setting.split("=")[0]
         if key in ("precision", "precision.mode", "steps", "run_dir", "resume"):
-            raise ConfigError(f"{setting} is chosen by this command itself: leave it out")
+            raise ConfigError(f"{setting} is set by this command: leave it out")
 
 
 def read_losses(path: Path) -> list[float]:

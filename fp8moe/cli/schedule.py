@@ -1,32 +1,32 @@
-"""`fp8moe schedule`: a pipeline schedule simulated, drawn and compared, without a process or a GPU.
+"""`fp8moe schedule`: simulates, draws and compares pipeline schedules, without a process group or a GPU.
 
-Prints the time-line, bubble and memory; writes SVG, Chrome trace and JSON when asked. With --model the stages are that
-model's: the cut, parameters and activation memory of each rank are shown, and the time-line runs at the stages' own
-costs.
+Prints the timeline, bubble and memory; writes SVG, Chrome trace and JSON when asked. With --model the stages are that
+model's: the partition, parameters and activation memory of each rank are shown, and the timeline uses the stages' own
+costs. Without it no torch is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8moe.cli.command import make_parser
+from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.errors import ConfigError
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
-from fp8moe.plan.schedule_files import as_json, chrome_trace
-from fp8moe.plan.schedule_svg import svg
+from fp8moe.plan.schedule_files import as_json, schedule_trace, svg
 from fp8moe.plan.schedule_tables import (
     beside_published,
     caption,
     compare,
     is_published,
+    partition_table,
     published_costs,
     published_table,
 )
@@ -35,17 +35,17 @@ from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import SCHEDULES, build_schedule
 from fp8moe.schedule.simulate import Costs, Timeline, simulate
 
-if TYPE_CHECKING:  # torch, which a model's configuration loads, takes seconds that a bare picture need not wait for
+if TYPE_CHECKING:  # a model's configuration loads torch, which takes seconds that a picture need not wait for
     from fp8moe.model.config import ModelConfig
 
 COST_KEYS = {"F": "forward", "B": "backward", "W": "weight", "FB": "overlapped", "message": "message"}
 DEEPSEEK = "deepseek-v3"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    out = make_parser("schedule", "Simulate, draw and compare pipeline schedules.")
-    add = out.add_argument
+def command_parser() -> Parser:
+    """The parser of the command line."""
+    parser = make_parser("schedule", "Simulate, draw and compare pipeline schedules.", settings=True)
+    add = parser.add_argument
     add("--name", default="dualpipe", metavar="NAME", help=f"{', '.join(SCHEDULES)} (dualpipe)")
     add("--pp", type=int, default=8, metavar="N", help="pipeline ranks (8)")
     add("--microbatches", type=int, metavar="N", help="micro-batches of a step (20, or 2 a rank if that is more)")
@@ -59,65 +59,60 @@ def parser() -> argparse.ArgumentParser:
     add("--svg", metavar="FILE", help="write the picture")
     add("--trace", metavar="FILE", help="write a Chrome trace, for Perfetto")
     add("--json", metavar="FILE", help="write actions with start and end, makespan, bubble and peak_activations")
-    add("--compare", action="store_true", help="tabulate all schedules at this cost")
-    add("--width", type=int, metavar="COLUMNS", help="of the time-line (the terminal's)")
-    add("--colour", choices=("auto", "always", "never"), default="auto", help="of the time-line (auto: on a terminal)")
-    model = out.add_argument_group("a model's stages")
-    model.add_argument("--model", metavar="NAME", help="a model of configs/model: tiny, dsv3_671b, ...")
-    model.add_argument("--layout", metavar="N,N,...", help="blocks of each stage by hand (balanced by cost)")
-    model.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (the model's longest)")
-    model.add_argument("--micro-batch", type=int, default=1, metavar="N", help="sequences of a micro-batch (1)")
-    model.add_argument("--ep", type=int, default=1, metavar="N", help="ranks that share the experts (1)")
-    model.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="fp8", help="of activations (fp8)")
-    every = ",".join(Recompute)
-    model.add_argument("--recompute", default=every, metavar="NAME,...", help=f"instead of being kept ({every})")
-    model.add_argument(
-        "override", nargs="*", metavar="key=value", help="changes: model.num_layers=32 parallel.layout=[8,8]"
+    add("--compare", action="store_true", help="print a table of all schedules at this cost")
+    add("--width", type=int, metavar="COLUMNS", help="columns of the timeline (the terminal's)")
+    add(
+        "--colour",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="colours of the timeline (auto: on a terminal)",
     )
-    return out
+    add = parser.add_argument_group("a model's stages; key=value settings change the model").add_argument
+    add("--model", metavar="NAME", help="a model of configs/model: tiny, dsv3_671b, ...")
+    add("--layout", metavar="N,N,...", help="blocks of each stage (balanced by cost)")
+    add("--seq-len", type=int, metavar="N", help="tokens of a sequence (the model's longest)")
+    add("--micro-batch", type=int, default=1, metavar="N", help="sequences of a micro-batch (1)")
+    add("--ep", type=int, default=1, metavar="N", help="ranks that share the experts (1)")
+    add("--precision", choices=[*Precision], default="fp8", help="precision of activations (fp8)")
+    every = ",".join(Recompute)
+    add("--recompute", default=every, metavar="NAME,...", help=f"what the backward computes again ({every})")
+    return parser
 
 
-def main(argv: list[str]) -> int:
-    """Run the command; returns its exit code (0, 2 configuration)."""
-    try:
-        _run(parser().parse_args(argv))
-    except ValueError as error:
-        print(f"fp8moe schedule: {error}", file=sys.stderr)
-        return ConfigError.exit_code
-    except BrokenPipeError:  # the reader has seen enough (`| head`); what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(f"fp8moe schedule: {error.filename}: {error.strerror or error}: choose another file", file=sys.stderr)
-        return ConfigError.exit_code
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns 0."""
+    _run(parse(command_parser(), argv))
     return 0
 
 
 def parse_costs(text: str) -> Costs:
-    """`F=1,B=2,W=1,FB=2.6,message=0.1` in any order and number, or the published step's name."""
+    """Costs of `F=1,B=2,W=1,FB=2.6,message=0.1`, any of them in any order, or of the published step by its name."""
     if text == DEEPSEEK:
         return published_costs()
     given: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if key not in COST_KEYS:
-            raise ConfigError(f"--cost {item!r} is unknown: use {', '.join(f'{k}=' for k in COST_KEYS)} or {DEEPSEEK}")
+            raise ConfigError(
+                f"--cost {item!r} is not a cost: use {', '.join(f'{k}=' for k in COST_KEYS)} or {DEEPSEEK}"
+            )
         try:
             given[COST_KEYS[key]] = float(value)
         except ValueError:
-            raise ConfigError(f"--cost {key}={value!r} is no number: write {key}=1.5, say") from None
+            raise ConfigError(f"--cost {key}={value!r} is not a number: write for example {key}=1.5") from None
     return Costs(**given)
 
 
 def _model(options: argparse.Namespace) -> tuple[ModelConfig, tuple[int, ...] | None] | None:
-    """The model that was asked for and its configured layout (--layout goes first), or None."""
+    """The model asked for and the layout of its stages, --layout before parallel.layout; None without --model."""
     given = [f"--{name}" for name in ("layout", "seq-len") if getattr(options, name.replace("-", "_")) is not None]
     if options.model is None:
-        if given or options.override:
-            raise ConfigError(f"{(given or options.override)[0]} is about a model's stages: add --model NAME")
+        if given or options.settings:
+            raise ConfigError(f"{(given or options.settings)[0]} needs a model: add --model NAME")
         return None
     from fp8moe.cli.compose import compose
 
-    config = compose([f"model={options.model}", *options.override]).config
+    config = compose([f"model={options.model}", *options.settings]).config
     return config.model, _layout(options.layout) or config.parallel.layout
 
 
@@ -127,14 +122,16 @@ def _layout(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(count) for count in text.strip("[] ").split(","))
     except ValueError:
-        raise ConfigError(f"--layout {text!r} is no list of block counts: write 4,4,3, say") from None
+        raise ConfigError(f"--layout {text!r} is not a list of block counts: write for example 4,4,3") from None
 
 
 def _recompute(text: str) -> frozenset[Recompute]:
     names = [name for name in text.strip("[] ").split(",") if name]
     for name in names:
         if name not in list(Recompute):
-            raise ConfigError(f"--recompute {name!r} is unknown: use some of {','.join(Recompute)}, or '' for nothing")
+            raise ConfigError(
+                f"--recompute {name!r} is not one of {', '.join(Recompute)}: use some of them, or '' for nothing"
+            )
     return frozenset(Recompute(name) for name in names)
 
 
@@ -163,10 +160,9 @@ def _run(options: argparse.Namespace) -> None:
 def _of_model(
     options: argparse.Namespace, config: ModelConfig, layout: tuple[int, ...] | None, schedule: Schedule, costs: Costs
 ) -> tuple[Timeline, list[str]]:
-    """The time-line at the model's own stage costs, and the table of its ranks."""
+    """The timeline at the model's own stage costs, and the table of its ranks."""
     from fp8moe.model.memory import MicroBatch
     from fp8moe.model.partition import partition, relative_costs
-    from fp8moe.plan.stage_table import partition_table
 
     num_experts = config.experts.num_experts
     if num_experts % options.ep:
@@ -194,14 +190,13 @@ def _show(options: argparse.Namespace, timeline: Timeline, tables: list[str]) ->
 def _write(options: argparse.Namespace, timeline: Timeline) -> None:
     files = (
         (options.svg, lambda: svg(timeline, caption(timeline))),
-        (options.trace, lambda: json.dumps(chrome_trace(timeline))),
+        (options.trace, lambda: json.dumps(schedule_trace(timeline))),
         (options.json, lambda: json.dumps(as_json(timeline))),
     )
     for name, content in files:
         if name is not None:
-            Path(name).write_text(content(), encoding="utf-8")
+            try:
+                Path(name).write_text(content(), encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{name} can't be written ({error.strerror}): choose another file") from error
             print(f"wrote {name}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

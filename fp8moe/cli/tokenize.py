@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fp8moe.cli.command import Parser, make_parser
+from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.textfiles import find_files, read_pieces
 from fp8moe.data.tokenizer import (
@@ -32,8 +32,8 @@ ENDINGS = (".bin", ".idx", ".tokenizer.json")
 TRAINING_SAMPLE_BYTES = 64 << 20
 
 
-def parser() -> Parser:
-    """The command line."""
+def command_parser() -> Parser:
+    """The parser of the command line."""
     parser = make_parser(
         "tokenize",
         "Turn text into PREFIX.bin and PREFIX.idx (readable by Megatron too) and PREFIX.tokenizer.json.",
@@ -59,7 +59,7 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code (0, 2 configuration, 3 data)."""
     try:
-        options = parser().parse_args(argv)
+        options = parse(command_parser(), argv)
         _run(options)
     except (ConfigError, DataError) as error:
         print(f"fp8moe tokenize: {error}", file=sys.stderr)

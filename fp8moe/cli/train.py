@@ -1,20 +1,19 @@
-"""`fp8moe train`: one process, a worker among many, or the launcher of them, by how it was started.
+"""`fp8moe train`: trains in one process, as a worker of many, or launches the workers.
 
-RANK in the environment makes a worker (torchrun, Slurm, or `--nproc`); `--nproc N` makes the launcher; else the run is
-one process. What can be known without a process group is checked before any is started.
+RANK in the environment makes a worker (of torchrun, Slurm, or `--nproc`); `--nproc N` makes the launcher; otherwise the
+run is one process. All that can be checked without a process group is checked before any process is started.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, explain, make_parser, parse
 from fp8moe.cli.launch import count_processes, die_with_launcher, is_worker, launch, report
-from fp8moe.errors import EXIT
+from fp8moe.errors import EXIT, ConfigError
 
 DESCRIPTION = """\
 Train a model. Settings are key=value, groups included: model=tiny precision=bf16 parallel.ep=2 steps=100
@@ -27,18 +26,20 @@ run_dir=runs/mine resume=auto. `--cfg job` shows them all.
 
 
 def command_parser() -> Parser:
-    """The command's own options; all else is settings."""
+    """The parser of the command line."""
     parser = make_parser("train", DESCRIPTION, settings=True)
-    parser.add_argument("--nproc", metavar="N", help="start N processes here; auto: one a GPU, 4 where there is none")
+    parser.add_argument(
+        "--nproc", metavar="N", help="processes to start on this machine; auto: one a GPU, 4 without GPUs"
+    )
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and exit")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; the exit code is 0, or that of what went wrong."""
-    arguments = parse(command_parser(), argv)
+    """Run the command and return its exit code; a worker that fails ends its process with the failure's code."""
     if is_worker():
-        return _work(arguments)
+        return _work(argv)
+    arguments = parse(command_parser(), argv)
     from fp8moe.cli.compose import as_yaml, compose
     from fp8moe.train.config import resolve
 
@@ -56,12 +57,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _work(arguments: argparse.Namespace) -> int:
-    """A rank's part. Its failure goes where the launcher finds it, and is printed once."""
+def _work(argv: Sequence[str]) -> int:
+    """One rank of the run. A failure is written for the launcher and printed once; it ends the process at once."""
     die_with_launcher()
-    if arguments.nproc is not None and int(os.environ["RANK"]) == 0:
-        raise ValueError(f"--nproc={arguments.nproc} starts processes and RANK says this is one: leave --nproc out")
     try:
+        arguments = parse(command_parser(), argv)
+        if arguments.nproc is not None:
+            raise ConfigError(f"--nproc={arguments.nproc} starts processes and RANK is set: leave --nproc out")
         from fp8moe.cli.compose import as_yaml, compose
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
@@ -73,8 +75,6 @@ def _work(arguments: argparse.Namespace) -> int:
             return 0
         train(resolve(composed.config, int(os.environ.get("WORLD_SIZE", "1"))), as_yaml)
     except Exception as error:
-        from fp8moe.cli.command import explain
-
         failure = explain(error)
         report(failure)
         if failure.code == EXIT["hang"]:
@@ -84,5 +84,5 @@ def _work(arguments: argparse.Namespace) -> int:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(failure.code)  # an ordinary end would wait for collectives that the others are stuck in
+        os._exit(failure.code)  # an ordinary exit would wait for collectives that other ranks never join
     return 0

@@ -1,10 +1,10 @@
-"""`fp8moe warmup`: compile the kernels that a configuration needs, once a node, before all processes wait for it.
+"""`fp8moe warmup`: compiles the kernels that a configuration needs, once a node, before its processes start.
 
-Every cast and GEMM of one dense and one expert Linear of each size, and the way of rows to experts and back, is run
-once on this machine's GPU, at the sizes of a micro-batch, through the same ops as training: what the tile table chooses
-for the run is what is compiled. The compiled code stays in Triton's cache, which should lie on the node itself: a
-shared file system under a thousand readers is slower than compiling. Compiling without running was refused: alignment
-and constants come from real operands.
+Every cast and GEMM of one dense and one expert Linear of each size, and the permutation of rows to experts and back,
+runs once on this machine's GPU, at the sizes of a micro-batch and through the ops of training, so that the tile table
+makes the same choices. The compiled code stays in Triton's cache, which should be on the node's own disk: a shared file
+system with a thousand readers is slower than compiling. Compiling without running was refused: alignment and constants
+come from real operands.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Compile the kernels that a run needs into a cache on this node. Settings are tho
 
 @dataclass(frozen=True)
 class GemmSizes:
-    """What a rank multiplies: (outputs, inputs) of each Linear, `tokens` of a micro-batch, `rows` its experts receive.
+    """Sizes of a rank's products: (outputs, inputs) of each Linear, tokens of a micro-batch, rows its experts receive.
 
     unquantized: the Linears that stay in BF16 (head, router), whose weight gradient alone is a kernel of ours.
     dim, topk: width of a row that goes to experts, and how many it goes to.
@@ -90,7 +90,7 @@ def calls(sizes: GemmSizes, device: torch.device) -> Iterator[tuple[str, Callabl
         yield f"{sizes.num_experts} experts {n}x{k}", lambda n=n, k=k: expert(sizes, n, k, device)  # type: ignore[misc]
     for n, k in sizes.unquantized:
         yield f"BF16 Linear {n}x{k}", lambda n=n, k=k: unquantized(tokens, n, k, device)  # type: ignore[misc]
-    yield f"rows of {sizes.dim} to {sizes.topk} experts and back", lambda: there_and_back(tokens, sizes, device)
+    yield f"permutation of rows of {sizes.dim} to {sizes.topk} experts", lambda: expert_rows(tokens, sizes, device)
 
 
 def unquantized(tokens: int, n: int, k: int, device: torch.device) -> None:
@@ -127,8 +127,8 @@ def expert(sizes: GemmSizes, n: int, k: int, device: torch.device) -> None:
     grouped_wgrad(dy_columns, requantize_columns(rows), offsets, total)
 
 
-def there_and_back(tokens: int, sizes: GemmSizes, device: torch.device) -> None:
-    """Plan, permute and unpermute, of rows cast here and of rows that came over the wire (scales token-major)."""
+def expert_rows(tokens: int, sizes: GemmSizes, device: torch.device) -> None:
+    """Plan, permute and unpermute, of rows cast here and of received rows (scales token-major)."""
     ids = torch.arange(tokens * sizes.topk, device=device).view(tokens, sizes.topk) % sizes.num_experts
     row_map = plan_rows(ids, sizes.num_experts)
     x = torch.zeros(tokens, sizes.dim, dtype=torch.bfloat16, device=device)
@@ -139,7 +139,7 @@ def there_and_back(tokens: int, sizes: GemmSizes, device: torch.device) -> None:
 
 
 def choose_cache(given: Path | None) -> Path:
-    """Where compiled code goes: `given`, else what the environment says, else a folder on this node's own disk."""
+    """Folder of compiled code: `given`, else the environment's, else one in this node's temporary folder."""
     if given is not None:
         return given
     named = os.environ.get(CACHE_VARIABLE)
@@ -147,15 +147,22 @@ def choose_cache(given: Path | None) -> Path:
 
 
 def command_parser() -> Parser:
-    """The command's own options; all else is settings."""
+    """The parser of the command line."""
     parser = make_parser("warmup", DESCRIPTION, settings=True)
-    parser.add_argument("--processes", type=int, metavar="N", help="of the whole run (the GPUs of this machine)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help=f"(${CACHE_VARIABLE}, or a local one)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="processes of the whole run (the GPUs of this machine)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of compiled code (${CACHE_VARIABLE}, or one in the local temporary folder)",
+    )
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; 0 when everything is compiled, or when the precision has nothing to compile."""
+    """Run the command; returns 0 when everything is compiled, or when the precision has nothing to compile."""
     arguments = parse(command_parser(), argv)
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError(f"--processes={arguments.processes} must be at least 1")
@@ -168,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"precision {config.precision.mode} runs on PyTorch's own kernels: nothing to compile")
         return 0
     if not torch.cuda.is_available():
-        raise ConfigError("warmup compiles for the GPU it runs on and torch sees 0: run it on a node that trains")
+        raise ConfigError("warmup compiles for the GPU that it runs on and torch sees 0: run it on a node with GPUs")
     cache = choose_cache(arguments.cache)
     os.environ[CACHE_VARIABLE] = str(cache)
     sizes = gemm_sizes(config.model, config.micro_batch * config.seq_len, config.ep)
@@ -177,5 +184,5 @@ def main(argv: Sequence[str]) -> int:
         call()
         torch.cuda.synchronize()
         print(f"{time.perf_counter() - start:7.1f} s  {name}", flush=True)
-    print(f"compiled; let the run use it: export {CACHE_VARIABLE}={cache}")
+    print(f"compiled into {cache}; before the run: export {CACHE_VARIABLE}={cache}")
     return 0

@@ -1,1 +1,1 @@
-"""Floor 5: what a run would cost, before it runs: schedules simulated and drawn, stages weighed."""
+"""Floor 5: cost of a run before it runs: schedules simulated and drawn, memory and work of pipeline ranks."""

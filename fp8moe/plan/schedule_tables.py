@@ -1,22 +1,34 @@
-"""Tables of schedules: a picture's caption, all schedules at one cost, DeepSeek-V3's published step beside ours.
+"""Tables of schedules: captions, all schedules at one cost, a model's ranks, and DeepSeek-V3's published step.
 
 The published figures are seconds of one step of 15,360 sequences of 4,096 tokens on 2,048 H800 (PP16 x EP64, DualPipe,
 so 120 micro-batches of one sequence a pipeline), from Table 4 of the ISCA 2025 hardware paper: forward chunks, backward
 chunks and weight-gradient chunks that run alone, overlapped pairs, bubble, optimizer.
 
-Which rank was timed is not said. The first rank is assumed: it runs 23 forwards, 15 split and 8 whole backwards, 15
-weight gradients and 97 pairs, and with these counts W is 0.22 of a pair, which is what the published kernel times of a
-layer allow (FP8 GEMM 57.5 % of the time, a third of it weight gradients). With the middle rank's counts (17, 8 and 9,
-8, 103) W would be 0.44 of a pair, more than all of its weight-gradient GEMMs.
+The paper does not say which rank was timed. The first rank is assumed: it runs 23 forwards, 15 split and 8 whole
+backwards, 15 weight gradients and 97 pairs, and with these counts W is 0.22 of a pair, which agrees with the published
+kernel times of a layer (FP8 GEMM 57.5 % of the time, a third of it weight gradients). With the middle rank's counts
+(17, 8 and 9, 8, 103) W would be 0.44 of a pair, more than all of its weight-gradient GEMMs.
 """
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fp8moe.errors import ConfigError
 from fp8moe.schedule.action import Kind, Schedule
 from fp8moe.schedule.build import SCHEDULES, build_schedule
-from fp8moe.schedule.simulate import Costs, Timeline, published_bubble, simulate
+from fp8moe.schedule.simulate import Costs, Timeline, peak_held, published_bubble, simulate
+
+if TYPE_CHECKING:  # they load torch, which takes seconds that tables without a model need not wait for
+    from fp8moe.model.config import ModelConfig
+    from fp8moe.model.memory import MicroBatch
+    from fp8moe.model.partition import Stage
+
+NUM_RANKS, NUM_MICROBATCHES, RANK = 16, 120, 0  # of the published step; RANK is the rank assumed to be timed
+STEP = 19.926
+PUBLISHED = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,8 +44,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def say_costs(costs: Costs) -> str:
-    """`F=1 B=2 W=1 F&B=2.6 message=0`."""
+def format_costs(costs: Costs) -> str:
+    """Costs as text: `F=1 B=2 W=1 F&B=2.6 message=0`."""
     return (
         f"F={costs.forward:.4g} B={costs.backward:.4g} W={costs.weight:.4g} F&B={costs.pair:.4g} "
         f"message={costs.message:.4g}"
@@ -41,7 +53,7 @@ def say_costs(costs: Costs) -> str:
 
 
 def caption(timeline: Timeline) -> list[str]:
-    """Sizes and costs; bubble beside the published formula; memory. One string a line."""
+    """Lines under a picture: sizes and costs; bubble beside the published formula; memory."""
     schedule, costs = timeline.schedule, timeline.costs
     copies = ", each on two ranks" if schedule.num_directions == 2 else ""
     bubble, peaks = timeline.bubble, timeline.peak_activations
@@ -51,7 +63,7 @@ def caption(timeline: Timeline) -> list[str]:
     held = f"{min(peaks):g}" if min(peaks) == max(peaks) else f"{min(peaks):g} to {max(peaks):g}"
     return [
         f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_stages} stages{copies}, "
-        f"{schedule.num_microbatches} micro-batches; {say_costs(costs)}{scaled}",
+        f"{schedule.num_microbatches} micro-batches; {format_costs(costs)}{scaled}",
         f"makespan {timeline.makespan:.6g}; bubble {max(bubble):.6g} ({share:.1%}) on the rank that waits most, "
         f"{min(bubble):.6g} on the one that waits least; published formula{even} {formula:.6g}",
         f"memory: {held} micro-batches of a stage's activations held at most (a stage is 1/{schedule.num_stages} of "
@@ -60,11 +72,11 @@ def caption(timeline: Timeline) -> list[str]:
 
 
 def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> str:
-    """Every schedule on the same ranks, micro-batches and model.
+    """Table of all schedules on the same ranks, micro-batches and model.
 
     costs are those of a stage of 1/num_ranks of the model; DualPipeV's stages are half as large, so its compute times
-    are halved (a message keeps its size). Held activations are counted in 1/num_ranks of the model for all. A schedule
-    that does not exist at these sizes has its reason in its row.
+    are halved (a message keeps its size). Held activations are counted in 1/num_ranks of the model for all. For a
+    schedule that does not exist at these sizes the reason stands under the table.
     """
     rows: list[tuple[str, ...]] = []
     reasons = []
@@ -93,24 +105,55 @@ def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> str:
         )
     header = ("schedule", "stages", "makespan", "bubble", "share", "formula", "parameters", "held")
     title = (
-        f"{num_ranks} ranks, {num_microbatches} micro-batches; {say_costs(costs)} for 1/{num_ranks} of the model "
+        f"{num_ranks} ranks, {num_microbatches} micro-batches; {format_costs(costs)} for 1/{num_ranks} of the model "
         f"(dualpipev: halves); held in 1/{num_ranks} of the model"
     )
     return "\n".join([title, table(header, rows), *reasons])
 
 
+def partition_table(
+    config: ModelConfig, stages: tuple[Stage, ...], timeline: Timeline, sizes: MicroBatch, ep: int
+) -> str:
+    """Table of a model's pipeline ranks: stages, work relative to the average, parameters, peak activations."""
+    from fp8moe.model.memory import rank_parameters, stage_activation_bytes
+    from fp8moe.model.partition import imbalance, relative_costs
+
+    schedule = timeline.schedule
+    costs = relative_costs(config, stages, sizes.seq_len)
+    size = [stage_activation_bytes(config, stage, sizes) for stage in stages]
+    held = peak_held(schedule, size)
+    rows = []
+    for rank in range(schedule.num_ranks):
+        here = [stages[index] for index in sorted({stage for _, stage in schedule.held_by(rank)})]
+        work = sum(costs[stage.index] for stage in here) / len(here)
+        rows.append(
+            (
+                f"rank {rank}",
+                f"{work:.3f}",
+                f"{rank_parameters(config, here, ep) / 1e9:.3f}",
+                f"{held[rank] / 2**30:.2f}",
+                f"{timeline.peak_activations[rank]:g}",
+                "; ".join(str(stage) for stage in here),
+            )
+        )
+    again = ", ".join(sorted(sizes.recipe.recompute)) or "nothing"
+    title = (
+        f"{schedule.num_stages} stages of {config.num_layers} blocks, layout "
+        f"{','.join(str(stage.num_layers) for stage in stages)}; heaviest rank "
+        f"{imbalance(config, stages, sizes.seq_len, schedule.is_folded):.3f} of the average; ep={ep}; activations of "
+        f"{sizes.tokens} tokens a micro-batch, {sizes.recipe.precision}, recomputed: {again}"
+    )
+    header = ("", "work", "parameters (1e9)", "activations (GiB)", "held", "stages")
+    return "\n".join([title, table(header, rows)])
+
+
 def published_table(rows: dict[str, tuple[float, float]]) -> str:
-    """Simulated beside published seconds, phase by phase."""
+    """Table of simulated and published seconds, phase by phase."""
     lines = [
         (phase, f"{ours:.2f}", f"{theirs:.2f}", f"{ours - theirs:+.2f}", f"{ours / theirs - 1:+.1%}")
         for phase, (ours, theirs) in rows.items()
     ]
     return table(("seconds, first rank", "simulated", "published", "difference", ""), lines)
-
-
-NUM_RANKS, NUM_MICROBATCHES, RANK = 16, 120, 0
-STEP = 19.926
-PUBLISHED = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
 
 
 def published_costs(rank: int = RANK) -> Costs:

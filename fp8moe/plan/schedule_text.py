@@ -1,9 +1,8 @@
-"""A schedule's time-line in a terminal: a row a rank, time to the right, as wide as asked.
+"""Timeline of a schedule in a terminal: a row a rank, time to the right, at a given width.
 
-A cell is its name (`F3`, `BW3`, `F5&b2`) if the cells of its kind are wide enough for all their names, and its letter
+A cell shows its name (`F3`, `BW3`, `F5&b2`) if all cells of its kind are wide enough for their names, and its letter
 repeated if not. Each column shows what the rank does at the middle of the column's time, so cells narrower than a
-column are sampled, not squeezed. Letters, not colour, tell the cells apart: a log file has none. Colour is added for a
-terminal.
+column are sampled. Letters tell the cells apart, because a log file has no colour; a terminal gets colour too.
 """
 
 from math import floor, inf, log10
@@ -21,23 +20,23 @@ COLOURS = {Kind.F: (75, 153), Kind.B: (72, 151), Kind.W: (178, 229), Kind.BW: (7
 
 
 def is_second_chunk(schedule: Schedule, action: Action) -> bool:
-    """Whether the action computes the rank's other chunk: direction 1, or the way back of a V."""
+    """Whether the action computes the rank's other chunk: direction 1, or the second half of a folded pipeline."""
     return action.direction == 1 or action.stage >= schedule.num_ranks
 
 
 def label(schedule: Schedule, action: Action) -> str:
-    """`F3`, `W3`, `BW3`, `F5&b2`: kind and micro-batch, in small letters for the rank's other chunk."""
+    """Name of an action: kind and micro-batch (`F3`, `BW3`, `F5&b2`), in small letters for the rank's other chunk."""
     if action.kind is Kind.FB:
         assert action.paired is not None
-        forth = "f" if is_second_chunk(schedule, action) else "F"
-        back = "b" if is_second_chunk(schedule, action.paired) else "B"
-        return f"{forth}{action.microbatch}&{back}{action.paired.microbatch}"
+        forward = "f" if is_second_chunk(schedule, action) else "F"
+        backward = "b" if is_second_chunk(schedule, action.paired) else "B"
+        return f"{forward}{action.microbatch}&{backward}{action.paired.microbatch}"
     kind = action.kind.value.lower() if is_second_chunk(schedule, action) else action.kind.value
     return f"{kind}{action.microbatch}"
 
 
 def _letter(timeline: Timeline, timed: Timed, time: float) -> str:
-    """One column's letter; a whole backward reads B while its input's part would run, then W."""
+    """The letter of one column; a whole backward shows B during its part for the input, then W."""
     action, costs = timed.action, timeline.costs
     letter = {Kind.FB: "X", Kind.BW: "B"}.get(action.kind, action.kind.value)
     if action.kind is Kind.BW and (time - timed.start) * costs.backward >= (timed.end - timed.start) * (
@@ -50,7 +49,7 @@ def _letter(timeline: Timeline, timed: Timed, time: float) -> str:
 def _named(timeline: Timeline, per_column: float) -> set[Kind]:
     """Kinds whose shortest cell has room for their longest name.
 
-    No space is asked for behind it: a name begins with a letter, so two in a row still read.
+    No space is needed between names: each begins with a letter, so two in a row can still be told apart.
     """
     room: dict[Kind, float] = {}
     longest: dict[Kind, int] = {}
@@ -90,12 +89,12 @@ def _row(timeline: Timeline, rank: int, columns: int, named: set[Kind], colour: 
 
 
 def _ceil(x: float) -> int:
-    # Rounding noise of a sum of costs must not move a cell by a column.
+    # Rounding errors of a sum of costs must not move a cell by a column.
     return -int(-(x - 1e-9) // 1)
 
 
 def ticks(makespan: float, at_most: int) -> list[float]:
-    """Round times from 0 on, no more than `at_most` + 1 of them."""
+    """Round times from 0 to `makespan`, at most `at_most` + 1 of them."""
     if makespan <= 0:
         return [0.0]
     least = float(makespan) / max(1, at_most)
@@ -105,7 +104,7 @@ def ticks(makespan: float, at_most: int) -> list[float]:
 
 
 def _axis(timeline: Timeline, columns: int) -> str:
-    """Round times under the columns they belong to."""
+    """The time axis: round times under their columns."""
     axis = [" "] * columns
     for time in ticks(timeline.makespan, columns // 10):
         mark, at = f"|{time:g}", int(time / float(timeline.makespan) * columns) if timeline.makespan else 0
@@ -115,10 +114,7 @@ def _axis(timeline: Timeline, columns: int) -> str:
 
 
 def draw(timeline: Timeline, width: int, *, colour: bool = False) -> str:
-    """The time-line in `width` columns at most: a row a rank and a time axis.
-
-    width below 24 is drawn at 24: less would show nothing.
-    """
+    """The timeline as text: a row a rank and a time axis, `width` columns wide, but at least 24."""
     names = [f"r{rank} " for rank in range(timeline.schedule.num_ranks)]
     margin = max(map(len, names))
     columns = max(24, width) - margin

@@ -1,15 +1,18 @@
-"""The packaged configurations, and words on the command line that become them or one sentence."""
+"""Settings to a configuration: the packaged files, and one sentence for each mistake."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fp8moe.cli.compose import CONFIGS, as_yaml, compose, keys_of, to_dataclass
+from fp8moe.cli.compose import CONFIGS, MOVED, as_yaml, compose, keys_of, to_dataclass
+from fp8moe.errors import ConfigError
+from fp8moe.layers.attention.core import YarnConfig
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.flops import count_parameters
 from fp8moe.train.config import TrainConfig, resolve, stages_of
@@ -28,8 +31,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[str]:
 
 def test_every_key_is_in_the_files_and_so_can_be_overridden() -> None:
     told = set(leaves(yaml.safe_load(compose([]).text)))
-    optional = {key for key in keys_of(TrainConfig) if key.startswith("model.yarn.")}
-    assert set(keys_of(TrainConfig)) - optional == {key for key in told if not key.startswith("model.yarn.")}
+    optional = {key for key in keys_of(TrainConfig) if key.startswith("model.attention.yarn.")}
+    assert set(keys_of(TrainConfig)) - optional == {key for key in told if not key.startswith("model.attention.yarn.")}
     groups = {"model": choices("model"), "data": choices("data"), "parallel": ["default"], "logging": ["default"]}
     full = set(leaves(yaml.safe_load((CONFIGS / "model" / "tiny.yaml").read_text())))
     for group, names in groups.items():
@@ -66,8 +69,8 @@ def test_names_and_overrides() -> None:
     assert quickstart.precision.mode is Precision.BF16
     assert compose(["name=mine", "model=dsv2_lite_16b", "run_dir=some/where"]).config.name == "mine"
     assert compose(["model.vocab_size=512"]).config.data.vocab_size == 512
-    long = compose(["model.yarn={factor: 40.0}", "model.max_seq_len=163840", "optimizer.eps=1e-7"]).config
-    assert long.model.yarn is not None and long.model.yarn.factor == 40.0 and long.optimizer.eps == 1e-7
+    long = compose(["model.attention.yarn={factor: 40.0}", "model.max_seq_len=163840", "optimizer.eps=1e-7"]).config
+    assert long.model.attention.yarn == YarnConfig(factor=40.0) and long.optimizer.eps == 1e-7
 
 
 def test_the_published_layout_takes_2048_gpus() -> None:
@@ -95,24 +98,65 @@ def test_the_quickstart_runs_on_one_to_eight_processes() -> None:
         (["ep=2"], "unknown key ep: did you mean parallel.ep?"),
         (["modle=tiny"], "unknown key modle: did you mean model?"),
         (["+new=1"], "unknown key new: "),
-        (["model=tinny"], "model=tinny is not there: did you mean tiny?"),
-        (["precision=int4"], "precision=int4 is not there: use one of bf16, fp32, fp8"),
-        (["foo"], "'foo' is no setting: write key=value"),
-        (["steps=1,2"], "asks for steps more than once"),
-        (["hydra.run.dir=x"], "hydra.run.dir belongs to hydra"),
-        (["model.yarn.factor=2"], "model.yarn.factor"),
+        (["model=tinny"], "model=tinny is not one of dsv2_236b, dsv2_lite_16b, dsv3_671b, tiny: did you mean tiny?"),
+        (["precision=int4"], "precision=int4 is not one of bf16, fp32, fp8$"),
+        (["foo"], "'foo' is not a setting: write key=value"),
+        (["steps=1,2"], r"'steps=1,2' gives several values and steps takes one: write a list as \[a,b\]"),
+        (["hydra.run.dir=x"], "hydra.run.dir is a setting of hydra"),
+        (["model.attention.yarn.factor=2"], "model.attention.yarn.factor"),
         (["steps=[1"], r"'steps=\[1' can't be read as key=value"),
         (["steps=${nothing}"], "nothing"),
         (["steps=five"], "steps='five' .* must be a whole number"),
         (["data.weights=[1,a]"], r"data.weights\[1\]='a'"),
-        (["~model.dim"], "model.dim must be set"),
-        (["model.dim=200"], "model.dim=200 is no multiple of 16, as FP8 needs: use 192"),
+        (["~model.dim"], "model.dim must be set: 1 of "),
+        (["model.attention.kind=gqa"], "model.attention.kind='gqa' is not one of mla"),
+        (["model.attention=3"], r"model.attention=3 \(int\) must be a group of keys"),
+        (["model.dim=200"], "model.dim=200 must be a multiple of 16, which FP8 needs: use 192"),
     ],
 )
 def test_wrong_words_are_one_sentence(words: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         compose(words)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_the_right_key_in_another_group_is_found() -> None:
+    """By its last name first, whatever else looks alike."""
+    with pytest.raises(ConfigError, match=r"unknown key topk: did you mean model.router.topk\?$"):
+        compose(["topk=2"])
+    with pytest.raises(ConfigError, match=r"unknown key zzz: the keys here are model, model\.vocab_size"):
+        compose(["zzz=2"])
+
+
+def test_a_list_inside_a_leaf_is_left_to_hydra() -> None:
+    with pytest.raises(ConfigError, match=r"data\.paths"):
+        compose(["data.paths.0=a"])
+
+
+FLAT_KEYS = (
+    *("num_heads", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim", "expert_hidden", "num_experts", "topk"),
+    *("q_lora_rank", "num_shared_experts", "num_groups", "top_groups", "score", "normalize_topk", "route_scale"),
+    *("force_balance", "aux_loss_alpha", "bias_gamma", "rope_theta", "yarn", "attention"),
+    *(f"yarn.{field.name}" for field in fields(YarnConfig)),
+)
+
+
+@pytest.mark.parametrize("key", FLAT_KEYS)
+def test_a_key_of_the_flat_model_names_the_new_one(key: str) -> None:
+    """Every key that the flat configuration of a model had and that is elsewhere now."""
+    renamed = {"attention": "attention.backend", "expert_hidden": "experts.hidden", "num_shared_experts": "num_shared"}
+    new = MOVED[f"model.{key}"]
+    assert new in keys_of(TrainConfig) and new.endswith(f".{renamed.get(key, key)}")
+    for pattern in ("{}=flash", "+{}=flash", "~{}") if key != "attention" else ("{}=flash",):
+        with pytest.raises(ConfigError) as caught:
+            compose([pattern.format(f"model.{key}")])
+        assert str(caught.value) == f"model.{key} is now {new}: write {pattern.format(new)}"
+
+
+def test_no_key_of_today_is_called_moved() -> None:
+    assert len(MOVED) == len(FLAT_KEYS)
+    assert set(MOVED) & set(keys_of(TrainConfig)) == {"model.attention"}
+    assert compose(["model.attention={backend: flash}"]).config.model.attention.backend == "flash"
 
 
 def test_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

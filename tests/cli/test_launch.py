@@ -17,7 +17,7 @@ import pytest
 
 from fp8moe.__main__ import main
 from fp8moe.cli import launch
-from fp8moe.cli.failures import Failure
+from fp8moe.cli.command import Failure
 from fp8moe.parallel import hang
 from tests.train.runs import SMALL, write_corpus
 

@@ -1,4 +1,4 @@
-"""The comparison's arithmetic, its verdict, and the whole command on a small run."""
+"""The comparison's arithmetic, its exit code, and the whole command on a small run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def test_only_fp8_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (["--steps", "0"], "--steps=0 must be at least 1"),
         (["--steps", "5", "--bound", "0"], "--bound=0.0 must be above 0"),
-        (["--steps", "5", "precision=fp8"], "precision=fp8 is chosen by this command itself"),
+        *(
+            (["--steps", "5", setting], f"{setting} is set by this command: leave it out")
+            for setting in ("precision=fp8", "precision.mode=fp8", "steps=3", "run_dir=x", "resume=auto")
+        ),
         (["--steps", "5", "--nproc", "none"], "--nproc=none must be a whole number"),
     ],
 )
@@ -95,7 +98,7 @@ def test_a_failed_run_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.Mo
     assert main(["numerics", "--steps", "5", "--out", str(tmp_path / "a")]) == 5
 
 
-def test_a_loss_that_is_not_finite_is_no_comparison(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_comparison(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n{"loss": null}\n')
     with pytest.raises(RuntimeError, match="the loss of step 2 is not finite"):
         numerics.read_losses(tmp_path / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""`fp8moe schedule` from its words to its files and exit codes."""
+"""`fp8moe schedule`: its options, its files and its exit codes."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fp8moe.__main__ import main as run
 from fp8moe.cli.schedule import main, parse_costs
 from fp8moe.errors import ConfigError
 from fp8moe.plan.schedule_tables import published_costs
@@ -50,7 +51,7 @@ def test_costs_as_words() -> None:
     assert (costs.forward, costs.backward, costs.weight, costs.pair, costs.message) == (1, 2, 1, 2.5, 0.1)
     assert parse_costs("F=1,B=2,W=1").pair == 3
     assert parse_costs("deepseek-v3") == published_costs()
-    with pytest.raises(ConfigError, match="'G=1' is unknown"):
+    with pytest.raises(ConfigError, match="--cost 'G=1' is not a cost: use F=, B=, W=, FB=, message= or deepseek-v3"):
         parse_costs("G=1")
 
 
@@ -85,29 +86,80 @@ def _activations(text: str) -> float:
             "at least 16 micro-batches (2 a rank), and 10 are too few: use 16",
         ),
         ("--name pipedream", "schedule=pipedream is unknown"),
-        ("--pp two", "argument --pp: invalid int value: 'two'"),
+        ("--pp two", "argument --pp: invalid int value: 'two'; see fp8moe schedule --help"),
         ("--pp 2 --bogus", "unrecognized arguments: --bogus"),
-        ("--cost F=x", "--cost F='x' is no number"),
+        ("--cost F=x", "--cost F='x' is not a number: write for example F=1.5"),
         ("--cost F=1,B=1,W=2", "W=2.0 is more than B=1.0"),
         ("--width 0", "--width 0 must be at least 1"),
-        ("--layout 2,2", "--layout is about a model's stages: add --model NAME"),
+        ("--layout 2,2", "--layout needs a model: add --model NAME"),
+        ("--seq-len 2", "--seq-len needs a model: add --model NAME"),
+        ("model.dim=64", "model.dim=64 needs a model: add --model NAME"),
         ("--pp 2 --model tiny --layout 2,1", "layout 2,1 places 3 blocks, but the model has 4: add 1 more"),
         ("--pp 2 --model tiny parallel.layout=[1,4]", "layout 1,4 places 5 blocks, but the model has 4: take 1 away"),
-        ("--pp 2 --model tiny --layout two", "--layout 'two' is no list of block counts"),
+        ("--pp 2 --model tiny --layout two", "--layout 'two' is not a list of block counts: write for example 4,4,3"),
         ("--pp 8 --model tiny", "4 blocks can't fill 8 pipeline stages"),
         ("--pp 2 --model tiny --ep 3", "--ep 3 does not divide num_experts=8: use 2"),
-        ("--pp 2 --model tiny --recompute norms", "--recompute 'norms' is unknown: use some of norm,mla_up,swiglu"),
-        ("--pp 2 --model huge", "model=huge is not there"),
-        ("--pp 2 --svg /no/such/folder/x.svg", "/no/such/folder/x.svg: No such file or directory"),
+        (
+            "--pp 2 --model tiny --recompute norms",
+            "--recompute 'norms' is not one of norm, mla_up, swiglu: use some of them, or '' for nothing",
+        ),
+        ("--pp 2 --model huge", "model=huge is not one of dsv2_236b"),
+        (
+            "--pp 2 --svg /no/such/folder/x.svg",
+            "/no/such/folder/x.svg can't be written (No such file or directory): choose another file",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence_and_code_2(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words.split()) == 2
+    assert run(["schedule", *words.split()]) == 2
     err = capsys.readouterr().err
-    assert says in err and err.startswith("fp8moe schedule: ") and err.count("\n") == 1
+    assert says in err and err.startswith("fp8moe: ") and err.count("\n") == 1
 
 
-def test_a_bare_picture_loads_no_torch() -> None:
-    """It answers at once: importing torch would take longer than all else."""
-    code = "import sys; from fp8moe.cli.schedule import main; main(['--pp', '2']); sys.exit('torch' in sys.modules)"
+def test_a_picture_loads_no_torch(tmp_path: Path) -> None:
+    """Importing torch would take longer than all else."""
+    words = ["--pp", "2", "--compare", "--svg", str(tmp_path / "x.svg"), "--json", str(tmp_path / "x.json")]
+    code = f"import sys; from fp8moe.cli.schedule import main; main({words}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+
+
+def test_micro_batches_and_width_by_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for pp, microbatches in ((4, 20), (10, 20), (12, 24)):
+        assert main(["--name", "1f1b", "--pp", str(pp), "--width", "200"]) == 0
+        assert f"{pp} ranks, {pp} stages, {microbatches} micro-batches" in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "61")
+    assert main(["--pp", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()[0]) == 61
+
+
+def test_colours_only_where_asked_or_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for terminal, choice, coloured in (
+        *((False, "auto", False), (False, "always", True)),
+        *((True, "auto", True), (True, "never", False)),
+    ):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        assert main(["--pp", "2", "--colour", choice]) == 0
+        assert ("\x1b[" in capsys.readouterr().out) == coloured
+
+
+def test_the_sizes_of_a_models_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    """Activations grow with --micro-batch and --seq-len, BF16 keeps more than FP8, experts are shared by --ep ranks."""
+    words = ["--pp", "2", "--model", "tiny", "--width", "80"]
+
+    def row(*more: str) -> tuple[float, float, str]:
+        assert main([*words, *more]) == 0
+        text = capsys.readouterr().out
+        (cells,) = [line.split() for line in text.splitlines() if line.startswith("rank 0")]
+        return float(cells[3]), float(cells[4]), text
+
+    parameters, activations, text = row("--seq-len", "8192", "--micro-batch", "16", "model.max_seq_len=8192")
+    assert "of 131072 tokens a micro-batch, fp8" in text
+    assert row("--seq-len", "4096", "--micro-batch", "32", "model.max_seq_len=8192")[1] == activations
+    assert row("--micro-batch", "16", "model.max_seq_len=8192")[1] == activations  # the model's longest
+    assert row("--micro-batch", "32", "model.max_seq_len=8192")[1] == pytest.approx(2 * activations, rel=0.01)
+    assert row("--micro-batch", "16", "--precision", "bf16", "model.max_seq_len=8192")[1] > activations
+    assert row("--ep", "4")[0] < parameters

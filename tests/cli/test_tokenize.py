@@ -123,14 +123,6 @@ def test_bad_input_is_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_usage_errors_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, code in ((["--help"], 0), ([], 2), (["--input", "a", "--output", "b", "--wrong"], 2)):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        assert caught.value.code == code
-    assert "PREFIX" in capsys.readouterr().out
-
-
 def test_workers_without_torch_in_a_process_of_its_own(inputs: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from fp8moe.cli.tokenize import main; code = main(sys.argv[1:])\n"

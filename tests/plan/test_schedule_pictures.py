@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from fp8moe.plan.schedule_files import as_json, chrome_trace
-from fp8moe.plan.schedule_svg import HUES, svg
+from fp8moe.plan.schedule_files import HUES, as_json, schedule_trace, svg
 from fp8moe.plan.schedule_tables import caption
 from fp8moe.plan.schedule_text import IDLE, LEGEND, draw, ticks
 from fp8moe.schedule.action import Kind
@@ -176,7 +175,7 @@ def test_the_json_can_be_checked_without_us(name: str, message: float) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_trace_is_what_a_viewer_wants(name: str) -> None:
     made = timeline(name, 4, 8, 0.1)
-    events = json.loads(json.dumps(chrome_trace(made)))["traceEvents"]
+    events = json.loads(json.dumps(schedule_trace(made)))["traceEvents"]
     slices: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
         if event["ph"] == "X":

@@ -2,7 +2,6 @@
 
 import pytest
 
-from fp8moe.model.config import ModelConfig
 from fp8moe.model.memory import MicroBatch
 from fp8moe.model.partition import partition, relative_costs
 from fp8moe.plan.schedule_tables import (
@@ -19,8 +18,9 @@ from fp8moe.plan.schedule_tables import (
 from fp8moe.schedule.action import Kind
 from fp8moe.schedule.build import SCHEDULES, build_schedule
 from fp8moe.schedule.simulate import Costs, simulate
+from tests.model.shapes import model_config
 
-SMALL = ModelConfig(
+SMALL = model_config(
     vocab_size=512, dim=64, num_layers=9, num_dense_layers=1, num_heads=2, q_lora_rank=32, kv_lora_rank=32, nope_dim=16,
     rope_dim=16, v_dim=16, dense_hidden=128, expert_hidden=64, num_experts=8, topk=2, mtp_depth=1, max_seq_len=256,
 )  # fmt: skip

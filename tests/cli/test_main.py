@@ -1,4 +1,4 @@
-"""The one door: commands, help, exit codes, all inside this process."""
+"""The entry point: commands, help, exit codes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from fp8moe import __version__
 from fp8moe.__main__ import COMMANDS, main
 
 
@@ -26,16 +27,34 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
         capsys.readouterr().err == f"fp8moe: 'trian' is not one of the {len(COMMANDS)} commands: did you mean train?\n"
     )
     assert main(["xyz"]) == 2
+    assert capsys.readouterr().err.endswith(f"use one of {', '.join(COMMANDS)}\n")
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_helps_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
-    assert ended.value.code == 0 and f"fp8moe {command}" in capsys.readouterr().out
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: fp8moe {command} ")
 
 
-def test_errors_end_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("-V", "--version"):
+        assert main([word]) == 0
+        assert capsys.readouterr().out == f"fp8moe {__version__}\n"
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """`fp8moe schedule | head -1`: a pipe that is closed early."""
+    command = [sys.executable, "-m", "fp8moe", "schedule", "--pp", "64", "--microbatches", "256", "--compare"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 141
+
+
+def test_an_exception_becomes_a_sentence_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     raised: list[BaseException] = []
 
     def failing(argv: list[str]) -> int:
