@@ -89,18 +89,28 @@ def hf_names(c: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def pair(c: ModelConfig, seed: int = 0) -> tuple[Transformer, DeepseekV3ForCausalLM]:
-    """Ours and theirs in FP32 with the same random weights, random norms, and biases that are mostly negative."""
-    torch.manual_seed(seed)
-    ours = Transformer(c, Recipe(Precision.FP32), LocalDispatcher(c.experts.num_experts))
-    init_weights(ours, seed)
+def randomize(model: Transformer) -> None:
+    """Norm gains that differ from one, and router biases that are mostly negative."""
     with torch.no_grad():
-        for name, tensor in ours.state_dict().items():
+        for name, tensor in model.state_dict().items():
             if name.endswith("norm.weight"):
                 tensor.uniform_(0.5, 1.5)
             if name.endswith("bias_E"):
                 tensor.uniform_(-1.5, 0.2)
+
+
+def transformers_model(c: ModelConfig, state: dict[str, Tensor]) -> DeepseekV3ForCausalLM:
+    """The same weights in the model of `transformers`, FP32."""
     theirs = DeepseekV3ForCausalLM(hf_config(c)).float()
-    missing, unexpected = theirs.load_state_dict(hf_names(c, ours.state_dict()), strict=False)
+    missing, unexpected = theirs.load_state_dict(hf_names(c, state), strict=False)
     assert not missing and not unexpected, (missing, unexpected)
-    return ours, theirs
+    return theirs
+
+
+def pair(c: ModelConfig, seed: int = 0) -> tuple[Transformer, DeepseekV3ForCausalLM]:
+    """Ours and theirs in FP32 with the same random weights, norms and biases."""
+    torch.manual_seed(seed)
+    ours = Transformer(c, Recipe(Precision.FP32), LocalDispatcher(c.experts.num_experts))
+    init_weights(ours, seed)
+    randomize(ours)
+    return ours, transformers_model(c, ours.state_dict())

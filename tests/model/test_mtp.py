@@ -18,7 +18,7 @@ from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe, Recompute
 from fp8moe.model.loss import IGNORE
 from fp8moe.model.transformer import Mtp, Transformer, init_weights
 from tests.model.batches import Tokens, tokens
-from tests.model.hf_oracle import BASE, hf_config, hf_names
+from tests.model.hf_oracle import BASE, hf_names, randomize, transformers_model
 from tests.model.passes import NOTHING
 from tests.model.shapes import changed
 
@@ -34,25 +34,15 @@ def build(recompute: frozenset[Recompute]) -> tuple[Transformer, Mtp, DeepseekV3
     init_weights(model, seed=0)
     mtp = model.mtp
     assert mtp is not None
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("norm.weight"):
-                tensor.uniform_(0.3, 2.0)
-            if name.endswith("bias_E"):
-                tensor.uniform_(-1.5, 0.2)
-    oracle = DeepseekV3ForCausalLM(hf_config(ONE_LAYER)).float()
-    missing, unexpected = oracle.load_state_dict(oracle_names(model, model.state_dict()), strict=False)
-    assert not missing and not unexpected
-    return model, mtp, oracle
+    randomize(model)
+    return model, mtp, transformers_model(ONE_LAYER, as_one_layer(model.state_dict()))
 
 
-def oracle_names(model: Transformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters (or gradients) of the module's block, of its final norm and of the head as the oracle names them."""
-    ours = {
-        name.replace("mtp.block.", "blocks.0."): value for name, value in state.items() if name.startswith("mtp.block.")
-    }
-    ends = {"embedding.weight": state["embedding.weight"], "head.weight": state["head.weight"]}
-    return hf_names(ONE_LAYER, ours | ends | {"norm.weight": state["mtp.final_norm.weight"]})
+def as_one_layer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters (or gradients) of the module's block, its final norm and the head, as those of a one-layer model."""
+    block = {name.replace("mtp.block.", "blocks.0."): x for name, x in state.items() if name.startswith("mtp.block.")}
+    ends = {name: state[name] for name in ("embedding.weight", "head.weight")}
+    return block | ends | {"norm.weight": state["mtp.final_norm.weight"]}
 
 
 def normed(x: Tensor, gain: Tensor) -> Tensor:
@@ -88,7 +78,7 @@ def test_the_module_is_its_formula(recompute: frozenset[Recompute]) -> None:
     for name, want in zip(names, (a, b, join), strict=True):
         close(mtp.get_parameter(name).main_grad, want.grad, name)  # type: ignore[arg-type]
     gradients = {name: parameter.main_grad for name, parameter in model.named_parameters()}
-    for name, grad in oracle_names(model, gradients).items():  # type: ignore[arg-type]
+    for name, grad in hf_names(ONE_LAYER, as_one_layer(gradients)).items():  # type: ignore[arg-type]
         if name != "model.embed_tokens.weight":
             close(grad, oracle.get_parameter(name).grad, name)
 
