@@ -1,7 +1,7 @@
-"""Set-up, packaging, launchers and papers: what a newcomer meets before the first line of Python.
+"""Set-up, packaging, launchers and documents of the repository.
 
-make and the launchers run here for real, with a stand-in for the interpreter that writes down how it was called: what
-is tested is which commands they would run, and in which environment.
+make and the launchers run for real with a fake Python interpreter that logs its arguments: the tests check which
+commands they run, and in which environment.
 """
 
 import ast
@@ -26,8 +26,8 @@ PINS = dict(
     if line and not line.startswith("#")
 )
 
-# Stands in for python: logs its arguments and chosen variables, and "makes" a virtual environment by linking itself.
-STAND_IN = """#!/usr/bin/env bash
+# A fake python: logs its arguments and OMP_NUM_THREADS, and "makes" a virtual environment by copying itself.
+FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$(basename "$(dirname "$(dirname "$0")")"): $* [OMP=${OMP_NUM_THREADS:-}]" >> "$LOG"
 if [ "${1:-} ${2:-}" = "-m venv" ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
 case "$*" in *"${FAIL_ON:-no such command}"*) exit 3 ;; esac
@@ -43,17 +43,17 @@ def run(command, cwd, **environment):
 
 @pytest.fixture
 def python(tmp_path):
-    """A stand-in interpreter in tmp_path/host/bin, and the log it writes."""
+    """The path of a fake interpreter, tmp_path/host/bin/python."""
     path = tmp_path / "host" / "bin" / "python"
     path.parent.mkdir(parents=True)
-    path.write_text(STAND_IN)
+    path.write_text(FAKE_PYTHON)
     path.chmod(0o755)
     return path
 
 
 @pytest.fixture
 def make(tmp_path, python):
-    """`make(*words)` in a copy of what set-up needs; returns (exit code, lines that the stand-in logged, stderr)."""
+    """`make(*words)` in a copy of the files that set-up needs; returns (exit code, the log's lines, stderr)."""
     tree, log = tmp_path / "tree", tmp_path / "log"
     tree.mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
@@ -243,7 +243,7 @@ def test_the_installed_torchrun_knows_every_option_of_the_launcher():
     assert [option for option in options if f"{option} " not in done.stdout] == []
 
 
-def test_the_papers_are_there_and_true():
+def test_the_documents_exist_and_are_true():
     readme = (ROOT / "README.md").read_text()
     first_screen = "\n".join(readme.splitlines()[:25])
     assert "make train" in first_screen and "make test" in first_screen and "What you will see" in first_screen

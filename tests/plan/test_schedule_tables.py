@@ -4,17 +4,8 @@ import pytest
 
 from fp8moe.model.memory import MicroBatch
 from fp8moe.model.partition import partition, relative_costs
-from fp8moe.plan.schedule_tables import (
-    PUBLISHED,
-    STEP,
-    beside_published,
-    caption,
-    compare,
-    is_published,
-    partition_table,
-    published_costs,
-    published_table,
-)
+from fp8moe.plan import schedule_tables as tables
+from fp8moe.plan.schedule_tables import PUBLISHED, STEP, caption
 from fp8moe.schedule.action import Kind
 from fp8moe.schedule.build import SCHEDULES, build_schedule
 from fp8moe.schedule.simulate import Costs, simulate
@@ -41,7 +32,7 @@ def test_the_caption_has_bubble_formula_and_memory() -> None:
 
 def test_all_schedules_at_one_cost() -> None:
     """Same model and work: on every row makespan minus bubble is what the fullest rank computes."""
-    lines = compare(8, 20, Costs(1, 2, 1, 3)).splitlines()
+    lines = tables.compare(8, 20, Costs(1, 2, 1, 3)).splitlines()
     rows = {cells[0]: cells[1:] for line in lines[3:] if (cells := line.split())}
     assert list(rows) == list(SCHEDULES)
     assert rows["1f1b"] == ["8", "81", "21", "25.9%", "21", "1x", "8"]
@@ -51,7 +42,7 @@ def test_all_schedules_at_one_cost() -> None:
 
 
 def test_a_schedule_that_does_not_exist_says_why_in_the_table() -> None:
-    text = compare(3, 7, Costs())
+    text = tables.compare(3, 7, Costs())
     assert "dualpipe: dualpipe needs an even number of pipeline ranks, and pp=3 is odd: use 2 or 4" in text
     rows = [line.split() for line in text.splitlines() if line.startswith("dualpipe ")]
     assert rows == [["dualpipe", *"-------"]]
@@ -63,7 +54,7 @@ def test_the_derivation_of_the_published_costs() -> None:
     forwards 14 + 2 + 7; split backwards 7 + 1 + 7 with as many W; whole ones 7 + 1; pairs 2 (60 - 16 + 1) + 7.
     """
     forwards, split, whole, pairs = 23, 15, 8, 97
-    costs = published_costs()
+    costs = tables.published_costs()
     assert costs.forward == pytest.approx(1.13 / forwards)
     assert costs.weight == pytest.approx(0.48 / split)
     assert costs.pair == pytest.approx(13.95 / pairs)
@@ -75,8 +66,8 @@ def test_the_derivation_of_the_published_costs() -> None:
 
 def test_the_published_step_within_eight_per_cent() -> None:
     schedule = build_schedule("dualpipe", 16, 120)
-    rows = beside_published(simulate(schedule, published_costs()))
-    assert is_published(schedule)
+    rows = tables.beside_published(simulate(schedule, tables.published_costs()))
+    assert tables.is_published(schedule)
     simulated, published = rows["step"]
     assert published == STEP == 19.926 and abs(simulated / published - 1) < 0.08
     for phase in ("1F", "1B", "1W", "1F1B", "optimizer"):
@@ -84,21 +75,21 @@ def test_the_published_step_within_eight_per_cent() -> None:
     assert sum(ours for phase, (ours, _) in rows.items() if phase != "step") == pytest.approx(simulated)
     # All that is missing is missing in the bubble.
     assert simulated - sum(PUBLISHED.values()) == pytest.approx(rows["bubble"][0] - PUBLISHED["bubble"])
-    text = published_table(rows)
+    text = tables.published_table(rows)
     assert "bubble" in text and "2.06" in text and "19.93" in text and "-5.6%" in text
 
 
 def test_middle_ranks_can_not_have_been_timed() -> None:
     """With their counts a whole backward alone would take longer than a pair that contains one."""
     with pytest.raises(ValueError, match="the longer of the pair"):
-        published_costs(7)
+        tables.published_costs(7)
 
 
 def test_a_models_ranks() -> None:
     schedule = build_schedule("dualpipe", 4, 8)
     stages = partition(SMALL, 4, folded=True)
     made = simulate(schedule, Costs(1, 2, 1, 2.6, 0, relative_costs(SMALL, stages, 256)))
-    text = partition_table(SMALL, stages, made, MicroBatch(2, 256), 2)
+    text = tables.partition_table(SMALL, stages, made, MicroBatch(2, 256), 2)
     assert f"layout {','.join(str(stage.num_layers) for stage in stages)}" in text and "512 tokens" in text
     rows = [line for line in text.splitlines() if line.startswith("rank ")]
     assert len(rows) == 4 and "embedding + block" in rows[0] and "head + MTP" in rows[0] and rows[0][8:] == rows[3][8:]
