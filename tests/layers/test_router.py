@@ -1,4 +1,4 @@
-"""Routing, its counts, the bias that steers them and the faint loss, against loops."""
+"""Routing, its counts, the bias that balances loads and the sequence-wise loss, against loops."""
 
 from __future__ import annotations
 
