@@ -1,4 +1,4 @@
-"""Floor 4: the training run. `config` says what it is, `build` composes it, `loop` runs it; one file each for the rest.
+"""Floor 4: the training run. `config` describes it, `build` composes it, `loop` runs it, `step` is one step of it.
 
-Nothing here parses words or files of settings: a run is a frozen dataclass that somebody above has made.
+Nothing here parses settings: the floors above make the frozen dataclass that a run is configured by.
 """

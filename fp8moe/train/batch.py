@@ -1,4 +1,4 @@
-"""How many sequences a step takes: global batch = dp x micro_batch x micro-batches, always, checked before it runs.
+"""Batch sizes: the global batch of a step is dp x micro_batch x micro-batches, checked before the run starts.
 
 The batch may grow along the run, as DeepSeek-V3's did (3072 to 15360 sequences over the first 469B tokens). The report
 doesn't give the steps it grew in; here it grows linearly in consumed samples and is rounded down to a multiple of
@@ -18,10 +18,12 @@ from fp8moe.data.packing import Batch
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """sequences: the global batch. micro_batch: sequences a rank computes at once; None: its whole share of the batch.
+    """Sizes of the global batch and of a micro-batch, and how the global batch grows.
 
-    ramp_from: the global batch that the run starts with (None: no ramp); ramp_samples: sequences over which it grows;
-    increment: the batch grows in multiples of it (None: ramp_from).
+    sequences: the global batch. micro_batch: sequences a rank computes at once; None: its whole share of the batch, or
+    the largest part of it that gives the schedule enough micro-batches. ramp_from: the global batch that the run starts
+    with (None: no ramp); ramp_samples: sequences over which it grows; increment: it grows in multiples of this (None:
+    ramp_from).
     """
 
     sequences: int
@@ -34,17 +36,18 @@ class BatchConfig:
         for name in ("sequences", "micro_batch", "ramp_from", "increment"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"batch.{name}={value} must be at least 1")
+                raise ValueError(f"batch.{name}={value} must be at least 1: use 1 or more")
         if self.ramp_from is None:
             return
         if self.ramp_from > self.sequences:
             raise ValueError(
-                f"batch.ramp_from={self.ramp_from} exceeds batch.sequences={self.sequences}: a ramp goes up, "
+                f"batch.ramp_from={self.ramp_from} exceeds batch.sequences={self.sequences} and a ramp goes up: "
                 f"use at most {self.sequences}"
             )
         if self.ramp_samples < 1:
             raise ValueError(
-                f"batch.ramp_from={self.ramp_from} needs batch.ramp_samples of at least 1, got {self.ramp_samples}"
+                f"batch.ramp_from={self.ramp_from} needs batch.ramp_samples of at least 1, got {self.ramp_samples}: "
+                "use the sequences over which the batch grows, or batch.ramp_from=null"
             )
 
 
@@ -58,9 +61,10 @@ def global_batch(config: BatchConfig, consumed: int) -> int:
 
 
 def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
-    """The configuration with `micro_batch` filled in, every size the batch can take being a multiple of dp times it.
+    """The configuration with `micro_batch` filled in, after a check that every size of the batch suits dp ranks.
 
-    least, multiple: of micro-batches, what the schedule needs. Raises ValueError with the nearest legal size.
+    Every size must be a multiple of dp x micro_batch. least, multiple: the micro-batches that the schedule needs, in
+    multiples of. Raises ValueError with the nearest legal size.
     """
     smallest = config.sequences if config.ramp_from is None else config.ramp_from
     if config.micro_batch is None:
@@ -76,8 +80,8 @@ def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int
         if size % unit:
             nearest = max(1, round(size / unit)) * unit
             raise ValueError(
-                f"batch.{name}={size} is no multiple of dp x batch.micro_batch = {dp} x {config.micro_batch} = {unit}: "
-                f"use {nearest}"
+                f"batch.{name}={size} must be a multiple of dp x batch.micro_batch = {dp} x {config.micro_batch} = "
+                f"{unit}: use {nearest}"
             )
         if (size // unit < least and name != "increment") or (size // unit) % multiple:
             enough = max(least, -(-(size // unit) // multiple) * multiple) * unit
@@ -94,8 +98,8 @@ def _fits(share: int, micro_batch: int, least: int, multiple: int) -> bool:
     return rest == 0 and count >= least and count % multiple == 0
 
 
-def pieces(ids: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Consecutive pieces of `size` sample numbers: the micro-batches."""
+def microbatches_of(ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Sample numbers cut into micro-batches of `size`, in order."""
     return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 

@@ -1,7 +1,8 @@
-"""The only composition root: from a resolved `TrainConfig` to a `Run`, everything a step touches, put together here.
+"""The only composition root: makes a `Run`, everything that a step uses, from a resolved `TrainConfig`.
 
-Processes first, then the run directory, the data, the model on its share of the mesh, the optimizer, and what a
-checkpoint brings back. Nothing below this file knows more than its own part.
+First the checkpoint's numbers, so that a wrong one is refused before anything is built; then the data, this rank's
+stages of the model, the optimizer, and the checkpoint's tensors. Processes, device and run directory come from
+`processes`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What a run is made of. `step` steps are done; `loads` are the tokens each expert has had, by router name.
+    """The parts and the state of a run on this rank.
 
-    `stages` are all of the pipeline's; `model` and `loads` are of those that this rank holds.
+    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. loads: tokens that each
+    expert has had in the whole run, by name of those stages' routers.
     """
 
     config: TrainConfig
@@ -70,7 +72,7 @@ class Run:
 
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
-    """Put the run together, from the checkpoint that `resume` means where there is one. Collective over all ranks."""
+    """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
     found = checkpoint.find(config.resume, run_dir)
     state = (
         None if found is None else checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
@@ -117,9 +119,9 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
 def build_model(
     config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
 ) -> Transformer:
-    """The part of the model that this rank's stages are, with its first weights.
+    """The model of this rank's stages, with its initial weights.
 
-    Where the MTP module is on a rank without the first stage, a copy of the embedding is beside it.
+    A rank that holds the MTP module and not the first stage has a copy of the embedding for it.
     """
     parallel = config.parallel
     schedule = build_schedule(parallel.schedule, parallel.pp, config.num_microbatches)
@@ -138,7 +140,7 @@ def build_model(
 
 
 def tied_embedding(run: Run) -> Tensor | None:
-    """The embedding's `main_grad`, on the two pipeline ranks that hold a copy each; None elsewhere."""
+    """The embedding's `main_grad` where two pipeline ranks hold a copy each, on those two; None elsewhere."""
     if run.mesh.tie_group is None:
         return None
     assert run.model.embedding is not None
@@ -164,7 +166,7 @@ def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
 
 
 def save_checkpoint(run: Run) -> Path:
-    """Write a checkpoint of the run as it stands. Collective over all ranks."""
+    """Write a checkpoint of the run's present state. Collective over all ranks."""
     state = checkpoint.RunState(
         step=run.step,
         updates=run.optimizer.updates,

@@ -1,4 +1,4 @@
-"""Save and resume, by torch.distributed.checkpoint, in the canonical form: one name for one logical tensor.
+"""Checkpoints: saved and resumed by torch.distributed.checkpoint, one name for one logical tensor on any layout.
 
     step-N/state.json    step, consumed samples, seed, updates, the model's configuration: read before anything else
     step-N/.metadata     torch's index
@@ -8,8 +8,8 @@ Expert tensors are handed over as DTensors sharded over ep and replicated over t
 writes each expert once and any ep can resume any other; the rest is replicated, and torch writes it once. Blocks are
 named by their number in the whole model, so a pipeline's ranks write one checkpoint and any other layout reads it. The
 BF16 weights are not saved: they are the masters rounded. A checkpoint is written as `step-N.tmp` and renamed by rank 0
-when all ranks are done, so a directory without the suffix is complete. What would make the resumed run another run
-(model, seed) is compared first and refused in one sentence, before a tensor is read.
+when all ranks are done and its bytes are on disk, so a directory without the suffix is complete. What would make the
+resumed run another run (model, seed, seq_len) is compared first and refused in one sentence, before a tensor is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fp8moe.errors import ConfigError, DataError
-from fp8moe.layers.wgrad import is_expert
+from fp8moe.layers.linear import is_expert
 from fp8moe.model.config import ModelConfig
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.optimizer import AdamW
 
-FORMAT = 1
+FORMAT = 2  # 1 held the model's configuration in one flat list of fields
 STEP_NAME = re.compile(r"step-(\d+)")
-FREE_FIELDS = ("attention", "force_balance", "aux_loss_alpha", "bias_gamma", "mtp_weight", "init_std", "max_seq_len")
+# Fields of the model's configuration that a resumed run may change: no tensor's shape or meaning depends on them.
+FREE_FIELDS = {
+    *("attention.backend", "router.force_balance", "router.aux_loss_alpha", "router.bias_gamma"),
+    *("mtp_weight", "init_std", "max_seq_len"),
+}
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints (0: none on the way). at_end: one after the last step. keep: how many stay."""
+    """When checkpoints are saved, and how many are kept.
+
+    every: steps between checkpoints (0: none before the end). at_end: one after the last step. keep: how many stay.
+    """
 
     every: int = 0
     at_end: bool = True
@@ -52,9 +59,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0:
-            raise ValueError(f"checkpoint.every={self.every} must be at least 0: 0 saves none on the way")
+            raise ValueError(f"checkpoint.every={self.every} must be at least 0: use 0 for none before the end")
         if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1: use 1 for the newest alone")
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to save after step number `step` (from 1) of `steps`."""
@@ -63,7 +70,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RunState:
-    """The numbers of a checkpoint: steps and updates done, samples consumed, steps skipped."""
+    """Numbers of a checkpoint: steps and updates done, samples consumed, steps skipped, the run's seed and seq_len."""
 
     step: int
     updates: int
@@ -83,7 +90,7 @@ def save(
     is_first: bool,
     barrier: Callable[[], None],
 ) -> Path:
-    """Write `root/step-N` and drop all but the newest `keep`. Collective: every rank calls it; `is_first` on rank 0."""
+    """Write `root/step-N` and delete all but the newest `keep`. Collective over all ranks; `is_first` on rank 0."""
     final, scratch = root / f"step-{state.step}", root / f"step-{state.step}.tmp"
     if is_first:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -93,7 +100,7 @@ def save(
     if is_first:
         content = {"format": FORMAT, **asdict(state), "model": asdict(model)}
         (scratch / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        if final.exists():  # the same step of a run that was resumed from before it
+        if final.exists():  # a run that was resumed from before this step saves it again
             shutil.rmtree(final)
         _sync(scratch)
         scratch.rename(final)
@@ -112,9 +119,9 @@ def complete(root: Path) -> list[Path]:
 
 
 def find(resume: str, run_dir: str | Path | None) -> Path | None:
-    """The checkpoint that `resume` means: None for "none", and for "auto" where there is none yet.
+    """The checkpoint that `resume` names: None for "none", and for "auto" where there is none yet.
 
-    A path may be a checkpoint or a run directory, which stands for its newest. Raises ConfigError when it is neither.
+    A path may be a checkpoint or a run directory, which means its newest. Raises ConfigError when it is neither.
     """
     if resume == "none":
         return None
@@ -130,23 +137,18 @@ def find(resume: str, run_dir: str | Path | None) -> Path | None:
 
 
 def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> RunState:
-    """The numbers of the checkpoint at `path`. Raises ConfigError unless it is of this model, seed and seq_len."""
+    """Numbers of the checkpoint at `path`. Raises ConfigError unless its format, model, seed and seq_len are these."""
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        _check_format(path, content["format"])
         state = RunState(**{field.name: content[field.name] for field in dataclasses.fields(RunState)})
-        theirs = content["model"]
+        theirs = dict(content["model"])
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
-    if content.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path} has format {content.get('format')} and this version reads {FORMAT}: retrain or convert"
-        )
     ours = json.loads(json.dumps(asdict(model)))
-    differing = [
-        f"model.{name}={theirs.get(name)!r} there and {ours.get(name)!r} here"
-        for name in sorted(ours.keys() | theirs.keys())
-        if name not in FREE_FIELDS and ours.get(name) != theirs.get(name)
-    ]
+    differing = [f"model.{key}={there} there and {here} here" for key, there, here in _differences(theirs, ours)]
     if differing:
         raise ConfigError(
             f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
@@ -157,8 +159,27 @@ def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> Ru
     return state
 
 
+def _check_format(path: Path, found: int) -> None:
+    if found != FORMAT:
+        raise ConfigError(
+            f"checkpoint format {found} is of {'an earlier' if found < FORMAT else 'a later'} version, which this one "
+            f"cannot load: {path} needs the version that wrote it, this one reads format {FORMAT}; use resume=none to "
+            "start a new run"
+        )
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, their value, our value) of every field that differs and is not free, in order of the keys."""
+    for name in sorted(theirs.keys() | ours.keys()):
+        key, there, here = f"{group}{name}", theirs.get(name), ours.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{key}.")
+        elif there != here and key not in FREE_FIELDS:
+            yield key, repr(there), repr(here)
+
+
 def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `tensors`, which name the same things as when they were saved, on any layout. Collective."""
+    """Fill `tensors`, named as they were saved, on any layout of ranks. Collective over all ranks."""
     try:
         _quietly(dcp.load, dict(tensors), path)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
@@ -179,19 +200,19 @@ def _as_stored(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
     if mesh.ep == 1 or not is_expert(parameter):  # type: ignore[arg-type]
         return tensor
     ranks = torch.cat([torch.arange(r * mesh.dp, (r + 1) * mesh.dp).view(mesh.edp, mesh.ep) for r in mesh.replicas])
-    # No process groups of its own: nothing is ever communicated through these DTensors, they only say who holds what.
+    # Without process groups: nothing is communicated through these DTensors, they only say which rank holds what.
     axes = DeviceMesh(tensor.device.type, ranks, mesh_dim_names=("edp", "ep"), _init_backend=False)
     return DTensor.from_local(tensor, axes, [Replicate(), Shard(0)], run_check=False)
 
 
 def _quietly(operation: Callable[..., Any], tensors: dict[str, Tensor], path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to.*")  # a world of one: it is
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to.*")  # "... save in a single process"
         operation(tensors, checkpoint_id=path)
 
 
 def _sync(folder: Path) -> None:
-    """Wait until the files are on disk: a rename must not outrun the bytes it publishes."""
+    """Wait until the files of `folder` are on disk, so that a rename never makes an incomplete checkpoint visible."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         try:

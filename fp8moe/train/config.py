@@ -1,7 +1,7 @@
-"""The whole of a run's configuration: one frozen dataclass a concern, each beside its consumer, composed here.
+"""The configuration of a run: one frozen dataclass a concern, each beside its consumer, composed here.
 
-What can be known before a process group exists is checked here, in `settle`, so that a mistake costs one sentence and
-not the start of a thousand processes. `settle` also fills in what depends on how many processes there are.
+What can be known before a process group exists is checked here, in `resolve`, so that a mistake costs one sentence and
+not the start of a thousand processes. `resolve` also fills in what depends on the number of processes.
 """
 
 from __future__ import annotations
@@ -35,24 +35,15 @@ from fp8moe.train.validation import ValidationConfig
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """mode: fp32, bf16 or fp8 (see `fp8moe.layers.recipe`).
+    """Number format of the model's matrix products, and the kernels that compute them."""
 
-    backend: of the kernels (`fp8moe.kernels.backend`); None leaves it to FP8MOE_BACKEND and the device.
-    """
-
-    mode: Precision
-    backend: str | None = None
+    mode: Precision  # fp32, bf16 or fp8 (`fp8moe.layers.recipe`)
+    backend: str | None = None  # of the kernels (`fp8moe.kernels.backend`); None: FP8MOE_BACKEND, then the device's
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. steps: optimizer steps in all; seq_len: tokens a sequence predicts; seed: of weights and data order.
-
-    resume: "none", "auto" (the newest complete checkpoint of run_dir, if any) or a checkpoint's or run's path.
-    max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
-    recompute: what a forward leaves to the backward to compute again (`fp8moe.layers.recompute`); bits don't change.
-    profile: record the third step of this attempt (the last of fewer) as run_dir/trace.json, with figures in the end.
-    """
+    """A whole run. After `resolve`, parallel.dp, parallel.ep and batch.micro_batch are filled in."""
 
     model: ModelConfig
     data: DataConfig
@@ -64,26 +55,25 @@ class TrainConfig:
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     name: str
-    steps: int
-    seq_len: int
-    seed: int = 0
-    run_dir: str | None = None
-    resume: str = "none"
+    steps: int  # optimizer steps in all
+    seq_len: int  # tokens that a sequence predicts
+    seed: int = 0  # of the initial weights and the order of the data
+    run_dir: str | None = None  # None: runs/TIME-NAME
+    resume: str = "none"  # none, auto (from run_dir's newest complete checkpoint, if any), a checkpoint's or run's path
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_skipped_steps: int = 3
+    max_skipped_steps: int = 3  # consecutive steps that may be skipped for a loss or gradient that is not finite
+    # What backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same bits.
     recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)
+    # Record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures.
     profile: bool = False
 
     def __post_init__(self) -> None:
         once = ",".join(dict.fromkeys(self.recompute))
         if once != ",".join(self.recompute):
-            raise ValueError(f"recompute=[{','.join(self.recompute)}] says a name twice: use recompute=[{once}]")
-        for name in ("steps", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_skipped_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+            raise ValueError(f"recompute=[{','.join(self.recompute)}] names one twice: use recompute=[{once}]")
+        for name, least in (("steps", 1), ("seq_len", 1), ("max_skipped_steps", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: use {least} or more")
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}: "
@@ -103,29 +93,31 @@ class TrainConfig:
     @property
     def dp(self) -> int:
         """Data-parallel ranks of a resolved configuration."""
-        assert self.parallel.dp is not None, "resolve(config, world_size) comes first"
-        return self.parallel.dp
+        return _resolved(self.parallel.dp)
 
     @property
     def ep(self) -> int:
         """Expert-parallel ranks of a resolved configuration."""
-        assert self.parallel.ep is not None, "resolve(config, world_size) comes first"
-        return self.parallel.ep
+        return _resolved(self.parallel.ep)
 
     @property
     def micro_batch(self) -> int:
-        """Sequences a rank of a resolved configuration computes at once."""
-        assert self.batch.micro_batch is not None, "resolve(config, world_size) comes first"
-        return self.batch.micro_batch
+        """Sequences that a rank of a resolved configuration computes at once."""
+        return _resolved(self.batch.micro_batch)
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches a step of the full batch, on each data-parallel rank, of a resolved configuration."""
+        """Micro-batches of the full batch on each data-parallel rank of a resolved configuration."""
         return self.batch.sequences // (self.dp * self.micro_batch)
 
 
+def _resolved(value: int | None) -> int:
+    assert value is not None, "resolve(config, world_size) comes first"
+    return value
+
+
 def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
-    """How the model is cut for the pipeline. Raises ConfigError where it can't be."""
+    """The stages that the model is cut into for the pipeline. Raises ConfigError where there are too few blocks."""
     parallel, layers = config.parallel, config.model.num_layers
     stages = num_stages(parallel.schedule, parallel.pp)
     if layers < stages:
@@ -133,8 +125,8 @@ def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
         most -= most % 2 if parallel.schedule == "dualpipe" else 0
         instead = f"parallel.pp={most}" if most else "parallel.schedule=1f1b"
         raise ConfigError(
-            f"parallel.schedule={parallel.schedule} on parallel.pp={parallel.pp} has {stages} stages of at least 1 "
-            f"block and the model has {layers}: use {instead}"
+            f"parallel.schedule={parallel.schedule} with parallel.pp={parallel.pp} has {stages} stages, which need at "
+            f"least 1 block each, and the model has {layers}: use {instead}"
         )
     return partition(
         config.model,
@@ -146,21 +138,21 @@ def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
 
 
 def _check_tokens(micro_batch: int, seq_len: int) -> None:
-    """FP8 casts the tokens of a micro-batch along both axes, so their number is one of its sizes."""
+    """Raises ValueError unless FP8 can cast the tokens of a micro-batch, which it does along both dimensions."""
     tokens = micro_batch * seq_len
     if tokens % FP8_MULTIPLE:
         nearest = max(FP8_MULTIPLE, round(seq_len / FP8_MULTIPLE) * FP8_MULTIPLE)
         raise ValueError(
-            f"batch.micro_batch x seq_len = {micro_batch} x {seq_len} = {tokens} tokens is no multiple of "
-            f"{FP8_MULTIPLE}, as FP8 needs: use seq_len={nearest}"
+            f"batch.micro_batch x seq_len = {micro_batch} x {seq_len} = {tokens} tokens must be a multiple of "
+            f"{FP8_MULTIPLE}, which FP8 needs: use seq_len={nearest}"
         )
 
 
 def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
     """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
 
-    The kernels' back end is chosen here too, so that one that can't run is refused with all else. Raises ValueError or
-    ConfigError. Starts nothing and writes nothing.
+    The kernels' back end is chosen here too, so that one that can't run is refused before anything starts. Raises
+    ValueError or ConfigError. Starts nothing and writes nothing.
     """
     parallel = config.parallel
     experts = config.model.experts.num_experts
@@ -204,8 +196,11 @@ def _check_resume(config: TrainConfig) -> None:
     newest = checkpoint.find("auto", config.run_dir)
     if newest is not None and newest.parent.resolve() == found.parent.resolve() and newest.name != found.name:
         raise ConfigError(
-            f"resume={found.name} would branch off before {newest.name} of this run: use resume=auto or a new run_dir"
+            f"resume={found.name} must be the newest checkpoint of its own run_dir, which is {newest.name}: use "
+            "resume=auto to go on from that one, or a new run_dir"
         )
     state = checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
     if state.step >= config.steps:
-        raise ConfigError(f"{found} is after step {state.step} of steps={config.steps}: use more steps to go on")
+        raise ConfigError(
+            f"{found} has {state.step} steps done and steps={config.steps}: use steps={state.step + 1} or more to go on"
+        )

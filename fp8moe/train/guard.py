@@ -1,4 +1,4 @@
-"""A step whose loss or gradient norm is not a finite number is skipped, a bounded number of times in a row.
+"""Guard: a step whose loss or gradient norm is not a finite number is skipped, a bounded number of times in a row.
 
 The decision is taken on values that were reduced over every rank, so all ranks take the same one. A skipped step moves
 neither weights, moments nor router bias; its samples count as consumed. A run that only skips is broken: past the
@@ -13,7 +13,7 @@ from fp8moe.errors import NonFiniteError
 
 
 class Guard:
-    """Counts skipped steps; `limit` of them in a row are borne, 0 bears none."""
+    """Counts skipped steps and allows `limit` of them in a row; with 0 the first one ends the run."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -28,9 +28,10 @@ class Guard:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row > self.limit:
+            number = "1 step was" if self.in_a_row == 1 else f"{self.in_a_row} consecutive steps were"
             raise NonFiniteError(
-                f"step {step}: loss {loss} and gradient norm {grad_norm}, not finite {self.in_a_row} times in a row "
-                f"where max_skipped_steps={self.limit} are borne: resume from the last checkpoint with a lower "
-                "optimizer.schedule.peak, or try precision=bf16"
+                f"{number} not finite; max_skipped_steps allows {self.limit} (step {step}: loss {loss}, gradient norm "
+                f"{grad_norm}): resume from the last checkpoint with a lower optimizer.schedule.peak, or try "
+                "precision=bf16"
             )
         return False

@@ -1,6 +1,6 @@
 """The training run, from a resolved configuration to its summary. The loop itself is a paragraph.
 
-Every rank runs this. What it means to be the first of them, or to be alone, is known to the parts, not here.
+Every rank runs this. What only rank 0 does, and what a single process leaves out, is decided in the parts, not here.
 """
 
 from __future__ import annotations
@@ -43,30 +43,24 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
 
 def run_to_end(run: Run, started: float) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
-    journal, trace = RunLogger(run, started), StepTrace(run)
+    config, run_logger, trace = run.config, RunLogger(run, started), StepTrace(run)
     try:
-        while run.step < run.config.steps:
+        while run.step < config.steps:
             with trace.around(run):
-                report = train_step(run, count_fp8=_counts_fp8(run))
-            if len(journal) == 0:
-                end_startup(run.mesh, run.links, run.config.parallel.timeout)
+                report = train_step(run, count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps))
+            if run_logger.num_steps == 0:
+                end_startup(run.mesh, run.links, config.parallel.timeout)
             validation = _validate(run)
             report, saved = _save(run, report)
-            journal.note(report, validation, saved)
-        return journal.finish(trace.figures)
+            run_logger.note(report, validation, saved)
+        return run_logger.finish(trace.figures)
     finally:
-        journal.close()
-
-
-def _counts_fp8(run: Run) -> bool:
-    """Whether the coming step counts what FP8 casts lose: the last one does, so that the summary has its figures."""
-    step, every = run.step + 1, run.config.logging.fp8_every
-    return step == run.config.steps or (every > 0 and step % every == 0)
+        run_logger.close()
 
 
 def _validate(run: Run) -> ValidationReport | None:
-    every = run.config.validation.every
-    if run.step != run.config.steps and (every == 0 or run.step % every):
+    """The validation loss where one is due."""
+    if not run.config.validation.is_due(run.step, run.config.steps):
         return None
     report = validate(
         lambda batches: forward_passes(run, batches)[0],

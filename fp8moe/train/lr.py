@@ -2,9 +2,9 @@
 
 DeepSeek-V3 (section 4.2) warms up linearly over 2K steps, stays at 2.2e-4 to 10T tokens, falls by a cosine to 2.2e-5
 over 4.3T, and ends with two constants, 2.2e-5 for 333B and 7.3e-6 for 167B; the bias step is zero for the last 500B
-tokens and the MTP weight falls from 0.3 to 0.1 at 10T. So a schedule is a list of phases behind a warm-up, each with
-its end and its factor of the peak. Ends are counted in tokens (what the report does, and what survives a change of the
-batch size) or, for short runs, as shares of the whole run, so that `steps=20` keeps the shape.
+tokens and the MTP weight falls from 0.3 to 0.1 at 10T. So the learning rate is a list of segments behind a warm-up,
+each with its end and its factor of the peak. Ends are counted in tokens (what the report does, and what survives a
+change of the batch size) or, for short runs, as shares of the whole run, so that `steps=20` keeps the shape.
 
 Pure functions of how far the run is: nothing here has state, and a resumed run needs none restored.
 """
@@ -18,10 +18,10 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One piece of the schedule: its shape, where it ends (`until`, in the schedule's unit), its end over the peak.
+class Segment:
+    """One part of the learning rate's course: its shape, where it ends (`until`), the rate there over the peak.
 
-    A constant jumps to its factor at once; a cosine falls (or rises) to it from the factor of the phase before.
+    A constant jumps to its factor at once; a cosine falls (or rises) to it from the factor of the segment before.
     """
 
     shape: Literal["constant", "cosine"]
@@ -30,23 +30,26 @@ class Phase:
 
     def __post_init__(self) -> None:
         if self.until <= 0:
-            raise ValueError(f"optimizer.schedule.phases: until={self.until} must be above 0: it is where a phase ends")
+            raise ValueError(
+                f"optimizer.schedule.phases: until={self.until} must be above 0, it is where a phase ends: use 1.0 for "
+                "the end of the run under unit=share"
+            )
         if self.factor < 0:
-            raise ValueError(f"optimizer.schedule.phases: factor={self.factor} must be at least 0")
+            raise ValueError(f"optimizer.schedule.phases: factor={self.factor} must be at least 0: use 0.0 or more")
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """Learning rate and what goes with it, along the run.
+class LearningRateConfig:
+    """The learning rate along the run, and the two settings that switch along with it; `optimizer.schedule`.
 
-    peak: the learning rate that all factors refer to. warmup_steps: steps from 0 up to the first phase, linear.
-    unit: what `until` and the two switches count, "tokens" or "share" of the run's steps.
-    bias_gamma_until: from there on the router's bias stands still; None: it never does.
+    peak: the learning rate that all factors refer to. warmup_steps: steps from 0 up to the first segment, linear.
+    phases: the segments, in order. unit: what `until` and the two switches count, "tokens" or "share" of the run's
+    steps. bias_gamma_until: from there on the router's bias no longer moves; None: it always does.
     mtp_weight_until, mtp_weight_after: from there on the MTP loss has that weight; None: it keeps the model's.
     """
 
     peak: float
-    phases: tuple[Phase, ...]
+    phases: tuple[Segment, ...]
     warmup_steps: int = 0
     unit: Literal["tokens", "share"] = "share"
     bias_gamma_until: float | None = None
@@ -57,17 +60,20 @@ class ScheduleConfig:
         if self.peak <= 0:
             raise ValueError(f"optimizer.schedule.peak={self.peak} must be above 0: DeepSeek-V3 used 2.2e-4")
         if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.schedule.warmup_steps={self.warmup_steps} must be at least 0")
+            raise ValueError(
+                f"optimizer.schedule.warmup_steps={self.warmup_steps} must be at least 0: use 0 for no warm-up"
+            )
+        for segment, after in pairwise(self.phases):
+            if after.until <= segment.until:
+                raise ValueError(
+                    f"optimizer.schedule.phases must end one after another, and one ends at {segment.until} and the "
+                    f"next at {after.until}: sort them by until"
+                )
         if not self.phases:
             raise ValueError(
-                "optimizer.schedule.phases is empty: a schedule needs at least 1 phase, a constant will do"
+                "optimizer.schedule.phases is empty and at least 1 phase is needed: use a constant, "
+                "{shape: constant, until: 1.0, factor: 1.0}"
             )
-        for one, other in pairwise(self.phases):
-            if other.until <= one.until:
-                raise ValueError(
-                    f"optimizer.schedule.phases must end one after another, but one ends at {one.until} "
-                    f"and the next at {other.until}"
-                )
 
 
 @dataclass(frozen=True)
@@ -79,41 +85,42 @@ class Progress:
     tokens: int
 
 
-def _position(schedule: ScheduleConfig, at: Progress) -> float:
-    return at.tokens if schedule.unit == "tokens" else at.step / max(at.steps, 1)
-
-
-def learning_rate(schedule: ScheduleConfig, at: Progress) -> float:
-    """The learning rate of the step that starts at `at`; past the last phase it keeps that phase's end.
+def learning_rate(config: LearningRateConfig, at: Progress) -> float:
+    """The learning rate of the step that starts at `at`; past the last segment it keeps that segment's end.
 
     The warm-up's first step has 1/warmup_steps of the rate, not zero: a step that changes nothing is lost.
     """
-    position = _position(schedule, at)
-    rate = schedule.peak * _factor(schedule.phases, position)
-    if at.step < schedule.warmup_steps:
-        rate *= (at.step + 1) / schedule.warmup_steps
+    rate = config.peak * _factor(config.phases, _position(config, at))
+    if at.step < config.warmup_steps:
+        rate *= (at.step + 1) / config.warmup_steps
     return rate
 
 
-def _factor(phases: tuple[Phase, ...], position: float) -> float:
-    start, factor = 0.0, 1.0
-    for phase in phases:
-        if position < phase.until:
-            if phase.shape == "constant":
-                return phase.factor
-            done = (position - start) / (phase.until - start)
-            return phase.factor + (factor - phase.factor) * 0.5 * (1.0 + math.cos(math.pi * done))
-        start, factor = phase.until, phase.factor
-    return factor
-
-
-def bias_gamma(schedule: ScheduleConfig, gamma: float, at: Progress) -> float:
+def bias_gamma(config: LearningRateConfig, gamma: float, at: Progress) -> float:
     """The router bias's step of the step that starts at `at`: `gamma`, or 0 once `bias_gamma_until` is reached."""
-    until = schedule.bias_gamma_until
-    return 0.0 if until is not None and _position(schedule, at) >= until else gamma
+    return 0.0 if _has_reached(config.bias_gamma_until, config, at) else gamma
 
 
-def mtp_weight(schedule: ScheduleConfig, weight: float, at: Progress) -> float:
+def mtp_weight(config: LearningRateConfig, weight: float, at: Progress) -> float:
     """The MTP loss's weight: `weight`, or `mtp_weight_after` once `mtp_weight_until` is reached."""
-    until = schedule.mtp_weight_until
-    return schedule.mtp_weight_after if until is not None and _position(schedule, at) >= until else weight
+    return config.mtp_weight_after if _has_reached(config.mtp_weight_until, config, at) else weight
+
+
+def _position(config: LearningRateConfig, at: Progress) -> float:
+    return at.tokens if config.unit == "tokens" else at.step / at.steps
+
+
+def _has_reached(until: float | None, config: LearningRateConfig, at: Progress) -> bool:
+    return until is not None and _position(config, at) >= until
+
+
+def _factor(segments: tuple[Segment, ...], position: float) -> float:
+    start, factor = 0.0, 1.0
+    for segment in segments:
+        if position < segment.until:
+            if segment.shape == "constant":
+                return segment.factor
+            done = (position - start) / (segment.until - start)
+            return segment.factor + (factor - segment.factor) * 0.5 * (1.0 + math.cos(math.pi * done))
+        start, factor = segment.until, segment.factor
+    return factor

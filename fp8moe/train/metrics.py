@@ -1,8 +1,8 @@
-"""What a step reports, and where the reports go: `metrics.jsonl` always, wandb when asked.
+"""Metrics of each step, written to `metrics.jsonl` always and to wandb when configured.
 
-One line of JSON a step, appended and closed, so that a run that dies has told all it knew. A number that is not finite
-is written as null: JSON has no word for it and most readers choke on the one Python uses. wandb is imported only when
-it is asked for, and works offline when no key is there.
+One line of JSON a step, appended and closed, so that a run that dies has written every step it finished. A number that
+is not finite is written as null: JSON has no such number, and most readers refuse Python's NaN. wandb is imported only
+when it is configured, and logs offline where no key is set.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from fp8moe.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """every: steps between plain progress lines. wandb: also log to Weights & Biases, under `wandb_project`.
+    """How often progress is shown, and what is measured and logged.
 
-    fp8_every: steps between measurements of saturated and underflowed FP8 values (0: only on the last step).
+    every: steps between plain progress lines. fp8_every: steps between counts of saturated and underflowed FP8 values
+    (0: on the last step only). wandb: also log to Weights & Biases, in project `wandb_project`.
     """
 
     every: int = 10
@@ -32,15 +33,18 @@ class LoggingConfig:
     wandb_project: str = "fp8moe"
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"logging.every={self.every} must be at least 1")
-        if self.fp8_every < 0:
-            raise ValueError(f"logging.fp8_every={self.fp8_every} must be at least 0: 0 measures the last step only")
+        for name, least in (("every", 1), ("fp8_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"logging.{name}={getattr(self, name)} must be at least {least}: use {least} or more")
+
+    def fp8_is_due(self, step: int, steps: int) -> bool:
+        """Whether step number `step` (from 1) of `steps` counts what FP8 casts lose; the last always does."""
+        return step == steps or (self.fp8_every > 0 and step % self.fp8_every == 0)
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Where a step's time went, on this rank; `exposed_communication` is what computing had to wait for."""
+    """Seconds of a step on this rank, by part; `exposed_communication` is what compute waited for messages."""
 
     data: float
     forward: float
@@ -52,10 +56,11 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. `step` counts from 1; losses are nats a predicted token of the global batch; `tokens` are its tokens.
+    """Figures of one step; `step` counts from 1.
 
-    mtp_loss and aux_loss are None where the model has none; max_violation is the worst layer's; the FP8 shares are None
-    where they were not measured. tokens_per_second counts the whole job, mfu one GPU (None on a CPU).
+    loss, mtp_loss: nats a predicted token of the global batch; aux_loss: balance loss a sequence; the last two are None
+    where the model has none. tokens: predicted tokens of the global batch. tokens_per_second: of the whole job; mfu: of
+    one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares are None where they were not counted.
     """
 
     step: int
@@ -78,7 +83,7 @@ class StepReport:
 
 
 def finite(value: Any) -> Any:
-    """`value` with every float that JSON has no word for replaced by None."""
+    """`value` with every float that is not finite, which JSON cannot hold, replaced by None."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,15 +92,18 @@ def finite(value: Any) -> Any:
 
 
 def check_wandb(config: LoggingConfig) -> None:
-    """Raises ConfigError when wandb is asked for and not installed."""
+    """Raises ConfigError when wandb is configured and not installed."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logging.wandb=true and wandb is not installed: pip install 'fp8moe[wandb]', or leave it out")
+        raise ConfigError(
+            "logging.wandb=true needs the package wandb, which is not installed: pip install 'fp8moe[wandb]', or use "
+            "logging.wandb=false"
+        )
 
 
 class MetricsWriter:
-    """Appends records to `run_dir/metrics.jsonl`, and to wandb when asked; only rank 0 has one.
+    """Appends a record a step to `run_dir/metrics.jsonl`, and to wandb when configured; only rank 0 has one.
 
-    after_step: the step a resumed run goes on from; what an earlier attempt wrote beyond it is taken out first.
+    after_step: the step that a resumed run continues from; records of later steps, by an earlier attempt, are removed.
     """
 
     def __init__(self, run_dir: Path, config: LoggingConfig, name: str, settings: Mapping[str, Any], after_step: int):
@@ -111,12 +119,12 @@ class MetricsWriter:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         if self._wandb is not None:
-            flat = {**{key: value for key, value in record.items() if key != "time"}}
+            flat = {key: value for key, value in record.items() if key != "time"}
             flat |= {f"time/{key}": value for key, value in record["time"].items()}
             self._wandb.log(flat, step=report.step)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Finish wandb's run, whose summary becomes `summary`; without one it counts as failed."""
+        """Finish wandb's run with `summary`, or as failed without one."""
         if self._wandb is not None:
             if summary is not None:
                 self._wandb.summary.update(dict(summary))

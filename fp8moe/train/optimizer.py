@@ -4,7 +4,7 @@ The weights that a forward reads are BF16 copies, rounded from the masters after
 its own master. Decay is decoupled and falls on matrices only (two or more dimensions, the router's and the embedding
 included), never on norms: the report gives 0.1 and no list, and a norm's gain has no reason to shrink to zero. The
 gradient arrives as FP32 `main_grad`, already reduced; the clip factor is applied inside the update, so that no pass
-over the gradients is spent on it. ZeRO-1 will hold a slice of each tensor here and nothing else will change.
+over the gradients is spent on it. Every rank keeps the whole state of the parameters that it holds.
 """
 
 from __future__ import annotations
@@ -18,35 +18,43 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fp8moe.kernels.adamw import adamw_step
-from fp8moe.train.lr import ScheduleConfig
+from fp8moe.train.lr import LearningRateConfig
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """schedule: learning rate and company. clip_norm: bound of the global gradient norm. moments: their dtype."""
+    """AdamW's constants, and `schedule`: the learning rate along the run.
 
-    schedule: ScheduleConfig
+    clip_norm: bound of the global gradient norm. moments: dtype of both moments.
+    """
+
+    schedule: LearningRateConfig
     beta1: float = 0.9
     beta2: float = 0.95
+    moments: Literal["bf16", "fp32"] = "bf16"
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    moments: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
+        if self.weight_decay < 0.0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be at least 0: use 0 for none")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1: DeepSeek-V3 used "
+                    f"{getattr(type(self), name)}"
+                )
         for name in ("eps", "clip_norm"):
             if getattr(self, name) <= 0.0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be above 0")
-        if self.weight_decay < 0.0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be at least 0: 0 is none")
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)} must be above 0: use {getattr(type(self), name)}"
+                )
 
 
 @dataclass(frozen=True)
 class ParameterState:
-    """One parameter and what the optimizer keeps of it, all of its shape: FP32 master, two moments."""
+    """One parameter and what the optimizer keeps for it, all of its shape: FP32 master, two moments."""
 
     parameter: Parameter
     master: Tensor

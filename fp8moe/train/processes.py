@@ -19,7 +19,7 @@ from fp8moe.schedule.build import FOLDED
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.run_dir import make_run_dir
 
-REPORT_AFTER = 0.8  # of the timeout: a collective that has not ended by then is reported
+REPORT_AFTER = 0.8  # share of the timeout after which a collective that has not ended is reported
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -28,7 +28,10 @@ def choose_device(config: TrainConfig) -> torch.device:
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= count:
-        raise ValueError(f"process {local} of this machine has no GPU of its own, torch sees {count}: start {count}")
+        raise ValueError(
+            f"LOCAL_RANK={local} needs {local + 1} GPUs on this machine, one a process, and torch sees {count}: start "
+            f"{count} processes"
+        )
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
@@ -36,14 +39,14 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 @contextlib.contextmanager
 def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
-    """The mesh while the block runs. A world of one starts no process group and listens nowhere."""
+    """The mesh, whose process groups exist while the block runs. A world of one starts none and opens no port."""
     parallel = config.parallel
     timeout = timedelta(seconds=parallel.startup_timeout)
     if parallel.pp * config.dp == 1:
         yield build_mesh(1, 1, 1, timeout=timeout)
         return
     record_nccl()
-    # Both back ends, so that host-side objects (checkpoints, the run directory's name) never touch the GPU.
+    # Both back ends, so that host-side objects (checkpoints, the run directory's name) never go through the GPU.
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
     mesh = mesh_of(config, device)
     hang.start()
@@ -70,7 +73,7 @@ def mesh_of(config: TrainConfig, device: torch.device) -> Mesh:
 
 
 def record_nccl() -> None:
-    """Let NCCL keep its last collectives and write them down on a timeout, unless the user has said otherwise."""
+    """Have NCCL record its last collectives and write them to a file on a timeout, unless the user set otherwise."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
@@ -81,7 +84,7 @@ def wait_for_all(mesh: Mesh) -> None:
 
 
 def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
-    """Rank 0 makes the run directory and tells the others; what it refuses, all ranks raise."""
+    """The run directory, made by rank 0; an error there is raised on all ranks. Collective over all ranks."""
     answer: list[Path | Exception | None] = [None]
     if mesh.rank == 0:
         try:
@@ -91,7 +94,7 @@ def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
     if mesh.world_size > 1:
         dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], OSError):
-        raise ValueError(f"run_dir={config.run_dir} can't be made ({answer[0].strerror}): use another run_dir")
+        raise ValueError(f"run_dir={config.run_dir} cannot be made ({answer[0].strerror}): use another run_dir")
     if isinstance(answer[0], Exception):
         raise answer[0]
     assert answer[0] is not None
@@ -99,9 +102,9 @@ def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
 
 
 def end_startup(mesh: Mesh, links: Links, seconds: float) -> None:
-    """Start-up is over: from here on a message that takes longer than `seconds` (`parallel.timeout`) is a hang."""
+    """End start-up: from here on a message that takes longer than `seconds` (`parallel.timeout`) is a hang."""
     timeout = timedelta(seconds=seconds)
-    hang.expect(REPORT_AFTER * seconds)
+    hang.report_after(REPORT_AFTER * seconds)
     for group in mesh.groups:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
     links.timeout = timeout

@@ -1,9 +1,9 @@
-"""The run directory: one a run, made by rank 0, never overwritten.
+"""The run directory: made by rank 0, one a run, never overwritten.
 
     config.yaml  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
 
-The rules are checked twice: by whoever launches, so that a mistake costs one sentence and no processes, and by rank 0,
-because another run may have taken the directory meanwhile.
+The rules are checked twice: by the launcher, so that a mistake costs one sentence and no processes, and by rank 0,
+because another run may have taken the directory in between.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ LOGS = "logs"
 
 
 def check_run_dir(run_dir: str | None, resume: str) -> None:
-    """Raises ConfigError where a run may not write there; makes nothing.
+    """Raises ConfigError unless a run may write to `run_dir`; makes nothing.
 
     A fresh run (`resume=none`, or from a checkpoint elsewhere) needs a new or empty directory; `resume=auto` goes on in
-    the one it is given, or starts in it when it is empty. Logs alone, of a start that failed, leave it empty.
+    the one it is given, or starts in it when it is empty. A directory with nothing but logs, of a start that failed,
+    counts as empty.
     """
     if run_dir is None:
         if resume == "auto":
-            raise ConfigError("resume=auto goes on in a run directory and none is given: add run_dir=PATH")
+            raise ConfigError("resume=auto goes on in a run directory and run_dir is not set: add run_dir=PATH")
         return
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"run_dir={run_dir} is a file: name a directory")
+        raise ConfigError(f"run_dir={run_dir} is a file and must be a directory: use another run_dir")
     if resume == "auto" or not path.is_dir() or (resume != "none" and path.resolve() in Path(resume).resolve().parents):
         return
     if resume != "none" and path.resolve() == Path(resume).resolve():
@@ -37,8 +38,8 @@ def check_run_dir(run_dir: str | None, resume: str) -> None:
     count = sum(1 for entry in path.iterdir() if entry.name != LOGS)
     if count:
         raise ConfigError(
-            f"run_dir={run_dir} holds {count} entries and a fresh run needs 0: use resume=auto to go on, or another "
-            "run_dir"
+            f"run_dir={run_dir} holds {count} entries and a fresh run needs an empty directory: use resume=auto to go "
+            "on, or another run_dir"
         )
 
 

@@ -1,7 +1,8 @@
-"""All that a run tells: metrics, progress, the log file of each rank, and the summary made of what was told.
+"""Output of a run: opening lines, progress, metrics, each rank's log file, and the summary at the end.
 
-Rank 0 shows and writes; the other ranks keep the same books silently, so that every rank ends with the same summary
-and no `if` about ranks stands in the loop.
+Rank 0 prints and writes; the other ranks collect the same figures and print nothing, so that every rank returns the
+same summary and the loop does not ask which rank it is on. Progress is a bar on a terminal and plain lines elsewhere;
+the log file holds every step's line.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from fp8moe.train.step_trace import StepFigures
 from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
 from fp8moe.train.validation import ValidationReport
 
-LOSS_STEPS = 10  # over which the summary's training loss is a mean
-PACE_STEPS = 20  # over which the pace that is shown is a mean
+LOSS_STEPS = 10  # the summary's training loss is the mean of so many last steps
+PACE_STEPS = 20  # the time left is estimated from so many last steps
 
 
 @contextlib.contextmanager
 def log_file(run_dir: Path, rank: int) -> Iterator[None]:
-    """Within the block, this rank's log messages and warnings go to `run_dir/logs/rank-N.log`."""
+    """Write this rank's log messages and warnings to `run_dir/logs/rank-N.log` while the block runs."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("fp8moe")
@@ -50,7 +51,7 @@ def log_file(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 class RunLogger:
-    """Books of one attempt at a run, from its first step here to its summary. `started` is a perf_counter reading."""
+    """Prints and writes what a run reports, from its start to its summary. `started` is a perf_counter reading."""
 
     def __init__(self, run: Run, started: float) -> None:
         config = run.config
@@ -63,23 +64,18 @@ class RunLogger:
         )
         self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
-        self._paces: list[tuple[int, float]] = []
-        self._tokens = 0
-        self._fp8: tuple[float | None, float | None] = (None, None)
+        self._steps: list[tuple[int, float]] = []  # (tokens, seconds) of each
+        self._fp8_shares: tuple[float | None, float | None] = (None, None)
         self._validation: ValidationReport | None = None
-        self._say(opening(run))
+        self._print(opening(run))
 
-    def __len__(self) -> int:
-        """Steps booked here."""
-        return len(self._paces)
-
-    def _say(self, text: str) -> None:
-        self._display.say(text)
-        for line in text.splitlines():
-            self._log.info("%s", line)
+    @property
+    def num_steps(self) -> int:
+        """Steps of this attempt so far."""
+        return len(self._steps)
 
     def note(self, report: StepReport, validation: ValidationReport | None, checkpoint: Path | None) -> None:
-        """Book one step, with the validation and the checkpoint that followed it, if any."""
+        """Report one step, with the validation and the checkpoint that followed it, if any."""
         extra: dict[str, float | None] = {}
         if validation is not None:
             self._validation = validation
@@ -90,21 +86,20 @@ class RunLogger:
         self._log.info("%s", self._display.line(report))
         if validation is not None:
             bits = "" if validation.bits_per_byte is None else f", {validation.bits_per_byte:.4f} bits a byte"
-            self._say(f"validation after step {report.step}: loss {validation.loss:.4f}{bits}")
+            self._print(f"validation after step {report.step}: loss {validation.loss:.4f}{bits}")
         if checkpoint is not None:
             self._log.info("checkpoint %s in %.2f s", checkpoint, report.time.checkpoint)
         self._losses.append(report.loss)
-        self._paces.append((report.tokens, report.seconds))
-        self._tokens += report.tokens
+        self._steps.append((report.tokens, report.seconds))
         if report.fp8_saturated_share is not None:
-            self._fp8 = (report.fp8_saturated_share, report.fp8_underflow_share)
+            self._fp8_shares = (report.fp8_saturated_share, report.fp8_underflow_share)
 
     def finish(self, trace: StepFigures | None) -> Summary:
-        """Write and show the summary of a run that has done all its steps."""
+        """Write and print the summary of a run that has done all its steps."""
         run, validation = self._run, self._validation
         assert validation is not None, "the last step is always validated"
         violations, shares = balance(all_loads(run))
-        paced = self._paces[1:] or self._paces  # the first step compiles, allocates and opens connections
+        paced = self._steps[1:] or self._steps  # the first step compiles, allocates and opens connections
         summary = Summary(
             loss=sum(self._losses) / len(self._losses),
             val_loss=validation.loss,
@@ -114,11 +109,11 @@ class RunLogger:
             max_violation=max(violations.values(), default=None),
             max_violation_by_layer=violations,
             expert_token_shares=shares,
-            fp8_saturated_share=self._fp8[0],
-            fp8_underflow_share=self._fp8[1],
+            fp8_saturated_share=self._fp8_shares[0],
+            fp8_underflow_share=self._fp8_shares[1],
             steps=run.step,
             skipped_steps=run.guard.skipped,
-            tokens=self._tokens,
+            tokens=sum(tokens for tokens, _ in self._steps),
             wall_seconds=time.perf_counter() - self._started,
             world_size=run.mesh.world_size,
             precision=run.config.precision.mode.value,
@@ -131,19 +126,25 @@ class RunLogger:
             self._writer = None
         self._display.close()
         if trace is not None:
-            self._say("\n" + step_trace.table(trace))
-        self._say("\n" + table(summary))
+            self._print("\n" + step_trace.table(trace))
+        self._print("\n" + table(summary))
         return summary
 
     def close(self) -> None:
-        """Let go of files after an error; nothing to do after `finish`."""
+        """Close files and the bar after an error; after `finish` it does nothing."""
         self._display.close()
         if self._writer is not None:
             self._writer.close()
 
+    def _print(self, text: str) -> None:
+        """Print on rank 0 and log on every rank."""
+        self._display.print(text)
+        for line in text.splitlines():
+            self._log.info("%s", line)
+
 
 def opening(run: Run) -> str:
-    """The lines that begin a run: what is trained, on what, how, and the formula behind MFU."""
+    """The lines that begin a run: the model, the processes, the batch, the formula of MFU, the run directory."""
     config, mesh = run.config, run.mesh
     counts = count_parameters(config.model)
     flops = flops_per_token(config.model, config.seq_len)
@@ -152,7 +153,7 @@ def opening(run: Run) -> str:
     formula = f"mfu = tokens/s/GPU x {_short(flops)} FLOP/token (forward and backward, causal, active parameters) / "
     lines = [
         f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
-        f"{config.precision.mode.value} on {processes} ({run.device.type}): {pipeline(run)}dp {mesh.dp}, experts over "
+        f"{config.precision.mode.value} on {processes} ({run.device.type}): {_pipeline(run)}dp {mesh.dp}, experts over "
         f"ep {mesh.ep}; kernels: {backend.resolve()}",
         f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
         formula
@@ -165,8 +166,8 @@ def opening(run: Run) -> str:
     return "\n".join(lines)
 
 
-def pipeline(run: Run) -> str:
-    """Schedule and stages in words, nothing for a run without either."""
+def _pipeline(run: Run) -> str:
+    """Schedule and blocks of each stage; empty for a run without a pipeline."""
     parallel = run.config.parallel
     if parallel.pp == 1 and len(run.stages) == 1:
         return ""
@@ -175,7 +176,7 @@ def pipeline(run: Run) -> str:
 
 
 def all_loads(run: Run) -> dict[str, Tensor]:
-    """The tokens each expert has had, of every stage's routers, in the order of the model. Collective over pp."""
+    """Tokens that each expert has had, by router name, of all stages in the order of the model. Collective over pp."""
     loads = {name: load.cpu() for part in gather(run.loads, run.mesh.pp_group) for name, load in part.items()}
     return {name: loads[name] for name in sorted(loads, key=_block_number)}
 
@@ -193,7 +194,7 @@ def _short(number: float) -> str:
 
 
 class ProgressDisplay:
-    """Shows the steps from `done` to `steps`; `every` is the distance of plain lines. A silent one shows nothing."""
+    """Progress from `done` to `steps`: a bar on a terminal, else a line every `every` steps; nothing if `silent`."""
 
     def __init__(self, steps: int, done: int, every: int, *, silent: bool = False) -> None:
         self._steps, self._every, self._silent = steps, every, silent
@@ -206,7 +207,7 @@ class ProgressDisplay:
             self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
 
     def show(self, report: StepReport) -> None:
-        """Report a finished step."""
+        """Show a finished step."""
         self._moments.append((time.monotonic(), report.step))
         if self._silent:
             return
@@ -229,12 +230,12 @@ class ProgressDisplay:
         return text + ("  SKIPPED: not finite" if report.skipped else "")
 
     def seconds_left(self) -> float:
-        """At the pace of the recent steps."""
+        """Seconds that the remaining steps take at the pace of the recent ones."""
         (start, first), (now, last) = self._moments[0], self._moments[-1]
         return (now - start) / max(last - first, 1) * (self._steps - last)
 
-    def say(self, text: str) -> None:
-        """A line between the steps, such as a validation's result, without breaking the bar."""
+    def print(self, text: str) -> None:
+        """Print text between the steps, such as a validation's result, without breaking the bar."""
         if self._silent:
             return
         if self._bar is not None:
@@ -243,5 +244,6 @@ class ProgressDisplay:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Close the bar; nothing for plain lines."""
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,12 @@
-"""One optimizer step: batch, forwards and backwards, reduction, update; what it did comes back as a `StepReport`.
+"""One optimizer step, in the order of this file; what it did comes back as a `StepReport`.
+
+    next_batches      this rank's micro-batches of the next global batch, and what the whole batch predicts
+    forward_backward  the losses; gradients are added into `main_grad`
+      train_passes      every micro-batch through this rank's stages, by the schedule
+        run_pipeline      `parallel.pipeline` runs the schedule's actions; an action runs the phases of a stage's passes
+                          (`model.stage`, `model.phases`)
+    reduce            gradients and expert loads summed over the ranks that share them; the gradient norm
+    update            the guard, the optimizer, the weights cast again, the router biases
 
 The loss of a micro-batch is a sum over tokens divided by the token count of the whole global batch, which is counted
 before the first backward; so gradients of micro-batches and ranks simply add up, and no average of averages is taken.
@@ -35,7 +43,7 @@ from fp8moe.profile.recorder import EXPOSED, PhaseLaps, Stopwatch, marking
 from fp8moe.profile.spans import listening, span
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
-from fp8moe.train.batch import global_batch, pieces, to_device
+from fp8moe.train.batch import global_batch, microbatches_of, to_device
 from fp8moe.train.build import Run, tied_embedding
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
@@ -43,7 +51,7 @@ from fp8moe.train.metrics import StepReport, StepSeconds
 
 @dataclass(frozen=True)
 class Losses:
-    """Of the global batch: nats a predicted token (the next one; the next but one), balance loss a sequence."""
+    """Losses of the global batch: nats a predicted token (the next one; the next but one), balance loss a sequence."""
 
     main: float
     mtp: float
@@ -52,34 +60,29 @@ class Losses:
 
 def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     """Do step number `run.step + 1`. Collective over all ranks. `count_fp8` counts what the casts of this step lose."""
-    config, schedule = run.config, run.config.optimizer.schedule
-    started = time.perf_counter()
-    watch = Stopwatch(run.device)
+    config, rates = run.config, run.config.optimizer.schedule
+    started, stopwatch = time.perf_counter(), Stopwatch(run.device)
     at = Progress(run.step, config.steps, run.sampler.consumed * config.seq_len)
     with span("data"):
         batches, counts = next_batches(run)
-    watch.lap("data")
+    stopwatch.lap("data")
 
     run.model.main_grads.zero_()
     observing = count_fp8 and config.precision.mode is Precision.FP8
     with observe_casts() if observing else contextlib.nullcontext() as casts:
-        losses = forward_backward(run, batches, counts, mtp_weight(schedule, config.model.mtp_weight, at), watch)
+        losses = forward_backward(run, batches, counts, mtp_weight(rates, config.model.mtp_weight, at), stopwatch)
     with span("reduce"):
         grad_norm = reduce(run)
 
-    lr = learning_rate(schedule, at)
     run.dispatcher.verify()
-    accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm)
     violation = worst_violation(run)
-    if accepted:
-        note_loads(run)
-        with span("optimizer"):
-            run.optimizer.step(lr, grad_norm)
-            quantize_weights(run.model)
-    update_bias(run.model, bias_gamma(schedule, config.model.router.bias_gamma, at) if accepted else 0.0)
-    watch.lap("optimizer")
+    lr = learning_rate(rates, at)
+    accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm)
+    update(run, lr, bias_gamma(rates, config.model.router.bias_gamma, at), grad_norm, accepted=accepted)
+    stopwatch.lap("optimizer")
     run.step += 1
-    laps, seconds = watch.read(), time.perf_counter() - started
+
+    laps, seconds = stopwatch.read(), time.perf_counter() - started
     saturated, underflow = cast_shares(run, casts)
     tokens_per_second = counts.main_tokens / seconds
     is_gpu = run.device.type == "cuda"
@@ -105,22 +108,80 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
 
 
 def next_batches(run: Run) -> tuple[list[Batch], LossCounts]:
-    """This rank's micro-batches of the next global batch, and what the whole of it predicts. Collective."""
+    """This rank's micro-batches of the next global batch, and what the whole of it predicts. Collective over dp."""
     config, mesh = run.config, run.mesh
     sequences = global_batch(config.batch, run.sampler.consumed)
     mine = rank_slice(run.sampler.next_indices(sequences), mesh.dp_rank, mesh.dp)
-    batches = [run.data.train.batch(ids) for ids in pieces(mine, config.micro_batch)]
+    batches = [run.data.train.batch(ids) for ids in microbatches_of(mine, config.micro_batch)]
     counted = torch.tensor([count_predicted(batch.labels_BS) for batch in batches]).sum(0)
     main_tokens, mtp_tokens = all_reduce(counted, mesh.dp_group).tolist()
     return batches, LossCounts(main_tokens, mtp_tokens, sequences)
 
 
-def forward_backward(run: Run, batches: list[Batch], counts: LossCounts, weight: float, watch: Stopwatch) -> Losses:
-    """Add the gradients of every micro-batch into `main_grad`, and give the losses of the global batch. Collective."""
-    weights = loss_weights(counts, mtp_weight=weight, balance_alpha=run.config.model.router.aux_loss_alpha)
-    totals = train_passes(run, batches, weights, watch)
-    main, mtp, balance = all_reduce(totals, run.mesh.world_group).tolist()
+def forward_backward(
+    run: Run, batches: list[Batch], counts: LossCounts, mtp_weight: float, stopwatch: Stopwatch
+) -> Losses:
+    """Add the gradients of every micro-batch into `main_grad`, and give the losses of the global batch.
+
+    Collective over all ranks.
+    """
+    weights = loss_weights(counts, mtp_weight=mtp_weight, balance_alpha=run.config.model.router.aux_loss_alpha)
+    sums = train_passes(run, batches, weights, stopwatch)
+    main, mtp, balance = all_reduce(sums, run.mesh.world_group).tolist()
     return Losses(main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences)
+
+
+def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, stopwatch: Stopwatch) -> Tensor:
+    """Forward and backward of this rank's part of every micro-batch; gradients are added into `main_grad`.
+
+    -> FP64 [3], this rank's share of the main, MTP and balance losses' sums. Collective over pipeline and experts.
+    """
+    with listening(PhaseLaps(stopwatch)), marking(run.device):
+        return run_pipeline(run, training_schedule(run, len(batches)), batches, weights)
+
+
+def forward_passes(run: Run, batches: Sequence[Batch]) -> Tensor:
+    """Forwards alone, for validation: the model in evaluation mode -> FP64 [3] as above. Collective likewise."""
+    schedule = forwards(training_schedule(run, run.config.num_microbatches), len(batches))
+    run.model.eval()
+    try:
+        with torch.no_grad():
+            return run_pipeline(run, schedule, batches, LossWeights(0.0, 0.0, 0.0))
+    finally:
+        run.model.train()
+
+
+def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
+    """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
+    config, tally = run.config, LossTally(run.device)
+    on_device = [to_device(batch, run.device) for batch in batches]
+    tokens = config.micro_batch * config.seq_len
+    Pipeline(
+        schedule,
+        run.mesh.pp_rank,
+        run.links,
+        StagePasses(run.model, run.stages, on_device, weights, tally),
+        empty=partial(torch.empty, tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
+        overlap=config.parallel.overlap,
+        sms=sms_for_gemms(run),
+    ).run()
+    return tally.sums
+
+
+def training_schedule(run: Run, num_microbatches: int) -> Schedule:
+    """The pipeline's schedule of a training step with so many micro-batches a data-parallel rank."""
+    return _schedule(run.config.parallel.schedule, run.config.parallel.pp, num_microbatches)
+
+
+_schedule = lru_cache(build_schedule)  # a batch that grows comes with a few sizes
+
+
+def sms_for_gemms(run: Run) -> int | None:
+    """The GPU's SMs less those of the experts' messages; None on a CPU, and without such messages."""
+    if run.device.type != "cuda" or run.mesh.ep == 1:
+        return None
+    count: int = torch.cuda.get_device_properties(run.device).multi_processor_count
+    return max(1, count - run.config.parallel.communication_sms)
 
 
 def reduce(run: Run) -> float:
@@ -131,14 +192,22 @@ def reduce(run: Run) -> float:
     return global_grad_norm(main_grads, mesh, copy=tied if mesh.pp_rank > 0 else None)
 
 
-def note_loads(run: Run) -> None:
-    """Add the step's loads, reduced over ranks, to those of the run."""
-    for name, router in run.routers().items():
-        run.loads[name] += router.counts_E
+def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: bool) -> None:
+    """Update weights, router biases and the run's loads; a step that was not accepted changes none of them.
+
+    Either way the routers' counts of this step are forgotten.
+    """
+    if accepted:
+        for name, router in run.routers().items():
+            run.loads[name] += router.counts_E
+        with span("optimizer"):
+            run.optimizer.step(lr, grad_norm)
+            quantize_weights(run.model)
+    update_bias(run.model, gamma if accepted else 0.0)
 
 
 def worst_violation(run: Run) -> float | None:
-    """The worst layer's MaxVio in the step's loads, of all stages; None without experts. Collective."""
+    """The worst layer's MaxVio in the step's loads, of all stages; None without experts. Collective over pp."""
     if not run.config.model.has_experts:
         return None
     mine = max((max_violation(router.counts_E) for router in run.routers().values()), default=0.0)
@@ -161,54 +230,3 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, watch: Stopwatch) -> Tensor:
-    """Forward and backward of this rank's part of every micro-batch; gradients are added into `main_grad`.
-
-    -> FP64 [3], this rank's share of the main, MTP and balance losses' sums. Collective over pipeline and experts.
-    """
-    parallel = run.config.parallel
-    with listening(PhaseLaps(watch)), marking(run.device):
-        return _run(run, _training(parallel.schedule, parallel.pp, len(batches)), batches, weights)
-
-
-def forward_passes(run: Run, batches: Sequence[Batch]) -> Tensor:
-    """Forwards alone, the model in evaluation mode -> FP64 [3] as above. Collective likewise."""
-    parallel = run.config.parallel
-    training = _training(parallel.schedule, parallel.pp, run.config.num_microbatches)
-    run.model.eval()
-    try:
-        with torch.no_grad():
-            return _run(run, forwards(training, len(batches)), batches, LossWeights(0.0, 0.0, 0.0))
-    finally:
-        run.model.train()
-
-
-@lru_cache
-def _training(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
-    return build_schedule(name, num_ranks, num_microbatches)
-
-
-def _run(run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
-    config, tally = run.config, LossTally(run.device)
-    on_device = [to_device(batch, run.device) for batch in batches]
-    tokens = config.micro_batch * config.seq_len
-    Pipeline(
-        schedule,
-        run.mesh.pp_rank,
-        run.links,
-        StagePasses(run.model, run.stages, on_device, weights, tally),
-        empty=partial(torch.empty, tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
-        overlap=config.parallel.overlap,
-        sms=sms_for_gemms(run),
-    ).run()
-    return tally.sums
-
-
-def sms_for_gemms(run: Run) -> int | None:
-    """What the experts' messages leave of the GPU's SMs; None on a CPU, and without such messages."""
-    if run.device.type != "cuda" or run.mesh.ep == 1:
-        return None
-    count: int = torch.cuda.get_device_properties(run.device).multi_processor_count
-    return max(1, count - run.config.parallel.communication_sms)

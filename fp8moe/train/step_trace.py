@@ -1,8 +1,8 @@
-"""profile=true: one step of the run, recorded on every rank, as one trace and a few figures.
+"""Trace of one step (profile=true): recorded on every rank, written as trace.json and summed up in a few figures.
 
 The third step of an attempt is recorded, or its last if there are fewer: the first compiles, allocates and opens
-connections. On a CPU spans are all there is to see, and torch.profiler, which slows every operator down, stays off; on
-a GPU it gives the kernels.
+connections. On a CPU the spans are everything, and torch.profiler, which slows every operator down, stays off; on a GPU
+it adds the kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from fp8moe.parallel.collectives import clock_offset, gather
-from fp8moe.profile.chrome_trace import RankTrace, chrome_trace
+from fp8moe.profile.chrome_trace import RankTrace, step_trace
 from fp8moe.profile.figures import (
     ACTION,
     RankFigures,
@@ -40,11 +40,11 @@ STEP = 3
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Of one step; seconds. See `parallel.figures` for what each is.
+    """Figures of one step over all ranks, in seconds (`profile.figures` defines them).
 
     hidden: share of all ranks' expert communication together, and of the rank that hides least; None without any.
     bubble: a rank's on average, the largest, and the simulator's average for the costs measured in this step (None on a
-    GPU, where the host's times are none of the device's). phases: of a rank on average, and the largest.
+    GPU, where the host's times are not the device's). phases: of a rank on average, and the largest.
     """
 
     step: int
@@ -59,7 +59,7 @@ class StepFigures:
 
 
 class StepTrace:
-    """Records the step that is to be traced, if any, and keeps its figures."""
+    """Records the step that is to be traced, if any; `figures` are None until then."""
 
     def __init__(self, run: Run) -> None:
         self._step = min(run.step + STEP, run.config.steps) if run.config.profile else None
@@ -67,7 +67,7 @@ class StepTrace:
 
     @contextmanager
     def around(self, run: Run) -> Iterator[None]:
-        """Around each step; around the traced one it records, and rank 0 writes trace.json. Collective then."""
+        """Record the step inside if it is the traced one; rank 0 then writes trace.json. Collective over all ranks."""
         if run.step + 1 != self._step:
             yield
             return
@@ -85,11 +85,11 @@ class StepTrace:
         ranks = gather(mine, run.mesh.world_group)
         self.figures = step_figures(run, ranks)
         if run.is_first:
-            (run.run_dir / "trace.json").write_text(json.dumps(chrome_trace(ranks)) + "\n", encoding="utf-8")
+            (run.run_dir / "trace.json").write_text(json.dumps(step_trace(ranks)) + "\n", encoding="utf-8")
 
 
 def name_of(run: Run) -> str:
-    """A rank in words: its place on the mesh and its stages."""
+    """The name of a rank in the trace: its place on the mesh and its stages."""
     mesh, parallel = run.mesh, run.config.parallel
     schedule = build_schedule(parallel.schedule, parallel.pp, run.config.num_microbatches)
     stages = sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})
@@ -98,7 +98,7 @@ def name_of(run: Run) -> str:
 
 
 def step_figures(run: Run, ranks: Sequence[RankTrace]) -> StepFigures:
-    """The figures of the step that was just done, from all ranks' records."""
+    """The figures of the step that was just done, from the records of all ranks."""
     parallel = run.config.parallel
     recorded = [rank.spans for rank in ranks]
     if any(rank.kernels for rank in ranks):
@@ -112,9 +112,9 @@ def step_figures(run: Run, ranks: Sequence[RankTrace]) -> StepFigures:
 
 
 def measured_costs(ranks: Sequence[Sequence[Span]], num_stages: int) -> Costs:
-    """What a stage's F, B, W and FB took on average, waits for experts included and those for other stages left out.
+    """Mean seconds of a stage's F, B, W and FB, with the waits for experts and without those for other stages.
 
-    F, B and W come from actions of their own where a stage has any; the weight gradients within a BW from its phases.
+    F, B and W are measured on actions of their own where a stage has any; the weight gradients in a BW on its phases.
     """
     seconds: dict[str, dict[int, list[float]]] = {kind: defaultdict(list) for kind in ("F", "B", "W")}
     pairs = []
@@ -151,7 +151,7 @@ def _costs(seconds: dict[str, dict[int, list[float]]], pairs: list[float], num_s
 
 
 def summed_up(step: int, each: Sequence[RankFigures], simulated: float | None) -> StepFigures:
-    """One job's figures from each rank's."""
+    """The figures of the job from those of each rank."""
     communication = sum(figures.communication for figures in each)
     exposed = sum(figures.exposed for figures in each)
     names = dict.fromkeys(name for figures in each for name in figures.phases)
@@ -170,7 +170,7 @@ def summed_up(step: int, each: Sequence[RankFigures], simulated: float | None) -
 
 
 def table(figures: StepFigures) -> str:
-    """The figures as the lines that end a run."""
+    """The figures as a table for the end of a run."""
     f = figures
     rows = [(f"trace of step {f.step}", "a rank, on average", "the worst")]
     if f.hidden is not None and f.hidden_worst is not None:

@@ -1,7 +1,7 @@
-"""What a run ends with: one table for people, and the same figures as `summary.json` for machines.
+"""Summary of a finished run: a table on the terminal, and the same figures as `summary.json`.
 
-Expert balance is over the whole run: MaxVio is by how much the busiest expert of a layer exceeds that layer's mean load
-(the report of the auxiliary-loss-free balance, arXiv 2408.15664), and `max_violation` the worst layer's.
+Expert balance is over the whole run: MaxVio is by how much the busiest expert of a layer exceeds the layer's mean load,
+relative to it (auxiliary-loss-free balance, arXiv 2408.15664), and `max_violation` is the worst layer's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fp8moe.train.step_trace import StepFigures
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a finished run. Losses in nats a token; None where there is nothing to measure (a tokenizer, FP8).
+    """Figures of a finished run; losses in nats a token. None where there is nothing to measure (no tokenizer, no FP8).
 
-    tokens_per_second: over the training steps of this process's attempt, validation and checkpoints left out;
-    wall_seconds: of the attempt, start-up included. expert_token_shares: by layer, each expert's share of its tokens.
-    trace: figures of the step that profile=true recorded.
+    loss: training loss, mean of the last steps. tokens_per_second: over the training steps of this attempt, without
+    validation and checkpoints; wall_seconds: of the attempt, start-up included. expert_token_shares: by layer, each
+    expert's share of its tokens. trace: figures of the step that profile=true recorded.
     """
 
     loss: float
@@ -55,14 +55,14 @@ def balance(loads: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, li
 
 
 def write_summary(summary: Summary, path: Path) -> None:
-    """Write it as JSON, whole or not at all."""
+    """Write it as JSON; the file is either complete or absent."""
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(finite(asdict(summary)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     scratch.replace(path)
 
 
 def table(summary: Summary) -> str:
-    """The lines that end a run on the terminal."""
+    """The summary as the last lines that a run prints."""
     s = summary
     rows = [("training loss", f"{s.loss:.4f} nats a token"), ("validation loss", f"{s.val_loss:.4f} nats a token")]
     if s.val_bits_per_byte is not None and s.byte_bigram_bits_per_byte is not None:
@@ -95,12 +95,12 @@ def table(summary: Summary) -> str:
 
 
 def count_of(number: int, one: str, many: str) -> str:
-    """`1 process`, `4 processes`."""
+    """The number with its noun: `1 process`, `4 processes`."""
     return f"{number} {one if number == 1 else many}"
 
 
 def _shares(shares: list[float]) -> str:
-    """Each expert's share where they fit a line; else the extremes."""
+    """Each expert's share where they fit on a line; otherwise the smallest and the largest."""
     if len(shares) <= 16:
         text = " ".join(f"{share:.1%}" for share in shares)
     else:

@@ -11,13 +11,16 @@ from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
 from fp8moe.train.build import Run, build
 from fp8moe.train.config import TrainConfig, resolve
-from fp8moe.train.run_dir import make_run_dir, mesh_of
+from fp8moe.train.processes import mesh_of
+from fp8moe.train.run_dir import make_run_dir
 
 VOCABULARY = 300
 SMALL = (
-    *("model.dim=64", "model.num_layers=2", "model.num_heads=2", "model.q_lora_rank=32", "model.kv_lora_rank=32"),
-    *("model.nope_dim=16", "model.rope_dim=16", "model.v_dim=16", "model.dense_hidden=64", "model.expert_hidden=32"),
-    *("model.num_experts=4", "model.topk=2", "model.num_groups=2", "model.top_groups=2"),
+    *("model.dim=64", "model.num_layers=2", "model.dense_hidden=64", "model.attention.num_heads=2"),
+    *("model.attention.q_lora_rank=32", "model.attention.kv_lora_rank=32", "model.attention.nope_dim=16"),
+    *("model.attention.rope_dim=16", "model.attention.v_dim=16"),
+    *("model.experts.num_experts=4", "model.experts.hidden=32"),
+    *("model.router.topk=2", "model.router.num_groups=2", "model.router.top_groups=2"),
     *(f"model.vocab_size={VOCABULARY}", "seq_len=32", "batch.sequences=8", "batch.micro_batch=2", "device=cpu"),
     *("validation.samples=8", "optimizer.schedule.warmup_steps=2", "parallel.timeout=60", "steps=6"),
 )

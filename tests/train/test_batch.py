@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from fp8moe.train.batch import BatchConfig, global_batch, pieces, resolve_batch
+from fp8moe.train.batch import BatchConfig, global_batch, microbatches_of, resolve_batch
 
 RAMP = BatchConfig(sequences=15360, micro_batch=1, ramp_from=3072, ramp_samples=114_501_953, increment=3072)
 
@@ -19,13 +21,40 @@ def test_the_published_ramp() -> None:
     resolve_batch(RAMP, dp=1024)
 
 
+def test_a_ramp_grows_when_a_whole_increment_is_reached() -> None:
+    # 4 + 12 x consumed / 100 sequences, rounded down to a multiple of 4: 8 from 33.3 on, 12 from 66.7 on.
+    config = BatchConfig(sequences=16, micro_batch=1, ramp_from=4, ramp_samples=100, increment=4)
+    sizes = {0: 4, 33: 4, 34: 8, 66: 8, 67: 12, 99: 12, 100: 16, 101: 16}
+    assert {consumed: global_batch(config, consumed) for consumed in sizes} == sizes
+    # Without an increment it grows by ramp_from; it never falls below that, nor beyond the full batch.
+    assert global_batch(BatchConfig(sequences=16, ramp_from=8, ramp_samples=100), 99) == 8
+    odd = BatchConfig(sequences=16, ramp_from=5, ramp_samples=100, increment=4)
+    assert [global_batch(odd, consumed) for consumed in (0, 27, 28, 99, 100)] == [5, 5, 8, 12, 16]
+
+
+def test_an_increment_may_be_below_the_micro_batches_that_a_schedule_needs() -> None:
+    ramp = BatchConfig(sequences=16, micro_batch=1, ramp_from=8, ramp_samples=100, increment=2)
+    assert resolve_batch(ramp, dp=1, least=4, multiple=2) == ramp
+    with pytest.raises(ValueError, match=r"batch.increment=1 makes 1 micro-batches .*in multiples of 2: use 4"):
+        resolve_batch(replace(ramp, increment=1), dp=1, least=4, multiple=2)
+    with pytest.raises(ValueError, match=r"batch.ramp_from=2 makes 2 micro-batches .*needs at least 4, .*: use 4"):
+        resolve_batch(replace(ramp, ramp_from=2), dp=1, least=4, multiple=2)
+    # The exact number that is needed is enough.
+    assert resolve_batch(BatchConfig(sequences=8, micro_batch=2), dp=1, least=4, multiple=2).micro_batch == 2
+
+
+def test_a_micro_batch_is_the_largest_that_suits_the_schedule() -> None:
+    for sequences, least, multiple, size in ((16, 4, 2, 4), (12, 4, 2, 3), (10, 4, 2, 1), (7, 2, 1, 1), (6, 2, 1, 3)):
+        assert resolve_batch(BatchConfig(sequences), dp=1, least=least, multiple=multiple).micro_batch == size
+
+
 def test_a_micro_batch_is_a_ranks_share_unless_said() -> None:
     assert resolve_batch(BatchConfig(sequences=16), dp=4).micro_batch == 4
     assert resolve_batch(BatchConfig(sequences=16, micro_batch=2), dp=4).micro_batch == 2
     assert resolve_batch(BatchConfig(sequences=16, ramp_from=8, ramp_samples=9), dp=4).micro_batch == 2
-    with pytest.raises(ValueError, match=r"batch.sequences=16 is no multiple .*= 3 x 5 = 15: use 15"):
+    with pytest.raises(ValueError, match=r"batch.sequences=16 must be a multiple .*= 3 x 5 = 15: use 15"):
         resolve_batch(BatchConfig(sequences=16), dp=3)
-    with pytest.raises(ValueError, match=r"batch.sequences=2 is no multiple .*= 4 x 1 = 4: use 4"):
+    with pytest.raises(ValueError, match=r"batch.sequences=2 must be a multiple .*= 4 x 1 = 4: use 4"):
         resolve_batch(BatchConfig(sequences=2), dp=4)
 
 
@@ -53,12 +82,15 @@ def test_every_size_of_a_ramp_is_checked() -> None:
         ({"sequences": 4, "micro_batch": 0}, "batch.micro_batch=0"),
         ({"sequences": 4, "micro_batch": 1, "ramp_from": 8, "ramp_samples": 10}, "ramp_from=8 exceeds"),
         ({"sequences": 4, "micro_batch": 1, "ramp_from": 2}, "needs batch.ramp_samples of at least 1, got 0"),
+        ({"sequences": 4, "ramp_from": 0, "ramp_samples": 1}, "batch.ramp_from=0 must be at least 1"),
+        ({"sequences": 4, "ramp_from": 2, "ramp_samples": 1, "increment": 0}, "batch.increment=0 must be at least 1"),
     ],
 )
 def test_impossible_sizes(settings: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         BatchConfig(**settings)
+    BatchConfig(sequences=1, micro_batch=1, ramp_from=1, ramp_samples=1, increment=1)
 
 
-def test_pieces_keep_the_order() -> None:
-    assert [list(piece) for piece in pieces([1, 2, 3, 4, 5, 6], 2)] == [[1, 2], [3, 4], [5, 6]]
+def test_micro_batches_keep_the_order() -> None:
+    assert [list(ids) for ids in microbatches_of([1, 2, 3, 4, 5, 6], 2)] == [[1, 2], [3, 4], [5, 6]]

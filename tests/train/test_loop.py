@@ -1,4 +1,4 @@
-"""A whole small run: it learns, tells what is promised, and validates alike on any number of ranks."""
+"""A whole small run: it learns, reports what is promised, and validates alike on any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fp8moe.cli.compose import as_yaml, to_dataclass
 from fp8moe.data.packing import IGNORED_LABEL
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.loop import run_to_end, train
+from fp8moe.train.metrics import LoggingConfig
 from fp8moe.train.step import forward_passes
 from fp8moe.train.summary import table
-from fp8moe.train.validation import ValidationReport, validate
+from fp8moe.train.validation import ValidationConfig, ValidationReport, validate
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 
@@ -90,3 +91,10 @@ def test_validation_leaves_training_alone(corpus: list[str], tmp_path: Path) -> 
     watched = built(configured(corpus, "steps=3", "validation.every=1", f"run_dir={tmp_path / 'b'}"))
     one, other = (run_to_end(run, time.perf_counter()) for run in (plain, watched))
     assert (one.loss, one.val_loss, one.expert_token_shares) == (other.loss, other.val_loss, other.expert_token_shares)
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, [6]), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (7, [6])])
+def test_when_validation_and_counts_of_fp8_are_due(every: int, due: list[int]) -> None:
+    validation, logging = ValidationConfig(every=every), LoggingConfig(fp8_every=every)
+    assert [step for step in range(1, 7) if validation.is_due(step, 6)] == due
+    assert [step for step in range(1, 7) if logging.fp8_is_due(step, 6)] == due

@@ -1,22 +1,24 @@
-"""The schedule's shape against the report's figures, and against itself at the joints."""
+"""The learning rate against the report's figures, and by hand where one segment ends and the next begins."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 
 from fp8moe.cli.compose import compose
-from fp8moe.train.lr import Phase, Progress, ScheduleConfig, bias_gamma, learning_rate, mtp_weight
+from fp8moe.train.lr import LearningRateConfig, Progress, Segment, bias_gamma, learning_rate, mtp_weight
 
-SHARE = ScheduleConfig(peak=2.0, phases=(Phase("constant", 0.5, 1.0), Phase("cosine", 1.0, 0.1)), warmup_steps=4)
+SHARE = LearningRateConfig(2.0, (Segment("constant", 0.5, 1.0), Segment("cosine", 1.0, 0.1)), warmup_steps=4)
 
 
-def test_the_published_schedule() -> None:
-    schedule = compose(["experiment=dsv3_pretrain", "data.paths=[some]"]).config.optimizer.schedule
+def test_the_published_learning_rate() -> None:
+    config = compose(["experiment=dsv3_pretrain", "data.paths=[some]"]).config.optimizer.schedule
 
     def at(tokens: float, step: int = 10**6) -> float:
-        return learning_rate(schedule, Progress(step, 10**7, int(tokens)))
+        return learning_rate(config, Progress(step, 10**7, int(tokens)))
 
     assert at(0, step=0) == pytest.approx(2.2e-4 / 2000)
     assert at(0, step=1999) == pytest.approx(2.2e-4)
@@ -28,8 +30,42 @@ def test_the_published_schedule() -> None:
     assert at(14.7e12) == pytest.approx(7.3e-6, rel=1e-5)
     assert at(99e12) == pytest.approx(7.3e-6, rel=1e-5)
     before, after = Progress(10**6, 10**7, int(9.9e12)), Progress(10**6, 10**7, int(14.31e12))
-    assert (bias_gamma(schedule, 1e-3, before), bias_gamma(schedule, 1e-3, after)) == (1e-3, 0.0)
-    assert (mtp_weight(schedule, 0.3, before), mtp_weight(schedule, 0.3, after)) == (0.3, 0.1)
+    assert (bias_gamma(config, 1e-3, before), bias_gamma(config, 1e-3, after)) == (1e-3, 0.0)
+    assert (mtp_weight(config, 0.3, before), mtp_weight(config, 0.3, after)) == (0.3, 0.1)
+
+
+SEGMENTS = (Segment("constant", 100, 0.8), Segment("cosine", 200, 0.4), Segment("constant", 300, 0.1))
+
+
+@pytest.mark.parametrize("unit", ["tokens", "share"])
+def test_a_segment_ends_exactly_at_until(unit: Literal["tokens", "share"]) -> None:
+    scale = 1 if unit == "tokens" else 400
+    segments = tuple(replace(segment, until=segment.until / scale) for segment in SEGMENTS)
+    config = LearningRateConfig(
+        peak=10.0, phases=segments, unit=unit, bias_gamma_until=200 / scale, mtp_weight_until=300 / scale
+    )
+
+    def at(place: int) -> Progress:
+        return Progress(0, 1, place) if unit == "tokens" else Progress(place, 400, 0)
+
+    rates = {0: 8.0, 99: 8.0, 100: 8.0, 150: 6.0, 200: 1.0, 299: 1.0, 300: 1.0, 399: 1.0}
+    for place, rate in rates.items():
+        assert learning_rate(config, at(place)) == pytest.approx(rate), place
+    eighth = 4.0 + 4.0 * 0.5 * (1 + math.cos(math.pi / 4))  # a quarter down the cosine from 8 to 4
+    assert learning_rate(config, at(125)) == pytest.approx(eighth)
+    assert 4.0 < learning_rate(config, at(199)) < 4.01
+    assert [bias_gamma(config, 1e-3, at(place)) for place in (199, 200, 201)] == [1e-3, 0.0, 0.0]
+    assert [mtp_weight(config, 0.3, at(place)) for place in (299, 300, 301)] == [0.3, 0.1, 0.1]
+
+
+def test_a_first_cosine_starts_at_the_peak_and_a_warm_up_ends_on_it() -> None:
+    config = LearningRateConfig(peak=3.0, phases=(Segment("cosine", 1.0, 0.0),), warmup_steps=3)
+    assert learning_rate(config, Progress(0, 10**9, 0)) == pytest.approx(1.0)
+    assert learning_rate(config, Progress(2, 10**9, 0)) == pytest.approx(3.0)
+    assert learning_rate(config, Progress(3, 10**9, 0)) == pytest.approx(3.0)
+    assert learning_rate(replace(config, warmup_steps=0), Progress(0, 10**9, 0)) == pytest.approx(3.0)
+    assert learning_rate(replace(config, warmup_steps=1), Progress(0, 10**9, 0)) == pytest.approx(3.0)
+    assert learning_rate(config, Progress(4, 4, 0)) == pytest.approx(0.0)
 
 
 def test_shares_keep_the_shape_for_any_number_of_steps() -> None:
@@ -53,14 +89,18 @@ def test_without_switches_nothing_switches() -> None:
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: ScheduleConfig(peak=0.0, phases=SHARE.phases), "peak=0.0 must be above 0"),
-        (lambda: ScheduleConfig(peak=1.0, phases=()), "phases is empty"),
-        (lambda: ScheduleConfig(peak=1.0, phases=SHARE.phases[::-1]), "one ends at 1.0 and the next at 0.5"),
-        (lambda: ScheduleConfig(peak=1.0, phases=SHARE.phases, warmup_steps=-1), "warmup_steps=-1"),
-        (lambda: Phase("cosine", 0.0, 1.0), "until=0.0 must be above 0"),
-        (lambda: Phase("cosine", 1.0, -0.1), "factor=-0.1"),
+        (lambda: LearningRateConfig(peak=0.0, phases=SHARE.phases), "peak=0.0 must be above 0"),
+        (lambda: LearningRateConfig(peak=1.0, phases=()), "phases is empty"),
+        (
+            lambda: LearningRateConfig(peak=1.0, phases=SHARE.phases[::-1]),
+            "one ends at 1.0 and the next at 0.5: sort them",
+        ),
+        (lambda: LearningRateConfig(peak=1.0, phases=SHARE.phases, warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: Segment("cosine", 0.0, 1.0), "until=0.0 must be above 0"),
+        (lambda: Segment("cosine", 1.0, -0.1), "factor=-0.1"),
+        (lambda: LearningRateConfig(1.0, (SEGMENTS[0], SEGMENTS[0])), "one ends at 100 and the next at 100"),
     ],
 )
-def test_impossible_schedules(build, says) -> None:  # type: ignore[no-untyped-def]
+def test_impossible_segments(build, says) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=says):
         build()

@@ -108,5 +108,5 @@ def test_wandb_is_imported_when_asked_and_offline_without_a_key(
 def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_wandb(LoggingConfig())
-    with pytest.raises(ConfigError, match=r"wandb is not installed: pip install 'fp8moe\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"the package wandb, which is not installed: pip install 'fp8moe\[wandb\]'"):
         check_wandb(LoggingConfig(wandb=True))

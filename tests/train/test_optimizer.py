@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fp8moe.train.lr import Phase, ScheduleConfig
+from fp8moe.train.lr import LearningRateConfig, Segment
 from fp8moe.train.optimizer import AdamW, OptimizerConfig
 
-CONFIG = OptimizerConfig(ScheduleConfig(1.0, (Phase("constant", 1.0, 1.0),)), moments="fp32", clip_norm=1e9)
+CONFIG = OptimizerConfig(LearningRateConfig(1.0, (Segment("constant", 1.0, 1.0),)), moments="fp32", clip_norm=1e9)
 
 
 def parameters(dtype: torch.dtype) -> dict[str, Parameter]:
@@ -91,7 +91,8 @@ def test_only_matrices_decay() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"beta1": 1.0}, "optimizer.beta1=1.0"),
+        ({"beta1": 1.0}, "optimizer.beta1=1.0 must be at least 0 and below 1: DeepSeek-V3 used 0.9"),
+        ({"beta2": -0.1}, "optimizer.beta2=-0.1"),
         ({"eps": 0.0}, "optimizer.eps=0.0"),
         ({"clip_norm": 0.0}, "optimizer.clip_norm=0.0"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay=-0.1"),
@@ -100,3 +101,4 @@ def test_only_matrices_decay() -> None:
 def test_impossible_settings(change: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         replace(CONFIG, **change)
+    replace(CONFIG, beta1=0.0, beta2=0.0, weight_decay=0.0)

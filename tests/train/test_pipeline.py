@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp8moe.data.sampler import rank_slice
 from fp8moe.layers.recompute import Recallable
-from fp8moe.layers.router import Router, Routing
+from fp8moe.layers.router import Router, Routing, update_bias
 from fp8moe.profile.recorder import Stopwatch
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train.build import tied_embedding
@@ -20,16 +20,16 @@ from tests.train.runs import built, configured
 
 SEQUENCES, SEQ_LEN, LAYERS = 16, 16, 8
 SETTINGS = (
-    *(f"model.num_layers={LAYERS}", "model.num_dense_layers=4", "model.aux_loss_alpha=0.01", f"seq_len={SEQ_LEN}"),
-    *(f"batch.sequences={SEQUENCES}", "batch.micro_batch=1", "validation.samples=16", "seed=3", "run_dir=null"),
+    *(f"model.num_layers={LAYERS}", "model.num_dense_layers=4", "model.router.aux_loss_alpha=0.01", "run_dir=null"),
+    *(f"batch.sequences={SEQUENCES}", "batch.micro_batch=1", "validation.samples=16", "seed=3", f"seq_len={SEQ_LEN}"),
 )
 LAYOUTS = [
-    (schedule, pp, ep)
+    (schedule, pp, ep, ep)
     for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev")
     for pp in (1, 2, 4)
     for ep in (1, 2)
     if not (schedule == "dualpipe" and pp == 1)
-]
+] + [("1f1b", 1, 2, 1), ("1f1b", 1, 4, 2), ("1f1b", 1, 4, 4)]  # experts on more ranks than they are cut over
 
 
 def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
@@ -65,8 +65,11 @@ def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
     }
     loads = {name: router.counts_E.clone() for name, router in run.routers().items()}
     grads = {name: p.main_grad.clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
+    update_bias(run.model, 1e-3)
+    biases = {name: router.bias_E.clone() for name, router in run.routers().items()}
     return {"losses": losses, "norm": norm, "choices": choices, "gap": min(gaps, default=1.0), "loads": loads,
-            "grads": grads, "ep_rank": mesh.ep_rank, "tied": tied_embedding(run) is not None}  # fmt: skip
+            "biases": biases, "grads": grads, "ep_rank": mesh.ep_rank,
+            "tied": tied_embedding(run) is not None}  # fmt: skip
 
 
 def gap(router: Router, x_TD: Tensor) -> float:
@@ -84,11 +87,11 @@ def alone(corpus: list[str]) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("schedule, pp, ep", LAYOUTS)
+@pytest.mark.parametrize("schedule, pp, dp, ep", LAYOUTS)
 def test_fp32_step_is_the_one_process_step(
-    corpus: list[str], alone: dict[str, Any], schedule: str, pp: int, ep: int
+    corpus: list[str], alone: dict[str, Any], schedule: str, pp: int, dp: int, ep: int
 ) -> None:
-    world = pp * ep
+    world = pp * dp
     settings = [*corpus, *SETTINGS, "precision=fp32", f"parallel.pp={pp}", f"parallel.ep={ep}",
                 f"parallel.schedule={schedule}"]  # fmt: skip
     answers = [one_step(settings, 1)] if world == 1 else run_ranks(one_step, world, settings, world)
@@ -103,7 +106,8 @@ def check(answers: list[dict[str, Any]], alone: dict[str, Any], *, mtp_tied: boo
         for name in ("main", "mtp", "balance"):
             assert getattr(answer["losses"], name) == pytest.approx(getattr(alone["losses"], name), rel=1e-6)
         assert answer["norm"] == pytest.approx(alone["norm"], rel=1e-6)
-        assert all(torch.equal(load, alone["loads"][name]) for name, load in answer["loads"].items())
+        for kind in ("loads", "biases"):
+            assert all(torch.equal(tensor, alone[kind][name]) for name, tensor in answer[kind].items())
     found: set[str] = set()
     for answer in answers:
         for name, grad in answer["grads"].items():
@@ -115,14 +119,27 @@ def check(answers: list[dict[str, Any]], alone: dict[str, Any], *, mtp_tied: boo
             found.add(name)
     assert found == alone["grads"].keys()
     assert any(answer["tied"] for answer in answers) == mtp_tied
+    for load in alone["loads"].values():
+        assert load.sum() == SEQUENCES * SEQ_LEN * 2  # top-k
 
 
-def a_step(settings: list[str], world_size: int) -> tuple[Losses, float, dict[str, Tensor]]:
-    """Losses, norm and every gradient of one step."""
-    run = built(configured(settings, world_size=world_size))
-    batches, counts = next_batches(run)
-    losses = forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
-    return losses, reduce(run), {name: p.main_grad.clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
+def steps_that_differ(settings: list[str], others: list[list[str]], world_size: int) -> list[str]:
+    """What in one step depends on the settings that are added: losses, norm, or gradients, by name."""
+
+    def a_step(added: list[str]) -> tuple[Losses, float, dict[str, Tensor]]:
+        run = built(configured([*settings, *added], world_size=world_size))
+        batches, counts = next_batches(run)
+        losses = forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
+        return losses, reduce(run), {name: p.main_grad.clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
+
+    losses, norm, grads = a_step(["parallel.overlap=false"])
+    differing = []
+    for added in others:
+        theirs = a_step(added)
+        differing += [f"{added} {name}" for name, grad in grads.items() if not torch.equal(grad, theirs[2][name])]
+        if theirs[:2] != (losses, norm):
+            differing.append(f"{added} losses or norm")
+    return differing
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
@@ -131,10 +148,7 @@ def test_overlap_and_recomputation_change_no_bit(
     corpus: list[str], precision: str, schedule: str, pp: int, ep: int
 ) -> None:
     settings = [*corpus, *SETTINGS, f"precision={precision}", f"parallel.pp={pp}", f"parallel.ep={ep}",
-                f"parallel.schedule={schedule}", "model.v_dim=32"]  # heads alike: attention saves q, k, v  # fmt: skip
-    plain = run_ranks(a_step, pp * ep, [*settings, "parallel.overlap=false"], pp * ep)
-    for recompute in ("[swiglu]", "[norm,mla_up,swiglu]"):
-        answers = run_ranks(a_step, pp * ep, [*settings, f"recompute={recompute}"], pp * ep)
-        for (losses, norm, grads), (others, other, theirs) in zip(answers, plain, strict=True):
-            assert (losses, norm) == (others, other)
-            assert [name for name, grad in grads.items() if not torch.equal(grad, theirs[name])] == []
+                f"parallel.schedule={schedule}", "model.num_layers=4", "model.num_dense_layers=2", "batch.sequences=8",
+                "model.attention.v_dim=32"]  # heads alike: attention saves q, k, v  # fmt: skip
+    others = [["recompute=[swiglu]"], ["recompute=[norm,mla_up,swiglu]"]]
+    assert run_ranks(steps_that_differ, pp * ep, settings, others, pp * ep) == [[]] * (pp * ep)

@@ -44,7 +44,7 @@ def die() -> None:
 
 def one_leaves(settings: list[str], action: str, leave: Callable[[], None]) -> tuple[float, str]:
     """How long this rank waited, and what it was told."""
-    hang.BEAT = 0.25
+    hang.HEARTBEAT = 0.25
     run = built(configured(settings, world_size=PP))
     hang.start()
     run.links.timeout = timedelta(seconds=TIMEOUT)

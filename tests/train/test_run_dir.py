@@ -15,7 +15,7 @@ def test_a_fresh_run_needs_an_empty_directory(tmp_path: Path) -> None:
     assert made == tmp_path / "a" / "b" and (made / "logs").is_dir()
     make_run_dir(str(made), "name", "none")  # logs of a start that failed are no run
     (made / "metrics.jsonl").write_text("kept")
-    with pytest.raises(ConfigError, match="holds 1 entries and a fresh run needs 0: use resume=auto"):
+    with pytest.raises(ConfigError, match="holds 1 entries and a fresh run needs an empty directory: use resume=auto"):
         make_run_dir(str(made), "name", "none")
     assert make_run_dir(str(made), "name", "auto") == made
     assert (made / "metrics.jsonl").read_text() == "kept"
@@ -37,9 +37,9 @@ def test_a_path_to_resume_from(tmp_path: Path) -> None:
 
 def test_what_can_be_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(ConfigError, match="is a file and must be a directory"):
         check_run_dir(str(tmp_path / "file"), "auto")
-    with pytest.raises(ConfigError, match="none is given: add run_dir=PATH"):
+    with pytest.raises(ConfigError, match="run_dir is not set: add run_dir=PATH"):
         check_run_dir(None, "auto")
 
 

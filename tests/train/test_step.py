@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from fp8moe.errors import ImbalanceError, NonFiniteError
 from fp8moe.layers.attention.mla import LatentAttention
-from fp8moe.layers.experts import Experts
-from fp8moe.layers.mlp import Mlp, swiglu
+from fp8moe.layers.mlp import Mlp
+from fp8moe.layers.moe import Experts
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.recipe import Precision
+from fp8moe.layers.recipe import Recompute
+from fp8moe.profile.recorder import Stopwatch
 from fp8moe.train.metrics import StepReport
-from fp8moe.train.step import train_step
+from fp8moe.train.step import cast_shares, forward_backward, next_batches, train_step, worst_violation
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 
@@ -76,16 +78,83 @@ def overflowing(settings: list[str]) -> str:
 
 def test_an_overflow_ends_the_run_before_the_step(corpus: list[str]) -> None:
     for said in run_ranks(overflowing, 4, [*corpus, "parallel.capacity_factor=1.0"]):
-        assert "parallel.capacity_factor=1.0 has room for, and no step is taken" in said
+        assert "parallel.capacity_factor=1.0 has room for, so no step is taken" in said
 
 
 def test_the_model_recomputes_what_the_configuration_says(corpus: list[str]) -> None:
     for names in ("[]", "[norm]", "[mla_up,norm]"):
         modules = list(built(configured(corpus, "precision=bf16", f"recompute={names}")).model.modules())
         assert {m.recompute for m in modules if isinstance(m, RMSNorm)} == {"norm" in names}
-        assert {m.recompute for m in modules if isinstance(m, LatentAttention)} == {"mla_up" in names}
-        keeping = {m.act for m in modules if isinstance(m, (Mlp, Experts))}
-        assert keeping == {swiglu(Precision.BF16, recompute=frozenset())}
+        for kind in (LatentAttention, Mlp, Experts):
+            found = {m.recipe.recompute for m in modules if isinstance(m, kind)}
+            assert found == {frozenset(Recompute(name) for name in names[1:-1].split(",") if name)}
+
+
+def test_each_loss_is_divided_by_its_own_count(corpus: list[str]) -> None:
+    """Three different counts: next tokens, next but one, sequences; losses and gradients against autograd by hand."""
+    alpha, weight = 0.05, 0.7
+    settings = ["precision=fp32", "data.document_mask=true", f"model.router.aux_loss_alpha={alpha}"]
+    run = built(configured(corpus, *settings))
+    batches, counts = next_batches(run)
+    assert counts.main_tokens > counts.mtp_tokens > counts.sequences == 8
+
+    def gradients() -> list[Tensor]:
+        return [p.main_grad.clone() for p in run.model.parameters()]  # type: ignore[attr-defined]
+
+    losses = forward_backward(run, batches, counts, weight, Stopwatch(run.device))
+    ours = gradients()
+    run.model.main_grads.zero_()
+    sums = [run.model(batch) for batch in batches]
+    main = sum(each.main for each in sums) / counts.main_tokens
+    mtp = sum(each.mtp for each in sums) / counts.mtp_tokens
+    balance = sum(each.balance for each in sums) / 8
+    (main + weight * mtp + alpha * balance).backward()
+    assert losses.main == pytest.approx(float(main.detach()), rel=1e-6)
+    assert losses.mtp == pytest.approx(float(mtp.detach()), rel=1e-6)
+    assert losses.balance == pytest.approx(float(balance.detach()), rel=1e-6)
+    for grad, theirs in zip(ours, gradients(), strict=True):
+        assert torch.allclose(grad, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_what_changes_along_the_run_reaches_the_step(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = ("peak=0.5", "warmup_steps=4", "mtp_weight_until=0.3", "mtp_weight_after=0.01", "bias_gamma_until=0.6")
+    run = built(configured(corpus, "steps=6", *(f"optimizer.schedule.{setting}" for setting in schedule)))
+    weights: list[float] = []
+    given = forward_backward
+
+    def recording(run, batches, counts, weight, stopwatch):  # type: ignore[no-untyped-def]
+        weights.append(weight)
+        return given(run, batches, counts, weight, stopwatch)
+
+    monkeypatch.setattr("fp8moe.train.step.forward_backward", recording)
+    rates, moved = [], []
+    for _ in range(5):
+        before = [router.bias_E.clone() for router in run.routers().values()]
+        rates.append(train_step(run).lr)
+        after = [router.bias_E for router in run.routers().values()]
+        moved.append(not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    cosine = 0.5 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 6)))
+    assert rates[0] == pytest.approx(0.5 / 4) and rates[4] == pytest.approx(cosine)  # a whole cosine, to a tenth
+    assert weights == [0.3, 0.3, 0.01, 0.01, 0.01] and moved == [True, True, True, True, False]
+
+
+def differing(settings: list[str]) -> tuple[float | None, tuple[float | None, float | None]]:
+    """Worst violation and cast shares of two pipeline ranks that see different loads and casts."""
+    run = built(configured(settings, world_size=2))
+    second = run.mesh.rank == 1
+    for router in run.routers().values():
+        router.counts_E.copy_(torch.tensor([1, 1, 1, 1] if second else [5, 1, 1, 1]))
+    casts = SimpleNamespace(values=300, saturated_share=0.0, underflow_share=0.1) if second else SimpleNamespace(
+        values=100, saturated_share=0.5, underflow_share=0.3
+    )  # fmt: skip
+    return worst_violation(run), cast_shares(run, casts)  # type: ignore[arg-type]
+
+
+def test_figures_over_ranks_that_differ(corpus: list[str]) -> None:
+    settings = [*corpus, "parallel.pp=2", "model.num_dense_layers=0", "precision=bf16"]
+    for violation, shares in run_ranks(differing, 2, settings):
+        assert violation == pytest.approx(1.5)  # 5 over a mean of 2
+        assert shares == (pytest.approx(50 / 400), pytest.approx((30 + 30) / 400))
 
 
 def test_figures_of_an_fp8_step(corpus: list[str]) -> None:
@@ -108,6 +177,7 @@ def test_a_skipped_step_moves_nothing_but_the_data(corpus: list[str]) -> None:
     run = built(configured(corpus, "max_skipped_steps=1"))
     train_step(run)
     before = {name: tensor.clone() for name, _, tensor in run.optimizer.tensors()}
+    weights = {name: p.detach().clone() for name, p in run.model.named_parameters() if name != "norm.weight"}
     biases = {name: router.bias_E.clone() for name, router in run.routers().items()}
     loads = {name: load.clone() for name, load in run.loads.items()}
     with torch.no_grad():
@@ -117,18 +187,10 @@ def test_a_skipped_step_moves_nothing_but_the_data(corpus: list[str]) -> None:
     assert (run.step, run.sampler.consumed, run.optimizer.updates, run.guard.skipped) == (2, 16, 1, 1)
     for name, _, tensor in run.optimizer.tensors():
         assert torch.equal(tensor, before[name]), name
+    for name, weight in weights.items():
+        assert torch.equal(run.model.get_parameter(name), weight), name
     for name, router in run.routers().items():
         assert torch.equal(router.bias_E, biases[name]) and torch.equal(run.loads[name], loads[name])
         assert not router.counts_E.any()
     with pytest.raises(NonFiniteError, match="step 3"):
         train_step(run)
-
-
-def test_the_bias_stands_still_at_the_end(corpus: list[str]) -> None:
-    run = built(configured(corpus, "optimizer.schedule.bias_gamma_until=0.3", "steps=6"))
-    for _ in range(2):
-        train_step(run)
-    moved = {name: router.bias_E.clone() for name, router in run.routers().items()}
-    assert all(bias.any() for bias in moved.values())
-    train_step(run)
-    assert all(torch.equal(router.bias_E, moved[name]) for name, router in run.routers().items())
