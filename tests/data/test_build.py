@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from fp8moe.data import build, corpus
+from fp8moe.data import build, sources
 from fp8moe.data.build import open_data
-from fp8moe.data.config import DataConfig
 from fp8moe.data.indexed import IndexedDataset
+from fp8moe.data.sources import DataConfig
 from fp8moe.data.tokenizer import save_tokenizer, token_byte_strings, train_tokenizer
 from fp8moe.errors import ConfigError, DataError
 
@@ -26,7 +26,7 @@ MakeTokens = Callable[..., IndexedDataset]
 
 @pytest.fixture
 def small_library(library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(corpus, "standard_library_root", lambda: library)
+    monkeypatch.setattr(sources, "standard_library_root", lambda: library)
     return library
 
 
@@ -39,7 +39,7 @@ def test_the_embedded_corpus(small_library: Path, tmp_path: Path) -> None:
     data = open_data(stdlib(tmp_path), seq_len=32, seed=1)
     assert data.tokenizer is not None and data.tokenizer.end_of_text == 0 and data.tokenizer.size == 400
     assert data.token_bytes is not None and data.token_bytes.shape == (400,) and data.token_bytes.dtype == torch.int64
-    train, validation = corpus.split_by_file(corpus.read_corpus(small_library), 0.15)
+    train, validation = sources.split_by_file(sources.read_corpus(small_library), 0.15)
     for dataset, documents in ((data.train, train), (data.validation, validation)):
         batch = dataset.batch(range(len(dataset)))
         whole = sum(len(document.text.encode()) for document in documents)
@@ -54,7 +54,7 @@ def test_documents_are_the_files(small_library: Path, tmp_path: Path) -> None:
     (folder,) = tmp_path.glob("stdlib-*")
     assert data.tokenizer is not None and data.tokenizer.path == folder / "tokenizer.json"
     strings = token_byte_strings(build.load_tokenizer(data.tokenizer.path))
-    parts = corpus.split_by_file(corpus.read_corpus(small_library), 0.15)
+    parts = sources.split_by_file(sources.read_corpus(small_library), 0.15)
     for name, documents in zip(("train", "validation"), parts, strict=True):
         stored = IndexedDataset(folder / name)
         assert len(stored) == len(documents)
@@ -129,9 +129,9 @@ def test_the_first_prepares_and_the_others_wait(small_library: Path, tmp_path: P
 
 def test_processes_that_start_at_once_share_one_cache(library: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, hashlib; from pathlib import Path; from fp8moe.data import corpus\n"
-        "from fp8moe.data.build import open_data; from fp8moe.data.config import DataConfig\n"
-        "corpus.standard_library_root = lambda: Path(sys.argv[1])\n"
+        "import sys, hashlib; from pathlib import Path; from fp8moe.data import sources\n"
+        "from fp8moe.data.build import open_data; from fp8moe.data.sources import DataConfig\n"
+        "sources.standard_library_root = lambda: Path(sys.argv[1])\n"
         "config = DataConfig(vocab_size=400, validation_share=0.15, cache_dir=sys.argv[2])\n"
         "data = open_data(config, seq_len=32, seed=1)\n"
         "tokens = data.train.batch(range(len(data.train) + 3)).inputs_BS.numpy().tobytes()\n"
@@ -164,7 +164,7 @@ def test_a_given_tokenizer(small_library: Path, tmp_path: Path) -> None:
 
 
 def test_an_empty_or_missing_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "standard_library_root", lambda: tmp_path / "nothing")
+    monkeypatch.setattr(sources, "standard_library_root", lambda: tmp_path / "nothing")
     with pytest.raises(DataError, match="found 0") as caught:
         open_data(stdlib(tmp_path / "c"), seq_len=32, seed=1)
     assert caught.value.exit_code == 3 and not (tmp_path / "c").exists()
@@ -209,7 +209,7 @@ def test_the_tokenizer_beside_the_files(make_tokens: MakeTokens, tmp_path: Path)
     save_tokenizer(
         train_tokenizer(["x"], 260).from_str(tokenizer.to_str().replace("fim", "mif")), f"{tmp_path}/b.tokenizer.json"
     )
-    with pytest.raises(DataError, match="made by different tokenizers"):
+    with pytest.raises(DataError, match=r"a.tokenizer.json and .*b.tokenizer.json differ: .* can't be mixed"):
         open_data(indexed(tmp_path, "a", "b"), seq_len=8, seed=1)
     chosen = open_data(indexed(tmp_path, "a", "b", tokenizer=f"{tmp_path}/a.tokenizer.json"), seq_len=8, seed=1)
     assert chosen.bigram_bits_per_byte == data.bigram_bits_per_byte
@@ -226,7 +226,7 @@ def test_a_token_past_the_vocabulary_is_found_at_the_start(make_tokens: MakeToke
     ("documents", "message"),
     [
         ([[1] * 40], "has 1 document"),
-        ([[1] * 40, [2] * 3], "3 tokens in 1 documents don't fill"),
+        ([[1] * 40, [2] * 3], "has 3 tokens in 1 documents and a sample needs seq_len \\+ 1 = 9"),
         (None, "does not exist"),
     ],
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fp8moe.data import bigram
-from fp8moe.data.bigram import ByteBigram, bigram_bits_per_byte
+from fp8moe.data import build
+from fp8moe.data.build import ByteBigram, bigram_bits_per_byte
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.packing import PackedDataset, Window, collate, every_document
 
@@ -46,7 +46,7 @@ def pairs_by_hand(data: PackedDataset, samples: int) -> list[tuple[int, int]]:
 def test_bits_per_byte_by_hand(
     make_tokens: MakeTokens, tmp_path: Path, document_mask: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bigram, "_CHUNK_TOKENS", 12)  # several chunks
+    monkeypatch.setattr(build, "_CHUNK_TOKENS", 12)  # several chunks
     random = np.random.RandomState(1)
 
     def data(name: str, count: int) -> PackedDataset:
