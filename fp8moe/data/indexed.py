@@ -157,7 +157,7 @@ class IndexedDataset:
         if actual != expected:
             raise DataError(f"{self.bin_path} has {actual} bytes and its index says {expected}: copy both files again")
         if num_tokens == 0:
-            raise DataError(f"{self.bin_path} has 0 tokens: a data set needs at least 1")
+            raise DataError(f"{self.bin_path} has 0 tokens: a data set needs at least 1 token")
         self.tokens = np.memmap(self.bin_path, dtype=dtype, mode="r")
         starts = np.append(pointers // dtype.itemsize, num_tokens)
         self.document_offsets = np.ascontiguousarray(starts[boundaries], dtype=np.int64)
@@ -223,10 +223,12 @@ def _read_index(
         )
     if size != expected:
         raise DataError(f"{path} has {size} bytes and its header says {expected}: the file is broken, copy it again")
-    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size) if num_sequences else np.zeros(0, np.uint8)
+    if num_sequences == 0:
+        raise DataError(f"{path} has 0 sequences and so 0 tokens: a data set needs at least 1 token")
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size)
     lengths = raw[: 4 * num_sequences].view("<i4")
     pointers = raw[4 * num_sequences : 12 * num_sequences].view("<i8")
-    boundaries = raw[12 * num_sequences :].view("<i8") if num_sequences else np.zeros(1, np.int64)
+    boundaries = raw[12 * num_sequences :].view("<i8")
     return np.dtype(DTYPES[code]), lengths, pointers, boundaries
 
 

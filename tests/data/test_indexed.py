@@ -85,6 +85,44 @@ def test_type_of_ids_follows_the_vocabulary() -> None:
     assert dtype_for(2**16) == np.uint16 and dtype_for(2**16 + 1) == np.int32
 
 
+@pytest.mark.parametrize(("vocab_size", "bytes_an_id"), [(65535, 2), (65536, 2), (65537, 4)])
+def test_the_largest_id_comes_back_on_both_sides_of_uint16(tmp_path: Path, vocab_size: int, bytes_an_id: int) -> None:
+    ids = [0, vocab_size - 1, 1, 255, 256, 32767, 32768, vocab_size - 2]
+    with IndexedWriter(tmp_path / "x", vocab_size) as writer:
+        writer.write(np.array(ids))
+        writer.end_document()
+    data = IndexedDataset(tmp_path / "x")
+    assert data.tokens.tolist() == ids and data.bin_path.stat().st_size == 8 * bytes_an_id
+    data.check_vocabulary(vocab_size)
+    with pytest.raises(DataError, match=f"token 1 has id {vocab_size - 1}, .* at least {vocab_size}$"):
+        data.check_vocabulary(vocab_size - 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+def test_chunks_of_the_index_may_end_inside_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(indexed, "_CHUNK", chunk)
+    write_by_hand(tmp_path / "y", "i", [[1, 2, 3], [4], [], [5, 6], [7, 8, 9, 10]], [0, 3, 4, 4, 5])
+    data = IndexedDataset(tmp_path / "y")
+    assert data.document_offsets.tolist() == [0, 4, 6, 6, 10] and data.tokens.tolist() == list(range(1, 11))
+    data.check_vocabulary(11)
+    with pytest.raises(DataError, match="token 6 has id 7"):
+        data.check_vocabulary(7)
+    path = tmp_path / "y.idx"
+    whole = path.read_bytes()
+    for sequence in range(5):  # its pointer, one byte off: found in whichever chunk it is
+        at = 34 + 4 * 5 + 8 * sequence
+        path.write_bytes(whole[:at] + struct.pack("<q", 4 * [0, 3, 4, 4, 6][sequence] + 1) + whole[at + 8 :])
+        with pytest.raises(DataError, match=rf"sequence {sequence} of .* starts at byte \d*[13579] instead of"):
+            IndexedDataset(tmp_path / "y")
+    for place, value in ((1, 5), (2, 2), (2, 6), (3, 3), (3, 6)):  # a single step back, in any chunk or between two
+        at = 34 + 12 * 5 + 8 * place
+        path.write_bytes(whole[:at] + struct.pack("<q", value) + whole[at + 8 :])
+        with pytest.raises(DataError, match="don't run from 0 to 5 in order"):
+            IndexedDataset(tmp_path / "y")
+
+
 def put(at: int, letter: str, value: int):  # type: ignore[no-untyped-def]
     return lambda raw: raw[:at] + struct.pack("<" + letter, value) + raw[at + struct.calcsize("<" + letter) :]
 
@@ -174,13 +212,15 @@ def test_no_index_is_ever_beside_tokens_of_another_version(tmp_path: Path, monke
     with IndexedWriter(tmp_path / "x", 100) as writer:
         writer.write(np.array([1]))
         writer.end_document()
-    states = []
+    states, flushed = [], []
     real = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, to: states.append(sorted(os.listdir(tmp_path))) or real(self, to))
+    monkeypatch.setattr(indexed, "sync", lambda path: flushed.append((path.name.split(".")[2], len(states))))
     with IndexedWriter(tmp_path / "x", 100) as writer:
         writer.write(np.array([2]))
         writer.end_document()
     assert len(states) == 2 and not any("x.idx" in names for names in states)
+    assert flushed == [("bin", 0), ("idx", 0)]  # both before the first rename
 
 
 def test_ids_past_the_vocabulary_are_found_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +237,25 @@ def test_ids_past_the_vocabulary_are_found_with_their_place(tmp_path: Path, monk
         IndexedDataset(tmp_path / "n").check_vocabulary(10)
 
 
+def test_ids_are_read_only_when_their_type_allows_bad_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(IndexedDataset, "check_ids", lambda self, ids, start, vocab_size: read.append(len(ids)))
+    for letter, vocab_size, is_read in (("B", 256, False), ("B", 255, True), ("H", 65536, False), ("b", 1000, True)):
+        write_by_hand(tmp_path / "z", letter, [[1, 2]], [0, 1])
+        IndexedDataset(tmp_path / "z").check_vocabulary(vocab_size)
+        assert read == [2] * is_read
+        read.clear()
+
+
+@pytest.mark.parametrize("ids", [[0, 3, 9], [9, 0, 0], [0, 0, -1], [3, -1, 9]])
+def test_the_first_bad_id_is_named(tmp_path: Path, ids: list[int]) -> None:
+    write_by_hand(tmp_path / "z", "b", [ids], [0, 1])
+    at = next(i for i, token in enumerate(ids) if token in (9, -1))
+    advice = "use a vocab_size of at least 10" if ids[at] == 9 else "an id is at least 0"
+    with pytest.raises(DataError, match=f"token {at} has id {ids[at]}, outside a vocabulary of 9: {advice}"):
+        IndexedDataset(tmp_path / "z").check_vocabulary(9)
+
+
 @pytest.mark.parametrize("bad", [100, -1, 65536 + 5])
 def test_the_writer_takes_no_id_past_its_vocabulary(tmp_path: Path, bad: int) -> None:
     with pytest.raises(DataError, match="vocabulary of 100"), IndexedWriter(tmp_path / "x", 100) as writer:
@@ -205,6 +264,7 @@ def test_the_writer_takes_no_id_past_its_vocabulary(tmp_path: Path, bad: int) ->
 
 
 def test_a_document_longer_than_the_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert np.iinfo(np.int32).max == indexed._MAX_SEQUENCE
     monkeypatch.setattr(indexed, "_MAX_SEQUENCE", 5)
     with pytest.raises(DataError, match="document 1 has 6 tokens"), IndexedWriter(tmp_path / "x", 100) as writer:
         for length in (5, 6):
