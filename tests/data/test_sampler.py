@@ -66,6 +66,8 @@ def test_epochs() -> None:
         sampler.next_indices(4)
     assert epochs == [0, 0, 0, 1, 1, 2]
     assert Sampler(10, 0, consumed=10**12).next_indices(2) == [10**12, 10**12 + 1]
+    smallest = Sampler(1, seed=0)
+    assert [smallest.next_indices(1), smallest.next_indices(1), smallest.epoch] == [[0], [1], 2]
 
 
 def test_impossible_requests() -> None:
@@ -158,7 +160,7 @@ def test_an_epoch_is_the_most_that_repeats_nothing() -> None:
         more = mixture.counts(len(mixture) + 1)
         assert any(count > size for count, size in zip(more, sizes, strict=True))
     assert len(blend([30, 40, 50], [30, 40, 50])) == 120  # in proportion to size: all of each
-    assert len(blend([1], [7])) == 7
+    assert len(blend([1], [7])) == 7 and len(blend([1], [0])) == 0 and len(blend([1, 1], [0, 5])) == 1
     assert all(len(blend([1, n - 1], [1, n - 1])) == n for n in range(2, 100))  # 49 * (1 / 49) is below 1
 
 

@@ -16,12 +16,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from fp8moe.data import tokenizer as module
 from fp8moe.data.tokenizer import (
     SPECIAL_TOKENS,
+    check_size,
     encode_pieces,
     end_of_text_id,
+    file_hash,
     load_tokenizer,
     num_ids,
     save_tokenizer,
     token_byte_strings,
+    tokenizer_beside,
     train_tokenizer,
 )
 from fp8moe.errors import ConfigError, DataError
@@ -87,6 +90,44 @@ def test_documents_end_where_they_end(trained: Tokenizer, monkeypatch: pytest.Mo
     for (ids, ends), (text, _) in zip(out, pieces, strict=True):
         assert ids.dtype == np.int64 and (ids[-1] == 0) == ends
         assert b"".join(strings[i] for i in ids) == text.encode()
+
+
+def test_text_is_encoded_in_batches(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_CHARS", 10)
+    sizes = []
+    monkeypatch.setattr(
+        module, "_encode_batch", lambda _, batch, end: sizes.append([len(text) for text, _ in batch]) or []
+    )
+    lengths = [5, 4, 3, 10, 1, 9, 11, 9, 0]
+    list(encode_pieces(trained, [("x" * length, True) for length in lengths], 0))
+    assert sizes == [[5, 4, 3], [10], [1, 9], [11], [9, 0]]  # each ends with the piece that brings it to 10
+
+
+def test_a_tokenizer_that_cannot_be_saved_leaves_nothing(trained: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.json").mkdir()
+    with pytest.raises(OSError):
+        save_tokenizer(trained, tmp_path / "t.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_a_vocabulary_must_hold_every_id(trained: Tokenizer) -> None:
+    check_size(trained, 600)
+    with pytest.raises(ConfigError, match=r"ids up to 599 and data.vocab_size is 599: use 600 or more"):
+        check_size(trained, 599)
+
+
+def test_the_tokenizer_beside_token_files(trained: Tokenizer, tmp_path: Path) -> None:
+    prefixes = [str(tmp_path / name) for name in "abc"]
+    assert tokenizer_beside(prefixes) is None
+    for name in "bc":
+        save_tokenizer(trained, tmp_path / f"{name}.tokenizer.json")
+    assert tokenizer_beside(prefixes) == tmp_path / "b.tokenizer.json"
+    assert file_hash(tmp_path / "b.tokenizer.json") == hashlib.sha256(trained.to_str(pretty=True).encode()).hexdigest()
+    save_tokenizer(train_tokenizer(["x"], 260), tmp_path / "c.tokenizer.json")
+    with pytest.raises(DataError, match=r"b.tokenizer.json and .*c.tokenizer.json differ"):
+        tokenizer_beside(prefixes)
+    with pytest.raises(DataError, match=r"a.tokenizer.json does not exist"):
+        file_hash(tmp_path / "a.tokenizer.json")
 
 
 def test_a_saved_tokenizer_is_the_same(trained: Tokenizer, tmp_path: Path) -> None:
