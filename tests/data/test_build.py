@@ -1,4 +1,4 @@
-"""The entrance: preparation once, figures that are exact, and every bad input one sentence with exit code 3 or 2."""
+"""`open_data`: data are prepared once, figures are exact, and a bad input is one sentence with exit code 3 or 2."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from fp8moe.data import build, sources
 from fp8moe.data.build import open_data
+from fp8moe.data.cache import key_of
 from fp8moe.data.indexed import IndexedDataset
+from fp8moe.data.packing import PackedDataset, every_document
 from fp8moe.data.sources import DataConfig
-from fp8moe.data.tokenizer import save_tokenizer, token_byte_strings, train_tokenizer
+from fp8moe.data.tokenizer import file_hash, save_tokenizer, token_byte_strings, train_tokenizer
 from fp8moe.errors import ConfigError, DataError
 
 MakeTokens = Callable[..., IndexedDataset]
@@ -150,6 +153,24 @@ def test_processes_that_start_at_once_share_one_cache(library: Path, tmp_path: P
     assert len(set(answers)) == 1, answers
     assert len(list((tmp_path / "c").glob("stdlib-*"))) == 1
     assert not [path for path in (tmp_path / "c").glob(".*") if path.is_dir()]
+
+
+def test_names_of_prepared_folders_never_change(small_library: Path, tmp_path: Path) -> None:
+    """Data prepared by an earlier version must still be found: a name may change only with a new format."""
+    data = open_data(stdlib(tmp_path), seq_len=32, seed=1, validation_samples=2)
+    assert data.tokenizer is not None
+    content = sources.content_key(sources.read_corpus(small_library))
+    prepared = key_of(1, list(sys.version_info[:3]), content, 400, 0.15, "trained", tokenizers.__version__)
+    texts = [data.train.fingerprint, data.validation.fingerprint, file_hash(data.tokenizer.path)]
+    tokens = [IndexedDataset(tmp_path / f"stdlib-{prepared}" / name) for name in ("train", "validation")]
+    names = {f"stdlib-{prepared}", f"bigram-{key_of(1, texts, False, 2)}"}
+    names |= {f"checked-{key_of(part.fingerprint, 400)}" for part in tokens}
+    options = {"seq_len": 32, "vocab_size": 400, "document_mask": False, "cache": tmp_path}
+    for part, seed, opened in zip(tokens, (1, 0), (data.train, data.validation), strict=True):
+        same = PackedDataset(part, every_document(part), seed=seed, **options)  # type: ignore[arg-type]
+        assert same.fingerprint == opened.fingerprint  # the validation order is that of seed 0
+        names.add(f"order-{same.fingerprint}-0")
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == names
 
 
 def test_a_given_tokenizer(small_library: Path, tmp_path: Path) -> None:

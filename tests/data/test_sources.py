@@ -43,6 +43,7 @@ def test_impossible_settings(settings: dict[str, object], message: str) -> None:
 
 def test_possible_settings() -> None:
     DataConfig(source="indexed", paths=("a", "b"), weights=(0.0, 2.0), validation_paths=("c",))
+    DataConfig(vocab_size=1, validation_share=0.5)
 
 
 def test_which_files(tmp_path: Path) -> None:
@@ -102,6 +103,14 @@ def test_the_split_depends_on_names_and_sizes_only() -> None:
     assert backwards[1][::-1] == validation and backwards[0][::-1] == train
 
 
+def test_the_held_out_share_is_met_and_not_passed() -> None:
+    files = documents_of({f"f{i}.py": 100 for i in range(10)})
+    for share, count in ((0.4, 4), (0.401, 5), (0.399, 1)):  # 399 bytes: each file is above a quarter of them
+        train, validation = sources.split_by_file(files, share)
+        assert (len(train), len(validation)) == (10 - count, count)
+    assert len(sources.split_by_file(files, 1.0)[0]) == 1  # the training part is never empty
+
+
 def test_no_giant_is_held_out() -> None:
     documents = documents_of({f"f{i}.py": 1000 for i in range(200)} | {f"giant{i}.py": 20_000 for i in range(20)})
     _, validation = sources.split_by_file(documents, 0.05)
@@ -136,6 +145,8 @@ def test_an_empty_corpus_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("")
     with pytest.raises(DataError, match="found 1"):
         sources.read_corpus(tmp_path)
+    (tmp_path / "c.py").write_text("y\n")
+    assert sources.read_corpus(tmp_path) == [Document("a.py", "x\n"), Document("c.py", "y\n")]
 
 
 def test_files_are_found_in_order_and_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from fp8moe.data import tokenizer as module
 from fp8moe.data.tokenizer import (
@@ -136,6 +136,12 @@ def test_a_saved_tokenizer_is_the_same(trained: Tokenizer, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     assert token_byte_strings(loaded) == token_byte_strings(trained)
     assert all(ids_of(loaded, text) == ids_of(trained, text) for text in TEXTS)
+
+
+def test_a_post_processor_adds_no_token() -> None:
+    tokenizer = train_tokenizer(["some text"], 260)
+    tokenizer.post_processor = processors.TemplateProcessing("<|fim_prefix|> $A", None, [("<|fim_prefix|>", 1)])
+    assert tokenizer.encode("text").ids[0] == 1 and 1 not in ids_of(tokenizer, "text")
 
 
 def test_added_tokens_are_text_unless_special() -> None:
