@@ -204,6 +204,16 @@ def test_token_files_without_a_tokenizer(make_tokens: MakeTokens, tmp_path: Path
     assert not seen[0] & seen[1] and len(seen[0]) >= 89 and len(seen[1]) >= 9
 
 
+def test_without_weights_token_files_have_equal_shares(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    for name, base in (("a", 0), ("b", 500)):
+        make_tokens([[base + i] * 9 for i in range(60)], name=name)
+    one, two = (open_data(indexed(tmp_path, "a", "b", validation_share=0.2), seq_len=8, seed=seed) for seed in (1, 2))
+    for part in (one.train, one.validation):
+        assert (part.batch(range(20)).inputs_BS[:, 0] // 500).sum() == 10
+    assert torch.equal(one.validation.batch(range(20)).inputs_BS, two.validation.batch(range(20)).inputs_BS)
+    assert not torch.equal(one.train.batch(range(20)).inputs_BS, two.train.batch(range(20)).inputs_BS)
+
+
 def test_blends_and_separate_validation_files(make_tokens: MakeTokens, tmp_path: Path) -> None:
     for name, base in (("a", 0), ("b", 100), ("v", 200), ("w", 300)):
         make_tokens([[base + i] * 9 for i in range(50 if name != "w" else 10)], name=name)

@@ -166,6 +166,7 @@ def test_an_epoch_is_the_most_that_repeats_nothing() -> None:
 
 def test_integer_weights() -> None:
     assert integer_weights([2, 0, 6.0]) == [2, 0, 6]
+    assert integer_weights([0.5, 1.5, 0]) == [2**18, 3 * 2**18, 0]
     small = integer_weights([1e-9, 0.5, 0.5])
     assert small[0] == 1 and small[1] == small[2] == 2**19
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fp8moe.data import sources
 from fp8moe.data.sources import DataConfig, Document, find_files, read_pieces
@@ -39,6 +40,14 @@ def test_impossible_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         DataConfig(**settings)  # type: ignore[arg-type]
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_the_default_settings_are_those_of_the_configuration_file() -> None:
+    file = Path(__file__).parents[2] / "configs" / "data" / "stdlib.yaml"
+    defaults = {**dataclasses.asdict(DataConfig()), "vocab_size": "${model.vocab_size}"}
+    assert yaml.safe_load(file.read_text()) == {
+        name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()
+    }
 
 
 def test_possible_settings() -> None:
@@ -131,9 +140,10 @@ def test_content_key_sees_names_and_text() -> None:
             [Document("a", "x"), Document("b", "yz")],
             [Document("a", "xy"), Document("c", "z")],
             [Document("a", "xy")],
+            [Document("a", "xz"), Document("b", "z")],
         )
     }
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 def test_an_empty_corpus_is_a_data_error(tmp_path: Path) -> None:

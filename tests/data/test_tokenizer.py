@@ -176,6 +176,12 @@ def test_bad_tokenizers_are_one_sentence(tmp_path: Path) -> None:
         token_byte_strings(load_tokenizer(path))
 
 
+def test_each_byte_has_one_character() -> None:
+    mapping = module._byte_of_character()
+    assert set(mapping) == set(pre_tokenizers.ByteLevel.alphabet()) and sorted(mapping.values()) == list(range(256))
+    assert (mapping["!"], mapping["Ġ"], mapping["Ċ"], mapping["ÿ"], mapping["Ń"]) == (0x21, 0x20, 0x0A, 0xFF, 0xAD)
+
+
 def test_unused_ids_stand_for_nothing() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: 2 * i for i, character in enumerate(alphabet)}, []))
