@@ -200,6 +200,7 @@ def test_token_files_without_a_tokenizer(make_tokens: MakeTokens, tmp_path: Path
     make_tokens([[i] * 9 for i in range(100)], name="a")
     data = open_data(indexed(tmp_path, "a", validation_share=0.1), seq_len=8, seed=1)
     assert data.tokenizer is None and data.token_bytes is None and data.bigram_bits_per_byte is None
+    assert len(list((tmp_path / "c").glob("order-*-0"))) == 2  # the first epochs are prepared before training
     seen = [set(part.batch(range(len(part))).inputs_BS.flatten().tolist()) for part in (data.train, data.validation)]
     assert not seen[0] & seen[1] and len(seen[0]) >= 89 and len(seen[1]) >= 9
 
@@ -210,6 +211,9 @@ def test_without_weights_token_files_have_equal_shares(make_tokens: MakeTokens, 
     one, two = (open_data(indexed(tmp_path, "a", "b", validation_share=0.2), seq_len=8, seed=seed) for seed in (1, 2))
     for part in (one.train, one.validation):
         assert (part.batch(range(20)).inputs_BS[:, 0] // 500).sum() == 10
+    uneven = open_data(indexed(tmp_path, "a", "b", validation_share=0.2, weights=(1.0, 3.0)), seq_len=8, seed=1)
+    for part in (uneven.train, uneven.validation):
+        assert (part.batch(range(12)).inputs_BS[:, 0] // 500).sum() == 9
     assert torch.equal(one.validation.batch(range(20)).inputs_BS, two.validation.batch(range(20)).inputs_BS)
     assert not torch.equal(one.train.batch(range(20)).inputs_BS, two.train.batch(range(20)).inputs_BS)
 
@@ -242,6 +246,10 @@ def test_the_tokenizer_beside_the_files(make_tokens: MakeTokens, tmp_path: Path)
     )
     with pytest.raises(DataError, match=r"a.tokenizer.json and .*b.tokenizer.json differ: .* can't be mixed"):
         open_data(indexed(tmp_path, "a", "b"), seq_len=8, seed=1)
+    with pytest.raises(DataError, match="can't be mixed"):
+        open_data(indexed(tmp_path, "a", validation_paths=(f"{tmp_path}/b",)), seq_len=8, seed=1)
+    with pytest.raises(ConfigError, match=r"ids up to 259 and data.vocab_size is 255: use 260 or more"):
+        open_data(indexed(tmp_path, "a", vocab_size=255), seq_len=8, seed=1)
     chosen = open_data(indexed(tmp_path, "a", "b", tokenizer=f"{tmp_path}/a.tokenizer.json"), seq_len=8, seed=1)
     assert chosen.bigram_bits_per_byte == data.bigram_bits_per_byte
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from pathlib import Path
@@ -270,6 +271,15 @@ def test_a_document_longer_than_the_format_is_refused(tmp_path: Path, monkeypatc
         for length in (5, 6):
             writer.write(np.ones(length, dtype=np.int64))
             writer.end_document()
+
+
+def test_the_fingerprint_of_a_file_never_changes(tmp_path: Path) -> None:
+    """Prepared data of an earlier version are found by it: path, and of each file size, time and first MB."""
+    write_by_hand(tmp_path / "a", "H", [[7] * 600_000], [0, 1])
+    digest = hashlib.sha256(str((tmp_path / "a.bin").resolve()).encode())
+    for path in (tmp_path / "a.idx", tmp_path / "a.bin"):
+        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns} ".encode() + path.read_bytes()[: 2**20])
+    assert IndexedDataset(tmp_path / "a").fingerprint == digest.hexdigest()
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:

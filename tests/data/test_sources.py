@@ -178,7 +178,8 @@ def test_files_are_found_in_order_and_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "one", "a\nb\n", "line\r\nline\rline\n" * 9, "x" * 300, "é🙂\n" * 60, "\ufeffa\n\n\n" * 20]
+    "text",
+    ["", "one", "a\nb\n", "line\r\nline\rline\n" * 9, "x" * 300, "é🙂\n" * 60, "\ufeffa\n\n\n" * 20, "abcdef\r" * 30],
 )
 def test_a_text_file_is_one_document_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(sources, "PIECE_CHARS", 40)
@@ -188,7 +189,7 @@ def test_a_text_file_is_one_document_in_pieces(tmp_path: Path, monkeypatch: pyte
     assert "".join(piece for piece, _ in pieces) == text
     assert [ends for _, ends in pieces] == ([False] * (len(pieces) - 1) + [True] if text else [])
     assert all(0 < len(piece) <= 60 for piece, _ in pieces)
-    if text.endswith("\n"):
+    if text.endswith(("\n", "\r")):
         assert all(piece[-1] in "\r\n" for piece, _ in pieces)
 
 
@@ -197,6 +198,8 @@ def test_json_lines(tmp_path: Path) -> None:
     lines = [json.dumps({"body": text, "n": i}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
     (tmp_path / "t.jsonl").write_bytes(("\n\n".join(lines) + "\r\n").encode())
     assert list(read_pieces(tmp_path / "t.jsonl", "body")) == [(text, True) for text in texts if text]
+    (tmp_path / "u.jsonl").write_bytes(b'{"text":\r"a"}\n')  # a lone \r is a space of JSON, no line end
+    assert list(read_pieces(tmp_path / "u.jsonl")) == [("a", True)]
 
 
 @pytest.mark.parametrize(
