@@ -250,6 +250,10 @@ def test_the_tokenizer_beside_the_files(make_tokens: MakeTokens, tmp_path: Path)
         open_data(indexed(tmp_path, "a", validation_paths=(f"{tmp_path}/b",)), seq_len=8, seed=1)
     with pytest.raises(ConfigError, match=r"ids up to 259 and data.vocab_size is 255: use 260 or more"):
         open_data(indexed(tmp_path, "a", vocab_size=255), seq_len=8, seed=1)
+    nameless = tmp_path / "n.json"
+    nameless.write_text(tokenizer.to_str().replace("<|endoftext|>", "<|stop|>"))
+    unknown = open_data(indexed(tmp_path, "a", "b", tokenizer=str(nameless)), seq_len=8, seed=1).tokenizer
+    assert unknown is not None and unknown.end_of_text is None and unknown.size == 260
     chosen = open_data(indexed(tmp_path, "a", "b", tokenizer=f"{tmp_path}/a.tokenizer.json"), seq_len=8, seed=1)
     assert chosen.bigram_bits_per_byte == data.bigram_bits_per_byte
 

@@ -130,6 +130,8 @@ def test_no_giant_is_held_out() -> None:
 def test_both_parts_have_something(sizes: dict[str, int]) -> None:
     train, validation = sources.split_by_file(documents_of(sizes), 0.5)
     assert train and validation
+    if len(sizes) == 2:  # none is below a quarter of the share: the smallest is held out
+        assert [document.name for document in validation] == ["b.py"]
 
 
 def test_content_key_sees_names_and_text() -> None:
