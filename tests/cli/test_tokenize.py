@@ -44,7 +44,7 @@ EXPECTED = [text.encode() for text in TEXTS] + [b"plain\r\ntext\n" * 40]
 
 
 def test_text_comes_back(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "new" / "out"
+    out = tmp_path / "new" / "er" / "out"
     assert main(["--input", str(inputs), "--output", str(out), "--vocab-size", "300"]) == 0
     assert documents_of(out) == EXPECTED
     assert sorted(path.name for path in out.parent.iterdir()) == ["out.bin", "out.idx", "out.tokenizer.json"]
@@ -71,6 +71,7 @@ def test_long_files_and_large_inputs_are_cut_and_sampled(
     sampled = list(tokenize._training_sample([inputs / "b.txt"], "text"))
     pieces = [text for text, _ in sources.read_pieces(inputs / "b.txt")]
     assert len(pieces) > 8 and sampled == pieces[::5]  # 480 bytes are to give 100
+    assert list(tokenize._training_sample([inputs / "b.txt"] * 2, "text")) == (pieces * 2)[::10]
     assert main(["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300"]) == 0
     assert documents_of(tmp_path / "x") == EXPECTED
 
@@ -124,7 +125,8 @@ def test_bad_input_is_one_sentence(
 
 
 def test_usage_errors_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, code in ((["--help"], 0), ([], 2), (["--input", "a", "--output", "b", "--wrong"], 2)):
+    wrong = ([], ["--input", "a"], ["--output", "b"], ["--input", "a", "--output", "b", "--wrong"])
+    for arguments, code in ((["--help"], 0), *((arguments, 2) for arguments in wrong)):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == code
@@ -136,7 +138,7 @@ def test_workers_without_torch_in_a_process_of_its_own(inputs: Path, tmp_path: P
         "import sys; from fp8moe.cli.tokenize import main; code = main(sys.argv[1:])\n"
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
-    options = ["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300", "--workers", "2"]
+    options = ["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300", "--workers", "1"]
     done = subprocess.run(
         [sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=60, env=dict(os.environ)
     )
