@@ -1,7 +1,7 @@
-"""`fp8moe tokenize`: text files or JSON lines to an indexed token file (`PREFIX.bin`, `.idx`, `.tokenizer.json`).
+"""`fp8moe tokenize`: encodes text files or JSON lines as a token file (`PREFIX.bin`, `.idx`, `.tokenizer.json`).
 
-Everything streams. Without `--tokenizer` a byte-level BPE is trained first, on a sample taken evenly through all
-inputs; the inputs are then read a second time to be encoded.
+Text is read as a stream, so inputs may be larger than memory. Without `--tokenizer` a byte-level BPE is trained first,
+on pieces taken evenly from all inputs; then the inputs are read a second time and encoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.data.indexed import IndexedWriter
-from fp8moe.data.textfiles import find_files, read_pieces
+from fp8moe.data.sources import find_files, read_pieces
 from fp8moe.data.tokenizer import (
     encode_pieces,
     end_of_text_id,
@@ -36,7 +36,7 @@ def command_parser() -> Parser:
     """The parser of the command line."""
     parser = make_parser(
         "tokenize",
-        "Turn text into PREFIX.bin and PREFIX.idx (readable by Megatron too) and PREFIX.tokenizer.json.",
+        "Encode text as PREFIX.bin and PREFIX.idx (the layout of Megatron), with PREFIX.tokenizer.json.",
     )
     parser.add_argument(
         "--input",
@@ -45,14 +45,24 @@ def command_parser() -> Parser:
         metavar="PATH",
         help="text files (one document each), .jsonl files (one document a line), or folders of .txt, .md and .jsonl",
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="where to write, without an ending")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (text)")
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="path of the files to write, without an ending"
+    )
+    parser.add_argument(
+        "--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)"
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", metavar="FILE", help="a byte-level tokenizer.json to use")
-    which.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="size of the BPE to train (4096)")
-    parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends a document (found by its usual names)")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that encode (every core)")
-    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    which.add_argument("--tokenizer", metavar="FILE", help="byte-level tokenizer.json to encode with")
+    which.add_argument(
+        "--vocab-size", type=int, default=4096, metavar="N", help="vocabulary size of the BPE to train (default: 4096)"
+    )
+    parser.add_argument(
+        "--end-of-text",
+        metavar="TOKEN",
+        help="token that ends a document (default: <|endoftext|> or another usual name)",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="number of encoding threads (default: one a core)")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     return parser
 
 
@@ -65,7 +75,9 @@ def main(argv: list[str]) -> int:
         print(f"fp8moe tokenize: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"fp8moe tokenize: {error.filename or argv}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"fp8moe tokenize: {error.filename or argv}: {error.strerror or error}: use another path", file=sys.stderr
+        )
         return DataError.exit_code
     return 0
 
@@ -74,7 +86,7 @@ def _run(options: argparse.Namespace) -> None:
     _set_workers(options.workers)
     taken = [options.output + ending for ending in ENDINGS if os.path.lexists(options.output + ending)]
     if taken and not options.force:
-        raise ConfigError(f"{taken[0]} exists and would be replaced: choose another --output or add --force")
+        raise ConfigError(f"{taken[0]} exists and would be replaced: use another --output or add --force")
     files = find_files(options.input)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     if options.tokenizer is not None:
@@ -100,14 +112,14 @@ def _set_workers(workers: int | None) -> None:
 
 
 def _training_sample(files: list[Path], json_key: str) -> Iterator[str]:
-    """Every n-th piece of the input, n such that about TRAINING_SAMPLE_BYTES are read into the trainer."""
+    """Every n-th piece of the input, with n chosen so that the pieces have about TRAINING_SAMPLE_BYTES in all."""
     every = 1 + sum(file.stat().st_size for file in files) // TRAINING_SAMPLE_BYTES
     pieces = (text for file in files for text, _ in read_pieces(file, json_key))
     return (text for number, text in enumerate(pieces) if number % every == 0)
 
 
 def _encode(files: list[Path], options: argparse.Namespace, tokenizer: Tokenizer, end: int) -> tuple[int, int, int]:
-    """Writes the three files; (documents, tokens with their end-of-text, bytes of text)."""
+    """Writes the three files and returns (documents, tokens including end-of-text, bytes of text)."""
     num_bytes = 0
     total = sum(file.stat().st_size for file in files)
 
@@ -120,7 +132,7 @@ def _encode(files: list[Path], options: argparse.Namespace, tokenizer: Tokenizer
                 bar.update(size)
                 yield text, ends
 
-    # disable=None: no bar unless standard error is a terminal.
+    # disable=None shows the bar only when standard error is a terminal.
     with (
         tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="encode") as bar,
         IndexedWriter(options.output, num_ids(tokenizer)) as writer,
@@ -130,7 +142,9 @@ def _encode(files: list[Path], options: argparse.Namespace, tokenizer: Tokenizer
             if ends:
                 writer.end_document()
         if writer.num_documents == 0:
-            raise DataError(f"the {len(files)} input files hold 0 documents with text: nothing was written")
+            raise DataError(
+                f"the {len(files)} input files have 0 documents with text: nothing was written, give files with text"
+            )
         save_tokenizer(tokenizer, options.output + ".tokenizer.json")
     return writer.num_documents, writer.num_tokens, num_bytes
 

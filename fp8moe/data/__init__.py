@@ -1,5 +1,5 @@
-"""Text to batches: corpus -> tokenizer -> indexed token files -> packed samples -> `Batch`.
+"""Data: text files to a tokenizer, to indexed token files, to packed samples, to a `Batch`.
 
-`build.open_data` is the entrance. Nothing here knows ranks or process groups: a caller asks for samples by their number
-in one global stream, so every layout of processes sees the same data.
+Training calls `build.open_data`. Nothing here knows ranks or process groups: samples are numbered in one global stream
+and asked for by number, so every number of ranks sees the same data.
 """

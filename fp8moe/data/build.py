@@ -1,22 +1,29 @@
-"""From a `DataConfig` to data sets: the one entrance to this floor.
+"""Builds the data sets of a run from a `DataConfig`: `open_data` is the only function that training calls.
 
-One process a job prepares, the others wait at the caller's barrier and then find everything in the cache; a process
-whose node does not share that cache prepares it itself. What is prepared, each under a name made from all that
-determines it:
-- `stdlib-*`: tokenizer, train and validation token files of the embedded corpus (about 4 s on two cores);
-- `checked-*`: an empty folder, once every id of a file was seen to be inside the vocabulary;
-- `order-*`: the sample order of an epoch; `bigram-*`: the baseline figure.
+One process of a job prepares the data while the others wait at the caller's barrier and then find them in the cache; a
+process on a node without that cache prepares them itself. Prepared folders, each named by a hash of all its inputs:
+- `stdlib-*`: tokenizer, training and validation token files of the embedded corpus (about 4 s on two cores);
+- `checked-*`: empty; it exists once every id of a token file was checked against the vocabulary size;
+- `order-*`: the sample order of one epoch; `bigram-*`: the figure of the byte bigram model.
 
-Validation always uses the order of seed 0, so that its first K samples are the same text in every run.
+The validation order always uses seed 0, so its first K samples are the same text in every run.
+
+The byte bigram model is the baseline that a language model must beat, in bits per byte of the same samples. Its symbols
+are the 256 bytes and one "end" for a token without bytes (end-of-text); P(b | a) = (count(a, b) + 1) / (count(a) + 257)
+with counts over training text. Both models must predict the end and neither counts it as a byte, so they compare:
+
+    model:   sum of nats over predicted tokens / ln 2 / sum of `token_bytes` over predicted tokens
+    bigram:  sum of bits over the symbols of predicted tokens / the same sum of bytes
+
+It reads tokens and takes their bytes from the vocabulary, so it also measures token files written elsewhere.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,50 +31,46 @@ import numpy as np
 import tokenizers
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from fp8moe.data import corpus
-from fp8moe.data.bigram import bigram_bits_per_byte
-from fp8moe.data.blend import BlendedDataset
+from fp8moe.data import sources
 from fp8moe.data.cache import built_folder, cache_root, key_of
-from fp8moe.data.config import DataConfig
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
-from fp8moe.data.packing import Dataset, PackedDataset, every_document, split_documents
+from fp8moe.data.packing import IGNORED_LABEL, Batch, Dataset, PackedDataset, every_document, split_documents
+from fp8moe.data.sampler import BlendedDataset
+from fp8moe.data.sources import DataConfig
 from fp8moe.data.tokenizer import (
+    TokenizerInfo,
+    check_size,
     encode_pieces,
     end_of_text_id,
+    file_hash,
     load_tokenizer,
     num_ids,
     save_tokenizer,
     token_byte_strings,
+    tokenizer_beside,
     train_tokenizer,
 )
-from fp8moe.errors import ConfigError, DataError
+from fp8moe.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _STDLIB_FORMAT = 1
 _BIGRAM_FORMAT = 1
 _VALIDATION_SEED = 0
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """path: its tokenizer.json. size: one more than its largest id. end_of_text: ends a document; None: unknown."""
-
-    path: Path
-    size: int
-    end_of_text: int | None
+END_SYMBOL = 256
+NUM_SYMBOLS = 257
+_CHUNK_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
 class Data:
-    """What training needs to know of its data.
+    """The opened data sets and the figures that training takes from them.
 
-    token_bytes: int64 [vocab_size], bytes each id stands for, 0 for special tokens and unused ids; None without a
+    token_bytes: int64 [vocab_size], number of bytes of each id, 0 for special tokens and unused ids; None without a
         tokenizer. Bits per byte = sum of nats over predicted tokens / ln 2 / sum of token_bytes over their labels.
-    bigram_bits_per_byte: the same figure of a byte bigram model on the same validation text; None without a tokenizer.
+    bigram_bits_per_byte: of a byte bigram model on the same validation text; None without a tokenizer.
     """
 
     train: Dataset
@@ -87,12 +90,11 @@ def open_data(
     barrier: Callable[[], None] = lambda: None,
     validation_samples: int | None = None,
 ) -> Data:
-    """Prepares (once) and opens the data.
+    """Opens the data, and prepares them first when they are not in the cache.
 
-    seq_len: tokens a sample predicts. seed: of the training order, the `Sampler`'s too.
-    is_first: this process prepares while the others wait in `barrier`; exactly one of a job.
-    validation_samples: how many validation samples the caller will judge by (the bigram is measured on these); None:
-        one epoch.
+    seq_len: tokens a sample predicts. seed: of the training order, the same as the `Sampler`'s.
+    is_first: True in exactly one process of a job, which prepares the data while the others wait in `barrier`.
+    validation_samples: number of validation samples the bigram model is measured on; None: one epoch.
     Raises ConfigError and DataError.
     """
     if not is_first:
@@ -108,13 +110,13 @@ def open_data(
 
 
 def _open_stdlib(config: DataConfig, root: Path, seq_len: int, seed: int, validation_samples: int | None) -> Data:
-    library = corpus.standard_library_root()
-    documents = corpus.read_corpus(library)
-    given = "trained" if config.tokenizer is None else _file_hash(config.tokenizer)
+    library = sources.standard_library_root()
+    documents = sources.read_corpus(library)
+    given = "trained" if config.tokenizer is None else file_hash(config.tokenizer)
     key = key_of(
         _STDLIB_FORMAT,
         list(sys.version_info[:3]),
-        corpus.content_key(documents),
+        sources.content_key(documents),
         config.vocab_size,
         config.validation_share,
         given,
@@ -122,15 +124,19 @@ def _open_stdlib(config: DataConfig, root: Path, seq_len: int, seed: int, valida
     )
 
     def build(folder: Path) -> None:
-        logger.info("preparing the embedded corpus (%d files under %s), once", len(documents), library)
+        logger.info(
+            "tokenizing the embedded corpus (%d files under %s); later runs read it from the cache",
+            len(documents),
+            library,
+        )
         parts = dict(
-            zip(("train", "validation"), corpus.split_by_file(documents, config.validation_share), strict=True)
+            zip(("train", "validation"), sources.split_by_file(documents, config.validation_share), strict=True)
         )
         if config.tokenizer is None:
             tokenizer = train_tokenizer((document.text for document in parts["train"]), config.vocab_size)
         else:
             tokenizer = load_tokenizer(config.tokenizer)
-        _check_size(tokenizer, config)
+        check_size(tokenizer, config.vocab_size)
         end = end_of_text_id(tokenizer)
         for name, part in parts.items():
             with IndexedWriter(folder / name, config.vocab_size) as writer:
@@ -153,10 +159,9 @@ def _open_stdlib(config: DataConfig, root: Path, seq_len: int, seed: int, valida
 
 def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, validation_samples: int | None) -> Data:
     weights = list(config.weights) or [1.0] * len(config.paths)
-    sources = [IndexedDataset(path) for path in config.paths]
     train: list[Dataset] = []
     validation: list[Dataset] = []
-    for source in sources:
+    for source in [IndexedDataset(path) for path in config.paths]:  # a missing file is found before any is read
         if config.validation_paths:
             train.append(_pack(source, every_document(source), config, root, seq_len, seed))
         else:
@@ -168,12 +173,16 @@ def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, valid
         held = [IndexedDataset(path) for path in config.validation_paths]
         validation = [_pack(part, every_document(part), config, root, seq_len, _VALIDATION_SEED) for part in held]
         validation_weights = [len(part) for part in validation]
+    if config.tokenizer is not None:
+        tokenizer: Path | None = Path(config.tokenizer)
+    else:
+        tokenizer = tokenizer_beside(config.paths + config.validation_paths)
     return _assemble(
         config,
         root,
         _mix(train, weights, config.document_mask),
         _mix(validation, validation_weights, config.document_mask),
-        _tokenizer_beside(config),
+        tokenizer,
         validation_samples,
     )
 
@@ -208,18 +217,18 @@ def _assemble(
     tokenizer_path: Path | None,
     validation_samples: int | None,
 ) -> Data:
-    """Adds what only a tokenizer can tell."""
+    """Adds the figures that need a tokenizer."""
     if tokenizer_path is None:
         return Data(train, validation, config.vocab_size, None, None, None)
     tokenizer = load_tokenizer(tokenizer_path)
-    _check_size(tokenizer, config)
+    check_size(tokenizer, config.vocab_size)
     strings = token_byte_strings(tokenizer)
     strings += [b""] * (config.vocab_size - len(strings))
     try:
         end = end_of_text_id(tokenizer)
     except DataError:
-        end = None  # token files that exist say themselves where documents end
-    texts = [train.fingerprint, validation.fingerprint, _file_hash(str(tokenizer_path))]
+        end = None  # token files already mark where documents end
+    texts = [train.fingerprint, validation.fingerprint, file_hash(tokenizer_path)]
     key = key_of(_BIGRAM_FORMAT, texts, config.document_mask, validation_samples or 0)
 
     def build(folder: Path) -> None:
@@ -232,27 +241,73 @@ def _assemble(
     return Data(train, validation, config.vocab_size, info, token_bytes, bigram)
 
 
-def _check_size(tokenizer: Tokenizer, config: DataConfig) -> None:
-    size = num_ids(tokenizer)
-    if size > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has ids up to {size - 1} and data.vocab_size is {config.vocab_size}: use {size} or more"
-        )
+class ByteBigram:
+    """The byte bigram model: counts pairs of symbols, and scores text by them (see the top of this module).
+
+    token_strings: the bytes of each token id, empty for special tokens.
+    counts: int64 [257, 257], how often the second symbol followed the first in the batches counted.
+    """
+
+    def __init__(self, token_strings: Sequence[bytes]) -> None:
+        symbols = [np.frombuffer(string, dtype=np.uint8).astype(np.int64) for string in token_strings]
+        symbols = [string if string.size else np.array([END_SYMBOL]) for string in symbols]
+        self._lengths = np.array([string.size for string in symbols], dtype=np.int64)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._symbols = np.concatenate(symbols)
+        self.counts = np.zeros((NUM_SYMBOLS, NUM_SYMBOLS), dtype=np.int64)
+
+    def _pairs(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(symbol before, symbol) for every symbol of every predicted token of a batch."""
+        inputs_BS, labels_BS = batch.inputs_BS.numpy(), batch.labels_BS.numpy()
+        # The windows again: inputs and last label. A masked last label is not predicted, so any id may replace it.
+        tokens = np.concatenate([inputs_BS, np.maximum(labels_BS[:, -1:], 0)], axis=1)
+        predicted = np.zeros(tokens.shape, dtype=bool)
+        predicted[:, 1:] = labels_BS != IGNORED_LABEL
+        flat = tokens.reshape(-1)
+        lengths = self._lengths[flat]
+        owner = np.repeat(np.arange(flat.size), lengths)
+        within = np.arange(owner.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        symbols = self._symbols[self._starts[flat][owner] + within]
+        wanted = predicted.reshape(-1)[owner]
+        return symbols[:-1][wanted[1:]], symbols[1:][wanted[1:]]
+
+    def count(self, batch: Batch) -> None:
+        """Adds the predicted tokens of a batch to the counts."""
+        before, symbol = self._pairs(batch)
+        flat = np.bincount(before * NUM_SYMBOLS + symbol, minlength=NUM_SYMBOLS**2)
+        self.counts += flat.reshape(NUM_SYMBOLS, NUM_SYMBOLS)
+
+    def score(self, batch: Batch) -> tuple[float, int]:
+        """(bits, bytes) of the predicted tokens of a batch."""
+        before, symbol = self._pairs(batch)
+        seen = self.counts.sum(axis=1)
+        bits = np.log2(seen[before] + NUM_SYMBOLS) - np.log2(self.counts[before, symbol] + 1)
+        return float(bits.sum()), int((symbol != END_SYMBOL).sum())
 
 
-def _file_hash(path: str) -> str:
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist: a tokenizer is one tokenizer.json file")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _chunks(dataset: Dataset, num_samples: int) -> Iterator[Batch]:
+    per_chunk = max(1, _CHUNK_TOKENS // dataset.window(0).tokens.size)
+    for start in range(0, num_samples, per_chunk):
+        yield dataset.batch(range(start, min(start + per_chunk, num_samples)))
 
 
-def _tokenizer_beside(config: DataConfig) -> Path | None:
-    """The tokenizer of indexed data: the one configured, else the one beside the files; they must not differ."""
-    if config.tokenizer is not None:
-        return Path(config.tokenizer)
-    beside = [Path(path + ".tokenizer.json") for path in config.paths + config.validation_paths]
-    present = [path for path in beside if path.is_file()]
-    for path in present[1:]:
-        if _file_hash(str(path)) != _file_hash(str(present[0])):
-            raise DataError(f"{present[0]} and {path} differ: data sets made by different tokenizers can't be mixed")
-    return present[0] if present else None
+def bigram_bits_per_byte(
+    train: Dataset,
+    validation: Dataset,
+    token_strings: Sequence[bytes],
+    *,
+    validation_samples: int | None = None,
+    train_tokens: int = 1 << 24,
+) -> float:
+    """Bits per byte of `validation` under a byte bigram model counted over one epoch of `train`.
+
+    validation_samples: number of samples scored, from the first; None: one epoch.
+    train_tokens: number of tokens counted at most, about; the 66,049 probabilities change little after that.
+    """
+    model = ByteBigram(token_strings)
+    seq_len = train.window(0).tokens.size - 1
+    for batch in _chunks(train, min(len(train), max(1, train_tokens // seq_len))):
+        model.count(batch)
+    scores = [model.score(batch) for batch in _chunks(validation, validation_samples or len(validation))]
+    bits, num_bytes = sum(bits for bits, _ in scores), sum(count for _, count in scores)
+    return bits / max(1, num_bytes)

@@ -1,9 +1,9 @@
-"""Folders that are built once and then only read, safe among processes and jobs that want the same one at once.
+"""Cache of prepared data: folders that are built once and then only read, by many processes and jobs at once.
 
-A folder is built under a temporary name beside its place and moved there by one rename, so it exists whole or not at
-all. A file lock keeps others from doing the same work meanwhile; where the file system has no locks they do it twice
-and the first rename wins, which is as correct. Everything built here is a pure function of its name's key, hence
-nothing is ever invalidated: another input is another name.
+A folder is built under a temporary name and then renamed, so it exists whole or not at all. A file lock keeps other
+processes from doing the same work; on a file system without locks two may do it, and the first rename wins, with the
+same content. The content of a folder depends on its name alone, which holds a hash of all inputs: other inputs have
+another name, and no folder is ever out of date.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def key_of(*parts: object) -> str:
-    """20 hex digits that name these JSON-able parts."""
+    """The first 20 hex digits of the SHA-256 of `parts` as JSON."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is on disk: a rename must not outrun the bytes it publishes."""
+    """Flushes a file to disk: after a crash, a renamed file must have its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,13 +45,13 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "a") as handle:
-        with contextlib.suppress(OSError):  # no locks on this file system: the rename alone must do
+        with contextlib.suppress(OSError):  # a file system without locks: see the top of this module
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def built_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """`root/name`, made by `build(empty folder)` unless it is there already. Raises DataError when it can't be made."""
+    """The folder `root/name`, made by `build(empty folder)` if it does not exist. Raises DataError at a write error."""
     final = root / name
     if final.is_dir():
         return final
@@ -81,5 +81,5 @@ def _publish(scratch: Path, final: Path) -> None:
     try:
         scratch.rename(final)
     except OSError:
-        if not final.is_dir():  # else another process was first, with the same content
+        if not final.is_dir():  # another process may have renamed its own first
             raise

@@ -1,6 +1,6 @@
-"""Indexed token files in the layout of Megatron's `.bin`/`.idx`, which other trainers read and write too.
+"""Indexed token files: the `.bin`/`.idx` layout of Megatron, which other trainers read and write too.
 
-`PREFIX.bin` is nothing but token ids, one after the other. `PREFIX.idx`, little-endian:
+`PREFIX.bin` holds the token ids, one after the other. `PREFIX.idx` holds, little-endian:
 
     bytes  9   magic "MMIDIDX\\0\\0"
     uint64     version, 1
@@ -11,10 +11,10 @@
     int64  S   where each sequence starts in the .bin, in bytes
     int64  D   the sequence at which each document starts; the last one is S
 
-(source: megatron/core/datasets/indexed_dataset.py in NVIDIA/Megatron-LM). Files written here have one sequence a
-document and end each document with an end-of-text token. The reader takes any sequences that lie end to end, so that a
-document is one slice of one flat memory map; it refuses float ids and the multimodal variant (a mode a sequence). Both
-files are checked against each other when they are opened: a copy that was cut short is found before the first step.
+(source: megatron/core/datasets/indexed_dataset.py in NVIDIA/Megatron-LM). The writer makes one sequence a document.
+The reader requires sequences that follow each other without gaps, so that a document is one slice of one flat memory
+map; it refuses float ids and the multimodal variant (one more byte a sequence). It checks the two files against each
+other when they are opened, so a truncated copy is found before the first step.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _MAX_SEQUENCE = 2**31 - 1
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id below `vocab_size` fits, else int32."""
+    """The type of stored ids: uint16 where every id below `vocab_size` fits, else int32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx as a context manager: `write(ids)` any number of times, then `end_document()`.
+    """Context manager that writes PREFIX.bin and PREFIX.idx: `write(ids)` any number of times, then `end_document()`.
 
-    Both appear under their names only when the block ends without an exception; until then, and after a failure, what
-    was there before stays. The index goes last: files without one are not a data set.
+    Both files get their names only when the block ends without an exception; until then, and after a failure, earlier
+    files of these names stay. The index is renamed last, because a .bin without an index is never read.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
@@ -80,18 +80,19 @@ class IndexedWriter:
         assert self._bin is not None
         if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < self._vocab_size):
             raise DataError(
-                f"{self.prefix}: ids from {ids.min()} to {ids.max()} don't fit a vocabulary of {self._vocab_size}"
+                f"{self.prefix}: ids from {ids.min()} to {ids.max()} are outside a vocabulary of {self._vocab_size}: "
+                f"ids are from 0 to {self._vocab_size - 1}"
             )
         self._bin.write(ids.astype(self.dtype).tobytes())
         self._open_length += ids.size
         self.num_tokens += ids.size
 
     def end_document(self) -> None:
-        """Closes the open document; an empty one is dropped. Raises DataError past the format's 2^31 - 1 tokens."""
+        """Ends the open document; an empty one is dropped. Raises DataError above the format's 2^31 - 1 tokens."""
         if self._open_length > _MAX_SEQUENCE:
             raise DataError(
                 f"{self.prefix}: document {self.num_documents} has {self._open_length} tokens, "
-                f"the format ends at {_MAX_SEQUENCE}: split it"
+                f"the format holds at most {_MAX_SEQUENCE}: split it"
             )
         if self._open_length:
             self._lengths.append(self._open_length)
@@ -125,17 +126,17 @@ class IndexedWriter:
     def _publish(self) -> None:
         for path in self._scratch.values():
             sync(path)
-        Path(self.prefix + ".idx").unlink(missing_ok=True)  # never a new .bin under an old index
+        Path(self.prefix + ".idx").unlink(missing_ok=True)  # an old index must never be read with a new .bin
         for ending, path in self._scratch.items():
             path.replace(self.prefix + ending)
 
 
 class IndexedDataset:
-    """PREFIX.bin and PREFIX.idx by memory map. Raises DataError, in one sentence, when they are missing or broken.
+    """Reads PREFIX.bin and PREFIX.idx by memory map. Raises DataError when one is missing or broken.
 
     tokens: all ids, flat, in the type of the file.
     document_offsets: int64 [documents + 1], the token at which each document starts; the last one is `len(tokens)`.
-    fingerprint: names this content for caches (path, sizes, times, and the beginnings of both files).
+    fingerprint: SHA-256 of path, sizes, modification times and first MB of both files, for names in caches.
     """
 
     tokens: NDArray[np.integer[Any]]
@@ -147,16 +148,16 @@ class IndexedDataset:
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise DataError(
-                    f"{path} does not exist: a data set is PREFIX.bin and PREFIX.idx, named without the ending "
-                    "(`fp8moe tokenize` makes them)"
+                    f"{path} does not exist: a data set is two files, PREFIX.bin and PREFIX.idx, given as PREFIX "
+                    "(`fp8moe tokenize` writes them)"
                 )
         dtype, lengths, pointers, boundaries = _read_index(self.idx_path)
         num_tokens = _check_sequences(self.idx_path, lengths, pointers, boundaries, dtype.itemsize)
         expected, actual = num_tokens * dtype.itemsize, self.bin_path.stat().st_size
         if actual != expected:
-            raise DataError(f"{self.bin_path} has {actual} bytes and its index promises {expected}: copy it again")
+            raise DataError(f"{self.bin_path} has {actual} bytes and its index says {expected}: copy both files again")
         if num_tokens == 0:
-            raise DataError(f"{self.bin_path} holds 0 tokens: at least one document is needed")
+            raise DataError(f"{self.bin_path} has 0 tokens: a data set needs at least 1 token")
         self.tokens = np.memmap(self.bin_path, dtype=dtype, mode="r")
         starts = np.append(pointers // dtype.itemsize, num_tokens)
         self.document_offsets = np.ascontiguousarray(starts[boundaries], dtype=np.int64)
@@ -176,7 +177,7 @@ class IndexedDataset:
         return digest.hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Reads every id once. Raises DataError at the first that is not in [0, vocab_size)."""
+        """Reads every id once. Raises DataError at the first one outside [0, vocab_size)."""
         limits = np.iinfo(self.tokens.dtype)
         if limits.min == 0 and limits.max < vocab_size:
             return
@@ -184,12 +185,14 @@ class IndexedDataset:
             self.check_ids(self.tokens[start : start + _CHUNK], start, vocab_size)
 
     def check_ids(self, ids: NDArray[np.integer[Any]], start: int, vocab_size: int) -> None:
-        """The same for `ids`, which were read at token `start`."""
+        """Raises DataError at the first of `ids`, read at token `start`, outside [0, vocab_size)."""
         if int(ids.min()) >= 0 and int(ids.max()) < vocab_size:
             return
         at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         found = int(ids[at])
-        advice = f"use a vocab_size of at least {found + 1}" if found >= 0 else "ids start at 0"
+        advice = (
+            f"use a vocab_size of at least {found + 1}" if found >= 0 else "an id is at least 0: write the file again"
+        )
         raise DataError(
             f"{self.bin_path}: token {start + at} has id {found}, outside a vocabulary of {vocab_size}: {advice}"
         )
@@ -203,27 +206,29 @@ def _read_index(
     with open(path, "rb") as handle:
         head = handle.read(_HEADER.size)
     if len(head) < _HEADER.size:
-        raise DataError(f"{path} has {size} bytes and the header alone takes {_HEADER.size}: the index was cut short")
+        raise DataError(
+            f"{path} has {size} bytes and its header alone has {_HEADER.size}: the file is truncated, copy it again"
+        )
     magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(head)
     if magic != MAGIC:
-        raise DataError(f"{path} starts with {magic!r} instead of {MAGIC!r}: it is not an index of token files")
+        raise DataError(f"{path} starts with {magic!r} instead of {MAGIC!r}: it is not the index of a token file")
     if version != VERSION:
-        raise DataError(f"{path} has version {version} and only version {VERSION} is known: write it again")
+        raise DataError(f"{path} has version {version} and only version {VERSION} can be read: write it again")
     if code not in DTYPES:
-        raise DataError(f"{path} has type code {code} and token ids have one of {sorted(DTYPES)}: write it again")
+        raise DataError(f"{path} has type code {code} and token ids have one of {sorted(DTYPES)}: write integer ids")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
     if size == expected + num_sequences and num_sequences:
         raise DataError(
-            f"{path} has {num_sequences} sequence modes (multimodal data) and 0 can be read: write text only"
+            f"{path} has a mode for each of its {num_sequences} sequences (multimodal data): only text can be read"
         )
     if size != expected:
-        raise DataError(
-            f"{path} has {size} bytes and its header promises {expected}: the index is broken, copy it again"
-        )
-    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size) if num_sequences else np.zeros(0, np.uint8)
+        raise DataError(f"{path} has {size} bytes and its header says {expected}: the file is broken, copy it again")
+    if num_sequences == 0:
+        raise DataError(f"{path} has 0 sequences and so 0 tokens: a data set needs at least 1 token")
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size)
     lengths = raw[: 4 * num_sequences].view("<i4")
     pointers = raw[4 * num_sequences : 12 * num_sequences].view("<i8")
-    boundaries = raw[12 * num_sequences :].view("<i8") if num_sequences else np.zeros(1, np.int64)
+    boundaries = raw[12 * num_sequences :].view("<i8")
     return np.dtype(DTYPES[code]), lengths, pointers, boundaries
 
 
@@ -234,7 +239,7 @@ def _check_sequences(
     boundaries: NDArray[np.int64],
     itemsize: int,
 ) -> int:
-    """The number of tokens, once it is sure that sequences lie end to end and documents cover them (by chunks)."""
+    """Checks that sequences follow each other without gaps and documents cover them; returns the number of tokens."""
     end = 0
     for start in range(0, len(lengths), _CHUNK):
         part = lengths[start : start + _CHUNK].astype(np.int64)
@@ -245,7 +250,7 @@ def _check_sequences(
             at = int(np.argmax(wrong))
             raise DataError(
                 f"{path}: sequence {start + at} of {part[at]} tokens starts at byte {pointers[start + at]} instead of "
-                f"{expected[at]}: the index is broken, write it again"
+                f"{expected[at]}: the file is broken, write it again"
             )
         end = int(ends[-1])
     ordered = all(
@@ -255,6 +260,6 @@ def _check_sequences(
     if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != len(lengths) or not ordered:
         raise DataError(
             f"{path}: the document boundaries don't run from 0 to {len(lengths)} in order: "
-            "the index is broken, write it again"
+            "the file is broken, write it again"
         )
     return end // itemsize

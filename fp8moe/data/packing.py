@@ -1,15 +1,16 @@
-"""Documents to samples: one stream of tokens per epoch, cut into windows of seq_len + 1.
+"""Packing: the documents of an epoch joined into one stream of tokens and cut into samples of seq_len + 1.
 
-For each epoch the documents are put in a random order, laid end to end, and cut; windows start every seq_len tokens and
-overlap by one, so that every token but the first is predicted exactly once and no label is missing at a window's end.
-Fewer than seq_len tokens at the end of an epoch are dropped (others each time, the order being another). Then the
-windows are shuffled. Sample n of the endless stream is window `shuffle[n mod N]` of epoch n div N, of N windows.
+For each epoch the documents are put in a random order, joined, and cut; windows start every seq_len tokens and overlap
+by one, so that every token but the first is predicted exactly once and the last input of a window has its label. Fewer
+than seq_len tokens at the end of an epoch are dropped (different ones each epoch, as the order differs). Then the
+windows are shuffled. Sample n of the endless stream is window `shuffle[n mod N]` of epoch n div N, where N is the
+number of windows.
 
-The index of an epoch is four int64 arrays: `documents` (the order), `first` and `offset` (for each window its first
-document, as a place in that order, and the token within it), and `shuffle`. It is a pure function of document lengths,
-seq_len, seed and epoch, made by whole-array operations, cached as .npy, and read by memory map, so the ranks of a node
-share its pages. The permutations are those of numpy's `RandomState`, whose streams are frozen: a run resumed with
-another numpy sees the same order (those of `Generator` may change from version to version).
+The index of an epoch is four int64 arrays: `documents` (their order), `first` and `offset` (for each window, the place
+of its first document in that order and the token within that document), and `shuffle`. It depends on document lengths,
+seq_len, seed and epoch alone, is computed by whole-array operations, cached as .npy, and read by memory map, so the
+ranks of a node share its pages. The permutations are those of numpy's `RandomState`, whose streams are frozen: a run
+resumed with another numpy sees the same order (`Generator` was refused: its streams may change between versions).
 
 Legend: B samples, S seq_len.
 """
@@ -38,11 +39,11 @@ _INDEX_ARRAYS = ("documents", "first", "offset", "shuffle")
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step consumes; all int64 on the CPU.
+    """The samples of one step or micro-batch; all int64 on the CPU.
 
-    inputs_BS: token ids. labels_BS: the id that follows each, or -100 where none is predicted.
-    positions_BS: 0, 1, 2, ...; starts again at each document when the document mask is on.
-    documents_BS: which document of its sample each input belongs to, from 0; None when the document mask is off.
+    inputs_BS: token ids. labels_BS: the id after each input, or -100 where none is predicted.
+    positions_BS: 0, 1, 2, ...; from 0 again at each document when the document mask is on.
+    documents_BS: the document of each input, numbered from 0 within its sample; None when the document mask is off.
     """
 
     inputs_BS: Tensor
@@ -53,7 +54,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """One sample. tokens: int64 [S + 1]; starts: int64, where in it a document (or the rest of one) begins, 0 first."""
+    """One sample. tokens: int64 [S + 1]; starts: int64, the places in it where a document begins; the first is 0."""
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -64,7 +65,7 @@ class Dataset(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names content and order for caches."""
+        """A name of content and order, for caches."""
 
     def __len__(self) -> int: ...
 
@@ -72,11 +73,11 @@ class Dataset(Protocol):
         """The tokens of sample `sample_id` >= 0."""
 
     def batch(self, sample_ids: Sequence[int]) -> Batch:
-        """Samples by number, in the order asked for."""
+        """The samples `sample_ids`, in that order."""
 
 
 def collate(windows: Sequence[Window], *, document_mask: bool) -> Batch:
-    """Windows to a batch; with `document_mask`, see `Batch`, labels that belong to another document are -100."""
+    """Stacks windows into a batch; with `document_mask` a label that starts another document is -100, see `Batch`."""
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
     inputs_BS, labels_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if not document_mask:
@@ -93,7 +94,7 @@ def collate(windows: Sequence[Window], *, document_mask: bool) -> Batch:
 
 
 def epoch_index(lengths: NDArray[np.int64], seq_len: int, seed: int, epoch: int) -> dict[str, NDArray[np.int64]]:
-    """The index of one epoch over documents of these lengths (int64, all above 0); see the top of this module."""
+    """The index of one epoch over documents of `lengths` (int64, all above 0); see the top of this module."""
     random = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, epoch])
     documents = random.permutation(len(lengths)).astype(np.int64)
     ends = np.cumsum(lengths[documents])
@@ -106,11 +107,11 @@ def epoch_index(lengths: NDArray[np.int64], seq_len: int, seed: int, epoch: int)
 
 
 class PackedDataset:
-    """Documents of one `IndexedDataset`, packed.
+    """Samples of the documents of one `IndexedDataset`.
 
-    documents: which of them, int64; empty ones are left out. Raises DataError when they don't fill one sample, or when
-    an id is not below `vocab_size` (checked again whenever a window is read).
+    documents: int64 numbers of the documents; empty ones are left out.
     cache: folder for the indices.
+    Raises ConfigError, and DataError when the documents have too few tokens for one sample.
     """
 
     def __init__(
@@ -127,14 +128,14 @@ class PackedDataset:
         if seq_len < 1:
             raise ConfigError(f"seq_len={seq_len} must be at least 1")
         if seed < 0 or seed >= 2**63:
-            raise ConfigError(f"seed={seed} is outside [0, 2^63)")
+            raise ConfigError(f"seed={seed} must be at least 0 and below 2^63")
         lengths = source.document_offsets[documents + 1] - source.document_offsets[documents]
         self._documents = documents[lengths > 0]
         self._lengths = lengths[lengths > 0]
         self.num_tokens = int(self._lengths.sum())
         if self.num_tokens < seq_len + 1:
             raise DataError(
-                f"{source.prefix}: {self.num_tokens} tokens in {len(self._documents)} documents don't fill a sample of "
+                f"{source.prefix} has {self.num_tokens} tokens in {len(self._documents)} documents and a sample needs "
                 f"seq_len + 1 = {seq_len + 1}: use seq_len={max(1, self.num_tokens - 1)} or add text"
             )
         self._source, self._seq_len, self._seed, self._vocab_size = source, seq_len, seed, vocab_size
@@ -145,16 +146,16 @@ class PackedDataset:
         self.fingerprint = key_of(_INDEX_FORMAT, source.fingerprint, chosen, seq_len, seed)
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
+        """Number of samples in an epoch."""
         return (self.num_tokens - 1) // self._seq_len
 
     def prepare(self) -> None:
-        """Builds what the first epoch needs, or finds it in the cache."""
+        """Builds the index of the first epoch, unless it is in the cache."""
         self._index(0)
 
     def _index(self, epoch: int) -> dict[str, NDArray[np.int64]]:
         if epoch not in self._indices:
-            if len(self._indices) == 2:  # a batch touches two epochs at most, unless it is larger than one
+            if len(self._indices) == 2:  # a batch reads at most two epochs, unless it is larger than an epoch
                 self._indices.pop(min(self._indices))
             self._indices[epoch] = self._load_index(epoch)
         return self._indices[epoch]
@@ -169,13 +170,16 @@ class PackedDataset:
             index = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _INDEX_ARRAYS}
             sizes = [len(index[name]) for name in _INDEX_ARRAYS]
         except (OSError, ValueError, EOFError, TypeError) as error:
-            raise DataError(f"the cached sample order {folder} is broken ({error}): delete that folder") from error
+            raise DataError(f"the cached sample order {folder} can't be read ({error}): delete that folder") from error
         if sizes != [len(self._lengths), len(self), len(self), len(self)]:
-            raise DataError(f"the cached sample order {folder} has {sizes[3]} samples, not {len(self)}: delete it")
+            raise DataError(
+                f"the cached sample order {folder} has {sizes[0]} documents and {sizes[3]} samples instead of "
+                f"{len(self._lengths)} and {len(self)}: delete that folder"
+            )
         return index
 
     def window(self, sample_id: int) -> Window:
-        """The tokens of sample `sample_id` >= 0. Raises DataError at an id past the vocabulary."""
+        """The tokens of sample `sample_id` >= 0. Raises DataError at an id outside the vocabulary."""
         assert sample_id >= 0
         epoch, within = divmod(sample_id, len(self))
         index = self._index(epoch)
@@ -195,7 +199,7 @@ class PackedDataset:
         return Window(tokens, np.array(starts, dtype=np.int64))
 
     def batch(self, sample_ids: Sequence[int]) -> Batch:
-        """Samples by number, in the order asked for."""
+        """The samples `sample_ids`, in that order."""
         return collate([self.window(sample_id) for sample_id in sample_ids], document_mask=self.document_mask)
 
 
@@ -205,13 +209,15 @@ def every_document(source: IndexedDataset) -> NDArray[np.int64]:
 
 
 def split_documents(source: IndexedDataset, validation_share: float) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """(train, validation) documents: every (1/share)-th is held out, evenly through the file and without a seed.
+    """(train, validation) document numbers; the validation documents are evenly spaced through the file, with no seed.
 
-    Even spacing keeps a file that is ordered by origin or date represented in both parts; a tail would not.
+    So both parts have documents of every origin and date; the last documents of a file may all be of one.
     """
     numbers = every_document(source)
     if len(numbers) < 2:
-        raise DataError(f"{source.prefix} has {len(numbers)} document and a split needs 2: give data.validation_paths")
+        raise DataError(
+            f"{source.prefix} has {len(numbers)} document and holding one out needs 2: set data.validation_paths"
+        )
     held_out = np.floor((numbers + 1) * validation_share) > np.floor(numbers * validation_share)
     if not held_out.any():
         held_out[len(numbers) // 2] = True

@@ -1,19 +1,21 @@
-"""Byte-level BPE by the `tokenizers` library: trained here or read from a tokenizer.json.
+"""Tokenizer: byte-level BPE by the `tokenizers` library, trained here or read from a tokenizer.json.
 
-Byte level means that every token is a string of bytes and that the tokens of a text, put end to end, are its UTF-8
-bytes. Only then is "bits per byte" exact, comparable among tokenizers and with a model of plain bytes; a tokenizer of
-another kind (SentencePiece with its `▁`) is refused rather than counted approximately.
+In a byte-level vocabulary every token is a string of bytes, and the tokens of a text, joined, are its UTF-8 bytes. Only
+then are bits per byte exact and comparable between tokenizers and with a model of plain bytes; a tokenizer of another
+kind (SentencePiece with its `▁`) is refused, because its bytes could only be estimated.
 
-Special tokens stand for no bytes. Encoding never produces one from text: a file that happens to contain the characters
-`<|endoftext|>` is text like any other, and only `encode_pieces` ends a document. The three fill-in-the-middle tokens
-are reserved in every vocabulary trained here, so that a later use of them does not change any id.
+Special tokens have no bytes, and encoding never makes one from text: a file that contains the characters
+`<|endoftext|>` is text like any other; only `encode_pieces` ends a document. Every vocabulary trained here reserves the
+three fill-in-the-middle tokens, so that using them later changes no id.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +29,30 @@ FIM_PREFIX = "<|fim_prefix|>"
 FIM_SUFFIX = "<|fim_suffix|>"
 FIM_MIDDLE = "<|fim_middle|>"
 SPECIAL_TOKENS = (END_OF_TEXT, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)
-# What published byte-level tokenizers call it, most specific first.
+# The end-of-text token of published byte-level tokenizers, most specific name first.
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 _BATCH_CHARS = 4 << 20
 
 
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The facts of a tokenizer that training needs.
+
+    path: its tokenizer.json. size: one more than its largest id. end_of_text: the id that ends a document, or None.
+    """
+
+    path: Path
+    size: int
+    end_of_text: int | None
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer when `texts` have too few pairs), decided by `texts`."""
+    """Trains a byte-level BPE of at most `vocab_size` tokens (fewer when `texts` have too few pairs of tokens)."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
             f"vocab_size={vocab_size} is too small: a byte-level vocabulary has 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens, use {MIN_VOCAB_SIZE} or more"
+            f"special tokens: use {MIN_VOCAB_SIZE} or more"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,14 +74,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is no tokenizer.json the tokenizers library can read ({error})") from error
+        raise DataError(f"{path} is not a tokenizer.json that the tokenizers library can read ({error})") from error
     if not _is_byte_level(json.loads(tokenizer.to_str()).get("decoder")):
         raise DataError(f"{path} is not a byte-level tokenizer (its decoder is not ByteLevel): use a byte-level BPE")
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
-    """Writes a tokenizer.json, whole or not at all."""
+    """Writes a tokenizer.json under a temporary name and renames it, so that no reader sees half a file."""
     final = Path(path)
     scratch = final.with_name(f".{final.name}.{os.getpid()}")
     try:
@@ -87,24 +101,24 @@ def _is_byte_level(decoder: dict[str, object] | None) -> bool:
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: what a model's vocabulary must have at least."""
+    """One more than the largest id: the smallest vocabulary a model of this tokenizer may have."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
-    """The id that ends a document: token `name`, or the first known one. Raises DataError when there is none."""
+    """The id that ends a document: of token `name`, or of the first of KNOWN_END_OF_TEXT. Raises DataError."""
     for candidate in (name,) if name is not None else KNOWN_END_OF_TEXT:
         token_id = tokenizer.token_to_id(candidate)
         if token_id is not None:
             return int(token_id)
-    wanted = repr(name) if name is not None else f"any of {', '.join(KNOWN_END_OF_TEXT)}"
-    raise DataError(f"the tokenizer has no end-of-text token {wanted}: name the one it has")
+    wanted = repr(name) if name is not None else f"by any of the names {', '.join(KNOWN_END_OF_TEXT)}"
+    raise DataError(f"the tokenizer has no end-of-text token {wanted}: give the name of one it has")
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The printable character by which byte-level vocabularies write each byte (source: GPT-2's released encoder).
+    """The byte that each character of a byte-level vocabulary stands for (source: GPT-2's released encoder).
 
-    Bytes that print as themselves in Latin-1 stand for themselves; the other 68 take the characters from U+0100 on.
+    Printable Latin-1 characters stand for themselves; the other 68 bytes are written as the characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]
@@ -114,7 +128,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def token_byte_strings(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes each id stands for, by id; empty for special tokens and unused ids."""
+    """The bytes of each id, by id; empty for special tokens and unused ids."""
     byte_of = _byte_of_character()
     added = tokenizer.get_added_tokens_decoder()
     strings = [b""] * num_ids(tokenizer)
@@ -126,7 +140,7 @@ def token_byte_strings(tokenizer: Tokenizer) -> list[bytes]:
             strings[token_id] = bytes(byte_of[character] for character in token)
         except KeyError:
             raise DataError(
-                f"token {token_id} of the tokenizer, {token!r}, is not written in the 256 byte-level characters: "
+                f"token {token_id} of the tokenizer, {token!r}, has characters that stand for no byte: "
                 "use a byte-level BPE"
             ) from None
     return strings
@@ -135,11 +149,11 @@ def token_byte_strings(tokenizer: Tokenizer) -> list[bytes]:
 def encode_pieces(
     tokenizer: Tokenizer, pieces: Iterable[tuple[str, bool]], end_of_text: int
 ) -> Iterator[tuple[NDArray[np.int64], bool]]:
-    """Turns a stream of (text, ends its document) into a stream of (ids, ends its document).
+    """Encodes a stream of (text, ends its document) as a stream of (ids, ends its document).
 
-    `end_of_text` is appended where a document ends. Pieces are encoded in parallel, a few MB of text at a time.
+    `end_of_text` is appended where a document ends. Pieces are encoded in parallel, 4 million characters at a time.
     """
-    tokenizer.encode_special_tokens = True  # means: treat special tokens found in the text as plain text
+    tokenizer.encode_special_tokens = True  # sic: special tokens found in text are then plain text
     batch: list[tuple[str, bool]] = []
     chars = 0
     for piece in pieces:
@@ -158,3 +172,31 @@ def _encode_batch(
     encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
     for encoding, (_, ends) in zip(encodings, batch, strict=True):
         yield np.array([*encoding.ids, end_of_text] if ends else encoding.ids, dtype=np.int64), ends
+
+
+def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ConfigError when the tokenizer has ids that are not below `vocab_size`."""
+    size = num_ids(tokenizer)
+    if size > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {size - 1} and data.vocab_size is {vocab_size}: use {size} or more"
+        )
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a tokenizer.json. Raises DataError when it does not exist."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist: a tokenizer is one tokenizer.json file")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def tokenizer_beside(prefixes: Sequence[str]) -> Path | None:
+    """PREFIX.tokenizer.json of the token files `prefixes`; None when none has one. Raises DataError if two differ."""
+    present = [path for path in (Path(f"{prefix}.tokenizer.json") for prefix in prefixes) if path.is_file()]
+    for path in present[1:]:
+        if file_hash(path) != file_hash(present[0]):
+            raise DataError(
+                f"{present[0]} and {path} differ: token files of different tokenizers can't be mixed: "
+                "encode the text of both with one"
+            )
+    return present[0] if present else None

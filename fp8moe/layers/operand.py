@@ -29,6 +29,7 @@ from fp8moe.kernels.quantize import (
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
 
+
 @dataclass(frozen=True)
 class Operand:
     """One operand [T, N] of a Linear: `rows` for Fprop or Dgrad, `columns()` for Wgrad."""

@@ -45,8 +45,8 @@ def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch)
     """Bytes a stage keeps of one micro-batch until its weight gradients are done.
 
     Per block what `_block_bytes` says; for the head its input, its norm's output unless that is recomputed, and the
-    logits' gradient, in BF16; for the MTP module the same again, the next token's embedding (the hidden state that it is
-    joined with is the head's input, counted there) and both their norms likewise.
+    logits' gradient, in BF16; for the MTP module the same again, the next token's embedding (the hidden state that it
+    is joined with is the head's input, counted there) and both their norms likewise.
     """
     c, wide = config, sizes.recipe.dtype.itemsize
     normed = 0.0 if Recompute.NORM in sizes.recipe.recompute else wide * c.dim

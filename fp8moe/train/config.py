@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from fp8moe.data.config import DataConfig
+from fp8moe.data.sources import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, Precision, Recipe, Recompute

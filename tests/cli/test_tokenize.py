@@ -12,7 +12,7 @@ import pytest
 
 from fp8moe.cli import tokenize
 from fp8moe.cli.tokenize import main
-from fp8moe.data import textfiles
+from fp8moe.data import sources
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.tokenizer import load_tokenizer, token_byte_strings
 
@@ -44,7 +44,7 @@ EXPECTED = [text.encode() for text in TEXTS] + [b"plain\r\ntext\n" * 40]
 
 
 def test_text_comes_back(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "new" / "out"
+    out = tmp_path / "new" / "er" / "out"
     assert main(["--input", str(inputs), "--output", str(out), "--vocab-size", "300"]) == 0
     assert documents_of(out) == EXPECTED
     assert sorted(path.name for path in out.parent.iterdir()) == ["out.bin", "out.idx", "out.tokenizer.json"]
@@ -66,11 +66,12 @@ def test_a_given_tokenizer_is_used_and_kept(inputs: Path, tmp_path: Path) -> Non
 def test_long_files_and_large_inputs_are_cut_and_sampled(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(textfiles, "PIECE_CHARS", 50)
+    monkeypatch.setattr(sources, "PIECE_CHARS", 50)
     monkeypatch.setattr(tokenize, "TRAINING_SAMPLE_BYTES", 100)
     sampled = list(tokenize._training_sample([inputs / "b.txt"], "text"))
-    pieces = [text for text, _ in textfiles.read_pieces(inputs / "b.txt")]
+    pieces = [text for text, _ in sources.read_pieces(inputs / "b.txt")]
     assert len(pieces) > 8 and sampled == pieces[::5]  # 480 bytes are to give 100
+    assert list(tokenize._training_sample([inputs / "b.txt"] * 2, "text")) == (pieces * 2)[::10]
     assert main(["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300"]) == 0
     assert documents_of(tmp_path / "x") == EXPECTED
 
@@ -103,11 +104,11 @@ def test_a_failure_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["--input", "{in}/none"], 3, "none does not exist"),
-        (["--input", "{in}/c.txt"], 3, "0 documents with text"),
+        (["--input", "{in}/c.txt"], 3, "have 0 documents with text"),
         (["--input", "{in}/a.jsonl", "--json-key", "body"], 3, "no key 'body'"),
         (["--input", "{in}", "--vocab-size", "100"], 2, "vocab_size=100 is too small"),
         (["--input", "{in}", "--tokenizer", "{in}/none.json"], 3, "none.json does not exist"),
-        (["--input", "{in}", "--tokenizer", "{in}/b.txt"], 3, "no tokenizer.json"),
+        (["--input", "{in}", "--tokenizer", "{in}/b.txt"], 3, "is not a tokenizer.json"),
         (["--input", "{in}", "--end-of-text", "<end>"], 3, "no end-of-text token '<end>'"),
         (["--input", "{in}", "--workers", "0"], 2, "--workers 0"),
         (["--input", "{in}", "--output", "{in}/b.txt/x"], 3, "b.txt: File exists"),
@@ -128,7 +129,7 @@ def test_workers_without_torch_in_a_process_of_its_own(inputs: Path, tmp_path: P
         "import sys; from fp8moe.cli.tokenize import main; code = main(sys.argv[1:])\n"
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
-    options = ["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300", "--workers", "2"]
+    options = ["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300", "--workers", "1"]
     done = subprocess.run(
         [sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=60, env=dict(os.environ)
     )

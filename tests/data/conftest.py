@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fp8moe.data import corpus
+from fp8moe.data import sources
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 
 MODULES = (
@@ -26,7 +26,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("library")
     for name in MODULES.split():
         (root / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(corpus.standard_library_root() / name, root / name)
+        shutil.copyfile(sources.standard_library_root() / name, root / name)
     (root / "site-packages").mkdir()
     (root / "site-packages" / "added.py").write_text("added = 1\n")
     return root

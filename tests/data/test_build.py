@@ -1,4 +1,4 @@
-"""The entrance: preparation once, figures that are exact, and every bad input one sentence with exit code 3 or 2."""
+"""`open_data`: data are prepared once, figures are exact, and a bad input is one sentence with exit code 3 or 2."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
-from fp8moe.data import build, corpus
+from fp8moe.data import build, sources
 from fp8moe.data.build import open_data
-from fp8moe.data.config import DataConfig
+from fp8moe.data.cache import key_of
 from fp8moe.data.indexed import IndexedDataset
-from fp8moe.data.tokenizer import save_tokenizer, token_byte_strings, train_tokenizer
+from fp8moe.data.packing import PackedDataset, every_document
+from fp8moe.data.sources import DataConfig
+from fp8moe.data.tokenizer import file_hash, save_tokenizer, token_byte_strings, train_tokenizer
 from fp8moe.errors import ConfigError, DataError
 
 MakeTokens = Callable[..., IndexedDataset]
@@ -26,7 +29,7 @@ MakeTokens = Callable[..., IndexedDataset]
 
 @pytest.fixture
 def small_library(library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(corpus, "standard_library_root", lambda: library)
+    monkeypatch.setattr(sources, "standard_library_root", lambda: library)
     return library
 
 
@@ -39,7 +42,7 @@ def test_the_embedded_corpus(small_library: Path, tmp_path: Path) -> None:
     data = open_data(stdlib(tmp_path), seq_len=32, seed=1)
     assert data.tokenizer is not None and data.tokenizer.end_of_text == 0 and data.tokenizer.size == 400
     assert data.token_bytes is not None and data.token_bytes.shape == (400,) and data.token_bytes.dtype == torch.int64
-    train, validation = corpus.split_by_file(corpus.read_corpus(small_library), 0.15)
+    train, validation = sources.split_by_file(sources.read_corpus(small_library), 0.15)
     for dataset, documents in ((data.train, train), (data.validation, validation)):
         batch = dataset.batch(range(len(dataset)))
         whole = sum(len(document.text.encode()) for document in documents)
@@ -54,7 +57,7 @@ def test_documents_are_the_files(small_library: Path, tmp_path: Path) -> None:
     (folder,) = tmp_path.glob("stdlib-*")
     assert data.tokenizer is not None and data.tokenizer.path == folder / "tokenizer.json"
     strings = token_byte_strings(build.load_tokenizer(data.tokenizer.path))
-    parts = corpus.split_by_file(corpus.read_corpus(small_library), 0.15)
+    parts = sources.split_by_file(sources.read_corpus(small_library), 0.15)
     for name, documents in zip(("train", "validation"), parts, strict=True):
         stored = IndexedDataset(folder / name)
         assert len(stored) == len(documents)
@@ -129,9 +132,9 @@ def test_the_first_prepares_and_the_others_wait(small_library: Path, tmp_path: P
 
 def test_processes_that_start_at_once_share_one_cache(library: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, hashlib; from pathlib import Path; from fp8moe.data import corpus\n"
-        "from fp8moe.data.build import open_data; from fp8moe.data.config import DataConfig\n"
-        "corpus.standard_library_root = lambda: Path(sys.argv[1])\n"
+        "import sys, hashlib; from pathlib import Path; from fp8moe.data import sources\n"
+        "from fp8moe.data.build import open_data; from fp8moe.data.sources import DataConfig\n"
+        "sources.standard_library_root = lambda: Path(sys.argv[1])\n"
         "config = DataConfig(vocab_size=400, validation_share=0.15, cache_dir=sys.argv[2])\n"
         "data = open_data(config, seq_len=32, seed=1)\n"
         "tokens = data.train.batch(range(len(data.train) + 3)).inputs_BS.numpy().tobytes()\n"
@@ -152,6 +155,24 @@ def test_processes_that_start_at_once_share_one_cache(library: Path, tmp_path: P
     assert not [path for path in (tmp_path / "c").glob(".*") if path.is_dir()]
 
 
+def test_names_of_prepared_folders_never_change(small_library: Path, tmp_path: Path) -> None:
+    """Data prepared by an earlier version must still be found: a name may change only with a new format."""
+    data = open_data(stdlib(tmp_path), seq_len=32, seed=1, validation_samples=2)
+    assert data.tokenizer is not None
+    content = sources.content_key(sources.read_corpus(small_library))
+    prepared = key_of(1, list(sys.version_info[:3]), content, 400, 0.15, "trained", tokenizers.__version__)
+    texts = [data.train.fingerprint, data.validation.fingerprint, file_hash(data.tokenizer.path)]
+    tokens = [IndexedDataset(tmp_path / f"stdlib-{prepared}" / name) for name in ("train", "validation")]
+    names = {f"stdlib-{prepared}", f"bigram-{key_of(1, texts, False, 2)}"}
+    names |= {f"checked-{key_of(part.fingerprint, 400)}" for part in tokens}
+    options = {"seq_len": 32, "vocab_size": 400, "document_mask": False, "cache": tmp_path}
+    for part, seed, opened in zip(tokens, (1, 0), (data.train, data.validation), strict=True):
+        same = PackedDataset(part, every_document(part), seed=seed, **options)  # type: ignore[arg-type]
+        assert same.fingerprint == opened.fingerprint  # the validation order is that of seed 0
+        names.add(f"order-{same.fingerprint}-0")
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == names
+
+
 def test_a_given_tokenizer(small_library: Path, tmp_path: Path) -> None:
     save_tokenizer(train_tokenizer(["some other text, not the corpus " * 50], 300), tmp_path / "t.json")
     data = open_data(stdlib(tmp_path / "c", tokenizer=str(tmp_path / "t.json")), seq_len=32, seed=1)
@@ -164,7 +185,7 @@ def test_a_given_tokenizer(small_library: Path, tmp_path: Path) -> None:
 
 
 def test_an_empty_or_missing_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "standard_library_root", lambda: tmp_path / "nothing")
+    monkeypatch.setattr(sources, "standard_library_root", lambda: tmp_path / "nothing")
     with pytest.raises(DataError, match="found 0") as caught:
         open_data(stdlib(tmp_path / "c"), seq_len=32, seed=1)
     assert caught.value.exit_code == 3 and not (tmp_path / "c").exists()
@@ -179,8 +200,22 @@ def test_token_files_without_a_tokenizer(make_tokens: MakeTokens, tmp_path: Path
     make_tokens([[i] * 9 for i in range(100)], name="a")
     data = open_data(indexed(tmp_path, "a", validation_share=0.1), seq_len=8, seed=1)
     assert data.tokenizer is None and data.token_bytes is None and data.bigram_bits_per_byte is None
+    assert len(list((tmp_path / "c").glob("order-*-0"))) == 2  # the first epochs are prepared before training
     seen = [set(part.batch(range(len(part))).inputs_BS.flatten().tolist()) for part in (data.train, data.validation)]
     assert not seen[0] & seen[1] and len(seen[0]) >= 89 and len(seen[1]) >= 9
+
+
+def test_without_weights_token_files_have_equal_shares(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    for name, base in (("a", 0), ("b", 500)):
+        make_tokens([[base + i] * 9 for i in range(60)], name=name)
+    one, two = (open_data(indexed(tmp_path, "a", "b", validation_share=0.2), seq_len=8, seed=seed) for seed in (1, 2))
+    for part in (one.train, one.validation):
+        assert (part.batch(range(20)).inputs_BS[:, 0] // 500).sum() == 10
+    uneven = open_data(indexed(tmp_path, "a", "b", validation_share=0.2, weights=(1.0, 3.0)), seq_len=8, seed=1)
+    for part in (uneven.train, uneven.validation):
+        assert (part.batch(range(12)).inputs_BS[:, 0] // 500).sum() == 9
+    assert torch.equal(one.validation.batch(range(20)).inputs_BS, two.validation.batch(range(20)).inputs_BS)
+    assert not torch.equal(one.train.batch(range(20)).inputs_BS, two.train.batch(range(20)).inputs_BS)
 
 
 def test_blends_and_separate_validation_files(make_tokens: MakeTokens, tmp_path: Path) -> None:
@@ -209,8 +244,16 @@ def test_the_tokenizer_beside_the_files(make_tokens: MakeTokens, tmp_path: Path)
     save_tokenizer(
         train_tokenizer(["x"], 260).from_str(tokenizer.to_str().replace("fim", "mif")), f"{tmp_path}/b.tokenizer.json"
     )
-    with pytest.raises(DataError, match="made by different tokenizers"):
+    with pytest.raises(DataError, match=r"a.tokenizer.json and .*b.tokenizer.json differ: .* can't be mixed"):
         open_data(indexed(tmp_path, "a", "b"), seq_len=8, seed=1)
+    with pytest.raises(DataError, match="can't be mixed"):
+        open_data(indexed(tmp_path, "a", validation_paths=(f"{tmp_path}/b",)), seq_len=8, seed=1)
+    with pytest.raises(ConfigError, match=r"ids up to 259 and data.vocab_size is 255: use 260 or more"):
+        open_data(indexed(tmp_path, "a", vocab_size=255), seq_len=8, seed=1)
+    nameless = tmp_path / "n.json"
+    nameless.write_text(tokenizer.to_str().replace("<|endoftext|>", "<|stop|>"))
+    unknown = open_data(indexed(tmp_path, "a", "b", tokenizer=str(nameless)), seq_len=8, seed=1).tokenizer
+    assert unknown is not None and unknown.end_of_text is None and unknown.size == 260
     chosen = open_data(indexed(tmp_path, "a", "b", tokenizer=f"{tmp_path}/a.tokenizer.json"), seq_len=8, seed=1)
     assert chosen.bigram_bits_per_byte == data.bigram_bits_per_byte
 
@@ -226,7 +269,7 @@ def test_a_token_past_the_vocabulary_is_found_at_the_start(make_tokens: MakeToke
     ("documents", "message"),
     [
         ([[1] * 40], "has 1 document"),
-        ([[1] * 40, [2] * 3], "3 tokens in 1 documents don't fill"),
+        ([[1] * 40, [2] * 3], "has 3 tokens in 1 documents and a sample needs seq_len \\+ 1 = 9"),
         (None, "does not exist"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 
@@ -69,6 +70,32 @@ def test_a_failed_build_leaves_nothing_and_can_be_tried_again(tmp_path: Path) ->
     assert list(built_folder(tmp_path, "thing", lambda folder: None).iterdir()) == []
 
 
+def test_files_are_on_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, built = [], []
+    real = cache.sync
+
+    def sync(path: Path) -> None:
+        real(path)
+        flushed.append((path.name, (tmp_path / "c" / "thing").exists()))
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        for name in "ab":
+            (folder / name).write_text(name)
+
+    monkeypatch.setattr(cache, "sync", sync)
+    for _ in range(2):
+        assert built_folder(tmp_path / "c", "thing", build) == tmp_path / "c" / "thing"
+    assert sorted(flushed) == [("a", False), ("b", False)]
+    assert len(built) == 1 and built[0].parent == tmp_path / "c" and not built[0].exists()
+
+
+def test_a_folder_that_cannot_get_its_name_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the data cache .* can't be written"):
+        built_folder(tmp_path, "thing", lambda folder: (tmp_path / "thing").write_text("a file"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".thing.lock", "thing"]
+
+
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data.cache_dir") as caught:
@@ -86,4 +113,5 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_keys_tell_parts_apart() -> None:
+    assert key_of("a", 1, [2.5]) == hashlib.sha256(b'["a", 1, [2.5]]').hexdigest()[:20]  # names of existing folders
     assert len({key_of("a", "b"), key_of("ab"), key_of("a", 1), key_of("a", "1"), key_of(["a", "b"])}) == 5

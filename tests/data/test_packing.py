@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -138,6 +139,8 @@ def test_a_batch_is_frozen_and_in_the_order_asked_for(make_tokens: MakeTokens, t
     assert torch.equal(batch.inputs_BS[1], data.batch([2]).inputs_BS[0])
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.inputs_BS = batch.labels_BS  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        data.window(0).tokens = np.zeros(9)  # type: ignore[misc]
 
 
 def test_empty_and_unchosen_documents_are_left_out(make_tokens: MakeTokens, tmp_path: Path) -> None:
@@ -168,8 +171,10 @@ def test_too_little_text_is_a_data_error(make_tokens: MakeTokens, tmp_path: Path
     assert len(pack(source, tmp_path, seq_len=4)) == 1
     with pytest.raises(ConfigError, match="seq_len=0"):
         pack(source, tmp_path, seq_len=0)
-    with pytest.raises(ConfigError, match="seed=-1"):
-        pack(source, tmp_path, seq_len=2, seed=-1)
+    for seed in (-1, 2**63):
+        with pytest.raises(ConfigError, match=rf"seed={seed} must be at least 0 and below 2\^63"):
+            pack(source, tmp_path, seq_len=2, seed=seed)
+    assert len(pack(source, tmp_path, seq_len=2, seed=2**63 - 1).window(0).tokens) == 3
 
 
 def test_an_id_past_the_vocabulary_never_reaches_the_model(make_tokens: MakeTokens, tmp_path: Path) -> None:
@@ -195,6 +200,26 @@ def test_the_index_is_built_once(make_tokens: MakeTokens, tmp_path: Path, monkey
             pack(source, tmp_path / "c", **other).prepare()  # type: ignore[arg-type]
 
 
+def test_the_name_of_an_order_never_changes(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    """A cache made by an earlier version must still be found: the key may change only with a new index format."""
+    source = make_tokens([[1, 2, 3], [4, 5]])
+    documents = hashlib.sha256(np.array([0, 1], dtype="<i8").tobytes()).hexdigest()
+    parts = json.dumps([1, source.fingerprint, documents, 2, 7]).encode()
+    data = pack(source, tmp_path / "c", seq_len=2, seed=7)
+    data.prepare()
+    assert data.fingerprint == hashlib.sha256(parts).hexdigest()[:20]
+    assert [folder.name for folder in (tmp_path / "c").glob("order-*")] == [f"order-{data.fingerprint}-0"]
+
+
+def test_the_indices_of_two_epochs_are_kept_open(make_tokens: MakeTokens, tmp_path: Path) -> None:
+    data = pack(make_tokens([[1, 2, 3], [4, 5]]), tmp_path / "c", seq_len=2)
+    opened = []
+    for sample in (0, 2, 1, 4, 3, 6):
+        data.window(sample)
+        opened.append(sorted(data._indices))
+    assert opened == [[0], [0, 1], [0, 1], [1, 2], [1, 2], [2, 3]]
+
+
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY broken", None])
 def test_a_broken_cache_is_one_sentence(make_tokens: MakeTokens, tmp_path: Path, content: bytes | None) -> None:
     source = make_tokens(some_documents(0, 30, 20))
@@ -211,7 +236,7 @@ def test_a_cached_index_of_another_size_is_refused(make_tokens: MakeTokens, tmp_
     pack(source, tmp_path / "c").prepare()
     (folder,) = (tmp_path / "c").glob("order-*")
     np.save(folder / "shuffle.npy", np.arange(3))
-    with pytest.raises(DataError, match="has 3 samples"):
+    with pytest.raises(DataError, match=r"has 30 documents and 3 samples instead of 30 and \d+"):
         pack(source, tmp_path / "c").prepare()
 
 
@@ -220,10 +245,11 @@ def test_held_out_documents_are_spread_evenly(make_tokens: MakeTokens, count: in
     train, validation = split_documents(make_tokens([[1]] * count), share)
     assert sorted([*train, *validation]) == list(range(count))
     assert len(validation) == max(1, int(count * share + 1e-9)) and len(train) >= 1
+    assert count != 7 or validation.tolist() == [3]  # a share below one document: the middle one
     gaps = np.diff(validation)
     assert not len(gaps) or gaps.max() - gaps.min() <= 1
 
 
 def test_one_document_cannot_be_split(make_tokens: MakeTokens) -> None:
-    with pytest.raises(DataError, match="has 1 document and a split needs 2"):
+    with pytest.raises(DataError, match="has 1 document and holding one out needs 2"):
         split_documents(make_tokens([[1, 2, 3]]), 0.1)

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from fp8moe.data import tokenizer as module
 from fp8moe.data.tokenizer import (
     SPECIAL_TOKENS,
+    check_size,
     encode_pieces,
     end_of_text_id,
+    file_hash,
     load_tokenizer,
     num_ids,
     save_tokenizer,
     token_byte_strings,
+    tokenizer_beside,
     train_tokenizer,
 )
 from fp8moe.errors import ConfigError, DataError
@@ -89,12 +92,56 @@ def test_documents_end_where_they_end(trained: Tokenizer, monkeypatch: pytest.Mo
         assert b"".join(strings[i] for i in ids) == text.encode()
 
 
+def test_text_is_encoded_in_batches(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_CHARS", 10)
+    sizes = []
+    monkeypatch.setattr(
+        module, "_encode_batch", lambda _, batch, end: sizes.append([len(text) for text, _ in batch]) or []
+    )
+    lengths = [5, 4, 3, 10, 1, 9, 11, 9, 0]
+    list(encode_pieces(trained, [("x" * length, True) for length in lengths], 0))
+    assert sizes == [[5, 4, 3], [10], [1, 9], [11], [9, 0]]  # each ends with the piece that brings it to 10
+
+
+def test_a_tokenizer_that_cannot_be_saved_leaves_nothing(trained: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.json").mkdir()
+    with pytest.raises(OSError):
+        save_tokenizer(trained, tmp_path / "t.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_a_vocabulary_must_hold_every_id(trained: Tokenizer) -> None:
+    check_size(trained, 600)
+    with pytest.raises(ConfigError, match=r"ids up to 599 and data.vocab_size is 599: use 600 or more"):
+        check_size(trained, 599)
+
+
+def test_the_tokenizer_beside_token_files(trained: Tokenizer, tmp_path: Path) -> None:
+    prefixes = [str(tmp_path / name) for name in "abc"]
+    assert tokenizer_beside(prefixes) is None
+    for name in "bc":
+        save_tokenizer(trained, tmp_path / f"{name}.tokenizer.json")
+    assert tokenizer_beside(prefixes) == tmp_path / "b.tokenizer.json"
+    assert file_hash(tmp_path / "b.tokenizer.json") == hashlib.sha256(trained.to_str(pretty=True).encode()).hexdigest()
+    save_tokenizer(train_tokenizer(["x"], 260), tmp_path / "c.tokenizer.json")
+    with pytest.raises(DataError, match=r"b.tokenizer.json and .*c.tokenizer.json differ"):
+        tokenizer_beside(prefixes)
+    with pytest.raises(DataError, match=r"a.tokenizer.json does not exist"):
+        file_hash(tmp_path / "a.tokenizer.json")
+
+
 def test_a_saved_tokenizer_is_the_same(trained: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(trained, tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     assert token_byte_strings(loaded) == token_byte_strings(trained)
     assert all(ids_of(loaded, text) == ids_of(trained, text) for text in TEXTS)
+
+
+def test_a_post_processor_adds_no_token() -> None:
+    tokenizer = train_tokenizer(["some text"], 260)
+    tokenizer.post_processor = processors.TemplateProcessing("<|fim_prefix|> $A", None, [("<|fim_prefix|>", 1)])
+    assert tokenizer.encode("text").ids[0] == 1 and 1 not in ids_of(tokenizer, "text")
 
 
 def test_added_tokens_are_text_unless_special() -> None:
@@ -112,7 +159,7 @@ def test_bad_tokenizers_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer(path)
     path.write_text("{")
-    with pytest.raises(DataError, match=r"no tokenizer.json"):
+    with pytest.raises(DataError, match=r"not a tokenizer.json that"):
         load_tokenizer(path)
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     words.save(str(path))
@@ -129,6 +176,12 @@ def test_bad_tokenizers_are_one_sentence(tmp_path: Path) -> None:
         token_byte_strings(load_tokenizer(path))
 
 
+def test_each_byte_has_one_character() -> None:
+    mapping = module._byte_of_character()
+    assert set(mapping) == set(pre_tokenizers.ByteLevel.alphabet()) and sorted(mapping.values()) == list(range(256))
+    assert (mapping["!"], mapping["Ġ"], mapping["Ċ"], mapping["ÿ"], mapping["Ń"]) == (0x21, 0x20, 0x0A, 0xFF, 0xAD)
+
+
 def test_unused_ids_stand_for_nothing() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: 2 * i for i, character in enumerate(alphabet)}, []))
@@ -142,7 +195,7 @@ def test_end_of_text_by_other_names() -> None:
     raw = json.loads(tokenizer.to_str().replace("<|endoftext|>", "<｜end▁of▁sentence｜>"))
     assert end_of_text_id(Tokenizer.from_str(json.dumps(raw))) == 0
     raw = json.loads(tokenizer.to_str().replace("<|endoftext|>", "<|my_end|>"))
-    with pytest.raises(DataError, match="no end-of-text token any of"):
+    with pytest.raises(DataError, match="no end-of-text token by any of the names"):
         end_of_text_id(Tokenizer.from_str(json.dumps(raw)))
     with pytest.raises(DataError, match="'<nope>'"):
         end_of_text_id(tokenizer, "<nope>")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fp8moe.data import bigram
-from fp8moe.data.bigram import ByteBigram, bigram_bits_per_byte
+from fp8moe.data import build
+from fp8moe.data.build import ByteBigram, bigram_bits_per_byte
 from fp8moe.data.indexed import IndexedDataset
-from fp8moe.data.packing import PackedDataset, Window, collate, every_document
+from fp8moe.data.packing import Batch, PackedDataset, Window, collate, every_document
 
 MakeTokens = Callable[..., IndexedDataset]
 # id 0 ends a document; the others stand for one to three bytes.
@@ -46,7 +46,7 @@ def pairs_by_hand(data: PackedDataset, samples: int) -> list[tuple[int, int]]:
 def test_bits_per_byte_by_hand(
     make_tokens: MakeTokens, tmp_path: Path, document_mask: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bigram, "_CHUNK_TOKENS", 12)  # several chunks
+    monkeypatch.setattr(build, "_CHUNK_TOKENS", 12)  # several chunks
     random = np.random.RandomState(1)
 
     def data(name: str, count: int) -> PackedDataset:
@@ -96,6 +96,54 @@ def test_training_stops_where_it_is_told(make_tokens: MakeTokens, tmp_path: Path
     validation = packed(make_tokens([[1, 2, 1, 2, 1]], 8, "validation"), tmp_path / "c", document_mask=False)
     figures = [bigram_bits_per_byte(train, validation, STRINGS, train_tokens=tokens) for tokens in (4, 20, 80)]
     assert figures[0] > figures[1] > figures[2]
+
+
+class Recorded:
+    """A data set that records which samples are read together."""
+
+    def __init__(self, data: PackedDataset) -> None:
+        self.data, self.fingerprint, self.batches = data, data.fingerprint, list[list[int]]()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def window(self, sample_id: int) -> Window:
+        return self.data.window(sample_id)
+
+    def batch(self, sample_ids: Sequence[int]) -> Batch:
+        self.batches.append(list(sample_ids))
+        return self.data.batch(sample_ids)
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "train_tokens", "counted"),
+    [(10, 20, [[0, 1], [2, 3], [4]]), (14, 23, [[0, 1], [2, 3], [4]]), (4, 8, [[0], [1]]), (99, 3, [[0]])],
+)
+def test_which_samples_are_counted_and_scored(
+    make_tokens: MakeTokens,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_tokens: int,
+    train_tokens: int,
+    counted: list[list[int]],
+) -> None:
+    monkeypatch.setattr(build, "_CHUNK_TOKENS", chunk_tokens)  # a window has 5 tokens and predicts 4
+    source = make_tokens([[1, 2] * 14 + [1]], 8)
+    train, validation = (Recorded(packed(source, tmp_path / "c", document_mask=False)) for _ in range(2))
+    bigram_bits_per_byte(train, validation, STRINGS, validation_samples=3, train_tokens=train_tokens)
+    assert train.batches == counted and [*chain(*validation.batches)] == [0, 1, 2]
+    train.batches.clear()
+    bigram_bits_per_byte(train, validation, STRINGS)
+    assert [*chain(*train.batches)] == list(range(7)) == [*chain(*validation.batches)][3:]
+
+
+@pytest.mark.parametrize("text", [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
+def test_text_of_no_or_one_byte(make_tokens: MakeTokens, tmp_path: Path, text: list[int]) -> None:
+    train = packed(make_tokens([[0, 1, 0, 1, 0]], 8, "train"), tmp_path / "c", document_mask=False)
+    validation = packed(make_tokens([text], 8, "validation"), tmp_path / "c", document_mask=False)
+    # (0, 1) was seen twice and (0, 0) never: 3 / 259 and 1 / 259.
+    expected = 4 * math.log2(259) - (math.log2(3) if text[-1] else 0)
+    assert bigram_bits_per_byte(train, validation, STRINGS) == pytest.approx(expected)
 
 
 def test_a_masked_last_label_hides_nothing_else() -> None:

@@ -1,0 +1,263 @@
+"""Sources of text: the data settings, the embedded corpus, and the text files that `fp8moe tokenize` reads.
+
+**The embedded corpus** is the source code and docstrings of the Python standard library that runs this program: real
+text on every machine, nothing to download. A document is a file. Left out, and why:
+- `site-packages`, `dist-packages`, symbolic links: these belong to the machine, not to the standard library;
+- `test`, `tests`, `idle_test`: container images and Linux distributions delete exactly these, so with them the corpus
+  would depend on the packaging (they are also over half of the bytes: tables, fixtures, odd encodings);
+- `encodings`: nearly all of it is generated character tables, a tenth of the bytes and trivially predictable;
+- `config-*` and `_sysconfigdata*`: generated at build time, full of the building machine's paths.
+About 10 MB in 600 files are left. They are ordered by relative path, never in the order of the file system.
+
+The corpus holds out validation text by file: files are taken in the order of the SHA-256 of their relative path until
+they make up the wanted share of the BYTES. A threshold on the hash was refused: with so few files it misses the share
+by chance. A file larger than a quarter of the wanted bytes is skipped, or the largest (0.7 MB of help topics) would be
+most of the validation set.
+
+**Text files** are read as a stream of pieces (text, ends its document) and at most one piece is in memory. A `.jsonl`
+file holds one document a line, each one piece. Any other file is one document, cut at line ends about every million
+characters, so a file may be larger than memory. Text is kept byte for byte: no newline is translated, nothing is
+normalized, and text that is not UTF-8 is an error that names the place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from fp8moe.errors import ConfigError, DataError
+
+SOURCES = ("stdlib", "indexed")
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
+)
+SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
+TEXT_ENDINGS = (".txt", ".text", ".md")
+JSON_ENDINGS = (".jsonl", ".ndjson")
+PIECE_CHARS = 1 << 20
+_LINE_CHARS = 1 << 16
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Settings of the training and validation data, checked on construction (raises ConfigError).
+
+    source: "stdlib", the embedded corpus, tokenized on the first run and cached; or "indexed", existing token files.
+    paths: prefixes of the token files, without `.bin`/`.idx` (`indexed` only).
+    weights: one number >= 0 a path, any sum: shares of SAMPLES, not of epochs, so a small file with a large weight
+        repeats; empty: equal weights.
+    validation_paths: prefixes of validation token files, mixed in proportion to size; empty: `validation_share` counts.
+    validation_share: share held out of the training data, by file (`stdlib`) or by document (`indexed`).
+    tokenizer: path of a byte-level tokenizer.json; None: trained on the corpus (`stdlib`), or PREFIX.tokenizer.json
+        where it exists (`indexed`; without a tokenizer there are no bits per byte).
+    vocab_size: token ids are below this number; also the size of a tokenizer trained here.
+    document_mask: attention stays within a document, and the first token of a document is not predicted.
+    cache_dir: folder for prepared data; None: `$XDG_CACHE_HOME/fp8moe`, or `~/.cache/fp8moe`.
+    """
+
+    source: str = "stdlib"
+    paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    validation_paths: tuple[str, ...] = ()
+    validation_share: float = 0.025
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    document_mask: bool = False
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ConfigError(f"data.source={self.source!r} is not a data source: use {' or '.join(SOURCES)}")
+        if self.source == "indexed" and not self.paths:
+            raise ConfigError(
+                "data.source=indexed needs at least 1 entry in data.paths, got 0: give the PREFIX of PREFIX.bin/.idx"
+            )
+        if self.source == "stdlib" and (self.paths or self.weights or self.validation_paths):
+            raise ConfigError(
+                "data.source=stdlib takes no data.paths, data.weights or data.validation_paths, "
+                f"got {len(self.paths)}, {len(self.weights)} and {len(self.validation_paths)}: use data.source=indexed"
+            )
+        if self.vocab_size < 1:
+            raise ConfigError(f"data.vocab_size={self.vocab_size} must be at least 1")
+        if not 0.0 < self.validation_share <= 0.5:
+            raise ConfigError(
+                f"data.validation_share={self.validation_share} must be above 0 and at most 0.5: the default is 0.025"
+            )
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if not self.weights:
+            return
+        if len(self.weights) != len(self.paths):
+            raise ConfigError(
+                f"data.weights has {len(self.weights)} entries and data.paths has {len(self.paths)}: "
+                "give one weight a path, or none for equal weights"
+            )
+        for path, weight in zip(self.paths, self.weights, strict=True):
+            if not math.isfinite(weight) or weight < 0:
+                raise ConfigError(f"data.weights has {weight} for {path}: a weight is a finite number >= 0")
+        if sum(self.weights) == 0:
+            raise ConfigError(f"data.weights has {len(self.weights)} entries, all 0: at least one must be above 0")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file of the corpus: its path relative to the corpus, with forward slashes, and its text."""
+
+    name: str
+    text: str
+
+
+def standard_library_root() -> Path:
+    """The folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def list_sources(root: Path) -> list[str]:
+    """Relative paths of the `.py` files of the corpus under `root`, sorted."""
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if _is_kept(name)]
+        for file in files:
+            path = Path(folder, file)
+            if file.endswith(".py") and _is_kept(file) and not path.is_symlink():
+                names.append(path.relative_to(root).as_posix())
+    return sorted(names)
+
+
+def _is_kept(name: str) -> bool:
+    return name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)
+
+
+def read_source(path: Path) -> str | None:
+    """The text of a Python file in the encoding it declares; None when it can't be decoded that way."""
+    raw = path.read_bytes()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        return raw.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError):
+        return None
+
+
+def read_corpus(root: Path) -> list[Document]:
+    """All readable, non-empty files under `root`, sorted by name. Raises DataError when there are fewer than two."""
+    documents = []
+    for name in list_sources(root):
+        text = read_source(root / name)
+        if text:
+            documents.append(Document(name, text))
+    if len(documents) < 2:
+        raise DataError(
+            f"the embedded corpus needs at least 2 Python source files under {root}, found {len(documents)} "
+            "(an interpreter installed without its sources?): use another Python or data.source=indexed"
+        )
+    return documents
+
+
+def split_by_file(documents: list[Document], validation_share: float) -> tuple[list[Document], list[Document]]:
+    """(train, validation), each in the order of `documents`; depends on names and sizes alone, neither is empty."""
+    sizes = {document.name: len(document.text.encode()) for document in documents}
+    wanted = validation_share * sum(sizes.values())
+    by_hash = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
+    small = [name for name in by_hash if sizes[name] <= wanted / 4] or [min(by_hash, key=lambda name: sizes[name])]
+    held_out: set[str] = set()
+    taken = 0
+    for name in small:
+        if held_out and (taken >= wanted or len(held_out) == len(documents) - 1):
+            break
+        held_out.add(name)
+        taken += sizes[name]
+    train = [document for document in documents if document.name not in held_out]
+    validation = [document for document in documents if document.name in held_out]
+    return train, validation
+
+
+def content_key(documents: list[Document]) -> str:
+    """SHA-256 over all names and texts."""
+    digest = hashlib.sha256()
+    for document in documents:
+        text = document.text.encode()
+        digest.update(f"{document.name}\0{len(text)}\0".encode())
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def find_files(inputs: Iterable[str]) -> list[Path]:
+    """The files in `inputs`, and those with a known ending below the folders in `inputs` (sorted), each file once."""
+    found: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            known = (file for file in path.rglob("*") if file.suffix.lower() in TEXT_ENDINGS + JSON_ENDINGS)
+            found.update(dict.fromkeys(sorted(file for file in known if file.is_file())))
+        elif path.is_file():
+            found[path] = None
+        else:
+            raise DataError(f"{name} does not exist: give text files, .jsonl files or folders of them")
+    if not found:
+        endings = ", ".join(TEXT_ENDINGS + JSON_ENDINGS)
+        raise DataError(f"0 files found in {', '.join(map(str, inputs))}: a folder must hold files ending in {endings}")
+    return list(found)
+
+
+def read_pieces(path: Path, json_key: str = "text") -> Iterator[tuple[str, bool]]:
+    """The pieces of one file; an empty document has none. Raises DataError, naming the place, at unreadable text."""
+    is_json = path.suffix.lower() in JSON_ENDINGS
+    try:
+        # newline="": no newline is translated; a JSON line may also end in \r\n, JSON ignores the \r.
+        with open(path, encoding="utf-8", newline="" if not is_json else "\n") as handle:
+            yield from _json_documents(handle, path, json_key) if is_json else _text_document(handle)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"{path} is not UTF-8 text (byte 0x{byte:02x}, {error.reason}): convert it to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def _text_document(handle: TextIO) -> Iterator[tuple[str, bool]]:
+    previous = ""
+    # A file may be one endless line: at most _LINE_CHARS are read to reach a line end.
+    while piece := handle.read(PIECE_CHARS):
+        piece += "" if piece.endswith("\n") else handle.readline(_LINE_CHARS)
+        if previous:
+            yield previous, False
+        previous = piece
+    if previous:
+        yield previous, True
+
+
+def _json_documents(handle: TextIO, path: Path, json_key: str) -> Iterator[tuple[str, bool]]:
+    for number, line in enumerate(handle, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path} line {number} is not JSON ({error.msg} at column {error.colno}): write one JSON object a line"
+            ) from error
+        if not isinstance(record, dict) or json_key not in record:
+            keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+            raise DataError(f"{path} line {number} has no key {json_key!r}, it has {keys or 'none'}: use --json-key")
+        text = record[json_key]
+        if not isinstance(text, str):
+            raise DataError(
+                f"{path} line {number}: the value of {json_key!r} is of type {type(text).__name__}, it must be a string"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise DataError(
+                f"{path} line {number}: character {error.start} is half of a surrogate pair: remove it or write both"
+            ) from error
+        if text:
+            yield text, True
