@@ -154,7 +154,10 @@ def test_wrong_arguments() -> None:
         (lambda: gemm(rows, blocks, out_dtype=torch.float16), "not torch.float16"),
         (lambda: gemm(rows, blocks, accumulate=torch.zeros(16, 32).bfloat16()), r"torch.bfloat16 \[16, 32\]"),
         (lambda: gemm(rows, blocks, accumulate=torch.zeros(32, 16)), r"\[16, 32\] is added into FP32 of its shape"),
-        (lambda: gemm(rows, quantize_rows(torch.randn(8, 144))), "N=8 must be a multiple of 16, which FP8 needs: use 16"),
+        (
+            lambda: gemm(rows, quantize_rows(torch.randn(8, 144))),
+            "N=8 must be a multiple of 16, which FP8 needs: use 16",
+        ),
         (lambda: wgrad(torch.zeros(3, 4), torch.zeros(2, 5), torch.zeros(4, 5)), "of one T"),
         (lambda: wgrad(torch.zeros(3, 4), torch.zeros(3, 5), torch.zeros(5, 4)), r"\[4, 5\] is added"),
     )

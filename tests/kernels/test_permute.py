@@ -179,7 +179,10 @@ def test_wrong_arguments() -> None:
         (lambda: plan_rows(torch.zeros(4, dtype=torch.int64), 3), r"\[4\]"),
         (lambda: plan_rows(torch.full((4, 2), 3), 3), "below num_experts=3, got 3"),
         (lambda: plan_rows(torch.zeros(4, 2, dtype=torch.int64), 3, align=0), "align must be at least 1, got 0"),
-        (lambda: plan_rows(torch.zeros(4, 2, dtype=torch.int64), 0), "num_experts must be at least 1 and room at least 0, got 0 and None"),
+        (
+            lambda: plan_rows(torch.zeros(4, 2, dtype=torch.int64), 0),
+            "num_experts must be at least 1 and room at least 0, got 0 and None",
+        ),
         (lambda: plan_rows(torch.zeros(4, 2, dtype=torch.int64), 3, room=-1), "got 3 and -1"),
         (lambda: permute(torch.zeros(49, 8), row_map), "num_rows=50 rows as the row map says, got 49"),
         (lambda: unpermute(torch.zeros(3, 8), row_map), rf"R={r} rows as the row map says, got 3"),
