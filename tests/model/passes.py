@@ -89,21 +89,21 @@ def start_at(block: Block, x: Tensor, positions: Positions) -> DensePass | MoePa
     return pass_through(block, lambda: x, positions, BalanceLoss(BALANCE, lambda loss: None))
 
 
-def forward(run: DensePass | MoePass) -> Tensor:
-    for phase in run.phases:
+def forward(block_pass: DensePass | MoePass) -> Tensor:
+    for phase in block_pass.phases:
         phase.forward()
-    return run.output
+    return block_pass.output
 
 
-def backward(run: DensePass | MoePass, dy: Tensor) -> Tensor:
-    run.backward_from(lambda: dy)
-    for phase in reversed(run.phases):
+def backward(block_pass: DensePass | MoePass, dy: Tensor) -> Tensor:
+    block_pass.backward_from(lambda: dy)
+    for phase in reversed(block_pass.phases):
         phase.backward()
-    return run.input_gradient
+    return block_pass.input_gradient
 
 
-def wgrads(run: DensePass | MoePass) -> None:
-    for phase in run.phases:
+def wgrads(block_pass: DensePass | MoePass) -> None:
+    for phase in block_pass.phases:
         if phase.wgrad:
             phase.wgrad()
 

@@ -101,8 +101,8 @@ def test_the_estimate_is_what_is_kept(precision: Precision, layer: int, phases: 
         x = torch.randn(TOKENS, SMALL.dim).to(recipe.dtype).requires_grad_()
         with TrackStorages() as tracked:
             if phases:
-                run = passes.start_at(model.block(layer), x, positions)
-                alive: Any = (run, passes.forward(run))
+                block_pass = passes.start_at(model.block(layer), x, positions)
+                alive: Any = (block_pass, passes.forward(block_pass))
             else:
                 alive = model.block(layer)(x, positions)
         measured[recompute] = tracked.live_bytes()

@@ -76,14 +76,14 @@ def test_phases_equal_autograd(
         router.counts_E.zero_()
 
     calls = weight_gradient_calls(monkeypatch)
-    run = start(model, layer, x)
-    assert tuple(phase.name for phase in run.phases) == PHASES["moe" if layer else "dense"]
-    assert {p.name for p in run.phases if p.kind == "communication"} == {"dispatch", "combine"} & set(
+    block_pass = start(model, layer, x)
+    assert tuple(phase.name for phase in block_pass.phases) == PHASES["moe" if layer else "dense"]
+    assert {p.name for p in block_pass.phases if p.kind == "communication"} == {"dispatch", "combine"} & set(
         PHASES["moe"][: 4 * layer]
     )
-    output, input_gradient = forward(run), backward(run, dy)
+    output, input_gradient = forward(block_pass), backward(block_pass, dy)
     assert not calls, "weight gradients wait"
-    wgrads(run)
+    wgrads(block_pass)
     linears = [m for m in model.block(layer).modules() if isinstance(m, (Linear, GroupedLinear))]
     assert calls == {id(linear): 1 for linear in linears}, "each weight gradient is registered once"
     assert equal(expected, [output, input_gradient, *grads(model), *loads(model)])
@@ -93,9 +93,9 @@ def test_a_phases_weight_gradients_are_those_of_its_own_linears(monkeypatch: pyt
     model = build(Precision.BF16, DEFAULT_RECOMPUTE)
     x, dy = stream(model, seed=0)
     first, second = start(model, 1, x), start(model, 1, x * 2)
-    for run in (first, second):
-        forward(run)
-        backward(run, dy)
+    for block_pass in (first, second):
+        forward(block_pass)
+        backward(block_pass, dy)
     calls = weight_gradient_calls(monkeypatch)
     block = model.block(1)
     attn, _, mlp, _ = first.phases
@@ -119,10 +119,10 @@ def test_the_balance_loss_is_told_once_in_the_forward_and_weighed_in_the_backwar
     gradients = []
     for weight in (0.0, 1.0, 3.0):
         balance_loss = BalanceLoss(weight, lambda loss: told.append(loss.item()))
-        run = pass_through(model.block(1), lambda: x, positions(model), balance_loss)
-        forward(run)
+        block_pass = pass_through(model.block(1), lambda: x, positions(model), balance_loss)
+        forward(block_pass)
         assert len(told) == 1 and told.pop() == balance.item()
-        backward(run, dy)
+        backward(block_pass, dy)
         assert not told
         gradients.append(
             dict(zip(dict(model.named_parameters()), grads(model), strict=True))["blocks.1.moe.router.weight"]
@@ -149,13 +149,13 @@ def test_phases_out_of_order_are_refused(kind: str) -> None:
     model = build(Precision.FP32, NOTHING)
     layer, _ = BLOCKS[kind]
     x, dy = stream(model, seed=0)
-    run = start(model, layer, x)
+    block_pass = start(model, layer, x)
     with pytest.raises(AssertionError, match="out of order"):
-        run.phases[1].forward()
-    forward(run)
-    run.backward_from(lambda: dy)
+        block_pass.phases[1].forward()
+    forward(block_pass)
+    block_pass.backward_from(lambda: dy)
     with pytest.raises(AssertionError, match="out of order"):
-        run.phases[0].backward()
+        block_pass.phases[0].backward()
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -88,8 +88,8 @@ def forward(model: Transformer, layer: int, x: Tensor, phases: bool) -> Any:
     """A block's forward by autograd or phase by phase; what must live on until the backward."""
     if not phases:
         return model.block(layer)(x, positions(model))
-    run = start(model, layer, x)
-    return run, passes.forward(run)
+    block_pass = start(model, layer, x)
+    return block_pass, passes.forward(block_pass)
 
 
 @pytest.mark.parametrize("phases", [False, True], ids=["autograd", "phases"])

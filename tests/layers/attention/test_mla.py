@@ -81,6 +81,12 @@ def test_impossible_configurations_are_refused(change: dict[str, Any], words: st
         replace(CONFIG, **change)
 
 
+def test_odd_numbers_of_pairs_and_sizes_of_one_are_legal() -> None:
+    """What FP8 needs of sizes is the model's to check; attention alone wants pairs."""
+    small = MlaConfig(num_heads=1, kv_lora_rank=1, nope_dim=1, rope_dim=6, v_dim=1)
+    assert small.q_lora_rank == 0 and small.qk_dim == 7
+
+
 def test_what_follows_from_the_sizes() -> None:
     assert (UNEQUAL.qk_dim, UNEQUAL.queries) == (48, 144)
     assert UNEQUAL.softmax_scale == pytest.approx(48**-0.5)
