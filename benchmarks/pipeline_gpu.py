@@ -31,8 +31,7 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.pipeline import Pipeline
 from fp8moe.profile.figures import RankFigures, rank_figures, window_of
 from fp8moe.profile.kineto import device_figures, profiling
-from fp8moe.profile.recorder import Recorder, marking
-from fp8moe.profile.spans import listening
+from fp8moe.profile.spans import Recorder, listening, marking
 from fp8moe.schedule.build import build_schedule
 
 PEERS, FREE_SMS, MICROBATCHES = 8, 20, 16

@@ -22,8 +22,7 @@ from fp8moe.parallel.collectives import clock_offset, gather
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import warm_up
 from fp8moe.profile.figures import RankFigures, num_microbatches, rank_figures, window_of
-from fp8moe.profile.recorder import Recorder
-from fp8moe.profile.spans import listening
+from fp8moe.profile.spans import Recorder, listening
 from fp8moe.schedule.build import build_schedule
 from fp8moe.schedule.simulate import simulate
 from fp8moe.train.build import Run, build

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fp8moe.profile.recorder import COMMUNICATION, COMPUTE, Span
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
 
 ACTION = re.compile(r"(F|BW|B|W)(\d+)\.(\d+)(?:&BW(\d+)\.\d+)?")
 PHASE = re.compile(r"[FBW] \w+")

@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fp8moe.profile.figures import Intervals, RankFigures, kind_of, length, union, without
-from fp8moe.profile.recorder import COMMUNICATION, COMPUTE, Span
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 MOST, SLACK = 0.98, 5e-5  # of a stream's launches; seconds around a message, by which the clocks may differ

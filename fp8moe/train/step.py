@@ -39,8 +39,7 @@ from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
 from fp8moe.parallel.pipeline import Pipeline
-from fp8moe.profile.recorder import EXPOSED, PhaseLaps, Stopwatch, marking
-from fp8moe.profile.spans import listening, span
+from fp8moe.profile.spans import EXPOSED, PhaseLaps, Stopwatch, listening, marking, span
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
 from fp8moe.train.batch import global_batch, microbatches_of, to_device

@@ -13,8 +13,7 @@ from torch import Tensor
 from fp8moe.parallel import hang, links
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh, build_mesh
-from fp8moe.profile.recorder import Recorder
-from fp8moe.profile.spans import exposed_seconds, listening
+from fp8moe.profile.spans import Recorder, exposed_seconds, listening
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
 SECOND = timedelta(seconds=1)

@@ -17,8 +17,7 @@ from fp8moe.layers.phase import Pass, Phase
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.parallel.pipeline import Pipeline
-from fp8moe.profile.recorder import Recorder
-from fp8moe.profile.spans import listening
+from fp8moe.profile.spans import Recorder, listening
 from fp8moe.schedule.action import Kind, Schedule
 from fp8moe.schedule.build import build_schedule, forwards, num_stages
 from fp8moe.schedule.simulate import peak_held
@@ -256,6 +255,26 @@ def test_messages_stand_where_the_schedule_says() -> None:
     assert all(len(one.asked_back) == 1 for one in made.values())
     _, last = alone(build_schedule("1f1b", 3, 2), rank=2)
     assert all(one.asked_back == [] for one in last.values())  # the last stage begins with the loss
+
+
+def test_a_stage_of_several_passes_gives_its_last_output_and_its_first_gradient() -> None:
+    """Stage 0 multiplies by 2 and 5, stage 1 by 3 and 6; weight gradients by hand."""
+    found: dict[tuple[int, int, int], float] = {}
+
+    def make(stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
+        def keep(number: int) -> Callable[[float], None]:
+            return lambda gradient: found.__setitem__((stage, number, microbatch), gradient)
+
+        x = torch.full((1,), microbatch + 1.0, dtype=torch.float64)
+        first = Times(source or (lambda: x), 2.0 + stage, keep(0))
+        second = Times(lambda: first.output, 5.0 + stage, keep(1))
+        first.backward_from(lambda: second.input_gradient)
+        return [first, second]
+
+    schedule = build_schedule("dualpipev", 1, 2)
+    Pipeline(schedule, 0, Wire([]), make, lambda: torch.zeros(1)).run()  # type: ignore[arg-type]
+    by_hand = {(0, 0): 90.0, (0, 1): 36.0, (1, 0): 60.0, (1, 1): 30.0}
+    assert found == {(*at, i): value * (i + 1) for at, value in by_hand.items() for i in range(2)}
 
 
 def test_each_computation_has_a_span_and_messages_have_none() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fp8moe.profile.chrome_trace import RankTrace, slice_event, step_trace, trace_file
 from fp8moe.profile.kineto import Kernel
-from fp8moe.profile.recorder import COMMUNICATION, COMPUTE, Span
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
 
 
 def test_ranks_are_processes_and_times_count_from_the_first_span_of_any() -> None:

@@ -10,9 +10,19 @@ import pytest
 import torch
 
 from fp8moe.parallel.stream import Stream
-from fp8moe.profile import recorder
-from fp8moe.profile.recorder import COMMUNICATION, COMPUTE, EXPOSED, PhaseLaps, Recorder, Span, Stopwatch, marking
-from fp8moe.profile.spans import listening, span
+from fp8moe.profile import spans
+from fp8moe.profile.spans import (
+    COMMUNICATION,
+    COMPUTE,
+    EXPOSED,
+    PhaseLaps,
+    Recorder,
+    Span,
+    Stopwatch,
+    listening,
+    marking,
+    span,
+)
 
 CPU = torch.device("cpu")
 
@@ -82,8 +92,8 @@ def test_a_stopwatch_adds_laps_by_name_without_what_was_waited(monkeypatch: pyte
         seconds, waited[0] = waited[0], 0.0
         return seconds
 
-    monkeypatch.setattr(recorder, "time", clock)
-    monkeypatch.setattr(recorder, "exposed_seconds", exposed)
+    monkeypatch.setattr(spans, "time", clock)
+    monkeypatch.setattr(spans, "exposed_seconds", exposed)
     stopwatch = Stopwatch(CPU)  # what was waited before it does not count
     clock.now, waited[0] = 103.0, 1.0
     stopwatch.lap("forward")
@@ -97,7 +107,7 @@ def test_a_stopwatch_adds_laps_by_name_without_what_was_waited(monkeypatch: pyte
 
 def test_phases_are_forward_or_backward_and_nothing_else_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(recorder, "time", clock)
+    monkeypatch.setattr(spans, "time", clock)
     stopwatch = Stopwatch(CPU)
     with listening(PhaseLaps(stopwatch)):
         for name, seconds in (("F attn", 1.0), ("B mlp", 2.0), ("F0.1", 0.5), ("W mlp", 4.0), ("wait dispatch", 0.25)):

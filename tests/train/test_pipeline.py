@@ -11,7 +11,7 @@ from torch import Tensor
 from fp8moe.data.sampler import rank_slice
 from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing, update_bias
-from fp8moe.profile.recorder import Stopwatch
+from fp8moe.profile.spans import Stopwatch
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train.build import tied_embedding
 from fp8moe.train.step import Losses, forward_backward, next_batches, reduce

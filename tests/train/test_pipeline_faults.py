@@ -12,8 +12,7 @@ import pytest
 
 from fp8moe.errors import HangError
 from fp8moe.parallel import hang
-from fp8moe.profile.recorder import Stopwatch
-from fp8moe.profile.spans import listening
+from fp8moe.profile.spans import Stopwatch, listening
 from fp8moe.train.step import forward_backward, next_batches
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured

@@ -16,7 +16,7 @@ from fp8moe.layers.mlp import Mlp
 from fp8moe.layers.moe import Experts
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import Recompute
-from fp8moe.profile.recorder import Stopwatch
+from fp8moe.profile.spans import Stopwatch
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.step import cast_shares, forward_backward, next_batches, train_step, worst_violation
 from tests.parallel.ranks import run_ranks
@@ -118,7 +118,9 @@ def test_each_loss_is_divided_by_its_own_count(corpus: list[str]) -> None:
 
 def test_what_changes_along_the_run_reaches_the_step(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = ("peak=0.5", "warmup_steps=4", "mtp_weight_until=0.3", "mtp_weight_after=0.01", "bias_gamma_until=0.6")
-    run = built(configured(corpus, "steps=6", *(f"optimizer.schedule.{setting}" for setting in schedule)))
+    run = built(
+        configured(corpus, "steps=6", "precision=bf16", *(f"optimizer.schedule.{setting}" for setting in schedule))
+    )
     weights: list[float] = []
     given = forward_backward
 
