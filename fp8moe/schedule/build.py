@@ -126,11 +126,11 @@ def forwards(schedule: Schedule, num_microbatches: int) -> Schedule:
     Every rank takes its stages in the order in which a full pipeline would reach them.
     """
     blank = replace(schedule, name=f"{schedule.name}, forwards", num_microbatches=num_microbatches, phases=("F",))
-    lists: list[list[tuple[int, int, Action]]] = [[] for _ in schedule.actions]
+    lists: list[list[tuple[int, Action]]] = [[] for _ in schedule.actions]
     for direction, ranks in enumerate(schedule.placement):
         travelling = [i for i in range(num_microbatches) if blank.direction_of(i) == direction]
         for turn, microbatch in enumerate(travelling):
             for stage, rank in enumerate(ranks):
-                lists[rank].append((turn + stage, direction, Action(Kind.F, stage, microbatch, direction, phase=1)))
-    ordered = (sorted(actions, key=lambda entry: entry[:2]) for actions in lists)
-    return with_messages(replace(blank, actions=tuple(tuple(action for *_, action in actions) for actions in ordered)))
+                lists[rank].append((turn + stage, Action(Kind.F, stage, microbatch, direction, phase=1)))
+    ordered = (sorted(actions, key=lambda entry: entry[0]) for actions in lists)
+    return with_messages(replace(blank, actions=tuple(tuple(action for _, action in actions) for actions in ordered)))

@@ -46,7 +46,7 @@ def _range(schedule: Schedule) -> Iterator[str]:
     sizes = f"{schedule.num_stages} stages, {schedule.num_microbatches} micro-batches and {schedule.num_ranks} ranks"
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
-            for one in (action, action.paired or action):
+            for one in filter(None, (action, action.paired)):
                 if not (
                     0 <= one.stage < schedule.num_stages
                     and 0 <= one.microbatch < schedule.num_microbatches

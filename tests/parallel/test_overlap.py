@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -93,8 +94,24 @@ def test_one_after_the_other_does_the_same_work(kinds: list[str]) -> None:
     run_forward(passes)
     run_backward(passes)
     run_wgrads(deferred_wgrads(passes))
+    forward = [("F", name, i) for i, kind in enumerate(kinds) for name in PHASES[kind]]
+    backward = [("B", name, i) for _, name, i in reversed(forward)]
+    assert log == [*forward, *backward, *[("W", name, i) for _, name, i in backward if name not in MESSAGES]]
     alone: Log = []
     others = [Recorded(kind, i, alone) for i, kind in enumerate(kinds)]
     run_pair(others, ())
     run_pair((), others)
     assert sorted(log) == sorted(alone)
+
+
+def test_the_order_is_the_documented_one() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "pipeline.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("    B combine | "))
+    assert [tuple(entry.split()) for entry in line.split("|")] == list(PAIR)
+
+
+def test_a_backward_without_a_partner_hides_its_dispatch_under_its_weight_gradients() -> None:
+    log = paired([], ["moe", "moe"])
+    layer = ["B combine", "B mlp", "B dispatch", "W mlp", "B attn", "W attn"]
+    assert [f"{part} {name}" for part, name, _ in log] == 2 * layer
+    assert [number for *_, number in log] == [101] * 6 + [100] * 6

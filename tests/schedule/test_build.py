@@ -8,7 +8,7 @@ import pytest
 
 from fp8moe.errors import ConfigError
 from fp8moe.schedule.action import Action, Kind, Schedule
-from fp8moe.schedule.build import SCHEDULES, build_schedule, num_stages
+from fp8moe.schedule.build import SCHEDULES, build_schedule, forwards, num_stages
 from fp8moe.schedule.dualpipe import PHASES, dualpipe, dualpipev
 
 
@@ -194,3 +194,22 @@ def test_the_least_sizes_exist(name: str, pp: int, n: int) -> None:
     schedule = build_schedule(name, pp, n)
     assert (schedule.num_ranks, schedule.num_microbatches) == (pp, n)
     assert all(a.phase <= b.phase for actions in schedule.actions for a, b in pairwise(actions))
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "n", "lists"),
+    [
+        ("zb1p", 2, 3, ["F0.0 F0.1 F0.2", "F1.0 F1.1 F1.2"]),
+        ("dualpipev", 2, 3, ["F0.0 F0.1 F0.2 F3.0 F3.1 F3.2", "F1.0 F2.0 F1.1 F2.1 F1.2 F2.2"]),
+        ("dualpipe", 2, 3, ["F0.0 F0.1 F1.2", "F0.2 F1.0 F1.1"]),  # the third of three is of direction 1
+    ],
+)
+def test_forwards_alone_reach_stages_as_a_full_pipeline_would(name: str, pp: int, n: int, lists: list[str]) -> None:
+    schedule = build_schedule(name, pp, 2 * pp)
+    alone = forwards(schedule, n)
+    assert [written(actions) for actions in alone.actions] == lists
+    assert (alone.name, alone.num_microbatches, alone.phases) == (f"{name}, forwards", n, ("F",))
+    assert schedule.has_backward and not alone.has_backward
+    kinds = Counter(action.kind for actions in alone.actions for action in actions)
+    crossings = sum(a != b for ranks in schedule.placement for a, b in pairwise(ranks)) / schedule.num_directions
+    assert kinds[Kind.SEND_F] == kinds[Kind.RECV_F] == n * crossings and kinds[Kind.SEND_B] == 0

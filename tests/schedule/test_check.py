@@ -203,3 +203,28 @@ def test_a_rank_that_holds_too_much_is_named() -> None:
         found.append(violations(broken))
         assert runs(broken) == (n == 2)
     assert found == [[], ["rank 0 holds 3 stage-activations, more than 1 stages + 1"]]
+
+
+def test_what_is_outside_the_schedule_is_said_with_its_sizes() -> None:
+    schedule = build_schedule("1f1b", 2, 2)
+    sizes = "there are 2 stages, 2 micro-batches and 2 ranks"
+    first, second = schedule.actions
+    for wrong, name in (
+        (Action(Kind.SEND_F, 0, 0, peer=2), "SEND_F0.0->rank 2"), (Action(Kind.F, 2, 0), "F2.0"),
+        (Action(Kind.F, 0, 2), "F0.2"), (Action(Kind.F, 0, 0, peer=1), "F0.0<-rank 1"),
+    ):  # fmt: skip
+        says = violations(replace(schedule, actions=((*first, wrong), second)))
+        assert says == [f"rank 0 has {name} in direction {wrong.direction}: {sizes}"]
+
+
+def test_an_action_that_runs_twice_is_one_violation_and_several_are_counted() -> None:
+    schedule = build_schedule("1f1b", 1, 1)
+    (actions,) = schedule.actions
+    twice = replace(schedule, actions=((actions[0], *actions),))
+    assert violations(twice) == ["F of stage 0, micro-batch 0 runs 2 times"]
+    with pytest.raises(ScheduleError, match=r"^1f1b: F of stage 0, micro-batch 0 runs 2 times$"):
+        check(twice)
+    with pytest.raises(ScheduleError, match=r"^1f1b: F of stage 0, micro-batch 0 runs 0 times \(and 2 more\)$"):
+        check(replace(schedule, actions=((),)))
+    with pytest.raises(ScheduleError, match=r"runs 0 times \(and 1 more\)$"):
+        check(replace(schedule, actions=(actions[:1],)))

@@ -198,3 +198,16 @@ def test_a_link_that_receives_in_another_order_is_refused() -> None:
     actions[receives[0]], actions[receives[1]] = actions[receives[1]], actions[receives[0]]
     with pytest.raises(ScheduleError, match="message 0 on link 0 -> 1 is sent as the activation for stage 1 of micro-"):
         simulate(replace(schedule, actions=(schedule.actions[0], tuple(actions))))
+
+
+def test_costs_at_their_limits() -> None:
+    Costs(forward=0, backward=0, weight=0, message=0)
+    Costs(1, 2, 2, 2)  # W is all of B, and FB no longer than B
+    costs = Costs(1, 2, 0.5, 2.5, 0.25, (1.0, 2.0))
+    assert costs.scaled(4) == Costs(4, 8, 2, 10, 0.25, (1.0, 2.0)) and costs.pair == 2.5
+    assert Costs(1, 2, 0.5).scaled(4).overlapped is None and Costs(1, 2, 0.5).pair == 3
+
+
+def test_time_by_kind_leaves_messages_out() -> None:
+    timeline = simulate(build_schedule("zb1p", 2, 2), Costs(1, 3, 1, message=0.5))
+    assert timeline.time_by_kind(0) == {Kind.F: 2, Kind.B: 4, Kind.W: 2}

@@ -12,7 +12,7 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.operand import Rows
-from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop
+from fp8moe.parallel.dispatch.all_to_all import MOST_EXPERTS, AllToAllDispatcher, one_hop
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
@@ -102,10 +102,27 @@ def test_verbs_equal_the_one_rank_dispatcher(world: int) -> None:
             torch.testing.assert_close(ours, expected[name].float(), rtol=bound, atol=bound)
 
 
-def test_experts_must_divide() -> None:
-    class Group:
-        def size(self) -> int:
-            return 3
+class Group:
+    """A group that never communicates."""
 
+    def __init__(self, size: int) -> None:
+        self.size = lambda: size
+
+
+def made(ranks: int, experts: int, **options: int) -> AllToAllDispatcher:
+    return AllToAllDispatcher(*one_hop(Group(ranks), experts), **options)  # type: ignore[arg-type]
+
+
+def test_experts_must_divide() -> None:
     with pytest.raises(ValueError, match=r"num_experts=8 is not a multiple of parallel\.ep=3: use parallel\.ep=2"):
-        AllToAllDispatcher(*one_hop(Group(), 8))  # type: ignore[arg-type]
+        made(3, 8)
+    with pytest.raises(ValueError, match=r"num_experts=8 is not a multiple of parallel\.ep=16: use parallel\.ep=8"):
+        made(16, 8)
+
+
+def test_ids_travel_as_16_bits_and_a_dispatch_is_at_least_one_message() -> None:
+    assert made(2, MOST_EXPERTS, chunks=1).num_local_experts == MOST_EXPERTS // 2
+    with pytest.raises(ValueError, match=r"num_experts=32770 exceeds the 32768 .* use at most 32768"):
+        made(2, MOST_EXPERTS + 2)
+    with pytest.raises(ValueError, match=r"parallel\.chunks=0 must be at least 1"):
+        made(2, 8, chunks=0)

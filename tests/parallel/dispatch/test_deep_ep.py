@@ -112,3 +112,72 @@ def test_it_is_refused_where_it_can_not_work(monkeypatch: pytest.MonkeyPatch) ->
     check_deep_ep(Precision.FP8)
     with pytest.raises(ValueError, match="not precision=fp32: use all_to_all"):
         check_deep_ep(Precision.FP32)
+
+
+class Counted:
+    """An event that counts how often a stream waits for it."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def current_stream_wait(self) -> None:
+        self.waits += 1
+
+
+class Recording:
+    """A buffer that keeps its arguments; each verb's results come with an event of their own."""
+
+    def __init__(self, group: Any, nvlink_bytes: int, rdma_bytes: int) -> None:
+        self.sizes = (nvlink_bytes, rdma_bytes)
+        self.events = [Counted() for _ in range(4)]
+        self.asked: list[dict[str, Any]] = []
+
+    def capture(self) -> str:
+        return "captured"
+
+    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int, **asked: Any) -> tuple[Any, ...]:
+        self.asked.append(asked)
+        return 1, 2, 3, 4, self.events[0]
+
+    def dispatch(self, x: Any, **asked: Any) -> tuple[Any, ...]:
+        self.asked.append(asked)
+        ids = torch.tensor([[0], [1]])
+        return x, ids, torch.ones(2, 1), None, "handle", self.events[1]
+
+    def combine(self, x: Tensor, handle: Any, **asked: Any) -> tuple[Any, ...]:
+        self.asked.append({"handle": handle, **asked})
+        return x, asked.get("topk_weights"), self.events[2]
+
+
+def recording(monkeypatch: pytest.MonkeyPatch, ranks: int) -> Any:
+    monkeypatch.setitem(sys.modules, "deep_ep", types.SimpleNamespace(Buffer=Recording))
+    mesh = types.SimpleNamespace(ep_group=types.SimpleNamespace(size=lambda: ranks))
+    return make_dispatcher("deep_ep", mesh, 16, max_tokens=0)  # type: ignore[arg-type]
+
+
+def test_each_verb_waits_for_its_event_once_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher = recording(monkeypatch, 8)
+    buffer = dispatcher._buffer
+    announced = dispatcher.announce(torch.tensor([[0], [1]]))
+    assert buffer.events[0].waits == 0
+    message = dispatcher.dispatch(torch.ones(2, 16), announced, torch.ones(2, 1))
+    assert (buffer.events[0].waits, buffer.events[1].waits) == (1, 0)  # the counts are needed to start
+    arrived = message.wait()
+    assert buffer.events[1].waits == 1
+    combined = dispatcher.combine(arrived.rows_RD, arrived.state)
+    assert buffer.events[2].waits == 0
+    assert combined.wait().shape == (2, 16) and buffer.events[2].waits == 1
+    dx, dweights = dispatcher.dispatch_backward(arrived.rows_RD, arrived.weights_R, arrived.state).wait()
+    assert dweights.tolist() == [[1.0], [1.0]] and dx.shape == (2, 16)
+    options = {"previous_event": "captured", "async_finish": True, "allocate_on_comm_stream": True}
+    assert all(options.items() <= asked.items() for asked in buffer.asked)
+    assert {"num_tokens_per_rank": 1, "num_tokens_per_rdma_rank": 2, "num_tokens_per_expert": 3,
+            "is_token_in_rank": 4}.items() <= buffer.asked[1].items()  # fmt: skip
+    assert [asked["handle"] for asked in buffer.asked[2:]] == ["handle", "handle"]
+
+
+@pytest.mark.parametrize("ranks, rdma", [(8, 0), (16, 2**30)])
+def test_memory_for_other_nodes_is_kept_only_where_there_are_any(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, rdma: int
+) -> None:
+    assert recording(monkeypatch, ranks)._buffer.sizes == (2**30, rdma)
