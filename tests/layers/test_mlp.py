@@ -90,7 +90,7 @@ def is_power_of_two(scale: Tensor) -> bool:
 
 
 def test_its_input_is_cast_with_power_of_two_scales_in_rows_and_columns() -> None:
-    """Shared experts take the cast that is dispatched; columns made of rows with other scales would be rounded twice."""
+    """Shared experts take the cast that is dispatched; columns made of other rows would be rounded twice."""
     x = torch.randn(128, D).bfloat16()
     cast = build(Recipe(Precision.FP8)).cast(x)
     rows, columns = cast.operand.rows, cast.operand.columns()

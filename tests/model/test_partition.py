@@ -8,11 +8,12 @@ import pytest
 
 from fp8moe.errors import ConfigError
 from fp8moe.model.config import ModelConfig
-from fp8moe.model.flops import flops_per_token
+from fp8moe.model.flops import block_parameters, flops_per_token
 from fp8moe.model.partition import (
     Stage,
     block_cost,
     embedding_cost,
+    head_cost,
     imbalance,
     mtp_cost,
     partition,
@@ -141,3 +142,34 @@ def test_more_stages_than_blocks() -> None:
         partition(small(), 9)
     with pytest.raises(ConfigError, match="0 stages can't be cut"):
         partition(small(), 0)
+
+
+def test_costs_of_the_ends_by_hand() -> None:
+    """The embedding reads and writes a row of BF16, a byte worth 300 FLOP; the MTP module runs both ends once more."""
+    config = small(mtp_depth=1)
+    assert embedding_cost(config) == 64 * (2 + 2) * 300
+    assert head_cost(config) == 2 * 64 * 1024
+    join = 2 * (2 * 64) * 64
+    assert mtp_cost(config, 128) == block_cost(config, 8, 128) + join + embedding_cost(config) + head_cost(config)
+    attention = config.attention.core_flops(128, causal=True)
+    assert block_cost(config, 0, 128) == 2 * block_parameters(config, 0) + attention
+    assert block_cost(config, 2, 128) == 2 * (block_parameters(config, 2) - 6 * 3 * 64 * 64) + attention
+
+
+def test_relative_costs_and_imbalance_by_hand() -> None:
+    config = small()
+    stages = partition(config, 4, layout=(1, 2, 2, 3))
+    costs = [stage_cost(config, stage, 128) for stage in stages]
+    mean = sum(costs) / 4
+    assert relative_costs(config, stages, 128) == pytest.approx([cost / mean for cost in costs])
+    assert imbalance(config, stages, 128, folded=False) == pytest.approx(max(costs) / mean)
+    pairs = [costs[0] + costs[3], costs[1] + costs[2]]
+    assert imbalance(config, stages, 128, folded=True) == pytest.approx(max(pairs) / (2 * mean))
+
+
+def test_a_stages_name_says_what_it_holds() -> None:
+    whole = partition(small(mtp_depth=1), 1)[0]
+    assert str(whole) == "embedding + blocks 0-7 + head + MTP"
+    assert [str(stage) for stage in partition(small(), 3, layout=(1, 6, 1))] == [
+        "embedding + block 0", "blocks 1-6", "block 7 + head",
+    ]  # fmt: skip

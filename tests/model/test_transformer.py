@@ -1,13 +1,17 @@
-"""The model against `transformers`: same weights, same logits, same gradients."""
+"""The model against `transformers`: same weights, same logits, same gradients; and how its weights are drawn."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fp8moe.layers.dispatch import LocalDispatcher
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
+from fp8moe.model.transformer import Transformer, init_weights
 from tests.model.batches import tokens
-from tests.model.hf_oracle import CASES, hf_names, pair
+from tests.model.hf_oracle import BASE, CASES, hf_names, pair
+from tests.model.shapes import changed
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -33,3 +37,38 @@ def test_logits_and_gradients_agree_with_transformers(case: str) -> None:
         assert expected is not None, name
         distance = (ours_grad - expected).norm() / expected.norm().clamp(min=1e-12)
         assert distance <= 1e-4, f"{name}: {distance:.2e}"
+
+
+def drawn(seed: int, *, ep: int = 1, ep_rank: int = 0) -> dict[str, torch.Tensor]:
+    config = changed(BASE, mtp_depth=1)
+    model = Transformer(config, Recipe(Precision.BF16), LocalDispatcher(config.experts.num_experts // ep))
+    init_weights(model, seed, ep_rank=ep_rank)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_weights_are_normal_and_norms_are_ones() -> None:
+    for name, weight in drawn(0).items():
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        else:
+            assert weight.float().std().item() == pytest.approx(BASE.init_std, rel=0.1), name
+            assert abs(weight.float().mean().item()) < 0.1 * BASE.init_std, name
+
+
+def test_weights_depend_on_seed_name_and_expert_alone() -> None:
+    """Expert-parallel ranks hold shares of one model; no two matrices are alike; a seed's model never changes."""
+    whole, other = drawn(0), drawn(1)
+    shares = [drawn(0, ep=2, ep_rank=rank) for rank in (0, 1)]
+    matrices = []
+    for name, weight in whole.items():
+        parts = [share[name] for share in shares]
+        if weight.dim() == 3:
+            assert torch.equal(torch.cat(parts), weight), name
+            matrices += list(weight)
+        else:
+            assert all(torch.equal(part, weight) for part in parts), name
+            matrices += [weight] if weight.dim() == 2 else []
+        assert weight.dim() == 1 or not torch.equal(weight, other[name])
+    firsts = [tuple(matrix.flatten()[:16].tolist()) for matrix in matrices]
+    assert len(set(firsts)) == len(firsts)
+    assert whole["head.weight"][0, :3].tolist() == [-0.046630859375, 0.05712890625, -0.032958984375]
