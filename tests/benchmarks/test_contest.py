@@ -15,8 +15,7 @@ from benchmarks.peers import BF16, Contest, Operands
 from benchmarks.shapes import Problem
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm
-from fp8moe.kernels.grouped_gemm import grouped_gemm
-from fp8moe.kernels.grouped_wgrad import grouped_wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 
 CPU = torch.device("cpu")
 BENCHES = ("quantize", "gemm", "grouped_gemm", "grouped_wgrad")
