@@ -1,13 +1,33 @@
-"""Spans: who is told of them, when, and how waits are counted."""
+"""Spans: which listeners are told of them and when, how waits are counted, what the recorder and profilers get."""
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fp8moe.profile.spans import exposed_seconds, listening, span, waiting
+from fp8moe.parallel.stream import Stream
+from fp8moe.profile import spans
+from fp8moe.profile.spans import (
+    COMMUNICATION,
+    COMPUTE,
+    EXPOSED,
+    PhaseLaps,
+    Recorder,
+    Span,
+    Stopwatch,
+    exposed_seconds,
+    listening,
+    marking,
+    span,
+    waiting,
+)
+
+CPU = torch.device("cpu")
 
 
 class Listener:
@@ -52,3 +72,99 @@ def test_waits_add_up_until_they_are_read() -> None:
         raise KeyError
     assert 0.04 <= exposed_seconds() < 5
     assert exposed_seconds() == 0.0
+
+
+def test_messages_and_waits_have_their_threads_and_times() -> None:
+    kept = Recorder()
+    with listening(kept), span("F0.0"):
+        with span("F dispatch"):
+            message = Stream(CPU).start(lambda: time.sleep(0.2), lambda _: 1, "dispatch")
+        with span("F mlp"):
+            message.wait()
+    with span("nobody listens"):
+        pass
+    spans = {one.name: one for one in kept.spans}
+    names = ["F dispatch", "message dispatch", "wait dispatch", "F mlp", "F0.0"]
+    assert sorted(spans) == sorted(names) and len(kept.spans) == 5
+    assert {name: spans[name].thread for name in names} == dict.fromkeys(names, COMPUTE) | {
+        "message dispatch": COMMUNICATION
+    }
+    assert 0.1 < spans["wait dispatch"].seconds <= spans["message dispatch"].seconds + 0.1
+    assert spans["F mlp"].contains(spans["wait dispatch"]) and spans["F0.0"].contains(spans["F mlp"])
+    assert not spans["F0.0"].contains(spans["message dispatch"])  # another thread's
+
+
+def test_torchs_profiler_sees_the_spans(tmp_path: Path) -> None:
+    with marking(CPU), span("unseen"):  # nobody profiles
+        pass
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu]) as profiler, marking(CPU), span("F attn"):
+        torch.ones(3).sum()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["name"] for e in events if e.get("cat") == "user_annotation"] == ["F attn"]
+
+
+def test_profilers_of_a_gpu_get_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append("end"))
+    with marking(torch.device("cuda")), span("F0.0"), span("F attn"):
+        pass
+    assert told == ["F0.0", "F attn", "end", "end"]
+
+
+def test_a_span_is_small_enough_to_be_sent() -> None:
+    import pickle
+
+    one = Span("F attn", COMPUTE, 1.0, 2.0)
+    assert pickle.loads(pickle.dumps(one)) == one
+
+
+class Clock:
+    """perf_counter that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_a_stopwatch_adds_laps_by_name_without_what_was_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = Clock(), [9.0]
+
+    def exposed() -> float:
+        seconds, waited[0] = waited[0], 0.0
+        return seconds
+
+    monkeypatch.setattr(spans, "time", clock)
+    monkeypatch.setattr(spans, "exposed_seconds", exposed)
+    stopwatch = Stopwatch(CPU)  # what was waited before it does not count
+    clock.now, waited[0] = 103.0, 1.0
+    stopwatch.lap("forward")
+    clock.now = 105.0
+    stopwatch.lap("data")
+    clock.now, waited[0] = 106.0, 4.0  # the host can wait longer than a lap took
+    stopwatch.lap("forward")
+    seconds = stopwatch.read()
+    assert (seconds["forward"], seconds["data"], seconds["backward"], seconds[EXPOSED]) == (2.0, 2.0, 0.0, 5.0)
+
+
+def test_phases_are_forward_or_backward_and_nothing_else_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(spans, "time", clock)
+    stopwatch = Stopwatch(CPU)
+    with listening(PhaseLaps(stopwatch)):
+        for name, seconds in (("F attn", 1.0), ("B mlp", 2.0), ("F0.1", 0.5), ("W mlp", 4.0), ("wait dispatch", 0.25)):
+            with span(name):
+                clock.now += seconds
+    assert dict(stopwatch.read()) == {"forward": 1.0, "backward": 2.0 + 0.5 + 4.0, EXPOSED: 0.0}
+
+
+def test_a_span_contains_what_lies_within_on_its_thread() -> None:
+    outer = Span("F0.0", COMPUTE, 1.0, 2.0)
+    assert outer.seconds == 1.0 and outer.contains(outer)
+    assert not outer.contains(Span("F attn", COMPUTE, 0.5, 1.5)) and not outer.contains(Span("F", COMPUTE, 1.5, 2.5))
+    assert not outer.contains(Span("message", COMMUNICATION, 1.25, 1.5))
