@@ -1,4 +1,4 @@
-"""Launching: whose failure it was, what a worker leaves behind, and real processes that work, crash, are orphaned."""
+"""The launcher: which failure was the cause, a worker's error file, and real processes that work, crash and hang."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def failure(exitcode: int, sentence: str = "", **extra: Any) -> Any:
 @pytest.mark.parametrize(
     ("failures", "code", "sentence"),
     [
-        # The cause comes before its witnesses, however the whole seconds fall.
+        # The cause comes before secondary failures, also within the same second.
         ({0: failure(1, "lost", time=100.2, secondary=True), 1: failure(5, "nan", time=100.4)}, 5, "rank 1: nan"),
         ({0: failure(1, "late", time=100.9), 1: failure(4, "first", time=100.1)}, 4, "rank 1: first"),
         (
@@ -44,15 +44,16 @@ def failure(exitcode: int, sentence: str = "", **extra: Any) -> Any:
         ),
         ({0: failure(-15), 1: failure(3, "no corpus", time=100.0, shared=True)}, 3, "no corpus"),
         ({0: failure(-11), 1: failure(-15)}, 139, "rank 0: ended by SIGSEGV"),
+        ({0: failure(-9), 1: failure(4, "memory", time=100.1)}, 4, "rank 1: memory"),  # a message explains more
         ({0: failure(7)}, 7, "rank 0: ended with exit code 7 and no message"),
     ],
 )
-def test_whose_failure_it_was(failures: dict[int, Any], code: int, sentence: str, tmp_path: Path) -> None:
+def test_the_cause_of_several_failures(failures: dict[int, Any], code: int, sentence: str, tmp_path: Path) -> None:
     assert launch._cause(failures, tmp_path)[0] == code
     assert launch._cause(failures, tmp_path)[1].startswith(sentence)
 
 
-def test_who_waits_for_a_killed_rank(tmp_path: Path) -> None:
+def test_the_rank_that_waits_for_a_killed_one(tmp_path: Path) -> None:
     def note(rank: int, last: str, **groups: list[Any]) -> None:
         joined = {f"group {name}": state for name, state in groups.items()}
         text = json.dumps({"last": f"group {last}", "groups": joined})
@@ -72,7 +73,7 @@ def test_who_waits_for_a_killed_rank(tmp_path: Path) -> None:
     assert launch._cause({1: failure(-9)}, tmp_path)[1].endswith("memory runs out")  # it joined nothing
 
 
-def test_a_worker_leaves_its_failure_where_torchrun_finds_it(
+def test_a_worker_writes_its_failure_for_its_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -82,12 +83,12 @@ def test_a_worker_leaves_its_failure_where_torchrun_finds_it(
     assert capsys.readouterr().err == "fp8moe: rank 1: nan\n"
     message = json.loads((tmp_path / "error.json").read_text())["message"]
     assert (message["message"], message["errorCode"]) == ("nan", 5) and int(message["extraInfo"]["timestamp"]) > 0
-    launch.report(Failure(2, "bad", shared=True))  # rank 0 says that
+    launch.report(Failure(2, "bad", shared=True))  # rank 0 prints that
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
     launch.report(Failure(2, "bad", shared=True))
     assert capsys.readouterr().err == "fp8moe: bad\n"
-    monkeypatch.setenv(launch.LAUNCHED, "1")  # the launcher says all
+    monkeypatch.setenv(launch.LAUNCHED, "1")  # the launcher prints it
     launch.report(Failure(1, "bug", traceback="Traceback"))
     assert capsys.readouterr().err == ""
 
@@ -109,6 +110,12 @@ def test_the_launchers_environment_is_its_workers_only(monkeypatch: pytest.Monke
         assert os.environ[hang.NOTES] == "notes"
         assert os.environ[launch.LAUNCHED] == "1" and os.environ["OMP_NUM_THREADS"] == "7"
     assert dict(os.environ) == before
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for processes, threads in ((4, "2"), (3, "2"), (16, "1")):  # the cores are shared
+        with launch._environment(processes, "notes"):
+            assert os.environ["OMP_NUM_THREADS"] == threads
+        assert "OMP_NUM_THREADS" not in os.environ
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +170,7 @@ def test_two_ranks_make_one_run(corpus: list[str], tmp_path: Path) -> None:
         assert json.loads(line)["time"]["exposed_communication"] > 0
 
 
-def test_a_mistake_is_said_once_with_its_exit_code(
+def test_a_configuration_error_is_printed_once_with_its_exit_code(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "--nproc", "2", *SMALL, *corpus]
@@ -178,7 +185,7 @@ def test_a_mistake_is_said_once_with_its_exit_code(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_crash_ends_all_ranks_and_is_said_last(corpus: list[str], tmp_path: Path) -> None:
+def test_a_crash_ends_all_ranks_and_is_the_last_line(corpus: list[str], tmp_path: Path) -> None:
     words = ["train", "--nproc", "2", *SMALL, *corpus, "steps=100000", "run_dir=crash"]
     process = start(tmp_path, "-m", "fp8moe", *words)
     workers = workers_of(process, tmp_path / "crash")
