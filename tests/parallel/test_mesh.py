@@ -49,10 +49,10 @@ def test_nodes_cut_the_ranks_evenly(ep: int, per_node: int) -> None:
 
 
 def test_a_ranks_place() -> None:
-    """pp=4, dp=6, ep=3: rank 16 is the 5th of pipeline rank 2, the 2nd of its ep group, in the second replica."""
-    mesh = Mesh(4, 6, 3, rank=16)
+    """pp=4, dp=6, ep=3: rank 17 is the 6th of pipeline rank 2, the 3rd of its ep group, in the second replica."""
+    mesh = Mesh(4, 6, 3, rank=17)
     assert (mesh.world_size, mesh.edp) == (24, 2)
-    assert (mesh.pp_rank, mesh.dp_rank, mesh.ep_rank, mesh.edp_rank) == (2, 4, 1, 1)
+    assert (mesh.pp_rank, mesh.dp_rank, mesh.ep_rank, mesh.edp_rank) == (2, 5, 2, 1)
     assert (mesh.replicas, mesh.is_counted) == ([2], True)
     assert [Mesh(4, 1, 1, r, mirrored=True).replicas for r in range(4)] == [[0, 3], [1, 2], [1, 2], [0, 3]]
     assert [Mesh(4, 1, 1, r, mirrored=True).is_counted for r in range(4)] == [True, True, False, False]

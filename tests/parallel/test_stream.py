@@ -6,12 +6,14 @@ import gc
 import threading
 import time
 import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
-from fp8moe.parallel.stream import Stream, communication_stream
-from fp8moe.profile.spans import exposed_seconds
+from fp8moe.parallel.stream import Stream, communication_stream, tensors_of
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Recorder, exposed_seconds, listening
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -70,6 +72,34 @@ def test_an_exception_reaches_its_waiter_and_ends_the_stream() -> None:
 def test_messages_record_no_graph() -> None:
     x = torch.ones(2, requires_grad=True)
     assert not Stream(CPU).start(lambda: x * 2, lambda y: y).wait().requires_grad
+
+
+def test_a_later_message_reads_what_an_earlier_one_delivered() -> None:
+    stream = Stream(CPU)
+    counts = stream.start(lambda: [2, 3], sum, "counts")
+    rows = stream.start(lambda: [n + 1 for n in counts.arrived()], lambda got: got, "rows")
+    assert (rows.wait(), counts.wait()) == ([3, 4], 5)
+
+
+def test_messages_and_their_waits_are_spans() -> None:
+    kept = Recorder()
+    with listening(kept):
+        message = Stream(CPU).start(lambda: 1, lambda x: x, "rows")
+        assert (message.wait(), message.wait()) == (1, 1)
+    assert sorted((span.name, span.thread) for span in kept.spans) == [
+        ("message rows", COMMUNICATION), ("wait rows", COMPUTE),
+    ]  # fmt: skip
+
+
+def test_the_tensors_of_a_value_are_those_in_its_items_and_fields() -> None:
+    @dataclass
+    class Pair:
+        rows: torch.Tensor
+        rest: list[Any]
+
+    a, b, c = (torch.full((1,), float(i)) for i in range(3))
+    found = list(tensors_of((a, 7, Pair(b, [c, "text", None]))))
+    assert [id(tensor) for tensor in found] == [id(a), id(b), id(c)]
 
 
 def use_the_stream() -> int:

@@ -220,11 +220,11 @@ def test_the_order_of_rows_that_fixed_messages_deliver() -> None:
     rows = torch.zeros(16, 3, dtype=torch.uint8)  # 2 chunks of 4 senders, 2 rows each
     order = counts.fixed_order(rows, 2, one, two_hops=False)
     assert order.tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    two = EpTopology(Pair(), E, nodes=2, ranks_per_node=2)  # type: ignore[arg-type]
-    nodes = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0], dtype=torch.int16)  # 2 senders, 4 rows each
-    rows = torch.cat([torch.zeros(8, 3, dtype=torch.uint8), nodes[:, None].view(torch.uint8).view(8, 2)], dim=1)
+    two = EpTopology(Pair(), 12, nodes=2, ranks_per_node=3)  # type: ignore[arg-type]
+    nodes = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0, 1], dtype=torch.int16)  # 3 senders, 3 rows each
+    rows = torch.cat([torch.zeros(9, 3, dtype=torch.uint8), nodes[:, None].view(torch.uint8).view(9, 2)], dim=1)
     order = counts.fixed_order(rows, 1, two, two_hops=True)
-    assert order.tolist() == [1, 2, 6, 7, 0, 3, 4, 5]  # node 0 from senders 0 and 1, then node 1
+    assert order.tolist() == [1, 2, 5, 6, 7, 0, 3, 4, 8]  # node 0 from senders 0, 1 and 2, then node 1
     assert counts.origins(6, 2, torch.device("cpu"))[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
 
 

@@ -129,15 +129,14 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def route(tokens: list[int]) -> Route:
-    """Two hops of chunks of `tokens` tokens: to two nodes of one rank, then inside the node to one rank."""
-    across, inside = peers(2, 1), peers(1, 1)
+    """Two hops of chunks of `tokens` tokens: every token to two nodes, and there to two ranks."""
+    across, inside = peers(2, 1), peers(2, 1)
     chunks = []
     for count in tokens:
-        ids = torch.arange(2).expand(count, 2)  # every token visits both nodes
-        first = plan_hop(ids, across, Splits([count, count], [count, count]))
-        second = plan_hop(torch.zeros(2 * count, 1, dtype=torch.int64), inside, Splits([2 * count], [2 * count]))
+        first = plan_hop(torch.arange(2).expand(count, 2), across, Splits([count] * 2, [count] * 2))
+        second = plan_hop(torch.arange(2).expand(2 * count, 2), inside, Splits([2 * count] * 2, [2 * count] * 2))
         chunks.append([first, second])
-    return Route(chunks, tokens, [2 * count for count in tokens])
+    return Route(chunks, tokens, [4 * count for count in tokens])
 
 
 @pytest.mark.parametrize("tokens", [[3], [2, 1], [1, 0, 2]])
@@ -147,16 +146,16 @@ def test_a_route_crosses_each_hop_chunk_by_chunk_and_returns_sums(sent: list[Any
     arrived = made.send(body, "combine backward")
     assert [call[0] for call in sent] == ["combine backward"] * chunks + ["combine backward, hop 2"] * chunks
     assert [call[1] for call in sent[:chunks]] == [[count, count] for count in tokens]
-    expected = torch.cat([part.repeat(2, 1) for part in body.split(tokens)])
+    expected = torch.cat([part.repeat(4, 1) for part in body.split(tokens)])
     assert torch.equal(arrived, expected)
     del sent[:]
-    parts = [torch.arange(12.0).view(6, 2), torch.arange(6, dtype=torch.bfloat16)[:, None]]
+    parts = [torch.arange(24.0).view(12, 2), torch.arange(12, dtype=torch.bfloat16)[:, None]]
     sums = made.send_back(parts, "combine")
     assert [call[0] for call in sent] == ["combine, hop 2"] * chunks + ["combine"] * chunks
     for total, part in zip(sums, parts, strict=True):
-        pieces = part.split([2 * count for count in tokens])
+        pieces = part.split([4 * count for count in tokens])
         assert total.dtype == part.dtype
-        assert torch.equal(total, torch.cat([piece[: len(piece) // 2] + piece[len(piece) // 2 :] for piece in pieces]))
+        assert torch.equal(total, torch.cat([sum(piece.chunk(4)) for piece in pieces if len(piece)]))
 
 
 def test_a_hop_returns_along_its_splits_reversed(sent: list[Any]) -> None:
