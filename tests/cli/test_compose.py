@@ -64,6 +64,8 @@ def test_published_models_have_the_published_size() -> None:
 
 def test_names_and_overrides() -> None:
     assert compose([]).config.name == "tiny"
+    assert compose(["experiment=quickstart", "name=null"]).config.name == "quickstart"
+    assert compose(["model=dsv2_lite_16b"]).config.name == "dsv2_lite_16b"
     quickstart = compose(["experiment=quickstart", "steps=20", "precision=bf16", "parallel.ep=4"]).config
     assert (quickstart.name, quickstart.steps, quickstart.parallel.ep) == ("quickstart", 20, 4)
     assert quickstart.precision.mode is Precision.BF16

@@ -114,8 +114,14 @@ def test_the_svg_has_a_cell_for_every_computation(name: str) -> None:
         assert sum(title.count(f"{kind} of stage") for title in cells) == 8 * made.schedule.num_stages
     drawn = [group for group in root.iter(f"{SVG}g") if "micro-batch" in (group[0].text or "")]
     fills = Counter(element.get("fill") for group in drawn for element in group.iter(f"{SVG}rect"))
-    done = Counter(kind for rank in made.ranks for t in rank for kind, *_ in t.action.parts())
-    assert all(sum(fills[hue] for hue in HUES[kind]) == done[kind] == 8 * made.schedule.num_stages for kind in HUES)
+    done = Counter(
+        HUES[kind][direction == 1 or stage >= made.schedule.num_ranks]
+        for rank in made.ranks
+        for t in rank
+        for kind, stage, _, direction in t.action.parts()
+    )
+    assert {hue: fills[hue] for hues in HUES.values() for hue in hues if fills[hue]} == done
+    assert all(sum(fills[hue] for hue in HUES[kind]) == 8 * made.schedule.num_stages for kind in HUES)
     assert (fills[HUES[Kind.F][1]] > 0) == made.schedule.is_folded
     texts = [element.text for element in root.iter(f"{SVG}text")]
     assert set(words) <= set(texts) and "rank 3" in texts
@@ -139,7 +145,12 @@ def test_the_svg_counts_the_phases() -> None:
 @pytest.mark.parametrize("message", [0, 0.25])
 def test_the_json_can_be_checked_without_us(name: str, message: float) -> None:
     """Bubble, peaks and order recomputed from the file alone."""
-    record: dict[str, Any] = json.loads(json.dumps(as_json(timeline(name, 4, 12, message))))
+    made = timeline(name, 4, 12, message)
+    record: dict[str, Any] = json.loads(json.dumps(as_json(made)))
+    assert (record["name"], record["phases"]) == (name, list(made.schedule.phases))
+    assert [[a["phase"] for a in rank] for rank in record["actions"]] == [
+        [t.action.phase for t in rank] for rank in made.ranks
+    ]
     assert (record["pp"], record["num_microbatches"], len(record["actions"])) == (4, 12, 4)
     done: dict[tuple[str, int, int], tuple[float, float, int]] = {}
     for rank, actions in enumerate(record["actions"]):
