@@ -28,8 +28,8 @@ def test_a_ramp_grows_when_a_whole_increment_is_reached() -> None:
     assert {consumed: global_batch(config, consumed) for consumed in sizes} == sizes
     # Without an increment it grows by ramp_from; it never falls below that, nor beyond the full batch.
     assert global_batch(BatchConfig(sequences=16, ramp_from=8, ramp_samples=100), 99) == 8
-    odd = BatchConfig(sequences=16, ramp_from=5, ramp_samples=100, increment=4)
-    assert [global_batch(odd, consumed) for consumed in (0, 27, 28, 99, 100)] == [5, 5, 8, 12, 16]
+    odd = BatchConfig(sequences=18, ramp_from=5, ramp_samples=130, increment=4)
+    assert [global_batch(odd, consumed) for consumed in (0, 29, 30, 129, 130)] == [5, 5, 8, 16, 18]
 
 
 def test_an_increment_may_be_below_the_micro_batches_that_a_schedule_needs() -> None:

@@ -30,7 +30,10 @@ def save(root: Path, step: int, keep: int = 9, value: float = 0.0) -> Path:
 
 @pytest.mark.parametrize(
     ("every", "at_end", "due"),
-    [(0, True, [6]), (0, False, []), (2, False, [2, 4, 6]), (4, False, [4]), (4, True, [4, 6]), (5, True, [5, 6])],
+    [
+        *((0, True, [6]), (0, False, []), (1, False, [1, 2, 3, 4, 5, 6]), (2, False, [2, 4, 6])),
+        *((4, False, [4]), (4, True, [4, 6]), (5, True, [5, 6]), (7, False, [])),
+    ],
 )
 def test_is_due(every: int, at_end: bool, due: list[int]) -> None:
     config = CheckpointConfig(every=every, at_end=at_end)

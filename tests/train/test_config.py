@@ -76,6 +76,7 @@ TOGETHER = [  # the same with a number of processes
     (4, ["parallel.dp=2"], "needs 2 processes and there are 4: use parallel.dp=4 or start 2"),
     (4, ["parallel.pp=3"], "parallel.pp=3 does not divide 4 processes: use 1, 2 or 4"),
     (4, ["parallel.pp=4"], "4 stages, which need at least 1 block each, and the model has 2: use parallel.pp=2"),
+    (4, ["parallel.pp=4", "parallel.schedule=dualpipe", "model.num_layers=3"], "the model has 3: use parallel.pp=2"),
     (4, ["parallel.dispatcher=node_limited", "parallel.ranks_per_node=3"], "node=3 does not divide parallel.ep=4"),
 ]
 
@@ -87,6 +88,14 @@ def test_what_can_not_be(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=says):
         configured(corpus, *settings, world_size=world_size)
+
+
+def test_what_a_resolved_configuration_says(corpus: list[str]) -> None:
+    # 8 sequences of the largest length and vocabulary, 2 at once on each of 2 data-parallel ranks.
+    largest = configured(corpus, "seq_len=64", "model.max_seq_len=64", "parallel.pp=2", "steps=1", world_size=4)
+    assert (largest.dp, largest.ep, largest.micro_batch, largest.num_microbatches) == (2, 2, 2, 2)
+    assert largest.data.vocab_size == largest.model.vocab_size == 300
+    assert configured(corpus, "max_skipped_steps=0").max_skipped_steps == 0
 
 
 def test_other_precisions_take_any_length(corpus: list[str]) -> None:

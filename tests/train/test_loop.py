@@ -98,3 +98,17 @@ def test_when_validation_and_counts_of_fp8_are_due(every: int, due: list[int]) -
     validation, logging = ValidationConfig(every=every), LoggingConfig(fp8_every=every)
     assert [step for step in range(1, 7) if validation.is_due(step, 6)] == due
     assert [step for step in range(1, 7) if logging.fp8_is_due(step, 6)] == due
+
+
+def test_start_up_ends_with_the_first_step_and_dispatches_are_verified(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["steps=3", "precision=bf16", "checkpoint.at_end=false", "parallel.timeout=7", f"run_dir={tmp_path}"]
+    run = built(configured(corpus, *settings))
+    ended: list[tuple[int, float]] = []
+    monkeypatch.setattr("fp8moe.train.loop.end_startup", lambda mesh, links, seconds: ended.append((run.step, seconds)))
+    verified: list[int] = []
+    monkeypatch.setattr(run.dispatcher, "verify", lambda: verified.append(run.step))
+    run_to_end(run, time.perf_counter())
+    assert ended == [(1, 7.0)]
+    assert verified == [0, 1, 2, 3]  # before each update, and behind the validation

@@ -46,7 +46,7 @@ def test_a_segment_ends_exactly_at_until(unit: Literal["tokens", "share"]) -> No
     )
 
     def at(place: int) -> Progress:
-        return Progress(0, 1, place) if unit == "tokens" else Progress(place, 400, 0)
+        return Progress(1, 4, place) if unit == "tokens" else Progress(place, 400, 10**6)
 
     rates = {0: 8.0, 99: 8.0, 100: 8.0, 150: 6.0, 200: 1.0, 299: 1.0, 300: 1.0, 399: 1.0}
     for place, rate in rates.items():

@@ -103,6 +103,8 @@ def test_wandb_is_imported_when_asked_and_offline_without_a_key(
     step, record = calls[1][1]
     assert step == 1 and record["time/forward"] == 0.5 and record["val_loss"] == 3.0
     assert run.summary == {"steps": 1} and calls[2][1] == 0
+    MetricsWriter(tmp_path, LoggingConfig(wandb=True), "name", {}, after_step=0).close()
+    assert calls[-1] == ("finish", 1)  # without a summary it failed
 
 
 def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def told(run_dir: Path) -> list[tuple[float, ...]]:
     return [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["consumed_samples"]) for r in records]
 
 
-DUALPIPE_EP2 = ("parallel.schedule=dualpipe", "parallel.pp=2", "parallel.ep=2", "batch.micro_batch=1")
+DUALPIPE_EP2 = ("parallel.schedule=dualpipe", "parallel.pp=2", "parallel.ep=2", "batch.micro_batch=1", "precision=bf16")
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, ()), (2, ()), (4, DUALPIPE_EP2)])
@@ -79,11 +79,12 @@ def test_every_number_of_the_state_comes_back(corpus: list[str], tmp_path: Path)
 
 def test_any_layout_resumes_any_other(corpus: list[str], tmp_path: Path) -> None:
     settings = [*corpus, *SAVING, "precision=fp32"]
-    saved = on_ranks([*settings, f"run_dir={tmp_path / 'ep2'}"], 2)
+    saved = on_ranks([*settings, f"run_dir={tmp_path / 'ep2'}", "parallel.ep=2"], 4)
     path = tmp_path / "ep2" / "checkpoints" / "step-4"
     alone = state_tensors(built(configured([*settings, f"resume={path}", "steps=9"])))
     for name, tensor in alone.items():
-        one, other = (tensors[name] for _, tensors in saved)
+        one, other, *copies = (tensors[name] for _, tensors in saved)
+        assert torch.equal(one, copies[0]) and torch.equal(other, copies[1]), name
         sharded = one.shape != tensor.shape
         assert sharded == ("experts" in name)
         assert torch.equal(tensor, torch.cat([one, other]) if sharded else one), name
