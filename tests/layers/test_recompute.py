@@ -42,6 +42,17 @@ def test_views_come_back_as_they_were_computed_once_and_without_gradients() -> N
     assert torch.equal(got, want) and calls == [False, False]
 
 
+def test_what_is_made_again_is_without_autograd_whoever_asks() -> None:
+    x = torch.randn(T, D, requires_grad=True)
+    with capture_saved() as captured:
+        y = x * 1
+        z = y * y
+    recompute_saved(captured, [y], lambda: [x * 1])
+    assert captured and not any(saved.unpack().requires_grad for saved in captured)
+    z.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, 2 * x.detach())
+
+
 def test_other_and_empty_tensors_are_left_alone() -> None:
     a, b, empty = torch.randn(T, D, requires_grad=True), torch.randn(T, D), torch.empty(0, D, requires_grad=True)
     with capture_saved() as captured:
