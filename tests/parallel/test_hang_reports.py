@@ -47,12 +47,13 @@ CASES: list[tuple[str, dict[int, tuple[tuple[int, int], dict[str, int], list[Any
     ("two", {1: (ALIVE, {"dp": 4}, []), 2: (ALIVE, {"dp": 5}, []), 3: (SILENT, {"dp": 3}, [])},
      "rank 1 is alive and stopped after number 4 (op 4); "
      "rank 3 has ended or is frozen and stopped after number 3 (op 3)", [3]),
-    ("waits for another", {1: (ALIVE, {"dp": 4}, [("pp", 2, [1, 3])]), 2: (ALIVE, {"dp": 5}, []),
+    ("waits for another", {1: (ALIVE, {"dp": 4, "pp": 2}, [("pp", 2, [1, 3])]), 2: (ALIVE, {"dp": 5}, []),
                            3: (ALIVE, {"dp": 5, "pp": 1}, [])},
      "rank 3 is alive and stopped after number 1 (op 1); between them and rank 0: rank 1", []),
-    ("an old wait", {1: (SILENT, {"dp": 4}, [("pp", 2, [1, 3])]), 2: (ALIVE, {"dp": 5}, []),
+    ("an old wait", {1: (SILENT, {"dp": 4, "pp": 2}, [("pp", 2, [1, 3])]), 2: (ALIVE, {"dp": 4}, []),
                      3: (ALIVE, {"dp": 5, "pp": 2}, [])},
-     "rank 1 has ended or is frozen and stopped after number 4 (op 4)", [1]),
+     "rank 1 has ended or is frozen and stopped after number 4 (op 4); "
+     "rank 2 is alive and stopped after number 4 (op 4)", [1]),
     ("a circle", {1: (ALIVE, {"dp": 4, "pp": 2}, [("pp", 2, [1, 3])]), 2: (ALIVE, {"dp": 5}, []),
                   3: (ALIVE, {"dp": 5, "pp": 1}, [("ep", 1, [1, 3])])},
      "rank 1 is alive and stopped after number 4 (op 4); rank 3 is alive and stopped after number 1 (op 1)", []),
