@@ -93,4 +93,6 @@ def test_a_models_ranks() -> None:
     assert f"layout {','.join(str(stage.num_layers) for stage in stages)}" in text and "512 tokens" in text
     rows = [line for line in text.splitlines() if line.startswith("rank ")]
     assert len(rows) == 4 and "embedding + block" in rows[0] and "head + MTP" in rows[0] and rows[0][8:] == rows[3][8:]
+    work = [float(line.split()[2]) for line in rows]
+    assert sum(work) / 4 == pytest.approx(1, abs=1e-3) and f"heaviest rank {max(work):.3f} of the average" in text
     assert made.time_by_kind(0)[Kind.FB] > 0 and "stages scaled by their work" in caption(made)[0]
