@@ -65,10 +65,11 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_has_no_word_for() -> None:
-    assert finite({"a": [math.inf, 1.0], "b": {"c": math.nan}, "d": "inf"}) == {
+    assert finite({"a": [math.inf, 1.0], "b": {"c": math.nan}, "d": "inf", "e": (-math.inf, 2)}) == {
         "a": [None, 1.0],
         "b": {"c": None},
         "d": "inf",
+        "e": [None, 2],
     }
 
 

@@ -79,6 +79,27 @@ def test_clipping_scales_by_the_global_norm() -> None:
     assert not torch.allclose(clipped["matrix"], parameters(torch.float32)["matrix"], atol=1e-3)
 
 
+def test_a_norm_below_the_bound_scales_nothing() -> None:
+    updated = []
+    for clip_norm in (2.0, 4.0):
+        ours = parameters(torch.float32)
+        set_grads(ours, 0)
+        AdamW(ours, replace(CONFIG, eps=1.0, clip_norm=clip_norm)).step(1e-1, grad_norm=0.5)
+        updated.append(ours)
+    assert all(torch.equal(updated[0][name], updated[1][name]) for name in updated[0])
+
+
+def test_a_checkpoint_gets_master_and_both_moments_of_each() -> None:
+    ours = parameters(torch.bfloat16)
+    optimizer = AdamW(ours, CONFIG)
+    given = {name: (parameter, tensor) for name, parameter, tensor in optimizer.tensors()}
+    kinds = ("master", "exp_avg", "exp_avg_sq")
+    assert list(given) == [f"{kind}.{name}" for name in ours for kind in kinds]
+    for name, state in optimizer.states.items():
+        for kind in kinds:
+            assert given[f"{kind}.{name}"][0] is ours[name] and given[f"{kind}.{name}"][1] is getattr(state, kind)
+
+
 def test_only_matrices_decay() -> None:
     ours = parameters(torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in ours.items()}

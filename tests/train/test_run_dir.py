@@ -35,6 +35,14 @@ def test_a_path_to_resume_from(tmp_path: Path) -> None:
         check_run_dir(str(other), str(checkpoint))
 
 
+def test_the_working_directory_is_a_directory_like_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_run_dir(".", "none")
+    (tmp_path / "notes").touch()
+    with pytest.raises(ConfigError, match="holds 1 entries"):
+        check_run_dir(".", "none")
+
+
 def test_what_can_be_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file and must be a directory"):

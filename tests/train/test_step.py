@@ -17,8 +17,9 @@ from fp8moe.layers.moe import Experts
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import Recompute
 from fp8moe.profile.spans import Stopwatch
+from fp8moe.train.lr import LearningRateConfig, Progress, learning_rate
 from fp8moe.train.metrics import StepReport
-from fp8moe.train.step import cast_shares, forward_backward, next_batches, train_step, worst_violation
+from fp8moe.train.step import Losses, cast_shares, forward_backward, next_batches, train_step, worst_violation
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 
@@ -128,7 +129,14 @@ def test_what_changes_along_the_run_reaches_the_step(corpus: list[str], monkeypa
         weights.append(weight)
         return given(run, batches, counts, weight, stopwatch)
 
+    places: list[Progress] = []
+
+    def recording_rate(config: LearningRateConfig, at: Progress) -> float:
+        places.append(at)
+        return learning_rate(config, at)
+
     monkeypatch.setattr("fp8moe.train.step.forward_backward", recording)
+    monkeypatch.setattr("fp8moe.train.step.learning_rate", recording_rate)
     rates, moved = [], []
     for _ in range(5):
         before = [router.bias_E.clone() for router in run.routers().values()]
@@ -137,7 +145,24 @@ def test_what_changes_along_the_run_reaches_the_step(corpus: list[str], monkeypa
         moved.append(not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
     cosine = 0.5 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 6)))
     assert rates[0] == pytest.approx(0.5 / 4) and rates[4] == pytest.approx(cosine)  # a whole cosine, to a tenth
+    assert places == [Progress(step, 6, step * 8 * 32) for step in range(5)]
     assert weights == [0.3, 0.3, 0.01, 0.01, 0.01] and moved == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("losses", "grad_norm"),
+    [
+        *((Losses(math.nan, 1.0, 1.0), 1.0), (Losses(1.0, math.nan, 1.0), 1.0)),
+        *((Losses(1.0, 1.0, math.inf), 1.0), (Losses(1.0, 1.0, 1.0), math.inf)),
+    ],
+)
+def test_any_figure_that_is_not_finite_skips_the_step(
+    corpus: list[str], losses: Losses, grad_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(configured(corpus, "precision=bf16"))
+    monkeypatch.setattr("fp8moe.train.step.forward_backward", lambda *arguments: losses)
+    monkeypatch.setattr("fp8moe.train.step.reduce", lambda run: grad_norm)
+    assert train_step(run).skipped and run.optimizer.updates == 0
 
 
 def differing(settings: list[str]) -> tuple[float | None, tuple[float | None, float | None]]:
