@@ -48,8 +48,9 @@ def test_counts_grow_in_training_forwards_only() -> None:
         router.train()
         router(x, 1)
     assert router.counts_E.sum() == 0
-    routing = router(x, 1)
-    assert torch.equal(router.counts_E, torch.bincount(routing.topk_ids_TK.flatten(), minlength=8))
+    first, second = router(x, 1), router(-x, 1)
+    chosen = torch.cat([first.topk_ids_TK, second.topk_ids_TK])
+    assert torch.equal(router.counts_E, torch.bincount(chosen.flatten(), minlength=EXPERTS))
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])

@@ -69,6 +69,9 @@ def test_activation_bytes_by_hand() -> None:
 
     assert spared(Recompute.NORM, "fp8") == 2 * (64 + 64 + 32 + 32)
     assert spared(Recompute.NORM, "fp8", with_head) == 2 * (64 + 64 + 32 + 32 + 64)
+    with_mtp = replace(with_head, mtp=True)
+    mtp = 2 * (64 + 64 + 32 + 32) + 2 * (3 * 64)  # its block's norms; the two that it joins, and its last
+    assert spared(Recompute.NORM, "fp8", with_mtp) == 2 * (64 + 64 + 32 + 32 + 64) + mtp
     assert spared(Recompute.MLA_UP, "fp8") == 2 * 2 * (32 + 32 + 16 + 16)
     assert [spared(Recompute.SWIGLU, precision) for precision in ("fp8", "bf16", "fp32")] == [0, 2 * 3 * 64, 4 * 3 * 64]
 
