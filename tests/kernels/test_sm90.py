@@ -68,7 +68,9 @@ def test_every_production_tile_is_compiled(kernels, backend, op):
     for tile in production_tiles(backend, op):
         shape = f" {tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} "
         kinds = {name.split()[2] for name in compiled if shape in name}
-        assert kinds == {"grouped_gemm": {"bf16", "fp32"}, "grouped_wgrad": {"add"}}.get(op, {"bf16", "fp32", "add"})
+        adds, writes = {"add", "add_long"}, {"bf16", "fp32"}
+        expected = {"gemm": writes | {"add"}, "grouped_gemm": writes, "grouped_wgrad": adds}
+        assert kinds == expected.get(op, adds | writes)
 
 
 @pytest.mark.slow
