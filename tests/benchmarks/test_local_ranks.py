@@ -28,5 +28,5 @@ def test_a_failure_names_its_rank() -> None:
             raise ValueError("no link")
         dist.barrier()
 
-    with pytest.raises(RuntimeError, match="rank [01]: "):
+    with pytest.raises(RuntimeError, match=r"rank [01]: "):
         run_on_ranks(fails, 2, TIMEOUT)
