@@ -170,17 +170,19 @@ def differing(settings: list[str]) -> tuple[float | None, tuple[float | None, fl
     run = built(configured(settings, world_size=2))
     second = run.mesh.rank == 1
     for router in run.routers().values():
-        router.counts_E.copy_(torch.tensor([1, 1, 1, 1] if second else [5, 1, 1, 1]))
+        router.counts_E.copy_(torch.tensor([3, 1, 1, 1] if second else [5, 1, 1, 1]))
     casts = SimpleNamespace(values=300, saturated_share=0.0, underflow_share=0.1) if second else SimpleNamespace(
         values=100, saturated_share=0.5, underflow_share=0.3
     )  # fmt: skip
     return worst_violation(run), cast_shares(run, casts)  # type: ignore[arg-type]
 
 
-def test_figures_over_ranks_that_differ(corpus: list[str]) -> None:
-    settings = [*corpus, "parallel.pp=2", "model.num_dense_layers=0", "precision=bf16"]
+@pytest.mark.parametrize(("num_dense", "worst"), [(0, 1.5), (1, 1.0)])  # 5 over a mean of 2; 3 over a mean of 1.5
+def test_figures_over_ranks_that_differ(corpus: list[str], num_dense: int, worst: float) -> None:
+    """The first rank's only layer has experts or is dense: then the worst is the second rank's."""
+    settings = [*corpus, "parallel.pp=2", f"model.num_dense_layers={num_dense}", "precision=bf16"]
     for violation, shares in run_ranks(differing, 2, settings):
-        assert violation == pytest.approx(1.5)  # 5 over a mean of 2
+        assert violation == pytest.approx(worst)
         assert shares == (pytest.approx(50 / 400), pytest.approx((30 + 30) / 400))
 
 
