@@ -114,9 +114,9 @@ def test_a_pipelines_checkpoint_is_everyones(corpus: list[str], tmp_path: Path, 
 
 
 def test_old_checkpoints_go_and_the_newest_is_found(corpus: list[str], tmp_path: Path) -> None:
-    run_once([*corpus, "steps=5", "checkpoint.every=1", "checkpoint.keep=2", f"run_dir={tmp_path}"], 1)
+    run_once([*corpus, "steps=5", "checkpoint.every=1", "checkpoint.keep=3", f"run_dir={tmp_path}"], 1)
     root = tmp_path / "checkpoints"
-    assert sorted(path.name for path in root.iterdir()) == ["step-4", "step-5"]
+    assert sorted(path.name for path in root.iterdir()) == ["step-3", "step-4", "step-5"]
     with pytest.raises(
         ConfigError, match="resume=step-4 must be the newest checkpoint of its own run_dir, which is step-5"
     ):
