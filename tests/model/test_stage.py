@@ -108,3 +108,20 @@ def test_passes_are_let_go_without_a_collector(name: str, overlap: bool, counted
     pipelined(model, name, overlap, watch)
     assert [ref() for refs in made for ref in refs if ref() is not None] == []
     assert most <= peak_held(build_schedule(name, 1, MICROBATCHES))[0]
+
+
+def test_validation_predicts_one_token_alone() -> None:
+    model = built(Precision.FP32)
+    model.eval()
+    expected = torch.zeros(3, dtype=torch.float64)
+    for batch in batches():
+        sums = model(batch)
+        expected += torch.stack([sums.main, sums.mtp, sums.balance]).detach().double()
+    stages, tally = partition(CONFIG, 1, seq_len=SEQ_LEN), LossTally(torch.device("cpu"))
+    make = StagePasses(model, stages, batches(), WEIGHTS, tally)
+    with torch.no_grad():
+        for microbatch in range(MICROBATCHES):
+            for phase in (phase for one in make(0, microbatch, None) for phase in one.phases):
+                phase.forward()
+    assert tally.sums[1] == expected[1] == 0
+    torch.testing.assert_close(tally.sums, expected, rtol=1e-6, atol=0.0)

@@ -72,3 +72,12 @@ def test_weights_depend_on_seed_name_and_expert_alone() -> None:
     firsts = [tuple(matrix.flatten()[:16].tolist()) for matrix in matrices]
     assert len(set(firsts)) == len(firsts)
     assert whole["head.weight"][0, :3].tolist() == [-0.046630859375, 0.05712890625, -0.032958984375]
+
+
+def test_fp8_leaves_the_head_alone() -> None:
+    model = Transformer(BASE, Recipe(Precision.FP8), LocalDispatcher(BASE.experts.num_experts))
+    init_weights(model, seed=0)
+    assert model.head is not None and model.norm is not None
+    x = torch.randn(8, BASE.dim).bfloat16()
+    plain = x.double() @ model.head.weight.detach().double().T
+    assert (model.head(x) - plain).norm() < 0.005 * plain.norm(), "E4M3 operands would cost 3 %"
