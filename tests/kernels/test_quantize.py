@@ -176,7 +176,7 @@ def test_wrong_arguments() -> None:
     for x, message in (
         (torch.zeros(4, 16, dtype=torch.float16), "got torch.float16"),
         (torch.zeros(16), "at least 2 dims, got 1"),
-        (torch.zeros(4, 100), "K=100 is not: use 96"),
+        (torch.zeros(4, 100), "K=100 must be a multiple of 16, which FP8 needs: use 96"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize_rows(x)
