@@ -113,6 +113,7 @@ def test_without_venv_the_given_python_runs_and_nothing_is_installed(venv, make,
     [
         *(("train", "fp8moe train"), ("test", "pytest"), ("test-gpu", "pytest")),
         *(("check", "ruff check"), ("check", "ruff format"), ("check", "mypy"), ("check", "importlinter")),
+        ("check", "tests.architecture"),
     ],
 )
 def test_the_failure_of_a_command_is_the_failure_of_make(target, command, make):
