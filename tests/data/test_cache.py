@@ -115,3 +115,9 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_keys_tell_parts_apart() -> None:
     assert key_of("a", 1, [2.5]) == hashlib.sha256(b'["a", 1, [2.5]]').hexdigest()[:20]  # names of existing folders
     assert len({key_of("a", "b"), key_of("ab"), key_of("a", 1), key_of("a", "1"), key_of(["a", "b"])}) == 5
+
+
+def test_a_cache_below_folders_that_are_not_there_is_made(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "yet" / "there"
+    assert built_folder(root, "thing", lambda folder: (folder / "whole").write_text("x")).parent == root  # type: ignore
+    assert (root / "thing" / "whole").read_text() == "x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -110,6 +111,13 @@ def test_the_split_depends_on_names_and_sizes_only() -> None:
     assert 20 <= len(validation) <= 21 and {document.name for document in train} & {d.name for d in validation} == set()
     backwards = sources.split_by_file(documents[::-1], 0.1)
     assert backwards[1][::-1] == validation and backwards[0][::-1] == train
+
+
+def test_files_are_held_out_by_the_hash_of_their_names() -> None:
+    documents = documents_of({f"f{i}.py": 100 for i in range(50)})
+    by_hash = sorted((d.name for d in documents), key=lambda name: hashlib.sha256(name.encode()).digest())
+    _, validation = sources.split_by_file(documents, 0.2)
+    assert {document.name for document in validation} == set(by_hash[:10])
 
 
 def test_the_held_out_share_is_met_and_not_passed() -> None:

@@ -81,3 +81,20 @@ def test_fp8_leaves_the_head_alone() -> None:
     x = torch.randn(8, BASE.dim).bfloat16()
     plain = x.double() @ model.head.weight.detach().double().T
     assert (model.head(x) - plain).norm() < 0.005 * plain.norm(), "E4M3 operands would cost 3 %"
+
+
+def test_the_balance_loss_is_the_sum_over_blocks() -> None:
+    model = Transformer(BASE, Recipe(Precision.FP32), LocalDispatcher(BASE.experts.num_experts))
+    init_weights(model, seed=1)
+    batch = tokens(BASE.vocab_size)
+    positions = model.positions(batch.positions_BS)
+    with torch.no_grad():
+        x_TD = model.embedding(batch.inputs_BS.flatten())  # type: ignore[misc]
+        hidden_TD, balance = model.run_blocks(x_TD, positions)
+        losses = []
+        for layer in range(BASE.num_layers):
+            x_TD, loss = model.block(layer)(x_TD, positions)
+            losses.append(float(loss))
+    assert torch.equal(hidden_TD, x_TD)
+    assert losses[0] == 0.0 and all(loss > 0 for loss in losses[1:])  # the first block is dense
+    assert float(balance) == pytest.approx(sum(losses), rel=1e-6)

@@ -146,3 +146,10 @@ def undetected() -> str:
 
 def test_without_a_detector_the_error_is_the_back_ends() -> None:
     assert run_ranks(undetected, 2, absent=(1,))[0]
+
+
+def test_a_process_is_told_apart_where_there_is_proc_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = hang._this_process()
+    assert mine["host"].startswith(hang.machine_id()) and mine["started"] == hang._state(os.getpid())[1] != ""
+    monkeypatch.setattr(hang.sys, "platform", "darwin")
+    assert hang._this_process() == {"host": None, "pid": os.getpid(), "started": None}

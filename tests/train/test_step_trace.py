@@ -75,6 +75,8 @@ def test_the_job_is_the_sum_of_its_ranks() -> None:
     assert lines[0].startswith("trace of step 7")
     assert re.fullmatch(r"communication hidden +60.0% +0.0%", lines[1])
     assert re.fullmatch(r"bubble +3500.0 ms \(simulated 2500.0 ms\) +4000.0 ms", lines[3])
+    assert lines[0].index("the worst") == lines[3].index("4000.0 ms")  # columns as wide as their widest cell
+    assert lines[0].index("a rank") == lines[3].index("3500.0 ms") == len("forwards and backwards") + 2
     alone = summed_up(1, [RankFigures(1.0, 1.0, 0.0, 0.0, 0.0, {})], None)
     assert (alone.hidden, alone.hidden_worst) == (None, None)
     assert "hidden" not in table(alone) and "simulated" not in table(alone)

@@ -1,0 +1,59 @@
+"""Processes of a run: which groups a configuration asks for, and a run directory that cannot be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fp8moe.parallel.mesh import Mesh
+from fp8moe.train import processes
+from tests.train.runs import configured
+
+ALONE = Mesh(1, 1, 1, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "tied", "mirrored", "ranks_per_node"),
+    [
+        ([], 1, False, False, None),
+        (["model.mtp_depth=1"], 1, False, False, None),
+        (["parallel.pp=2", "model.mtp_depth=0"], 2, False, False, None),
+        (["parallel.pp=2", "model.mtp_depth=1"], 2, True, False, None),
+        (["parallel.pp=2", "model.mtp_depth=1", "parallel.schedule=dualpipe"], 2, False, True, None),
+        (["parallel.dispatcher=node_limited", "parallel.ranks_per_node=2"], 4, False, False, 2),
+        (["parallel.ranks_per_node=2"], 4, False, False, None),
+    ],
+)
+def test_the_groups_that_a_configuration_asks_for(
+    settings: list[str],
+    world_size: int,
+    tied: bool,
+    mirrored: bool,
+    ranks_per_node: int | None,
+    corpus: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(processes, "build_mesh", lambda *sizes, **options: asked.update(options, sizes=sizes))
+    config = configured(corpus, *settings, "parallel.startup_timeout=7", world_size=world_size)
+    processes.mesh_of(config, torch.device("cpu"))
+    assert asked["sizes"] == (config.parallel.pp, config.dp, config.ep)
+    assert (asked["tied"], asked["mirrored"], asked["ranks_per_node"]) == (tied, mirrored, ranks_per_node)
+    assert asked["nccl_ctas"] is None and asked["timeout"].total_seconds() == 7
+
+
+def test_a_run_directory_that_cannot_be_made(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(corpus, f"run_dir={tmp_path / 'run'}")
+    assert processes.claim_run_dir(config, ALONE) == tmp_path / "run"
+
+    def denied(*arguments: object) -> Path:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(processes, "make_run_dir", denied)
+    with pytest.raises(ValueError, match=r"run cannot be made \(Permission denied\): use another run_dir"):
+        processes.claim_run_dir(config, ALONE)
