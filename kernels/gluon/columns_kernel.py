@@ -8,6 +8,10 @@ instead, by one-dimensional TMA from the M-major scales taken as one vector ([T/
 of a row of it brings scales of rows that are never stored). Promotion is two operations a value here, a product with
 b's scale and a multiply-add with a's.
 
+A consumer reads a step's scales as soon as the slot is full, before its first WGMMA, and fences them against TMA while
+that WGMMA runs (`pipeline`, "Scales in the ring"). In a tall tile both waves use the same 32 of b's, read once: with
+the sums, a product and the rows' scales they fit the 240 registers of a consumer.
+
 Grouped: expert e contracts over tokens offsets[e] to offsets[e+1], both multiples of 128, so a tile of tokens never
 touches two experts; one launch for all, the sizes read on the device. An expert without tokens has no steps and its
 output is not touched. The protocol between the partitions: `pipeline`.
@@ -15,7 +19,7 @@ output is not touched. The protocol between the partitions: `pipeline`.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from fp8moe.kernels.gluon.pipeline import (
     CONSUMER_REGISTERS,
@@ -81,11 +85,9 @@ def produce(a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, 
 
 
 @gluon.jit
-def promote(acc, product, sa, sb, CTAS: gl.constexpr):
-    """acc + product * sa (rows) * sb (columns); sa and sb: their 64 and 128 scales in shared memory."""
-    layout: gl.constexpr = wave_layout(CTAS)
-    rows, cols = sa.load(gl.SliceLayout(1, layout)), sb.load(gl.SliceLayout(0, layout))
-    return acc + (product * cols[None, :]) * rows[:, None]
+def promote(acc, product, sa, sb):
+    """acc [64, 128] + product * sa [64] (rows) * sb [128] (columns)."""
+    return acc + (product * sb[None, :]) * sa[:, None]
 
 
 @gluon.jit
@@ -100,6 +102,8 @@ def consume(INDEX: gl.constexpr, c, a_ring, b_ring, sa_ring, sb_ring, full, empt
     FIRST: gl.constexpr = INDEX * (BM // 2)
     DOWN: gl.constexpr = 64 if TALL else 0
     ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
+    across: gl.constexpr = gl.SliceLayout(0, layout)
+    down: gl.constexpr = gl.SliceLayout(1, layout)
     dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
     for tile in range(gl.program_id(0), num_groups * gl.cdiv(N, BM) * gl.cdiv(K, WIDTH), gl.num_programs(0)):
@@ -111,18 +115,28 @@ def consume(INDEX: gl.constexpr, c, a_ring, b_ring, sa_ring, sb_ring, full, empt
             mbarrier.wait(full.index(slot), parity)
             b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)
             sb0, sb1 = columns_of(sb_ring, slot, TWO and not TALL, CTAS)
+            cols = sb0.load(across)
+            rows0 = rows_of(sa_ring, slot, FIRST, BM, CTAS).load(down)
+            rows1 = rows0
+            if TWO and TALL:
+                rows1 = rows_of(sa_ring, slot, FIRST + DOWN, BM, CTAS).load(down)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
+            fence_async_shared()  # the reads above come before the TMA that refills the slot
             if TWO:
                 product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
-                acc0 = promote(acc0, product, rows_of(sa_ring, slot, FIRST, BM, CTAS), sb0, CTAS)
+                acc0 = promote(acc0, product, rows0, cols)
+                if not TALL:
+                    cols = sb1.load(across)
                 product = start_wave(rows_of(a_ring, slot, FIRST + DOWN, BM, CTAS), b1, product)
+                if not TALL:
+                    fence_async_shared()
                 dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
-                acc1 = promote(acc1, dead, rows_of(sa_ring, slot, FIRST + DOWN, BM, CTAS), sb1, CTAS)
+                release(empty, both, slot, CTAS)
+                acc1 = promote(acc1, dead, rows1, cols)
             else:
                 dead = warpgroup_mma_wait(0, deps=[product])
-                acc0 = promote(acc0, dead, rows_of(sa_ring, slot, FIRST, BM, CTAS), sb0, CTAS)
-            # Only now: the scales of this slot were read after its last WGMMA.
-            release(empty, both, slot, CTAS)
+                release(empty, both, slot, CTAS)
+                acc0 = promote(acc0, dead, rows0, cols)
             step += 1
         if steps > 0:
             out = c + expert.to(gl.int64) * N * c_ld

@@ -17,11 +17,18 @@ round s // STAGES; parity is the round's lowest bit.
     full[slot]    count 1.  The producer's expect(bytes) is its one arrival; the round ends when those bytes have
                   landed. Consumers wait for parity (s // STAGES) & 1.
     empty[slot]   count 2.  Each consumer arrives once a step, after its last read of the slot: after the wait that
-                  retires its last WGMMA, and after its last read of scales that travel in the ring. The compiler puts
-                  a barrier of that consumer's four warps in front of an arrival (one thread arrives for all; read in
-                  the machine code of Triton 3.6 and 3.7, and held by a test).
+                  retires its last WGMMA, and after the fence behind its last read of scales that travel in the ring.
+                  The compiler puts a barrier of that consumer's four warps in front of an arrival (one thread arrives
+                  for all; read in the machine code of Triton 3.6 and 3.7, and held by a test).
                   The producer waits for parity ((s // STAGES) & 1) ^ 1: true at once in round 0, where the phase
                   "before the first" counts as complete; later it is round s // STAGES - 1 that must have ended.
+
+Scales in the ring. WGMMA reads a slot through the async proxy, and waiting for it is enough. A load of scales into
+registers goes through the generic proxy, and neither the barrier of the warps nor the arrival waits for its value: such
+a load, issued last and still queued behind the other consumer's stores of an epilogue, has returned the scales of the
+slot's next round (on an H100, in rows of the second wave of a tile). So each consumer executes `fence_async_shared`
+after the loads and before the arrival, which completes them and orders them before TMA's next write; under a WGMMA it
+costs no time. A test reads in the machine code that no such load is in flight at an arrival.
 
 Every partition derives the number of steps of a tile from the same function of the same arguments; a tile with no steps
 (an empty group, rows past the last group) passes no barrier on any side. Barriers are initialised by the default
@@ -45,9 +52,9 @@ Epilogues: BF16 leaves through shared memory and a TMA store, which clips at the
 consumer is rewritten only after `store_wait(0)` says that its last store has read it. FP32 leaves straight from the
 registers, masked, either written or added into what is there: no other CTA touches the tile.
 
-Registers: two waves of FP32 sums (128 a thread), one product (64) and the scales fit 232 without a spill only if the
-other wave's sum passes through each WGMMA wait and the dead product is handed on as the ignored accumulator of the next
-WGMMA; written otherwise, ptxas keeps a second copy of either.
+Registers: two waves of FP32 sums (128 a thread), one product (64) and the scales (36) fit 240 without a spill only if
+the other wave's sum passes through each WGMMA wait and the dead product is handed on as the ignored accumulator of the
+next WGMMA; written otherwise, ptxas keeps a second copy of either.
 
 Refused: one m64n256 WGMMA a wide tile (its product alone takes 128 registers); scales multiplied into the operands (FP8
 cannot hold them); a barrier between the consumers, which would put both promotions in the tensor core's way at once.
@@ -62,7 +69,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-CONSUMER_REGISTERS = gl.constexpr(232)
+CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 # What an epilogue does with a tile: BF16 by TMA, any dtype by masked stores, or a masked sum into FP32.
 STORE_TMA, STORE, ADD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)

@@ -6,6 +6,10 @@ stored contiguously along tokens: an FP8 tensor core reads K-major bytes only. A
 refused, it reads and writes everything once more. Programs along M come first in the grid, so that neighbours share the
 same columns of scales.
 
+A cast feeds one store. Codes that were stored both as they are and transposed came out wrong on an H100, whether
+transposed by `tl.trans` or by the addresses, as bytes or before the cast (ptxas 12.9 merges the casts of both;
+triton-lang/triton issue 11111). So the transpose of a weight loads its tile once more, from L1 or L2, and casts that.
+
 The formula is the specification's, bit for bit (see `encode`).
 """
 
@@ -74,11 +78,14 @@ def blocks_kernel(
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     bits = tl.max(tl.max(encode.magnitude_bits(value), axis=1, keep_dims=True), axis=0, keep_dims=True)
     scale = encode.scale_of(bits, floor, encode.E4M3_MAX, POWER_OF_TWO)
-    code = encode.to_e4m3(value * encode.inverse_of(scale))
+    inverse = encode.inverse_of(scale)
     base = e * N * K
+    code = encode.to_e4m3(value * inverse)
     tl.store(codes + base + n.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
-    other_mask = (k < K)[:, None] & (n < N)[None, :]
-    tl.store(transposed + base + k.to(tl.int64)[:, None] * N + n[None, :], tl.trans(code), mask=other_mask)
+    mask = (k < K)[:, None] & (n < N)[None, :]
+    source = w + e * stride_e + n.to(tl.int64)[None, :] * stride_n + k[:, None]
+    again = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    tl.store(transposed + base + k.to(tl.int64)[:, None] * N + n[None, :], encode.to_e4m3(again * inverse), mask=mask)
     num_n, num_k = tl.cdiv(N, encode.TILE), tl.cdiv(K, encode.TILE)
     here = e * num_n * num_k
     one = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.sass import e4m3_casts, loads_in_flight
 from tests.kernels.sm90_cases import CASES
 
 TABLE = Path(__file__).with_name("sm90.json")
@@ -157,13 +158,15 @@ def compile_share(share: int) -> dict[str, dict[str, Any]]:
             "figures": figures(compiled, sass, usage),
             "wide": wide(sass),
             "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
+            "in_flight": loads_in_flight(sass) if ".gluon." in note.kernel else 0,
+            "casts": e4m3_casts(sass),
             "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),
         }
     return result
 
 
 def compile_all() -> dict[str, dict[str, Any]]:
-    """Name -> kernel, figures, unguarded arrivals, of every kernel."""
+    """Name -> kernel, figures and what else `compile_share` reports, of every kernel."""
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
         shares = list(pool.map(compile_share, range(PROCESSES)))
     merged: dict[str, dict[str, Any]] = {}

@@ -113,6 +113,20 @@ def test_repetition_and_the_number_of_sms_change_no_bit(hopper, sms):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [128, 1024])
+def test_short_groups_repeat_themselves(hopper, tokens):
+    # Many tiles of few steps: slots are refilled while the other consumer's epilogue keeps shared memory busy.
+    num_groups, n, k = 16, 4096, 7168
+    offsets = offsets_of([tokens] * num_groups, hopper)
+    dy, x = (quantize_columns(data("normal", num_groups * tokens, size, device=hopper)) for size in (n, k))
+    first, total = (torch.zeros(num_groups, n, k, device=hopper) for _ in range(2))
+    grouped_wgrad(dy, x, offsets, first)
+    for _ in range(REPEATS):
+        grouped_wgrad(dy, x, offsets, total.zero_())
+        assert torch.equal(total, first)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("sizes", GROUPS)
 @pytest.mark.parametrize(("m", "n", "k"), [(4096, 7168, 2048), (256, 576, 512), (130, 272, 4096)])
 def test_pairs_change_no_bit(hopper, monkeypatch, m, n, k, sizes):

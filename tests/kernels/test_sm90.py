@@ -149,6 +149,42 @@ def test_an_arrival_without_a_barrier_is_found():
 
 
 @pytest.mark.slow
+def test_no_scale_is_still_being_read_when_a_slot_is_handed_back(kernels):
+    rings = [entry for entry in kernels.values() if entry["kernel"].endswith("gluon.columns_kernel.columns_kernel")]
+    assert rings
+    assert [name for name, entry in kernels.items() if entry["in_flight"]] == []
+
+
+def test_a_load_in_flight_at_an_arrival_is_found():
+    from tests.kernels.sass import NO_SCOREBOARD, loads_in_flight
+
+    def code(*lines):
+        """(text, scoreboard set, scoreboards waited for) as a disassembly."""
+        words = [(text, (board << 5 | waits << 11) << 41) for text, board, waits in lines]
+        return "\n".join(
+            f"        /*0000*/    {text} ;    /* {0:#018x} */\n    /* {word:#018x} */" for text, word in words
+        )
+
+    load, late = ("LDS R24, [R5+UR7+0x30300]", 0, 0), ("LDS.64 R26, [R5+UR7+0x30320]", NO_SCOREBOARD, 0)
+    barrier = ("BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", NO_SCOREBOARD, 0)
+    arrive = ("@!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R3+UR7+0x318d0], RZ", NO_SCOREBOARD, 0)
+    use, fence = ("FFMA R149, R24, R210, R149", NO_SCOREBOARD, 1), ("FENCE.VIEW.ASYNC.S", 0, 1)
+    assert loads_in_flight(code(load, use, barrier, arrive)) == 0
+    assert loads_in_flight(code(load, barrier, arrive, use)) == 1
+    assert loads_in_flight(code(load, barrier, use, arrive)) == 1, "another warp's load is not waited for after it"
+    assert loads_in_flight(code(late, load, barrier, arrive)) == 2
+    assert loads_in_flight(code(late, load, use, barrier, arrive)) == 0
+    assert loads_in_flight(code(load, late, fence, barrier, arrive)) == 0
+
+
+@pytest.mark.slow
+def test_each_fp8_store_of_weight_blocks_has_a_cast_of_its_own(kernels):
+    # 64 values a thread, two a cast, in two orientations. ptxas 12.9 shares casts between both stores, wrongly.
+    found = {name: entry["casts"] for name, entry in kernels.items() if entry["kernel"].endswith(".blocks_kernel")}
+    assert found and set(found.values()) == {64}, found
+
+
+@pytest.mark.slow
 def test_the_committed_figures_are_those_of_this_code(found):
     if found["triton"] not in TABLE:
         pytest.skip(f"sm90.json has no figures of Triton {found['triton']}: python -m tests.kernels.sm90 --write")

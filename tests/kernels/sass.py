@@ -1,0 +1,55 @@
+"""Readings of Hopper machine code that the instructions' names alone don't give: what each instruction waits for.
+
+The upper 64 bits of an instruction hold, from bit 41: stall cycles (4), yield (1), the scoreboard that its result sets
+(3, 7 for none), the one that its operands' reading sets (3), and the scoreboards it waits for (6). A warp's loads from
+shared memory return in order, so a load without a scoreboard is done when a later one is.
+"""
+
+import re
+from collections.abc import Iterator
+
+NO_SCOREBOARD = 7
+FIRST = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
+SECOND = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
+
+
+def instructions(sass: str) -> Iterator[tuple[str, int, set[int]]]:
+    """(text, scoreboard its result sets, scoreboards it waits for) of each instruction of a disassembly."""
+    text = None
+    for line in sass.splitlines():
+        if found := FIRST.match(line):
+            text = found[1]
+        elif text is not None and (found := SECOND.match(line)):
+            control = int(found[1], 16) >> 41
+            yield text, control >> 5 & 7, {board for board in range(6) if control >> (11 + board) & 1}
+            text = None
+
+
+def loads_in_flight(sass: str) -> int:
+    """Loads from shared memory whose values may be missing when a consumer gives its slot of the ring back.
+
+    One thread arrives for the warps that met at the barrier before: a load must be complete there, by a wait for its
+    scoreboard or by the fence against the async proxy.
+    """
+    pending: dict[int, int] = {}
+    unmarked = at_barrier = wrong = 0
+    for text, board, waits in instructions(sass):
+        for done in waits:
+            pending.pop(done, None)
+        if re.search(r"\bLDS\b", text):
+            unmarked += 1
+            if board != NO_SCOREBOARD:
+                pending[board] = pending.get(board, 0) + unmarked
+                unmarked = 0
+        elif "FENCE.VIEW.ASYNC" in text:
+            pending, unmarked = {}, 0
+        elif "BAR.SYNC" in text:
+            at_barrier = sum(pending.values()) + unmarked
+        elif "SYNCS.ARRIVE" in text and ".A1T0" in text:
+            wrong += at_barrier
+    return wrong
+
+
+def e4m3_casts(sass: str) -> int:
+    """Instructions that cast FP32 to E4M3, two values each."""
+    return len(re.findall(r"\bF2FP\.SATFINITE\.E4M3\.F32", sass))
