@@ -164,5 +164,5 @@ PLANTS = (
     Plant("E4M3 takes its two values in the wrong order", BLOCKS,
           change(r"(cvt\.rn\.satfinite\.e4m3x2\.f32\s+%rs\d+, )(%r\d+), (%r\d+)", lambda m: f"{m[1]}{m[3]}, {m[2]}")),
     Plant("a reduction forgets half of its lanes", LINES,
-          change(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )8,", lambda m: f"{m[1]}4,", None)),
+          change(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )4,", lambda m: f"{m[1]}2,", None)),
 )  # fmt: skip
