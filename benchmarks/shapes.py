@@ -53,6 +53,9 @@ GROUPED_WGRAD = (
     Problem("grouped_wgrad", 7168, 4096, 4096, "columns", groups=4),
     Problem("grouped_wgrad", 7168, 4096, 8192, "columns", groups=4, published=1044),
     Problem("grouped_wgrad", 2048, 7168, 4096, "columns", groups=8),
+    # Both of an expert's weights, 32 experts a rank of 1,024 tokens each: bound by the sums in HBM.
+    Problem("grouped_wgrad", 4096, 7168, 1024, "columns", groups=32),
+    Problem("grouped_wgrad", 7168, 2048, 1024, "columns", groups=32),
 )
 # Rows and width of what is cast: a micro-batch's activations, and what eight experts of one rank receive.
 CASTS = ((4096, 7168), (16384, 7168), (32768, 4096))

@@ -22,10 +22,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from fp8moe.kernels.gluon.pipeline import (
+    ADD_TMA,
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
+    add_wave,
     columns_of,
     finish_pair,
+    finish_stores,
     load,
     make_barriers,
     release,
@@ -91,9 +94,9 @@ def promote(acc, product, sa, sb):
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T,
-            c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-            EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N,
+            K, T, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide)."""
     layout: gl.constexpr = wave_layout(CTAS)
     WIDTH: gl.constexpr = BN * CTAS
@@ -138,31 +141,45 @@ def consume(INDEX: gl.constexpr, c, a_ring, b_ring, sa_ring, sb_ring, full, empt
                 release(empty, both, slot, CTAS)
                 acc0 = promote(acc0, dead, rows0, cols)
             step += 1
-        if steps > 0:
+        row += FIRST
+        if EPILOGUE == ADD_TMA:
+            top = expert * N
+            if steps > 0:
+                if row < N:
+                    add_wave(c, sums.index(INDEX), acc0, top + row, col)
+                if TWO:  # noqa: SIM102  one is known when compiling, the other is not
+                    if row + DOWN < N:
+                        add_wave(c, sums.index(INDEX), acc1, top + row + DOWN, col + ACROSS)
+        elif steps > 0:
             out = c + expert.to(gl.int64) * N * c_ld
-            write_wave(out, c, acc0, row + FIRST, col, N, K, c_ld, EPILOGUE, CTAS)
+            write_wave(out, c, acc0, row, col, N, K, c_ld, EPILOGUE, CTAS)
             if TWO:
-                write_wave(out, c, acc1, row + FIRST + DOWN, col + ACROSS, N, K, c_ld, EPILOGUE, CTAS)
+                write_wave(out, c, acc1, row + DOWN, col + ACROSS, N, K, c_ld, EPILOGUE, CTAS)
+    finish_stores(EPILOGUE)
 
 
 @gluon.jit(do_not_specialize=["num_groups", "T"])
 def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, K, T, c_ld, BM: gl.constexpr,
                    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
                    EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
-    """c [E, N, K] = or += columns x columns^T of each group; grid as in `rows_kernel`. EPILOGUE: STORE or ADD."""
+    """c [E, N, K] = or += columns x columns^T of each group; grid as in `rows_kernel`. EPILOGUE: all but STORE_TMA."""
     HEIGHT: gl.constexpr = BM if CTAS == 1 else 64
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BM // HEIGHT, HEIGHT, 128], a_desc.layout)
     PIECES: gl.constexpr = BN // 128 if CTAS == 2 else 1
     b_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * PIECES, BN * CTAS // PIECES, 128], b_desc.layout)
     sa_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BM // HEIGHT, HEIGHT], sa_desc.layout)
     sb_ring = gl.allocate_shared_memory(gl.float32, [STAGES * PIECES, BN * CTAS // PIECES], sb_desc.layout)
+    if EPILOGUE == ADD_TMA:
+        sums = gl.allocate_shared_memory(gl.float32, [2, 64, c.block_shape[1]], c.layout)
+    else:
+        sums = sa_ring  # never touched: this epilogue writes from the registers
     full, empty, both = make_barriers(STAGES, CTAS)
     gl.warp_specialize(
         [
-            (consume, (0, c, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T, c_ld,
-                       BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
-            (consume, (1, c, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T, c_ld,
-                       BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
+            (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T,
+                       c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
+            (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T,
+                       c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
             (produce, (a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets,
                        num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS)),
         ],

@@ -21,11 +21,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gluon.columns_kernel import columns_kernel
-from fp8moe.kernels.gluon.pipeline import ADD, STORE, STORE_TMA
+from fp8moe.kernels.gluon.pipeline import ADD, ADD_TMA, STORE, STORE_TMA
 from fp8moe.kernels.gluon.rows_kernel import rows_kernel
 from fp8moe.kernels.tiles import DEFAULT_DEVICE, HOPPER_SMS, Tile
 
 TMA_ALIGNMENT = 16
+ADDED_BY_TMA = 2048  # tokens of a group from which L2 adds faster than the loads of an epilogue (`pipeline`)
+WAVE_ROWS, ADDED_COLUMNS = TILE // 2, 32
 PAIR = 2  # CTAs of a cluster, side by side along the columns of the output
 WHOLE, SPLIT = 0, 1  # what each CTA of a pair has of a dim: all of it, or its half
 
@@ -105,21 +107,37 @@ def launch_columns(
     num_groups = out.shape[0] if grouped else 1
     ctas = _ctas(tile)
     num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n * ctas)
+    epilogue = ADD.value if accumulate else STORE.value
+    c: TensorDescriptor | Tensor = out
+    if accumulate and _can_add_by_tma(out, t // num_groups, ctas):
+        epilogue, rows = ADD_TMA.value, out.view(-1, k)
+        layout = _layout(32, 128, ctas, WHOLE, WHOLE)
+        c = TensorDescriptor(rows, list(rows.shape), [k, 1], [WAVE_ROWS, ADDED_COLUMNS], layout)
     with torch.cuda.device_of(out):
         columns_kernel[(min(max(1, sms // ctas), num_tiles),)](
             _codes(a.data, _rows(tile), ctas, WHOLE),
             _codes(b.data, _columns(tile), ctas, SPLIT),
             _scales(a.scale, _rows(tile), ctas, WHOLE),
             _scales(b.scale, _columns(tile), ctas, SPLIT),
-            out,
+            c,
             group_offsets,
             num_groups,
             n,
             k,
             t,
             out.stride(-2),
-            **_constants(tile, grouped, ADD.value if accumulate else STORE.value),
+            **_constants(tile, grouped, epilogue),
         )
+
+
+def _can_add_by_tma(out: Tensor, tokens: int, ctas: int) -> bool:
+    """Whether TMA may add tiles into out [N, K] or [E, N, K], and is the faster way to.
+
+    It needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's.
+    """
+    whole = out.dim() == 2 or out.shape[1] % WAVE_ROWS == 0
+    aligned = out.is_contiguous() and out.shape[-1] % 4 == 0 and out.data_ptr() % TMA_ALIGNMENT == 0
+    return tokens >= ADDED_BY_TMA and ctas == 1 and whole and aligned
 
 
 def _constants(tile: Tile, grouped: bool, epilogue: int) -> dict[str, Any]:

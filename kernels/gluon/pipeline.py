@@ -50,7 +50,9 @@ address. All of it compiled and read as machine code only: off by default until 
 
 Epilogues: BF16 leaves through shared memory and a TMA store, which clips at the edges of the output; the buffer of a
 consumer is rewritten only after `store_wait(0)` says that its last store has read it. FP32 leaves straight from the
-registers, masked, either written or added into what is there: no other CTA touches the tile.
+registers, masked, either written or added into what is there: no other CTA touches the tile. A sum can also leave
+through shared memory by a TMA that adds in L2 (ADD_TMA): it runs under the next tile, but L2 adds about 1.3 TB/s, so it
+pays only where a tile's contraction is long. One addition an element, so still the same bits in every run.
 
 Registers: two waves of FP32 sums (128 a thread), one product (64) and the scales (36) fit 240 without a spill only if
 the other wave's sum passes through each WGMMA wait and the dead product is handed on as the ignored accumulator of the
@@ -60,6 +62,7 @@ Refused: one m64n256 WGMMA a wide tile (its product alone takes 128 registers); 
 cannot hold them); a barrier between the consumers, which would put both promotions in the tensor core's way at once.
 """
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -71,8 +74,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
-# What an epilogue does with a tile: BF16 by TMA, any dtype by masked stores, or a masked sum into FP32.
-STORE_TMA, STORE, ADD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+# What an epilogue does with a tile: BF16 by TMA, any dtype by masked stores, a masked sum into FP32, or that by TMA.
+STORE_TMA, STORE, ADD, ADD_TMA = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 
 @gluon.constexpr_function
@@ -223,6 +226,40 @@ def write_wave(c, buffer, acc, row, col, num_rows, num_cols, ld, EPILOGUE: gl.co
         gl.store(pointers, acc.to(c.dtype.element_ty), mask=inside)
 
 
+@gl._core.builtin
+def add_by_tma(desc, at, source, _semantic=None):
+    """Start a TMA that adds shared memory into a tensor: Gluon's builder has the operation, its language hasn't."""
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, at, source.handle)
+
+
+@gluon.jit
+def halves(x):
+    """The left and the right half of the columns of x [64, n]."""
+    return x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def add_piece(c, buffer, piece, row, col):
+    """Add `piece` to the output at (row, col) when the buffer's last TMA has read it."""
+    tma.store_wait(0)
+    buffer.store(piece)
+    fence_async_shared()
+    add_by_tma(c, [row, col], buffer)
+
+
+@gluon.jit
+def add_wave(c, buffer, acc, row, col):
+    """Add one 64x128 wave to the output at (row, col), through a buffer of 64x32."""
+    left, right = halves(acc)
+    piece0, piece1 = halves(left)
+    piece2, piece3 = halves(right)
+    add_piece(c, buffer, piece0, row, col)
+    add_piece(c, buffer, piece1, row, col + 32)
+    add_piece(c, buffer, piece2, row, col + 64)
+    add_piece(c, buffer, piece3, row, col + 96)
+
+
 @gluon.jit
 def finish_pair(CTAS: gl.constexpr):
     """After all partitions: a CTA stays until its peer has made its last arrival."""
@@ -233,5 +270,5 @@ def finish_pair(CTAS: gl.constexpr):
 @gluon.jit
 def finish_stores(EPILOGUE: gl.constexpr):
     """Shared memory must outlive the TMA stores that read it."""
-    if EPILOGUE == STORE_TMA:
+    if EPILOGUE == STORE_TMA or EPILOGUE == ADD_TMA:  # noqa: SIM109  compared one by one in a kernel
         tma.store_wait(0)

@@ -13,7 +13,7 @@ from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5M6_VALUES, E5M6_WORDS, T
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.layout import empty_columns, empty_scales
-from fp8moe.kernels.triton.quantize import TRANSPOSING_WARPS, last_dim_contiguous, write_columns
+from fp8moe.kernels.triton.quantize import BOTH_WARPS, COLUMNS_BLOCK_K, last_dim_contiguous, write_columns
 
 BLOCK_M = 32
 NUM_WARPS = 4
@@ -51,24 +51,25 @@ def pack_kernel(x, words, scales, M, K, stride_m, floor, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def load_values(words, scales, m, k, M, K, stride_m, scale_stride_m, scale_stride_k):
-    """The values at rows m and columns k of tile program_id(1), FP32; zero outside [M, K].
+def load_values(words, scales, m, k, k_tile, M, K, stride_m, scale_stride_m, scale_stride_k):
+    """The values at rows m and columns k of scale tile k_tile, FP32; zero outside [M, K].
 
-    Each value gathers the one or two words its bits lie in: neighbours share them, so it is the first-level cache that
-    pays. Loading each word once and spreading it over a run was refused: 128x128 values then spill registers.
+    m and k span the tile, one along each dim: [BLOCK, 1] and [1, BLOCK] in either order. Each value gathers the one or
+    two words its bits lie in: neighbours share them, so it is the first-level cache that pays. Loading each word once
+    and spreading it over a run was refused: 128x128 values then spill registers.
     """
     bit = 12 * (k % 8)
-    shift = (bit % 32)[None, :]
-    here = words + m.to(tl.int64)[:, None] * stride_m + (k // 8 * 3 + bit // 32)[None, :]
-    mask = (m < M)[:, None] & (k < K)[None, :]
+    shift = bit % 32
+    here = words + m.to(tl.int64) * stride_m + (k // 8 * 3 + bit // 32)
+    mask = (m < M) & (k < K)
     low = tl.load(here, mask=mask, other=0)
     high = tl.load(here + 1, mask=mask & (shift > 20), other=0)
     # Words are signed: a right shift drags the sign in from above, and what it drags in beyond bit 32 is masked away.
     kept = tl.where(shift > 20, (1 << (32 - tl.maximum(shift, 20))) - 1, 0xFFF)
     code = (((low >> shift) & kept) | (high << (32 - tl.maximum(shift, 20)))) & 0xFFF
     half = (code << 4).to(tl.int16).to(tl.float16, bitcast=True)
-    where = scales + m.to(tl.int64) * scale_stride_m + tl.program_id(1).to(tl.int64) * scale_stride_k
-    return half.to(tl.float32) * tl.load(where, mask=m < M, other=1.0)[:, None]
+    where = scales + m.to(tl.int64) * scale_stride_m + k_tile.to(tl.int64) * scale_stride_k
+    return half.to(tl.float32) * tl.load(where, mask=m < M, other=1.0)
 
 
 @triton.jit
@@ -76,19 +77,21 @@ def unpack_kernel(
     words, scales, out, M, K, stride_m, scale_stride_m, scale_stride_k, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """words [M, 3 K / 8] -> out [M, K]."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
-    value = load_values(words, scales, m, k, M, K, stride_m, scale_stride_m, scale_stride_k)
-    where = out + m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(where, encode.to_output(value, DTYPE), mask=(m < M)[:, None] & (k < K)[None, :])
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    k = (tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE))[None, :]
+    value = load_values(words, scales, m, k, tl.program_id(1), M, K, stride_m, scale_stride_m, scale_stride_k)
+    tl.store(out + m.to(tl.int64) * K + k, encode.to_output(value, DTYPE), mask=(m < M) & (k < K))
 
 
 @triton.jit
-def columns_kernel(words, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor):
+def columns_kernel(
+    words, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor, BLOCK_K: tl.constexpr
+):
     """words [M, 3 K / 8] -> FP8 columns [K, M], scales powers of two."""
     m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
-    k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
-    value = load_values(words, scales, m, k, M, K, stride_m, scale_stride_m, scale_stride_k)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_tile = tl.program_id(1) * BLOCK_K // encode.TILE
+    value = load_values(words, scales, m[None, :], k[:, None], k_tile, M, K, stride_m, scale_stride_m, scale_stride_k)
     write_columns(value, columns, columns_scale, m, k, M, K, floor, True)
 
 
@@ -123,8 +126,8 @@ def e5m6_to_columns(packed: E5m6Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     columns = empty_columns(m, k, packed.device)
     words = last_dim_contiguous(packed.data)
     if words.numel():
-        columns_kernel[(ceil_div(m, TILE), ceil_div(k, TILE))](
+        columns_kernel[(ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K))](
             words, packed.scale, columns.data, columns.scale, m, k, words.stride(0), *packed.scale.stride(),
-            amax_floor, num_warps=TRANSPOSING_WARPS,
+            amax_floor, BLOCK_K=COLUMNS_BLOCK_K, num_warps=BOTH_WARPS,
         )  # fmt: skip
     return columns

@@ -1,14 +1,15 @@
 """Quantization in Triton: rows, columns, both in one pass, blocks in both orientations, FP8 rows to columns.
 
-One program casts one tile of [BLOCK_M, 128]: a 1x128 scale needs no more, and 128x128 is what a scale along M needs, so
-that x is read once whatever is written. Columns are transposed in registers (Triton goes through shared memory) and
-stored contiguously along tokens: an FP8 tensor core reads K-major bytes only. A second pass that transposes codes was
-refused, it reads and writes everything once more. Programs along M come first in the grid, so that neighbours share the
-same columns of scales.
+One program casts one tile: [BLOCK_M, 128] for rows, [128, BLOCK_K] for columns, 128x128 for both or for blocks.
+Columns are contiguous along tokens, because an FP8 tensor core reads K-major bytes only: their tile is loaded as
+[BLOCK_K, 128], still along k where memory is contiguous, and Triton turns the codes in shared memory for the store.
+A second pass that transposes codes was refused, it reads and writes everything once more. Programs along M come first
+in the grid, so that neighbours share the same columns of scales.
 
-A cast feeds one store. Codes that were stored both as they are and transposed came out wrong on an H100, whether
-transposed by `tl.trans` or by the addresses, as bytes or before the cast (ptxas 12.9 merges the casts of both;
-triton-lang/triton issue 11111). So the transpose of a weight loads its tile once more, from L1 or L2, and casts that.
+A cast feeds one store, and what is cast in both orientations is loaded twice, from HBM and again from L1 or L2. Codes
+stored both as they are and transposed came out wrong on an H100, whether transposed by `tl.trans` or by the addresses,
+as bytes or before the cast (ptxas 12.8 merges the casts of both; triton-lang/triton issue 11111). Loading twice also
+keeps fewer values in registers: both orientations of activations run a third faster so.
 
 The formula is the specification's, bit for bit (see `encode`).
 """
@@ -23,8 +24,9 @@ from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.layout import empty_blocks, empty_columns, empty_rows
 
 ROWS_BLOCK_M = 32  # rows a program casts when it writes no columns
+COLUMNS_BLOCK_K = 64  # columns a program casts when it writes no rows
 NUM_WARPS = 4
-TRANSPOSING_WARPS = 8
+BOTH_WARPS = 8  # of a program that writes both orientations
 
 
 @triton.jit
@@ -40,29 +42,31 @@ def write_rows(x, codes, scales, m, k, M, K, floor, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def write_columns(x, codes, scales, m, k, M, K, floor, POWER_OF_TWO: tl.constexpr):
-    """x [128, 128] FP32 at rows m, columns k -> codes [K, M], scales [ceil(M/128), K]."""
-    bits = tl.max(encode.magnitude_bits(x), axis=0)
+    """x [BLOCK_K, 128] FP32 at columns k, rows m -> codes [K, M], scales [ceil(M/128), K]."""
+    bits = tl.max(encode.magnitude_bits(x), axis=1)
     scale = encode.scale_of(bits, floor, encode.E4M3_MAX, POWER_OF_TWO)
-    code = encode.to_e4m3(x * encode.inverse_of(scale)[None, :])
+    code = encode.to_e4m3(x * encode.inverse_of(scale)[:, None])
     mask = (k < K)[:, None] & (m < M)[None, :]
-    tl.store(codes + k.to(tl.int64)[:, None] * M + m[None, :], tl.trans(code), mask=mask)
+    tl.store(codes + k.to(tl.int64)[:, None] * M + m[None, :], code, mask=mask)
     tl.store(scales + tl.program_id(0).to(tl.int64) * K + k, scale, mask=k < K)
 
 
 @triton.jit
 def tiles_kernel(
-    x, rows, rows_scale, columns, columns_scale, M, K, stride_m, floor,
-    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, rows, rows_scale, columns, columns_scale, M, K, stride_m, floor, POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] -> rows, columns or both. BLOCK_M is 128 where COLUMNS."""
+    """x [M, K] -> rows, columns or both. BLOCK_K is 128 where ROWS, BLOCK_M where COLUMNS."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    value = tl.load(x + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     if ROWS:
-        write_rows(value, rows, rows_scale, m, k, M, K, floor, POWER_OF_TWO)
+        mask = (m < M)[:, None] & (k < K)[None, :]
+        value = tl.load(x + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
+        write_rows(value.to(tl.float32), rows, rows_scale, m, k, M, K, floor, POWER_OF_TWO)
     if COLUMNS:
-        write_columns(value, columns, columns_scale, m, k, M, K, floor, POWER_OF_TWO)
+        mask = (k < K)[:, None] & (m < M)[None, :]
+        value = tl.load(x + m.to(tl.int64)[None, :] * stride_m + k[:, None], mask=mask, other=0.0)
+        write_columns(value.to(tl.float32), columns, columns_scale, m, k, M, K, floor, POWER_OF_TWO)
 
 
 @triton.jit
@@ -94,15 +98,18 @@ def blocks_kernel(
 
 
 @triton.jit
-def requantize_kernel(codes, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor):
-    """FP8 rows [M, K] -> columns, scales powers of two: decoded, transposed and cast without leaving the registers."""
+def requantize_kernel(
+    codes, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor, BLOCK_K: tl.constexpr
+):
+    """FP8 rows [M, K] -> columns, scales powers of two: decoded and cast without leaving the registers."""
     m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
-    k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    code = tl.load(codes + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
-    where = scales + m.to(tl.int64) * scale_stride_m + tl.program_id(1).to(tl.int64) * scale_stride_k
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (k < K)[:, None] & (m < M)[None, :]
+    code = tl.load(codes + m.to(tl.int64)[None, :] * stride_m + k[:, None], mask=mask, other=0.0)
+    k_tile = tl.program_id(1) * BLOCK_K // encode.TILE
+    where = scales + m.to(tl.int64) * scale_stride_m + k_tile.to(tl.int64) * scale_stride_k
     scale = tl.load(where, mask=m < M, other=1.0)
-    value = tl.where(mask, code.to(tl.float32) * scale[:, None], 0.0)
+    value = tl.where(mask, code.to(tl.float32) * scale[None, :], 0.0)
     write_columns(value, columns, columns_scale, m, k, M, K, floor, True)
 
 
@@ -141,7 +148,7 @@ def quantize_blocks(
     if stacked.numel():
         blocks_kernel[(ceil_div(n, TILE), ceil_div(k, TILE), stacked.shape[0])](
             stacked, blocks.data, blocks.scale, transposed.data, transposed.scale, n, k, stacked.stride(0),
-            stacked.stride(1), amax_floor, POWER_OF_TWO=power_of_two, num_warps=TRANSPOSING_WARPS,
+            stacked.stride(1), amax_floor, POWER_OF_TWO=power_of_two, num_warps=BOTH_WARPS,
         )  # fmt: skip
     return blocks, transposed
 
@@ -151,9 +158,9 @@ def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     columns = empty_columns(m, k, rows.device)
     data = last_dim_contiguous(rows.data)
     if data.numel():
-        requantize_kernel[(ceil_div(m, TILE), ceil_div(k, TILE))](
+        requantize_kernel[(ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K))](
             data, rows.scale, columns.data, columns.scale, m, k, data.stride(0), rows.scale.stride(0),
-            rows.scale.stride(1), amax_floor, num_warps=TRANSPOSING_WARPS,
+            rows.scale.stride(1), amax_floor, BLOCK_K=COLUMNS_BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
     return columns
 
@@ -170,10 +177,11 @@ def _launch_tiles(
     if m == 0 or k == 0:
         return
     block_m = ROWS_BLOCK_M if columns is None else TILE
+    block_k = COLUMNS_BLOCK_K if rows is None else TILE
     nothing: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    tiles_kernel[(ceil_div(m, block_m), ceil_div(k, TILE))](
+    tiles_kernel[(ceil_div(m, block_m), ceil_div(k, block_k))](
         x, *(nothing if rows is None else (rows.data, rows.scale)),
         *(nothing if columns is None else (columns.data, columns.scale)), m, k, x.stride(0), amax_floor,
-        POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=block_m,
-        num_warps=NUM_WARPS if columns is None else TRANSPOSING_WARPS,
+        POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=block_m, BLOCK_K=block_k,
+        num_warps=NUM_WARPS if rows is None or columns is None else BOTH_WARPS,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def test_the_table_is_labelled_and_has_every_shape(capsys):
     assert model.main(["--sms", "132", "112"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("PREDICTION") and "TFLOPS@112" in text
-    assert len(text.strip().splitlines()) == 2 + 12
+    assert len(text.strip().splitlines()) == 2 + 14
 
 
 def test_no_sms_are_refused():

@@ -25,6 +25,7 @@ from fp8moe.kernels.tiles import Tile
 Case = tuple[str, Callable[[], Any]]
 M, N, K = 4096, 4096, 7168
 GROUPS = 4
+SHORT = 1024
 MULTICAST = (("gemm", "bf16"), ("grouped_gemm", "bf16"), ("grouped_wgrad", "add"))
 
 
@@ -56,10 +57,13 @@ def gemm_cases(backend: str, *, multicast: bool = False) -> Iterator[Case]:
     grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_wgrad
     total, grads = torch.empty(M, N), torch.empty(GROUPS, M, N)
     columns, experts = (rows(M, K), rows(N, K)), (rows(M, K), blocks(GROUPS, N, K), offsets())
+    few, many = ((rows(M, tokens), rows(N, tokens)) for tokens in (SHORT, GROUPS * K))  # columns of few or many tokens
     launches = [
         ("gemm", "add", partial(gemm, rows(M, K), blocks(N, K), accumulate=total)),
-        ("gemm_columns", "add", partial(gemm, *columns, accumulate=total)),
-        ("grouped_wgrad", "add", partial(grouped_wgrad, *columns, offsets(), grads)),
+        ("gemm_columns", "add", partial(gemm, *few, accumulate=total)),
+        ("gemm_columns", "add_long", partial(gemm, *many, accumulate=total)),
+        ("grouped_wgrad", "add", partial(grouped_wgrad, *few, offsets(), grads)),
+        ("grouped_wgrad", "add_long", partial(grouped_wgrad, *many, offsets(), grads)),
     ]
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         launches += [

@@ -113,7 +113,7 @@ def test_repetition_and_the_number_of_sms_change_no_bit(hopper, sms):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [128, 1024])
+@pytest.mark.parametrize("tokens", [128, 1024, 2048])
 def test_short_groups_repeat_themselves(hopper, tokens):
     # Many tiles of few steps: slots are refilled while the other consumer's epilogue keeps shared memory busy.
     num_groups, n, k = 16, 4096, 7168
