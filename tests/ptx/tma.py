@@ -74,9 +74,13 @@ def load_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], sta
     shared.bytes[inner] = tile
 
 
-def store_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int) -> None:
+def store_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
+    """The bytes are written, or as FP32 added to what is there."""
     inside, outer, inner = places(tensor, at, start)
-    memory.bytes[existing(memory, outer[inside])] = shared.bytes[inner[inside]]
+    where, tile = existing(memory, outer[inside]), shared.bytes[inner[inside]]
+    if adds:
+        tile = (memory.bytes[where].view(np.float32) + tile.view(np.float32)).view(np.uint8)
+    memory.bytes[where] = tile
 
 
 def region(gang: Gang, tensor: TensorMap, start: int) -> slice:
@@ -90,16 +94,17 @@ def region(gang: Gang, tensor: TensorMap, start: int) -> slice:
 
 
 def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
-    """(what executes the instruction, no slots) of cp.async.bulk."""
+    """(what executes the instruction, no slots) of cp.async.bulk and cp.reduce.async.bulk."""
     parts, o = instruction.parts, instruction.operands
     if "commit_group" in parts:
         return _commit, []
     if "wait_group" in parts:
         kept = int(o[0])
         return (lambda gang, on: _wait(gang, kept)), []
-    if "tensor" not in parts or parts[0] != "cp":
+    adds = parts[1] == "reduce"
+    if "tensor" not in parts or parts[0] != "cp" or (adds and "add" not in parts):
         raise Unsupported(f"{instruction.opcode} is not known")
-    loads = parts[5].startswith("shared") and parts[6] == "global"
+    loads = not adds and parts[5].startswith("shared") and parts[6] == "global"
     tile_text, map_text = (o[0], o[1]) if loads else (o[1], o[0])
     match = re.fullmatch(r"\[\s*(\S+?)\s*,\s*\{(.*)\}\s*\]", map_text)
     tensor_map, tile = decoder.read(match[1], np.uint64), decoder.address(tile_text)
@@ -117,7 +122,7 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
                 ctas = pick(mask(gang)) if mask is not None else 1 << gang.cta.rank
                 _load(gang, warp, tensor, at, start, pick(bar(gang)), ctas)
             else:
-                _store(gang, warp, tensor, at, start)
+                _store(gang, warp, tensor, at, start, adds)
 
     return copy, []
 
@@ -139,12 +144,12 @@ def _load(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, b
         gang.cta.under_way.append(land)
 
 
-def _store(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int) -> None:
+def _store(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
     where, stamps = region(gang, tensor, start), gang.cta.shared.stamps
     place = gang.cta.place(gang)
     warps = np.array([warp + gang.cta.first_warp])
     read = stamps.begin_read(warps, np.arange(where.start, where.stop), lambda: f"the TMA store ({place}) reads")
-    store_tile(gang.cta.memory, gang.cta.shared, tensor, at, start)
+    store_tile(gang.cta.memory, gang.cta.shared, tensor, at, start, adds)
     gang.stores.append((warps, read))
 
 
