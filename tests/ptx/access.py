@@ -83,6 +83,7 @@ def _load(decoder: Decoder, instruction: Instruction, space: str) -> tuple[Any, 
             values = gang.cta.memory.read(at, size, width)
             gang.cta.counts.global_access("ld", warps, at, size * width)
         else:
+            at = gang.cta.local(at)
             values = gang.cta.shared.read(warps, at, size, width)
             gang.cta.counts.shared_access(warps, at, size * width)
         if on is not None:
@@ -109,6 +110,7 @@ def _store(decoder: Decoder, instruction: Instruction, space: str) -> tuple[Any,
             gang.cta.memory.write(at, values)
             gang.cta.counts.global_access("st", warps, at, size * width)
         else:
+            at = gang.cta.local(at)
             gang.cta.shared.write(warps, at, values)
             gang.cta.counts.shared_access(warps, at, size * width)
 
@@ -152,7 +154,8 @@ def _rows(gang: Gang, on: Active, address: Any, count: int) -> tuple[np.ndarray,
     """(addresses, warps) of the rows of `count` matrices."""
     if on is not None and not on.all():
         raise Fault("lanes of a warp part at a matrix access")
-    return address(gang).reshape(-1, LANES)[:, : 8 * count].reshape(-1), np.repeat(gang.warps, 8 * count)
+    at = gang.cta.local(address(gang)).reshape(-1, LANES)[:, : 8 * count].reshape(-1)
+    return at, np.repeat(gang.warps, 8 * count)
 
 
 def _copy(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
@@ -168,7 +171,10 @@ def _copy(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
 
     def copy(gang: Gang, on: Active) -> None:
         active = np.ones(gang.n, bool) if on is None else on
-        to, bytes_read = target(gang)[active], np.broadcast_to(count(gang).view(np.uint32), gang.n)[active]
+        to, bytes_read = (
+            gang.cta.local(target(gang)[active]),
+            np.broadcast_to(count(gang).view(np.uint32), gang.n)[active],
+        )
         warps, shared = gang.lane_warp[active], gang.cta.shared
         shared.check(to, total)
         values = np.zeros((to.size, total // 4), np.uint32)

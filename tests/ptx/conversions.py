@@ -37,7 +37,7 @@ def e4m3_of(x: np.ndarray) -> np.ndarray:
     normal = (magnitude + (np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1)))) >> np.uint32(20)
     normal = normal.astype(np.int32) - (120 << 3)
     # Below 2^-6 the step is 2^-9: a whole number of steps, rounded to even.
-    steps = np.rint(np.minimum(magnitude.view(np.float32), np.float32(1)).astype(np.float64) * 512).astype(np.int32)
+    steps = np.rint(np.fmin(magnitude.view(np.float32), np.float32(1)).astype(np.float64) * 512).astype(np.int32)
     code = np.where(magnitude < np.uint32(0x3C800000), steps, np.minimum(normal, 0x7E))
     return np.where(magnitude > np.uint32(0x7F800000), np.uint8(0x7F), code.astype(np.uint8) | sign)
 

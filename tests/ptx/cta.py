@@ -13,7 +13,7 @@ from tests.ptx.counts import Counts
 from tests.ptx.decode import Decoded
 from tests.ptx.memory import Global, Shared
 from tests.ptx.order import Clocks
-from tests.ptx.registers import LANES, Fault, Gang, Token
+from tests.ptx.registers import LANES, WINDOW, Fault, Gang, Token
 
 
 class Barrier:
@@ -40,15 +40,15 @@ class Cta:
         self.num_warps = -(-self.program.threads // LANES)
         self.first_warp = self.rank * self.num_warps
         self.shared = Shared(clocks, shared_size, decoded.granule, self.first_warp, counts)
-        self.shared.stamps.place = lambda: self.where
+        self.shared.stamps.place = lambda: self.place(self.running)
         self.peers: list[Cta] = [self]
         self.meeting: Meeting
         self.barriers: dict[int, Barrier] = {}
         self.mbarriers: dict[int, Mbarrier] = {}
         self.under_way: list[Callable[[], None]] = []
-        self.where = ""
         self.register_pool = self.program.max_registers * self.program.threads
         self.held_registers = np.full(self.num_warps, self.program.max_registers)
+        self.running: Gang
         self.gangs = [self.new_gang(warps) for warps in self.cuts()]
 
     def new_gang(self, warps: np.ndarray) -> Gang:
@@ -68,7 +68,7 @@ class Cta:
 
     def place(self, gang: Gang) -> str:
         """Where a gang is in the Python source."""
-        return self.program.code[gang.pc - 1].place
+        return self.program.code[gang.at].place
 
     def split(self, gang: Gang, targets: np.ndarray) -> None:
         """Warp i of the gang goes on at targets[i]."""
@@ -116,24 +116,34 @@ class Cta:
             (lambda: f"barrier {number}, where warps {sorted(barrier.warps)} are of {needed}"),
         )
 
+    def local(self, address: np.ndarray) -> np.ndarray:
+        """Addresses in this CTA's own shared memory, from its beginning."""
+        if (address >> WINDOW != self.rank).any():
+            raise Fault(f"reaches into another CTA's shared memory, at {int(address[0]):#x}")
+        return address & ((1 << WINDOW) - 1)
+
     def mbarrier(self, at: int, warps: np.ndarray | None = None) -> Mbarrier:
+        owner = self.peers[at >> WINDOW] if at >> WINDOW < len(self.peers) else self
+        if owner is not self:
+            return owner.mbarrier(at, None if warps is None else warps + self.first_warp - owner.first_warp)
+        at &= (1 << WINDOW) - 1
         if at not in self.mbarriers:
             raise Fault(f"there is no mbarrier at {at} in shared memory")
         if warps is not None:
             self.shared.stamps.check_known(warps + self.first_warp, at // self.shared.granule)
         return self.mbarriers[at]
 
-    def _touch(self, warp: int, at: int) -> None:
-        self.shared.check(np.array([at]), 8)
-        granules = self.shared.granules(np.array([at]), 8)
-        self.shared.stamps.write(np.array([warp + self.first_warp]), granules, np.array([False]))
+    def _touch(self, warp: int, address: int) -> int:
+        at = self.local(np.array([address]))
+        self.shared.check(at, 8)
+        self.shared.stamps.write(np.array([warp + self.first_warp]), self.shared.granules(at, 8), np.array([False]))
+        return int(at[0])
 
-    def make_mbarrier(self, warp: int, at: int, count: int) -> None:
-        self._touch(warp, at)
-        self.mbarriers[at] = Mbarrier(count, self.clocks.rows.shape[1:])
+    def make_mbarrier(self, warp: int, address: int, count: int) -> None:
+        self.mbarriers[self._touch(warp, address)] = Mbarrier(count, self.clocks.rows.shape[1:])
 
-    def drop_mbarrier(self, warp: int, at: int) -> None:
-        self._touch(warp, at)
+    def drop_mbarrier(self, warp: int, address: int) -> None:
+        at = self._touch(warp, address)
         if self.mbarriers.pop(at, None) is None:
             raise Fault(f"there is no mbarrier at {at} in shared memory")
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 "
-TRY_WAIT = r"waitLoop:\s+mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, (\[%r\d+\]), (%r\d+);"
+TRY_WAIT = (
+    r"waitLoop:\s+(?:\.loc[^\n]*\s+)?mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, (\[%r\d+\]), (%r\d+);"
+)
 STORE = r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta\.bulk_group \[%rd\d+, \{(%r\d+), (%r\d+)\}\]"
 DESCRIPTOR = 0x4000004000000000  # 128-byte swizzle, groups of 8 rows 1024 bytes apart
 Edit = Callable[[str], str]

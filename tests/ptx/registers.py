@@ -27,6 +27,7 @@ FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 POISON = 0xA5A5A5A5A5A5A5A5
 MAPS = 1 << 48  # the address of the tensor map in parameter i is MAPS + 256 i
 LANES = 32
+WINDOW = 24  # shared memory of the CTA of rank r in a cluster begins at r << WINDOW
 
 Reader = Callable[["Gang"], Any]
 
@@ -53,7 +54,7 @@ class Gang:
         self.n = LANES * len(self.warps)
         self.lane_warp = np.repeat(self.warps, LANES)  # the warp of each lane
         self.tid = self.lane_warp * LANES + np.tile(np.arange(LANES), len(self.warps))
-        self.pc, self.done = 0, False
+        self.pc, self.at, self.done = 0, 0, False  # the next instruction, and the one that is executed
         self.waiting: tuple[Callable[[], bool], Callable[[], str]] | None = None
         self.wgmma: Any = None  # the state of warp-group products, made by their module
         self.copies: list[Any] = []  # asynchronous copies since the last commit, then groups of them
@@ -66,7 +67,7 @@ class Gang:
         lanes = np.repeat(keep, LANES)
         other = Gang(self.cta, self.warps[keep], 0)
         other.regs = [value[lanes] if isinstance(value, np.ndarray) else value for value in self.regs]
-        other.pc = self.pc
+        other.pc, other.at = self.pc, self.at
         return other
 
     def one(self, value: Any, what: str) -> int:
@@ -103,6 +104,8 @@ class Decoder:
         if text.startswith("%"):
             return special(text, np.dtype(dtype))
         value = self.constant(text, np.dtype(dtype))
+        if text.startswith("global_smem"):
+            return lambda gang: value + value.dtype.type(gang.cta.rank << WINDOW)
         return lambda gang: value
 
     def register(self, text: str, dtype: np.dtype) -> Reader:
@@ -141,8 +144,8 @@ class Decoder:
         inner = text.strip("[] ").replace(" ", "")
         base, _, offset = inner.partition("+")
         if base == "global_smem" or not self.program.is_register(base):
-            value = int(self.constant(inner if base == "global_smem" else base, np.dtype(np.int64)))
-            return lambda gang: np.full(gang.n, value, np.int64)
+            fixed = self.read(inner if base == "global_smem" else base, np.int64)
+            return lambda gang: np.full(gang.n, fixed(gang), np.int64)
         dtype = np.int64 if self.program.bits(base) == 64 else np.uint32
         reader, shift = self.read(base, dtype), int(offset or 0)
         return lambda gang: reader(gang).astype(np.int64) + shift

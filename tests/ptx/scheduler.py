@@ -19,7 +19,7 @@ BURSTS = (1, 4, 16, 64, 256)
 
 def describe(cta: Cta, gang: Gang) -> str:
     """Which warps, and where they are."""
-    one = cta.program.code[min(gang.pc, len(cta.program.code)) - 1]
+    one = cta.program.code[gang.at]
     warps = gang.warps.tolist()
     named = f"warp {warps[0]}" if len(warps) == 1 else f"warps {warps[0]}-{warps[-1]}"
     return f"{named} of CTA {cta.ctaid} at {one.place or 'an unknown place'}: {one}"
@@ -59,13 +59,13 @@ def run_cluster(ctas: list[Cta], choices: random.Random | None) -> None:
 def _run(gang: Gang, burst: int) -> int:
     """Execute until the gang waits, is done, or `burst` instructions are; -> how many."""
     cta, count = gang.cta, 0
+    cta.running = gang
     ops, executed, width = cta.decoded.ops, cta.counts.executed, len(gang.warps)
     while count < burst and gang.waiting is None and not gang.done:
-        pc = gang.pc
+        gang.at = pc = gang.pc
         gang.pc = pc + 1
         count += 1
         executed[pc] += width
-        cta.where = cta.program.code[pc].place
         try:
             ops[pc](gang)
         except Fault as fault:

@@ -28,9 +28,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from tests.kernels.sm90 import Pretender
-from tests.ptx import moving_cases, product_cases
+from tests.ptx import moving_cases, product_cases, speed
 from tests.ptx.launching import Machine
-from tests.ptx.planting import check_clean, run_plant
+from tests.ptx.planting import run_plant, unclean
 from tests.ptx.plants import PLANTS
 
 
@@ -47,11 +47,14 @@ def all_cases() -> dict[str, Any]:
 
 
 def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
-    """What became of one case: its error if it failed, the kernels it ran, the opcodes they executed, its time."""
+    """What became of one case: its error if it failed, the kernels it ran and the opcodes they executed, its counts."""
     torch.manual_seed(zlib.crc32(name.encode()))
-    machine.launched, machine.seed, machine.edit, machine.count = [], None, None, False
-    start, error = time.perf_counter(), ""
+    machine.launched, machine.seed, machine.edit, machine.count = [], None, None, True
+    start, error, rows = time.perf_counter(), "", {}
     try:
+        run(machine)
+        rows = speed.rows(name, machine.launched)
+        machine.launched, machine.count = [], False
         run(machine)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
@@ -62,14 +65,18 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
             one.opcode for one, times in zip(kernel.decoded.program.code, counts.executed, strict=False) if times
         }
     seconds = round(time.perf_counter() - start, 2)
-    return {"error": error, "kernels": sorted(kernels), "opcodes": sorted(opcodes), "seconds": seconds}
+    return {
+        "error": error, "kernels": sorted(kernels), "opcodes": sorted(opcodes), "counts": rows, "seconds": seconds,
+    }  # fmt: skip
 
 
 def plant_all(machine: Machine) -> dict[str, str]:
     """What was found of each planted fault, by name; empty where nothing was."""
-    check_clean(machine)
-    found = {}
+    found, wrong = {}, unclean(machine)
     for plant in PLANTS:
+        if plant.case in wrong:
+            found[plant.name] = f"not planted: {wrong[plant.case]}"
+            continue
         try:
             found[plant.name] = run_plant(plant, machine)
         except LookupError as broken:
@@ -83,7 +90,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description="run every kernel's PTX on the CPU")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each case there")
+    parser.add_argument("--write", action="store_true", help="rewrite this Triton version's part of counts.json")
     arguments = parser.parse_args()
+    if arguments.write and arguments.only:
+        parser.error("--write needs every case: leave --only out")
     prepare()
     machine, results = Machine(), {}
     for name, run in all_cases().items():
@@ -96,6 +106,8 @@ def main() -> int:
     kernels = {kernel for result in results.values() for kernel in result["kernels"]}
     print(f"Triton {triton.__version__}: {len(results) - len(failed)} of {len(results)} cases right, {len(kernels)} "
           f"kernels, {len(opcodes)} opcodes, {sum(r['seconds'] for r in results.values()):.0f} s")  # fmt: skip
+    if arguments.write:
+        speed.write(triton.__version__, {k: row for result in results.values() for k, row in result["counts"].items()})
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "cases": results, "plants": planted}))
     return 1 if failed else 0

@@ -20,7 +20,7 @@ import numpy as np
 
 from tests.ptx.memory import BASE, Global
 from tests.ptx.parser import Instruction, Unsupported, split_operands
-from tests.ptx.registers import MAPS, Decoder, Fault, Gang
+from tests.ptx.registers import MAPS, WINDOW, Decoder, Fault, Gang
 
 ALIGNMENT = 128  # of a tile in shared memory
 
@@ -116,7 +116,8 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
         for lane in np.arange(gang.n) if on is None else np.flatnonzero(on):
             pick = lambda value: int(np.broadcast_to(value, gang.n)[lane])  # noqa: B023, E731  used at once
             tensor = gang.cta.maps[(pick(tensor_map(gang)) - MAPS) // 256]
-            at, start = [pick(read(gang).view(np.int32)) for read in coordinates], pick(tile(gang))
+            at = [pick(read(gang).view(np.int32)) for read in coordinates]
+            start = int(gang.cta.local(np.array([pick(tile(gang))]))[0])
             warp = int(gang.lane_warp[lane])
             if loads:
                 ctas = pick(mask(gang)) if mask is not None else 1 << gang.cta.rank
@@ -132,7 +133,8 @@ def _load(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, b
     for cta in gang.cta.peers:
         if not ctas >> cta.rank & 1:
             continue
-        agent, stamps, mbarrier = warp + gang.cta.first_warp, cta.shared.stamps, cta.mbarrier(bar)
+        agent, stamps = warp + gang.cta.first_warp, cta.shared.stamps
+        mbarrier = cta.mbarrier(bar + ((cta.rank - gang.cta.rank) << WINDOW))
         stamps.begin_copy(agent, where, asynchronous=True)
 
         def land(cta: Any = cta, agent: int = agent, mbarrier: Any = mbarrier) -> None:
