@@ -1,0 +1,234 @@
+"""Instructions that read registers and write registers: integers, floats, bits, predicates, moves.
+
+`build` gives a function of a gang that executes one instruction, and the slots that it writes. Whatever has the same
+bits signed and unsigned (add, sub, the low half of a product) is done on unsigned arrays as they lie in the registers.
+
+An FP32 multiply-add is formed in FP64, where the product is exact, and rounded once more to FP32: it can differ from
+hardware's single rounding in one case of some 2^29; a tensor-core product's bounds are far wider, and no cast uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.conversions import convert, dtype_of
+from tests.ptx.parser import Instruction, Unsupported, list_of
+from tests.ptx.registers import SIGNED, UNSIGNED, Decoder, Gang
+
+Op = Callable[[Gang], Any]
+SAME_BITS = {"add", "sub", "and", "or", "xor", "not", "shl"}
+COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+    "neu": lambda a, b: ~(a == b), "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b),
+    "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
+}  # fmt: skip
+
+
+def _fma(a: Any, b: Any, c: Any) -> Any:
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def _divide(a: Any, b: Any) -> Any:
+    """Integers towards zero; a divisor of zero gives all ones, as hardware does."""
+    whole = np.trunc(a.astype(np.float64) / np.where(b == 0, 1, b)) if a.dtype.itemsize < 8 else _divide_wide(a, b)
+    return np.where(b == 0, -1, whole.astype(np.int64)).astype(a.dtype)
+
+
+def _divide_wide(a: Any, b: Any) -> Any:
+    quotient = np.abs(a) // np.abs(np.where(b == 0, 1, b))
+    return np.where((a < 0) != (b < 0), -quotient, quotient)
+
+
+def _shift(left: bool, bits: int) -> Callable[[Any, Any], Any]:
+    def shift(a: Any, count: Any) -> Any:
+        count = np.asarray(count).astype(np.int64)
+        kept = np.minimum(count, bits - 1).astype(a.dtype)
+        moved = np.left_shift(a, kept) if left else np.right_shift(a, kept)
+        beyond = np.right_shift(a, a.dtype.type(bits - 1)) if not left and a.dtype.kind == "i" else a.dtype.type(0)
+        return np.where(count >= bits, beyond, moved)
+
+    return shift
+
+
+def _extract(a: Any, start: Any, length: Any) -> Any:
+    """bfe: `length` bits from `start` on, the sign of the topmost spread where the type has one."""
+    bits, wide = 8 * a.dtype.itemsize, np.int64 if a.dtype.kind == "i" else np.uint64
+    start, length = np.minimum(start.astype(np.int64), 255), np.minimum(length.astype(np.int64), bits)
+    value = a.astype(wide) >> np.minimum(start, 63).astype(wide)
+    lift = (64 - length).astype(wide)
+    return np.where(length == 0, 0, (value << np.minimum(lift, 63)) >> np.minimum(lift, 63)).astype(a.dtype)
+
+
+def _permute_bytes(a: Any, b: Any, selector: Any) -> Any:
+    """prmt: each byte of the result is one of eight, or the sign of one spread over it."""
+    pool = np.stack(
+        [np.broadcast_to(x, np.broadcast(a, b).shape).copy().view(np.uint8).reshape(-1, 4) for x in (a, b)], 1
+    )
+    pool, out = pool.reshape(-1, 8), np.zeros((pool.shape[0], 4), np.uint8)
+    lane = np.arange(out.shape[0])
+    for i in range(4):
+        nibble = np.broadcast_to((selector >> np.uint32(4 * i)) & np.uint32(15), lane.shape).astype(np.int64)
+        byte = pool[lane, nibble & 7]
+        out[:, i] = np.where(nibble & 8, np.where(byte & 0x80, 0xFF, 0), byte)
+    return out.reshape(-1).view(np.uint32)
+
+
+def _funnel(left: bool, clamp: bool) -> Callable[[Any, Any, Any], Any]:
+    def shift(low: Any, high: Any, count: Any) -> Any:
+        count = np.minimum(count, 32) if clamp else count & np.uint32(31)
+        pair = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
+        count = np.asarray(count).astype(np.uint64)
+        moved = (pair << count) >> np.uint64(32) if left else pair >> count
+        return moved.astype(np.uint32)
+
+    return shift
+
+
+def _high(a: Any, b: Any) -> Any:
+    wide = {"i": np.int64, "u": np.uint64}[a.dtype.kind]
+    return ((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
+
+
+def _floats(name: str) -> Callable[..., Any]:
+    table = {
+        "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma, "min": np.fmin,
+        "max": np.fmax, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt,
+    }  # fmt: skip
+    if name not in table:
+        raise Unsupported(f"{name} of floats is not known")
+    return table[name]
+
+
+def _integers(name: str, parts: list[str], bits: int) -> Callable[..., Any]:
+    table = {
+        "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+        "not": np.invert, "neg": np.negative, "abs": np.abs, "min": np.minimum, "max": np.maximum, "div": _divide,
+        "rem": lambda a, b: a - _divide(a, b) * b, "shl": _shift(True, bits), "shr": _shift(False, bits),
+        "mul": _high if "hi" in parts else np.multiply, "mad": lambda a, b, c: a * b + c, "bfe": _extract,
+        "prmt": _permute_bytes, "shf": _funnel("l" in parts, "clamp" in parts),
+        "popc": lambda a: np.array([int(x).bit_count() for x in a], np.uint32),
+    }  # fmt: skip
+    if name not in table:
+        raise Unsupported(f"{'.'.join(parts)} is not known")
+    return table[name]
+
+
+def build(decoder: Decoder, instruction: Instruction) -> tuple[Op, list[int]]:
+    """(what executes the instruction, the slots it writes). Raises Unsupported where it is not of this module."""
+    parts, o = instruction.parts, instruction.operands
+    name, kind = parts[0], parts[-1]
+    if name == "mov":
+        return _move(decoder, kind, o)
+    if name == "cvta":
+        return _move(decoder, "b64", o)
+    target = decoder.slot(o[0])
+    if name == "setp":
+        dtype = dtype_of(kind)
+        return _apply(COMPARE[parts[1]], target, [decoder.read(x, dtype) for x in o[1:]], np.bool_), [target]
+    if kind == "pred":
+        function = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[name]
+        return _apply(function, target, [decoder.read(x, np.bool_) for x in o[1:]], np.bool_), [target]
+    if name == "selp":
+        dtype = UNSIGNED[int(kind[1:])]
+        a, b, p = decoder.read(o[1], dtype), decoder.read(o[2], dtype), decoder.read(o[3], np.bool_)
+
+        def select(gang: Gang) -> None:
+            gang.regs[target] = np.where(p(gang).view(np.bool_), a(gang).view(dtype), b(gang).view(dtype))
+
+        return select, [target]
+    natural = decoder.natural(o[0])
+    if name == "cvt":
+        function, dtypes = convert(parts)
+        sources = [decoder.read(x, dtype) for x, dtype in zip(o[1:], dtypes, strict=True)]
+        return _apply(function, target, sources, natural), [target]
+    return _apply(*_typed(decoder, parts, target, o[1:]), natural), [target]
+
+
+def _typed(decoder: Decoder, parts: list[str], target: int, sources: list[str]) -> tuple[Any, int, list[Any]]:
+    """(function, target, readers) of an instruction on one type."""
+    name, kind = parts[0], parts[-1]
+    dtype = dtype_of(kind)
+    bits = 8 * np.dtype(dtype).itemsize
+    if kind[0] == "f":
+        return _floats(name), target, [decoder.read(x, dtype) for x in sources]
+    if "wide" in parts:
+        wide = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * bits]
+        readers = [decoder.read(x, dtype) for x in sources[:2]] + [decoder.read(x, wide) for x in sources[2:]]
+        if name == "mul":
+            return (lambda a, b: a.astype(wide) * b.astype(wide)), target, readers
+        return (lambda a, b, c: a.astype(wide) * b.astype(wide) + c), target, readers
+    if name in SAME_BITS or (name in ("mul", "mad") and "hi" not in parts):
+        dtype = UNSIGNED[bits]
+    counts = {"shl": 1, "shr": 1, "bfe": 1}.get(name, len(sources))
+    dtypes = [dtype if i < counts else np.uint32 for i in range(len(sources))]
+    return _integers(name, parts, bits), target, [decoder.read(x, d) for x, d in zip(sources, dtypes, strict=True)]
+
+
+def _apply(function: Callable[..., Any], target: int, readers: list[Any], natural: Any) -> Op:
+    """regs[target] = function(*readers) in the register's own width."""
+    natural = np.dtype(natural)
+
+    def finish(gang: Gang, value: Any) -> None:
+        if value.dtype.itemsize != natural.itemsize:
+            value = value.astype(natural)
+        if value.shape != (gang.n,):
+            value = np.broadcast_to(value, gang.n).copy()
+        gang.regs[target] = value.view(natural)
+
+    if len(readers) == 1:
+        (a,) = readers
+        return lambda gang: finish(gang, function(a(gang)))
+    if len(readers) == 2:
+        a, b = readers
+        return lambda gang: finish(gang, function(a(gang), b(gang)))
+    a, b, c = readers
+    return lambda gang: finish(gang, function(a(gang), b(gang), c(gang)))
+
+
+def _move(decoder: Decoder, kind: str, o: list[str]) -> tuple[Op, list[int]]:
+    """mov: a copy (of a token too), or one register from several or several from one."""
+    if o[0].startswith("{"):
+        return _unpack(decoder, list_of(o[0]), o[1], int(kind[1:]))
+    if o[1].startswith("{"):
+        return _pack(decoder, o[0], list_of(o[1]), int(kind[1:]))
+    target, natural = decoder.slot(o[0]), np.dtype(decoder.natural(o[0]))
+    source = decoder.read(o[1], natural)
+
+    def move(gang: Gang) -> None:
+        value = source(gang)
+        if isinstance(value, np.generic):
+            value = np.full(gang.n, value, natural)
+        gang.regs[target] = value
+
+    return move, [target]
+
+
+def _unpack(decoder: Decoder, names: list[str], source: str, bits: int) -> tuple[Op, list[int]]:
+    each = UNSIGNED[bits // len(names)]
+    targets, reader = (
+        [None if name == "_" else decoder.slot(name) for name in names],
+        decoder.read(source, UNSIGNED[bits]),
+    )
+
+    def unpack(gang: Gang) -> None:
+        columns = np.ascontiguousarray(reader(gang).view(UNSIGNED[bits])).view(each).reshape(gang.n, -1)
+        for i, target in enumerate(targets):
+            if target is not None:
+                gang.regs[target] = columns[:, i].copy()
+
+    return unpack, [target for target in targets if target is not None]
+
+
+def _pack(decoder: Decoder, target: str, names: list[str], bits: int) -> tuple[Op, list[int]]:
+    each = UNSIGNED[bits // len(names)]
+    slot, readers = decoder.slot(target), [decoder.read(name, each) for name in names]
+
+    def pack(gang: Gang) -> None:
+        columns = [np.broadcast_to(read(gang).view(each), gang.n) for read in readers]
+        gang.regs[slot] = np.stack(columns, 1).view(UNSIGNED[bits]).reshape(-1)
+
+    return pack, [slot]

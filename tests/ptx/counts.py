@@ -1,0 +1,51 @@
+"""Counts that decide speed and need no clock: instructions, sectors of global memory, wavefronts of shared memory.
+
+A warp's access to global memory moves whole sectors of 32 bytes: useful bytes over bytes of sectors is what coalescing
+comes to. A warp's access to shared memory takes one wavefront for each word that its worst bank must serve; accesses of
+8 and 16 bytes a lane go by halves and quarters of a warp. The least it could take is its bytes over 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tests.ptx.registers import LANES
+
+SECTOR, BANKS, LINE = 32, 32, 128
+
+
+@dataclass
+class Counts:
+    """Of one launch; `on` where accesses are looked at, which costs time."""
+
+    on: bool = False
+    executed: list[int] = field(default_factory=list)  # per instruction of the program, warps that executed it
+    useful: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
+    moved: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
+    wavefronts: int = 0
+    least: int = 0
+
+    def global_access(self, name: str, warps: np.ndarray, address: np.ndarray, total: int) -> None:
+        """A gang's access of `total` bytes a lane, only lanes that take part."""
+        if not self.on:
+            return
+        for warp in np.unique(warps):
+            mine = address[warps == warp]
+            first, last = mine // SECTOR, (mine + total - 1) // SECTOR
+            self.moved[name] += SECTOR * np.unique(np.concatenate([first, last])).size
+            self.useful[name] += total * np.unique(mine).size
+
+    def shared_access(self, warps: np.ndarray, address: np.ndarray, total: int) -> None:
+        """Likewise in shared memory."""
+        if not self.on:
+            return
+        lanes = max(1, LANES // max(1, total // 4))
+        for warp in np.unique(warps):
+            mine = address[warps == warp]
+            for start in range(0, mine.size, lanes):
+                part = mine[start : start + lanes]
+                words = np.unique(part[:, None] // 4 + np.arange(max(1, total // 4)))
+                self.wavefronts += int(np.bincount(words % BANKS).max())
+                self.least += -(-words.size * 4 // LINE)

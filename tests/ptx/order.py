@@ -1,0 +1,210 @@
+"""Who may count on whose accesses to shared memory: vector clocks, the two proxies, accesses that are under way.
+
+Warp w of a cluster has a clock of its own, which ticks whenever it releases (arrives at a barrier or an mbarrier),
+and knows of the others' clocks what reached it by acquiring (leaving a barrier, an mbarrier's completed phase). An
+access is stamped with its warp and that warp's clock; another's access may follow only if it knows that stamp. So a
+missing barrier is found in any schedule, even one in which nothing went wrong. Data that arrive by themselves (TMA,
+cp.async) are stamped by a second agent of the warp that asked for them, W + w, whose clock the mbarrier or the wait
+hands on.
+
+Proxies. What a warp wrote with ordinary stores is visible to TMA and WGMMA (the asynchronous proxy) only as far as a
+`fence.proxy.async` came between, on the path of synchronisation: each warp keeps a second row of clocks, of ordinary
+writes known to be visible there, which a fence sets to the first row and synchronisation hands on beside it.
+
+Reads. Neither a barrier nor an arrival waits until an ordinary load has its value: the compiler may move its use
+behind them, and on an H100 such a load has returned what TMA wrote next. So TMA may overwrite what a warp has read
+only after a `fence.proxy.async` of that warp between the read and the release that the issuer of the TMA saw: a third
+row of clocks. A later ordinary store by another warp need only come after the load was issued, both go through one
+queue in order. Reads by WGMMA and by TMA stores are under way from issue to their wait, and nobody may write there
+meanwhile.
+
+Random schedules with delayed effects alone were refused: they find a race by luck, and each seed costs a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.registers import Fault
+
+UNWRITTEN = 1 << 30
+UNDER_WAY = UNWRITTEN + 1
+KNOWN, VISIBLE, READ = 0, 1, 2
+
+
+class Clocks:
+    """Of all warps of a cluster: [warp, (KNOWN, VISIBLE, READ), agent], clocks of agents.
+
+    KNOWN: accesses up to there came before. VISIBLE: ordinary writes up to there are visible to the asynchronous proxy.
+    READ: ordinary reads up to there have their values.
+    """
+
+    def __init__(self, num_warps: int) -> None:
+        self.num_warps = num_warps
+        self.rows = np.zeros((num_warps, 3, 2 * num_warps), np.int32)
+        self.own = np.ones(num_warps, np.int32)
+        warps = np.arange(num_warps)
+        self.rows[warps, KNOWN, warps] = 1
+        self.arrived = np.zeros(num_warps, np.int32)  # clocks of the agents W + w
+
+    def release(self, warps: np.ndarray) -> np.ndarray:
+        """What `warps` know now, for whoever acquires it; their clocks tick."""
+        known = self.rows[warps].max(0)
+        self._tick(warps)
+        return known
+
+    def _tick(self, warps: np.ndarray) -> None:
+        self.own[warps] += 1
+        self.rows[warps, KNOWN, warps] = self.own[warps]
+
+    def acquire(self, warps: np.ndarray, known: np.ndarray) -> None:
+        self.rows[warps] = np.maximum(self.rows[warps], known)
+
+    def fence_proxy(self, warps: np.ndarray) -> None:
+        """Ordinary writes that these warps know become visible to the asynchronous proxy, their own reads complete."""
+        self.rows[warps, VISIBLE] = np.maximum(self.rows[warps, VISIBLE], self.rows[warps, KNOWN])
+        self.rows[warps, READ, warps] = self.own[warps]
+        self._tick(warps)
+
+    def arrival(self, warp: int) -> tuple[int, np.ndarray]:
+        """(stamp, what its acquirer knows) of data that arrive now for `warp`."""
+        self.arrived[warp] += 1
+        known = np.zeros((3, 2 * self.num_warps), np.int32)
+        known[KNOWN, self.num_warps + warp] = self.arrived[warp]
+        return int(self.arrived[warp]), known
+
+
+class UnderWay:
+    """A read of `granules` by the asynchronous proxy; `what` says which, for a report."""
+
+    def __init__(self, granules: np.ndarray, what: Callable[[], str]) -> None:
+        self.granules, self.what = granules, what
+        self.first, self.last = int(granules.min()), int(granules.max())
+
+
+class Stamps:
+    """The accesses to one CTA's shared memory, a stamp a granule."""
+
+    def __init__(self, clocks: Clocks, size: int, granule: int) -> None:
+        w = clocks.num_warps
+        self.clocks, self.num_warps, self.granule = clocks, w, granule
+        self.writer = np.zeros(size, np.int16)
+        self.written = np.full(size, UNWRITTEN, np.int32)
+        self.ordinary = np.zeros(size, bool)  # the last write was an ordinary store
+        self.issued = np.zeros((w, size), np.int32)  # last ordinary read of each warp
+        self.ended = np.zeros((w, size), np.int32)  # last read for it by the asynchronous proxy
+        self.under_way: list[UnderWay] = []
+        self.places: dict[int, str] = {}  # agent -> where its last write was, for reports
+        self.place: Callable[[], str] = lambda: ""
+
+    def _name(self, agent: int) -> str:
+        kind = "warp" if agent < self.num_warps else "TMA or cp.async of warp"
+        where = self.places.get(agent, "")
+        return f"{kind} {agent % self.num_warps}" + (f" ({where})" if where else "")
+
+    def _report(self, granules: np.ndarray, bad: np.ndarray, doing: str) -> Fault:
+        at = int(granules[bad].flat[0])
+        written = int(self.written[at])
+        if written == UNWRITTEN:
+            return Fault(f"{doing} shared memory at {at * self.granule}, which nobody wrote")
+        other = self._name(int(self.writer[at]))
+        if written == UNDER_WAY:
+            return Fault(f"{doing} shared memory at {at * self.granule} while a copy of {other} is under way")
+        kind = "ordinary write" if self.ordinary[at] else "write"
+        return Fault(f"{doing} shared memory at {at * self.granule} without waiting for the {kind} of {other}")
+
+    def check_known(self, warps: np.ndarray, granule: int) -> None:
+        """Do these warps know of the last write to a granule?"""
+        known = self.clocks.rows[warps, KNOWN, self.writer[granule]]
+        if (self.written[granule] > known).any():
+            raise self._report(np.array([granule]), np.array([True]), "uses")
+
+    def read(self, warps: np.ndarray, granules: np.ndarray) -> None:
+        """An ordinary read: warps [n], granules [n, k]."""
+        known = self.clocks.rows[warps[:, None], KNOWN, self.writer[granules]]
+        bad = self.written[granules] > known
+        if bad.any():
+            raise self._report(granules, bad, "reads")
+        self.issued[warps[:, None], granules] = self.clocks.own[warps][:, None]
+
+    def write(self, warps: np.ndarray, granules: np.ndarray, same: np.ndarray) -> None:
+        """An ordinary write; `same` [n] where it changed nothing, so that two warps may write it."""
+        written = self.written[granules]
+        known = self.clocks.rows[warps[:, None], KNOWN, self.writer[granules]]
+        bad = (written > known) & (written != UNWRITTEN) & ~same[:, None]
+        if bad.any():
+            raise self._report(granules, bad, "writes")
+        self._check_under_way(granules)
+        known = self.clocks.rows[warps, KNOWN, : self.num_warps].T[:, :, None]
+        reads = np.maximum(self.issued[:, granules], self.ended[:, granules]) > known
+        if reads.any():
+            reader, lane, k = (int(x[0]) for x in np.nonzero(reads))
+            at = int(granules[lane, k]) * self.granule
+            raise Fault(f"writes shared memory at {at} without waiting for the read of warp {reader}")
+        self.writer[granules] = warps[:, None]
+        self.written[granules] = self.clocks.own[warps][:, None]
+        self.ordinary[granules] = True
+        for warp in np.unique(warps):
+            self.places[int(warp)] = self.place()
+
+    def _check_under_way(self, granules: Any) -> None:
+        if not self.under_way:
+            return
+        run = isinstance(granules, slice)
+        first, last = (granules.start, granules.stop - 1) if run else (granules.min(), granules.max())
+        for read in self.under_way:
+            if read.last < first or read.first > last:
+                continue
+            hit = ((read.granules >= first) & (read.granules <= last)) if run else np.isin(read.granules, granules)
+            if hit.any():
+                raise Fault(f"overwrites shared memory at {int(first) * self.granule} and on, while {read.what()}")
+
+    def begin_read(self, warps: np.ndarray, granules: np.ndarray, what: Callable[[], str]) -> UnderWay:
+        """A read by the asynchronous proxy, on behalf of `warps`: under way until `end_read`."""
+        rows, writer = self.clocks.rows[warps], self.writer[granules]
+        known = np.where(self.ordinary[granules], rows[:, VISIBLE][:, writer], rows[:, KNOWN][:, writer])
+        bad = (self.written[granules] > known).any(0)
+        if bad.any():
+            at = granules[bad][:1]
+            if self.ordinary[at[0]] and (self.written[at] <= rows[:, KNOWN][:, self.writer[at]]).all():
+                writer = self._name(int(self.writer[at[0]]))
+                raise Fault(
+                    f"{what()} at {int(at[0]) * self.granule}: the ordinary write of {writer} is not visible to the "
+                    "asynchronous proxy without fence.proxy.async"
+                )
+            raise self._report(granules, bad, f"{what()}:")
+        read = UnderWay(granules, what)
+        self.under_way.append(read)
+        return read
+
+    def end_read(self, warps: np.ndarray, read: UnderWay) -> None:
+        self.under_way.remove(read)
+        self.ended[warps[:, None], read.granules] = self.clocks.own[warps][:, None]
+
+    def begin_copy(self, warp: int, granules: Any, *, asynchronous: bool) -> None:
+        """A copy into `granules` (an array or a slice) that `warp` starts: by TMA (asynchronous proxy) or cp.async."""
+        writer, rows = self.writer[granules], self.clocks.rows[warp]
+        visible = rows[VISIBLE if asynchronous else KNOWN][writer]
+        known = np.where(self.ordinary[granules], visible, rows[KNOWN][writer])
+        bad = (self.written[granules] > known) & (self.written[granules] != UNWRITTEN)
+        where = np.arange(granules.start, granules.stop) if isinstance(granules, slice) else granules
+        if bad.any():
+            raise self._report(where, bad, "a copy overwrites")
+        self._check_under_way(granules)
+        for reads, row in ((self.issued, READ if asynchronous else KNOWN), (self.ended, KNOWN)):
+            late = reads[:, granules] > rows[row, : self.num_warps, None]
+            if late.any():
+                reader, at = (int(x[0]) for x in np.nonzero(late))
+                raise Fault(
+                    f"a copy overwrites shared memory at {int(where[at]) * self.granule} without waiting until the "
+                    f"read of warp {reader} has its value" + (" (fence.proxy.async)" if row == READ else "")
+                )
+        self.writer[granules], self.written[granules] = self.num_warps + warp, UNDER_WAY
+        self.ordinary[granules] = not asynchronous
+        self.places[self.num_warps + warp] = self.place()
+
+    def end_copy(self, granules: Any, stamp: int) -> None:
+        self.written[granules] = stamp

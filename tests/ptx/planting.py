@@ -1,0 +1,67 @@
+"""Runs each planted fault: the machine must report a fault, or the result must be wrong.
+
+The edited kernel is compiled once and runs on the small problem of its case, by the schedule that is not random and
+then by a few that are, until one shows the fault. Before that the unedited kernel has run right on the same operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fp8moe.kernels import tiles
+from tests.ptx.launching import Machine
+from tests.ptx.moving_cases import both, values
+from tests.ptx.parser import Unsupported
+from tests.ptx.plants import PLANTS, Plant
+from tests.ptx.product_cases import compare, wgrad
+from tests.ptx.registers import Fault
+
+SCHEDULES = (None, 0, 1, 2, 3)
+
+
+def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
+    """The small problem of a case, by one schedule: raises where the machine or the result is wrong."""
+    backend, op, kind, *rest = case.split()
+    if op == "wgrad":
+        return partial(wgrad, dtype=torch.bfloat16, sizes=((200, 144, 128, seed),))
+    if op.startswith("quantize"):
+        return partial(_cast, name=op, seed=seed)
+    shape = rest[0]
+    tile = next(t for t in tiles.production_tiles(backend, op) if f"{t.block_m}x{t.block_n}x{t.stages}" == shape)
+    return partial(compare, backend=backend, op=op, kind=kind, tile=tile, small=backend == "gluon", seeds=(seed,))
+
+
+def _cast(machine: Machine, name: str, seed: int | None) -> None:
+    machine.seed = seed
+    both(machine, "quantize", name, values(144, 208, torch.bfloat16), power_of_two=True)
+
+
+def run_plant(plant: Plant, machine: Machine) -> str:
+    """What the machine found, or an empty text."""
+    for seed in SCHEDULES:
+        torch.manual_seed(1)
+        machine.edit = plant.edit
+        try:
+            problem(plant.case, seed)(machine)
+        except (Fault, AssertionError) as found:
+            return f"schedule {seed}: {type(found).__name__}: {found}"
+        except (Unsupported, LookupError) as broken:
+            raise LookupError(f"{plant.name}: {broken}") from broken
+        finally:
+            machine.edit = None
+    return ""
+
+
+def unclean(machine: Machine) -> dict[str, str]:
+    """The cases whose kernel is wrong without a plant, and what is wrong: none may be, but where a compiler is."""
+    found = {}
+    for case in dict.fromkeys(plant.case for plant in PLANTS):
+        torch.manual_seed(1)
+        try:
+            problem(case, None)(machine)
+        except (Fault, AssertionError) as wrong:
+            found[case] = str(wrong)
+    return found

@@ -1,0 +1,152 @@
+"""GEMMs on the machine: every production tile and epilogue of both back ends against the reference, by many schedules.
+
+A case is named as its kernel is in the compile table. All tiles of a problem go to one CTA where the kernel is
+persistent, so that its ring comes round several times and passes from one tile to the next; every size has a short
+last tile, groups are ragged, one is empty, and rows belong to nobody behind the last. Outputs are full of NaN before.
+
+Gluon kernels run by ten random schedules on a smaller problem, after the one that is not random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+
+from fp8moe.kernels import tiles
+from fp8moe.kernels.backend import limited_sms
+from fp8moe.kernels.fp8 import Fp8Tensor
+from tests.distance import calc_diff
+from tests.kernels.sm90_cases import MULTICAST, tile_name
+from tests.ptx.launching import Machine, on_machine
+from tests.ptx.moving_cases import Case, ops
+
+SCHEDULES = 10
+BOUNDS = {torch.bfloat16: 5e-6, torch.float32: 1e-12}  # of `calc_diff`
+MODULES = {"gemm_columns": "gemm", "grouped_wgrad": "grouped_gemm"}
+PAIRS_SINCE = (3, 8)  # of Triton
+
+
+def rows(m: int, k: int) -> Fp8Tensor:
+    return ops("reference", "quantize").quantize_rows(torch.randn(m, k).to(torch.bfloat16))
+
+
+def columns(t: int, k: int) -> Fp8Tensor:
+    """Columns of a [t, k] tensor, K-major."""
+    found = ops("reference", "quantize").quantize_columns(torch.randn(t, k).to(torch.bfloat16))
+    return Fp8Tensor(found.data.contiguous(), found.scale, found.tile)
+
+
+def blocks(*shape: int) -> Fp8Tensor:
+    return ops("reference", "quantize").quantize_blocks(torch.randn(shape).to(torch.bfloat16))[0]
+
+
+def offsets(*sizes: int) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+
+
+def problem(op: str, kind: str, small: bool | None) -> Callable[[Callable[..., Any]], Tensor]:
+    """A function that calls an op of any back end on operands drawn here, and gives what it computed. None: aligned."""
+    out_dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    m, n, k = {None: (256, 256, 512), True: (144, 144, 400), False: (200, 272, 400)}[small]
+    if op == "gemm":
+        a, b = rows(m, k), blocks(n, k)
+    elif op == "gemm_columns":
+        a, b = columns(k, m), columns(k, n)
+    else:
+        sizes = {None: (256, 256), True: (128, 0, 128), False: (128, 0, 256)}[small]
+        at, experts = offsets(*sizes), len(sizes)
+        if op == "grouped_gemm":
+            a, b = rows(sum(sizes) + (small is False) * 66, k), blocks(experts, n, k)
+            return lambda call: call(a, b, at, out_dtype=out_dtype)
+        if small is not None:  # TMA adds whole waves of an expert's rows
+            m = {True: (144, 272), False: (192, 320)}[kind == "add"][not small]
+        a, b = columns(sum(sizes), m), columns(sum(sizes), n)
+        return partial(_add_groups, a=a, b=b, at=at, before=torch.randn(experts, m, n))
+    before = torch.randn(a.shape[0], n)
+    if kind.startswith("add"):
+        return lambda call: call(a, b, out_dtype=out_dtype, accumulate=before.clone())
+    return lambda call: call(a, b, out_dtype=out_dtype)
+
+
+def _add_groups(call: Callable[..., None], *, a: Fp8Tensor, b: Fp8Tensor, at: Tensor, before: Tensor) -> Tensor:
+    total = before.clone()
+    call(a, b, at, total)
+    return total
+
+
+def compare(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile, small: Any, seeds: Any) -> None:
+    """By every schedule of `seeds` the same product, within its format's bound of the reference's."""
+    module, name, run = MODULES.get(op, op), op.removesuffix("_columns"), problem(op, kind, small)
+    expected, first = run(getattr(ops("reference", module), name)), None
+    for machine.seed in seeds:
+        with (
+            patch.object(tiles, "choose", lambda *_, **__: tile),
+            limited_sms(2 if tile.multicast else 1),
+            added_by_tma(kind),
+            on_machine(machine),
+        ):
+            got = run(getattr(ops(backend, module), name))
+        diff = calc_diff(got, expected)
+        assert diff <= BOUNDS[got.dtype], (
+            f"schedule {machine.seed}: calc_diff {diff:.1e} exceeds {BOUNDS[got.dtype]:.0e}"
+        )
+        assert first is None or torch.equal(got, first), f"schedule {machine.seed} changes the result"
+        first = got
+
+
+def added_by_tma(kind: str) -> Any:
+    """Sums of few tokens leave the Gluon kernel as those of many do, where the case is of many."""
+    return patch.object(ops("gluon", "launch"), "ADDED_BY_TMA", 1 if kind == "add_long" else 1 << 30)
+
+
+def product(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile) -> None:
+    if machine.count:
+        compare(machine, backend, op, kind, tile, None, (None,))
+        return
+    compare(machine, backend, op, kind, tile, False, (None,))
+    seeds = range(SCHEDULES) if backend == "gluon" else range(1)
+    compare(machine, backend, op, kind, tile, True, seeds)
+
+
+def wgrad(machine: Machine, dtype: torch.dtype, sizes: Any = ((200, 144, 272, None), (72, 16, 48, 1))) -> None:
+    """The unquantized weight gradient; the bound is that of FP32 sums in another order. sizes: (T, N, K, schedule)."""
+    for t, n, k, seed in ((128, 128, 256, None),) if machine.count else sizes:
+        dy, x, before = torch.randn(t, n).to(dtype), torch.randn(t, k).to(dtype), torch.randn(n, k)
+        got, machine.seed = before.clone(), seed
+        with on_machine(machine):
+            ops("triton", "gemm").wgrad(dy, x, got)
+        exact = before.double() + dy.double().T @ x.double()
+        diff = calc_diff(got, exact)
+        assert diff <= 1e-12, f"calc_diff {diff:.1e} exceeds 1e-12"
+
+
+KINDS = {
+    "gemm": ("bf16", "fp32", "add"), "gemm_columns": ("bf16", "fp32", "add", "add_long"),
+    "grouped_gemm": ("bf16", "fp32"), "grouped_wgrad": ("add", "add_long"),
+}  # fmt: skip
+
+
+def cases() -> Iterator[Case]:
+    """Every product of both device back ends."""
+    pairs = tuple(map(int, triton.__version__.split(".")[:2])) >= PAIRS_SINCE
+    for backend in ("gluon", "triton"):
+        for op, kinds in KINDS.items():
+            for kind in kinds:
+                for tile in tiles.production_tiles(backend, op):
+                    yield f"{backend} {op} {kind} {tile_name(tile)}", _case(backend, op, kind, tile)
+                    if pairs and backend == "gluon" and (op, kind) in MULTICAST:
+                        pair = replace(tile, multicast=True)
+                        yield f"{backend} {op} {kind} {tile_name(pair)}", _case(backend, op, kind, pair)
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        yield f"triton wgrad {kind}", partial(wgrad, dtype=dtype)
+
+
+def _case(backend: str, op: str, kind: str, tile: tiles.Tile) -> Any:
+    return partial(product, backend=backend, op=op, kind=kind, tile=tile)

@@ -1,0 +1,48 @@
+"""How well a kernel must use memory, and the reason where one does worse: the bounds of `speed`'s counts.
+
+At least 95 % of what loads and stores move should be useful, access by access, and shared memory should take at most
+1.1 wavefronts where one is enough. A kernel that does worse stands in the table with how much worse it may be.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+LEAST_USEFUL, MOST_WAVEFRONTS = 0.95, 1.1
+TURNED = "codes are turned in shared memory, in a layout that Triton chooses"
+# (kernels, figure, its limit, reason)
+ACCEPTED = (
+    (r"^gluon (gemm|grouped_gemm) .* rows_kernel", "loads", 0.5, "a scale of a block is one word of a sector a warp"),
+    (r"^gluon grouped_wgrad add_long ", "loads", 0.12, "only the two offsets of a group are loaded, a word each"),
+    (r"^gluon gemm_columns bf16 ", "stores", 0.5, "a warp's fragment has 8 values of a row: 16 bytes of BF16"),
+    (r" add_long .* columns_kernel", "banks", 1.65, "rows of a fragment, 8 bytes a lane, meet in TMA's swizzle"),
+    (r"^triton (gemm|grouped_gemm) ", "loads", 0.23, "a scale of a block is one word of a sector a warp"),
+    (r"quantize_(rows|blocks|rows_and_columns) ", "loads", 0.5, "two loads of a lane share a sector, one hits L1"),
+    (r"quantize_columns ", "banks", 2.05, TURNED),
+    (r"quantize_rows_and_columns ", "banks", 4.4, TURNED),
+    (r"^triton requantize_columns ", "banks", 1.75, TURNED),
+    (r"^triton requantize_columns ", "loads", 0.94, "scales of 32 rows are loaded once a program"),
+    (r"^triton e5m6 (columns|unpack)_kernel", "loads", 0.16, "values gather the words they lie in, neighbours hit L1"),
+    (r"pack_kernel", "stores", 0.33, "the three words of a run leave by three stores, 12 bytes apart"),
+    (r"permute .*copy_kernel", "loads", 0.84, "the row that a copy comes from is one number for a whole row"),
+    (r"cast_kernel", "loads", 0.52, "two loads of a lane share a sector, and places are one number a row"),
+    (r"cast_kernel", "stores", 0.93, "a scale goes to each of a row's places alone"),
+    (r"invert_kernel", "stores", 0.17, "a scatter of single words"),
+    (r"sum_kernel", "loads", 0.93, "the place of a copy is one number for a whole row"),
+    (r"plan_rows ", "loads", 0.25, "a few counts an expert"),
+    (r"plan_rows ", "stores", 0.25, "a few counts an expert, and a scatter of single numbers"),
+)  # fmt: skip
+
+
+def beyond(kernel: str, row: dict[str, Any]) -> list[str]:
+    """Which figures of a kernel are worse than they should be, or than is accepted of it."""
+    limits = {"loads": LEAST_USEFUL, "stores": LEAST_USEFUL, "banks": MOST_WAVEFRONTS}
+    for pattern, figure, limit, _ in ACCEPTED:
+        if re.search(pattern, kernel):
+            limits[figure] = (max if figure == "banks" else min)(limit, limits[figure])
+    return [
+        f"{kernel}: {name} {row[name]}, the limit is {limit}"
+        for name, limit in limits.items()
+        if name in row and (row[name] > limit if name == "banks" else row[name] < limit)
+    ]

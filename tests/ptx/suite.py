@@ -1,0 +1,117 @@
+"""Runs the cases one after the other in a process of its own, and reports each as a line of JSON.
+
+    python -m tests.ptx [--only TEXT] [--json FILE]
+
+Triton reads TRITON_INTERPRET when it is imported, and the tests' process has it set: `test_ptx` starts this module once
+for all its tests. Another installed Triton is tried by the same command with PYTHONPATH in front of it. ptxas is left
+out of the compiler, so what it caches is no kernel that could run: its cache is a directory of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fp8moe-ptx-"))
+
+import torch
+import triton
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+
+from tests.kernels.sm90 import Pretender
+from tests.ptx import moving_cases, product_cases, speed
+from tests.ptx.launching import Machine
+from tests.ptx.planting import run_plant, unclean
+from tests.ptx.plants import PLANTS
+
+
+def prepare() -> None:
+    """A driver that only says what it is, no ptxas, one thread, and memory full of NaN."""
+    driver.set_active(Pretender())
+    CUDABackend.make_cubin = lambda *_: b""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
+
+
+def all_cases() -> dict[str, Any]:
+    return dict(moving_cases.cases()) | dict(product_cases.cases())
+
+
+def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
+    """What became of one case: its error if it failed, the kernels it ran and the opcodes they executed, its counts."""
+    torch.manual_seed(zlib.crc32(name.encode()))
+    machine.launched, machine.seed, machine.edit, machine.count = [], None, None, True
+    start, error, rows = time.perf_counter(), "", {}
+    try:
+        run(machine)
+        rows = speed.rows(name, machine.launched)
+        machine.launched, machine.count = [], False
+        run(machine)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    kernels, opcodes = set(), set()
+    for kernel, counts in machine.launched:
+        kernels.add(f"{name} {kernel.name}")
+        opcodes |= {
+            one.opcode for one, times in zip(kernel.decoded.program.code, counts.executed, strict=False) if times
+        }
+    seconds = round(time.perf_counter() - start, 2)
+    return {
+        "error": error, "kernels": sorted(kernels), "opcodes": sorted(opcodes), "counts": rows, "seconds": seconds,
+    }  # fmt: skip
+
+
+def plant_all(machine: Machine) -> dict[str, str]:
+    """What was found of each planted fault, by name; empty where nothing was."""
+    found, wrong = {}, unclean(machine)
+    for plant in PLANTS:
+        if plant.case in wrong:
+            found[plant.name] = f"not planted: {wrong[plant.case]}"
+            continue
+        try:
+            found[plant.name] = run_plant(plant, machine)
+        except LookupError as broken:
+            found[plant.name] = ""
+            print(f"cannot plant: {broken}", flush=True)
+        print(f"planted: {plant.name} ({plant.case}): {found[plant.name] or 'NOT FOUND'}", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx", description="run every kernel's PTX on the CPU")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each case there")
+    parser.add_argument("--write", action="store_true", help="rewrite this Triton version's part of counts.json")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.only:
+        parser.error("--write needs every case: leave --only out")
+    prepare()
+    machine, results = Machine(), {}
+    for name, run in all_cases().items():
+        if arguments.only in name:
+            results[name] = run_case(name, run, machine)
+            print(f"{name}: {results[name]['error'] or 'right'}, {results[name]['seconds']} s", flush=True)
+    planted = {} if arguments.only else plant_all(machine)
+    failed = [name for name, result in results.items() if result["error"]]
+    opcodes = {opcode for result in results.values() for opcode in result["opcodes"]}
+    kernels = {kernel for result in results.values() for kernel in result["kernels"]}
+    print(f"Triton {triton.__version__}: {len(results) - len(failed)} of {len(results)} cases right, {len(kernels)} "
+          f"kernels, {len(opcodes)} opcodes, {sum(r['seconds'] for r in results.values()):.0f} s")  # fmt: skip
+    if arguments.write:
+        speed.write(triton.__version__, {k: row for result in results.values() for k, row in result["counts"].items()})
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "cases": results, "plants": planted}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

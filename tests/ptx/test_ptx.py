@@ -1,0 +1,107 @@
+"""Every kernel's compiled PTX, run on this CPU: to the bit where it casts or moves, within bounds where it multiplies.
+
+One process runs all cases (`suite`); each kernel of the compile table has a test of its own here, which reads what
+became of its case.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ptx.plants import PLANTS
+from tests.ptx.speed_limits import ACCEPTED, beyond
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # two minutes of an idle core; a busy machine takes several
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = json.loads((ROOT / "tests" / "kernels" / "sm90.json").read_text())
+COUNTS = json.loads((ROOT / "tests" / "ptx" / "counts.json").read_text())
+KERNELS = sorted({name for kernels in TABLE.values() for name in kernels})
+PAIRS_SINCE = (3, 8)  # of Triton
+# (Triton, kernel): what is wrong with what that compiler makes of it, in the machine's words.
+KNOWN = {
+    (
+        "3.6",
+        "triton wgrad bf16 wgrad_kernel",
+    ): "cp.async of warp 0 (gemm.py:107:24) is not visible to the asynchronous proxy",
+}
+# What a report must say, where only one explanation is right: whom it waits for, and where in the source.
+PLANT_REPORTS = {
+    "a consumer waits for the wrong phase": ("which nobody wrote", "rows_kernel.py"),
+    "the producer waits for the wrong phase": ("deadlock", "waits for the phase of parity", "columns_kernel.py"),
+    "a consumer never gives a slot back": ("deadlock", "of 2 arrivals"),
+    "a slot is given back before its products": ("a copy overwrites shared memory", "without waiting"),
+    "more bytes are expected than come": ("deadlock", "bytes are missing"),
+    "no proxy fence before a TMA store": ("not visible to the asynchronous proxy", "pipeline.py"),
+    "no proxy fence behind reads of scales": ("has its value (fence.proxy.async)", "columns_kernel.py"),
+    "the scales of step k serve step k + 1": ("calc_diff",),
+    "an arrival does not wait for the partner warps": ("without waiting until the read of warp",),
+    "no wait for a product": ("uses a register of a WGMMA",),
+    "no fence before a product": ("after the last wgmma.fence",),
+    "a partition keeps its registers": ("deadlock", "registers: "),
+    "one barrier of the CTA is missing": ("without waiting for the ordinary write of warp",),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the process reports: {"triton": version, "cases": {name: ...}}."""
+    folder = tmp_path_factory.mktemp("ptx")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "fp8moe"))}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-m", "tests.ptx", "--json", str(folder / "found.json")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
+    assert run.returncode in (0, 1), run.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_its_machine_code_does_what_the_specification_says(found, kernel):
+    version = tuple(map(int, found["triton"].split(".")[:2]))
+    if " multicast " in kernel and version < PAIRS_SINCE:
+        pytest.skip("this Triton has no arrival at another CTA's barrier: the launcher refuses pairs")
+    case = found["cases"][kernel.rsplit(" ", 1)[0]]
+    known = KNOWN.get((".".join(map(str, version)), kernel))
+    if known is not None:
+        assert known in case["error"]
+        return
+    assert case["error"] == ""
+    assert kernel in case["kernels"], "the case doesn't launch it"
+
+
+@pytest.mark.parametrize("plant", [plant.name for plant in PLANTS])
+def test_a_planted_fault_is_found(found, plant):
+    report = found["plants"][plant]
+    if report.startswith("not planted"):
+        assert any(version == ".".join(found["triton"].split(".")[:2]) for version, _ in KNOWN), report
+        pytest.skip(report)
+    assert report, "neither the machine nor the result shows it"
+    for word in PLANT_REPORTS.get(plant, ()):
+        assert word in report
+
+
+def test_accesses_are_whole_sectors_and_free_of_bank_conflicts_or_there_is_a_reason(found):
+    counts = {kernel: row for case in found["cases"].values() for kernel, row in case["counts"].items()}
+    assert counts
+    assert [worse for kernel, row in counts.items() for worse in beyond(kernel, row)] == []
+    for pattern, figure, _, _ in ACCEPTED:
+        assert any(re.search(pattern, kernel) and figure in row for kernel, row in counts.items()), pattern
+
+
+def test_the_committed_counts_are_those_of_this_code(found):
+    if found["triton"] not in COUNTS:
+        pytest.skip(f"counts.json has no counts of Triton {found['triton']}: python -m tests.ptx --write")
+    counts = {kernel: row for case in found["cases"].values() for kernel, row in case["counts"].items()}
+    committed = COUNTS[found["triton"]]
+    assert counts.keys() == committed.keys()
+    for kernel, row in counts.items():
+        # A routing drawn by another release of torch moves a few numbers a little.
+        ours, theirs = ({name: x for name, x in one.items() if name != "per"} for one in (row, committed[kernel]))
+        told = f"{kernel}: rewrite them by python -m tests.ptx --write, and read the diff"
+        assert row["per"] == committed[kernel]["per"] and ours == pytest.approx(theirs, rel=0.05), told

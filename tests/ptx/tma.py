@@ -1,0 +1,168 @@
+"""TMA: tensors copied by tiles between global and shared memory, asynchronously.
+
+A load may land at any moment between its issue and the end of the phase that waits for its bytes: the schedule draws
+when. Until then its bytes in shared memory belong to nobody. A store reads shared memory from its issue to the
+`wait_group` of the warp that issued it; nobody may write there meanwhile, so the bytes are taken at once.
+
+A tensor map is what the driver would encode: sizes outermost first, strides in bytes, the box of one copy (a row of
+it is at most one line of the swizzle wide), and the swizzle: the 16-byte column of a byte in shared memory is
+exclusive-ored with bits of its row (128 bytes: 8 columns, 3 bits; 64: 4; 32: 2). What lies outside the tensor is zero
+when it is loaded and not written when it is stored.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.memory import BASE, Global
+from tests.ptx.parser import Instruction, Unsupported, split_operands
+from tests.ptx.registers import MAPS, WINDOW, Decoder, Fault, Gang
+
+ALIGNMENT = 128  # of a tile in shared memory
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A tensor in global memory and the box that one copy moves; outermost dim first."""
+
+    base: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    box: tuple[int, ...]
+    size: int  # bytes of an element
+    swizzle: int  # bytes of a line, 0 for none
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.box)) * self.size
+
+
+def swizzled(address: np.ndarray, line: int) -> np.ndarray:
+    """Where the byte that would lie at `address` lies, with lines of `line` bytes."""
+    bits = {0: 0, 32: 1, 64: 3, 128: 7}[line]
+    return address ^ (((address >> 7) & bits) << 4)
+
+
+def places(tensor: TensorMap, at: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(is it inside the tensor, index into global memory, address in shared memory) of every byte of a box."""
+    box, shape, strides = tensor.box, tensor.shape, tensor.strides
+    if len(box) == 1:
+        box, shape, strides, at = (1, *box), (1, *shape), (0, *strides), [0, *at]
+    row, byte = np.arange(box[0])[:, None], np.arange(box[1] * tensor.size)[None, :]
+    column = byte // tensor.size + at[1]
+    inside = (row + at[0] >= 0) & (row + at[0] < shape[0]) & (column >= 0) & (column < shape[1])
+    outer = tensor.base - BASE + (row + at[0]) * strides[0] + at[1] * tensor.size + byte
+    inner = swizzled(start + row * box[1] * tensor.size + byte, tensor.swizzle)
+    return inside, outer, inner
+
+
+def existing(memory: Global, where: np.ndarray) -> np.ndarray:
+    if where.size and ((where < 0).any() or (where >= memory.used).any() or not memory.exists[where].all()):
+        raise Fault("TMA reaches beyond the tensor's storage: its map is wrong")
+    return where
+
+
+def load_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int) -> None:
+    """The bytes arrive."""
+    inside, outer, inner = places(tensor, at, start)
+    tile = np.zeros(inner.shape, np.uint8)
+    tile[inside] = memory.bytes[existing(memory, outer[inside])]
+    shared.bytes[inner] = tile
+
+
+def store_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
+    """The bytes are written, or as FP32 added to what is there."""
+    inside, outer, inner = places(tensor, at, start)
+    where, tile = existing(memory, outer[inside]), shared.bytes[inner[inside]]
+    if adds:
+        tile = (memory.bytes[where].view(np.float32) + tile.view(np.float32)).view(np.uint8)
+    memory.bytes[where] = tile
+
+
+def region(gang: Gang, tensor: TensorMap, start: int) -> slice:
+    """The granules of a tile in shared memory."""
+    shared = gang.cta.shared
+    if start % ALIGNMENT:
+        raise Fault(f"TMA's tile in shared memory starts at {start}, which is no multiple of {ALIGNMENT} bytes")
+    if start < 0 or start + tensor.bytes > shared.size:
+        raise Fault(f"TMA's tile ends at {start + tensor.bytes}, beyond the {shared.size} bytes of shared memory")
+    return slice(start // shared.granule, (start + tensor.bytes) // shared.granule)
+
+
+def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
+    """(what executes the instruction, no slots) of cp.async.bulk and cp.reduce.async.bulk."""
+    parts, o = instruction.parts, instruction.operands
+    if "commit_group" in parts:
+        return _commit, []
+    if "wait_group" in parts:
+        kept = int(o[0])
+        return (lambda gang, on: _wait(gang, kept)), []
+    adds = parts[1] == "reduce"
+    if "tensor" not in parts or parts[0] != "cp" or (adds and "add" not in parts):
+        raise Unsupported(f"{instruction.opcode} is not known")
+    loads = not adds and parts[5].startswith("shared") and parts[6] == "global"
+    tile_text, map_text = (o[0], o[1]) if loads else (o[1], o[0])
+    match = re.fullmatch(r"\[\s*(\S+?)\s*,\s*\{(.*)\}\s*\]", map_text)
+    tensor_map, tile = decoder.read(match[1], np.uint64), decoder.address(tile_text)
+    coordinates = [decoder.read(x, np.int32) for x in split_operands(match[2])][::-1]
+    bar = decoder.address(o[2]) if loads else None
+    mask = decoder.read(o[3], np.uint16) if "multicast::cluster" in parts else None
+
+    def copy(gang: Gang, on: Any) -> None:
+        for lane in np.arange(gang.n) if on is None else np.flatnonzero(on):
+            pick = lambda value: int(np.broadcast_to(value, gang.n)[lane])  # noqa: B023, E731  used at once
+            tensor = gang.cta.maps[(pick(tensor_map(gang)) - MAPS) // 256]
+            at = [pick(read(gang).view(np.int32)) for read in coordinates]
+            start = int(gang.cta.local(np.array([pick(tile(gang))]))[0])
+            warp = int(gang.lane_warp[lane])
+            if loads:
+                ctas = pick(mask(gang)) if mask is not None else 1 << gang.cta.rank
+                _load(gang, warp, tensor, at, start, pick(bar(gang)), ctas)
+            else:
+                _store(gang, warp, tensor, at, start, adds)
+
+    return copy, []
+
+
+def _load(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, bar: int, ctas: int) -> None:
+    where = region(gang, tensor, start)
+    for cta in gang.cta.peers:
+        if not ctas >> cta.rank & 1:
+            continue
+        agent, stamps = warp + gang.cta.first_warp, cta.shared.stamps
+        mbarrier = cta.mbarrier(bar + ((cta.rank - gang.cta.rank) << WINDOW))
+        stamps.begin_copy(agent, where, asynchronous=True)
+
+        def land(cta: Any = cta, agent: int = agent, mbarrier: Any = mbarrier) -> None:
+            load_tile(cta.memory, cta.shared, tensor, at, start)
+            stamp, known = cta.clocks.arrival(agent)
+            cta.shared.stamps.end_copy(where, stamp)
+            mbarrier.land(tensor.bytes, known)
+
+        gang.cta.under_way.append(land)
+
+
+def _store(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
+    where, stamps = region(gang, tensor, start), gang.cta.shared.stamps
+    place = gang.cta.place(gang)
+    warps = np.array([warp + gang.cta.first_warp])
+    read = stamps.begin_read(warps, np.arange(where.start, where.stop), lambda: f"the TMA store ({place}) reads")
+    store_tile(gang.cta.memory, gang.cta.shared, tensor, at, start, adds)
+    gang.stores.append((warps, read))
+
+
+def _commit(gang: Gang, on: Any) -> None:
+    if gang.stores:
+        gang.store_groups.append(gang.stores)
+        gang.stores = []
+
+
+def _wait(gang: Gang, kept: int) -> None:
+    """Groups but the newest `kept` have read their tiles."""
+    while len(gang.store_groups) > kept:
+        for warps, read in gang.store_groups.pop(0):
+            gang.cta.shared.stamps.end_read(warps, read)
