@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 "
 TRY_WAIT = (
-    r"waitLoop:\s+(?:\.loc[^\n]*\s+)?mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, (\[%r\d+\]), (%r\d+);"
+    r"waitLoop:\s+(?:\.loc[^\n]*\s+)?"
+    r"mbarrier\.try_wait\.parity\.shared\S*\.b64 complete, (\[%r\d+\]), (%r\d+);"
 )
 STORE = r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta\.bulk_group \[%rd\d+, \{(%r\d+), (%r\d+)\}\]"
 DESCRIPTOR = 0x4000004000000000  # 128-byte swizzle, groups of 8 rows 1024 bytes apart

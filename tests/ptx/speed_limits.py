@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 LEAST_USEFUL, MOST_WAVEFRONTS = 0.95, 1.1
-TURNED = "codes are turned in shared memory, in a layout that Triton chooses"
+ACROSS = "maxima along tokens cross warps through shared memory, laid out by Triton with the lanes of a row in one bank"
 # (kernels, figure, its limit, reason)
 ACCEPTED = (
     (r"^gluon (gemm|grouped_gemm) .* rows_kernel", "loads", 0.5, "a scale of a block is one word of a sector a warp"),
@@ -19,13 +19,14 @@ ACCEPTED = (
     (r" add_long .* columns_kernel", "banks", 1.65, "rows of a fragment, 8 bytes a lane, meet in TMA's swizzle"),
     (r"^triton (gemm|grouped_gemm) ", "loads", 0.23, "a scale of a block is one word of a sector a warp"),
     (r"quantize_(rows|blocks|rows_and_columns) ", "loads", 0.5, "two loads of a lane share a sector, one hits L1"),
-    (r"quantize_columns ", "banks", 2.05, TURNED),
-    (r"quantize_rows_and_columns ", "banks", 4.4, TURNED),
-    (r"^triton requantize_columns ", "banks", 1.75, TURNED),
+    (r"quantize_columns ", "banks", 2.05, ACROSS),
+    (r"quantize_rows_and_columns ", "banks", 4.4, ACROSS),
+    (r"^triton requantize_columns ", "banks", 1.75, ACROSS),
     (r"^triton requantize_columns ", "loads", 0.94, "scales of 32 rows are loaded once a program"),
-    (r"^triton e5m6 (columns|unpack)_kernel", "loads", 0.16, "values gather the words they lie in, neighbours hit L1"),
-    (r"pack_kernel", "stores", 0.33, "the three words of a run leave by three stores, 12 bytes apart"),
-    (r"permute .*copy_kernel", "loads", 0.84, "the row that a copy comes from is one number for a whole row"),
+    (r"^triton e5m6 (columns|unpack)_kernel", "loads", 0.12, "values gather the words they lie in, neighbours hit L1"),
+    (r"^triton e5m6 columns_kernel", "banks", 1.35, ACROSS),
+    (r"pack_kernel", "stores", 0.12, "the three words of a run leave by three stores, 12 bytes apart"),
+    (r"permute .*copy_kernel", "loads", 0.8, "the row that a copy comes from is one number for a whole row"),
     (r"cast_kernel", "loads", 0.52, "two loads of a lane share a sector, and places are one number a row"),
     (r"cast_kernel", "stores", 0.93, "a scale goes to each of a row's places alone"),
     (r"invert_kernel", "stores", 0.17, "a scatter of single words"),

@@ -10,8 +10,10 @@ out of the compiler, so what it caches is no kernel that could run: its cache is
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -20,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fp8moe-ptx-"))
+if "TRITON_CACHE_DIR" not in os.environ:
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fp8moe-ptx-")
+    atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
 
 import torch
 import triton
