@@ -5,9 +5,9 @@ import torch
 
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
-from fp8moe.kernels.reference._tensor_core import emulated_gemm, tensor_core_dot
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data
+from tests.kernels.tensor_core import emulated_gemm, tensor_core_dot
 
 
 @pytest.fixture(autouse=True)

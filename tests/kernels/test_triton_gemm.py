@@ -10,10 +10,10 @@ from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
 from fp8moe.kernels.reference import gemm as twin
 from fp8moe.kernels.reference import quantize as reference_quantize
-from fp8moe.kernels.reference._tensor_core import tensor_core_dot
 from fp8moe.kernels.triton.gemm import descriptor
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data, product_bound
+from tests.kernels.tensor_core import tensor_core_dot
 
 # M, N, K with short last tiles in each, one tile, less than one; 576 and 2112 are sizes of DeepSeek-V3.
 SHAPES = [(130, 144, 576), (48, 80, 2112), (17, 128, 128), (33, 16, 48)]
