@@ -183,3 +183,28 @@ def test_a_limit_of_no_sms_is_refused():
             assert num_sms(torch.device("cpu")) == 132
         assert num_sms(torch.device("cpu")) == 112
     assert num_sms(torch.device("cpu")) == 132
+
+
+@pytest.mark.parametrize(
+    ("sms", "multicast", "rows", "columns"),
+    [(132, False, 12, 24), (5, False, 5, 5), (5, True, 2, 2), (1, True, 1, 1), (132, True, 6, 12)],
+)
+def test_a_launch_takes_a_program_an_sm_and_no_more_than_it_has_tiles(monkeypatch, sms, multicast, rows, columns):
+    """Rows: 304 x 512 in tiles of 128 x 128; columns: 2 experts of the same. A pair takes two SMs and two tiles."""
+    pytest.importorskip("triton")
+    from fp8moe.kernels.gluon import launch
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: grids.append(grid)
+
+    grids = []
+    monkeypatch.setattr(launch.triton, "__version__", "3.8.0")
+    monkeypatch.setattr(launch, "rows_kernel", Kernel())
+    monkeypatch.setattr(launch, "columns_kernel", Kernel())
+    m, n, k, tile = 304, 512, 256, tiles.Tile(128, 128, 4, 8, 4, multicast=multicast)
+    a, b = quantize_rows(torch.ones(m, k)), quantize_blocks(torch.ones(n, k))[0]
+    launch.launch_rows(a, b, torch.empty(m, n, dtype=torch.bfloat16), tile=tile, sms=sms)
+    dy, x = (quantize_columns(torch.ones(k, size)) for size in (m, n))
+    launch.launch_columns(dy, x, torch.empty(2, m, n), tile=tile, sms=sms, group_offsets=torch.tensor([0, 128, 256]))
+    assert grids == [(rows,), (columns,)]
