@@ -147,3 +147,11 @@ def test_max_violation() -> None:
     assert max_violation(torch.tensor([2, 2, 2])) == 0
     assert max_violation(torch.tensor([6, 0, 0])) == 2
     assert max_violation(torch.zeros(3)) == 0
+
+
+def test_loads_are_counted_exactly_however_many() -> None:
+    router = build(SIGMOID)
+    router.counts_E += 2**24 + 1  # the first number that FP32 does not hold
+    routing = router(torch.randn(10, DIM), num_sequences=1)
+    loads = routing.topk_ids_TK.flatten().tolist()
+    assert router.counts_E.tolist() == [2**24 + 1 + loads.count(expert) for expert in range(EXPERTS)]

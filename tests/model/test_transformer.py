@@ -8,7 +8,7 @@ import torch
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
-from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.model.transformer import Transformer, init_weights, next_ids
 from tests.model.batches import tokens
 from tests.model.hf_oracle import BASE, CASES, hf_names, pair
 from tests.model.shapes import changed
@@ -98,3 +98,17 @@ def test_the_balance_loss_is_the_sum_over_blocks() -> None:
     assert torch.equal(hidden_TD, x_TD)
     assert losses[0] == 0.0 and all(loss > 0 for loss in losses[1:])  # the first block is dense
     assert float(balance) == pytest.approx(sum(losses), rel=1e-6)
+
+
+def test_the_balance_loss_of_training_has_the_mtp_modules_too() -> None:
+    config = changed(BASE, mtp_depth=1)
+    model = Transformer(config, Recipe(Precision.FP32), LocalDispatcher(config.experts.num_experts))
+    init_weights(model, seed=1)
+    batch = tokens(config.vocab_size)
+    positions = model.positions(batch.positions_BS)
+    with torch.no_grad():
+        hidden_TD, blocks = model.run_blocks(model.embedding(batch.inputs_BS.flatten()), positions)  # type: ignore[misc]
+        _, module = model.mtp(hidden_TD, model.embedding(next_ids(batch)), positions)  # type: ignore[misc]
+        assert float(module) > 0
+        assert float(model(batch).balance) == pytest.approx(float(blocks) + float(module), rel=1e-6)
+        assert float(model.eval()(batch).balance) == pytest.approx(float(blocks), rel=1e-6)

@@ -40,6 +40,8 @@ CASES: list[tuple[str, dict[int, tuple[tuple[int, int], dict[str, int], list[Any
     ("never joined", {1: (ALIVE, {"dp": 5}, []), 2: (ALIVE, {}, []), 3: (ALIVE, {"dp": 5}, [])},
      "rank 2 is alive and stopped after number 0 (nothing)", []),
     ("not started", {1: (ALIVE, {"dp": 5}, []), 2: (ALIVE, {"dp": 5}, [])}, "rank 3 has not started", []),
+    ("not started, and another behind", {2: (ALIVE, {"dp": 4}, []), 3: (ALIVE, {"dp": 5}, [])},
+     "rank 1 has not started; rank 2 is alive and stopped after number 4 (op 4)", []),
     ("silent in the collective", {1: (ALIVE, {"dp": 5}, []), 2: (SILENT, {"dp": 5}, []), 3: (ALIVE, {"dp": 5}, [])},
      "rank 2 has ended or is frozen", [2]),
     ("silent before it", {1: (ALIVE, {"dp": 5}, []), 2: (ALIVE, {"dp": 5}, []), 3: (SILENT, {"dp": 3}, [])},

@@ -57,3 +57,20 @@ def test_a_run_directory_that_cannot_be_made(
     monkeypatch.setattr(processes, "make_run_dir", denied)
     with pytest.raises(ValueError, match=r"run cannot be made \(Permission denied\): use another run_dir"):
         processes.claim_run_dir(config, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "local", "chosen"),
+    [("cpu", True, "1", "cpu"), ("auto", False, "0", "cpu"), ("auto", True, "1", "cuda:1")],
+)
+def test_a_rank_takes_its_own_gpu_if_there_is_one_and_no_other_is_asked_for(
+    device: str, cuda: bool, local: str, chosen: str, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(corpus, f"device={device}")
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert str(processes.choose_device(config)) == chosen
+    assert taken == ([] if chosen == "cpu" else [torch.device(chosen)])
