@@ -16,6 +16,7 @@ from fp8moe.data.packing import IGNORED_LABEL
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.loop import run_to_end, train
 from fp8moe.train.metrics import LoggingConfig
+from fp8moe.train.run_log import RunLogger
 from fp8moe.train.step import forward_passes
 from fp8moe.train.summary import table
 from fp8moe.train.validation import ValidationConfig, ValidationReport, validate
@@ -112,3 +113,20 @@ def test_start_up_ends_with_the_first_step_and_dispatches_are_verified(
     run_to_end(run, time.perf_counter())
     assert ended == [(1, 7.0)]
     assert verified == [0, 1, 2, 3]  # before each update, and behind the validation
+
+
+def test_the_run_logger_is_closed_once_when_a_step_fails(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(configured(corpus, "steps=2", f"run_dir={tmp_path}"))
+    closed: list[int] = []
+    close = RunLogger.close
+    monkeypatch.setattr(RunLogger, "close", lambda logger: (closed.append(run.step), close(logger))[1])
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise RuntimeError("this step fails")
+
+    monkeypatch.setattr("fp8moe.train.loop.train_step", fails)
+    with pytest.raises(RuntimeError, match="this step fails"):
+        run_to_end(run, time.perf_counter())
+    assert closed == [0]
