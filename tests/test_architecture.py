@@ -47,7 +47,7 @@ SOUND = {
     "benchmarks/bench_gemm.py": '"""Benchmark."""\nfrom fp8moe.kernels.gemm import gemm\n',
     "tests/kernels/test_gemm.py": "from fp8moe.kernels.gemm import gemm\n",
     "configs/train.yaml": "a: 1\n",
-    "README.md": "Read ./work/notes and https://host/home/page.\n",
+    "README.md": "Read ./home/notes and https://host/home/page.\n",
 }
 GUARDS = {
     name.removesuffix("_violations"): guard
