@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train import processes
 from tests.train.runs import configured
@@ -74,3 +76,11 @@ def test_a_rank_takes_its_own_gpu_if_there_is_one_and_no_other_is_asked_for(
     monkeypatch.setenv("LOCAL_RANK", local)
     assert str(processes.choose_device(config)) == chosen
     assert taken == ([] if chosen == "cpu" else [torch.device(chosen)])
+
+
+def test_the_end_of_start_up_shortens_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = Links(ALONE, timedelta(seconds=900))
+    reported: list[float] = []
+    monkeypatch.setattr(processes.hang, "report_after", reported.append)
+    processes.end_startup(ALONE, links, 300.0)
+    assert reported == [240.0] and links.timeout == timedelta(seconds=300)

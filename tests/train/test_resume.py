@@ -121,6 +121,9 @@ def test_old_checkpoints_go_and_the_newest_is_found(corpus: list[str], tmp_path:
         ConfigError, match="resume=step-4 must be the newest checkpoint of its own run_dir, which is step-5"
     ):
         configured([*corpus, "steps=9", f"resume={root / 'step-4'}", f"run_dir={tmp_path}"])
+    assert configured([*corpus, "steps=9", f"resume={root / 'step-5'}", f"run_dir={tmp_path}"]).steps == 9
+    elsewhere = f"run_dir={tmp_path / 'elsewhere'}"  # another run may begin from any of them
+    assert configured([*corpus, "steps=9", f"resume={root / 'step-4'}", elsewhere]).steps == 9
     (root / "step-5" / ".metadata").unlink()
     assert checkpoint.find("auto", tmp_path) == root / "step-4"
     with pytest.raises(ConfigError, match="has 4 steps done and steps=4: use steps=5 or more"):
