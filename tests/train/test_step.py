@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,18 @@ from fp8moe.layers.moe import Experts
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import Recompute
 from fp8moe.profile.spans import Stopwatch
+from fp8moe.train import build
 from fp8moe.train.lr import LearningRateConfig, Progress, learning_rate
 from fp8moe.train.metrics import StepReport
-from fp8moe.train.step import Losses, cast_shares, forward_backward, next_batches, train_step, worst_violation
+from fp8moe.train.step import (
+    Losses,
+    cast_shares,
+    forward_backward,
+    next_batches,
+    sms_for_gemms,
+    train_step,
+    worst_violation,
+)
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 
@@ -223,3 +233,32 @@ def test_a_skipped_step_moves_nothing_but_the_data(corpus: list[str]) -> None:
         assert not router.counts_E.any()
     with pytest.raises(NonFiniteError, match="step 3"):
         train_step(run)
+
+
+@pytest.mark.parametrize(
+    ("device", "ep", "communication_sms", "left"),
+    [("cuda", 2, 20, 112), ("cuda", 2, 132, 1), ("cuda", 1, 20, None), ("cpu", 2, 20, None)],
+)
+def test_gemms_of_a_pair_leave_sms_to_its_messages(
+    device: str, ep: int, communication_sms: int, left: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    parallel = SimpleNamespace(communication_sms=communication_sms)
+    run = SimpleNamespace(device=torch.device(device), mesh=SimpleNamespace(ep=ep), config=SimpleNamespace())
+    run.config.parallel = parallel
+    assert sms_for_gemms(run) == left  # type: ignore[arg-type]
+
+
+def test_fixed_messages_are_sized_for_a_micro_batch(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    make = build.make_dispatcher
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.update(options)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(build, "make_dispatcher", noted)
+    config = configured(corpus, "batch.micro_batch=2", "parallel.chunks=2", "parallel.capacity_factor=3.0")
+    built(config)
+    assert asked == {"chunks": 2, "capacity_factor": 3.0, "max_imbalance": None, "max_tokens": 2 * config.seq_len}
