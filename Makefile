@@ -58,16 +58,14 @@ test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy
 	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels $(ARGS)
 
 .PHONY: bench bench-gpu
-bench: DEVICE := cpu
 bench: $(SETUP) ## every benchmark on the CPU: tables here, records in runs/bench/
-bench-gpu: DEVICE := cuda
-bench-gpu: $(SETUP) ## every benchmark on the GPU
-bench bench-gpu:
 	@for file in benchmarks/bench_*.py; do \
 	  test -e "$$file" || { echo "benchmarks/ holds no bench_*.py" >&2; exit 1; }; \
 	  name=$$(basename "$$file" .py); echo "== $$name"; \
-	  $(RUN) -m benchmarks.$$name --device $(DEVICE) --json $(BENCH_OUT)/$$name-$(DEVICE).json $(ARGS); \
+	  $(RUN) -m benchmarks.$$name --device cpu --json $(BENCH_OUT)/$$name-cpu.json $(ARGS); \
 	done
+bench-gpu: $(SETUP) ## on one GPU, in eight minutes: is it right, then ops, products and layers in one table
+	$(RUN) -m benchmarks.gpu --out $(BENCH_OUT) $(ARGS)
 
 .PHONY: check
 check: $(SETUP) ## ruff, mypy, the floors by import-linter, and the architecture's figures

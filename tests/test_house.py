@@ -127,10 +127,12 @@ def test_benchmarks_run_one_by_one_on_the_device_asked_for(make, tmp_path):
     assert make("VENV=", "bench")[0] != 0  # nothing to run is no success
     for name in ("bench_a.py", "bench_b.py", "harness.py"):
         (tmp_path / "tree" / "benchmarks" / name).touch()
-    _, lines, _ = make("VENV=", "bench-gpu", "ARGS=--quick")
-    options = "--device cuda --json runs/bench/bench_{}-cuda.json --quick [OMP=]"
+    _, lines, _ = make("VENV=", "bench", "ARGS=--quick")
+    options = "--device cpu --json runs/bench/bench_{}-cpu.json --quick [OMP=]"
     assert lines == [f"host: -m benchmarks.bench_{name} {options.format(name)}" for name in "ab"]
     assert make("VENV=", "bench", FAIL_ON="bench_a")[0] != 0
+    _, lines, _ = make("VENV=", "bench-gpu", "ARGS=--only correctness")
+    assert lines == ["host: -m benchmarks.gpu --out runs/bench --only correctness [OMP=]"]
 
 
 def test_ci_runs_check_and_test_and_stops_at_the_first_failure(tmp_path):
