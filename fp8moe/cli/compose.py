@@ -10,6 +10,7 @@ field's type; a union of dataclasses is chosen by its tag, the field `kind`.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from fp8moe.train.config import TrainConfig
 
 T = TypeVar("T")
 
+_FILE = "file-"  # before the name of an experiment that is a file of the user's
 CONFIGS = Path(fp8moe.__file__).resolve().parent / "configs"
 
 # Keys of the model configuration when it was flat, and where they are now.
@@ -66,12 +68,31 @@ class Composed:
 
 def compose(settings: Sequence[str]) -> Composed:
     """The configuration of the defaults changed by `settings`. Raises ConfigError or ValueError with one sentence."""
+    return composed(tree_of(settings))
+
+
+def composed(tree: Mapping[str, Any]) -> Composed:
+    """The configuration that a plain dict of all keys describes. Raises ConfigError or ValueError with one sentence."""
+    config = to_dataclass(TrainConfig, tree)
+    return Composed(config, as_yaml(config))
+
+
+def tree_of(settings: Sequence[str]) -> dict[str, Any]:
+    """The defaults changed by `settings`, as a plain dict of all keys with its values resolved.
+
+    experiment=PATH.yaml stands for a file of the user's, written like one of `configs/experiment`.
+    """
     known = keys_of(TrainConfig)
     for setting in settings:
-        _check(_parse(setting), known)
+        check(parse(setting), known)
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            tree = hydra_compose("train", list(settings), return_hydra_config=True)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            initialize_config_dir(str(CONFIGS), version_base="1.3"),
+        ):
+            names = [_from_file(setting, Path(folder)) for setting in settings]
+            words = [f"hydra.searchpath=[file://{folder}]", *names]
+            tree = hydra_compose("train", words, return_hydra_config=True)
             choices = OmegaConf.to_container(tree.hydra.runtime.choices)
             OmegaConf.set_struct(tree, False)
             del tree["hydra"]
@@ -80,25 +101,47 @@ def compose(settings: Sequence[str]) -> Composed:
         raise ConfigError(_first_line(error)) from error
     assert isinstance(plain, dict) and isinstance(choices, dict)
     if plain.get("name") is None:
-        plain["name"] = choices.get("experiment") or choices["model"]
-    config = to_dataclass(TrainConfig, plain)
-    return Composed(config, as_yaml(config))
+        plain["name"] = str(choices.get("experiment") or choices["model"]).removeprefix(_FILE)
+    return plain  # type: ignore[return-value]
+
+
+def _from_file(setting: str, folder: Path) -> str:
+    """`setting` for hydra: an experiment that is a file is put into `folder`, where hydra looks for groups too."""
+    override = parse(setting)
+    if override.key_or_group != "experiment" or not _is_file(override.value()):
+        return setting
+    path = Path(str(override.value())).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"experiment={path} can't be read ({reason}): name a YAML file of settings") from error
+    (folder / "experiment").mkdir(exist_ok=True)
+    name = _FILE + path.stem
+    (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
+    return f"experiment={name}"
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
 
 
 def as_yaml(config: TrainConfig) -> str:
     """Every key of a configuration with its value; composing from it gives the same configuration."""
-    return str(yaml.safe_dump(_plain(asdict(config)), sort_keys=False, width=120))
+    return str(yaml.safe_dump(plain_values(asdict(config)), sort_keys=False, width=120))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+def plain_values(value: Any) -> Any:
+    """A copy of nested groups and lists made of YAML's own types."""
+    if isinstance(value, Mapping):
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     return value.value if isinstance(value, Enum) else value
 
 
-def _parse(setting: str) -> Override:
+def parse(setting: str) -> Override:
+    """One setting as hydra reads it. Raises ConfigError unless it is one."""
     if "=" not in setting and not setting.startswith("~"):
         raise ConfigError(f"{setting!r} is not a setting: write key=value")
     try:
@@ -107,23 +150,29 @@ def _parse(setting: str) -> Override:
         raise ConfigError(f"{setting!r} can't be read as key=value: {_first_line(error)}") from error
 
 
-def _check(override: Override, known: Sequence[str]) -> None:
+def check(override: Override, known: Sequence[str]) -> None:
     """Raise ConfigError unless `override` gives one value to a key of `known` or chooses a file of a group."""
     key, line = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():
         raise ConfigError(f"{line!r} gives several values and {key} takes one: write a list as [a,b]")
     if key.startswith("hydra"):
         raise ConfigError(f"{key} is a setting of hydra, which only composes the configuration here: leave it out")
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    value = override.value()
-    if key in groups:
+    groups, value = config_groups(), override.value()
+    if key in groups and not (key == "experiment" and _is_file(value)):
         choices = sorted(path.stem for path in (CONFIGS / key).glob("*.yaml"))
         if isinstance(value, str) and value not in choices:
             raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+    elif key in groups:
+        return
     elif key in MOVED and (key not in known or isinstance(value, str)):
         raise ConfigError(f"{key} is now {MOVED[key]}: write {line.replace(key, MOVED[key], 1)}")
     elif key not in known and not any(key.startswith(f"{name}.") for name in _leaves(known)):
         raise unknown_key(key, [*known, *sorted(groups - set(known))])
+
+
+def config_groups() -> set[str]:
+    """Names of the groups of configs/."""
+    return {path.name for path in CONFIGS.iterdir() if path.is_dir()}
 
 
 def _leaves(known: Sequence[str]) -> list[str]:

@@ -12,15 +12,17 @@ import sys
 from collections.abc import Sequence
 
 from fp8moe.cli.command import Parser, explain, make_parser, parse
-from fp8moe.cli.launch import count_processes, die_with_launcher, is_worker, launch, report
+from fp8moe.cli.launch import LAUNCHED, count_processes, die_with_launcher, is_worker, launch, report
 from fp8moe.errors import EXIT, ConfigError
 
 DESCRIPTION = """\
 Train a model. Settings are key=value, groups included: model=tiny precision=bf16 parallel.ep=2 steps=100
-run_dir=runs/mine resume=auto. `--cfg job` shows them all.
+run_dir=runs/mine. `--cfg job` shows them all. A run goes on with its own configuration: resume=runs/mine steps=200.
 
   fp8moe train experiment=quickstart                     one process
   fp8moe train --nproc 4 experiment=quickstart           four processes on this machine
+  fp8moe train resume=runs/mine steps=200                goes on there; only what is typed changes
+  fp8moe train experiment=./mine.yaml                    settings from a file of one's own
   torchrun --nproc-per-node 8 -m fp8moe train ...        the same under torchrun, one machine or many
 """
 
@@ -31,6 +33,7 @@ def command_parser() -> Parser:
     parser.add_argument(
         "--nproc", metavar="N", help="processes to start on this machine; auto: one a GPU, 4 without GPUs"
     )
+    parser.add_argument("--from", dest="from_run", metavar="RUN", help="a new run with the configuration of RUN")
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and exit")
     return parser
 
@@ -40,17 +43,21 @@ def main(argv: Sequence[str]) -> int:
     if is_worker():
         return _work(argv)
     arguments = parse(command_parser(), argv)
-    from fp8moe.cli.compose import as_yaml, compose
+    from fp8moe.cli.compose import as_yaml
+    from fp8moe.cli.resume import compose_run, note
     from fp8moe.train.config import resolve
 
-    composed = compose(arguments.settings)
+    num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
+    composed, origin = compose_run(arguments.settings, num_processes or 1, arguments.from_run)
     if arguments.cfg:
         print(composed.text, end="")
         return 0
-    num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
     config = resolve(composed.config, num_processes or 1)
+    if sentence := note(origin, config):
+        print(sentence, flush=True)
     if num_processes is not None:
-        return launch(["train", *arguments.settings], num_processes)
+        from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
+        return launch(["train", *from_run, *arguments.settings], num_processes)
     from fp8moe.train.loop import train
 
     train(config, as_yaml)
@@ -64,16 +71,21 @@ def _work(argv: Sequence[str]) -> int:
         arguments = parse(command_parser(), argv)
         if arguments.nproc is not None:
             raise ConfigError(f"--nproc={arguments.nproc} starts processes and RANK is set: leave --nproc out")
-        from fp8moe.cli.compose import as_yaml, compose
+        from fp8moe.cli.compose import as_yaml
+        from fp8moe.cli.resume import compose_run, note
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
 
-        composed = compose(arguments.settings)
+        world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ["RANK"]) == 0
+        composed, origin = compose_run(arguments.settings, world_size, arguments.from_run)
         if arguments.cfg:
-            if int(os.environ["RANK"]) == 0:
+            if is_first:
                 print(composed.text, end="")
             return 0
-        train(resolve(composed.config, int(os.environ.get("WORLD_SIZE", "1"))), as_yaml)
+        config = resolve(composed.config, world_size)
+        if is_first and LAUNCHED not in os.environ and (sentence := note(origin, config)):
+            print(sentence, flush=True)
+        train(config, as_yaml)
     except Exception as error:
         failure = explain(error)
         report(failure)

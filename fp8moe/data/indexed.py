@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp8moe.data.cache import sync
+from fp8moe.data.identity import content_hash
 from fp8moe.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -175,6 +176,10 @@ class IndexedDataset:
             with open(path, "rb") as handle:
                 digest.update(handle.read(1 << 20))
         return digest.hexdigest()
+
+    def content(self) -> str:
+        """A hash of content alone, whatever the path: equal for copies of the files."""
+        return f"{content_hash(self.idx_path)}-{content_hash(self.bin_path)}"
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Reads every id once. Raises DataError at the first one outside [0, vocab_size)."""

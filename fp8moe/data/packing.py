@@ -67,6 +67,9 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """A name of content and order, for caches."""
 
+    def content(self) -> str:
+        """A hash of the text alone, wherever its files lie."""
+
     def __len__(self) -> int: ...
 
     def window(self, sample_id: int) -> Window:
@@ -142,12 +145,16 @@ class PackedDataset:
         self.document_mask = document_mask
         self._cache = cache
         self._indices: dict[int, dict[str, NDArray[np.int64]]] = {}
-        chosen = hashlib.sha256(self._documents.tobytes()).hexdigest()
-        self.fingerprint = key_of(_INDEX_FORMAT, source.fingerprint, chosen, seq_len, seed)
+        self._chosen = hashlib.sha256(self._documents.tobytes()).hexdigest()
+        self.fingerprint = key_of(_INDEX_FORMAT, source.fingerprint, self._chosen, seq_len, seed)
 
     def __len__(self) -> int:
         """Number of samples in an epoch."""
         return (self.num_tokens - 1) // self._seq_len
+
+    def content(self) -> str:
+        """A hash of the text alone, wherever its files lie."""
+        return key_of(self._source.content(), self._chosen)
 
     def prepare(self) -> None:
         """Builds the index of the first epoch, unless it is in the cache."""

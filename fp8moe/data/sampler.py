@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fp8moe.data.cache import key_of
 from fp8moe.data.packing import Batch, Dataset, Window, collate
 from fp8moe.errors import ConfigError, DataError
 
@@ -114,6 +115,10 @@ class BlendedDataset:
         """A name of content and mixture, for caches."""
         parts = [f"{weight}*{source.fingerprint}" for source, weight in zip(self.sources, self.weights, strict=True)]
         return "+".join(parts)
+
+    def content(self) -> str:
+        """A hash of text and mixture, wherever the files lie."""
+        return key_of(self.weights, [source.content() for source in self.sources])
 
     def __len__(self) -> int:
         return self._length

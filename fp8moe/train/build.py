@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.data.build import Data, open_data
+from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import quantize_weights
@@ -48,6 +49,7 @@ class Run:
     device: torch.device
     run_dir: Path
     data: Data
+    identity: DataIdentity
     sampler: Sampler
     model: Transformer
     dispatcher: Dispatcher
@@ -85,6 +87,9 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         barrier=lambda: wait_for_all(mesh),
         validation_samples=config.validation.samples,
     )
+    identity = _data_identity(config, data)
+    if found is not None and state is not None and state.data is not None:
+        check_same_data(found, state.data, identity, config.resume_changes)
     dispatcher = make_dispatcher(
         config.parallel.dispatcher,
         mesh,
@@ -102,6 +107,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         device=device,
         run_dir=run_dir,
         data=data,
+        identity=identity,
         sampler=Sampler(len(data.train), config.seed),
         model=model,
         dispatcher=dispatcher,
@@ -114,6 +120,17 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     if found is not None and state is not None:
         _restore(run, found, state)
     return run
+
+
+def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:
+    """What a checkpoint keeps of the data that its run reads."""
+    return DataIdentity(
+        data.train.content(),
+        data.validation.content(),
+        None if data.tokenizer is None else content_hash(data.tokenizer.path),
+        config.data.document_mask,
+        config.data.validation_share,
+    )
 
 
 def build_model(
@@ -174,6 +191,7 @@ def save_checkpoint(run: Run) -> Path:
         skipped=run.guard.skipped,
         seed=run.config.seed,
         seq_len=run.config.seq_len,
+        data=run.identity.as_stored(),
     )
     return checkpoint.save(
         run.run_dir / "checkpoints",

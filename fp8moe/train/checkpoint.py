@@ -70,7 +70,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RunState:
-    """Numbers of a checkpoint: steps and updates done, samples consumed, steps skipped, the run's seed and seq_len."""
+    """Numbers of a checkpoint: steps and updates done, samples consumed, steps skipped, the run's seed and seq_len.
+
+    data: the identity of its data (`data.identity`); None in checkpoints that were written without.
+    """
 
     step: int
     updates: int
@@ -78,6 +81,7 @@ class RunState:
     skipped: int
     seed: int
     seq_len: int
+    data: dict[str, Any] | None = None
 
 
 def save(
@@ -121,12 +125,15 @@ def complete(root: Path) -> list[Path]:
 def find(resume: str, run_dir: str | Path | None) -> Path | None:
     """The checkpoint that `resume` names: None for "none", and for "auto" where there is none yet.
 
-    A path may be a checkpoint or a run directory, which means its newest. Raises ConfigError when it is neither.
+    A path may be a checkpoint or a run directory, which means its newest. Raises ConfigError when it is neither, and
+    for "required" where there is none.
     """
     if resume == "none":
         return None
-    if resume == "auto":
+    if resume in ("auto", "required"):
         newest = complete(Path(run_dir) / "checkpoints")[-1:] if run_dir is not None else []
+        if resume == "required" and not newest:
+            raise ConfigError(f"resume=required and run_dir={run_dir} holds no complete checkpoint: use resume=auto")
         return newest[0] if newest else None
     path = Path(resume)
     if (path / "state.json").is_file() and (path / ".metadata").is_file():
@@ -141,7 +148,8 @@ def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> Ru
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _check_format(path, content["format"])
-        state = RunState(**{field.name: content[field.name] for field in dataclasses.fields(RunState)})
+        numbers = [field.name for field in dataclasses.fields(RunState) if field.name != "data"]
+        state = RunState(**{name: content[name] for name in numbers}, data=content.get("data"))
         theirs = dict(content["model"])
     except ConfigError:
         raise

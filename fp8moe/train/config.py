@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from fp8moe.data.identity import CHANGES
 from fp8moe.data.sources import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
@@ -59,7 +60,10 @@ class TrainConfig:
     seq_len: int  # tokens that a sequence predicts
     seed: int = 0  # of the initial weights and the order of the data
     run_dir: str | None = None  # None: runs/TIME-NAME
-    resume: str = "none"  # none, auto (from run_dir's newest complete checkpoint, if any), a checkpoint's or run's path
+    # none; auto or required (from run_dir's newest complete checkpoint: auto starts anew without one); or the path of a
+    # run or checkpoint.
+    resume: str = "none"
+    resume_changes: tuple[str, ...] = ()  # what of its data a resumed run may change (`data.identity.CHANGES`)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = 3  # consecutive steps that may be skipped for a loss or gradient that is not finite
     # What backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same bits.
@@ -71,6 +75,8 @@ class TrainConfig:
         once = ",".join(dict.fromkeys(self.recompute))
         if once != ",".join(self.recompute):
             raise ValueError(f"recompute=[{','.join(self.recompute)}] names one twice: use recompute=[{once}]")
+        if unknown := [name for name in self.resume_changes if name not in CHANGES]:
+            raise ValueError(f"resume_changes={unknown[0]} is nothing that may change: use {', '.join(CHANGES)}")
         for name, least in (("steps", 1), ("seq_len", 1), ("max_skipped_steps", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: use {least} or more")

@@ -15,6 +15,7 @@ from fp8moe.train.build import Run, build, save_checkpoint
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
+from fp8moe.train.run_dir import describe_start
 from fp8moe.train.run_log import RunLogger, log_file
 from fp8moe.train.step import forward_passes, train_step
 from fp8moe.train.step_trace import StepTrace
@@ -34,7 +35,8 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
             try:
                 run = build(config, mesh, device, run_dir)
                 if run.is_first:
-                    (run_dir / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+                    tokenizer = run.data.tokenizer
+                    describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
                 return run_to_end(run, started)
             except Exception:
                 logger.exception("rank %d ends here", mesh.rank)

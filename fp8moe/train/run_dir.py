@@ -1,6 +1,9 @@
 """The run directory: made by rank 0, one a run, never overwritten.
 
-    config.yaml  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
+    config.yaml  config-STEP.yaml  tokenizer.json  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
+
+It is self-contained: a run that goes on takes its configuration from there, and whoever decodes its tokens the
+tokenizer. config.yaml is that of the newest start, config-STEP.yaml that of the start after so many steps.
 
 The rules are checked twice: by the launcher, so that a mistake costs one sentence and no processes, and by rank 0,
 because another run may have taken the directory in between.
@@ -8,6 +11,7 @@ because another run may have taken the directory in between.
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -24,14 +28,15 @@ def check_run_dir(run_dir: str | None, resume: str) -> None:
     the one it is given, or starts in it when it is empty. A directory with nothing but logs, of a start that failed,
     counts as empty.
     """
+    here = resume in ("auto", "required")
     if run_dir is None:
-        if resume == "auto":
-            raise ConfigError("resume=auto goes on in a run directory and run_dir is not set: add run_dir=PATH")
+        if here:
+            raise ConfigError(f"resume={resume} goes on in a run directory and run_dir is not set: add run_dir=PATH")
         return
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file and must be a directory: use another run_dir")
-    if resume == "auto" or not path.is_dir() or (resume != "none" and path.resolve() in Path(resume).resolve().parents):
+    if here or not path.is_dir() or (resume != "none" and path.resolve() in Path(resume).resolve().parents):
         return
     if resume != "none" and path.resolve() == Path(resume).resolve():
         return
@@ -53,6 +58,18 @@ def make_run_dir(run_dir: str | None, name: str, resume: str) -> Path:
         path = _new_directory(DEFAULT_PARENT, f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
     (path / LOGS).mkdir(exist_ok=True)
     return path
+
+
+def describe_start(run_dir: Path, step: int, config: str, tokenizer: Path | None) -> None:
+    """Write what a start after `step` steps was configured with (`config`, YAML), and keep a copy of its tokenizer."""
+    for name in (f"config-{step}.yaml", "config.yaml"):
+        (run_dir / name).write_text(config, encoding="utf-8")
+    if tokenizer is not None and not _same_file(tokenizer, run_dir / "tokenizer.json"):
+        shutil.copyfile(tokenizer, run_dir / "tokenizer.json")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return other.exists() and other.samefile(one)
 
 
 def _new_directory(parent: Path, name: str) -> Path:

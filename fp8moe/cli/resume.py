@@ -1,0 +1,174 @@
+"""The configuration of a run that goes on, or that begins like another: the other run's own, changed by what is typed.
+
+    resume=RUN steps=160      goes on in RUN, whose config.yaml holds for every key that is not typed
+    resume=auto run_dir=RUN   the same; without a checkpoint in RUN the run starts at step 0
+    --from RUN                a new run with fresh weights and RUN's configuration
+
+Typed are: a key that is given, every key of a group that is chosen (model=tiny), and of an experiment the keys that it
+sets to something else than the defaults do. On another number of processes the layout is chosen anew: parallel.dp, and
+parallel.ep and batch.micro_batch where they were chosen or do not fit. Refused: composing from the defaults, as other
+trainers do: a key that was forgotten then makes another run out of the old weights, in silence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp8moe.cli.compose import Composed, composed, config_groups, parse, plain_values, tree_of
+from fp8moe.errors import ConfigError
+from fp8moe.train import checkpoint
+from fp8moe.train.config import TrainConfig
+
+CONFIG_FILE = "config.yaml"
+_OF_THE_COMMAND = ("resume", "run_dir", "resume_changes")  # of this start alone, never taken from another
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a configuration was taken from: its directory, and where it goes on (None: a new run)."""
+
+    run: Path
+    tree: Mapping[str, Any]
+    goes_on: bool
+
+
+def compose_run(
+    settings: Sequence[str], world_size: int, from_run: str | None = None
+) -> tuple[Composed, Origin | None]:
+    """The configuration of `settings` on `world_size` processes, and the run it was taken from, if there is one.
+
+    Raises ConfigError or ValueError with one sentence.
+    """
+    typed = tree_of(settings)
+    origin = _origin(typed, from_run)
+    if origin is None:
+        return composed(typed), None
+    tree = overlaid(origin.tree, typed, tree_of([]), settings)
+    tree |= {key: typed[key] for key in _OF_THE_COMMAND}
+    if origin.goes_on and typed["run_dir"] is None:
+        tree["run_dir"] = str(origin.run)
+    _refit(tree, settings, world_size)
+    return composed(tree), origin
+
+
+def note(origin: Origin | None, config: TrainConfig) -> str | None:
+    """One line: which run `config` goes on from or begins like, and every key that differs; None for a new run."""
+    if origin is None:
+        nothing = config.resume == "auto" and checkpoint.find("auto", config.run_dir) is None
+        return f"nothing to resume in {config.run_dir}: starts at step 0" if nothing else None
+    now = plain_values(asdict(config))
+    differing = [
+        f"{key} {_shown(before)} -> {_shown(after)}"
+        for key, before, after in differences(origin.tree, now)
+        if key not in _OF_THE_COMMAND
+    ]
+    changed = f"; changed: {', '.join(differing)}" if differing else ", nothing changed"
+    if not origin.goes_on:
+        return f"a new run with the configuration of {origin.run}{changed}"
+    found = checkpoint.find(config.resume, config.run_dir)
+    if found is None:
+        return f"nothing to resume in {origin.run}: starts at step 0 with its configuration{changed}"
+    step = found.name.removeprefix("step-")
+    return f"goes on from {origin.run} step {step} with its configuration{changed}"
+
+
+def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:
+    resume, run_dir = typed["resume"], typed["run_dir"]
+    if from_run is not None:
+        if resume != "none":
+            raise ConfigError(f"--from begins a new run and resume={resume} goes on with an old one: leave one out")
+        return Origin(Path(from_run), _read(Path(from_run)), goes_on=False)
+    if resume == "none":
+        return None
+    if resume in ("auto", "required"):
+        run = None if run_dir is None else Path(run_dir)
+    else:
+        path = Path(resume)
+        run = path if (path / CONFIG_FILE).is_file() else path.absolute().parent.parent
+    if run is None or not (run / CONFIG_FILE).is_file():
+        return None  # a run that left no configuration, or nothing yet: `train.config` judges it
+    return Origin(run, _read(run), goes_on=True)
+
+
+def _read(run: Path) -> Mapping[str, Any]:
+    path = run / CONFIG_FILE
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or "it is not YAML"
+        raise ConfigError(f"{path} can't be read ({reason}): name a run directory with its {CONFIG_FILE}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no settings: name a run directory with its {CONFIG_FILE}")
+    return tree
+
+
+def overlaid(
+    base: Mapping[str, Any], typed: Mapping[str, Any], defaults: Mapping[str, Any], settings: Sequence[str]
+) -> dict[str, Any]:
+    """`base` with the keys that `settings` typed; `typed` is what the settings give over `defaults` alone."""
+    tree = plain_values(base)
+    overrides = [parse(setting) for setting in settings]
+    groups = config_groups()
+    if any(override.key_or_group == "experiment" for override in overrides):
+        for key, _, value in differences(defaults, typed):
+            _put(tree, key, value)
+    for override in overrides:
+        key = override.key_or_group
+        if key in groups - {"experiment"}:
+            tree[key] = typed[key]
+        elif key != "experiment":
+            _put(tree, key, _get(typed, key))
+    return tree
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value before, value after) of every key that differs, in the order of `after`; None: not there."""
+    for name in dict.fromkeys([*after, *before]):
+        key, old, new = f"{group}{name}", before.get(name), after.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{key}.")
+        elif old != new:
+            yield key, old, new
+
+
+def _refit(tree: dict[str, Any], settings: Sequence[str], world_size: int) -> None:
+    """Let go of the layout that `resolve` chose for another number of processes, unless it was typed."""
+    keys = {parse(setting).key_or_group for setting in settings}
+    parallel, batch = tree["parallel"], tree["batch"]
+    if parallel["dp"] is None or parallel["pp"] * parallel["dp"] == world_size or "parallel.dp" in keys:
+        return
+    before, dp = parallel["dp"], max(1, world_size // parallel["pp"])
+    parallel["dp"] = None
+    chosen = math.gcd(before, tree["model"]["experts"]["num_experts"])  # as `train.config.resolve` does
+    if "parallel.ep" not in keys and parallel["ep"] and (parallel["ep"] == chosen or dp % parallel["ep"]):
+        parallel["ep"] = None
+    sequences, micro_batch = batch["sequences"], batch["micro_batch"]
+    whole = micro_batch and micro_batch * before == sequences
+    if "batch.micro_batch" not in keys and micro_batch and (whole or sequences % (dp * micro_batch)):
+        batch["micro_batch"] = None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *groups, last = key.split(".")
+    for group in groups:
+        if not isinstance(tree.get(group), dict):
+            tree[group] = {}
+        tree = tree[group]
+    tree[last] = value
+
+
+def _get(tree: Mapping[str, Any], key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
