@@ -42,8 +42,8 @@ PARTS = (
     Part("bench_grouped_gemm", QUICK, 60),
     Part("bench_grouped_wgrad", QUICK, 60),
 )
-# Not here: those that need the trainer's packages, or several processes.
-APART = ("bench_step", "bench_recompute", "bench_pipeline", "bench_dispatch")
+# Not here: those that need the trainer's packages, several processes, or no GPU.
+APART = ("bench_step", "bench_recompute", "bench_pipeline", "bench_dispatch", "bench_checkpoint")
 SHOWN = ("throughput", "bandwidth", "time")  # a figure's metric in the last table, the first that a part records
 
 

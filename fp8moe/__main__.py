@@ -1,9 +1,9 @@
 """The entry point: `fp8moe COMMAND ...` and `python -m fp8moe COMMAND ...` are the same.
 
-A command is a module of `fp8moe.cli` with `main(argv) -> exit code`, imported only when it runs; `fp8moe --help` loads
-no torch. An exception of a command ends here as one sentence on stderr and an exit code: 2 configuration,
-3 data, 4 out of memory, 5 non-finite, 6 hang, 130 interrupted, 1 anything else (a defect of this program, shown with
-its traceback).
+A command is a function `(argv) -> exit code` of a module of `fp8moe.cli`, imported only when it runs; `fp8moe --help`
+loads no torch. An exception of a command ends here as one sentence on stderr and an exit code: 2 configuration,
+3 data, 4 out of memory, 5 non-finite, 6 hang, 7 no space on disk, 130 interrupted, 1 anything else (a defect of this
+program, shown with its traceback).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
     "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
+    "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
+    "inspect": ("fp8moe.cli.checkpoint:inspect", "print what a checkpoint holds"),
     "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),
 }
 
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(module: str, arguments: list[str]) -> int:
     try:
-        return int(importlib.import_module(module).main(arguments))
+        name, _, function = module.partition(":")
+        return int(getattr(importlib.import_module(name), function or "main")(arguments))
     except KeyboardInterrupt:
         print("fp8moe: interrupted", file=sys.stderr)
         return 130

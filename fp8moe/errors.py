@@ -13,6 +13,7 @@ EXIT: dict[str, int] = {
     "memory": 4,
     "nonfinite": 5,
     "hang": 6,
+    "space": 7,
 }
 
 # Parts of the messages, lower case, by which gloo and NCCL report a lost peer: they raise RuntimeErrors without codes.
@@ -29,6 +30,12 @@ class DataError(ValueError):
     """A corpus, an index or a tokenizer that is missing, broken or does not fit the model."""
 
     exit_code: int = EXIT["data"]
+
+
+class SpaceError(RuntimeError):
+    """A disk has less free space than a run will need."""
+
+    exit_code: int = EXIT["space"]
 
 
 class NonFiniteError(RuntimeError):

@@ -8,8 +8,11 @@ stages of the model, the optimizer, and the checkpoint's tensors. Processes, dev
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +21,13 @@ from torch import Tensor
 from fp8moe.data.build import Data, open_data
 from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
+from fp8moe.errors import SpaceError
 from fp8moe.layers.dispatch import Dispatcher
-from fp8moe.layers.linear import quantize_weights
+from fp8moe.layers.linear import is_expert, quantize_weights
 from fp8moe.layers.router import Router
 from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
@@ -31,8 +36,10 @@ from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import AdamW
-from fp8moe.train.processes import wait_for_all
+from fp8moe.train.processes import wait_for_all, writing_group
+from fp8moe.train.provenance import commit, versions
 
+SPARE = 1.2  # of a checkpoint's size must be free at start: the new one exists before an old one goes
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +64,7 @@ class Run:
     links: Links
     optimizer: AdamW
     guard: Guard
+    saver: checkpoint.Saver
     step: int = 0
     loads: dict[str, Tensor] = field(default_factory=dict)
 
@@ -75,10 +83,7 @@ class Run:
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
-    found = checkpoint.find(config.resume, run_dir)
-    state = (
-        None if found is None else checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
-    )
+    chosen = checkpoint.choose(config.resume, run_dir, config.model, mesh, seed=config.seed, seq_len=config.seq_len)
     data = open_data(
         config.data,
         seq_len=config.seq_len,
@@ -88,8 +93,8 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         validation_samples=config.validation.samples,
     )
     identity = _data_identity(config, data)
-    if found is not None and state is not None and state.data is not None:
-        check_same_data(found, state.data, identity, config.resume_changes)
+    if chosen is not None and chosen[1].data is not None:
+        check_same_data(chosen[0], chosen[1].data, identity, config.resume_changes)
     dispatcher = make_dispatcher(
         config.parallel.dispatcher,
         mesh,
@@ -115,10 +120,15 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
         optimizer=AdamW(dict(model.named_parameters()), config.optimizer),
         guard=Guard(config.max_skipped_steps),
+        saver=checkpoint.Saver(
+            run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
+        ),
     )
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
-    if found is not None and state is not None:
-        _restore(run, found, state)
+    if chosen is not None:
+        _restore(run, *chosen)
+    if run_dir.is_dir():
+        check_space(run)
     return run
 
 
@@ -165,14 +175,14 @@ def tied_embedding(run: Run) -> Tensor | None:
     return main_grad
 
 
-def state_tensors(run: Run) -> dict[str, Tensor]:
-    """All tensors that a checkpoint of `run` holds, by canonical name."""
+def state_tensors(run: Run, held: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
+    """All tensors that a checkpoint of `run` holds, by canonical name; of each, what `held` takes."""
     biases = {name: router.bias_E for name, router in run.routers().items()}
-    return checkpoint.run_tensors(run.optimizer, biases, run.loads, run.mesh)
+    return checkpoint.run_tensors(run.optimizer, biases, run.loads, run.mesh, held)
 
 
 def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
-    checkpoint.load(path, state_tensors(run))
+    checkpoint.load(path, state_tensors(run), run.mesh.world_group)
     run.optimizer.updates = state.updates
     run.optimizer.write_parameters()
     quantize_weights(run.model)
@@ -182,23 +192,44 @@ def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
     logger.info("resumed from %s after step %d, %d samples consumed", path, state.step, state.consumed)
 
 
-def save_checkpoint(run: Run) -> Path:
-    """Write a checkpoint of the run's present state. Collective over all ranks."""
+def check_space(run: Run) -> None:
+    """Raise SpaceError unless the run directory has room for a checkpoint. Collective over all ranks.
+
+    What is free counts where rank 0 is: all ranks write to one file system.
+    """
+    config = run.config.checkpoint
+    if not config.at_end and config.every == 0:
+        return
+    stages, mesh = len(run.mesh.replicas), run.mesh
+    copies = {True: mesh.edp * stages, False: mesh.dp * stages}  # ranks that hold the same, of which one writes
+    mine = sum(t.numel() * t.element_size() / copies[is_expert(p)] for _, p, t in run.optimizer.tensors())
+    here = shutil.disk_usage(run.run_dir).free if run.is_first else 0
+    need, free = all_reduce(torch.tensor([mine, here], dtype=torch.float64), mesh.world_group).tolist()
+    if free < SPARE * need:
+        raise SpaceError(
+            f"{run.run_dir} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x "
+            f"its {need / 1e9:.2f} GB): free space or name another run_dir"
+        )
+
+
+def start_checkpoint(run: Run) -> None:
+    """Begin to write a checkpoint of the run's present state. Collective over all ranks."""
+    config = run.config
     state = checkpoint.RunState(
         step=run.step,
         updates=run.optimizer.updates,
         consumed=run.sampler.consumed,
         skipped=run.guard.skipped,
-        seed=run.config.seed,
-        seq_len=run.config.seq_len,
+        seed=config.seed,
+        seq_len=config.seq_len,
         data=run.identity.as_stored(),
     )
-    return checkpoint.save(
-        run.run_dir / "checkpoints",
-        state,
-        run.config.model,
-        state_tensors(run),
-        keep=run.config.checkpoint.keep,
-        is_first=run.is_first,
-        barrier=run.barrier,
-    )
+    origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}
+    run.saver.start(run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run))
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write a checkpoint of the run's present state and wait for it. Collective over all ranks."""
+    start_checkpoint(run)
+    run.saver.wait()
+    return run.saver.finished()[-1]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from fp8moe.schedule.build import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
+from fp8moe.train.checkpoint.manifest import MANIFEST_FILE
 from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig
 from fp8moe.train.run_dir import check_run_dir
@@ -196,16 +198,24 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def _check_resume(config: TrainConfig) -> None:
-    found = checkpoint.find(config.resume, config.run_dir)
-    if found is None:
+    readable = checkpoint.readable_state(
+        config.resume, config.run_dir, config.model, seed=config.seed, seq_len=config.seq_len
+    )
+    if readable is None:
         return
+    found, state = readable
     newest = checkpoint.find("auto", config.run_dir)
-    if newest is not None and newest.parent.resolve() == found.parent.resolve() and newest.name != found.name:
+    by_name = (Path(config.resume) / MANIFEST_FILE).is_file()  # a checkpoint, not a run of which the newest is meant
+    if (
+        by_name
+        and newest is not None
+        and newest.parent.resolve() == found.parent.resolve()
+        and newest.name != found.name
+    ):
         raise ConfigError(
             f"resume={found.name} must be the newest checkpoint of its own run_dir, which is {newest.name}: use "
             "resume=auto to go on from that one, or a new run_dir"
         )
-    state = checkpoint.read_state(found, config.model, seed=config.seed, seq_len=config.seq_len)
     if state.step >= config.steps:
         raise ConfigError(
             f"{found} has {state.step} steps done and steps={config.steps}: use steps={state.step + 1} or more to go on"

@@ -9,9 +9,8 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from fp8moe.train.build import Run, build, save_checkpoint
+from fp8moe.train.build import Run, build, start_checkpoint
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
@@ -53,8 +52,10 @@ def run_to_end(run: Run, started: float) -> Summary:
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
             validation = _validate(run)
-            report, saved = _save(run, report)
-            run_logger.note(report, validation, saved)
+            run_logger.note(_save(run, report), validation)
+            run_logger.note_saved(run.saver.finished())
+        run.saver.wait()
+        run_logger.note_saved(run.saver.finished())
         return run_logger.finish(trace.figures)
     finally:
         run_logger.close()
@@ -76,11 +77,11 @@ def _validate(run: Run) -> ValidationReport | None:
     return report
 
 
-def _save(run: Run, report: StepReport) -> tuple[StepReport, Path | None]:
-    """A checkpoint where one is due, and the report with the seconds it took."""
+def _save(run: Run, report: StepReport) -> StepReport:
+    """Begin a checkpoint where one is due -> the report with the seconds that training waited for it."""
     if not run.config.checkpoint.is_due(run.step, run.config.steps):
-        return report, None
+        return report
     start = time.perf_counter()
-    saved = save_checkpoint(run)
+    start_checkpoint(run)
     spent = dataclasses.replace(report.time, checkpoint=time.perf_counter() - start)
-    return dataclasses.replace(report, time=spent), saved
+    return dataclasses.replace(report, time=spent)

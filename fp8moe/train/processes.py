@@ -19,6 +19,7 @@ from fp8moe.schedule.build import FOLDED
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.run_dir import make_run_dir
 
+WRITING_TIMEOUT = timedelta(minutes=30)  # the slowest rank's share of a checkpoint, on the slowest storage
 REPORT_AFTER = 0.8  # share of the timeout after which a collective that has not ended is reported
 
 
@@ -81,6 +82,13 @@ def record_nccl() -> None:
 def wait_for_all(mesh: Mesh) -> None:
     """A barrier on the host over all ranks."""
     float(all_reduce(torch.zeros(1), mesh.world_group))
+
+
+def writing_group(mesh: Mesh) -> dist.ProcessGroup | None:
+    """A group of all ranks on the host, for checkpoints that are written beside the training. Collective."""
+    if mesh.world_group is None:
+        return None
+    return dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT)
 
 
 def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:

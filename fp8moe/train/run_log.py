@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,13 @@ class RunLogger:
         """Steps of this attempt so far."""
         return len(self._steps)
 
-    def note(self, report: StepReport, validation: ValidationReport | None, checkpoint: Path | None) -> None:
-        """Report one step, with the validation and the checkpoint that followed it, if any."""
+    def note_saved(self, checkpoints: Sequence[Path]) -> None:
+        """Report checkpoints that have been completed."""
+        for path in checkpoints:
+            self._log.info("checkpoint %s is complete", path)
+
+    def note(self, report: StepReport, validation: ValidationReport | None) -> None:
+        """Report one step, with the validation that followed it, if any."""
         extra: dict[str, float | None] = {}
         if validation is not None:
             self._validation = validation
@@ -87,8 +92,6 @@ class RunLogger:
         if validation is not None:
             bits = "" if validation.bits_per_byte is None else f", {validation.bits_per_byte:.4f} bits a byte"
             self._print(f"validation after step {report.step}: loss {validation.loss:.4f}{bits}")
-        if checkpoint is not None:
-            self._log.info("checkpoint %s in %.2f s", checkpoint, report.time.checkpoint)
         self._losses.append(report.loss)
         self._steps.append((report.tokens, report.seconds))
         if report.fp8_saturated_share is not None:

@@ -196,6 +196,7 @@ def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: boo
 
     Either way the routers' counts of this step are forgotten.
     """
+    run.saver.wait_copied()
     if accepted:
         for name, router in run.routers().items():
             run.loads[name] += router.counts_E

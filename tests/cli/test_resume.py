@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     step = folder / "checkpoints" / "step-40"
     step.mkdir(parents=True)
-    for name in ("state.json", ".metadata"):
+    for name in ("state.json", "manifest.json"):
         (step / name).touch()
     describe_start(folder, 0, as_yaml(resolve(compose(FIRST).config, 4)), None)
     return folder

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fp8moe.errors import ConfigError, DataError
+from fp8moe.errors import ConfigError, DataError, SpaceError
 from fp8moe.train import checkpoint
 from fp8moe.train.build import save_checkpoint, state_tensors
 from fp8moe.train.loop import run_to_end
 from fp8moe.train.summary import Summary
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import built, configured
+from tests.train.runs import SMALL, built, configured
 
 SAVING = ["checkpoint.every=2", "checkpoint.keep=9", "steps=4"]
 
@@ -116,7 +120,7 @@ def test_a_pipelines_checkpoint_is_everyones(corpus: list[str], tmp_path: Path, 
 def test_old_checkpoints_go_and_the_newest_is_found(corpus: list[str], tmp_path: Path) -> None:
     run_once([*corpus, "steps=5", "checkpoint.every=1", "checkpoint.keep=3", f"run_dir={tmp_path}"], 1)
     root = tmp_path / "checkpoints"
-    assert sorted(path.name for path in root.iterdir()) == ["step-3", "step-4", "step-5"]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-3", "step-4", "step-5"]
     with pytest.raises(
         ConfigError, match="resume=step-4 must be the newest checkpoint of its own run_dir, which is step-5"
     ):
@@ -124,7 +128,7 @@ def test_old_checkpoints_go_and_the_newest_is_found(corpus: list[str], tmp_path:
     assert configured([*corpus, "steps=9", f"resume={root / 'step-5'}", f"run_dir={tmp_path}"]).steps == 9
     elsewhere = f"run_dir={tmp_path / 'elsewhere'}"  # another run may begin from any of them
     assert configured([*corpus, "steps=9", f"resume={root / 'step-4'}", elsewhere]).steps == 9
-    (root / "step-5" / ".metadata").unlink()
+    (root / "step-5" / "manifest.json").unlink()
     assert checkpoint.find("auto", tmp_path) == root / "step-4"
     with pytest.raises(ConfigError, match="has 4 steps done and steps=4: use steps=5 or more"):
         configured([*corpus, "steps=4", "resume=auto", f"run_dir={tmp_path}"])
@@ -141,9 +145,74 @@ def test_what_can_not_be_resumed_is_said_before_anything_is_read(corpus: list[st
         configured([*resume, "seed=1"])
 
 
-def test_a_damaged_checkpoint_is_one_sentence(corpus: list[str], tmp_path: Path) -> None:
+def damage(path: Path) -> None:
+    """Flip one bit in the middle of the tensors of a checkpoint."""
+    file = next(path.glob("rank-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_without_a_whole_checkpoint_is_one_sentence(corpus: list[str], tmp_path: Path) -> None:
     run_once([*corpus, "steps=1", f"run_dir={tmp_path}"], 1)
-    (data,) = (tmp_path / "checkpoints" / "step-1").glob("*.distcp")
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"can't be read .*: resume from another checkpoint"):
+    damage(tmp_path / "checkpoints" / "step-1")
+    with pytest.raises(DataError, match=r"none of the 1 checkpoints .*rank-0.safetensors has other bytes than were wr"):
         built(configured([*corpus, "steps=2", "resume=auto", f"run_dir={tmp_path}"]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_damaged_one_is_passed_over_for_the_one_before(
+    corpus: list[str], tmp_path: Path, world_size: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*corpus, "checkpoint.every=1", "checkpoint.keep=9", "steps=5"]
+    whole = on_ranks([*settings, f"run_dir={tmp_path / 'whole'}"], world_size)
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    root = tmp_path / "damaged" / "checkpoints"
+    shutil.rmtree(root / "step-5")
+    damage(root / "step-4")
+    (root / "step-3" / "state.json").unlink()
+    resumed = on_ranks([*settings, f"run_dir={tmp_path / 'damaged'}", "resume=auto"], world_size)
+    for (summary, tensors), (expected, reference) in zip(resumed, whole, strict=True):
+        assert [name for name in tensors if not torch.equal(tensors[name], reference[name])] == []
+        assert summary.val_loss == expected.val_loss
+    if world_size == 1:
+        told_there = capfd.readouterr().err
+        assert "step-4: rank-0.safetensors has other bytes" in told_there and "step-3: state.json is mi" in told_there
+    assert checkpoint.problems(root / "step-4") == [] == checkpoint.problems(root / "step-3"), "written again"
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_bit(corpus: list[str], tmp_path: Path) -> None:
+    settings = [*SMALL, *corpus, "checkpoint.every=2", "steps=12"]
+    command = [sys.executable, "-m", "fp8moe", "train", *settings]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, f"run_dir={whole}"], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    victim = subprocess.Popen([*command, f"run_dir={killed}"], env=environment, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not checkpoint.complete(killed / "checkpoints"):
+        assert time.monotonic() < limit and victim.poll() is None
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait(20)
+    assert not (killed / "checkpoints" / "step-12").exists(), "it was killed before its end"
+    command = [sys.executable, "-m", "fp8moe", "train", f"resume={killed}"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(run / "checkpoints" / "step-12" / "rank-0.safetensors") for run in (whole, killed))
+    assert one.keys() == other.keys() and [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_run_starts_only_with_room_for_a_checkpoint(corpus: list[str], tmp_path: Path, monkeypatch) -> None:
+    settings = [*corpus, "steps=1", f"run_dir={tmp_path}"]
+    run = built(configured(settings))
+    size = sum(t.numel() * t.element_size() for _, _, t in run.optimizer.tensors())
+    usage = shutil.disk_usage(tmp_path)
+    for free, enough in ((1.19, False), (1.21, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=int(free * size)))
+        if enough:
+            built(configured(settings))
+            continue
+        with pytest.raises(SpaceError, match=r"GB free and a checkpoint needs .* GB \(1.2 x its .* GB\): free space o"):
+            built(configured(settings))
+        built(configured([*settings, "checkpoint.at_end=false"]))

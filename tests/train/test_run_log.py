@@ -63,7 +63,7 @@ def test_the_summary_is_made_of_the_steps(corpus: list[str], tmp_path: Path) -> 
         report = replace(REPORT, step=step, loss=float(step), tokens=100 * step, seconds=50.0 if step == 1 else 2.0,
                          fp8_saturated_share=fp8[0], fp8_underflow_share=fp8[1])  # fmt: skip
         validation = {6: ValidationReport(9.0, 8.0, 1), 12: ValidationReport(4.0, 3.0, 1)}.get(step)
-        run_logger.note(report, validation, None)
+        run_logger.note(report, validation)
         assert run_logger.num_steps == step
     run.step, run.guard.skipped, run.guard.in_a_row = 12, 5, 0
     for name, load in run.loads.items():

@@ -21,11 +21,13 @@ from tests.model.shapes import changed
 BASE = compose([]).config.model
 
 
-def save(root: Path, step: int, keep: int = 9, value: float = 0.0) -> Path:
+def save(root: Path, step: int, keep: int = 9, value: float = 0.0, keep_every: int = 0) -> Path:
     """A checkpoint of one tensor after `step` steps, written by one process."""
     state = RunState(step=step, updates=step, consumed=8 * step, skipped=1, seed=3, seq_len=32)
     tensors = {"master": torch.full((4,), value)}
-    return checkpoint.save(root, state, BASE, tensors, keep=keep, is_first=True, barrier=lambda: None)
+    text = checkpoint.state_text(state, BASE, {})
+    kept = CheckpointConfig(keep=keep, keep_every=keep_every)
+    return checkpoint.save(root, step, text, tensors, kept=kept, is_first=True, group=None)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,11 @@ def test_the_oldest_go_by_number_not_by_name(tmp_path: Path) -> None:
     (tmp_path / "step-12.tmp").mkdir()  # half written
     (tmp_path / "notes-1").mkdir()
     save(tmp_path, 11, keep=3)
-    assert {path.name for path in tmp_path.iterdir()} == {"step-9", "step-10", "step-11", "step-12.tmp", "notes-1"}
+    left = {"step-9", "step-10", "step-11", "step-12.tmp", "notes-1", "latest"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert (tmp_path / "latest").read_text() == "step-11\n"
+    save(tmp_path, 12, keep=1, keep_every=5)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-10", "step-12"]
     save(tmp_path, 100, keep=1)
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-100"]
     assert checkpoint.complete(tmp_path / "nowhere") == []
@@ -68,13 +74,14 @@ def test_the_newest_complete_one_is_found(tmp_path: Path) -> None:
     assert checkpoint.find("auto", tmp_path) == root / "step-10" == checkpoint.find(str(tmp_path), None)
     assert checkpoint.find(str(root / "step-9"), tmp_path) == root / "step-9"
     assert checkpoint.find("none", tmp_path) is None and checkpoint.find("auto", None) is None
-    for missing in ("state.json", ".metadata"):
-        shutil.copytree(root / "step-10", root / "step-11")
-        (root / "step-11" / missing).unlink()
-        assert checkpoint.find("auto", tmp_path) == root / "step-10"
-        with pytest.raises(ConfigError, match=r"step-11 holds no complete checkpoint: name a run directory"):
-            checkpoint.find(str(root / "step-11"), None)
-        shutil.rmtree(root / "step-11")
+    shutil.copytree(root / "step-10", root / "step-11")
+    (root / "step-11" / "manifest.json").unlink()
+    assert checkpoint.find("auto", tmp_path) == root / "step-10"
+    with pytest.raises(ConfigError, match=r"step-11 holds no complete checkpoint: name a run directory"):
+        checkpoint.find(str(root / "step-11"), None)
+    (root / "step-11" / ".metadata").touch()
+    with pytest.raises(ConfigError, match=r"is a checkpoint of format 2 or earlier, without a manifest.json, and this"):
+        checkpoint.find(str(root / "step-11"), None)
 
 
 def test_every_byte_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +100,7 @@ def test_every_byte_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "rename", recording_rename)
     final = save(tmp_path, 3)
     files = list(final.iterdir())
-    assert {"state.json", ".metadata"} < {path.name for path in files}
+    assert {path.name for path in files} == {"state.json", "index.json", "manifest.json", "rank-0.safetensors"}
     before = calls[: calls.index("step-3")]
     assert {path.stat().st_ino for path in files} <= set(before)
 
@@ -103,7 +110,7 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     (tmp_path / "step-2.tmp").mkdir()
     (tmp_path / "step-2.tmp" / "left").touch()
     path = save(tmp_path, 2, value=2.0)
-    assert not (path / "left").exists() and [entry.name for entry in tmp_path.iterdir()] == ["step-2"]
+    assert not (path / "left").exists() and {entry.name for entry in tmp_path.iterdir()} == {"step-2", "latest"}
     tensors = {"master": torch.full((4,), float("nan"))}
     checkpoint.load(path, tensors)
     assert torch.equal(tensors["master"], torch.full((4,), 2.0))
@@ -128,17 +135,17 @@ def test_only_free_fields_may_differ(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("written", "age"), [(1, "an earlier"), (3, "a later")])
+@pytest.mark.parametrize(("written", "age"), [(2, "an earlier"), (4, "a later")])
 def test_another_format_is_one_sentence(tmp_path: Path, written: int, age: str) -> None:
     path = save(tmp_path, 1)
     content = {"format": written, "step": 1, "model": {"dim": 64, "num_heads": 2}}
     (path / "state.json").write_text(json.dumps(content))
-    rule = rf"^checkpoint format {written} is of {age} version, which this one cannot load: .*step-1 .* format 2; use"
+    rule = rf"^checkpoint format {written} is of {age} version, which this one cannot load: .*step-1 .* format 3; use"
     with pytest.raises(ConfigError, match=rule):
         checkpoint.read_state(path, BASE, seed=3, seq_len=32)
 
 
-@pytest.mark.parametrize("broken", ["{", "[]", '{"step": 1}', '{"format": 2, "step": 1}', '{"format": "two"}'])
+@pytest.mark.parametrize("broken", ["{", "[]", '{"step": 1}', '{"format": 3, "step": 1}', '{"format": "two"}'])
 def test_a_broken_state_is_one_sentence(tmp_path: Path, broken: str) -> None:
     path = save(tmp_path, 1)
     (path / "state.json").write_text(broken)

@@ -1,0 +1,125 @@
+"""`fp8moe verify PATH` and `fp8moe inspect PATH`: whether a checkpoint's bytes are right, and what is inside.
+
+PATH is a checkpoint, a run directory or its `checkpoints` folder: all complete checkpoints in it are verified, the
+newest is inspected. Neither loads torch's distributed parts or executes anything that it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from fp8moe.cli.command import make_parser, parse
+from fp8moe.errors import EXIT, ConfigError, DataError
+
+VERIFY = """\
+Verify checkpoints: size and hash of every file against the manifest. Exit code 3 when one is damaged.
+
+  fp8moe verify runs/mine                        every checkpoint of a run
+  fp8moe verify runs/mine/checkpoints/step-80    one
+"""
+INSPECT = """\
+Print what a checkpoint holds: its step and samples, what wrote it, its tensors by kind, its files.
+
+  fp8moe inspect runs/mine                       the newest of a run
+"""
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "U8": 1}
+
+
+def found(path: str) -> list[Path]:
+    """The complete checkpoints at or below `path`, oldest first. Raises ConfigError where there is none."""
+    from fp8moe.train.checkpoint.folder import complete, is_complete
+
+    given = Path(path)
+    if is_complete(given):
+        return [given]
+    if inside := complete(given / "checkpoints") or complete(given):
+        return inside
+    raise ConfigError(f"{path} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+
+
+def verify(argv: Sequence[str]) -> int:
+    """The command `fp8moe verify`."""
+    parser = make_parser("verify", VERIFY)
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory")
+    from fp8moe.train.checkpoint.manifest import problems, read_manifest
+
+    damaged = 0
+    for checkpoint in found(parse(parser, argv).path):
+        started = time.perf_counter()
+        wrong = problems(checkpoint)
+        seconds = time.perf_counter() - started
+        for problem in wrong:
+            print(f"{checkpoint}: {problem}", file=sys.stderr)
+        damaged += bool(wrong)
+        if not wrong:
+            files = read_manifest(checkpoint).values()
+            size = sum(file.size for file in files)
+            print(f"{checkpoint}: ok, {len(files)} files, {_amount(size)}, {size / seconds / 1e9:.2f} GB/s")
+    return EXIT["data"] if damaged else 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """The command `fp8moe inspect`."""
+    parser = make_parser("inspect", INSPECT)
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory: its newest")
+    print(described(found(parse(parser, argv).path)[-1]))
+    return 0
+
+
+def described(checkpoint: Path) -> str:
+    """What is inside, as text. Raises DataError where a file can't be read."""
+    from fp8moe.train.checkpoint.manifest import read_manifest
+    from fp8moe.train.checkpoint.state import STATE_FILE
+    from fp8moe.train.checkpoint.storage import read_index
+
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        files, index = read_manifest(checkpoint), read_index(checkpoint)
+        lines = [str(checkpoint), *_numbers(state), "", *_kinds(index), "", f"{len(files)} files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{checkpoint} can't be read ({error!r}): verify it with fp8moe verify") from error
+    return "\n".join([*lines, *(f"  {name:<28} {_amount(file.size):>10}" for name, file in files.items())])
+
+
+def _numbers(state: dict[str, Any]) -> list[str]:
+    config, model = state.get("config", {}), state["model"]
+    written = ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items())
+    tokens = state["consumed"] * state["seq_len"]
+    rows = {
+        "step": f"{state['step']} of {config.get('steps', 'unknown')}, {state['updates']} updates, "
+        f"{state['skipped']} skipped",
+        "samples": f"{state['consumed']}, {tokens:,} tokens of seq_len {state['seq_len']}",
+        "model": f"dim {model['dim']}, {model['num_layers']} layers, {model['experts']['num_experts']} experts, "
+        f"vocabulary {model['vocab_size']}",
+        "precision": config.get("precision", {}).get("mode", "unknown"),
+        "processes": str(state.get("world_size", "unknown")),
+        "written by": written or "unknown",
+        "commit": state.get("commit") or "unknown",
+    }
+    return [f"  {name:<12} {value}" for name, value in rows.items()]
+
+
+def _kinds(index: dict[str, dict[str, Any]]) -> list[str]:
+    totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for name, entry in index.items():
+        total = totals[(name.partition(".")[0], entry["dtype"])]
+        total[0] += 1
+        total[1] += prod(entry["shape"])
+    lines = [f"  {'kind':<12} {'dtype':<6} {'tensors':>8} {'values':>16} {'size':>10}"]
+    for (kind, dtype), (tensors, values) in sorted(totals.items()):
+        lines.append(f"  {kind:<12} {dtype:<6} {tensors:>8} {values:>16,} {_amount(values * BYTES[dtype]):>10}")
+    return lines
+
+
+def _amount(num_bytes: int) -> str:
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.2f} {unit}"
+    return f"{num_bytes} B"

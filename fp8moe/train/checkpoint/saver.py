@@ -1,0 +1,103 @@
+"""Saves checkpoints beside the training: copies while the next forward and backward run, writes while training goes on.
+
+`start` returns at once. A thread copies the state to the host; the optimizer waits for that copy (`wait_copied`), since
+until it the state does not change. Then the thread writes, in a process group of its own, so that its collectives never
+meet the training's. One checkpoint is in flight: the next start waits for it. What went wrong in the thread is raised
+by the next call, on every rank, because the write itself is collective.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8moe.train.checkpoint.config import CheckpointConfig
+from fp8moe.train.checkpoint.folder import save
+
+Hold = Callable[[Tensor], Tensor]
+
+
+class Saver:
+    """Writes a run's checkpoints below `root`, in the background where `config` says so.
+
+    group: of all ranks, on the host, used for nothing else; None for one process.
+    """
+
+    def __init__(
+        self, root: Path, config: CheckpointConfig, *, is_first: bool, group: dist.ProcessGroup | None
+    ) -> None:
+        self._root, self._config, self._is_first, self._group = root, config, is_first, group
+        self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._error: BaseException | None = None
+        self._finished: list[Path] = []
+
+    def start(self, step: int, state: str, tensors: Callable[[Hold], Mapping[str, Tensor]]) -> None:
+        """Save the run's state as it is now; tensors(hold) gives all of them, each passed through `hold`."""
+        self.wait()
+        if not self._config.background:
+            self._finished.append(self._save(step, state, tensors(lambda tensor: tensor)))
+            return
+        self._copied.clear()
+        ready = torch.cuda.Event() if torch.cuda.is_available() else None
+        if ready is not None:
+            ready.record()
+        self._thread = threading.Thread(target=self._run, args=(step, state, tensors, ready), daemon=True)
+        self._thread.start()
+
+    def wait_copied(self) -> None:
+        """Return when the state may change: the copy in flight, if there is one, is done."""
+        if self._thread is not None:
+            self._copied.wait()
+
+    def finished(self) -> list[Path]:
+        """Checkpoints completed since the last call. Raises what went wrong in the background."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        paths, self._finished = self._finished, []
+        return paths
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in flight. Raises what went wrong."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(
+        self, step: int, state: str, tensors: Callable[[Hold], Mapping[str, Tensor]], ready: torch.cuda.Event | None
+    ) -> None:
+        try:
+            try:
+                copies = _copied(tensors, ready)
+            finally:
+                self._copied.set()
+            path = self._save(step, state, copies)
+            self._finished.append(path)  # the list is looked up afterwards: `finished` may have taken the one before
+        except BaseException as error:
+            self._error = error
+
+    def _save(self, step: int, state: str, tensors: Mapping[str, Tensor]) -> Path:
+        return save(self._root, step, state, tensors, kept=self._config, is_first=self._is_first, group=self._group)
+
+
+def _copied(tensors: Callable[[Hold], Mapping[str, Tensor]], ready: torch.cuda.Event | None) -> Mapping[str, Tensor]:
+    """Copies on the host of what `tensors` gives; on a GPU by a stream of their own, beside the compute."""
+
+    def hold(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    if ready is None:
+        return tensors(hold)
+    stream = torch.cuda.Stream()
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        return tensors(hold)

@@ -1,0 +1,90 @@
+"""state.json: the numbers of a checkpoint, what wrote it, and whether a run may go on from it.
+
+What would make the resumed run another run (model, seed, seq_len) is compared before a tensor is read and refused in
+one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8moe.errors import ConfigError, DataError
+from fp8moe.model.config import ModelConfig
+
+FORMAT = 3  # 1 held the model's configuration in one flat list of fields, 2 tensors in torch's pickled index
+STATE_FILE = "state.json"
+# Fields of the model's configuration that a resumed run may change: no tensor's shape or meaning depends on them.
+FREE_FIELDS = {
+    *("attention.backend", "router.force_balance", "router.aux_loss_alpha", "router.bias_gamma"),
+    *("mtp_weight", "init_std", "max_seq_len"),
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Numbers of a checkpoint: steps and updates done, samples consumed, steps skipped, the run's seed and seq_len.
+
+    data: the identity of its data (`data.identity`); None in checkpoints that were written without.
+    """
+
+    step: int
+    updates: int
+    consumed: int
+    skipped: int
+    seed: int
+    seq_len: int
+    data: dict[str, Any] | None = None
+
+
+def state_text(state: RunState, model: ModelConfig, origin: Mapping[str, Any]) -> str:
+    """What state.json holds: the numbers, the model's configuration, and `origin`, which nothing reads back: the whole
+    configuration, versions, commit."""
+    return json.dumps({"format": FORMAT, **asdict(state), "model": asdict(model), **origin}, indent=1) + "\n"
+
+
+def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> RunState:
+    """Numbers of the checkpoint at `path`. Raises ConfigError unless its format, model, seed and seq_len are these."""
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        _check_format(path, content["format"])
+        numbers = [field.name for field in dataclasses.fields(RunState) if field.name != "data"]
+        state = RunState(**{name: content[name] for name in numbers}, data=content.get("data"))
+        theirs = dict(content["model"])
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
+    ours = json.loads(json.dumps(asdict(model)))
+    differing = [f"model.{key}={there} there and {here} here" for key, there, here in _differences(theirs, ours)]
+    if differing:
+        raise ConfigError(
+            f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
+        )
+    for name, here, there in (("seed", seed, state.seed), ("seq_len", seq_len, state.seq_len)):
+        if here != there:
+            raise ConfigError(f"{path} was trained with {name}={there} and this run has {name}={here}: use {there}")
+    return state
+
+
+def _check_format(path: Path, found: int) -> None:
+    if found != FORMAT:
+        raise ConfigError(
+            f"checkpoint format {found} is of {'an earlier' if found < FORMAT else 'a later'} version, which this one "
+            f"cannot load: {path} needs the version that wrote it, this one reads format {FORMAT}; use resume=none to "
+            "start a new run"
+        )
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, their value, our value) of every field that differs and is not free, in order of the keys."""
+    for name in sorted(theirs.keys() | ours.keys()):
+        key, there, here = f"{group}{name}", theirs.get(name), ours.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{key}.")
+        elif there != here and key not in FREE_FIELDS:
+            yield key, repr(there), repr(here)

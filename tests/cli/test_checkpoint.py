@@ -1,0 +1,50 @@
+"""`fp8moe verify` and `fp8moe inspect` on a run's checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from fp8moe.__main__ import main
+from fp8moe.train.loop import run_to_end
+from tests.train.runs import built, configured, write_corpus
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
+    settings = [*corpus, "steps=3", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=2"]
+    run_to_end(built(configured(settings, f"run_dir={folder}")), time.perf_counter())
+    return folder
+
+
+def test_whole_ones_are_ok_and_a_damaged_one_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].rpartition("/")[2] for line in lines] == ["step-2", "step-3"]
+    assert all(": ok, 3 files, " in line for line in lines)
+    file = run / "checkpoints" / "step-3" / "rank-0.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(["verify", str(run)]) == 3
+    shown = capsys.readouterr()
+    assert "step-3: rank-0.safetensors has other bytes than were written" in shown.err and "step-2: ok" in shown.out
+    assert main(["verify", str(run / "checkpoints" / "step-2")]) == 0
+    file.write_bytes(whole)
+    assert main(["verify", str(run.parent / "nowhere")]) == 2
+    assert "holds no complete checkpoint: name a run directory" in capsys.readouterr().err
+
+
+def test_what_is_inside(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("step-3", "3 of 3, 3 updates, 0 skipped", "24, 768 tokens of seq_len 32", "dim 64, 2 layers, 4 exp"):
+        assert words in shown
+    for words in ("fp8", "torch 2.", "master       F32", "exp_avg_sq   BF16", "bias         F32", "rank-0.safetensors"):
+        assert words in shown, words
+    (run / "checkpoints" / "step-3" / "index.json").write_text("{")
+    assert main(["inspect", str(run)]) == 3
+    assert "verify it with fp8moe verify" in capsys.readouterr().err
