@@ -107,7 +107,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=AdamW(dict(model.named_parameters()), config.optimizer),
+        optimizer=AdamW(model, model.main_grads, config.optimizer),
         guard=Guard(config.max_skipped_steps),
     )
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
