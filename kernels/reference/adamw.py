@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.kernels.reference.quantize import quantize_blocks
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, Fp8Tensor
+from fp8moe.kernels.reference.quantize import write_blocks
 from fp8moe.kernels.segments import Segments
 
 _CHUNK = 1 << 16
@@ -74,6 +74,4 @@ def adamw_step_quantize(
         step=step,
         grad_scale=grad_scale,
     )
-    for target, source in zip((blocks, transposed), quantize_blocks(weight), strict=True):
-        target.data.copy_(source.data)
-        target.scale.copy_(source.scale)
+    write_blocks(weight, blocks, transposed, ACTIVATION_AMAX_FLOOR, False)

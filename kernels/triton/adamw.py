@@ -25,7 +25,7 @@ from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.quantize import write_blocks
 
 NUM_WARPS = 8
-STRIP = 32  # rows of a block that are updated at a time
+STRIP = 16  # rows of a block that are updated at a time
 WIDE, NARROW = 2048, 512  # values of a part that are updated at a time, where all of it is and where only some are
 
 
@@ -68,14 +68,18 @@ def flat_step_kernel(
     master, grad, exp_avg, exp_avg_sq, weight, parts, grad_scale, kept, rate1, beta2, rate2, root, eps, step_size,
     FROM_GRAD: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """One part: values [start, stop) within one aligned run of PART."""
+    """One part: values [start, stop) within one aligned run of PART.
+
+    A lane has four values in a row, whatever their type: else Triton gives it eight for BF16's sake, FP32 loads use
+    half of each sector and stores go through shared memory.
+    """
     part = parts + tl.program_id(0).to(tl.int64) * 3
     start, stop, decays = tl.load(part), tl.load(part + 1), tl.load(part + 2)
     kept = tl.where(decays != 0, kept, 1.0)
     run = start // PART * PART
     if stop - start == PART:  # without masks: their ends at any value would split the loads
         for first in range(0, PART, WIDE):
-            where = run + first + tl.arange(0, WIDE)
+            where = tl.max_contiguous(run + first + tl.arange(0, WIDE), 4)
             update(
                 master, grad, exp_avg, exp_avg_sq, weight, where, None, grad_scale, kept, rate1, beta2, rate2, root,
                 eps, step_size, FROM_GRAD,
@@ -99,7 +103,7 @@ def blocks_step_kernel(
     base = tl.program_id(2).to(tl.int64) * N * K
     for strip in range(0, encode.TILE, STRIP):
         n = tl.program_id(0) * encode.TILE + strip + tl.arange(0, STRIP)
-        where = base + n.to(tl.int64)[:, None] * K + k[None, :]
+        where = tl.max_contiguous(base + n.to(tl.int64)[:, None] * K + k[None, :], [1, 4])
         mask = (n < N)[:, None] & (k < K)[None, :]
         update(
             master, grad, exp_avg, exp_avg_sq, weight, where, mask, grad_scale, kept, rate1, beta2, rate2, root, eps,

@@ -114,7 +114,12 @@ def updates_arguments():
     return *state(3, 16, 48), torch.zeros(3, 16, 48).bfloat16(), parts_of_flat
 
 
-CASES = [(every_cast, casts_arguments), (every_product, products_arguments), (every_way, ways_arguments), (every_update, updates_arguments)]
+CASES = [
+    (every_cast, casts_arguments),
+    (every_product, products_arguments),
+    (every_way, ways_arguments),
+    (every_update, updates_arguments),
+]
 
 
 def look(tensors):

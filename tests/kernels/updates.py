@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ def state(
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c of FP32 by way of FP64, where the product is exact."""
     return (a.double() * b.double() + c.double()).float()
+
+
+def assert_near(got: Sequence[Tensor], expected: Sequence[Tensor], before: Sequence[Tensor], grad: Tensor) -> None:
+    """(master, exp_avg, exp_avg_sq), moments FP32, are two ways to round one update of `before`.
+
+    PyTorch's square root on a CPU is within a unit of the last place, and not every CPU fuses multiply and add.
+    """
+    (w, m, v), (w2, m2, v2), (w0, m0, _) = ([x.cpu().double() for x in one] for one in (got, expected, before))
+    assert bool(((m - m2).abs() <= 2**-22 * (m0.abs() + grad.cpu().abs())).all())
+    assert bool(((v - v2).abs() <= 2**-22 * v2).all())
+    # The change is m over a root: it inherits what m may be off by.
+    change, cancelled = (w2 - w0).abs(), 2**-22 * (m0.abs() + grad.cpu().abs()) / m2.abs().clamp(min=1e-30)
+    assert bool(((w - w2).abs() <= (2**-22 + cancelled) * change + 2**-23 * w2.abs()).all())
 
 
 def update_exactly(

@@ -82,7 +82,9 @@ def test_parameters_become_views_and_keep_what_they_were(dtype: torch.dtype) -> 
     for name, parameter in ours.named_parameters():
         state = optimizer.states[name]
         assert parameter is kept[name] and torch.equal(parameter, before[name])
-        assert torch.equal(state.master, before[name].float()) and not state.exp_avg.any() and not state.exp_avg_sq.any()
+        assert (
+            torch.equal(state.master, before[name].float()) and not state.exp_avg.any() and not state.exp_avg_sq.any()
+        )
         assert (state.master.data_ptr() == parameter.data_ptr()) == (dtype is torch.float32)
     dense = [ours[name] for name in ("matrix", "norm", "head")]
     assert [p.storage_offset() for p in dense] == [0, 8 * 17, 8 * 17 + 15]
@@ -150,13 +152,18 @@ def test_fp8_blocks_are_written_in_the_same_update(monkeypatch: pytest.MonkeyPat
     for name, state in one.states.items():
         for ours_kept, theirs in zip(
             (state.parameter, state.master, state.exp_avg, state.exp_avg_sq),
-            (other.states[name].parameter, *(getattr(other.states[name], k) for k in ("master", "exp_avg", "exp_avg_sq"))),
+            (
+                other.states[name].parameter,
+                *(getattr(other.states[name], k) for k in ("master", "exp_avg", "exp_avg_sq")),
+            ),
             strict=True,
         ):
             assert torch.equal(ours_kept, theirs), name
     for module, where in zip((ours.wide, ours.experts, ours.last), at, strict=True):
         assert module.blocks.data.data_ptr() == where, "written in place"
-        for q, expected in zip((module.blocks, module.transposed_blocks), quantize_blocks(module.weight.detach()), strict=True):
+        for q, expected in zip(
+            (module.blocks, module.transposed_blocks), quantize_blocks(module.weight.detach()), strict=True
+        ):
             assert torch.equal(q.data.view(torch.uint8), expected.data.view(torch.uint8))
             assert torch.equal(q.scale, expected.scale)
 
