@@ -55,15 +55,14 @@ class Segments:
 
 def _parts(spans: Iterable[tuple[int, int, bool]]) -> Tensor:
     """int64 [P, 3] on the CPU; spans that touch and agree share their parts."""
-    joined: list[list[int]] = []
+    joined: list[tuple[int, int, bool]] = []
     for start, stop, decays in spans:
-        if joined and joined[-1][1] == start and joined[-1][2] == decays:
-            joined[-1][1] = stop
-        else:
-            joined.append([start, stop, int(decays)])
+        if joined and joined[-1][1:] == (start, decays):
+            start = joined.pop()[0]
+        joined.append((start, stop, decays))
     parts = [torch.empty(0, 3, dtype=torch.int64)]
     for start, stop, decays in joined:
         runs = torch.arange(start // PART, ceil_div(stop, PART)) * PART
-        bounds = (runs.clamp(min=start), (runs + PART).clamp(max=stop), torch.full_like(runs, decays))
+        bounds = (runs.clamp(min=start), (runs + PART).clamp(max=stop), torch.full_like(runs, int(decays)))
         parts.append(torch.stack(bounds, 1))
     return torch.cat(parts)

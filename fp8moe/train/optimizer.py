@@ -84,10 +84,16 @@ class FlatState:
     weight: Tensor | None
     segments: Segments
 
-    def part(self, tensor: Tensor, parameter: Parameter) -> Tensor:
-        """The values of `tensor`, one of this state's, that are `parameter`'s, in its shape."""
+    def of(self, parameter: Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(master, gradient, moments) of `parameter`, in its shape."""
         start = _offset(self.grad, parameter)
-        return tensor[start : start + parameter.numel()].view(parameter.shape)
+        values, shape = slice(start, start + parameter.numel()), parameter.shape
+        return (
+            self.master[values].view(shape),
+            self.grad[values].view(shape),
+            self.exp_avg[values].view(shape),
+            self.exp_avg_sq[values].view(shape),
+        )
 
 
 class AdamW:
@@ -112,8 +118,8 @@ class AdamW:
             self._flats.append(flat)
             self._quantized += [(fp8[p], flat) for p in parameters if p in fp8]
             for p in parameters:
-                kept = (flat.part(tensor, p) for tensor in (flat.master, flat.exp_avg, flat.exp_avg_sq))
-                self.states[named[p]] = ParameterState(p, *kept)
+                master, _, exp_avg, exp_avg_sq = flat.of(p)
+                self.states[named[p]] = ParameterState(p, master, exp_avg, exp_avg_sq)
         self.states = {name: self.states[name] for name in named.values()}
 
     def step(self, lr: float, grad_norm: float) -> None:
@@ -136,11 +142,8 @@ class AdamW:
         for flat in self._flats:
             adamw_step(flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, flat.segments, flat.weight, **settings)
         for module, flat in self._quantized:
-            weight = module.weight.detach()
-            kept = (
-                flat.part(tensor, module.weight) for tensor in (flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq)
-            )
-            adamw_step_quantize(*kept, weight, module.blocks, module.transposed_blocks, **settings)
+            weight, both = module.weight, (module.blocks, module.transposed_blocks)
+            adamw_step_quantize(*flat.of(weight), weight.detach(), *both, **settings)
 
     @torch.no_grad()
     def write_parameters(self) -> None:
@@ -185,4 +188,4 @@ def _flat_state(
 
 def _offset(grad: Tensor, parameter: Parameter) -> int:
     main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-    return main_grad.storage_offset() - grad.storage_offset()
+    return int(main_grad.storage_offset() - grad.storage_offset())

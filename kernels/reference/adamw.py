@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, Fp8Tensor
-from fp8moe.kernels.reference.quantize import write_blocks
+from fp8moe.kernels.reference._arithmetic import write_blocks
 from fp8moe.kernels.segments import Segments
 
 _CHUNK = 1 << 16
@@ -61,9 +61,11 @@ def adamw_step_quantize(
     step: int,
     grad_scale: Tensor | None = None,
 ) -> None:
-    flat = [tensor.view(-1) for tensor in (master, grad, exp_avg, exp_avg_sq)]
     adamw_step(
-        *flat,
+        master.view(-1),
+        grad.view(-1),
+        exp_avg.view(-1),
+        exp_avg_sq.view(-1),
         Segments(((0, master.numel(), True),), master.new_empty(0, 3)),  # parts are for launches
         weight.view(-1),
         lr=lr,

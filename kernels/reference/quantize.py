@@ -7,11 +7,8 @@ from fp8moe.kernels.fp8 import (
     ACTIVATION_AMAX_FLOOR,
     BLOCK_TILE,
     E4M3,
-    E4M3_MAX,
-    TILE,
     Fp8Tensor,
     decode,
-    multiply_tiles,
     scale_shape,
 )
 from fp8moe.kernels.reference._arithmetic import (
@@ -21,8 +18,8 @@ from fp8moe.kernels.reference._arithmetic import (
     encode_rows,
     magnitude_bits,
     row_chunks,
-    scale_of,
     tile_amax,
+    write_blocks,
 )
 
 
@@ -74,20 +71,6 @@ def quantize_blocks(
     )
     write_blocks(w, blocks, transposed, amax_floor, power_of_two)
     return blocks, transposed
-
-
-def write_blocks(w: Tensor, blocks: Fp8Tensor, transposed: Fp8Tensor, amax_floor: float, power_of_two: bool) -> None:
-    """`quantize_blocks` into tensors that are there."""
-    n = w.shape[-2]
-    row_amax = tile_amax(magnitude_bits(w), -1)
-    amax = [row_amax[..., start : start + TILE, :].amax(-2, keepdim=True) for start in range(0, n, TILE)]
-    scale = scale_of(torch.cat(amax, -2), amax_floor, power_of_two)
-    inverse = scale.reciprocal().repeat_interleave(TILE, dim=-2)[..., :n, :]
-    values = _as_float(w)
-    blocks.data.copy_(multiply_tiles(values, inverse, values).clamp_(-E4M3_MAX, E4M3_MAX))
-    transposed.data.view(torch.uint8).copy_(blocks.data.view(torch.uint8).mT)
-    blocks.scale.copy_(scale)
-    transposed.scale.copy_(scale.mT)
 
 
 def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
