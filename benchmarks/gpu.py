@@ -38,6 +38,7 @@ PARTS = (
     Part("bench_layer", ("--device", "cuda", "--repeats", "7", "--warmup", "2"), 120),
     Part("bench_quantize", QUICK, 40),
     Part("bench_permute", QUICK, 40),
+    Part("bench_adamw", QUICK, 40),
     Part("bench_gemm", QUICK, 90),
     Part("bench_grouped_gemm", QUICK, 60),
     Part("bench_grouped_wgrad", QUICK, 60),

@@ -57,10 +57,12 @@ _MODULE_OF = {
     "unpermute": "permute",
     "group_limited_topk": "topk",
     "adamw_step": "adamw",
+    "adamw_step_quantize": "adamw",
+    "squared_norm": "squared_norm",
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

@@ -26,20 +26,26 @@ from fp8moe.kernels.fp8 import BLOCK_TILE, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Te
 from fp8moe.kernels.reference import _arithmetic as specified
 from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.row_map import RowMap
+from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.triton import layout
 
 NAMESPACE = "fp8moe"
 _PARTS = {
     "Tensor": ("Tensor {}",),
     "Total": ("Tensor({0}!) {0}",),  # mutated in place
+    "MaybeTotal": ("Tensor({0}!)? {0}",),
     "Fp8": ("Tensor {}_data", "Tensor {}_scale", "int[] {}_tile"),
+    "Fp8Total": ("Tensor({0}_data!) {0}_data", "Tensor({0}_scale!) {0}_scale", "int[] {0}_tile"),
     "E5m6": ("Tensor {}_data", "Tensor {}_scale"),
     "Map": (
         *("Tensor {}_source", "Tensor {}_slot", "Tensor {}_offsets", "Tensor {}_tokens"),
         *("SymInt {}_num_rows", "SymInt {}_topk"),
     ),
+    "Segments": ("int[] {}_spans", "Tensor {}_parts"),
     "int": ("int {}",),
 }
+_ADAMW = "float lr, float beta1, float beta2, float eps, float weight_decay, int step, Tensor? grad_scale"
+_STATE = ("Total master", "Tensor grad", "Total exp_avg", "Total exp_avg_sq")
 _CAST = "float amax_floor, bool power_of_two"
 
 Fake = Callable[..., list[Tensor]]
@@ -144,6 +150,8 @@ def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
             flat += [value.data, value.scale, list(value.tile)] if tiles else [value.data, value.scale]
         elif isinstance(value, E5m6Tensor):
             flat += [value.data, value.scale]
+        elif isinstance(value, Segments):
+            flat += [[number for span in value.spans for number in map(int, span)], value.parts]
         elif isinstance(value, RowMap):
             flat += [value.source_R, value.slot_R, value.group_offsets, value.tokens_per_expert]
             flat += [value.num_rows, value.topk] if tiles else []
@@ -156,11 +164,15 @@ def _regroup(kinds: list[str], flat: Iterable[Any]) -> list[Any]:
     rest = iter(flat)
     args: list[Any] = []
     for kind in kinds:
-        if kind == "Fp8":
+        if kind in ("Fp8", "Fp8Total"):
             data, scale, (rows, columns) = next(rest), next(rest), next(rest)
             args.append(Fp8Tensor(data, scale, (rows, columns)))
         elif kind == "E5m6":
             args.append(E5m6Tensor(next(rest), next(rest)))
+        elif kind == "Segments":
+            numbers = iter(next(rest))
+            spans = tuple((start, stop, bool(decays)) for start, stop, decays in zip(*[numbers] * 3, strict=True))
+            args.append(Segments(spans, next(rest)))
         elif kind == "Map":
             args.append(RowMap(*itertools.islice(rest, len(_PARTS["Map"]))))
         else:
@@ -231,8 +243,12 @@ def _summed(y_R: Tensor, row_map: RowMap) -> list[Tensor]:
     return [torch.empty(row_map.num_rows, y_R.shape[1], dtype=y_R.dtype, device=y_R.device)]
 
 
-def _nothing(*args: Any) -> list[Tensor]:
+def _nothing(*args: Any, **kwargs: Any) -> list[Tensor]:
     return []
+
+
+def _sum(x: Tensor) -> list[Tensor]:
+    return [torch.empty((), dtype=torch.float64, device=x.device)]
 
 
 DECLARATIONS = {
@@ -266,4 +282,9 @@ DECLARATIONS = {
     "grouped_mm_wgrad": Declaration(
         ("Tensor dy", "Tensor x", "Tensor group_offsets", "Total main_grad"), "", (), _nothing
     ),
+    "adamw_step": Declaration((*_STATE, "Segments segments", "MaybeTotal weight"), _ADAMW, (), _nothing),
+    "adamw_step_quantize": Declaration(
+        (*_STATE, "Total weight", "Fp8Total blocks", "Fp8Total transposed"), _ADAMW, (), _nothing
+    ),
+    "squared_norm": Declaration(("Tensor flat",), "", ("tensor",), _sum),
 }

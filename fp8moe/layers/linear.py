@@ -4,8 +4,9 @@
     Dgrad  dx [T, K] = dy [T, N] @ W            rows of dy, blocks of the transposed copy
     Wgrad  dW [N, K] += dy^T @ x                columns of dy and of x, into FP32 `main_grad`
 
-FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as it is and transposed, made once after
-each optimizer step by `quantize_weights`. In BF16 and FP32 the same three names are plain products.
+FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as it is and transposed: made by
+`quantize_weights` when weights were set, and overwritten by each update of the optimizer. In BF16 and FP32 the same
+three names are plain products.
 
 Every parameter gets `main_grad`, a view of a flat FP32 buffer in the order of `model.parameters()`, so that one
 collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears and the embedding add
@@ -118,7 +119,7 @@ class _LinearFunction(torch.autograd.Function):
 
 
 def quantize_weights(model: nn.Module) -> None:
-    """Refresh every FP8 weight of `model`: once after the weights are set, once after each optimizer step."""
+    """Refresh every FP8 weight of `model` after weights were set; the optimizer's updates do it by themselves."""
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.quantize()
@@ -178,9 +179,9 @@ def _move_grad(parameter: torch.Tensor) -> None:
 def attach_main_grads(model: nn.Module) -> MainGrads:
     """Give every parameter its zeroed `main_grad` (its shape and device, FP32) and return the buffers behind them."""
     flats = []
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for expert in (False, True):
         parameters = [p for p in model.parameters() if is_expert(p) is expert]
-        device = parameters[0].device if parameters else torch.device("cpu")
         flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=device)
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.main_grad = part.view(parameter.shape)  # type: ignore[attr-defined]

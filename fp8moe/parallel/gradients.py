@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fp8moe.kernels.squared_norm import squared_norm
 from fp8moe.layers.linear import MainGrads
 from fp8moe.layers.router import Router
 from fp8moe.parallel.collectives import all_reduce
@@ -35,6 +36,8 @@ def reduce_gradients(main_grads: MainGrads, mesh: Mesh, tied: Tensor | None = No
 def global_grad_norm(main_grads: MainGrads, mesh: Mesh, copy: Tensor | None = None) -> float:
     """The L2 norm of all gradients, each parameter counted once, after `reduce_gradients`. Collective over ep and pp.
 
+    It is read on the host, the one transfer that the guard's decision needs.
+
     copy: the `main_grad` of a tied copy, which another rank counts: it is left out, wherever in the dense buffer it is.
     """
     dense = main_grads.dense
@@ -43,14 +46,10 @@ def global_grad_norm(main_grads: MainGrads, mesh: Mesh, copy: Tensor | None = No
         assert copy.untyped_storage().data_ptr() == dense.untyped_storage().data_ptr(), "a view of the dense buffer"
         start = copy.storage_offset() - dense.storage_offset()
         before, after = dense[:start], dense[start + copy.numel() :]
-    squared = _squared_norm(before) + _squared_norm(after) + all_reduce(_squared_norm(main_grads.expert), mesh.ep_group)
+    squared = squared_norm(before) + squared_norm(after) + all_reduce(squared_norm(main_grads.expert), mesh.ep_group)
     if not mesh.is_counted:
         squared = torch.zeros_like(squared)
     return float(all_reduce(squared, mesh.pp_group).sqrt())
-
-
-def _squared_norm(flat: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
 
 
 def reduce_counts(model: nn.Module, mesh: Mesh) -> None:

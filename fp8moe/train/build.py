@@ -118,7 +118,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=AdamW(dict(model.named_parameters()), config.optimizer),
+        optimizer=AdamW(model, model.main_grads, config.optimizer),
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
             run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)

@@ -6,7 +6,7 @@
         run_pipeline      `parallel.pipeline` runs the schedule's actions; an action runs the phases of a stage's passes
                           (`model.stage`, `model.phases`)
     reduce            gradients and expert loads summed over the ranks that share them; the gradient norm
-    update            the guard, the optimizer, the weights cast again, the router biases
+    update            the guard, the optimizer, which casts the weights as well, the router biases
 
 The loss of a micro-batch is a sum over tokens divided by the token count of the whole global batch, which is counted
 before the first backward; so gradients of micro-batches and ranks simply add up, and no average of averages is taken.
@@ -30,7 +30,6 @@ from torch import Tensor
 from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
 from fp8moe.kernels.statistics import CastStatistics, observe_casts
-from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import max_violation, update_bias
 from fp8moe.model.flops import mfu
@@ -184,7 +183,10 @@ def sms_for_gemms(run: Run) -> int | None:
 
 
 def reduce(run: Run) -> float:
-    """Sum gradients and loads over the ranks that share them, and give the norm of all gradients. Collective."""
+    """Sum gradients and loads over the ranks that share them, and give the norm of all gradients. Collective.
+
+    The norm is read on the host here, because the guard decides by it; the update itself waits for nothing.
+    """
     main_grads, mesh, tied = run.model.main_grads, run.mesh, tied_embedding(run)
     reduce_gradients(main_grads, mesh, tied)
     reduce_counts(run.model, mesh)
@@ -192,7 +194,7 @@ def reduce(run: Run) -> float:
 
 
 def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: bool) -> None:
-    """Update weights, router biases and the run's loads; a step that was not accepted changes none of them.
+    """Update weights and their FP8 blocks, router biases and the run's loads; only if the step was accepted.
 
     Either way the routers' counts of this step are forgotten.
     """
@@ -202,7 +204,6 @@ def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: boo
             run.loads[name] += router.counts_E
         with span("optimizer"):
             run.optimizer.step(lr, grad_norm)
-            quantize_weights(run.model)
     update_bias(run.model, gamma if accepted else 0.0)
 
 

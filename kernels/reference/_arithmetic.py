@@ -126,6 +126,20 @@ def scale_of(amax: Tensor, amax_floor: float, power_of_two: bool, largest: float
     return torch.maximum(up, scale)  # up >= scale, but for a NaN, which the integers lose
 
 
+def write_blocks(w: Tensor, blocks: Fp8Tensor, transposed: Fp8Tensor, amax_floor: float, power_of_two: bool) -> None:
+    """Cast w [..., N, K] by 128x128 blocks into `blocks` [..., N, K] and `transposed` [..., K, N], both contiguous."""
+    n = w.shape[-2]
+    row_amax = tile_amax(magnitude_bits(w), -1)
+    amax = [row_amax[..., start : start + TILE, :].amax(-2, keepdim=True) for start in range(0, n, TILE)]
+    scale = scale_of(torch.cat(amax, -2), amax_floor, power_of_two)
+    inverse = scale.reciprocal().repeat_interleave(TILE, dim=-2)[..., :n, :]
+    values = w.to(torch.float32, copy=True)
+    blocks.data.copy_(multiply_tiles(values, inverse, values).clamp_(-E4M3_MAX, E4M3_MAX))
+    transposed.data.view(torch.uint8).copy_(blocks.data.view(torch.uint8).mT)
+    blocks.scale.copy_(scale)
+    transposed.scale.copy_(scale.mT)
+
+
 _mkldnn: Any = torch.backends.mkldnn  # a class in the place of a module, whose attributes type checkers miss
 FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere FP32 products are faster
 _PRODUCT_CHUNK = 1 << 18  # values of one partial product: 1 MiB of FP32

@@ -7,11 +7,9 @@ from fp8moe.kernels.fp8 import (
     ACTIVATION_AMAX_FLOOR,
     BLOCK_TILE,
     E4M3,
-    E4M3_MAX,
-    TILE,
     Fp8Tensor,
     decode,
-    multiply_tiles,
+    scale_shape,
 )
 from fp8moe.kernels.reference._arithmetic import (
     empty_columns,
@@ -20,8 +18,8 @@ from fp8moe.kernels.reference._arithmetic import (
     encode_rows,
     magnitude_bits,
     row_chunks,
-    scale_of,
     tile_amax,
+    write_blocks,
 )
 
 
@@ -62,16 +60,17 @@ def quantize_rows_and_columns(
 def quantize_blocks(
     w: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False
 ) -> tuple[Fp8Tensor, Fp8Tensor]:
-    n = w.shape[-2]
-    row_amax = tile_amax(magnitude_bits(w), -1)
-    blocks = [row_amax[..., start : start + TILE, :].amax(-2, keepdim=True) for start in range(0, n, TILE)]
-    scale = scale_of(torch.cat(blocks, -2), amax_floor, power_of_two)
-    inverse = scale.reciprocal().repeat_interleave(TILE, dim=-2)[..., :n, :]
-    values = _as_float(w)
-    data = multiply_tiles(values, inverse, values).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    transposed = data.view(torch.uint8).mT.contiguous().view(E4M3)
-    other_scale = scale.mT.clone(memory_format=torch.contiguous_format)
-    return Fp8Tensor(data, scale, BLOCK_TILE), Fp8Tensor(transposed, other_scale, BLOCK_TILE)
+    *leading, n, k = w.shape
+    blocks, transposed = (
+        Fp8Tensor(
+            torch.empty(shape, dtype=E4M3, device=w.device),
+            torch.empty(scale_shape(shape, BLOCK_TILE), device=w.device),
+            BLOCK_TILE,
+        )
+        for shape in ((*leading, n, k), (*leading, k, n))
+    )
+    write_blocks(w, blocks, transposed, amax_floor, power_of_two)
+    return blocks, transposed
 
 
 def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:

@@ -70,10 +70,10 @@ def tiles_kernel(
 
 
 @triton.jit
-def blocks_kernel(
+def write_blocks(
     w, codes, scales, transposed, transposed_scales, N, K, stride_e, stride_n, floor, POWER_OF_TWO: tl.constexpr
 ):
-    """w [E, N, K] -> codes [E, N, K], their bytes transposed [E, K, N], one scale a 128x128 block in both orders."""
+    """This program's block of w [E, N, K] -> codes [E, N, K], their bytes transposed [E, K, N], its scale in both."""
     n_tile, k_tile, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = n_tile * encode.TILE + tl.arange(0, encode.TILE)
     k = k_tile * encode.TILE + tl.arange(0, encode.TILE)
@@ -95,6 +95,14 @@ def blocks_kernel(
     one = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]
     tl.store(scales + here + n_tile * num_k + k_tile + one, scale)
     tl.store(transposed_scales + here + k_tile * num_n + n_tile + one, scale)
+
+
+@triton.jit
+def blocks_kernel(
+    w, codes, scales, transposed, transposed_scales, N, K, stride_e, stride_n, floor, POWER_OF_TWO: tl.constexpr
+):
+    """w [E, N, K] -> codes [E, N, K], their bytes transposed [E, K, N], one scale a 128x128 block in both orders."""
+    write_blocks(w, codes, scales, transposed, transposed_scales, N, K, stride_e, stride_n, floor, POWER_OF_TWO)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from torch import Tensor
 from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
 from fp8moe.kernels.row_map import RowMap
+from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.tiles import Tile
 
 Case = tuple[str, Callable[[], Any]]
@@ -156,6 +157,34 @@ def permute_cases() -> Iterator[Case]:
             yield f"triton permute_quantize {label}", cast
 
 
+def update_cases() -> Iterator[Case]:
+    """AdamW on flat buffers of both kinds of parameters, on weights with blocks, and the gradient's norm."""
+    ops = importlib.import_module("fp8moe.kernels.triton.adamw")
+    norm = importlib.import_module("fp8moe.kernels.triton.squared_norm").squared_norm
+    constants = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.1, "step": 3, "beta1": 0.9, "beta2": 0.95}
+    n, shape, scale = 1 << 22, (GROUPS, 256, 7168), torch.empty(())
+    segments = Segments.of([(0, n, True)], "cpu")
+    for moments, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        settings = {**constants, "grad_scale": scale}
+        flat, weight = _state(moments, n), torch.empty(n, dtype=torch.bfloat16)
+        yield f"triton adamw_step {kind} moments", partial(ops.adamw_step, *flat, segments, weight, **settings)
+        yield f"triton adamw_step {kind} moments no weight", partial(ops.adamw_step, *flat, segments, **settings)
+        operands = (*_state(moments, *shape), torch.empty(shape, dtype=torch.bfloat16))
+        both = (blocks(*shape), blocks(GROUPS, 7168, 256))
+        yield (
+            f"triton adamw_step_quantize {kind} moments",
+            partial(ops.adamw_step_quantize, *operands, *both, **settings),
+        )
+    from_grad = partial(ops.adamw_step, *_state(torch.bfloat16, n), segments, **{**constants, "beta1": 0.3})
+    yield "triton adamw_step from the gradient", from_grad
+    yield "triton squared_norm", partial(norm, torch.empty(n))
+
+
+def _state(moments: torch.dtype, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second = (torch.empty(shape, dtype=moments) for _ in range(2))
+    return torch.empty(shape), torch.empty(shape), first, second
+
+
 def cases() -> Iterator[Case]:
     """All cases of both device back ends."""
     yield from gemm_cases("gluon")
@@ -164,6 +193,7 @@ def cases() -> Iterator[Case]:
     yield from wgrad_cases()
     yield from cast_cases()
     yield from permute_cases()
+    yield from update_cases()
 
 
 CASES = tuple(cases())

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8moe.kernels import backend, library
+from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_mm, grouped_mm_wgrad, grouped_wgrad
@@ -16,6 +17,9 @@ from fp8moe.kernels.quantize import (
     quantize_rows_and_columns,
     requantize_columns,
 )
+from fp8moe.kernels.segments import Segments
+from fp8moe.kernels.squared_norm import squared_norm
+from tests.kernels.updates import state
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -91,7 +95,31 @@ def products_arguments():
     return x, dy, w, torch.tensor([0, 128, 256], dtype=torch.int32), torch.zeros(32, 48), torch.zeros(2, 32, 48)
 
 
-CASES = [(every_cast, casts_arguments), (every_product, products_arguments), (every_way, ways_arguments)]
+def every_update(master, grad, exp_avg, exp_avg_sq, weight, parts_of_flat):
+    """One step of the optimizer, from the norm of its gradient on."""
+    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 2}
+    total = squared_norm(grad.flatten())
+    tensors = (master, grad, exp_avg, exp_avg_sq)
+    segments = Segments(((0, 700, True), (700, 2304, False)), parts_of_flat)
+    flat = [tensor.flatten() for tensor in tensors]
+    adamw_step(*flat, segments, weight.flatten().clone(), **settings)
+    adamw_step(*flat, segments, **settings, grad_scale=total.float())
+    blocks = quantize_blocks(weight)
+    adamw_step_quantize(*tensors, weight, *blocks, **settings)
+    return [total, *flat, *parts(*blocks)]
+
+
+def updates_arguments():
+    parts_of_flat = Segments.of([(0, 700, True), (700, 2304, False)], "cpu").parts
+    return *state(3, 16, 48), torch.zeros(3, 16, 48).bfloat16(), parts_of_flat
+
+
+CASES = [
+    (every_cast, casts_arguments),
+    (every_product, products_arguments),
+    (every_way, ways_arguments),
+    (every_update, updates_arguments),
+]
 
 
 def look(tensors):
@@ -125,7 +153,7 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
 
 def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
-    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
@@ -137,4 +165,4 @@ def test_what_an_op_changes_is_declared():
         for name in library.DECLARATIONS
         if any(a.alias_info is not None for a in getattr(torch.ops.fp8moe, name).default._schema.arguments)
     }
-    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad"}
+    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "adamw_step", "adamw_step_quantize"}

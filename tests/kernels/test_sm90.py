@@ -185,8 +185,32 @@ def test_a_load_in_flight_at_an_arrival_is_found():
 @pytest.mark.slow
 def test_each_fp8_store_of_weight_blocks_has_a_cast_of_its_own(kernels):
     # 64 values a thread, two a cast, in two orientations. ptxas 12.9 shares casts between both stores, wrongly.
-    found = {name: entry["casts"] for name, entry in kernels.items() if entry["kernel"].endswith(".blocks_kernel")}
-    assert found and set(found.values()) == {64}, found
+    endings = (".blocks_kernel", ".blocks_step_kernel")
+    found = {name: entry["casts"] for name, entry in kernels.items() if entry["kernel"].endswith(endings)}
+    assert len(found) > 2 and set(found.values()) == {64}, found
+
+
+@pytest.mark.slow
+def test_an_update_moves_16_bytes_at_a_time_in_few_registers(kernels):
+    # (loads, stores) of 16 bytes a thread: gradient and master of 8 values, and the casts of 64.
+    least = {"flat_step_kernel": (4, 2), "blocks_step_kernel": (20, 10)}
+    found = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-1] in least}
+    assert {e["kernel"].split(".")[-1] for e in found.values()} == set(least)
+    for name, entry in found.items():
+        figure, wide = entry["figures"], entry["wide"]
+        loads, stores = least[entry["kernel"].split(".")[-1]]
+        assert wide["loads"] >= loads and wide["stores"] >= stores and wide["atomic"] == 0, name
+        assert figure["STL"] == figure["LDL"] == figure["local"] == 0, name
+        # Two programs of 256 threads an SM at least, so that one loads while the other computes.
+        assert figure["registers"] * figure["threads"] * 2 <= REGISTER_FILE, name
+
+
+@pytest.mark.slow
+def test_the_norm_adds_in_a_fixed_order(kernels):
+    found = {name: entry for name, entry in kernels.items() if ".squared_norm." in entry["kernel"]}
+    assert len(found) == 2
+    for name, entry in found.items():
+        assert entry["wide"]["atomic"] == entry["figures"]["STL"] == entry["figures"]["local"] == 0, name
 
 
 @pytest.mark.slow

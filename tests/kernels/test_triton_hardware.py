@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
@@ -22,9 +23,12 @@ from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_
 from fp8moe.kernels.quantize import requantize_columns as requantize
 from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.reference import quantize as twin
+from fp8moe.kernels.segments import Segments
+from fp8moe.kernels.squared_norm import squared_norm
 from tests.distance import calc_diff
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
 from tests.kernels.row_maps import PARTS, random_ids
+from tests.kernels.updates import SETTINGS, state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 20
@@ -158,6 +162,69 @@ def check_permute(device, n, k, topk, num_experts, spare):
         assert torch.equal(unpermute(y, row_map), permutation.unpermute(y, row_map))
 
 
+def check_update(device, shape, repeats):
+    """Weights with blocks: the one pass is the flat update and the cast of what it wrote, and repeats itself."""
+    tensors = state(*shape, device=device)
+    blocks = quantize_blocks(torch.zeros(shape, device=device, dtype=torch.bfloat16))
+    n = tensors[0].numel()
+    flat, segments = [tensor.flatten() for tensor in tensors], Segments.of([(0, n, True)], device)
+    scale = squared_norm(tensors[1].flatten()).rsqrt().float()
+    rounded = torch.empty(n, dtype=torch.bfloat16, device=device)
+    adamw_step(*(tensor.clone() for tensor in flat), segments, rounded, **SETTINGS, grad_scale=scale)
+    for _ in range(repeats):
+        mine, weight = [tensor.clone() for tensor in tensors], torch.empty(shape, dtype=torch.bfloat16, device=device)
+        adamw_step_quantize(*mine, weight, *blocks, **SETTINGS, grad_scale=scale)
+        assert torch.equal(weight.flatten(), rounded)
+        for got, wanted in zip(blocks, twin.quantize_blocks(weight), strict=True):
+            assert_same(got, wanted)
+    again = [tensor.clone() for tensor in flat]
+    adamw_step(*again, segments, **SETTINGS, grad_scale=scale)
+    for got, wanted in zip(mine, again, strict=True):
+        assert torch.equal(got.flatten(), wanted)
+
+
+def check_norm(device, n, repeats):
+    flat = torch.randn(n, device=device)
+    first = squared_norm(flat)
+    exact = sum(chunk.double().square().sum() for chunk in flat.split(1 << 24))
+    assert float(first) == pytest.approx(float(exact), rel=1e-12)
+    for _ in range(repeats - 1):
+        assert torch.equal(first, squared_norm(flat))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 4096, 7168), (2, 7168, 2048), (576, 7168)])
+def test_updates_of_production(triton_device, shape):
+    check_update(triton_device, shape, REPEATS)
+
+
+@pytest.mark.gpu
+def test_an_update_waits_for_nothing(triton_device):
+    shape = (2, 256, 512)
+    tensors, flat = (state(*size, device=triton_device) for size in (shape, (70000,)))
+    segments = Segments.of([(0, 13, False), (13, 70000, True)], triton_device)
+    blocks = quantize_blocks(torch.zeros(shape, device=triton_device))
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=triton_device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scale = squared_norm(flat[1]).rsqrt().float()
+        adamw_step(*flat, segments, **SETTINGS, grad_scale=scale)
+        adamw_step_quantize(*tensors, weight, *blocks, **SETTINGS, grad_scale=scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_norm_takes_no_memory(triton_device):
+    flat = torch.empty(1 << 30, device=triton_device).fill_(2.0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert float(squared_norm(flat)) == 4.0 * (1 << 30)
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    check_norm(triton_device, (1 << 28) + 12345, REPEATS)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [7168, 2112, 576])
 def test_permutations_of_production(triton_device, k):
@@ -208,10 +275,10 @@ def test_no_access_outside_a_tensor(triton_device):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute"
+    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute adamw squared_norm"
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    chosen = "normal or anyhow or nothing or slot_order or on_the_way"
+    chosen = "normal or anyhow or nothing or slot_order or on_the_way or any_range or written_beside or anywhere"
     command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, *files]
     # The caching allocator would hand out parts of larger blocks, inside which every access is legal.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
@@ -226,3 +293,5 @@ def test_these_checks_run(triton_device):
     check_wgrad(triton_device, 272, 48, 144)
     check_grouped(triton_device, [128, 0, 256], 48, 144)
     check_permute(triton_device, 24, 144, 3, 5, 40)
+    check_update(triton_device, (2, 48, 144), 2)
+    check_norm(triton_device, 9000, 2)

@@ -5,6 +5,7 @@ bits signed and unsigned (add, sub, the low half of a product) is done on unsign
 
 An FP32 multiply-add is formed in FP64, where the product is exact, and rounded once more to FP32: it can differ from
 hardware's single rounding in one case of some 2^29; a tensor-core product's bounds are far wider, and no cast uses it.
+One of FP64 is right where the product is exact in FP64, as that of two numbers which were FP32 is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ COMPARE = {
 
 
 def _fma(a: Any, b: Any, c: Any) -> Any:
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+    return (a.astype(np.float64) * b + c).astype(a.dtype)
 
 
 def _divide(a: Any, b: Any) -> Any:

@@ -18,6 +18,7 @@ from tests.ptx.parser import Unsupported
 from tests.ptx.plants import PLANTS, Plant
 from tests.ptx.product_cases import compare, wgrad
 from tests.ptx.registers import Fault
+from tests.ptx.update_cases import weight_with_blocks
 
 SCHEDULES = (None, 0, 1, 2, 3)
 
@@ -29,6 +30,8 @@ def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
         return partial(wgrad, dtype=torch.bfloat16, sizes=((200, 144, 128, seed),))
     if op.startswith("quantize"):
         return partial(_cast, name=op, seed=seed)
+    if op == "adamw_step_quantize":
+        return partial(weight_with_blocks, moments=torch.bfloat16, shape=(144, 208), seeds=(seed,))
     shape = rest[0]
     tile = next(t for t in tiles.production_tiles(backend, op) if f"{t.block_m}x{t.block_n}x{t.stages}" == shape)
     return partial(compare, backend=backend, op=op, kind=kind, tile=tile, small=backend == "gluon", seeds=(seed,))

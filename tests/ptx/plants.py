@@ -130,6 +130,7 @@ def truncate_bf16(text: str) -> str:
 ROWS, TALL, WIDE = "gluon gemm bf16 128x128x6", "gluon gemm bf16 256x128x4", "gluon grouped_gemm bf16 128x256x4"
 COLUMNS, PLAIN, BF16 = "gluon gemm_columns add 256x128x4", "triton gemm bf16 128x128x4", "triton wgrad bf16"
 CAST, BLOCKS, LINES = (f"triton quantize_{what} bf16 pow2" for what in ("columns", "blocks", "rows"))
+UPDATE = "triton adamw_step_quantize bf16 moments"
 
 PLANTS = (
     Plant("a consumer waits for the wrong phase", ROWS, flip_parity(0)),
@@ -168,4 +169,5 @@ PLANTS = (
           change(r"(cvt\.rn\.satfinite\.e4m3x2\.f32\s+%rs\d+, )(%r\d+), (%r\d+)", lambda m: f"{m[1]}{m[3]}, {m[2]}")),
     Plant("a reduction forgets half of its lanes", LINES,
           change(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )4,", lambda m: f"{m[1]}2,", None)),
+    Plant("no barrier between a weight and its codes", UPDATE, drop(r"bar\.sync")),
 )  # fmt: skip
