@@ -56,11 +56,14 @@ _MODULE_OF = {
     "permute_quantize": "permute",
     "unpermute": "permute",
     "group_limited_topk": "topk",
+    "cross_entropy": "cross_entropy",
+    "cross_entropy_with_gradient": "cross_entropy",
+    "embedding_wgrad": "embedding",
     "adamw_step": "adamw",
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

@@ -266,4 +266,9 @@ DECLARATIONS = {
     "grouped_mm_wgrad": Declaration(
         ("Tensor dy", "Tensor x", "Tensor group_offsets", "Total main_grad"), "", (), _nothing
     ),
+    "cross_entropy": Declaration(("Tensor logits", "Tensor labels", "Total losses"), "", (), _nothing),
+    "cross_entropy_with_gradient": Declaration(
+        ("Total logits", "Tensor labels", "Tensor weight", "Total losses"), "", (), _nothing
+    ),
+    "embedding_wgrad": Declaration(("Tensor dy", "Tensor ids", "Total main_grad"), "", (), _nothing),
 }
