@@ -36,8 +36,7 @@ def sum_runs_kernel(
             for i in tl.static_range(ROWS):
                 inside = start + i < end
                 token = tl.load(order + start + i, mask=inside, other=0)
-                # -0 changes no sum, whereas -0 + 0 is 0.
-                total += tl.load(dy + token * dy_stride + d, mask=(d < D) & inside, other=-0.0).to(tl.float32)
+                total += tl.load(dy + token * dy_stride + d, mask=(d < D) & inside, other=0.0).to(tl.float32)
         tl.store(where, total, mask=d < D)
 
 
