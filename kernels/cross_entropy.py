@@ -23,9 +23,9 @@ _LARGEST_VOCABULARY = 1 << 18
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
-    """losses [C] (FP32, written) of logits [C, V] BF16 or FP32, contiguous, labels int64 [C]: nats; 0 for a label of -100.
+    """Write losses [C] FP32, in nats, of logits [C, V] BF16 or FP32, contiguous, and labels int64 [C]; 0 where -100.
 
-    A row with a NaN or an infinity has a loss that is not finite. Raises ValueError for other dtypes, shapes or layouts,
+    A row with a NaN or an infinity has a loss that is not finite. Raises ValueError for other dtypes, shapes, layouts,
     V above 262,144, and (on a CPU, where it costs nothing) a label that V does not have; a GPU takes it for -100.
     """
     _check(logits, labels, losses)
@@ -33,8 +33,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
 
 
 def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor, losses: Tensor) -> None:
-    """The same losses; logits are overwritten by the gradient of `weight` (FP32 scalar on their device) times their sum.
+    """The same losses; logits are overwritten by the gradient of `weight` times their sum.
 
+    weight: an FP32 scalar on the device of the logits; `torch.full` makes one of a number without a wait.
     Raises ValueError as `cross_entropy` does, and for another weight.
     """
     _check(logits, labels, losses)

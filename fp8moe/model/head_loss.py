@@ -8,7 +8,7 @@
 
 What a chunk makes is let go before the next one. Beside `main_grad` the peak is CHUNK_BYTES of logits, dx [T, D] and
 dx_c: 0.79 GB for 16,384 tokens of a vocabulary of 129,280 and a width of 7,168 in BF16 (2,048 tokens a chunk), where
-logits, their FP32 copies and gradients took 25 GB. The next larger chunk would save Wgrad one of eight passes over
+whole logits, their FP32 copies and gradients take 34 GB, 16 bytes a logit. The next larger chunk would save Wgrad one of eight passes over
 `main_grad` and cost memory that grows with it. The number of launches depends on the number of chunks alone.
 
 The loss's weight in the total is a count of tokens, known before the forward. So training takes value and gradients in
@@ -16,7 +16,7 @@ one walk, in its forward: the gradient of each logit is multiplied by the weight
 autograd, and dW joins `main_grad` on the spot. To put dW off, as other weight gradients are for a zero-bubble schedule,
 would keep the gradients of all logits until then. Ordinary autograd learns the weight only in its backward, and
 `main_grad` cannot be scaled afterwards, so there the walk with gradients comes in the backward, a product more; in
-evaluation there is none. Gradients for weight one, kept and scaled later, were refused: dW would need [V, D] of its own.
+evaluation there is none. Gradients for weight one, scaled later, were refused: dW would need [V, D] of its own.
 
 Every row of a chunk is computed as in one product of all tokens. dW is a sum of one FP32 product a chunk, so it may
 differ from a single product by the association of its sums.
@@ -47,21 +47,23 @@ def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch
     """
     copied = 4 if device.type == "cpu" and dtype is not torch.float32 else 0
     most = max(CHUNK_BYTES // (vocab_size * (dtype.itemsize + copied)) // _ROWS, 1) * _ROWS
-    return ceil_div(ceil_div(tokens, max(ceil_div(tokens, most), 1)), _ROWS) * _ROWS
+    num_chunks = max(ceil_div(tokens, most), 1)
+    return max(ceil_div(ceil_div(tokens, num_chunks), _ROWS), 1) * _ROWS
 
 
 @torch.no_grad()
 def head_loss(head: Linear, x_TD: Tensor, labels_T: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Nats summed over the labels that are not -100 (an FP32 scalar), and the gradient of x times `weight`.
 
-    weight: an FP32 scalar on the device, by which dW in `main_grad` is multiplied too; without one there is no gradient.
+    weight: an FP32 scalar on the device, which multiplies what `main_grad` gets too; without one there is no gradient.
     """
     losses_T = torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device)
     dx_TD = None if weight is None else torch.empty_like(x_TD)
     size = chunk_tokens(len(x_TD), head.weight.shape[0], x_TD.dtype, x_TD.device)
-    for start in range(0, len(x_TD), size):
-        chunk = slice(start, start + size)
-        _walk_chunk(head, x_TD[chunk], labels_T[chunk], weight, losses_T[chunk], None if dx_TD is None else dx_TD[chunk])
+    chunks = zip(*(part.split(size) for part in (x_TD, labels_T, losses_T)), strict=True)
+    for number, (x_CD, labels_C, losses_C) in enumerate(chunks):
+        dx_CD = None if dx_TD is None else dx_TD.narrow(0, number * size, len(x_CD))
+        _walk_chunk(head, x_CD, labels_C, weight, losses_C, dx_CD)
     return losses_T.sum(dtype=torch.float64).float(), dx_TD
 
 

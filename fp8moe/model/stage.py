@@ -185,6 +185,7 @@ class LossPass(_OnePhase):
 
     name = "loss"
     input_gradient: Tensor
+    _gradients: tuple[Tensor | None, ...]  # of each norm's output
 
     def __init__(
         self,
@@ -213,21 +214,21 @@ class LossPass(_OnePhase):
         inputs = [self._source()] if self._entrance is None else [self._entrance.hidden_TD, self._source()]
         self._graph, _ = run_detached(self._norms, *inputs, wgrads=self._wgrads)
         normed = list(self._graph.take())
-        labels, weights = [self._labels_BS, mtp_labels(self._labels_BS)], [self._weights.main, self._weights.mtp]
-        losses: list[Tensor] = []
-        self._gradients: list[Tensor | None] = []
-        while normed:  # the MTP module's first, as its gradients come first under autograd
-            last = len(normed) - 1
-            loss, gradient = self._head_loss(normed.pop(), labels[last].flatten(), weights[last])
-            losses.insert(0, loss)
-            self._gradients.insert(0, gradient)
+        wanted = [(self._labels_BS, self._weights.main), (mtp_labels(self._labels_BS), self._weights.mtp)][
+            : len(normed)
+        ]
+        results: list[tuple[Tensor, Tensor | None]] = []
+        while normed:  # the MTP module's first, whose gradients come first under autograd; each is then let go
+            results.append(self._head_loss(normed.pop(), *wanted.pop()))
+        losses, self._gradients = zip(*reversed(results), strict=True)
         self._tally.add_losses(*losses)
 
-    def _head_loss(self, normed_TD: Tensor, labels_T: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
+    def _head_loss(self, normed_TD: Tensor, labels_BS: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
         head = self._model.head
         assert head is not None
-        wanted = torch.full((), weight, dtype=torch.float32, device=normed_TD.device) if torch.is_grad_enabled() else None
-        return head_loss(head, normed_TD, labels_T, wanted)
+        training = torch.is_grad_enabled()
+        on_device = torch.full((), weight, dtype=torch.float32, device=normed_TD.device) if training else None
+        return head_loss(head, normed_TD, labels_BS.flatten(), on_device)
 
     @property
     def output(self) -> Tensor:
@@ -237,7 +238,7 @@ class LossPass(_OnePhase):
         raise AssertionError("nothing comes after the losses")
 
     def _backward(self) -> None:
-        gradients, self._gradients = self._gradients, []
+        gradients, self._gradients = self._gradients, ()
         grads = self._graph.backward(*gradients)
         last = grads[-1]
         assert last is not None

@@ -45,7 +45,9 @@ def assert_within_bounds(
     slack = share * (8 + top[:, None] - wide) + one_hot
     bound = weight * 2 * unit * slack * (labels != IGNORE)[:, None]
     error = (gradients.double() - exact).abs()
-    assert bool((error <= bound * (1 + storage) + storage * exact.abs() + 2.0**-126).all())  # FP32 has nothing normal below
+    assert bool(
+        (error <= bound * (1 + storage) + storage * exact.abs() + 2.0**-126).all()
+    )  # FP32 has nothing normal below
     assert not bool(losses[labels == IGNORE].any()) and not bool(gradients[labels == IGNORE].any())
 
 
