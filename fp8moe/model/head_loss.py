@@ -8,8 +8,8 @@
 
 What a chunk makes is let go before the next one. Beside `main_grad` the peak is CHUNK_BYTES of logits, dx [T, D] and
 dx_c: 0.79 GB for 16,384 tokens of a vocabulary of 129,280 and a width of 7,168 in BF16 (2,048 tokens a chunk), where
-whole logits, their FP32 copies and gradients take 34 GB, 16 bytes a logit. The next larger chunk would save Wgrad one of eight passes over
-`main_grad` and cost memory that grows with it. The number of launches depends on the number of chunks alone.
+whole logits, their FP32 copies and gradients take 34 GB, 16 bytes a logit. Chunks are as large as that because Wgrad
+passes over all of `main_grad` for each. The number of launches depends on the number of chunks alone.
 
 The loss's weight in the total is a count of tokens, known before the forward. So training takes value and gradients in
 one walk, in its forward: the gradient of each logit is multiplied by the weight in FP32 and rounded once, as under
