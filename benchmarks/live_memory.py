@@ -32,3 +32,19 @@ class TrackStorages(TorchDispatchMode):
     def live_bytes(self) -> int:
         """Bytes of the recorded storages that something still holds."""
         return sum(size for ref, size in self._bytes.values() if not ref.expired())
+
+
+class TrackPeak(TrackStorages):
+    """The most bytes of them alive after any operation so far, and how many operations there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self.operations = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        self.operations += 1
+        self.most = max(self.most, self.live_bytes())
+        return out

@@ -56,6 +56,9 @@ _MODULE_OF = {
     "permute_quantize": "permute",
     "unpermute": "permute",
     "group_limited_topk": "topk",
+    "cross_entropy": "cross_entropy",
+    "cross_entropy_with_gradient": "cross_entropy",
+    "embedding_wgrad": "embedding",
     "adamw_step": "adamw",
     "adamw_step_quantize": "adamw",
     "squared_norm": "squared_norm",
@@ -63,6 +66,7 @@ _MODULE_OF = {
 OPS = tuple(_MODULE_OF)
 
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

@@ -287,4 +287,9 @@ DECLARATIONS = {
         (*_STATE, "Total weight", "Fp8Total blocks", "Fp8Total transposed"), _ADAMW, (), _nothing
     ),
     "squared_norm": Declaration(("Tensor flat",), "", ("tensor",), _sum),
+    "cross_entropy": Declaration(("Tensor logits", "Tensor labels", "Total losses"), "", (), _nothing),
+    "cross_entropy_with_gradient": Declaration(
+        ("Total logits", "Tensor labels", "Tensor weight", "Total losses"), "", (), _nothing
+    ),
+    "embedding_wgrad": Declaration(("Tensor dy", "Tensor ids", "Total main_grad"), "", (), _nothing),
 }

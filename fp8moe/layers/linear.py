@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from fp8moe.kernels.embedding import embedding_wgrad
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks
@@ -128,7 +129,8 @@ def quantize_weights(model: nn.Module) -> None:
 class Embedding(nn.Module):
     """ids [T] int64 -> [T, dim]; `weight` [vocab_size, dim].
 
-    Its gradient goes into FP32 `main_grad` directly: a frequent token sums thousands of rows, which BF16 would lose.
+    Its gradient goes into FP32 `main_grad` directly, in the order of the tokens: a frequent token sums thousands of
+    rows, which BF16 would lose.
     """
 
     def __init__(self, vocab_size: int, dim: int, recipe: Recipe) -> None:
@@ -148,7 +150,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         weight, ids_T, dy_TD = ctx.weight, ctx.ids_T, grads[0]
-        submit(lambda: weight.main_grad.index_add_(0, ids_T, dy_TD.float()))
+        submit(lambda: embedding_wgrad(dy_TD, ids_T, weight.main_grad))
         return None, None
 
 

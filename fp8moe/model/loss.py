@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-IGNORE = -100
+from fp8moe.kernels.cross_entropy import IGNORE
+
+__all__ = ["IGNORE"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,6 @@ def mtp_labels(labels_BS: Tensor) -> Tensor:
 def count_predicted(labels_BS: Tensor) -> tuple[int, int]:
     """(next tokens, tokens after the next) that labels [B, S] ask to predict."""
     return int((labels_BS != IGNORE).sum()), int((mtp_labels(labels_BS) != IGNORE).sum())
-
-
-def cross_entropy_sum(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """Nats summed over the labels that are not -100, in FP32."""
-    return nn.functional.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE, reduction="sum")
 
 
 @dataclass(frozen=True)

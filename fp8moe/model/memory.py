@@ -44,15 +44,17 @@ class MicroBatch:
 def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> float:
     """Bytes a stage keeps of one micro-batch until its weight gradients are done.
 
-    Per block what `_block_bytes` says; for the head its input, its norm's output unless that is recomputed, and the
-    logits' gradient, in BF16; for the MTP module the same again, the next token's embedding (the hidden state that it
-    is joined with is the head's input, counted there) and both their norms likewise.
+    Per block what `_block_bytes` says; for the head its input and the gradient of its norm's output, which the losses'
+    forward leaves for their backward; for the MTP module the same again, the next token's embedding (the hidden state
+    that it is joined with is the head's input, counted there) and both their norms' outputs unless those are
+    recomputed. While the losses run there is also a chunk of logits, however many micro-batches are kept:
+    `model.head_loss`.
     """
     c, wide = config, sizes.recipe.dtype.itemsize
     normed = 0.0 if Recompute.NORM in sizes.recipe.recompute else wide * c.dim
     blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
     per_token = sum(_block_bytes(c, layer, sizes.recipe) for layer in blocks)
-    per_token += (stage.head + stage.mtp) * (wide * (c.dim + c.vocab_size) + normed)
+    per_token += (stage.head + stage.mtp) * wide * 2 * c.dim
     per_token += stage.mtp * (wide * c.dim + 2 * normed)
     return per_token * sizes.tokens
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from fp8moe.layers.linear import Embedding
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Pass, Phase, run_detached
 from fp8moe.model.block import Block
-from fp8moe.model.loss import LossTally, LossWeights, cross_entropy_sum, mtp_labels
+from fp8moe.model.head_loss import head_loss
+from fp8moe.model.loss import LossTally, LossWeights, mtp_labels
 from fp8moe.model.partition import Stage
 from fp8moe.model.phases import BalanceLoss, pass_through
 from fp8moe.model.transformer import Inputs, Mtp, Transformer, next_ids
@@ -176,10 +177,15 @@ class MtpEntrancePass(_OnePhase):
 
 
 class LossPass(_OnePhase):
-    """Norm, head and cross entropy, of the main model and of the MTP module behind `entrance` where there is one."""
+    """Norm, head and cross entropy, of the main model and of the MTP module behind `entrance` where there is one.
+
+    The forward computes the gradients of head and cross entropy with their values, as `model.head_loss` says, and keeps
+    that of each norm's output until the backward. Under `torch.no_grad` it computes values alone.
+    """
 
     name = "loss"
     input_gradient: Tensor
+    _gradients: tuple[Tensor | None, ...]  # of each norm's output
 
     def __init__(
         self,
@@ -195,20 +201,34 @@ class LossPass(_OnePhase):
         self._model, self._source, self._labels_BS, self._entrance = model, source, labels_BS, entrance
         self._weights, self._tally = weights, tally
 
-    def _losses(self, hidden_TD: Tensor, mtp_TD: Tensor | None = None) -> tuple[tuple[Tensor, ...], None]:
+    def _norms(self, hidden_TD: Tensor, mtp_TD: Tensor | None = None) -> tuple[tuple[Tensor, ...], None]:
         model = self._model
-        assert model.norm is not None and model.head is not None
-        main = cross_entropy_sum(model.head(model.norm(hidden_TD)), self._labels_BS.flatten())
+        assert model.norm is not None
+        normed_TD = model.norm(hidden_TD).tensor
         if mtp_TD is None:
-            return (main,), None
+            return (normed_TD,), None
         assert model.mtp is not None
-        labels_T = mtp_labels(self._labels_BS).flatten()
-        return (main, cross_entropy_sum(model.head(model.mtp.leave(mtp_TD)), labels_T)), None
+        return (normed_TD, model.mtp.leave(mtp_TD).tensor), None
 
     def _forward(self) -> None:
         inputs = [self._source()] if self._entrance is None else [self._entrance.hidden_TD, self._source()]
-        self._graph, _ = run_detached(self._losses, *inputs, wgrads=self._wgrads)
-        self._tally.add_losses(*self._graph.outputs)
+        self._graph, _ = run_detached(self._norms, *inputs, wgrads=self._wgrads)
+        normed = list(self._graph.take())
+        wanted = [(self._labels_BS, self._weights.main), (mtp_labels(self._labels_BS), self._weights.mtp)][
+            : len(normed)
+        ]
+        results: list[tuple[Tensor, Tensor | None]] = []
+        while normed:  # the MTP module's first, whose gradients come first under autograd; each is then let go
+            results.append(self._head_loss(normed.pop(), *wanted.pop()))
+        losses, self._gradients = zip(*reversed(results), strict=True)
+        self._tally.add_losses(*losses)
+
+    def _head_loss(self, normed_TD: Tensor, labels_BS: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
+        head = self._model.head
+        assert head is not None
+        training = torch.is_grad_enabled()
+        on_device = torch.full((), weight, dtype=torch.float32, device=normed_TD.device) if training else None
+        return head_loss(head, normed_TD, labels_BS.flatten(), on_device)
 
     @property
     def output(self) -> Tensor:
@@ -218,8 +238,8 @@ class LossPass(_OnePhase):
         raise AssertionError("nothing comes after the losses")
 
     def _backward(self) -> None:
-        weights, losses = (self._weights.main, self._weights.mtp), self._graph.outputs
-        grads = self._graph.backward(*(torch.full_like(loss, w) for loss, w in zip(losses, weights, strict=False)))
+        gradients, self._gradients = self._gradients, ()
+        grads = self._graph.backward(*gradients)
         last = grads[-1]
         assert last is not None
         self.input_gradient = last

@@ -24,7 +24,8 @@ from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable
 from fp8moe.model.block import Block
 from fp8moe.model.config import ModelConfig
-from fp8moe.model.loss import LossSums, cross_entropy_sum, mtp_labels
+from fp8moe.model.head_loss import head_loss_sum
+from fp8moe.model.loss import LossSums, mtp_labels
 
 
 class Inputs(Protocol):
@@ -92,11 +93,11 @@ class Transformer(nn.Module):
         positions = self.positions(batch.positions_BS, batch.documents_BS)
         labels_BS = batch.labels_BS
         hidden_TD, balance = self.run_blocks(self.embedding(batch.inputs_BS.flatten()), positions)
-        main = cross_entropy_sum(self.head(self.norm(hidden_TD)), labels_BS.flatten())
+        main = head_loss_sum(self.head, self.norm(hidden_TD), labels_BS.flatten())
         mtp = torch.zeros_like(main)
         if self.mtp is not None and self.training:
             mtp_TD, mtp_balance = self.mtp(hidden_TD, self.embedding(next_ids(batch)), positions)
-            mtp = cross_entropy_sum(self.head(mtp_TD), mtp_labels(labels_BS).flatten())
+            mtp = head_loss_sum(self.head, mtp_TD, mtp_labels(labels_BS).flatten())
             balance = balance + mtp_balance
         return LossSums(main, mtp, balance)
 

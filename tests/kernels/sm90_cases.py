@@ -183,6 +183,19 @@ def update_cases() -> Iterator[Case]:
 def _state(moments: torch.dtype, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first, second = (torch.empty(shape, dtype=moments) for _ in range(2))
     return torch.empty(shape), torch.empty(shape), first, second
+def loss_cases() -> Iterator[Case]:
+    """The cross entropy of both dtypes, with a vocabulary of production, and the embedding's weight gradient."""
+    loss = importlib.import_module("fp8moe.kernels.triton.cross_entropy")
+    embedding = importlib.import_module("fp8moe.kernels.triton.embedding")
+    labels, losses = torch.empty(2048, dtype=torch.int64), torch.empty(2048)
+    ids = torch.zeros(4096, dtype=torch.int64)
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        logits = torch.empty(2048, 129_280, dtype=dtype)
+        yield f"triton cross_entropy {kind}", partial(loss.cross_entropy, logits, labels, losses)
+        with_gradient = partial(loss.cross_entropy_with_gradient, logits, labels, losses[0].clone(), losses)
+        yield f"triton cross_entropy_with_gradient {kind}", with_gradient
+        dy, total = torch.empty(4096, 7168, dtype=dtype), torch.empty(512, 7168)
+        yield f"triton embedding_wgrad {kind}", partial(embedding.embedding_wgrad, dy, ids, total)
 
 
 def cases() -> Iterator[Case]:
@@ -194,6 +207,7 @@ def cases() -> Iterator[Case]:
     yield from cast_cases()
     yield from permute_cases()
     yield from update_cases()
+    yield from loss_cases()
 
 
 CASES = tuple(cases())

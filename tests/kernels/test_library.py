@@ -6,7 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8moe.kernels import backend, library
 from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
+from fp8moe.kernels.cross_entropy import cross_entropy, cross_entropy_with_gradient
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
+from fp8moe.kernels.embedding import embedding_wgrad
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_mm, grouped_mm_wgrad, grouped_wgrad
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
@@ -82,6 +84,21 @@ def every_way(x, ids):
     return parts(row_map, copies, rows, permute_quantize(x, row_map, power_of_two=True), unpermute(copies, row_map))
 
 
+def every_loss(x, w, labels, weight, total):
+    """Logits, their losses, their gradients in their place, and the gradient of an embedding."""
+    logits = x @ w
+    losses, again = logits.new_empty(2, 6, dtype=torch.float32)
+    cross_entropy(logits, labels, losses)
+    cross_entropy_with_gradient(logits, labels, weight, again)
+    embedding_wgrad(logits, labels.clamp(min=0), total)
+    return losses, again, logits
+
+
+def losses_arguments():
+    labels = torch.tensor([3, -100, 0, 40, 3, -100])
+    return torch.randn(6, 16).bfloat16(), torch.randn(16, 41).bfloat16(), labels, torch.tensor(0.5), torch.zeros(41, 41)
+
+
 def ways_arguments():
     return torch.randn(40, 144).bfloat16(), torch.tensor([[0, 2], [2, -1]]).repeat(20, 1)
 
@@ -119,6 +136,7 @@ CASES = [
     (every_product, products_arguments),
     (every_way, ways_arguments),
     (every_update, updates_arguments),
+    (every_loss, losses_arguments),
 ]
 
 
@@ -154,6 +172,7 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
 def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
@@ -166,3 +185,5 @@ def test_what_an_op_changes_is_declared():
         if any(a.alias_info is not None for a in getattr(torch.ops.fp8moe, name).default._schema.arguments)
     }
     assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "adamw_step", "adamw_step_quantize"}
+    totals = {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "embedding_wgrad"}
+    assert mutated == totals | {"cross_entropy", "cross_entropy_with_gradient"}

@@ -14,19 +14,23 @@ import pytest
 import torch
 
 from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
+from fp8moe.kernels.cross_entropy import cross_entropy_with_gradient
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
+from fp8moe.kernels.embedding import embedding_wgrad
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
 from fp8moe.kernels.quantize import requantize_columns as requantize
+from fp8moe.kernels.reference import embedding as embedding_twin
 from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.reference import quantize as twin
 from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.squared_norm import squared_norm
 from tests.distance import calc_diff
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
+from tests.kernels.loss_rows import STORAGE, assert_within_bounds, logits_and_labels
 from tests.kernels.row_maps import PARTS, random_ids
 from tests.kernels.updates import SETTINGS, state
 
@@ -65,6 +69,13 @@ def from_zero(run, *shape, device):
     return total
 
 
+def losses_and_gradients(logits, labels, weight):
+    """Both, for logits that are left as they are."""
+    losses, gradients = torch.empty(len(labels), device=logits.device), logits.clone()
+    cross_entropy_with_gradient(gradients, labels, weight, losses)
+    return torch.cat([losses[:, None], gradients], 1)
+
+
 def repeat_everything(device, m, n, k, repeats):
     x, w = data("normal", m, k, device=device), data("normal", n, k, device=device)
     dy = data("normal", m, n, device=device)
@@ -76,7 +87,11 @@ def repeat_everything(device, m, n, k, repeats):
     ids = random_ids(m, 4, 16, 0.3).to(device)
     row_map = plan_rows(ids, 16, align=16)
     copies = permute(x, row_map)
+    few = m // 4
+    tokens, weight = torch.randint(n, (few,), device=device), torch.tensor(1e-8, device=device)
     for run in (
+        lambda: losses_and_gradients(dy[:few], tokens, weight),
+        lambda: from_zero(lambda total: embedding_wgrad(x[:few], tokens % 7, total), n, k, device=device),
         lambda: plan_rows(ids, 16),
         lambda: permute(x, row_map),
         lambda: permute(rows, row_map),
@@ -211,6 +226,48 @@ def test_an_update_waits_for_nothing(triton_device):
         scale = squared_norm(flat[1]).rsqrt().float()
         adamw_step(*flat, segments, **SETTINGS, grad_scale=scale)
         adamw_step_quantize(*tensors, weight, *blocks, **SETTINGS, grad_scale=scale)
+def check_losses(device, rows, size, dtype):
+    """Losses and gradients within their bounds; some rows of them at a time, since FP64 takes memory."""
+    logits, labels = logits_and_labels(rows, size, device=device, dtype=dtype)
+    both = losses_and_gradients(logits, labels, torch.tensor(1e-8, device=device))
+    for part in torch.arange(rows, device=device).split(32):
+        losses, gradients = both[part, 0], both[part, 1:]
+        assert_within_bounds(losses, gradients, logits[part], labels[part], 1e-8, storage=STORAGE[dtype])
+
+
+def check_embedding(device, tokens, dim, vocab_size):
+    """Bit for bit the specification on a CPU, with one id in every second token and rows that nobody asks for."""
+    dy, ids = data("normal", tokens, dim, device=device), torch.randint(vocab_size, (tokens,), device=device)
+    ids[::2] = vocab_size // 2
+    total = torch.randn(vocab_size, dim, device=device)
+    expected = total.cpu()
+    embedding_twin.embedding_wgrad(dy.cpu(), ids.cpu(), expected)
+    embedding_wgrad(dy, ids, total)
+    assert torch.equal(total.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [129_280, 1 << 18, 32_001])
+def test_losses_of_production(triton_device, size, dtype):
+    check_losses(triton_device, 200, size, dtype)
+
+
+@pytest.mark.gpu
+def test_embedding_of_production(triton_device):
+    check_embedding(triton_device, 4096, 7168, 4096)
+
+
+@pytest.mark.gpu
+def test_losses_and_embedding_never_wait(triton_device):
+    logits, labels = logits_and_labels(64, 1000, device=triton_device)
+    losses, total = torch.empty(64, device=triton_device), torch.zeros(1000, 1000, device=triton_device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weight = torch.full((), 1e-8, device=triton_device)
+        cross_entropy_with_gradient(logits, labels, weight, losses)
+        embedding_wgrad(logits, labels.clamp(min=0), total)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -276,6 +333,7 @@ def test_no_access_outside_a_tensor(triton_device):
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute adamw squared_norm"
+    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute cross_entropy embedding"
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     chosen = "normal or anyhow or nothing or slot_order or on_the_way or any_range or written_beside or anywhere"
@@ -295,3 +353,5 @@ def test_these_checks_run(triton_device):
     check_permute(triton_device, 24, 144, 3, 5, 40)
     check_update(triton_device, (2, 48, 144), 2)
     check_norm(triton_device, 9000, 2)
+    check_losses(triton_device, 6, 300, torch.bfloat16)
+    check_embedding(triton_device, 40, 144, 9)

@@ -61,17 +61,17 @@ def test_activation_bytes_by_hand() -> None:
     wide = [stage_activation_bytes(config, stage, one(precision)) for precision in ("fp8", "bf16", "fp32")]
     assert wide == sorted(wide) and wide[2] > 1.8 * wide[1]
     with_head = replace(stage, head=True)
-    assert stage_activation_bytes(config, with_head, MicroBatch(1, 1)) - wide[0] == 2 * (64 + 1024)
+    assert stage_activation_bytes(config, with_head, MicroBatch(1, 1)) - wide[0] == 2 * (64 + 64)
 
     def spared(name: Recompute, precision: str, where: Stage = stage) -> float:
         every, without = (one(precision, names) for names in (FULL_RECOMPUTE, FULL_RECOMPUTE - {name}))
         return stage_activation_bytes(config, where, without) - stage_activation_bytes(config, where, every)
 
     assert spared(Recompute.NORM, "fp8") == 2 * (64 + 64 + 32 + 32)
-    assert spared(Recompute.NORM, "fp8", with_head) == 2 * (64 + 64 + 32 + 32 + 64)
+    assert spared(Recompute.NORM, "fp8", with_head) == spared(Recompute.NORM, "fp8"), "the head keeps no norm's output"
     with_mtp = replace(with_head, mtp=True)
-    mtp = 2 * (64 + 64 + 32 + 32) + 2 * (3 * 64)  # its block's norms; the two that it joins, and its last
-    assert spared(Recompute.NORM, "fp8", with_mtp) == 2 * (64 + 64 + 32 + 32 + 64) + mtp
+    mtp = 2 * (64 + 64 + 32 + 32) + 2 * (2 * 64)  # its block's norms and the two that it joins
+    assert spared(Recompute.NORM, "fp8", with_mtp) == 2 * (64 + 64 + 32 + 32) + mtp
     assert spared(Recompute.MLA_UP, "fp8") == 2 * 2 * (32 + 32 + 16 + 16)
     assert [spared(Recompute.SWIGLU, precision) for precision in ("fp8", "bf16", "fp32")] == [0, 2 * 3 * 64, 4 * 3 * 64]
 
@@ -123,9 +123,9 @@ def test_the_estimate_is_what_is_kept(precision: Precision, layer: int, phases: 
 def test_the_estimate_of_a_last_stage_is_what_is_kept(
     precision: Precision, mtp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes alive after the backward of the losses, where the logits' gradient has come: within 0.2 %.
+    """Bytes alive after the forward of the losses, where the gradients of their norms wait: within 0.2 %.
 
-    Left out are the rotations, which all micro-batches may share, and the gradients handed to the phase that is next.
+    Left out are the rotations, which all micro-batches may share.
     """
     config = changed(SMALL, mtp_depth=int(mtp), num_layers=1, num_dense_layers=0, vocab_size=512)
     recipe = Recipe(precision, FULL_RECOMPUTE)
@@ -140,7 +140,5 @@ def test_the_estimate_of_a_last_stage_is_what_is_kept(
         chain = make(0, 0, lambda: x)
         for phase in (phase for one in chain for phase in one.phases):
             phase.forward()
-        chain[-1].phases[0].backward()
-    handed_on = (1 + mtp) * x.untyped_storage().nbytes()
     estimate = stage_activation_bytes(config, stage, MicroBatch(1, TOKENS, recipe))
-    assert tracked.live_bytes() - handed_on == pytest.approx(estimate, rel=2e-3)
+    assert tracked.live_bytes() == pytest.approx(estimate, rel=2e-3)

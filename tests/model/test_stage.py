@@ -124,4 +124,5 @@ def test_validation_predicts_one_token_alone() -> None:
             for phase in (phase for one in make(0, microbatch, None) for phase in one.phases):
                 phase.forward()
     assert tally.sums[1] == expected[1] == 0
+    assert not bool(model.main_grads.dense.any()), "values alone: nobody asked for a gradient"
     torch.testing.assert_close(tally.sums, expected, rtol=1e-6, atol=0.0)
