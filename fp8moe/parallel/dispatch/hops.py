@@ -13,7 +13,7 @@ Legend: T tokens of a chunk, K top-k, S rows sent, N rows that arrive after the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.permute import RowMap, plan_rows, unpermute
+from fp8moe.kernels.row_map import invert
 from fp8moe.parallel.collectives import PendingAllToAll, start_all_to_all
 from fp8moe.parallel.dispatch.payload import as_bytes, from_bytes, joined
 
@@ -106,6 +107,7 @@ def _spread(dense: RowMap, room: int) -> RowMap:
         slot_R=slot_R,
         group_offsets=torch.arange(0, len(offsets) * room, room, device=offsets.device, dtype=torch.int32),
         tokens_per_expert=dense.tokens_per_expert,
+        row_of_slot=invert(slot_R, dense.num_rows * dense.topk),
         num_rows=dense.num_rows,
         topk=dense.topk,
     )
@@ -195,4 +197,5 @@ def in_order(row_map: RowMap, order_N: Tensor) -> RowMap:
     order_N = torch.cat([order_N, order_N.new_zeros(1)])  # something to read when nothing arrived
     source_R = torch.where(here, order_N[row_map.source_R], -1)
     slot_R = torch.where(here, source_R * row_map.topk + row_map.slot_R % max(row_map.topk, 1), -1)
-    return RowMap(source_R, slot_R, row_map.group_offsets, row_map.tokens_per_expert, row_map.num_rows, row_map.topk)
+    rows = invert(slot_R, row_map.num_rows * row_map.topk)
+    return replace(row_map, source_R=source_R, slot_R=slot_R, row_of_slot=rows)
