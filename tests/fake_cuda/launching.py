@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.runtime.jit import JITFunction
 
 from fp8moe.kernels import backend, library
-from tests.fake_cuda.recorder import Recorder, size_of, tensors_in
+from tests.fake_cuda.recorder import Recorder, results, size_of, tensors_in
 
 HOPPER = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0)
 ALIGNMENT = 256  # of what the caching allocator returns is 512
@@ -63,12 +63,14 @@ def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
 
     def run_op(name: str, *args: Any, **kwargs: Any) -> Any:
         provider = backend.provider(name, backend.resolve())
-        with recorder.in_op(name, provider, kind_of(name)):
+        with recorder.in_op(name, provider, kind_of(name)) as call:
             if provider == backend.REFERENCE:  # a step should have none: it is reported, not followed through its loops
                 recorder.launched(name, 0)
                 return traced(name)(*args, **kwargs)
             changed[:] = [t.untyped_storage() for t in mutated(name, args, kwargs)]
-            return backend._load(provider, name)(*args, **kwargs)
+            out = backend._load(provider, name)(*args, **kwargs)
+            call.results = results(name, out)
+            return out
 
     traced = backend._without_entering
     changed: list[Any] = []

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.fake_cuda.trace import Launch, Trace, Wait
+from fp8moe.kernels.fp8 import BLOCK_TILE, E5m6Tensor, Fp8Tensor
+from tests.fake_cuda.trace import Call, Launch, Trace, Wait
 
 ROOT = Path(__file__).resolve().parents[2]
 # Kernels of ATen ops that launch more than one on a GPU, as torch 2.11 does on an H100.
@@ -37,6 +38,7 @@ NO_LAUNCH = ALLOCATIONS | {"is_pinned", "_pin_memory", "record_stream", "_has_co
 # Their first tensor is written and not read.
 WRITE_ONLY = {"fill_", "zero_", "copy_", "random_", "normal_", "uniform_"}
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount", "equal"}
+DTYPES = {torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64", torch.float8_e4m3fn: "FP8"}
 KIND_OF_ATEN = {
     **dict.fromkeys(("mm", "addmm", "bmm", "_grouped_mm"), "gemm"),
     **dict.fromkeys(
@@ -72,6 +74,22 @@ def size_of(tensor: Tensor) -> int:
     return number * tensor.element_size()
 
 
+def results(op: str, made: Any) -> list[str]:
+    """What an op returned, in words: dtype, shape, and of FP8 which way its tiles lie."""
+    words = []
+    values = made if isinstance(made, list | tuple) else [made]
+    for number, value in enumerate(values):
+        if isinstance(value, Fp8Tensor):
+            turned = number == len(values) - 1 and "columns" in op or op == "swiglu_backward" and number == 1
+            layout = "blocks" if value.tile == BLOCK_TILE else "columns" if turned else "rows"
+            words.append(f"FP8 {layout} {list(value.shape)}")
+        elif isinstance(value, E5m6Tensor):
+            words.append(f"E5M6 {list(value.shape)}")
+        elif isinstance(value, Tensor) and value.numel() > 1:
+            words.append(f"{DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))} {list(value.shape)}")
+    return words
+
+
 def site() -> str:
     """The project's innermost line on the stack; in autograd's own functions the line that made their node."""
     frame = sys._getframe(1)
@@ -98,38 +116,49 @@ def project_line(filename: str, line: int) -> str | None:
 
 
 class Recorder(TorchDispatchMode):
-    """See the module. `phase` is set by whoever runs; `op` is the project's op whose launcher runs, with its back end."""
+    """See the module; phases may lie within phases."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
-        self.phase = "setup"
-        self.op: tuple[str, str, str] | None = None  # name, back end, kind
-        self._live = self._began = 0
+        self._op: Call | None = None  # the project's op whose launcher runs
+        self._live = 0
+        self._phases = [("setup", 0)]  # by name, with the bytes that lived when it began; the innermost last
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
 
+    @property
+    def phase(self) -> str:
+        """The innermost phase."""
+        return self._phases[-1][0]
+
     @contextmanager
     def in_phase(self, name: str) -> Iterator[None]:
-        """Within the block everything belongs to phase `name`, and its most memory is measured."""
-        outer, self.phase, self._began = (self.phase, self._began), name, self._live
+        """Within the block launches belong to phase `name`, or to one within it; its most memory is measured."""
+        self._phases.append((name, self._live))
         try:
             yield
         finally:
-            self.phase, self._began = outer
+            self._phases.pop()
 
     @contextmanager
-    def in_op(self, name: str, backend: str, kind: str) -> Iterator[None]:
-        """Within the block every launch belongs to the project's op `name`."""
-        outer, self.op = self.op, (name, backend, kind)
+    def in_op(self, name: str, backend: str, kind: str) -> Iterator[Call]:
+        """Within the block every launch belongs to the project's op `name`, whose results the caller adds."""
+        assert self._op is None, "an op calls no other op"
+        self._op = Call(self.phase, name, backend, kind, site())
+        self.trace.calls.append(self._op)
         try:
-            yield
+            yield self._op
         finally:
-            self.op = outer
+            self._op = None
 
     def launched(self, kernel: str, size: int, *, count: int = 1, kind: str = "element-wise") -> None:
-        name, backend, kind = (kernel, "torch", kind) if self.op is None else self.op
-        self.trace.launches.append(Launch(self.phase, name, kernel, backend, kind, size, site(), count))
+        call = self._op
+        if call is None:
+            call = Call(self.phase, kernel, "torch", kind, site())
+            self.trace.calls.append(call)
+        call.launches, call.bytes = call.launches + count, call.bytes + size
+        self.trace.launches.append(Launch(self.phase, call.op, kernel, call.backend, call.kind, size, site(), count))
 
     def waited(self, what: str) -> None:
         self.trace.waits.append(Wait(self.phase, what, site()))
@@ -179,6 +208,8 @@ class Recorder(TorchDispatchMode):
         size = sum(map(size_of, _distinct(read))) + sum(map(size_of, _distinct(made)))
         kind = KIND_OF_ATEN.get(name, "element-wise")
         self.launched(f"aten::{name}", size, count=SEVERAL.get(name, 1), kind=kind)
+        if self._op is None:
+            self.trace.calls[-1].results = results(name, made)
 
     def _allocated(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -188,8 +219,8 @@ class Recorder(TorchDispatchMode):
         size = storage.nbytes()
         self._live += size
         weakref.finalize(storage, self._freed, size)
-        peak = self._live - self._began
-        self.trace.peak[self.phase] = max(self.trace.peak.get(self.phase, 0), peak)
+        for phase, began in self._phases:
+            self.trace.peak[phase] = max(self.trace.peak.get(phase, 0), self._live - began)
 
     def _freed(self, size: int) -> None:
         self._live -= size

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8moe.kernels.row_map import most_rows
 from fp8moe.layers.attention.mla import MlaConfig
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.linear import quantize_weights
@@ -36,6 +37,7 @@ from tests.fake_cuda.recorder import Recorder
 from tests.fake_cuda.trace import Trace
 
 SEQ_LEN = 4096
+TOKENS = (4096, 16384)
 V3_SHARE = ModelConfig(
     vocab_size=129280,
     dim=7168,
@@ -84,12 +86,19 @@ def run_passes(recorder: Recorder, model: Transformer, tokens: int) -> None:
         passes[part].backward_from(lambda behind=behind: passes[behind].input_gradient)
     phases = _Phases(recorder)
     with listening(phases):
-        for phases.part, one in passes.items():
-            run_forward((one,))
-        for phases.part in reversed(passes):
-            one = passes[phases.part]
-            run_backward((one,))
-            run_wgrads(deferred_wgrads((one,)))
+        for phases.part in ("embedding", "dense", "mixture"):
+            run_forward((passes[phases.part],))
+        phases.part = "loss"
+        with recorder.in_phase("loss"):
+            run_forward((passes["loss"],))
+            run_whole_backward(passes["loss"])
+        for phases.part in ("mixture", "dense", "embedding"):
+            run_whole_backward(passes[phases.part])
+
+
+def run_whole_backward(one: Pass) -> None:
+    run_backward((one,))
+    run_wgrads(deferred_wgrads((one,)))
 
 
 def trace_step(precision: str, tokens: int) -> Trace:
@@ -100,6 +109,8 @@ def trace_step(precision: str, tokens: int) -> Trace:
             model = Transformer(V3_SHARE, Recipe(Precision(precision), FULL_RECOMPUTE), LocalDispatcher(32))
         quantize_weights(model)
         recorder.trace.launches.clear()
+        recorder.trace.calls.clear()
+        recorder.trace.facts["received rows"] = most_rows(tokens * V3_SHARE.router.topk, V3_SHARE.experts.num_experts)
         recorder.trace.facts["parameters"] = sum(p.numel() for p in model.parameters())
         model.train()
         run_passes(recorder, model, tokens)

@@ -28,6 +28,23 @@ class Launch:
     count: int = 1
 
 
+@dataclass
+class Call:
+    """A call of one of the project's ops, or of an ATen op outside them: what it makes, in words, by how many launches.
+
+    Fields as in `Launch`; bytes are all its launches' together.
+    """
+
+    phase: str
+    op: str
+    backend: str
+    kind: str
+    site: str
+    results: list[str] = field(default_factory=list)
+    launches: int = 0
+    bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Wait:
     """The host waits for the device: what makes it wait, and where."""
@@ -42,6 +59,7 @@ class Trace:
     """One run: `peak` is the most bytes live in each phase beyond what lived when it began."""
 
     launches: list[Launch] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
     peak: dict[str, int] = field(default_factory=dict)
     facts: dict[str, int] = field(default_factory=dict)
@@ -56,8 +74,8 @@ class Trace:
     @staticmethod
     def load(path: Path) -> Trace:
         raw = json.loads(path.read_text())
-        launches = [Launch(**one) for one in raw["launches"]]
-        return Trace(launches, [Wait(**one) for one in raw["waits"]], raw["peak"], raw["facts"])
+        launches, calls = [Launch(**one) for one in raw["launches"]], [Call(**one) for one in raw["calls"]]
+        return Trace(launches, calls, [Wait(**one) for one in raw["waits"]], raw["peak"], raw["facts"])
 
 
 def count(launches: Iterable[Launch]) -> int:

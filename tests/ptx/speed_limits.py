@@ -29,7 +29,6 @@ ACCEPTED = (
     (r"permute .*copy_kernel", "loads", 0.8, "the row that a copy comes from is one number for a whole row"),
     (r"cast_kernel", "loads", 0.52, "two loads of a lane share a sector, and places are one number a row"),
     (r"cast_kernel", "stores", 0.93, "a scale goes to each of a row's places alone"),
-    (r"invert_kernel", "stores", 0.17, "a scatter of single words"),
     (r"sum_kernel", "loads", 0.93, "the place of a copy is one number for a whole row"),
     (r"plan_rows ", "loads", 0.25, "a few counts an expert"),
     (r"plan_rows ", "stores", 0.25, "a few counts an expert, and a scatter of single numbers"),
