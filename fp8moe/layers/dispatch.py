@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
-from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
+from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.kernels.row_map import most_rows
 from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, from_rows, placeholder
@@ -86,8 +86,8 @@ class Dispatcher(Protocol):
         """-> dx [T, D] and d topk_weights [T, K]."""
         ...
 
-    def combine_backward(self, dy_TD: Rows, state: Any) -> Handle[Rows]:
-        """[T, D] -> [R, D]: each token's gradient to all of its rows."""
+    def combine_backward(self, dy_TD: Tensor, state: Any, *, fp8: bool = False) -> Handle[Rows]:
+        """[T, D] -> [R, D]: each token's gradient to all of its rows, cast as `gradient_rows` does where fp8 is asked."""
         ...
 
     def verify(self) -> None:
@@ -121,7 +121,9 @@ class LocalDispatcher:
     def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, state: RowMap) -> Ready[tuple[Tensor, Tensor]]:
         return Ready((unpermute(dx_RD, state), return_weights(dweights_R, state)))
 
-    def combine_backward(self, dy_TD: Rows, state: RowMap) -> Ready[Rows]:
+    def combine_backward(self, dy_TD: Tensor, state: RowMap, *, fp8: bool = False) -> Ready[Rows]:
+        if fp8:  # on the way: nobody else wants the cast
+            return Ready(permute_quantize(dy_TD, state, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True))
         return Ready(permute(dy_TD, state))
 
     def verify(self) -> None:
@@ -164,7 +166,7 @@ def handle_of_rows(rows_RD: Rows, *, like: Tensor) -> Tensor:
 
 
 def gradient_rows(dy_TD: Tensor, *, fp8: bool) -> Rows:
-    """What combine's backward sends: FP8 rows with power-of-two scales, or the gradient as it is."""
+    """What combine's backward sends between ranks: FP8 rows with power-of-two scales, or the gradient as it is."""
     if not fp8:
         return dy_TD
     return quantize_rows(dy_TD, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True)
@@ -206,7 +208,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        rows = ctx.dispatcher.combine_backward(gradient_rows(grads[0], fp8=ctx.gradient is not None), ctx.state).wait()
+        rows = ctx.dispatcher.combine_backward(grads[0], ctx.state, fp8=ctx.gradient is not None).wait()
         return deliver(rows, ctx.gradient, like=grads[0]), None, None, None
 
 

@@ -8,13 +8,14 @@ launchers ask for alignment, and autograd's saved tensors are known by them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.runtime.jit import JITFunction
@@ -22,7 +23,12 @@ from triton.runtime.jit import JITFunction
 from fp8moe.kernels import backend, library
 from tests.fake_cuda.recorder import Recorder, results, size_of, tensors_in
 
+SHARED_MEMORY = 232448  # bytes that a block may have
 HOPPER = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0)
+DRIVER = SimpleNamespace(
+    get_current_device=lambda: 0,
+    utils=SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": SHARED_MEMORY}),
+)
 ALIGNMENT = 256  # of what the caching allocator returns is 512
 KIND_OF_MODULE = {
     **dict.fromkeys(("quantize", "e5m6", "permute"), "cast and permute"),
@@ -57,6 +63,14 @@ def mutated(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
     return list(tensors_in([args[i] for i in places or () if i < len(args)]))
 
 
+def share_of(args: tuple[Any, ...]) -> float:
+    """Which share of its tensors an op works on: what `Segments` say of flat buffers, otherwise all."""
+    for one in args:
+        if (spans := getattr(one, "spans", None)) is not None:
+            return float(sum(stop - start for start, stop, _ in spans) / args[0].numel())
+    return 1.0
+
+
 @contextmanager
 def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
     """Within the block tensors are fake, `cuda` is a Hopper, and `recorder` hears of every launch."""
@@ -68,17 +82,19 @@ def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
                 recorder.launched(name, 0)
                 return traced(name)(*args, **kwargs)
             changed[:] = [t.untyped_storage() for t in mutated(name, args, kwargs)]
+            share[0] = share_of(args)
             out = backend._load(provider, name)(*args, **kwargs)
             call.results = results(name, out)
             return out
 
     traced = backend._without_entering
     changed: list[Any] = []
+    share = [1.0]
 
     def run_kernel(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         given = {address(t): t for t in tensors_in([args, kwargs])}.values()
         again = sum(size_of(t) for t in given if any(t.untyped_storage() is s for s in changed))
-        recorder.launched(self.__name__, sum(map(size_of, given)) + again)
+        recorder.launched(self.__name__, int(share[0] * (sum(map(size_of, given)) + again)))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """cuDNN's, which Hopper takes; PyTorch's choice among kernels is compiled for a GPU alone."""
@@ -88,12 +104,14 @@ def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
         )[0]  # fmt: skip
         return out
 
-    patches: list[tuple[Any, str, Callable[..., Any]]] = [
+    patches: list[tuple[Any, str, Any]] = [
         (FakeTensor, "data_ptr", address),
         (torch.UntypedStorage, "data_ptr", storage_address),
         (JITFunction, "run", run_kernel),
         (backend, "_run", run_op),
         (backend, "why_not", lambda name: None),
+        (triton.runtime.driver, "_active", DRIVER),
+        (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "device_of", lambda tensor: nullcontext()),
         (torch.cuda, "get_device_properties", lambda device=None: HOPPER),
         (torch.cuda, "get_device_name", lambda device=None: HOPPER.name),

@@ -90,7 +90,7 @@ def trace_dispatch(route: Callable[[], Any], precision: str, tokens: int, factor
         with recorder.in_phase("combine"):
             dispatcher.combine(y, arrived.state).wait()
         with recorder.in_phase("combine backward"):
-            dispatcher.combine_backward(rows, arrived.state).wait()
+            dispatcher.combine_backward(x, arrived.state, fp8=precision == "fp8").wait()
         with recorder.in_phase("dispatch backward"):
             dispatcher.dispatch_backward(y, arrived.weights_R, arrived.state).wait()
     return recorder.trace

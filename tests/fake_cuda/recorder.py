@@ -35,8 +35,13 @@ SEVERAL = {
 }
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 NO_LAUNCH = ALLOCATIONS | {"is_pinned", "_pin_memory", "record_stream", "_has_compatible_shallow_copy_type", "device"}
-# Their first tensor is written and not read.
-WRITE_ONLY = {"fill_", "zero_", "copy_", "random_", "normal_", "uniform_"}
+# Their first tensor is written and not read, or only asked for its shape.
+WRITE_ONLY = {
+    *("fill_", "zero_", "copy_", "random_", "normal_", "uniform_"),
+    *("full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"),
+}
+GATHERS = {"index", "index_select", "gather", "embedding"}  # of their first tensor they read as much as they make
+ADDED_AT = {"index_add_"}  # of their first tensor they read and write as much as they add, their last
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount", "equal"}
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64", torch.float8_e4m3fn: "FP8"}
 KIND_OF_ATEN = {
@@ -204,8 +209,13 @@ class Recorder(TorchDispatchMode):
                 self.waited("copy of pageable memory to the device")
 
     def _record(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        read = given[1:] if name in WRITE_ONLY else given
-        size = sum(map(size_of, _distinct(read))) + sum(map(size_of, _distinct(made)))
+        read = given[1:] if name in WRITE_ONLY | GATHERS | ADDED_AT else given
+        moved = [*_distinct(read), *_distinct(made)]
+        if name in GATHERS:
+            moved += made
+        elif name in ADDED_AT:
+            moved = [*_distinct(read), given[-1], given[-1]]
+        size = sum(map(size_of, moved))
         kind = KIND_OF_ATEN.get(name, "element-wise")
         self.launched(f"aten::{name}", size, count=SEVERAL.get(name, 1), kind=kind)
         if self._op is None:

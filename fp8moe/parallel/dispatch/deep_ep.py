@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.permute import permute, plan_rows, unpermute
-from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
+from fp8moe.layers.dispatch import Announced, Dispatched, Handle, gradient_rows, return_weights, select_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.layers.recipe import Precision
 from fp8moe.parallel.dispatch.hops import DispatchState
@@ -105,9 +105,9 @@ class DeepEPDispatcher:
         )
         return _Started(event, lambda: (total, weights))
 
-    def combine_backward(self, dy_TD: Rows, state: DispatchState[Any]) -> Handle[Rows]:
+    def combine_backward(self, dy_TD: Tensor, state: DispatchState[Any], *, fp8: bool = False) -> Handle[Rows]:
         """See `Dispatcher`."""
-        got, *_, event = self._buffer.dispatch(_given(dy_TD), handle=state.route, **self._options())
+        got, *_, event = self._buffer.dispatch(_given(gradient_rows(dy_TD, fp8=fp8)), handle=state.route, **self._options())
         return _Started(event, lambda: permute(_taken(got), state.row_map))
 
     def verify(self) -> None:

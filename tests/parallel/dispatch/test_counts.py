@@ -212,7 +212,7 @@ def test_the_order_of_rows_that_arrive_by_chunk_and_local_rank_and_node() -> Non
     lying = [(m, n, c, i) for c in range(2) for n in range(2) for m in range(2) for i in range(int(segments[c, n, m]))]
     order = counts._global_order(segments, len(lying))
     assert [lying[i] for i in order.tolist()] == sorted(lying)
-    assert counts._global_order(torch.zeros(2, 2, 2, dtype=torch.int64)).tolist() == []
+    assert counts._global_order(torch.zeros(2, 2, 2, dtype=torch.int64), 0).tolist() == []
 
 
 def test_the_order_of_rows_that_fixed_messages_deliver() -> None:
