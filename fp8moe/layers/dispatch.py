@@ -87,7 +87,7 @@ class Dispatcher(Protocol):
         ...
 
     def combine_backward(self, dy_TD: Tensor, state: Any, *, fp8: bool = False) -> Handle[Rows]:
-        """[T, D] -> [R, D]: each token's gradient to all of its rows, cast as `gradient_rows` does where fp8 is asked."""
+        """[T, D] -> [R, D]: each token's gradient to all of its rows; fp8: cast as by `gradient_rows`."""
         ...
 
     def verify(self) -> None:

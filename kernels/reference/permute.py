@@ -27,12 +27,13 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     position = torch.where(sorted_expert == num_experts, r, position).clamp(max=r)
     slot_R = torch.full((r + 1,), -1, dtype=torch.int64, device=flat.device)
     slot_R = slot_R.scatter_(0, position, slot)[:r]
+    row_of_slot = torch.empty_like(position).scatter_(0, slot, position.masked_fill(position == r, -1))
     return RowMap(
         source_R=torch.where(slot_R < 0, -1, slot_R // max(topk, 1)),
         slot_R=slot_R,
         group_offsets=start.clamp(max=r).to(torch.int32),
         tokens_per_expert=counts[:num_experts],
-        row_of_slot=torch.empty_like(position).scatter_(0, slot, position.masked_fill(position == r, -1)).to(torch.int32),
+        row_of_slot=row_of_slot.to(torch.int32),
         num_rows=num_rows,
         topk=topk,
     )

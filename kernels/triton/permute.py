@@ -5,8 +5,8 @@ where rows begin and end on 16 bytes, as all FP8 rows do, each access is of 16. 
 launch and come to lie M-major, as a grouped GEMM loads them, however they lay before. Padding rows are written there
 too: no pass over the memory beforehand.
 
-`unpermute` and `permute_quantize` go from the other side: for each row of x, where its copies are, which the plan writes
-beside the map. `unpermute` reads a row's copies in slot order and rounds once, without atomics.
+`unpermute` and `permute_quantize` go from the other side: for each row of x, where its copies are, which the plan
+writes beside the map. `unpermute` reads a row's copies in slot order and rounds once, without atomics.
 `permute_quantize` reads and casts a row once and writes it to each of its places: gathering instead would read and cast
 it again for every expert.
 
@@ -148,8 +148,8 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     row_of_slot = torch.empty(n * topk, dtype=torch.int32, device=device)
     group_offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     place_kernel[(max(num_blocks + ceil_div(room, PLAN_COPIES), 1),)](
-        topk_ids, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets, *sizes, num_blocks, room, align,
-        BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
+        topk_ids, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets, *sizes, num_blocks, room,
+        align, BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return RowMap(source_R, slot_R, group_offsets, tokens_per_expert, row_of_slot, n, topk)
 

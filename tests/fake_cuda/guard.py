@@ -26,7 +26,7 @@ def compiler() -> str | None:
 def why_not() -> str | None:
     """Why the guard can't be built on this machine; None where it can."""
     if not sys.platform.startswith("linux"):
-        return f"fake CUDA tensors need symbols of one library to stand before another's, as on Linux, not {sys.platform}"
+        return f"one library's symbols must come before another's, as on Linux; this is {sys.platform}"
     if importlib.util.find_spec("triton") is None:
         return "the launches of Triton kernels are counted, and Triton is not installed"
     if any((_torch() / "lib").glob("libtorch_cuda*")):

@@ -85,7 +85,7 @@ def results(op: str, made: Any) -> list[str]:
     values = made if isinstance(made, list | tuple) else [made]
     for number, value in enumerate(values):
         if isinstance(value, Fp8Tensor):
-            turned = number == len(values) - 1 and "columns" in op or op == "swiglu_backward" and number == 1
+            turned = (number == len(values) - 1 and "columns" in op) or (op == "swiglu_backward" and number == 1)
             layout = "blocks" if value.tile == BLOCK_TILE else "columns" if turned else "rows"
             words.append(f"FP8 {layout} {list(value.shape)}")
         elif isinstance(value, E5m6Tensor):
@@ -204,9 +204,9 @@ class Recorder(TorchDispatchMode):
     def _watch_copies(self, source: Tensor, target: Tensor) -> None:
         if target.device.type == "cpu" and source.device.type == "cuda":
             self.waited("copy to the host")
-        if source.device.type == "cpu" and source.dim() and target.device.type == "cuda":
-            if source.untyped_storage() not in self._pinned:
-                self.waited("copy of pageable memory to the device")
+        arrives = source.device.type == "cpu" and source.dim() and target.device.type == "cuda"
+        if arrives and source.untyped_storage() not in self._pinned:
+            self.waited("copy of pageable memory to the device")
 
     def _record(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
         read = given[1:] if name in WRITE_ONLY | GATHERS | ADDED_AT else given

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
-from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
+from fp8moe.kernels.permute import permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.kernels.reference import permute as twin
 from fp8moe.kernels.row_map import invert

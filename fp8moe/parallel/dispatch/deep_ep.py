@@ -107,7 +107,8 @@ class DeepEPDispatcher:
 
     def combine_backward(self, dy_TD: Tensor, state: DispatchState[Any], *, fp8: bool = False) -> Handle[Rows]:
         """See `Dispatcher`."""
-        got, *_, event = self._buffer.dispatch(_given(gradient_rows(dy_TD, fp8=fp8)), handle=state.route, **self._options())
+        rows_TD = gradient_rows(dy_TD, fp8=fp8)
+        got, *_, event = self._buffer.dispatch(_given(rows_TD), handle=state.route, **self._options())
         return _Started(event, lambda: permute(_taken(got), state.row_map))
 
     def verify(self) -> None:
