@@ -32,11 +32,15 @@ DRIVER = SimpleNamespace(
 ALIGNMENT = 256  # of what the caching allocator returns is 512
 KIND_OF_MODULE = {
     **dict.fromkeys(("quantize", "e5m6", "permute"), "cast and permute"),
-    **dict.fromkeys(("gemm", "grouped_gemm"), "gemm"),
+    **dict.fromkeys(("gemm", "grouped_gemm", "grouped_mm"), "gemm"),
+    **dict.fromkeys(("swiglu", "silu_mul"), "swiglu"),
+    **dict.fromkeys(("norm", "rope"), "norm and rotation"),
+    "route": "router",
+    "cross_entropy": "loss",
     "adamw": "optimizer",
 }
-# What an op adds into or overwrites, by the name of the argument in its declaration or here: read and written.
-MUTATED = {"adamw_step": (0, 2, 3)}
+# Positions of what an op both reads and writes, where its declaration names results that it only writes as well.
+MUTATED = {"adamw_step": (0, 2, 3), "adamw_step_quantize": (0, 2, 3)}
 
 
 def storage_address(storage: Any) -> int:

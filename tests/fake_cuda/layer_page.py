@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -65,20 +64,18 @@ def _told(call: Call) -> tuple[str, str, str, str]:
     return call.phase.removeprefix(LAYER), f"`{call.op}`", call.backend, ", ".join(call.results) or "in place"
 
 
-def block(name: str, table: str) -> str:
-    return f"<!-- {name} -->\n{table}\n<!-- end -->"
-
-
 def written(page: str, name: str) -> str:
     """The table of this name as the page has it."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
-    assert found is not None, f"docs/layer.md has no table {name!r}"
-    return found[1]
+    _, begin, rest = page.partition(f"<!-- {name} -->\n")
+    table, end, _ = rest.partition("<!-- end -->")
+    assert begin and end, f"docs/layer.md has no table {name!r}"
+    return table.strip()
 
 
 def rewrite(traces: Mapping[str, Trace]) -> None:
     """Put the tables into the page."""
     page = PAGE.read_text()
     for name, table in tables(traces).items():
-        page = page.replace(block(name, written(page, name)), block(name, table))
+        before, begin, rest = page.partition(f"<!-- {name} -->\n")
+        page = f"{before}{begin}{table}\n{rest[rest.index('<!-- end -->') :]}"
     PAGE.write_text(page)

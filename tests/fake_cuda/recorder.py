@@ -130,7 +130,6 @@ class Recorder(TorchDispatchMode):
         self._live = 0
         self._phases = [("setup", 0)]  # by name, with the bytes that lived when it began; the innermost last
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def phase(self) -> str:
@@ -184,11 +183,10 @@ class Recorder(TorchDispatchMode):
         made = list(tensors_in([out]))
         for tensor in made:
             self._allocated(tensor)
-        if name == "_pin_memory":
-            self._pinned.update(t.untyped_storage() for t in made)
         if on_device or any(t.device.type == "cuda" for t in made):
             if name in ("_to_copy", "copy_"):
-                self._watch_copies(*((given[0], made[0]) if name == "_to_copy" else (given[1], given[0])))
+                source, target = (given[0], made[0]) if name == "_to_copy" else (given[1], given[0])
+                self._watch_copies(source, target, bool(kwargs.get("non_blocking", args[2:] and args[2])))
             if not (name in NO_LAUNCH or _is_view(func)):
                 self._record(name, given, made)
         return out
@@ -201,12 +199,11 @@ class Recorder(TorchDispatchMode):
         if name in WAITING or masks or unsized:
             self.waited(name)
 
-    def _watch_copies(self, source: Tensor, target: Tensor) -> None:
+    def _watch_copies(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if target.device.type == "cpu" and source.device.type == "cuda":
             self.waited("copy to the host")
-        arrives = source.device.type == "cpu" and source.dim() and target.device.type == "cuda"
-        if arrives and source.untyped_storage() not in self._pinned:
-            self.waited("copy of pageable memory to the device")
+        if source.device.type == "cpu" and source.dim() and target.device.type == "cuda" and not non_blocking:
+            self.waited("copy to the device")
 
     def _record(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
         read = given[1:] if name in WRITE_ONLY | GATHERS | ADDED_AT else given

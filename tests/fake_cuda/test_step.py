@@ -47,7 +47,7 @@ def test_a_mixture_layer_takes_few_launches_whatever_its_tokens(traces: Traces, 
 @every
 def test_the_host_waits_for_the_device_once_a_step(traces: Traces, precision: str, tokens: int) -> None:
     """For the gradients' norm, by which the guard decides: no phase waits, so no shape depends on data."""
-    waits = traces(precision, tokens).waits
+    waits = [wait for wait in traces(precision, tokens).waits if wait.phase != "setup"]
     assert [(wait.phase, wait.what) for wait in waits] == [("norm", "_local_scalar_dense")], waits
 
 
