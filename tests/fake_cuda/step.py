@@ -1,7 +1,7 @@
 """The stretches of a training step that are traced, at DeepSeek-V3's sizes: 32 of its experts on one rank.
 
 A model of one dense block and one mixture with embedding, head and loss: forward, backward and weight gradients by the
-pipeline engine, as training runs them; then the gradients' norm, the optimizer and the casts of the weights.
+pipeline's functions, as training runs them; then the gradients' norm and the optimizer, which casts the weights.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run_whole_backward(one: Pass) -> None:
 
 
 def trace_step(precision: str, tokens: int) -> Trace:
-    """The trace of a whole step: embedding, dense block, mixture, losses; norm, optimizer, casts."""
+    """The trace of a whole step: embedding, dense block, mixture, losses; norm, optimizer with the weights' casts."""
     recorder = Recorder()
     with on_fake_hopper(recorder):
         with torch.device("cuda"):
@@ -115,11 +115,9 @@ def trace_step(precision: str, tokens: int) -> Trace:
         model.train()
         run_passes(recorder, model, tokens)
         rates = LearningRateConfig(peak=1e-4, phases=(Segment("constant", 1.0, 1.0),))
-        optimizer = AdamW(dict(model.named_parameters()), OptimizerConfig(rates))
+        optimizer = AdamW(model, model.main_grads, OptimizerConfig(rates))
         with recorder.in_phase("norm"):
             norm = global_grad_norm(model.main_grads, Mesh(1, 1, 1, rank=0))
         with recorder.in_phase("optimizer"):
             optimizer.step(1e-4, norm)
-        with recorder.in_phase("quantize weights"):
-            quantize_weights(model)
     return recorder.trace

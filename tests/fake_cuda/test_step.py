@@ -65,7 +65,7 @@ def test_bytes_of_a_mixture_layer(traces: Traces) -> None:
 def test_bytes_of_the_optimizer(traces: Traces, precision: str, most: int) -> None:
     """Gradient, master, moments and weight once each way; with FP8 the codes in both orientations as well."""
     trace = traces(precision, 4096)
-    size = sum(one.bytes for one in trace.of("optimizer", "quantize weights"))
+    size = sum(one.bytes for one in trace.of("optimizer"))
     assert size / trace.facts["parameters"] <= most + 0.01  # scales of blocks, the list of parts
 
 
