@@ -96,7 +96,7 @@ class Layer:
         arrived = timed("dispatch", lambda: d.dispatch(self.rows, d.announce(self.ids), self.weights))
         y_RD = torch.ones(len(arrived.weights_R), self.setting.hidden, dtype=torch.bfloat16)
         timed("combine", lambda: d.combine(y_RD, arrived.state))
-        timed("combine backward", lambda: d.combine_backward(self.rows, arrived.state))
+        timed("combine backward", lambda: d.combine_backward(self.x, arrived.state, fp8=True))
         timed("dispatch backward", lambda: d.dispatch_backward(y_RD, arrived.weights_R, arrived.state))
 
     def counted(self) -> Traffic:

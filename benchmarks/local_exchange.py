@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8moe.layers.dispatch import Announced, Dispatched, Handle, LocalDispatcher
+from fp8moe.kernels.permute import permute
+from fp8moe.layers.dispatch import Announced, Dispatched, Handle, LocalDispatcher, gradient_rows
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.dispatch.payload import row_bytes
 from fp8moe.parallel.stream import communication_stream
@@ -48,8 +49,9 @@ class LocalExchange:
         sums = self._local.dispatch_backward(dx_RD, dweights_R, state).wait()
         return self._send(sums[0], "dispatch backward", lambda: sums)
 
-    def combine_backward(self, dy_TD: Rows, state: Any) -> Handle[Rows]:
-        return self._send(dy_TD, "combine backward", lambda: self._local.combine_backward(dy_TD, state).wait())
+    def combine_backward(self, dy_TD: Tensor, state: Any, *, fp8: bool = False) -> Handle[Rows]:
+        rows_TD = gradient_rows(dy_TD, fp8=fp8)
+        return self._send(rows_TD, "combine backward", lambda: permute(rows_TD, state))
 
     def verify(self) -> None:
         """One rank has room for all rows."""

@@ -38,7 +38,7 @@ _PARTS = {
     "Fp8Total": ("Tensor({0}_data!) {0}_data", "Tensor({0}_scale!) {0}_scale", "int[] {0}_tile"),
     "E5m6": ("Tensor {}_data", "Tensor {}_scale"),
     "Map": (
-        *("Tensor {}_source", "Tensor {}_slot", "Tensor {}_offsets", "Tensor {}_tokens"),
+        *("Tensor {}_source", "Tensor {}_slot", "Tensor {}_offsets", "Tensor {}_tokens", "Tensor {}_rows"),
         *("SymInt {}_num_rows", "SymInt {}_topk"),
     ),
     "Segments": ("int[] {}_spans", "Tensor {}_parts"),
@@ -153,7 +153,7 @@ def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
         elif isinstance(value, Segments):
             flat += [[number for span in value.spans for number in map(int, span)], value.parts]
         elif isinstance(value, RowMap):
-            flat += [value.source_R, value.slot_R, value.group_offsets, value.tokens_per_expert]
+            flat += [value.source_R, value.slot_R, value.group_offsets, value.tokens_per_expert, value.row_of_slot]
             flat += [value.num_rows, value.topk] if tiles else []
         else:
             flat.append(value)
@@ -227,7 +227,8 @@ def _unpacked(packed: E5m6Tensor, *, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _planned(topk_ids: Tensor, num_experts: int, *, align: int, room: int) -> list[Tensor]:
-    sizes = ((room, torch.int64), (room, torch.int64), (num_experts + 1, torch.int32), (num_experts, torch.int64))
+    long, int_ = torch.int64, torch.int32
+    sizes = (room, long), (room, long), (num_experts + 1, int_), (num_experts, long), (topk_ids.numel(), int_)
     return [topk_ids.new_empty(size, dtype=dtype) for size, dtype in sizes]
 
 
@@ -263,7 +264,7 @@ DECLARATIONS = {
     "unpack_e5m6": Declaration(("E5m6 packed",), "ScalarType dtype", ("tensor",), _unpacked),
     "e5m6_to_columns": Declaration(("E5m6 packed",), "float amax_floor", ("rows",), _columns),
     "plan_rows": Declaration(
-        ("Tensor topk_ids", "int num_experts"), "int align, SymInt room", ("tensor",) * 4, _planned
+        ("Tensor topk_ids", "int num_experts"), "int align, SymInt room", ("tensor",) * 5, _planned
     ),
     "permute": Declaration(("Tensor x", "Map row_map"), "", ("tensor",), _moved),
     "permute_fp8": Declaration(("Fp8 x", "Map row_map"), "", ("rows",), _cast_copies),

@@ -5,7 +5,10 @@ It stands apart from the ops of `permute` because their implementations and thei
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from fp8moe.kernels.fp8 import TILE
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,34 @@ class RowMap:
 
     source_R: int64, row of x, -1 for padding. slot_R: int64, n * topk + k of the copy, -1 for padding.
     group_offsets: int32 [E+1], rows of expert e are [group_offsets[e], group_offsets[e+1]). tokens_per_expert: int64
-    [E], without padding. num_rows: rows of x. topk: copies a row of x may have.
+    [E], without padding. row_of_slot: int32 [N * topk], the inverse of slot_R: the row of each copy, -1 where it is not
+    here. num_rows: N, rows of x. topk: copies a row of x may have.
     """
 
     source_R: Tensor
     slot_R: Tensor
     group_offsets: Tensor
     tokens_per_expert: Tensor
+    row_of_slot: Tensor
     num_rows: int
     topk: int
+
+    def of_slots(self) -> "RowMap":
+        """The map of one number a slot, [N * topk], to one a row: of routing weights, and back."""
+        num_slots = self.num_rows * self.topk
+        return RowMap(
+            self.slot_R, self.slot_R, self.group_offsets, self.tokens_per_expert, self.row_of_slot, num_slots, 1
+        )
+
+
+def invert(slot_R: Tensor, num_slots: int) -> Tensor:
+    """`row_of_slot` of a map with these slots."""
+    rows = torch.full((num_slots + 1,), -1, dtype=torch.int32, device=slot_R.device)
+    rows[slot_R] = torch.arange(len(slot_R), dtype=torch.int32, device=slot_R.device)
+    return rows[:-1]  # padding, slot -1, wrote into the last
+
+
+def most_rows(num_copies: int, num_experts: int, align: int = TILE) -> int:
+    """The `room` that suffices for every routing of so many copies: all experts with one copy beyond a multiple."""
+    groups = min(num_copies, num_experts)
+    return (num_copies + (align - 1) * groups) // align * align

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
-from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
+from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
+from fp8moe.kernels.row_map import most_rows
 from fp8moe.layers.operand import Activation, Fp8Gradient, Rows, from_rows, placeholder
 
 Value = TypeVar("Value", covariant=True)
@@ -85,8 +86,8 @@ class Dispatcher(Protocol):
         """-> dx [T, D] and d topk_weights [T, K]."""
         ...
 
-    def combine_backward(self, dy_TD: Rows, state: Any) -> Handle[Rows]:
-        """[T, D] -> [R, D]: each token's gradient to all of its rows."""
+    def combine_backward(self, dy_TD: Tensor, state: Any, *, fp8: bool = False) -> Handle[Rows]:
+        """[T, D] -> [R, D]: each token's gradient to all of its rows; fp8: cast as by `gradient_rows`."""
         ...
 
     def verify(self) -> None:
@@ -95,7 +96,11 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """One rank holds all experts: dispatch is a permutation."""
+    """One rank holds all experts: dispatch is a permutation, and nothing of it is waited for.
+
+    On a GPU the rows have room for every routing, up to 127 more an expert than some need: the number of rows is then
+    known on the host. On a CPU it can be read at no cost.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self.num_local_experts = num_experts
@@ -104,7 +109,9 @@ class LocalDispatcher:
         return Announced(topk_ids_TK)
 
     def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Ready[Dispatched]:
-        row_map = plan_rows(announced.topk_ids_TK, self.num_local_experts)
+        ids_TK, num_experts = announced.topk_ids_TK, self.num_local_experts
+        room = None if ids_TK.device.type == "cpu" else most_rows(ids_TK.numel(), num_experts)
+        row_map = plan_rows(ids_TK, num_experts, room=room)
         weights_R = select_weights(topk_weights_TK, row_map)
         return Ready(Dispatched(permute(rows_TD, row_map), weights_R, row_map.group_offsets, row_map))
 
@@ -114,7 +121,9 @@ class LocalDispatcher:
     def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, state: RowMap) -> Ready[tuple[Tensor, Tensor]]:
         return Ready((unpermute(dx_RD, state), return_weights(dweights_R, state)))
 
-    def combine_backward(self, dy_TD: Rows, state: RowMap) -> Ready[Rows]:
+    def combine_backward(self, dy_TD: Tensor, state: RowMap, *, fp8: bool = False) -> Ready[Rows]:
+        if fp8:  # on the way: nobody else wants the cast
+            return Ready(permute_quantize(dy_TD, state, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True))
         return Ready(permute(dy_TD, state))
 
     def verify(self) -> None:
@@ -123,15 +132,14 @@ class LocalDispatcher:
 
 def select_weights(topk_weights_TK: Tensor, row_map: RowMap) -> Tensor:
     """The routing weight of each row, [R] FP32; 0 for padding."""
-    slot_R = row_map.slot_R
-    return topk_weights_TK.reshape(-1)[slot_R.clamp(min=0)].masked_fill(slot_R < 0, 0.0)
+    weights_R = permute(topk_weights_TK.reshape(-1), row_map.of_slots())
+    assert isinstance(weights_R, Tensor)
+    return weights_R
 
 
 def return_weights(dweights_R: Tensor, row_map: RowMap) -> Tensor:
     """The dual of `select_weights`: [R] -> [N, K], zero where no row went. Each slot has at most one row."""
-    flat = dweights_R.new_zeros(row_map.num_rows * row_map.topk + 1)
-    flat[row_map.slot_R] = dweights_R  # padding, slot -1, lands in the last cell, which is cut off
-    return flat[:-1].view(row_map.num_rows, row_map.topk)
+    return unpermute(dweights_R[:, None], row_map.of_slots()).view(row_map.num_rows, row_map.topk)
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ def handle_of_rows(rows_RD: Rows, *, like: Tensor) -> Tensor:
 
 
 def gradient_rows(dy_TD: Tensor, *, fp8: bool) -> Rows:
-    """What combine's backward sends: FP8 rows with power-of-two scales, or the gradient as it is."""
+    """What combine's backward sends between ranks: FP8 rows with power-of-two scales, or the gradient as it is."""
     if not fp8:
         return dy_TD
     return quantize_rows(dy_TD, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=True)
@@ -200,7 +208,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        rows = ctx.dispatcher.combine_backward(gradient_rows(grads[0], fp8=ctx.gradient is not None), ctx.state).wait()
+        rows = ctx.dispatcher.combine_backward(grads[0], ctx.state, fp8=ctx.gradient is not None).wait()
         return deliver(rows, ctx.gradient, like=grads[0]), None, None, None
 
 

@@ -76,6 +76,6 @@ def _block_bytes(c: ModelConfig, layer: int, recipe: Recipe) -> float:
     if Recompute.SWIGLU not in again and not recipe.fp8:
         total += wide * hidden
     if not c.is_dense(layer):
-        total += c.router.topk * (cached * c.dim + 4 + 16)  # a row, its weight, where it came from and belongs
+        total += c.router.topk * (cached * c.dim + 4 + 20)  # a row, its weight, where it came from, belongs and lies
         total += 4 * c.experts.num_experts + 12 * c.router.topk + 8  # scores, choice, weights, two normalising sums
     return total

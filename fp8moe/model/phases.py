@@ -22,7 +22,6 @@ from fp8moe.layers.dispatch import (
     Dispatched,
     Handle,
     deliver,
-    gradient_rows,
     handle_of_rows,
     receive,
 )
@@ -229,8 +228,8 @@ class MoePass(_BlockPass):
 
     def _combine_backward(self) -> None:
         dy_TD, state = self._gradient(), release(self._mlp_state)
-        rows = gradient_rows(dy_TD, fp8=state.gradient is not None)
-        message = self._moe.dispatcher.combine_backward(rows, state.dispatch_state)
+        fp8 = state.gradient is not None
+        message = self._moe.dispatcher.combine_backward(dy_TD, state.dispatch_state, fp8=fp8)
         self._combine_backward_state = CombineBackwardState(dy_TD, message)
 
     def _mlp_backward(self) -> None:

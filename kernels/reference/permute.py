@@ -27,11 +27,13 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     position = torch.where(sorted_expert == num_experts, r, position).clamp(max=r)
     slot_R = torch.full((r + 1,), -1, dtype=torch.int64, device=flat.device)
     slot_R = slot_R.scatter_(0, position, slot)[:r]
+    row_of_slot = torch.empty_like(position).scatter_(0, slot, position.masked_fill(position == r, -1))
     return RowMap(
         source_R=torch.where(slot_R < 0, -1, slot_R // max(topk, 1)),
         slot_R=slot_R,
         group_offsets=start.clamp(max=r).to(torch.int32),
         tokens_per_expert=counts[:num_experts],
+        row_of_slot=row_of_slot.to(torch.int32),
         num_rows=num_rows,
         topk=topk,
     )
@@ -57,11 +59,7 @@ def permute_quantize(
 def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
     n, topk = row_map.num_rows, row_map.topk
     r, d = y_R.shape
-    # Where each slot's copy lies; r is a spare row of zeros, slot n * topk the room where padding writes.
-    row_of_slot = torch.full((n * topk + 1,), r, dtype=torch.int64, device=y_R.device)
-    slot_R = torch.where(row_map.slot_R < 0, n * topk, row_map.slot_R)
-    row_of_slot.scatter_(0, slot_R, torch.arange(r, device=y_R.device))
-    row_NK = row_of_slot[: n * topk].view(n, topk)
+    row_NK = row_map.row_of_slot.masked_fill(row_map.row_of_slot < 0, r).view(n, topk)  # r is a spare row of zeros
     spare = torch.cat([y_R, y_R.new_zeros(1, d)])
     out = torch.empty(n, d, dtype=y_R.dtype, device=y_R.device)
     step = max(1, _CHUNK // max(d, 1))

@@ -5,9 +5,8 @@ where rows begin and end on 16 bytes, as all FP8 rows do, each access is of 16. 
 launch and come to lie M-major, as a grouped GEMM loads them, however they lay before. Padding rows are written there
 too: no pass over the memory beforehand.
 
-`unpermute` and `permute_quantize` go from the other side: for each row of x, where its copies are. That inverse of the
-map is made by one small launch when it is needed; keeping it in the map was refused, maps are also made and reordered
-by the dispatchers. `unpermute` then reads a row's copies in slot order and rounds once, without atomics.
+`unpermute` and `permute_quantize` go from the other side: for each row of x, where its copies are, which the plan
+writes beside the map. `unpermute` reads a row's copies in slot order and rounds once, without atomics.
 `permute_quantize` reads and casts a row once and writes it to each of its places: gathering instead would read and cast
 it again for every expert.
 
@@ -37,7 +36,6 @@ COPIED_WORDS = 4096  # a program of copy_kernel moves
 COPIED_BYTES = 1024  # of one row, at most
 SUMMED_VALUES = 1024  # a program of sum_kernel sums
 CAST_ROWS = 32
-INVERTED_ROWS = 1024
 # A block of copies is compared with itself: 128 of them take every register a thread has.
 PLAN_COPIES, PLAN_EXPERTS, PLAN_BLOCKS = 64, 64, 1024
 
@@ -77,14 +75,6 @@ def copy_kernel(
         where = scales + n[None, :] * scale_stride_n + t_far * scale_stride_t
         scale = tl.load(where, mask=mask & (n >= 0)[None, :], other=1.0)
         tl.store(out_scales + t_far * R + r[None, :], scale, mask=mask)
-
-
-@triton.jit
-def invert_kernel(slots, row_of_slot, R, BLOCK_R: tl.constexpr):
-    """row_of_slot[slots[r]] = r; padding has no slot."""
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    slot = tl.load(slots + r, mask=r < R, other=-1)
-    tl.store(row_of_slot + slot, r, mask=slot >= 0)
 
 
 @triton.jit
@@ -154,13 +144,14 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     scan_kernel[(num_experts,)](counts, tokens_per_expert, num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
     if room is None:  # the one wait for the device
         room = int(((tokens_per_expert + (align - 1)) // align * align).sum())
-    slot_R, source_R = (torch.full((room,), -1, dtype=torch.int64, device=device) for _ in range(2))
+    slot_R, source_R = (torch.empty(room, dtype=torch.int64, device=device) for _ in range(2))
+    row_of_slot = torch.empty(n * topk, dtype=torch.int32, device=device)
     group_offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    place_kernel[(max(num_blocks, 1),)](
-        topk_ids, counts, tokens_per_expert, slot_R, source_R, group_offsets, *sizes, num_blocks, room, align,
-        BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
+    place_kernel[(max(num_blocks + ceil_div(room, PLAN_COPIES), 1),)](
+        topk_ids, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets, *sizes, num_blocks, room,
+        align, BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return RowMap(source_R, slot_R, group_offsets, tokens_per_expert, n, topk)
+    return RowMap(source_R, slot_R, group_offsets, tokens_per_expert, row_of_slot, n, topk)
 
 
 def permute(x: Rows, row_map: RowMap) -> Rows:
@@ -185,7 +176,7 @@ def permute_quantize(
         unit = vector_bytes(x) // x.element_size()
         programs = (ceil_div(n, CAST_ROWS) + ceil_div(r, CAST_ROWS)) * ceil_div(k, TILE)
         cast_kernel[(programs,)](
-            x, row_of_slot(row_map), row_map.slot_R, rows.data, rows.scale, n, r, k // SIZE_MULTIPLE,
+            x, row_map.row_of_slot, row_map.slot_R, rows.data, rows.scale, n, r, k // SIZE_MULTIPLE,
             x.stride(0) // unit, amax_floor, POWER_OF_TWO=power_of_two, TOPK=row_map.topk, MULTIPLE=SIZE_MULTIPLE,
             UNIT=unit, BLOCK_M=CAST_ROWS, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -200,21 +191,10 @@ def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
         unit = vector_bytes(y_R) // y_R.element_size()
         block_n, block_d = sum_block(d)
         sum_kernel[(ceil_div(n, block_n) * ceil_div(d, block_d),)](
-            y_R, row_of_slot(row_map), out, n, d // unit, y_R.stride(0) // unit, DTYPE=TL_DTYPE[y_R.dtype],
+            y_R, row_map.row_of_slot, out, n, d // unit, y_R.stride(0) // unit, DTYPE=TL_DTYPE[y_R.dtype],
             TOPK=row_map.topk, UNIT=unit, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
-
-
-def row_of_slot(row_map: RowMap) -> Tensor:
-    """The map's inverse, int32 [N * topk]: the row of each slot's copy, -1 where there is none."""
-    r = row_map.slot_R.shape[0]
-    rows = torch.full((row_map.num_rows * row_map.topk,), -1, dtype=torch.int32, device=row_map.slot_R.device)
-    if r:
-        invert_kernel[(ceil_div(r, INVERTED_ROWS),)](
-            row_map.slot_R, rows, r, BLOCK_R=INVERTED_ROWS, num_warps=NUM_WARPS
-        )
-    return rows
 
 
 def vector_bytes(x: Tensor) -> int:

@@ -3,7 +3,8 @@
 Copies are cut into blocks of BLOCK_P in their own order. `count_kernel` counts, for each block, how many go to each
 expert; `scan_kernel` turns each expert's counts into the copies before each block, and their total; `place_kernel` adds
 where the expert's padded group starts, how many copies of it came in earlier blocks, and how many earlier in this one:
-the row. Every number is a count of what comes before, so the order is that of a stable sort whatever runs first.
+the row. Every number is a count of what comes before, so the order is that of a stable sort whatever runs first. More
+programs of the same launch mark the rows that no copy goes to: nothing is filled beforehand.
 
 PyTorch's sort was refused: with the scatters and sums around it that is some twenty launches for a list of a few
 thousand numbers, once a layer and micro-batch. Sizes that change from batch to batch are not specialised: another
@@ -44,14 +45,37 @@ def scan_kernel(counts, totals, num_blocks, BLOCK_B: tl.constexpr):
     tl.store(totals + tl.program_id(0), total.to(tl.int64))
 
 
+@triton.jit
+def mark_padding(totals, slots, sources, r, E, R, align, BLOCK_E: tl.constexpr):
+    """slots, sources = -1 at those of the rows r, below R, that are no expert's copy."""
+    copies = tl.zeros_like(r)
+    end = tl.full((), 0, tl.int32)
+    for first in range(0, E, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        total = tl.load(totals + e, mask=e < E, other=0).to(tl.int32)
+        padded = (total + (align - 1)) // align * align
+        start = end + tl.cumsum(padded, 0) - padded
+        inside = (r[:, None] >= start[None, :]) & (r[:, None] < (start + total)[None, :])
+        copies += tl.sum(inside.to(tl.int32), axis=1)
+        end += tl.sum(padded, axis=0)
+    nothing = tl.full(r.shape, -1, tl.int64)
+    tl.store(slots + r, nothing, mask=(r < R) & (copies == 0))
+    tl.store(sources + r, nothing, mask=(r < R) & (copies == 0))
+
+
 @triton.jit(do_not_specialize=["P", "num_blocks", "R", "align"])
 def place_kernel(
-    ids, before, totals, slots, sources, offsets, P, topk, stride_n, stride_k, E, num_blocks, R, align,
+    ids, before, totals, slots, sources, rows, offsets, P, topk, stride_n, stride_k, E, num_blocks, R, align,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """slots, sources [R] of the copies that have room there (the rest stays as it was); offsets int32 [E + 1]."""
+    """slots, sources [R] of the copies that have room there, -1 elsewhere, and the inverse, rows [P].
+
+    offsets: int32 [E + 1]. Programs behind the copies' blocks mark padding, BLOCK_P rows each.
+    """
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK_P)
+    if block >= num_blocks:
+        mark_padding(totals, slots, sources, (block - num_blocks) * BLOCK_P + lane, E, R, align, BLOCK_E)
     p = block * BLOCK_P + lane
     id_ = load_ids(ids, p, P, topk, stride_n, stride_k, E)
     row = tl.load(before + id_ * num_blocks + block, mask=id_ >= 0, other=0)
@@ -70,3 +94,4 @@ def place_kernel(
     fits = (id_ >= 0) & (row < R)
     tl.store(slots + row, p.to(tl.int64), mask=fits)
     tl.store(sources + row, (p // topk).to(tl.int64), mask=fits)
+    tl.store(rows + p, tl.where(fits, row, -1), mask=p < P)

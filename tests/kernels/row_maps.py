@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PARTS = ("source_R", "slot_R", "group_offsets", "tokens_per_expert")
+PARTS = ("source_R", "slot_R", "group_offsets", "tokens_per_expert", "row_of_slot")
 # On a GPU these wait for the device: a number read by the host, or a result whose size is data.
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "repeat_interleave")
 

@@ -140,7 +140,8 @@ def permute_cases() -> Iterator[Case]:
     ops = importlib.import_module("fp8moe.kernels.triton.permute")
     n, k, topk, received = 4096, 7168, 8, 8192
     numbers = torch.empty(received, dtype=torch.int64)
-    row_map = RowMap(numbers, numbers, offsets(), numbers[:GROUPS], n, topk)
+    inverse = torch.empty(n * topk, dtype=torch.int32)
+    row_map = RowMap(numbers, numbers, offsets(), numbers[:GROUPS], inverse, n, topk)
     ids = torch.empty(n, topk, dtype=torch.int64)
     yield "triton plan_rows", partial(ops.plan_rows, ids, 256, room=received)
     token_major = rows(n, k)

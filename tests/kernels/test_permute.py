@@ -7,6 +7,7 @@ from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_rows
 from fp8moe.kernels.reference import permute as reference
+from fp8moe.kernels.row_map import invert, most_rows
 from fp8moe.kernels.statistics import observe_casts
 from tests.kernels.device_cases import data
 from tests.kernels.operands import codes, quantize_matrix
@@ -37,6 +38,24 @@ def test_plan_equals_a_loop(n: int, topk: int, absent: float, align: int) -> Non
     assert row_map.tokens_per_expert.tolist() == counts and row_map.tokens_per_expert.dtype is torch.int64
     assert (row_map.num_rows, row_map.topk) == (n, topk)
     assert row_map.source_R.dtype is row_map.slot_R.dtype is torch.int64
+    rows = [slot.index(s) if s in slot else -1 for s in range(n * topk)]
+    assert row_map.row_of_slot.tolist() == rows and row_map.row_of_slot.dtype is torch.int32
+    assert torch.equal(invert(row_map.slot_R, n * topk), row_map.row_of_slot)
+
+
+@pytest.mark.parametrize("num_experts, copies", [(1, 1), (3, 2), (4, 300), (7, 128 * 7), (32, 1000)])
+def test_the_most_rows_suffice_and_can_be_needed(num_experts: int, copies: int) -> None:
+    room = most_rows(copies, num_experts)
+    groups = min(copies, num_experts)
+    worst = [1] * (groups - 1) + [copies - groups + 1]  # as many groups as there can be, each with one copy too many
+    spread = torch.arange(copies) % num_experts
+    for ids in (spread, torch.arange(groups).repeat_interleave(torch.tensor(worst)), torch.zeros_like(spread)):
+        assert len(plan_rows(ids[:, None], num_experts).slot_R) <= room
+    assert most_rows(copies, num_experts, align=1) == copies
+    whole = (copies - groups) // 128 * 128  # an expert more rows than the rest of one tile each
+    needed = [1] * (groups - 1) + [whole + 1]
+    rows = len(plan_rows(torch.arange(groups).repeat_interleave(torch.tensor(needed))[:, None], num_experts).slot_R)
+    assert rows == most_rows(sum(needed), num_experts)
 
 
 @pytest.mark.parametrize("align", [1, 128])
@@ -47,7 +66,9 @@ def test_room_pads_behind_the_last_group_and_cuts_what_reaches_past_it(align: in
     wide, narrow = plan_rows(ids, 6, align=align, room=r + 77), plan_rows(ids, 6, align=align, room=r // 2)
     for part in PARTS:
         full, more, less = (getattr(row_map, part) for row_map in (exact, wide, narrow))
-        if part.endswith("_R"):
+        if part == "row_of_slot":
+            assert torch.equal(more, full) and torch.equal(less, full.masked_fill(full >= r // 2, -1))
+        elif part.endswith("_R"):
             assert torch.equal(more[:r], full) and bool((more[r:] == -1).all()) and len(more) == r + 77
             assert torch.equal(less, full[: r // 2])
         else:

@@ -1,12 +1,15 @@
 """Permute, unpermute and their plan in Triton: bit for bit the specification, for every width, routing and layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
-from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
+from fp8moe.kernels.permute import permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.kernels.reference import permute as twin
+from fp8moe.kernels.row_map import invert
 from fp8moe.kernels.triton import permute as ops
 from tests.kernels.device_cases import assert_same, data
 from tests.kernels.row_maps import PARTS, random_ids, record_waits
@@ -185,7 +188,7 @@ def test_a_map_whose_rows_were_reordered(triton_device):
     here = row_map.slot_R >= 0
     source = torch.where(here, order[row_map.source_R], -1)
     slot = torch.where(here, source * 4 + row_map.slot_R % 4, -1)
-    mixed = RowMap(source, slot, row_map.group_offsets, row_map.tokens_per_expert, 50, 4)
+    mixed = replace(row_map, source_R=source, slot_R=slot, row_of_slot=invert(slot, 200))
     x = data("normal", 50, 144, device=triton_device)
     copies = permute(x, mixed)
     assert torch.equal(copies, twin.permute(x, mixed))

@@ -3,6 +3,7 @@
 import torch
 
 from fp8moe.kernels import backend
+from fp8moe.kernels.permute import permute
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.dispatch import LocalDispatcher, gradient_rows
 
@@ -15,7 +16,10 @@ def four_verbs(x_TD, ids_TK, weights_TK):
     ).wait()
     rows, state = arrived.rows_RD, arrived.state
     y_RD = rows.dequantize(torch.bfloat16) * arrived.weights_R[:, None].bfloat16()
-    gradient = dispatcher.combine_backward(gradient_rows(x_TD * 2.0**-20, fp8=True), state).wait()
+    gradient = dispatcher.combine_backward(x_TD * 2.0**-20, state, fp8=True).wait()
+    sent = permute(gradient_rows(x_TD * 2.0**-20, fp8=True), state)
+    assert torch.equal(gradient.data.view(torch.uint8), sent.data.view(torch.uint8))
+    assert torch.equal(gradient.scale, sent.scale)
     dx_TD, dweights_TK = dispatcher.dispatch_backward(y_RD, arrived.weights_R, state).wait()
     delivered = {
         **{"codes": rows.data, "scales": rows.scale, "weights": arrived.weights_R, "offsets": arrived.group_offsets},

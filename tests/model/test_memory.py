@@ -50,7 +50,7 @@ def test_activation_bytes_by_hand() -> None:
     stage = Stage(0, range(1), True, False, False)
     tile = 1 + 4 / 128
     per_token = (
-        2 * 64 * 2 + 2 * (32 + 32 + 16) + (1.5 + 4 / 128) * 2 * 16 + 4 * 2 + tile * (2 * 64 + 2 * 64 * 3) + 2 * (4 + 16)
+        2 * 64 * 2 + 2 * (32 + 32 + 16) + (1.5 + 4 / 128) * 2 * 16 + 4 * 2 + tile * (2 * 64 + 2 * 64 * 3) + 2 * (4 + 20)
         + 4 * 8 + 12 * 2 + 4 * 2
     )  # fmt: skip
     assert stage_activation_bytes(config, stage, MicroBatch(3, 10)) == pytest.approx(30 * per_token)

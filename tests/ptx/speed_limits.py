@@ -32,7 +32,6 @@ ACCEPTED = (
     (r"permute .*copy_kernel", "loads", 0.8, "the row that a copy comes from is one number for a whole row"),
     (r"cast_kernel", "loads", 0.52, "two loads of a lane share a sector, and places are one number a row"),
     (r"cast_kernel", "stores", 0.93, "a scale goes to each of a row's places alone"),
-    (r"invert_kernel", "stores", 0.17, "a scatter of single words"),
     (r"sum_kernel", "loads", 0.93, "the place of a copy is one number for a whole row"),
     (r"cross_entropy (bf16|fp32)", "stores", 0.12, "a loss is one word a row"),
     (r"sum_runs_kernel", "loads", 0.65, "an id, a place and the end of a run are one number for a whole row"),

@@ -114,9 +114,10 @@ def yarn_frequencies(dim: int, theta: float, yarn: YarnConfig) -> Tensor:
 
 def rotation(positions_T: Tensor, dim: int, theta: float, yarn: YarnConfig | None) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, dim/2] in FP32 of the angles at `positions_T` (int64), by YaRN where it is given."""
-    frequencies = inverse_frequencies(dim, theta) if yarn is None else yarn_frequencies(dim, theta, yarn)
+    with positions_T.device:  # made there: the host would wait for a copy, every micro-batch
+        frequencies = inverse_frequencies(dim, theta) if yarn is None else yarn_frequencies(dim, theta, yarn)
     amplitude = 1.0 if yarn is None else yarn.amplitude
-    angles = positions_T.float()[:, None] * frequencies.to(positions_T.device)
+    angles = positions_T.float()[:, None] * frequencies
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 

@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.kernels.permute import permute, plan_rows, unpermute
-from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
+from fp8moe.layers.dispatch import Announced, Dispatched, Handle, gradient_rows, return_weights, select_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import PendingAllToAll
 from fp8moe.parallel.dispatch.counts import (
@@ -126,7 +126,7 @@ class AllToAllDispatcher:
         topk_ids_TK, topk = announced.topk_ids_TK, announced.topk_ids_TK.shape[1]
 
         def finish(arrived: _Arrived) -> Dispatched:
-            payload, _ = unpack_payload(arrived.rows, row_bytes(rows_TD), topk)
+            payload, _ = unpack_payload(arrived.rows, row_bytes(rows_TD), topk, self.hop_groups[-1])
             e, order_N = self.num_local_experts, arrived.order_N
             row_map = in_order(plan_rows(payload.ids_TK[order_N], e, room=arrived.room), order_N)
             if self._overflow is not None and arrived.overflowed is not None:
@@ -158,11 +158,12 @@ class AllToAllDispatcher:
             "dispatch backward",
         )
 
-    def combine_backward(self, dy_TD: Rows, state: DispatchState[Route]) -> Handle[Rows]:
+    def combine_backward(self, dy_TD: Tensor, state: DispatchState[Route], *, fp8: bool = False) -> Handle[Rows]:
         """See `Dispatcher`."""
+        sent_TD = gradient_rows(dy_TD, fp8=fp8)
         return communication_stream(dy_TD.device).start(
-            lambda: state.route.send(pack(dy_TD), "combine backward"),
-            lambda rows: permute(unpack(rows, dy_TD), state.row_map),
+            lambda: state.route.send(pack(sent_TD), "combine backward"),
+            lambda rows: permute(unpack(rows, sent_TD), state.row_map),
             "combine backward",
         )
 
@@ -183,7 +184,9 @@ class AllToAllDispatcher:
             last, messages = messages, []
             name = "dispatch" if number == 0 else "dispatch, hop 2"
             for chunk, first in enumerate(payloads):
-                payload = unpack_payload(last[chunk].wait(), body_TB.shape[1], topk)[0] if number else first
+                payload = first
+                if number:
+                    payload, _ = unpack_payload(last[chunk].wait(), body_TB.shape[1], topk, self.hop_groups[number - 1])
                 hop = plan_hop(payload.ids_TK, peers, sizes.splits[chunk][number])
                 hops[chunk].append(hop)
                 origin = None

@@ -92,12 +92,14 @@ def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float
     copies_W1 = experts_We.sum().expand(m * n, 1)
     send = torch.cat([to_node.reshape(m, -1).repeat_interleave(n, 0), experts_We, copies_W1], dim=1)
     got = exchange(send, topology.group, "counts")
-    nodes_CM, got = (part.cpu() for part in (nodes_CM, got))  # the one wait for the device
+    mine = topology.local
+    on_device_CLM = segments(got, c, topology)
+    nodes_CM, got = torch.cat([nodes_CM.flatten(), got.flatten()]).cpu().split([c * m, got.numel()])  # the one wait
+    nodes_CM, got = nodes_CM.view(c, m), got.view(m * n, -1)
 
     by_rank = got[:, : c * (1 + n)].view(m, n, c, 1 + n)  # of rank (node, local): its rows to my node, and to each rank
-    mine = topology.local
     across = [Splits(nodes_CM[i].tolist(), by_rank[:, mine, i, 0].tolist()) for i in range(c)]
-    segments_CLM = by_rank[..., 1 + mine].permute(2, 1, 0)
+    segments_CLM = segments(got, c, topology)
     onward = by_rank[:, mine, :, 1:].sum(0)  # [C, L]
     inside = [Splits(onward[i].tolist(), segments_CLM[i].sum(1).tolist()) for i in range(c)]
     *tokens_e, copies = got[:, c * (1 + n) :].sum(0).tolist()
@@ -106,7 +108,15 @@ def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float
     use = hops_of(topology)
     splits = [[hop for hop, used in zip(pair, use, strict=True) if used] for pair in zip(across, inside, strict=True)]
     room = int(padded_rows(torch.tensor(tokens_e)))
-    return MessageSizes(splits, room, _global_order(segments_CLM).to(pieces[0].device, non_blocking=True))
+    rows = sum(sum(hops[-1].received) for hops in splits)
+    return MessageSizes(splits, room, _global_order(on_device_CLM, rows))
+
+
+def segments(got: Tensor, chunks: int, topology: EpTopology) -> Tensor:
+    """Of the counts [W, n] that arrived: rows for this rank of each chunk, local index and node, [C, L, M]."""
+    m, n = topology.nodes, topology.ranks_per_node
+    by_rank = got[:, : chunks * (1 + n)].view(m, n, chunks, 1 + n)
+    return by_rank[..., 1 + topology.local].permute(2, 1, 0)
 
 
 def padded_rows(tokens_e: Tensor) -> Tensor:
@@ -138,13 +148,14 @@ def _visits(peer_TK: Tensor, peers: int) -> Tensor:
     return torch.zeros(len(peer_TK), peers, dtype=torch.bool, device=peer_TK.device).scatter_(1, peer_TK, True)
 
 
-def _global_order(segments_CLM: Tensor) -> Tensor:
-    """Where the rows of the order (node, local, chunk) lie that arrived as (chunk, local, node): [N]."""
+def _global_order(segments_CLM: Tensor, rows: int) -> Tensor:
+    """Where the `rows` of the order (node, local, chunk) lie that arrived as (chunk, local, node): [N]."""
     lengths = segments_CLM.reshape(-1)
     starts = (lengths.cumsum(0) - lengths).view(segments_CLM.shape).permute(2, 1, 0).reshape(-1)
     ordered = segments_CLM.permute(2, 1, 0).reshape(-1)
     ends = ordered.cumsum(0)
-    return torch.repeat_interleave(starts - (ends - ordered), ordered) + torch.arange(int(ends[-1]))
+    first = torch.repeat_interleave(starts - (ends - ordered), ordered, output_size=rows)
+    return first + torch.arange(rows, device=first.device)
 
 
 def fixed(chunks: int, topk: int, topology: EpTopology, capacity: Capacity) -> MessageSizes:

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.permute import permute, plan_rows, unpermute
-from fp8moe.layers.dispatch import Announced, Dispatched, Handle, return_weights, select_weights
+from fp8moe.layers.dispatch import Announced, Dispatched, Handle, gradient_rows, return_weights, select_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.layers.recipe import Precision
 from fp8moe.parallel.dispatch.hops import DispatchState
@@ -71,7 +71,7 @@ class DeepEPDispatcher:
         """See `Dispatcher`."""
         ranks, rdma_ranks, experts, in_rank, counted = announced.sizes
         counted.current_stream_wait()
-        got, ids_NK, weights_NK, _, handle, event = self._buffer.dispatch(
+        got, ids_NK, weights_NK, tokens_e, handle, event = self._buffer.dispatch(
             _given(rows_TD),
             topk_idx=announced.topk_ids_TK,
             topk_weights=topk_weights_TK,
@@ -83,7 +83,8 @@ class DeepEPDispatcher:
         )
 
         def finish() -> Dispatched:
-            row_map = plan_rows(ids_NK.long(), self.num_local_experts)
+            room = sum(ceil_div(tokens, TILE) * TILE for tokens in tokens_e)  # DeepEP has waited for these numbers
+            row_map = plan_rows(ids_NK.long(), self.num_local_experts, room=room)
             weights_R = select_weights(weights_NK, row_map)
             rows_RD = permute(_taken(got), row_map)
             return Dispatched(rows_RD, weights_R, row_map.group_offsets, DispatchState(handle, row_map))
@@ -105,9 +106,10 @@ class DeepEPDispatcher:
         )
         return _Started(event, lambda: (total, weights))
 
-    def combine_backward(self, dy_TD: Rows, state: DispatchState[Any]) -> Handle[Rows]:
+    def combine_backward(self, dy_TD: Tensor, state: DispatchState[Any], *, fp8: bool = False) -> Handle[Rows]:
         """See `Dispatcher`."""
-        got, *_, event = self._buffer.dispatch(_given(dy_TD), handle=state.route, **self._options())
+        rows_TD = gradient_rows(dy_TD, fp8=fp8)
+        got, *_, event = self._buffer.dispatch(_given(rows_TD), handle=state.route, **self._options())
         return _Started(event, lambda: permute(_taken(got), state.row_map))
 
     def verify(self) -> None:

@@ -1,8 +1,9 @@
 """Route of a dispatch: one or two hops to the experts, and the same hops in return.
 
 A hop is an all-to-all over one group. A row is sent once to each peer that leads to one of its experts, with the ids
-and weights of those experts; the peer either holds them (the last hop) or sends the row on. On the return each hop
-returns one partial sum a row, and the sender adds those of each row in FP32, in order of peer.
+and weights of all its experts; the peer picks those that it leads to, and either holds them (the last hop) or sends the
+row on. On the return each hop returns one partial sum a row, and the sender adds those of each row in FP32, in order of
+peer. What is sent is put together once a token and copied once a peer, by the permutation's kernel.
 
 A batch may travel as several messages (chunks of consecutive tokens): the second hop of one chunk then runs beside the
 first hop of the next. Rows arrive ordered by chunk, last sender, origin; `order` is where each row of the global order
@@ -13,14 +14,15 @@ Legend: T tokens of a chunk, K top-k, S rows sent, N rows that arrive after the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fp8moe.kernels.permute import RowMap, plan_rows, unpermute
+from fp8moe.kernels.permute import RowMap, permute, plan_rows, unpermute
+from fp8moe.kernels.row_map import invert
 from fp8moe.parallel.collectives import PendingAllToAll, start_all_to_all
 from fp8moe.parallel.dispatch.payload import as_bytes, from_bytes, joined
 
@@ -106,36 +108,32 @@ def _spread(dense: RowMap, room: int) -> RowMap:
         slot_R=slot_R,
         group_offsets=torch.arange(0, len(offsets) * room, room, device=offsets.device, dtype=torch.int32),
         tokens_per_expert=dense.tokens_per_expert,
+        row_of_slot=invert(slot_R, dense.num_rows * dense.topk),
         num_rows=dense.num_rows,
         topk=dense.topk,
     )
 
 
 def pack_payload(payload: Payload, hop: Hop, extra: Tensor | None = None) -> Tensor:
-    """The sent rows [S, bytes]: body, ids within the peer's reach (int16), weights (FP32), `extra` [T, n] (int16)."""
-    if not len(payload.body):  # a fixed message has rows even where there are none to send
-        blank = torch.zeros_like
-        payload = Payload(*(blank(part[:1].expand(1, -1)) if len(part) else part.new_zeros(1, part.shape[1])
-                        for part in (payload.body, payload.ids_TK, payload.weights_TK)))  # fmt: skip
-    source_S = hop.row_map.source_R.clamp(min=0)
-    here_S = hop.row_map.slot_R >= 0
-    position_S = torch.arange(len(source_S), device=source_S.device, dtype=torch.int32)
-    peer_S = torch.searchsorted(hop.row_map.group_offsets[1:], position_S, right=True)
-    ids_SK = payload.ids_TK[source_S]
-    theirs_SK = (ids_SK // hop.peers.experts_per_peer == peer_S[:, None]) & (ids_SK >= 0) & here_S[:, None]
-    local_SK = torch.where(theirs_SK, ids_SK % hop.peers.experts_per_peer, -1).to(torch.int16)
-    parts = [payload.body.index_select(0, source_S), as_bytes(local_SK), as_bytes(payload.weights_TK[source_S])]
+    """The sent rows [S, bytes]: body, ids (int16, inverted), weights (FP32), `extra` [T, n] (int16).
+
+    Inverted ids make the zero bytes of rows that a fixed message has left over read as experts that are not there.
+    """
+    parts = [payload.body, as_bytes(~payload.ids_TK.to(torch.int16)), as_bytes(payload.weights_TK)]
     if extra is not None:
-        parts.append(as_bytes(extra[source_S]))
-    return torch.cat(parts, dim=1)
+        parts.append(as_bytes(extra))
+    return _rows_of(torch.cat(parts, dim=1), hop)
 
 
-def unpack_payload(rows: Tensor, body_bytes: int, topk: int) -> tuple[Payload, Tensor]:
-    """The inverse of `pack_payload`: the payload, and the bytes of `extra`."""
+def unpack_payload(rows: Tensor, body_bytes: int, topk: int, peers: HopGroup) -> tuple[Payload, Tensor]:
+    """Rows that arrived by a hop over `peers`: the payload, with the ids of experts here, and the bytes of `extra`."""
     body, ids, weights, extra = rows.split(
         [body_bytes, 2 * topk, 4 * topk, rows.shape[1] - body_bytes - 6 * topk], dim=1
     )
-    return Payload(body, from_bytes(ids, torch.int16).long(), from_bytes(weights, torch.float32)), extra
+    first = peers.group.rank() * peers.experts_per_peer
+    ids_NK = (~from_bytes(ids, torch.int16)).long() - first
+    here_NK = (ids_NK >= 0) & (ids_NK < peers.experts_per_peer)
+    return Payload(body, ids_NK.masked_fill(~here_NK, -1), from_bytes(weights, torch.float32)), extra
 
 
 @dataclass(frozen=True)
@@ -184,9 +182,9 @@ class DispatchState(Generic[Sent]):
 
 
 def _rows_of(body: Tensor, hop: Hop) -> Tensor:
-    if not len(body):
-        return body.new_zeros(len(hop.row_map.source_R), body.shape[1])
-    return body.index_select(0, hop.row_map.source_R.clamp(min=0))
+    rows_S = permute(body, hop.row_map)
+    assert isinstance(rows_S, Tensor)
+    return rows_S
 
 
 def in_order(row_map: RowMap, order_N: Tensor) -> RowMap:
@@ -195,4 +193,5 @@ def in_order(row_map: RowMap, order_N: Tensor) -> RowMap:
     order_N = torch.cat([order_N, order_N.new_zeros(1)])  # something to read when nothing arrived
     source_R = torch.where(here, order_N[row_map.source_R], -1)
     slot_R = torch.where(here, source_R * row_map.topk + row_map.slot_R % max(row_map.topk, 1), -1)
-    return RowMap(source_R, slot_R, row_map.group_offsets, row_map.tokens_per_expert, row_map.num_rows, row_map.topk)
+    rows = invert(slot_R, row_map.num_rows * row_map.topk)
+    return replace(row_map, source_R=source_R, slot_R=slot_R, row_of_slot=rows)

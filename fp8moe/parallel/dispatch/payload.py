@@ -33,7 +33,10 @@ def as_bytes(rows: Tensor) -> Tensor:
 
 
 def from_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """A column slice of bytes -> [N, n] of `dtype`."""
+    """A column slice of bytes -> [N, n] of `dtype`: a view where its rows begin on multiples of a value's size."""
+    size = dtype.itemsize
+    if part.stride(1) == 1 and not (part.stride(0) % size or part.storage_offset() % size or part.shape[1] % size):
+        return part.view(dtype)
     flat = part.reshape(-1)
     if flat.storage_offset() % dtype.itemsize:  # a slice of one row is a view, and may begin anywhere
         flat = flat.clone()

@@ -210,9 +210,9 @@ def test_the_order_of_rows_that_arrive_by_chunk_and_local_rank_and_node() -> Non
     """Two chunks, two local ranks, two nodes; a row is (node, local, chunk, number), and global order is that order."""
     segments = torch.tensor([[[2, 1], [0, 1]], [[1, 0], [2, 1]]])  # [C, L, M]
     lying = [(m, n, c, i) for c in range(2) for n in range(2) for m in range(2) for i in range(int(segments[c, n, m]))]
-    order = counts._global_order(segments)
+    order = counts._global_order(segments, len(lying))
     assert [lying[i] for i in order.tolist()] == sorted(lying)
-    assert counts._global_order(torch.zeros(2, 2, 2, dtype=torch.int64)).tolist() == []
+    assert counts._global_order(torch.zeros(2, 2, 2, dtype=torch.int64), 0).tolist() == []
 
 
 def test_the_order_of_rows_that_fixed_messages_deliver() -> None:

@@ -67,7 +67,9 @@ class Buffer:
         e = E // self.group.size()
         here = ids // e == me
         weights = torch.cat([got[2][got[3][:, me]] for got in everyone]).masked_fill(~here, 0.0)
-        return received, torch.where(here, ids % e, -1), weights, [], is_token_in_rank, Event()
+        local = torch.where(here, ids % e, -1)
+        tokens_e = torch.bincount(local[here], minlength=e).tolist()
+        return received, local, weights, tokens_e, is_token_in_rank, Event()
 
     def combine(self, x: Tensor, handle: Any, topk_weights: Tensor | None = None, **_: Any) -> tuple[Any, ...]:
         me = self.group.rank()
@@ -142,7 +144,7 @@ class Recording:
     def dispatch(self, x: Any, **asked: Any) -> tuple[Any, ...]:
         self.asked.append(asked)
         ids = torch.tensor([[0], [1]])
-        return x, ids, torch.ones(2, 1), None, "handle", self.events[1]
+        return x, ids, torch.ones(2, 1), [1, 1], "handle", self.events[1]
 
     def combine(self, x: Tensor, handle: Any, **asked: Any) -> tuple[Any, ...]:
         self.asked.append({"handle": handle, **asked})

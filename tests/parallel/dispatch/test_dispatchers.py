@@ -105,8 +105,8 @@ class Recorded:
         self.seen |= {"weights": arrived.weights_R, "offsets": arrived.group_offsets}
         return LocalDispatcherReady(arrived)
 
-    def combine_backward(self, *arguments: Any) -> Any:
-        rows = self.inner.combine_backward(*arguments).wait()
+    def combine_backward(self, *arguments: Any, **options: Any) -> Any:
+        rows = self.inner.combine_backward(*arguments, **options).wait()
         self.note("backward", rows)
         return LocalDispatcherReady(rows)
 

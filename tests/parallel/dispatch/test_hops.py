@@ -25,12 +25,12 @@ from fp8moe.parallel.dispatch.hops import (
 
 
 class Group:
-    def __init__(self, size: int) -> None:
-        self.size = lambda: size
+    def __init__(self, size: int, rank: int) -> None:
+        self.size, self.rank = lambda: size, lambda: rank
 
 
-def peers(size: int, experts_per_peer: int) -> HopGroup:
-    return HopGroup(Group(size), experts_per_peer)  # type: ignore[arg-type]
+def peers(size: int, experts_per_peer: int, rank: int = 0) -> HopGroup:
+    return HopGroup(Group(size, rank), experts_per_peer)  # type: ignore[arg-type]
 
 
 # Two experts a peer, three peers: experts 0 1 | 2 3 | 4 5; -1 is an expert that another node holds.
@@ -70,11 +70,14 @@ def payload(tokens: int = 4) -> Payload:
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_a_row_carries_the_ids_that_its_peer_holds(fixed: bool) -> None:
+def test_a_peer_picks_the_ids_that_it_holds_from_a_row(fixed: bool) -> None:
     hop = plan_hop(IDS, peers(3, 2), Splits([2, 2, 2] if not fixed else [3] * 3, [0] * 3, fixed=fixed))
     extra = torch.arange(100, 104, dtype=torch.int16)[:, None]
     rows = pack_payload(payload(), hop, extra)
-    got, rest = unpack_payload(rows, 2, 3)
+    room = len(rows) // 3
+    arrived = [unpack_payload(rows[room * p : room * (p + 1)], 2, 3, peers(3, 2, p)) for p in range(3)]
+    got = Payload(*(torch.cat([getattr(one, name) for one, _ in arrived]) for name in ("body", "ids_TK", "weights_TK")))
+    rest = torch.cat([extra for _, extra in arrived])
     real = hop.row_map.slot_R >= 0
     source = hop.row_map.source_R[real]
     assert torch.equal(got.body[real], payload().body[source])
@@ -82,12 +85,21 @@ def test_a_row_carries_the_ids_that_its_peer_holds(fixed: bool) -> None:
     assert torch.equal(got.weights_TK[real], payload().weights_TK[source])
     assert rest[real].contiguous().view(torch.int16)[:, 0].tolist() == [100 + int(i) for i in source]
     assert (got.ids_TK[~real] == -1).all()  # padding holds no token
-    assert unpack_payload(pack_payload(payload(), hop), 2, 3)[1].shape[1] == 0
+    assert unpack_payload(pack_payload(payload(), hop), 2, 3, peers(3, 2))[1].shape[1] == 0
+
+
+def test_the_largest_id_travels() -> None:
+    last = 2**15 - 1
+    ids = torch.tensor([[last, 0]])
+    hop = plan_hop(ids, peers(2, 2**14), Splits([1, 1], [0, 0]))
+    rows = pack_payload(Payload(torch.zeros(1, 2, dtype=torch.uint8), ids, torch.ones(1, 2)), hop)
+    for rank, here in enumerate(([-1, 0], [2**14 - 1, -1])):
+        assert unpack_payload(rows[rank : rank + 1], 2, 2, peers(2, 2**14, rank))[0].ids_TK.tolist() == [here]
 
 
 def test_a_fixed_message_of_no_tokens_is_all_padding() -> None:
     hop = plan_hop(IDS[:0], peers(3, 2), Splits([2] * 3, [2] * 3, fixed=True))
-    got, _ = unpack_payload(pack_payload(payload(0), hop), 2, 3)
+    got, _ = unpack_payload(pack_payload(payload(0), hop), 2, 3, peers(3, 2))
     assert got.body.shape == (6, 2) and (got.ids_TK == -1).all()
 
 

@@ -44,8 +44,18 @@ def test_other_scales_are_refused(scale: float) -> None:
         exponents(torch.tensor([1.0, scale]))
 
 
+@pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_a_slice_may_begin_on_any_byte(rows: int) -> None:
+def test_a_slice_may_begin_on_any_byte(rows: int, behind: int) -> None:
     x = torch.randn(rows, 4)
-    message = torch.cat([torch.zeros(rows, 3, dtype=torch.uint8), as_bytes(x)], dim=1)
-    assert torch.equal(from_bytes(message[:, 3:], torch.float32), x)
+    empty = torch.zeros(rows, 3, dtype=torch.uint8)
+    message = torch.cat([empty, as_bytes(x), empty[:, :behind]], dim=1)
+    assert torch.equal(from_bytes(message[:, 3:19], torch.float32), x)
+
+
+def test_a_slice_that_lies_well_is_not_copied() -> None:
+    x = torch.randn(3, 4)
+    message = torch.cat([torch.zeros(3, 4, dtype=torch.uint8), as_bytes(x)], dim=1)
+    values = from_bytes(message[:, 4:], torch.float32)
+    assert torch.equal(values, x) and values.data_ptr() == message[:, 4:].data_ptr()
+    assert from_bytes(message[:, 1:], torch.uint8).data_ptr() == message[:, 1:].data_ptr()
