@@ -51,6 +51,8 @@ _MODULE_OF = {
     "swiglu": "swiglu",
     "swiglu_columns": "swiglu",
     "swiglu_backward": "swiglu",
+    "silu_mul": "silu_mul",
+    "silu_mul_backward": "silu_mul",
     "plan_rows": "permute",
     "permute": "permute",
     "permute_quantize": "permute",
@@ -60,7 +62,7 @@ _MODULE_OF = {
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

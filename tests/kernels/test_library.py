@@ -16,6 +16,8 @@ from fp8moe.kernels.quantize import (
     quantize_rows_and_columns,
     requantize_columns,
 )
+from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
+from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -91,7 +93,27 @@ def products_arguments():
     return x, dy, w, torch.tensor([0, 128, 256], dtype=torch.int32), torch.zeros(32, 48), torch.zeros(2, 32, 48)
 
 
-CASES = [(every_cast, casts_arguments), (every_product, products_arguments), (every_way, ways_arguments)]
+def every_activation(gate_up, dy, weights):
+    """SwiGLU with casts and without, weighted and not."""
+    results = []
+    for factor in (weights, None):
+        hidden, cached = swiglu(gate_up, factor)
+        grads = [*swiglu_backward(dy, cached, factor, power_of_two=True), *silu_mul_backward(dy, gate_up, factor)]
+        results += [hidden, cached, swiglu_columns(cached, factor), silu_mul(gate_up, factor)]
+        results += [grad for grad in grads if grad is not None]
+    return parts(*results)
+
+
+def activations_arguments():
+    return torch.randn(48, 288).bfloat16(), torch.randn(48, 144).bfloat16(), torch.rand(48)
+
+
+CASES = [
+    (every_cast, casts_arguments),
+    (every_product, products_arguments),
+    (every_way, ways_arguments),
+    (every_activation, activations_arguments),
+]
 
 
 def look(tensors):
@@ -125,7 +147,7 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
 
 def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
-    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
