@@ -14,7 +14,8 @@ from fp8moe.kernels.fp8 import E4M3, E4M3_MAX, TILE, Fp8Tensor
 from fp8moe.kernels.reference._arithmetic import scale_of
 
 ULP = 2.0**-23
-TINY = 2.0**-126  # what the hardware's approximations flush to zero
+TINY = 2.0**-126  # what is smaller the hardware's approximations flush to zero
+LAST = 2.0**-149  # the step of the smallest FP32 numbers
 
 
 class Bounded(NamedTuple):
@@ -28,7 +29,7 @@ class Bounded(NamedTuple):
 
     def assert_contains(self, x: Tensor) -> None:
         """Every x is a number of its dtype next to a value within the bound."""
-        rounding = self.value.abs() * (0 if x.dtype is torch.float32 else 2.0**-8)
+        rounding = 0 if x.dtype is torch.float32 else self.value.abs() * 2.0**-8 + 2.0**-133
         far = (x.double() - self.value).abs() > self.error + rounding
         assert not bool(far.any()), f"{int(far.sum())} of {x.numel()} values are beyond their bound"
 
@@ -42,8 +43,9 @@ def sigmoid(gate: Tensor) -> Bounded:
 def activate(gate_up: Tensor, weights: Tensor | None) -> Bounded:
     """silu(gate) * up * weight."""
     gate, up = gate_up.double().chunk(2, dim=1)
-    sigma, factor = sigmoid(gate), gate * up * (1 if weights is None else weights.double()[:, None])
-    return Bounded(factor * sigma.value, factor.abs() * (sigma.error + 4 * ULP * sigma.value))
+    sigma, other = sigmoid(gate), up * (1 if weights is None else weights.double()[:, None])
+    error = (gate * other).abs() * (sigma.error + 4 * ULP * sigma.value) + LAST * (1 + other.abs())
+    return Bounded(gate * other * sigma.value, error)
 
 
 def differentiate(gate_up: Tensor, dy: Tensor, weights: Tensor | None) -> tuple[Bounded, Bounded]:
@@ -51,7 +53,7 @@ def differentiate(gate_up: Tensor, dy: Tensor, weights: Tensor | None) -> tuple[
     gate, up = gate_up.double().chunk(2, dim=1)
     sigma = sigmoid(gate)
     weight = 1 if weights is None else weights.double()[:, None]
-    upstream = Bounded(dy.double() * sigma.value, dy.double().abs() * (sigma.error + ULP * sigma.value))
+    upstream = Bounded(dy.double() * sigma.value, dy.double().abs() * (sigma.error + ULP * sigma.value) + LAST)
     slope = 1 + gate * (1 - sigma.value)
     slope_error = gate.abs() * (sigma.error + ULP) + ULP * (1 + slope.abs())
     d_gate = upstream.value * up * weight * slope
@@ -60,7 +62,8 @@ def differentiate(gate_up: Tensor, dy: Tensor, weights: Tensor | None) -> tuple[
     grads = Bounded(torch.cat([d_gate, d_up], 1), torch.cat([d_gate_error, d_up_error], 1))
     terms, term_error = upstream.value * gate * up, upstream.error * (gate * up).abs()
     whole = Bounded(terms.sum(1), (term_error + 16 * ULP * terms.abs()).sum(1))
-    return Bounded(grads.value, grads.error + 4 * ULP * grads.value.abs()), whole
+    last = LAST * (1 + weight * (1 + slope.abs()))
+    return Bounded(grads.value, grads.error + 4 * ULP * grads.value.abs() + torch.cat([last, last], 1)), whole
 
 
 def assert_cast(q: Fp8Tensor, of: Bounded, amax_floor: float, power_of_two: bool) -> None:

@@ -105,7 +105,7 @@ def every_activation(gate_up, dy, weights):
 
 
 def activations_arguments():
-    return torch.randn(48, 288).bfloat16(), torch.randn(48, 144).bfloat16(), torch.rand(48)
+    return torch.randn(16, 288).bfloat16(), torch.randn(16, 144).bfloat16(), torch.rand(16)
 
 
 CASES = [
