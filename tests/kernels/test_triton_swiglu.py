@@ -20,13 +20,15 @@ CASES = [
     ("normal", 32, 192, True, True),
 ]
 
+IDS = [f"{kind} R{r} F{f}" for kind, r, f, *_ in CASES]
+
 
 def operands(kind, r, f, weighted, device, dtype=torch.bfloat16):
     gate_up = data(kind, r, 2 * f, device=device, dtype=dtype)
     return gate_up, torch.rand(r, device=device) * 2 if weighted else None
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_forward(triton_device, case):
     *sizes, power_of_two = case
     gate_up, weights = operands(*sizes, triton_device)
@@ -38,7 +40,7 @@ def test_forward(triton_device, case):
         assert_close_to(hidden, expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_columns(triton_device, case):
     *sizes, power_of_two = case
     gate_up, weights = operands(*sizes, triton_device)
@@ -48,7 +50,7 @@ def test_columns(triton_device, case):
     assert_close_to(columns, twin.swiglu_columns(cached, weights))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_backward(triton_device, case):
     *sizes, power_of_two = case
     gate_up, weights = operands(*sizes, triton_device)
