@@ -102,8 +102,8 @@ def e4m3_scale_of(bits, floor, POWER_OF_TWO: tl.constexpr):
     """`scale_of` for E4M3 and a floor of 1e-30 or more, bit for bit, without the dozen instructions of a division.
 
     448 is 7 x 2^6: the quotient is a power of two or just above one as the mantissa of amax is at most or beyond 1.75.
-    Else the quotient by the reciprocal is corrected by its remainder, which an FMA gives exactly (Markstein, IBM
-    Journal 34, 1990); tried for every mantissa.
+    Else the quotient by the reciprocal is corrected by its remainder, which an FMA gives exactly (Markstein, 1990,
+    "Computation of elementary functions on the IBM RISC System/6000 processor"); a test tries every mantissa.
     """
     if INTERPRETED:  # whose multiply-add rounds twice
         return scale_of(bits, floor, E4M3_MAX, POWER_OF_TWO)
@@ -139,9 +139,10 @@ def to_e4m3_words(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x) in FP32 to a relative 2^-21 + |x| 2^-23: ex2 and rcp as the hardware approximates them.
+    """sigma = 1 / (1 + e^-x) in FP32, to a relative 2^-22 + (1 - sigma) (2^-22 + |x| 2^-23), or 2^-126.
 
-    Below -88, where e^-x is beyond FP32, it is 0. `tl.exp` and `/` are a few bits more exact for 16 instructions more.
+    ex2 and rcp as the hardware approximates them, four instructions; `tl.sigmoid` takes fourteen and is no more exact
+    where e^-x is large. Below -88, where e^-x is beyond FP32, it is 0.
     """
     denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
     if INTERPRETED:

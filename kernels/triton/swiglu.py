@@ -13,8 +13,8 @@ rows of backward then go tile by tile of the wide tensor, which loads values aga
 Numerics: FP32 inside, one rounding at the cast. The sigmoid is the hardware's (`encode.sigmoid`), not the
 specification's to the bit: casts of what holds no sigmoid are bit-equal, other codes are those of a value within the
 bound that `encode.sigmoid` states, a neighbour of the specification's where that value lies on a rounding boundary.
-Matching it to the bit was refused: a CPU's and a GPU's PyTorch differ there as well, and it takes some 25 instructions
-a value where memory leaves time for 22.
+Matching it to the bit was refused: a CPU's and a GPU's PyTorch differ there as well, and a polynomial with an exact
+division would double the arithmetic of kernels that have about as much of it as memory leaves time for.
 """
 
 import torch

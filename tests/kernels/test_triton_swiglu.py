@@ -1,5 +1,6 @@
 """SwiGLU in Triton against FP64 and the specification: casts to the bit where no sigmoid enters, else to a boundary."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,3 +129,17 @@ def test_nothing_to_do(triton_device, r, f):
     assert hidden.shape == (r, f) and swiglu_columns(cached, weights).shape == (f, r)
     assert rows.shape == (r, 2 * f) and columns.shape == (2 * f, r)
     assert torch.equal(d_weights, torch.zeros(r, device=triton_device))
+
+
+def test_a_scale_without_a_division_is_the_quotient():
+    """`encode.e4m3_scale_of`, which the interpreter does not enter, for every mantissa of an amax."""
+    amax = (np.arange(1 << 23, dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
+    expected, inverse = amax / np.float32(448), np.float32(1 / 448)
+    quotient = amax * inverse
+    remainder = amax - 448 * quotient.astype(np.float64)  # what an FMA gives: exact
+    assert np.array_equal(remainder, remainder.astype(np.float32))
+    corrected = (quotient + remainder * np.float64(inverse)).astype(np.float32)
+    assert np.array_equal(corrected, expected) and not np.array_equal(quotient, expected)
+    up = (expected.view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+    bits = ((amax.view(np.uint32) + np.uint32(0x1FFFFF)) & np.uint32(0x7F800000)) - np.uint32(8 << 23)
+    assert np.array_equal(bits, up)
