@@ -51,6 +51,8 @@ _MODULE_OF = {
     "swiglu": "swiglu",
     "swiglu_columns": "swiglu",
     "swiglu_backward": "swiglu",
+    "silu_mul": "silu_mul",
+    "silu_mul_backward": "silu_mul",
     "plan_rows": "permute",
     "permute": "permute",
     "permute_quantize": "permute",
@@ -67,6 +69,7 @@ OPS = tuple(_MODULE_OF)
 
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm")
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

@@ -32,6 +32,7 @@ from fp8moe.kernels.triton import layout
 NAMESPACE = "fp8moe"
 _PARTS = {
     "Tensor": ("Tensor {}",),
+    "Maybe": ("Tensor? {}",),
     "Total": ("Tensor({0}!) {0}",),  # mutated in place
     "MaybeTotal": ("Tensor({0}!)? {0}",),
     "Fp8": ("Tensor {}_data", "Tensor {}_scale", "int[] {}_tile"),
@@ -55,7 +56,7 @@ Fake = Callable[..., list[Tensor]]
 class Declaration:
     """An op: its arguments as "Kind name", its keyword arguments as a schema, its results, and how to allocate them.
 
-    results: "rows", "blocks", "e5m6" or "tensor" each.
+    results: "rows", "blocks", "e5m6" or "tensor" each; "maybe" stands last, a tensor that only some arguments give.
     """
 
     arguments: tuple[str, ...]
@@ -134,7 +135,10 @@ def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> 
     if name == "gemm":
         kwargs["accumulate"] = None
     result = run("permute" if name == "permute_fp8" else name, *args, **kwargs)
-    return _flatten(result if isinstance(result, tuple) else (result,), tiles=False) if result is not None else None
+    if result is None:
+        return None
+    given = [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]
+    return _flatten(given, tiles=False)
 
 
 def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
@@ -186,6 +190,8 @@ def _assemble(results: tuple[str, ...], tensors: list[Tensor]) -> list[Any]:
     for kind in results:
         if kind == "tensor":
             values.append(next(rest))
+        elif kind == "maybe":
+            values.append(next(rest, None))
         elif kind == "e5m6":
             values.append(E5m6Tensor(next(rest), next(rest)))
         else:
@@ -245,6 +251,30 @@ def _summed(y_R: Tensor, row_map: RowMap) -> list[Tensor]:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> list[Tensor]:
+def _activated(gate_up: Tensor, weights: Tensor | None, **kwargs: Any) -> list[Tensor]:
+    return _rows(gate_up[:, : gate_up.shape[1] // 2]) + _rows(gate_up)
+
+
+def _activated_columns(cached: Fp8Tensor, weights: Tensor | None) -> list[Tensor]:
+    r, both = cached.shape
+    return _columns(torch.empty(r, both // 2, device=cached.device))
+
+
+def _activation_gradients(dy: Tensor, cached: Fp8Tensor, weights: Tensor | None, **kwargs: Any) -> list[Tensor]:
+    grads = _rows(torch.empty(cached.shape, device=cached.device)) + _columns(cached)
+    return grads if weights is None else [*grads, weights.new_empty(weights.shape)]
+
+
+def _silu_mul(gate_up: Tensor, weights: Tensor | None) -> list[Tensor]:
+    return [gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)]
+
+
+def _silu_mul_gradients(dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> list[Tensor]:
+    grads = [gate_up.new_empty(gate_up.shape)]
+    return grads if weights is None else [*grads, weights.new_empty(weights.shape)]
+
+
+def _nothing(*args: Any) -> list[Tensor]:
     return []
 
 
@@ -270,6 +300,18 @@ DECLARATIONS = {
     "permute_fp8": Declaration(("Fp8 x", "Map row_map"), "", ("rows",), _cast_copies),
     "permute_quantize": Declaration(("Tensor x", "Map row_map"), _CAST, ("rows",), _cast_copies),
     "unpermute": Declaration(("Tensor y_R", "Map row_map"), "", ("tensor",), _summed),
+    "swiglu": Declaration(("Tensor gate_up", "Maybe weights"), "bool power_of_two", ("rows", "rows"), _activated),
+    "swiglu_columns": Declaration(("Fp8 cached", "Maybe weights"), "", ("rows",), _activated_columns),
+    "swiglu_backward": Declaration(
+        ("Tensor dy", "Fp8 cached", "Maybe weights"),
+        "bool power_of_two",
+        ("rows", "rows", "maybe"),
+        _activation_gradients,
+    ),
+    "silu_mul": Declaration(("Tensor gate_up", "Maybe weights"), "", ("tensor",), _silu_mul),
+    "silu_mul_backward": Declaration(
+        ("Tensor dy", "Tensor gate_up", "Maybe weights"), "", ("tensor", "maybe"), _silu_mul_gradients
+    ),
     "gemm": Declaration(("Fp8 a", "Fp8 b"), "ScalarType out_dtype", ("tensor",), _product),
     "gemm_add": Declaration(("Fp8 a", "Fp8 b", "Total total"), "", (), _nothing),
     "wgrad": Declaration(("Tensor dy", "Tensor x", "Total main_grad"), "", (), _nothing),

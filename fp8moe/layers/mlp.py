@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fp8moe.kernels import swiglu as fp8
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR
+from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, activation, from_gradient, from_rows
 from fp8moe.layers.phase import submit
@@ -116,31 +117,17 @@ class Swiglu(NamedTuple):
     backward: Callable[[Tensor, Any, Tensor | None], tuple[Operand, Tensor | None]]
 
 
-def _product(gate_up: Tensor, weights: Tensor | None) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    product = torch.nn.functional.silu(gate) * up
-    return (product if weights is None else product * weights[:, None]).to(gate_up.dtype)
-
-
 def _forward(gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Tensor]:
-    return Operand(_product(gate_up, weights), partial(_product, gate_up, weights)), gate_up
+    return Operand(silu_mul(gate_up, weights), partial(silu_mul, gate_up, weights)), gate_up
 
 
 def _forward_keeping(gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Tensor]:
-    product = _product(gate_up, weights)
+    product = silu_mul(gate_up, weights)
     return Operand(product, lambda: product), gate_up
 
 
 def _backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Tensor | None]:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    dy = dy.float()
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    dweights = None if weights is None else (dy * silu * up).sum(-1)
-    if weights is not None:
-        dy = dy * weights[:, None]
-    dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    d_gate_up = torch.cat([dgate, dy * silu], dim=-1).to(gate_up.dtype)
+    d_gate_up, dweights = silu_mul_backward(dy, gate_up, weights)
     return Operand(d_gate_up, lambda: d_gate_up), dweights
 
 

@@ -80,3 +80,73 @@ def to_output(x, DTYPE: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two numbers, NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def amax_bits(x, AXIS: tl.constexpr):
+    """`magnitude_bits` of the largest |x| along AXIS, NaN on top: one instruction a value on hardware, where a maximum
+    of bit patterns takes two."""
+    if INTERPRETED:  # where a combining function runs once a number
+        return tl.max(magnitude_bits(x), axis=AXIS)
+    return tl.reduce(tl.abs(x), AXIS, larger).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def e4m3_scale_of(bits, floor, POWER_OF_TWO: tl.constexpr):
+    """`scale_of` for E4M3 and a floor of 1e-30 or more, bit for bit, without the dozen instructions of a division.
+
+    448 is 7 x 2^6: the quotient is a power of two or just above one as the mantissa of amax is at most or beyond 1.75.
+    Else the quotient by the reciprocal is corrected by its remainder, which an FMA gives exactly (Markstein, 1990,
+    "Computation of elementary functions on the IBM RISC System/6000 processor"); a test tries every mantissa.
+    """
+    if INTERPRETED:  # whose multiply-add rounds twice
+        return scale_of(bits, floor, E4M3_MAX, POWER_OF_TWO)
+    bits = tl.maximum(bits, tl.cast(floor, tl.float32).to(tl.int32, bitcast=True))
+    amax = bits.to(tl.float32, bitcast=True)
+    if POWER_OF_TWO:
+        up = ((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)
+        return tl.where(bits < 0x7F800000, up, bits).to(tl.float32, bitcast=True)
+    quotient = amax * (1.0 / 448.0)
+    remainder = tl.fma(quotient, -448.0, amax)
+    return tl.where(remainder == remainder, tl.fma(remainder, 1.0 / 448.0, quotient), quotient)
+
+
+@triton.jit
+def reciprocal_of(x):
+    """1 / x, correctly rounded: `inverse_of` in half the instructions."""
+    if INTERPRETED:
+        return inverse_of(x)
+    return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def to_e4m3_words(x):
+    """`to_e4m3`, where a lane has 4 neighbours along the last dim: they are packed as they are cast."""
+    if INTERPRETED:
+        return to_e4m3(x)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
+        "mov.b32 $0, {low, high}; }",
+        "=r,r,r,r,r", [x], dtype=tl.float8e4nv, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def sigmoid(x):
+    """sigma = 1 / (1 + e^-x) in FP32, to a relative 2^-22 + (1 - sigma) (2^-22 + |x| 2^-23), or 2^-126.
+
+    ex2 and rcp as the hardware approximates them, four instructions; `tl.sigmoid` takes fourteen and is no more exact
+    where e^-x is large. Below -88, where e^-x is beyond FP32, it is 0.
+    """
+    denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
+    if INTERPRETED:
+        return 1.0 / denominator
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [denominator], dtype=tl.float32, is_pure=True, pack=1
+    )

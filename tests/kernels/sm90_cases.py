@@ -27,6 +27,16 @@ Case = tuple[str, Callable[[], Any]]
 M, N, K = 4096, 4096, 7168
 GROUPS = 4
 SHORT = 1024
+# SwiGLU: label, dtype, F, weighted, power of two. 320 is no multiple of 128: one tile holds both gate and up.
+ACTIVATIONS = (
+    ("bf16 fp32scale", torch.bfloat16, 256, True, False),
+    ("bf16 pow2", torch.bfloat16, 256, True, True),
+    ("fp32 fp32scale", torch.float32, 256, True, False),
+    ("bf16 plain", torch.bfloat16, 256, False, False),
+    ("bf16 F320", torch.bfloat16, 320, True, False),
+)
+RECOMPUTED = ("bf16 fp32scale", "bf16 plain")  # what makes other columns of the cached copy
+UNCAST = (*RECOMPUTED, "fp32 fp32scale")  # what differs without casts
 MULTICAST = (("gemm", "bf16"), ("grouped_gemm", "bf16"), ("grouped_wgrad", "add"))
 
 
@@ -197,6 +207,26 @@ def loss_cases() -> Iterator[Case]:
         yield f"triton cross_entropy_with_gradient {kind}", with_gradient
         dy, total = torch.empty(4096, 7168, dtype=dtype), torch.empty(512, 7168)
         yield f"triton embedding_wgrad {kind}", partial(embedding.embedding_wgrad, dy, ids, total)
+def activation_cases() -> Iterator[Case]:
+    """SwiGLU forward, its columns, backward, and without casts."""
+    fused = importlib.import_module("fp8moe.kernels.triton.swiglu")
+    plain = importlib.import_module("fp8moe.kernels.triton.silu_mul")
+    r = 4096
+    for label, dtype, f, weighted, power_of_two in ACTIVATIONS:
+        gate_up, dy = torch.empty(r, 2 * f, dtype=dtype), torch.empty(r, f, dtype=dtype)
+        weights, cached = torch.empty(r) if weighted else None, rows(r, 2 * f)
+        yield f"triton swiglu {label}", partial(fused.swiglu, gate_up, weights, power_of_two=power_of_two)
+        back = partial(fused.swiglu_backward, dy, cached, weights, power_of_two=power_of_two)
+        yield f"triton swiglu_backward {label}", back
+        if label in RECOMPUTED:
+            yield f"triton swiglu_columns {label}", partial(fused.swiglu_columns, cached, weights)
+        if label in UNCAST:
+            yield f"triton silu_mul {label}", partial(_there_and_back, plain, dy, gate_up, weights)
+
+
+def _there_and_back(ops: Any, dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> None:
+    ops.silu_mul(gate_up, weights)
+    ops.silu_mul_backward(dy, gate_up, weights)
 
 
 def cases() -> Iterator[Case]:
@@ -209,6 +239,7 @@ def cases() -> Iterator[Case]:
     yield from permute_cases()
     yield from update_cases()
     yield from loss_cases()
+    yield from activation_cases()
 
 
 CASES = tuple(cases())

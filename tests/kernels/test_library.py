@@ -22,6 +22,8 @@ from fp8moe.kernels.quantize import (
 from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.squared_norm import squared_norm
 from tests.kernels.updates import state
+from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
+from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -129,6 +131,19 @@ def every_update(master, grad, exp_avg, exp_avg_sq, weight, parts_of_flat):
 def updates_arguments():
     parts_of_flat = Segments.of([(0, 700, True), (700, 2304, False)], "cpu").parts
     return *state(3, 16, 48), torch.zeros(3, 16, 48).bfloat16(), parts_of_flat
+def every_activation(gate_up, dy, weights):
+    """SwiGLU with casts and without, weighted and not."""
+    results = []
+    for factor in (weights, None):
+        hidden, cached = swiglu(gate_up, factor)
+        grads = [*swiglu_backward(dy, cached, factor, power_of_two=True), *silu_mul_backward(dy, gate_up, factor)]
+        results += [hidden, cached, swiglu_columns(cached, factor), silu_mul(gate_up, factor)]
+        results += [grad for grad in grads if grad is not None]
+    return parts(*results)
+
+
+def activations_arguments():
+    return torch.randn(16, 288).bfloat16(), torch.randn(16, 144).bfloat16(), torch.rand(16)
 
 
 CASES = [
@@ -137,6 +152,7 @@ CASES = [
     (every_way, ways_arguments),
     (every_update, updates_arguments),
     (every_loss, losses_arguments),
+    (every_activation, activations_arguments),
 ]
 
 
@@ -173,6 +189,7 @@ def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm"}
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)

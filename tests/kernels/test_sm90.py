@@ -131,6 +131,27 @@ def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
         assert wide["loads"] >= loads and wide["stores"] >= stores, name
 
 
+def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(kernels):
+    # Casts, two values each: 16 values a lane of gate, up and h; 64 of h; 16 and 32 of both gradients.
+    casts = {
+        "forward_kernel": 24,
+        "columns_kernel": 32,
+        "backward_kernel": 48,
+        "product_kernel": 0,
+        "gradient_kernel": 0,
+    }
+    found = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("swiglu", "silu_mul")}
+    assert {e["kernel"].split(".")[-1] for e in found.values()} == set(casts)
+    for name, entry in found.items():
+        figure, wide = entry["figures"], entry["wide"]
+        assert figure["STL"] == figure["LDL"] == figure["local"] == wide["atomic"] == 0, name
+        assert 2 * figure["registers"] * figure["threads"] <= REGISTER_FILE, name
+        assert 2 * figure["shared"] <= SHARED_LIMIT, name
+        assert wide["stores"] >= 2, name
+        if "F320" not in name:
+            assert entry["casts"] == casts[entry["kernel"].split(".")[-1]], name
+
+
 @pytest.mark.slow
 def test_one_cta_fits_an_sm(kernels):
     for name, entry in kernels.items():

@@ -18,6 +18,7 @@ from fp8moe.kernels.cross_entropy import cross_entropy_with_gradient
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.embedding import embedding_wgrad
 from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
@@ -28,7 +29,10 @@ from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.reference import quantize as twin
 from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.squared_norm import squared_norm
+from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
+from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 from tests.distance import calc_diff
+from tests.kernels.activation_bounds import activate, assert_cast, differentiate
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
 from tests.kernels.loss_rows import STORAGE, assert_within_bounds, logits_and_labels
 from tests.kernels.row_maps import PARTS, random_ids
@@ -53,7 +57,9 @@ def tensors(result):
         return [result]
     if isinstance(result, RowMap):
         return [getattr(result, part) for part in PARTS]
-    return [t for part in (result if isinstance(result, tuple) else (result,)) for t in (part.data, part.scale)]
+    if isinstance(result, tuple):
+        return [t for part in result for t in tensors(part)]
+    return [result.data, result.scale]
 
 
 def assert_repeatable(run, repeats=REPEATS):
@@ -89,6 +95,8 @@ def repeat_everything(device, m, n, k, repeats):
     copies = permute(x, row_map)
     few = m // 4
     tokens, weight = torch.randint(n, (few,), device=device), torch.tensor(1e-8, device=device)
+    gate_up, half, factor = x[:, : k // 32 * 32], x[:, : k // 32 * 16], torch.rand(m, device=device)
+    cached = quantize_rows(gate_up)
     for run in (
         lambda: losses_and_gradients(dy[:few], tokens, weight),
         lambda: from_zero(lambda total: embedding_wgrad(x[:few], tokens % 7, total), n, k, device=device),
@@ -104,6 +112,11 @@ def repeat_everything(device, m, n, k, repeats):
         lambda: pack_e5m6(x),
         lambda: unpack_e5m6(packed),
         lambda: e5m6_to_columns(packed),
+        lambda: swiglu(gate_up, factor),
+        lambda: swiglu_columns(cached, factor),
+        lambda: swiglu_backward(half, cached, factor),
+        lambda: silu_mul(gate_up, factor),
+        lambda: silu_mul_backward(half, gate_up, factor),
         lambda: gemm(rows, b),
         lambda: gemm(dy_columns, columns, out_dtype=torch.float32),
         lambda: from_zero(lambda total: wgrad(dy, x, total), n, k, device=device),
@@ -280,6 +293,35 @@ def test_a_norm_takes_no_memory(triton_device):
     assert float(squared_norm(flat)) == 4.0 * (1 << 30)
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
     check_norm(triton_device, (1 << 28) + 12345, REPEATS)
+def check_swiglu(device, r, f, weighted):
+    """SwiGLU and its gradients, with casts and without, each within its bound of FP64."""
+    gate_up, dy = data("normal", r, 2 * f, device=device), data("normal", r, f, device=device) * 2.0**-20
+    weights = torch.rand(r, device=device) if weighted else None
+    hidden, cached = swiglu(gate_up, weights)
+    assert_same(cached, twin.quantize_rows(gate_up))
+    values = cached.dequantize()
+    for q, bound, floor, power_of_two in (
+        (hidden, activate(gate_up, weights), ACTIVATION_AMAX_FLOOR, False),
+        (swiglu_columns(cached, weights), activate(values, weights).t(), ACTIVATION_AMAX_FLOOR, True),
+    ):
+        assert_cast(q, bound, floor, power_of_two)
+    rows, columns, d_weights = swiglu_backward(dy, cached, weights)
+    grads, whole = differentiate(values, dy, weights)
+    assert_cast(rows, grads, GRADIENT_AMAX_FLOOR, False)
+    assert_cast(columns, grads.t(), GRADIENT_AMAX_FLOOR, False)
+    activate(gate_up, weights).assert_contains(silu_mul(gate_up, weights))
+    d_gate_up, unquantized = silu_mul_backward(dy, gate_up, weights)
+    grads, unquantized_whole = differentiate(gate_up, dy, weights)
+    grads.assert_contains(d_gate_up)
+    if weighted:
+        whole.assert_contains(d_weights)
+        unquantized_whole.assert_contains(unquantized)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("r", "f", "weighted"), [(4096, 2048, True), (992, 1408, True), (528, 10944, False)])
+def test_swiglu_of_production(triton_device, r, f, weighted):
+    check_swiglu(triton_device, r, f, weighted)
 
 
 @pytest.mark.gpu
@@ -299,6 +341,11 @@ def test_rows_go_to_experts_and_back_without_a_wait(triton_device):
         permute(quantize_rows(x), row_map)
         permute_quantize(x, row_map)
         unpermute(permute(x, row_map), row_map)
+        weights = x[:992, 0].float()
+        _, cached = swiglu(x[:992], weights)
+        swiglu_columns(cached, weights)
+        swiglu_backward(x[:992, :288], cached, weights)
+        silu_mul_backward(silu_mul(x, None), x, None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -334,6 +381,7 @@ def test_no_access_outside_a_tensor(triton_device):
         pytest.skip("compute-sanitizer is not installed")
     ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute adamw squared_norm"
     ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute cross_entropy embedding"
+    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute swiglu"
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     chosen = "normal or anyhow or nothing or slot_order or on_the_way or any_range or written_beside or anywhere"
@@ -355,3 +403,4 @@ def test_these_checks_run(triton_device):
     check_norm(triton_device, 9000, 2)
     check_losses(triton_device, 6, 300, torch.bfloat16)
     check_embedding(triton_device, 40, 144, 9)
+    check_swiglu(triton_device, 32, 144, True)

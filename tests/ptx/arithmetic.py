@@ -6,6 +6,11 @@ bits signed and unsigned (add, sub, the low half of a product) is done on unsign
 An FP32 multiply-add is formed in FP64, where the product is exact, and rounded once more to FP32: it can differ from
 hardware's single rounding in one case of some 2^29; a tensor-core product's bounds are far wider, and no cast uses it.
 One of FP64 is right where the product is exact in FP64, as that of two numbers which were FP32 is.
+hardware's single rounding in one case of some 2^29. A tensor-core product's bounds are far wider; the two that divide
+by 448 in a cast are exact, or were tried for every mantissa.
+
+Approximations (ex2, rcp) are as wrong here as their description allows, up or down by the bits of their argument: a
+kernel that meets its bound on this machine counts on no more than the PTX manual promises.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ SAME_BITS = {"add", "sub", "and", "or", "xor", "not", "shl"}
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+    "num": lambda a, b: (a == a) & (b == b), "nan": lambda a, b: (a != a) | (b != b),
     "neu": lambda a, b: ~(a == b), "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b),
     "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
 }  # fmt: skip
@@ -94,14 +100,38 @@ def _high(a: Any, b: Any) -> Any:
     return ((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
 
 
-def _floats(name: str) -> Callable[..., Any]:
+APPROXIMATIONS = {"ex2": (np.exp2, 2), "rcp": (np.reciprocal, 1)}  # of FP32, and their largest error in last places
+
+
+def _approximation(name: str) -> Callable[[Any], Any]:
+    exact, places = APPROXIMATIONS[name]
+
+    def flushed(a: Any) -> Any:
+        return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a).astype(np.float32)
+
+    def approximate(a: Any) -> Any:
+        value = flushed(exact(flushed(a).astype(np.float64)))
+        wrong = ((a.view(np.uint32) * np.uint32(0x9E3779B1)) >> np.uint32(16)).astype(np.int32) % (2 * places + 1)
+        moved = (value.view(np.int32) + (wrong - places)).view(np.float32)
+        return np.where(np.isfinite(value) & (value != 0), moved, value)
+
+    return approximate
+
+
+def _floats(name: str, parts: list[str]) -> Callable[..., Any]:
     table = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma, "min": np.fmin,
         "max": np.fmax, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt,
         "ex2": np.exp2,  # hardware's is an approximation, within 2 units in the last place
     }  # fmt: skip
-    if name not in table:
-        raise Unsupported(f"{name} of floats is not known")
+    if name in ("min", "max") and "NaN" in parts:
+        return np.minimum if name == "min" else np.maximum
+    if name in APPROXIMATIONS and parts[1:] == ["approx", "ftz", "f32"]:
+        return _approximation(name)
+    if parts == ["rcp", "rn", "f32"]:
+        return lambda a: np.float32(1) / a
+    if name not in table or {"approx", "ftz"} & set(parts):
+        raise Unsupported(f"{'.'.join(parts)} is not known")
     return table[name]
 
 
@@ -156,7 +186,7 @@ def _typed(decoder: Decoder, parts: list[str], target: int, sources: list[str]) 
     dtype = dtype_of(kind)
     bits = 8 * np.dtype(dtype).itemsize
     if kind[0] == "f":
-        return _floats(name), target, [decoder.read(x, dtype) for x in sources]
+        return _floats(name, parts), target, [decoder.read(x, dtype) for x in sources]
     if "wide" in parts:
         wide = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * bits]
         readers = [decoder.read(x, dtype) for x in sources[:2]] + [decoder.read(x, wide) for x in sources[2:]]

@@ -34,6 +34,7 @@ from triton.runtime import driver
 from tests.kernels.sm90 import Pretender
 from tests.ptx import moving_cases, product_cases, speed, update_cases
 from tests.ptx import loss_cases, moving_cases, product_cases, speed
+from tests.ptx import activation_cases, moving_cases, product_cases, speed
 from tests.ptx.launching import Machine
 from tests.ptx.planting import run_plant, unclean
 from tests.ptx.plants import PLANTS
@@ -50,6 +51,7 @@ def prepare() -> None:
 def all_cases() -> dict[str, Any]:
     return dict(moving_cases.cases()) | dict(product_cases.cases()) | dict(update_cases.cases())
     return dict(moving_cases.cases()) | dict(product_cases.cases()) | dict(loss_cases.cases())
+    return dict(moving_cases.cases()) | dict(activation_cases.cases()) | dict(product_cases.cases())
 
 
 def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:

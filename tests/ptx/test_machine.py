@@ -205,6 +205,22 @@ def test_an_mbarrier_hands_on_what_arrivals_knew(seed):
         run(MBARRIER.format(count=32, arriving=32), values, seed)
 
 
+@pytest.mark.parametrize(("name", "exact", "places"), [("ex2", np.exp2, 2), ("rcp", np.reciprocal, 1)])
+def test_approximations_are_off_by_what_their_description_allows(name, exact, places):
+    values = np.linspace(-30, 30, THREADS, dtype=np.float32)
+    found, right = run(f"{name}.approx.ftz.f32 %r9, %r2;", values), exact(values.astype(np.float64))
+    apart = (found.view(np.int32) - right.astype(np.float32).view(np.int32)).astype(np.int64)
+    assert set(apart.tolist()) == set(range(-places, places + 1))
+    special = np.resize(np.array([np.inf, -np.inf, np.nan, 1e-40, -200], np.float32), THREADS)
+    expected = {"ex2": [np.inf, 0, np.nan, None, 0], "rcp": [0, -0.0, np.nan, np.inf, None]}[name]
+    for one, other in zip(run(f"{name}.approx.ftz.f32 %r9, %r2;", special), expected, strict=False):
+        assert other is None or np.array_equal(one, other, equal_nan=True)
+    rounded = run("rcp.rn.f32 %r9, %r2;", values)
+    assert np.array_equal(rounded, np.float32(1) / values)
+    larger = run("max.NaN.f32 %r9, %r2, 0f3F800000;", special)
+    assert np.array_equal(np.isnan(larger), np.isnan(special))
+
+
 def test_what_the_machine_does_not_know_is_refused():
     with pytest.raises(Unsupported, match=r"sin\.approx\.f32.*small\.py:7:5"):
         run("sin.approx.f32 %r9, %r2;", np.zeros(THREADS, np.float32))
