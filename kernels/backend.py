@@ -55,12 +55,13 @@ _MODULE_OF = {
     "permute": "permute",
     "permute_quantize": "permute",
     "unpermute": "permute",
-    "group_limited_topk": "topk",
+    "route": "route",
+    "route_backward": "route",
     "adamw_step": "adamw",
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "route")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

@@ -32,6 +32,7 @@ NAMESPACE = "fp8moe"
 _PARTS = {
     "Tensor": ("Tensor {}",),
     "Total": ("Tensor({0}!) {0}",),  # mutated in place
+    "MaybeTotal": ("Tensor({0}!)? {0}",),  # likewise, where it is not None
     "Fp8": ("Tensor {}_data", "Tensor {}_scale", "int[] {}_tile"),
     "E5m6": ("Tensor {}_data", "Tensor {}_scale"),
     "Map": (
@@ -41,6 +42,7 @@ _PARTS = {
     "int": ("int {}",),
 }
 _CAST = "float amax_floor, bool power_of_two"
+_ROUTING = "str score, bool normalize, float route_scale"
 
 Fake = Callable[..., list[Tensor]]
 
@@ -231,6 +233,16 @@ def _summed(y_R: Tensor, row_map: RowMap) -> list[Tensor]:
     return [torch.empty(row_map.num_rows, y_R.shape[1], dtype=y_R.dtype, device=y_R.device)]
 
 
+def _routed(logits_TE: Tensor, *rest: Any, topk: int, num_sequences: int, **kwargs: Any) -> list[Tensor]:
+    t, e = logits_TE.shape
+    ids = logits_TE.new_empty(t, topk, dtype=torch.int64)
+    return [ids, *(logits_TE.new_empty(size) for size in ((t, topk), (), (num_sequences, e)))]
+
+
+def _d_logits(logits_TE: Tensor, *rest: Any, **kwargs: Any) -> list[Tensor]:
+    return [logits_TE.new_empty(logits_TE.shape)]
+
+
 def _nothing(*args: Any) -> list[Tensor]:
     return []
 
@@ -253,6 +265,18 @@ DECLARATIONS = {
     "permute_fp8": Declaration(("Fp8 x", "Map row_map"), "", ("rows",), _cast_copies),
     "permute_quantize": Declaration(("Tensor x", "Map row_map"), _CAST, ("rows",), _cast_copies),
     "unpermute": Declaration(("Tensor y_R", "Map row_map"), "", ("tensor",), _summed),
+    "route": Declaration(
+        ("Tensor logits", "Tensor bias", "MaybeTotal counts"),
+        f"int topk, int num_groups, int top_groups, str group_score, {_ROUTING}, int num_sequences, bool force_balance",
+        ("tensor",) * 4,
+        _routed,
+    ),
+    "route_backward": Declaration(
+        ("Tensor logits", "Tensor topk_ids", "Tensor f", "Tensor d_weights", "Tensor d_loss"),
+        _ROUTING,
+        ("tensor",),
+        _d_logits,
+    ),
     "gemm": Declaration(("Fp8 a", "Fp8 b"), "ScalarType out_dtype", ("tensor",), _product),
     "gemm_add": Declaration(("Fp8 a", "Fp8 b", "Total total"), "", (), _nothing),
     "wgrad": Declaration(("Tensor dy", "Tensor x", "Total main_grad"), "", (), _nothing),
