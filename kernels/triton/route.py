@@ -30,21 +30,26 @@ LOWEST = tl.constexpr(-0x80000000)
 
 
 @triton.jit
-def shares_of(x, total):
-    """x [M, N] / total [M], correctly rounded."""
+def divided(x, total):
+    """x [M, N] / total [M], correctly rounded; a bias added to it is not fused with a product."""
     return tl.div_rn(x, tl.broadcast_to(total[:, None], x.shape))
+
+
+@triton.jit
+def share_of(x, total):
+    """x [M, N] / total [M] by one division a row, for sums."""
+    return x * tl.div_rn(tl.full(total.shape, 1.0, tl.float32), total)[:, None]
 
 
 @triton.jit
 def softmax(x):
     """Along rows; -inf where a lane does not count."""
     power = tl.exp(x - tl.max(x, axis=1)[:, None])
-    return shares_of(power, tl.sum(power, axis=1))
+    return divided(power, tl.sum(power, axis=1))
 
 
 @triton.jit
 def sigmoid(x):
-    # Dividing exactly also keeps a bias that is added later from being fused with a product.
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + tl.exp(-x))
 
 
@@ -142,16 +147,16 @@ def route_kernel(
             weight = sigmoid(weight)
         if SCORE == "softmax":
             largest = tl.max(logit, axis=1)[:, None]
-            weight = shares_of(tl.exp(weight - largest), tl.sum(tl.exp(logit - largest), axis=1))
+            weight = divided(tl.exp(weight - largest), tl.sum(tl.exp(logit - largest), axis=1))
         if SCORE == "softmax_topk":
             weight = softmax(tl.where(row, weight, 0.0))
         elif NORMALIZE:
-            weight = shares_of(weight, tl.sum(weight, axis=1) + TINY)
+            weight = divided(weight, tl.sum(weight, axis=1) + TINY)
         where = t[:, None] * TOPK + slot
         tl.store(ids + where, id_.to(tl.int64), mask=mask)
         tl.store(weights + where, weight * route_scale, mask=mask)
         counts += tl.where(row, chosen, 0)
-        shares += tl.where(row, shares_of(score, tl.sum(score, axis=1) + TINY), 0.0)
+        shares += tl.where(row, share_of(score, tl.sum(score, axis=1) + TINY), 0.0)
     part = tl.program_id(0).to(tl.int64) * E + tl.reshape(e, (LANES,))
     inside = tl.reshape(has_expert, (LANES,))
     tl.store(part_counts + part, tl.sum(counts, axis=0), mask=inside)
@@ -208,14 +213,14 @@ def route_backward_kernel(
     scale = tl.load(d_loss) / tl.cast(S, tl.float32)
     dx = tl.load(f + (t // S)[:, None] * E + e, mask=row & real, other=0.0) * scale
     total = tl.sum(score, axis=1) + TINY
-    dx = shares_of(dx - tl.sum(dx * shares_of(score, total), axis=1)[:, None], total)
+    dx = share_of(dx - tl.sum(dx * share_of(score, total), axis=1)[:, None], total)
     if SCORE == "softmax_topk":
         weight = softmax(tl.where((chosen > 0) | (row == 0), logit, -float("inf")))
         dy = weight * (dy - tl.sum(dy * weight, axis=1)[:, None])
     elif NORMALIZE:
         picked = tl.where(chosen > 0, score, 0.0)
         total = tl.sum(picked, axis=1) + TINY
-        dy = shares_of(dy - tl.sum(dy * shares_of(picked, total), axis=1)[:, None], total)
+        dy = share_of(dy - tl.sum(dy * share_of(picked, total), axis=1)[:, None], total)
         dy = tl.where(chosen > 0, dy, 0.0)
     if SCORE == "sigmoid":
         dx = (dx + dy) * ((1.0 - score) * score)

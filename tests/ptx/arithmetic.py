@@ -96,7 +96,7 @@ def _high(a: Any, b: Any) -> Any:
 def _floats(name: str) -> Callable[..., Any]:
     table = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma, "min": np.fmin,
-        "max": np.fmax, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt,
+        "max": np.fmax, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2,
     }  # fmt: skip
     if name not in table:
         raise Unsupported(f"{name} of floats is not known")
