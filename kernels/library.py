@@ -69,7 +69,17 @@ class Declaration:
         """Arguments and result in PyTorch's schema language."""
         parts = [part.format(name) for kind, name in map(str.split, self.arguments) for part in _PARTS[kind]]
         parts += ["*", self.keywords] if self.keywords else []
-        return f"({', '.join(parts)}) -> {'Tensor[]' if self.results else '()'}"
+        results = f"({', '.join(['Tensor'] * len(self.results))})" if self.adds else "Tensor[]"
+        return f"({', '.join(parts)}) -> {results if self.results else '()'}"
+
+    @property
+    def adds(self) -> bool:
+        """Whether it changes an argument: torch.compile then takes single tensors for results, and no list of them."""
+        return any(kind in ("Total", "MaybeTotal") for kind in self.kinds)
+
+    def returned(self, tensors: list[Tensor]) -> Any:
+        """The results as the operator must return them."""
+        return None if not self.results else tuple(tensors) if self.adds else tensors
 
 
 _by_specification: Callable[[torch.device], bool] = lambda device: True  # noqa: E731  replaced by `register`
@@ -122,21 +132,21 @@ def _plan_rows(topk_ids: Tensor, num_experts: int, *, align: int, room: int | No
     return RowMap(*tensors, *topk_ids.shape)
 
 
-def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
-    args = _regroup(DECLARATIONS[name].kinds, flat)
+def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> Any:
+    declaration = DECLARATIONS[name]
+    args = _regroup(declaration.kinds, flat)
     if name == "gemm_add":
         run("gemm", *args[:2], out_dtype=torch.float32, accumulate=args[2])
         return None
     if name == "gemm":
         kwargs["accumulate"] = None
     result = run("permute" if name == "permute_fp8" else name, *args, **kwargs)
-    return _flatten(result if isinstance(result, tuple) else (result,), tiles=False) if result is not None else None
+    return declaration.returned(_flatten(result if isinstance(result, tuple) else (result,), tiles=False))
 
 
-def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
+def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> Any:
     declaration = DECLARATIONS[name]
-    tensors = declaration.fake(*_regroup(declaration.kinds, flat), **kwargs)
-    return tensors if declaration.results else None
+    return declaration.returned(declaration.fake(*_regroup(declaration.kinds, flat), **kwargs))
 
 
 def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:

@@ -8,9 +8,9 @@ FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as
 each optimizer step by `quantize_weights`. In BF16 and FP32 the same three names are plain products.
 
 Every parameter gets `main_grad`, a view of a flat FP32 buffer in the order of `model.parameters()`, so that one
-collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, the gate and the embedding
-add into it themselves; parameters whose gradient autograd computes (norms) get a hook that moves `.grad` over.
-`.grad` is always None between steps.
+collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, the router's gate and
+the embedding add into it themselves; parameters whose gradient autograd computes (norms) get a hook that moves `.grad`
+over. `.grad` is always None between steps.
 """
 
 from __future__ import annotations

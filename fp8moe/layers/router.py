@@ -65,8 +65,8 @@ class RouterConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.router.{name}={getattr(self, name)} must be at least 1")
         for name, legal in (("score", get_args(Score)), ("group_score", get_args(GroupScore))):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"model.router.{name}={getattr(self, name)!r} does not exist: use {' or '.join(legal)}")
+            if (given := getattr(self, name)) not in legal:
+                raise ValueError(f"model.router.{name}={given!r} does not exist: use {' or '.join(legal)}")
         if self.score == "softmax_topk" and not self.normalize_topk:
             raise ValueError(
                 "model.router.normalize_topk=false contradicts score=softmax_topk, whose weights sum to 1: "

@@ -16,6 +16,7 @@ from fp8moe.kernels.quantize import (
     quantize_rows_and_columns,
     requantize_columns,
 )
+from fp8moe.kernels.route import route, route_backward
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -78,6 +79,20 @@ def every_way(x, ids):
     return parts(row_map, copies, rows, permute_quantize(x, row_map, power_of_two=True), unpermute(copies, row_map))
 
 
+def every_routing(logits, bias, counts, d_weights):
+    """Experts chosen and counted, and back."""
+    scoring = {"score": "softmax", "normalize": True, "route_scale": 2.0}
+    choosing = {"topk": 3, "num_groups": 4, "top_groups": 2, "group_score": "max"}
+    options = {"num_sequences": 2, "force_balance": False}
+    ids, weights, loss, f = route(logits, bias, counts, **choosing, **scoring, **options)
+    _, _, uncounted, _ = route(logits, bias, None, **choosing, **scoring, **options)
+    return ids, weights, loss, f, uncounted, route_backward(logits, ids, f, d_weights, loss, **scoring)
+
+
+def routing_arguments():
+    return torch.randn(10, 12), torch.randn(12), torch.zeros(12, dtype=torch.int64), torch.randn(10, 3)
+
+
 def ways_arguments():
     return torch.randn(40, 144).bfloat16(), torch.tensor([[0, 2], [2, -1]]).repeat(20, 1)
 
@@ -91,7 +106,12 @@ def products_arguments():
     return x, dy, w, torch.tensor([0, 128, 256], dtype=torch.int32), torch.zeros(32, 48), torch.zeros(2, 32, 48)
 
 
-CASES = [(every_cast, casts_arguments), (every_product, products_arguments), (every_way, ways_arguments)]
+CASES = [
+    (every_cast, casts_arguments),
+    (every_product, products_arguments),
+    (every_way, ways_arguments),
+    (every_routing, routing_arguments),
+]
 
 
 def look(tensors):
@@ -125,7 +145,7 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
 
 def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
-    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "route"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
@@ -137,4 +157,4 @@ def test_what_an_op_changes_is_declared():
         for name in library.DECLARATIONS
         if any(a.alias_info is not None for a in getattr(torch.ops.fp8moe, name).default._schema.arguments)
     }
-    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad"}
+    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "route"}
