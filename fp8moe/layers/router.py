@@ -137,15 +137,20 @@ class _RouterFunction(torch.autograd.Function):
             num_sequences=num_sequences, force_balance=c.force_balance,
         )  # fmt: skip
         ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)  # it would fill a gradient of the ids, too
         ctx.weight, ctx.recall, ctx.config, ctx.of_route = weight_ED, recall, c, (logits_TE, ids_TK, f_BE)
         return ids_TK, weights_TK, loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        c, weight_ED, recall, (_, d_weights_TK, d_loss) = ctx.config, ctx.weight, ctx.recall, grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+        c, weight_ED, recall = ctx.config, ctx.weight, ctx.recall
+        (logits_TE, ids_TK, f_BE), (_, d_weights_TK, d_loss) = ctx.of_route, grads
+        d_weights_TK = f_BE.new_zeros(ids_TK.shape) if d_weights_TK is None else d_weights_TK
+        d_loss = f_BE.new_zeros(()) if d_loss is None else d_loss
         d_logits_TE = route_backward(
-            *ctx.of_route, d_weights_TK, d_loss, score=c.score, normalize=c.normalize_topk, route_scale=c.route_scale
-        )
+            logits_TE, ids_TK, f_BE, d_weights_TK, d_loss, score=c.score, normalize=c.normalize_topk,
+            route_scale=c.route_scale,
+        )  # fmt: skip
         by_parts = on_tensor_cores(weight_ED)
         d_logits = split_bf16(d_logits_TE) if by_parts else d_logits_TE.unsqueeze(0)
         submit(lambda: gate_wgrad(d_logits, recall(), weight_ED.main_grad))
@@ -167,8 +172,9 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 def split_bf16(x_TE: Tensor) -> Tensor:
     """FP32 [T, E] -> BF16 [2, T, E]: x rounded, and what that lost, rounded; their sum is x to 2^-17 of it."""
     parts = torch.empty(x_TE.shape[0], 2, x_TE.shape[1], dtype=torch.bfloat16, device=x_TE.device).transpose(0, 1)
-    parts[0].copy_(x_TE)
-    torch.sub(x_TE, parts[0], out=parts[1])
+    high, low = parts.unbind()
+    high.copy_(x_TE)
+    torch.sub(x_TE, high, out=low)
     return parts
 
 

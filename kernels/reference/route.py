@@ -72,7 +72,8 @@ def route_backward(
     d_scores_TE += d_gathered_TE
     if score == "softmax":
         return _softmax_backward(d_scores_TE, scores_TE)
-    return torch.ops.aten.sigmoid_backward(d_scores_TE, scores_TE)  # type: ignore[no-any-return]
+    d_logits_TE: Tensor = torch.ops.aten.sigmoid_backward(d_scores_TE, scores_TE)
+    return d_logits_TE
 
 
 def _scores(logits_TE: Tensor, score: str) -> Tensor:

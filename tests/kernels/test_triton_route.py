@@ -1,4 +1,4 @@
-"""Routing in Triton: ids and loads to the bit, weights, loss and gradients within a few last places of the reference."""
+"""Routing in Triton: ids and loads to the bit, weights, loss and gradients within a few last places."""
 
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_operands_of_any_stride(triton_device):
         check(logits, bias, topk=3, num_groups=4, top_groups=2, num_sequences=3)
     given = options(topk=3, score="softmax")
     logits = wide[:, :20]
-    ids, weights, loss, f = route(logits, bias, None, **given)
+    ids, _, loss, f = route(logits, bias, None, **given)
     spread = torch.randn(3, 9, device=triton_device).t(), loss.expand(3)[0]
     across = ids.t().contiguous().t()
     expected = twin.route_backward(logits, ids, f, *spread, **scoring(given))
