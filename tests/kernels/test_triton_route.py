@@ -9,8 +9,11 @@ from torch import Tensor
 from fp8moe.kernels.reference import route as twin
 from fp8moe.kernels.route import GROUP_SCORES, SCORES, route, route_backward
 from fp8moe.kernels.triton import route as ops
+from fp8moe.layers.linear import attach_main_grads
+from fp8moe.layers.recipe import Precision, Recipe
+from fp8moe.layers.router import Router, RouterConfig, gate_logits
 from tests.kernels.row_maps import record_waits
-from tests.kernels.test_route import options, scoring
+from tests.kernels.test_route import options, plainly, scoring
 
 # Experts, top-k, groups, groups of a token, sequences, tokens of each.
 SIZES = [
@@ -126,3 +129,36 @@ def test_nothing_waits_for_the_device(triton_device):
         ids, weights, loss, f = route(logits, bias, counts, **given)
         route_backward(logits, ids, f, weights, loss, **scoring(given))
     assert waits == []
+
+
+@pytest.mark.gpu
+def test_the_routers_products_run_on_tensor_cores_and_keep_fp32(triton_device):
+    """The whole router at a production size: nothing waits, and the weight's gradient is FP64's to 1e-5."""
+    dim, num_experts, given = 2048, 256, options(topk=8, num_groups=8, top_groups=4, num_sequences=2)
+    config = RouterConfig(topk=8, num_groups=8, top_groups=4)
+    with torch.device(triton_device):
+        router = Router(dim, num_experts, config, Recipe(Precision.BF16))
+        attach_main_grads(router)
+        torch.nn.init.normal_(router.weight, std=0.03)
+        x = torch.randn(4096, dim).bfloat16().requires_grad_()
+        d_weights, d_loss = torch.randn(4096, 8), torch.tensor(0.5)
+    for debug in ("default", "error"):  # compiled first
+        router.weight.main_grad.zero_()
+        router.counts_E.zero_()
+        x.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(debug)
+        try:
+            routing = router(x, 2)
+            torch.autograd.backward((routing.topk_weights_TK, routing.balance_loss), (d_weights, d_loss))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert int(router.counts_E.sum()) == 4096 * 8
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, router.weight))
+    logits = exact_x @ exact_weight.T
+    close(gate_logits(x, router.weight).double(), logits.detach(), atol=1e-5)
+    expected = plainly(logits, routing.topk_ids_TK, given)
+    torch.testing.assert_close(routing.topk_weights_TK.double(), expected[0], rtol=1e-4, atol=1e-6)
+    torch.autograd.backward(expected, (d_weights.double(), d_loss.double()))
+    for got, exact, bound in ((router.weight.main_grad, exact_weight.grad, 1e-5), (x.grad, exact_x.grad, 4e-3)):
+        assert (got.double() - exact).norm() <= bound * exact.norm()

@@ -32,6 +32,12 @@ ACCEPTED = (
     (r"invert_kernel", "stores", 0.17, "a scatter of single words"),
     (r"sum_kernel", "loads", 0.93, "the place of a copy is one number for a whole row"),
     (r"plan_rows ", "loads", 0.25, "a few counts an expert"),
+    (r"^triton route .* route_kernel", "loads", 0.82, "logits of the chosen are gathered again, from L1"),
+    (r"^triton route .* route_kernel", "stores", 0.8, "a row's few ids and weights are no whole sectors"),
+    (r" balance_kernel", "loads", 0.65, "two loads of a lane share a sector, one hits L1"),
+    (r" balance_kernel", "stores", 0.9, "a part of the loss is one word"),
+    (r" balance_kernel", "banks", 1.6, "sums along parts cross warps, 16 numbers at a time"),
+    (r"route_backward_kernel", "loads", 0.8, "a row's ids and gradients of weights are loaded one by one"),
     (r"plan_rows ", "stores", 0.25, "a few counts an expert, and a scatter of single numbers"),
 )  # fmt: skip
 
