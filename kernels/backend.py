@@ -61,6 +61,8 @@ _MODULE_OF = {
     "cross_entropy": "cross_entropy",
     "cross_entropy_with_gradient": "cross_entropy",
     "embedding_wgrad": "embedding",
+    "route": "route",
+    "route_backward": "route",
     "adamw_step": "adamw",
     "adamw_step_quantize": "adamw",
     "squared_norm": "squared_norm",
@@ -70,6 +72,7 @@ OPS = tuple(_MODULE_OF)
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm")
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding")
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "route")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

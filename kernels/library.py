@@ -35,6 +35,7 @@ _PARTS = {
     "Maybe": ("Tensor? {}",),
     "Total": ("Tensor({0}!) {0}",),  # mutated in place
     "MaybeTotal": ("Tensor({0}!)? {0}",),
+    "MaybeTotal": ("Tensor({0}!)? {0}",),  # likewise, where it is not None
     "Fp8": ("Tensor {}_data", "Tensor {}_scale", "int[] {}_tile"),
     "Fp8Total": ("Tensor({0}_data!) {0}_data", "Tensor({0}_scale!) {0}_scale", "int[] {0}_tile"),
     "E5m6": ("Tensor {}_data", "Tensor {}_scale"),
@@ -48,6 +49,7 @@ _PARTS = {
 _ADAMW = "float lr, float beta1, float beta2, float eps, float weight_decay, int step, Tensor? grad_scale"
 _STATE = ("Total master", "Tensor grad", "Total exp_avg", "Total exp_avg_sq")
 _CAST = "float amax_floor, bool power_of_two"
+_ROUTING = "str score, bool normalize, float route_scale"
 
 Fake = Callable[..., list[Tensor]]
 
@@ -74,7 +76,17 @@ class Declaration:
         """Arguments and result in PyTorch's schema language."""
         parts = [part.format(name) for kind, name in map(str.split, self.arguments) for part in _PARTS[kind]]
         parts += ["*", self.keywords] if self.keywords else []
-        return f"({', '.join(parts)}) -> {'Tensor[]' if self.results else '()'}"
+        results = f"({', '.join(['Tensor'] * len(self.results))})" if self.adds else "Tensor[]"
+        return f"({', '.join(parts)}) -> {results if self.results else '()'}"
+
+    @property
+    def adds(self) -> bool:
+        """Whether it changes an argument: torch.compile then takes single tensors for results, and no list of them."""
+        return any(kind in ("Total", "MaybeTotal") for kind in self.kinds)
+
+    def returned(self, tensors: list[Tensor]) -> Any:
+        """The results as the operator must return them."""
+        return None if not self.results else tuple(tensors) if self.adds else tensors
 
 
 _by_specification: Callable[[torch.device], bool] = lambda device: True  # noqa: E731  replaced by `register`
@@ -127,8 +139,9 @@ def _plan_rows(topk_ids: Tensor, num_experts: int, *, align: int, room: int | No
     return RowMap(*tensors, *topk_ids.shape)
 
 
-def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
-    args = _regroup(DECLARATIONS[name].kinds, flat)
+def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> Any:
+    declaration = DECLARATIONS[name]
+    args = _regroup(declaration.kinds, flat)
     if name == "gemm_add":
         run("gemm", *args[:2], out_dtype=torch.float32, accumulate=args[2])
         return None
@@ -139,12 +152,12 @@ def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> 
         return None
     given = [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]
     return _flatten(given, tiles=False)
+    return declaration.returned(_flatten(result if isinstance(result, tuple) else (result,), tiles=False))
 
 
-def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
+def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> Any:
     declaration = DECLARATIONS[name]
-    tensors = declaration.fake(*_regroup(declaration.kinds, flat), **kwargs)
-    return tensors if declaration.results else None
+    return declaration.returned(declaration.fake(*_regroup(declaration.kinds, flat), **kwargs))
 
 
 def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
@@ -272,6 +285,14 @@ def _silu_mul(gate_up: Tensor, weights: Tensor | None) -> list[Tensor]:
 def _silu_mul_gradients(dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> list[Tensor]:
     grads = [gate_up.new_empty(gate_up.shape)]
     return grads if weights is None else [*grads, weights.new_empty(weights.shape)]
+def _routed(logits_TE: Tensor, *rest: Any, topk: int, num_sequences: int, **kwargs: Any) -> list[Tensor]:
+    t, e = logits_TE.shape
+    ids = logits_TE.new_empty(t, topk, dtype=torch.int64)
+    return [ids, *(logits_TE.new_empty(size) for size in ((t, topk), (), (num_sequences, e)))]
+
+
+def _d_logits(logits_TE: Tensor, *rest: Any, **kwargs: Any) -> list[Tensor]:
+    return [logits_TE.new_empty(logits_TE.shape)]
 
 
 def _nothing(*args: Any) -> list[Tensor]:
@@ -311,6 +332,17 @@ DECLARATIONS = {
     "silu_mul": Declaration(("Tensor gate_up", "Maybe weights"), "", ("tensor",), _silu_mul),
     "silu_mul_backward": Declaration(
         ("Tensor dy", "Tensor gate_up", "Maybe weights"), "", ("tensor", "maybe"), _silu_mul_gradients
+    "route": Declaration(
+        ("Tensor logits", "Tensor bias", "MaybeTotal counts"),
+        f"int topk, int num_groups, int top_groups, str group_score, {_ROUTING}, int num_sequences, bool force_balance",
+        ("tensor",) * 4,
+        _routed,
+    ),
+    "route_backward": Declaration(
+        ("Tensor logits", "Tensor topk_ids", "Tensor f", "Tensor d_weights", "Tensor d_loss"),
+        _ROUTING,
+        ("tensor",),
+        _d_logits,
     ),
     "gemm": Declaration(("Fp8 a", "Fp8 b"), "ScalarType out_dtype", ("tensor",), _product),
     "gemm_add": Declaration(("Fp8 a", "Fp8 b", "Total total"), "", (), _nothing),

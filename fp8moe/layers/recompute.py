@@ -1,10 +1,10 @@
 """Values for the backward: kept, or computed again by the one consumer that needs them.
 
 A `Recallable` is a tensor whose values a backward can ask for, kept or recomputed. `capture_saved` holds what autograd
-saves of an operation whose backward is not ours (attention's kernels save what they read and write, a plain product its
-operands), so that less can be kept of it: each saved tensor becomes a `SavedTensor`, and afterwards it may be told to
-make its tensor when backward asks: from a packed copy (`attention.core`) or from a computation (`recompute_saved`).
-Hooks do not nest, the innermost alone is asked: hence one list of saved tensors, and everyone who replaces takes it.
+saves of an operation whose backward is not ours (attention's kernels save what they read and write), so that less can
+be kept of it: each saved tensor becomes a `SavedTensor`, and afterwards it may be told to make its tensor when backward
+asks: from a packed copy (`attention.core`) or from a computation (`recompute_saved`). Hooks do not nest, the innermost
+alone is asked: hence one list of saved tensors, and everyone who replaces takes it.
 
 Nothing that routes, sends, counts or registers a weight gradient ever runs twice. `torch.utils.checkpoint` was refused
 for that reason: it repeats whole regions, attention, router and the registering of weight gradients with them. An

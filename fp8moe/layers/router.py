@@ -1,35 +1,50 @@
 """Router: which experts a token goes to, with what weight, and how their load is balanced (DeepSeek-V3 report, 2.1.2).
 
-Scores are FP32. The choice is made on scores plus a bias that steers load, the weights come from the scores alone,
-normalised over the chosen and scaled. Groups limit how many nodes a token visits. The product is FP32; its operands are
-widened again in backward, since FP32 copies of x, which is kept or recomputed anyway, would weigh more than x.
+The gate's product and one op, `kernels.route`, which makes scores, choice, weights, loads and the balance loss of its
+logits; on a GPU that is four launches, six in backward and two in the weight gradient, however many the tokens, and
+none of them waits.
+
+The product is FP32 of operands in the recipe's dtype. On a GPU tensor cores multiply BF16 and sum in FP32; the FP32
+gradient of the logits is then split into a BF16 number and a BF16 remainder, which together have 16 bits of it, and
+multiplied as two. Elsewhere operands are widened. Both products of the backward read x and the weight as they are kept:
+FP32 copies of x, which is kept or recomputed anyway, would weigh more than x. The weight gradient is put off like a
+Linear's and goes into FP32 `main_grad` without passing through BF16. FP32 products on a GPU were refused: an FP32 copy
+of x, and a tenth of the speed.
 
 Load is balanced by the bias, moved after each step: an expert above the mean load loses gamma of it, one below gains
 it. Loads are counted in training forwards only, once, and summed over all ranks. A faint sequence-wise loss keeps a
 single sequence from collapsing on few experts.
 
-Legend: T tokens, D model, E experts, K top-k, B sequences, S tokens of a sequence.
+Legend: T tokens, D model, E experts, K top-k, B sequences, S tokens of a sequence, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fp8moe.kernels.topk import group_limited_topk
+from fp8moe.kernels.gemm import wgrad
+from fp8moe.kernels.route import route, route_backward
+from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
-from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
+from fp8moe.layers.recompute import Recallable, kept
+
+Score = Literal["sigmoid", "softmax", "softmax_topk"]
+GroupScore = Literal["top2_sum", "max"]
 
 
 @dataclass(frozen=True)
 class RouterConfig:
     """How experts are chosen for a token.
 
-    score: sigmoid or softmax of the gate's logits. A token's `topk` experts come from the best `top_groups` of
-    `num_groups` groups. normalize_topk: weights of the chosen sum to 1; then they are multiplied by route_scale.
+    score: sigmoid or softmax of the gate's logits, or softmax_topk: the choice is made on the logits, the weights are
+    their softmax over the chosen. A token's `topk` experts come from the best `top_groups` of `num_groups` groups.
+    group_score: a group counts by the sum of its two best scores (top2_sum) or by its best (max). normalize_topk:
+    weights of the chosen sum to 1, as those of softmax_topk always do; then they are multiplied by route_scale.
     force_balance: experts in turn, the same number for all, for benchmarks. bias_gamma: step of the balancing bias.
     aux_loss_alpha: weight of the sequence-wise balance loss.
     """
@@ -37,7 +52,8 @@ class RouterConfig:
     topk: int
     num_groups: int = 1
     top_groups: int = 1
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    score: Score = "sigmoid"
+    group_score: GroupScore = "top2_sum"
     normalize_topk: bool = True
     route_scale: float = 1.0
     force_balance: bool = False
@@ -48,8 +64,14 @@ class RouterConfig:
         for name in ("topk", "num_groups", "top_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.router.{name}={getattr(self, name)} must be at least 1")
-        if self.score not in ("sigmoid", "softmax"):
-            raise ValueError(f"model.router.score={self.score!r} is not a score function: use sigmoid or softmax")
+        for name, legal in (("score", get_args(Score)), ("group_score", get_args(GroupScore))):
+            if (given := getattr(self, name)) not in legal:
+                raise ValueError(f"model.router.{name}={given!r} does not exist: use {' or '.join(legal)}")
+        if self.score == "softmax_topk" and not self.normalize_topk:
+            raise ValueError(
+                "model.router.normalize_topk=false contradicts score=softmax_topk, whose weights sum to 1: "
+                "use true, or score=softmax"
+            )
         if self.top_groups > self.num_groups:
             raise ValueError(
                 f"model.router.top_groups={self.top_groups} exceeds num_groups={self.num_groups}: "
@@ -95,49 +117,78 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor | Recallable, num_sequences: int) -> Routing:
         """x [T, D], T = num_sequences x S, sequence after sequence -> the routing of every token."""
-        c = self.config
-        logits_TE = self._logits(kept(x_TD))
-        scores_TE = logits_TE.sigmoid() if c.score == "sigmoid" else logits_TE.softmax(-1)
-        topk_ids_TK = self.choose(scores_TE.detach())
-        weights_TK = scores_TE.gather(1, topk_ids_TK)
-        if c.normalize_topk:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        if self.training and torch.is_grad_enabled():
-            self.counts_E += torch.bincount(topk_ids_TK.flatten(), minlength=self.num_experts)
-        loss = sequence_loss(scores_TE, topk_ids_TK, num_sequences)
-        return Routing(topk_ids_TK, weights_TK * c.route_scale, loss)
-
-    def _logits(self, x_TD: Recallable) -> Tensor:
-        recall, weight_ED = x_TD.recall, self.weight.detach()
-        wide = x_TD.tensor.float(), self.weight.float()
-        with capture_saved() as captured:
-            logits_TE = nn.functional.linear(*wide)
-        recompute_saved(captured, wide, lambda: (recall().float(), weight_ED.float()))
-        return logits_TE
-
-    def choose(self, scores_TE: Tensor) -> Tensor:
-        """Top-k ids [T, K] int64 of biased scores, or in turn, the same number for all, when balance is forced."""
-        c = self.config
-        if c.force_balance:
-            slots = torch.arange(scores_TE.shape[0] * c.topk, device=scores_TE.device)
-            return (slots % self.num_experts).view(-1, c.topk)
-        return group_limited_topk(scores_TE, self.bias_E, topk=c.topk, num_groups=c.num_groups, top_groups=c.top_groups)
+        x = kept(x_TD)
+        counts_E = self.counts_E if self.training and torch.is_grad_enabled() else None
+        return Routing(*_RouterFunction.apply(x.tensor, self.weight, x.recall, self, num_sequences, counts_E))
 
 
-def sequence_loss(scores_TE: Tensor, topk_ids_TK: Tensor, num_sequences: int) -> Tensor:
-    """Sum over sequences of sum_e f_e P_e, a scalar FP32 that carries gradient through the scores.
+class _RouterFunction(torch.autograd.Function):
+    """The weight is an argument only so that autograd enters when the input needs no gradient."""
 
-    f_e is the share of a sequence's choices that fell on expert e, times E (1 when balanced); P_e the mean over its
-    tokens of the score of e, normalised over experts. A balanced sequence gives 1. Weight it with alpha outside.
-    """
-    num_tokens, num_experts = scores_TE.shape
-    if num_tokens == 0:
-        return scores_TE.sum()
-    shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-    p_BE = shares_TE.view(num_sequences, -1, num_experts).mean(1)
-    chosen = torch.zeros_like(scores_TE, requires_grad=False).scatter_(1, topk_ids_TK, 1.0)
-    f_BE = chosen.view(num_sequences, -1, num_experts).mean(1) * (num_experts / topk_ids_TK.shape[1])
-    return (f_BE * p_BE).sum()
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_ED: Tensor, recall: Callable[[], Tensor], router: Router, num_sequences: int,
+        counts_E: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        c, logits_TE = router.config, gate_logits(x_TD, weight_ED)
+        ids_TK, weights_TK, loss, f_BE = route(
+            logits_TE, router.bias_E, counts_E, topk=c.topk, num_groups=c.num_groups, top_groups=c.top_groups,
+            score=c.score, group_score=c.group_score, normalize=c.normalize_topk, route_scale=c.route_scale,
+            num_sequences=num_sequences, force_balance=c.force_balance,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)  # it would fill a gradient of the ids, too
+        ctx.weight, ctx.recall, ctx.config, ctx.of_route = weight_ED, recall, c, (logits_TE, ids_TK, f_BE)
+        return ids_TK, weights_TK, loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+        c, weight_ED, recall = ctx.config, ctx.weight, ctx.recall
+        (logits_TE, ids_TK, f_BE), (_, d_weights_TK, d_loss) = ctx.of_route, grads
+        d_weights_TK = f_BE.new_zeros(ids_TK.shape) if d_weights_TK is None else d_weights_TK
+        d_loss = f_BE.new_zeros(()) if d_loss is None else d_loss
+        d_logits_TE = route_backward(
+            logits_TE, ids_TK, f_BE, d_weights_TK, d_loss, score=c.score, normalize=c.normalize_topk,
+            route_scale=c.route_scale,
+        )  # fmt: skip
+        by_parts = on_tensor_cores(weight_ED)
+        d_logits = split_bf16(d_logits_TE) if by_parts else d_logits_TE.unsqueeze(0)
+        submit(lambda: gate_wgrad(d_logits, recall(), weight_ED.main_grad))
+        return gate_dgrad(d_logits, weight_ED) if ctx.needs_input_grad[0] else None, None, None, None, None, None
+
+
+def on_tensor_cores(operand: Tensor) -> bool:
+    """Whether the gate's products are of BF16 operands on a device that sums those in FP32."""
+    return operand.is_cuda and operand.dtype is torch.bfloat16
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x [T, D] @ weight^T -> FP32 [T, E], not rounded to the dtype of its operands."""
+    if on_tensor_cores(weight_ED):
+        return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+    return nn.functional.linear(x_TD.float(), weight_ED.float())
+
+
+def split_bf16(x_TE: Tensor) -> Tensor:
+    """FP32 [T, E] -> BF16 [2, T, E]: x rounded, and what that lost, rounded; their sum is x to 2^-17 of it."""
+    parts = torch.empty(x_TE.shape[0], 2, x_TE.shape[1], dtype=torch.bfloat16, device=x_TE.device).transpose(0, 1)
+    high, low = parts.unbind()
+    high.copy_(x_TE)
+    torch.sub(x_TE, high, out=low)
+    return parts
+
+
+def gate_dgrad(d_logits_PTE: Tensor, weight_ED: Tensor) -> Tensor:
+    """P parts whose sum is the gradient of the logits -> that of x [T, D] in the weight's dtype, rounded once."""
+    if len(d_logits_PTE) == 1:
+        return (d_logits_PTE[0] @ weight_ED.float()).to(weight_ED.dtype)
+    return d_logits_PTE.transpose(0, 1).flatten(1) @ weight_ED.repeat(len(d_logits_PTE), 1)
+
+
+def gate_wgrad(d_logits_PTE: Tensor, x_TD: Tensor, main_grad_ED: Tensor) -> None:
+    """main_grad [E, D] (FP32) += the sum of the parts, transposed, @ x [T, D]."""
+    for part_TE in d_logits_PTE:
+        wgrad(part_TE, x_TD, main_grad_ED)
 
 
 @torch.no_grad()
@@ -151,8 +202,16 @@ def update_bias(model: nn.Module, gamma: float) -> None:
             counts.zero_()
 
 
+def violations(loads_LE: Tensor) -> Tensor:
+    """MaxVio of each row of loads [..., E]: by how much its busiest expert exceeds the mean load, relative to it, FP32.
+
+    0 when balanced or without load.
+    """
+    load = loads_LE.float()
+    mean = load.mean(-1)
+    return torch.where(mean > 0, load.amax(-1) / mean - 1, 0.0)
+
+
 def max_violation(counts_E: Tensor) -> float:
-    """MaxVio: by how much the busiest expert exceeds the mean load, relative to it; 0 when balanced or without load."""
-    load = counts_E.float()
-    mean = load.mean()
-    return float(load.max() / mean - 1) if mean > 0 else 0.0
+    """MaxVio of one layer's loads [E], on the host."""
+    return float(violations(counts_E))

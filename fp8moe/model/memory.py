@@ -63,7 +63,7 @@ def _block_bytes(c: ModelConfig, layer: int, recipe: Recipe) -> float:
     """Bytes a token that block number `layer` keeps, experts evenly loaded and no row padding.
 
     Always: the residual stream before attention and before the MLP, what attention keeps, gate and up of the MLP, the
-    shared and the routed experts, the received rows with their weights and places, the router's scores and choice.
+    shared and the routed experts, the received rows with their weights and places, the router's logits and choice.
     Without recomputation also the norms' outputs; SwiGLU's output, but for FP8, which recomputes it always.
     """
     again, wide = recipe.recompute, recipe.dtype.itemsize
@@ -78,4 +78,6 @@ def _block_bytes(c: ModelConfig, layer: int, recipe: Recipe) -> float:
     if not c.is_dense(layer):
         total += c.router.topk * (cached * c.dim + 4 + 20)  # a row, its weight, where it came from, belongs and lies
         total += 4 * c.experts.num_experts + 12 * c.router.topk + 8  # scores, choice, weights, two normalising sums
+        total += c.router.topk * (cached * c.dim + 4 + 16)  # a row, its weight, where it came from and belongs
+        total += 4 * c.experts.num_experts + 8 * c.router.topk  # logits and choice
     return total

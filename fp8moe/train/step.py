@@ -31,7 +31,7 @@ from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
 from fp8moe.kernels.statistics import CastStatistics, observe_casts
 from fp8moe.layers.recipe import Precision
-from fp8moe.layers.router import max_violation, update_bias
+from fp8moe.layers.router import update_bias, violations
 from fp8moe.model.flops import mfu
 from fp8moe.model.loss import LossCounts, LossTally, LossWeights, count_predicted, loss_weights
 from fp8moe.model.stage import StagePasses
@@ -211,8 +211,9 @@ def worst_violation(run: Run) -> float | None:
     """The worst layer's MaxVio in the step's loads, of all stages; None without experts. Collective over pp."""
     if not run.config.model.has_experts:
         return None
-    mine = max((max_violation(router.counts_E) for router in run.routers().values()), default=0.0)
-    return float(all_reduce(torch.tensor(mine, dtype=torch.float64), run.mesh.pp_group, dist.ReduceOp.MAX))
+    counts = [router.counts_E for router in run.routers().values()]
+    mine = violations(torch.stack(counts)).max() if counts else torch.zeros((), device=run.device)
+    return float(all_reduce(mine.double(), run.mesh.pp_group, dist.ReduceOp.MAX))
 
 
 def cast_shares(run: Run, casts: CastStatistics | None) -> tuple[float | None, float | None]:

@@ -227,6 +227,29 @@ def activation_cases() -> Iterator[Case]:
 def _there_and_back(ops: Any, dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> None:
     ops.silu_mul(gate_up, weights)
     ops.silu_mul_backward(dy, gate_up, weights)
+def route_cases() -> Iterator[Case]:
+    """Routing by every score at the sizes of DeepSeek-V3 and V2 and of a model without groups, and its backward."""
+    ops = importlib.import_module("fp8moe.kernels.triton.route")
+    t, sequences = 4096, 2
+    for score, num_experts, topk, num_groups, top_groups, group_score in (
+        ("sigmoid", 256, 8, 8, 4, "top2_sum"),
+        ("softmax", 160, 6, 8, 3, "max"),
+        ("softmax_topk", 128, 4, 1, 1, "top2_sum"),
+        ("sigmoid", 512, 16, 1, 1, "top2_sum"),
+    ):
+        logits, bias, counts = torch.empty(t, num_experts), torch.empty(num_experts), torch.empty(num_experts).long()
+        scoring = {"score": score, "normalize": score != "softmax", "route_scale": 2.5}
+        choosing = {"topk": topk, "num_groups": num_groups, "top_groups": top_groups, "group_score": group_score}
+        label = f"{score} top-{topk} of {num_experts}"
+        yield (
+            f"triton route {label}",
+            partial(
+                ops.route, logits, bias, counts, num_sequences=sequences, force_balance=False, **choosing, **scoring
+            ),
+        )
+        ids, d_weights = torch.empty(t, topk, dtype=torch.int64), torch.empty(t, topk)
+        arguments = logits, ids, torch.empty(sequences, num_experts), d_weights, torch.empty(())
+        yield f"triton route_backward {label}", partial(ops.route_backward, *arguments, **scoring)
 
 
 def cases() -> Iterator[Case]:
@@ -240,6 +263,7 @@ def cases() -> Iterator[Case]:
     yield from update_cases()
     yield from loss_cases()
     yield from activation_cases()
+    yield from route_cases()
 
 
 CASES = tuple(cases())

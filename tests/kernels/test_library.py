@@ -24,6 +24,7 @@ from fp8moe.kernels.squared_norm import squared_norm
 from tests.kernels.updates import state
 from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
 from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
+from fp8moe.kernels.route import route, route_backward
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -99,6 +100,18 @@ def every_loss(x, w, labels, weight, total):
 def losses_arguments():
     labels = torch.tensor([3, -100, 0, 40, 3, -100])
     return torch.randn(6, 16).bfloat16(), torch.randn(16, 41).bfloat16(), labels, torch.tensor(0.5), torch.zeros(41, 41)
+def every_routing(logits, bias, counts, d_weights):
+    """Experts chosen and counted, and back."""
+    scoring = {"score": "softmax", "normalize": True, "route_scale": 2.0}
+    choosing = {"topk": 3, "num_groups": 4, "top_groups": 2, "group_score": "max"}
+    options = {"num_sequences": 2, "force_balance": False}
+    ids, weights, loss, f = route(logits, bias, counts, **choosing, **scoring, **options)
+    _, _, uncounted, _ = route(logits, bias, None, **choosing, **scoring, **options)
+    return ids, weights, loss, f, uncounted, route_backward(logits, ids, f, d_weights, loss, **scoring)
+
+
+def routing_arguments():
+    return torch.randn(10, 12), torch.randn(12), torch.zeros(12, dtype=torch.int64), torch.randn(10, 3)
 
 
 def ways_arguments():
@@ -153,6 +166,7 @@ CASES = [
     (every_update, updates_arguments),
     (every_loss, losses_arguments),
     (every_activation, activations_arguments),
+    (every_routing, routing_arguments),
 ]
 
 
@@ -190,6 +204,7 @@ def test_every_cast_and_product_is_registered():
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm"}
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding"}
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "route"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
@@ -204,3 +219,4 @@ def test_what_an_op_changes_is_declared():
     assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "adamw_step", "adamw_step_quantize"}
     totals = {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "embedding_wgrad"}
     assert mutated == totals | {"cross_entropy", "cross_entropy_with_gradient"}
+    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "route"}

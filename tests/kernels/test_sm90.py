@@ -153,6 +153,19 @@ def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(kernels):
 
 
 @pytest.mark.slow
+def test_routing_stays_in_registers_and_adds_in_a_fixed_order(kernels):
+    routing = {name: e for name, e in kernels.items() if ".route." in e["kernel"]}
+    assert {e["kernel"].split(".")[-1] for e in routing.values()} == {
+        "route_kernel",
+        "balance_kernel",
+        "route_backward_kernel",
+    }
+    for name, entry in routing.items():
+        figure, wide = entry["figures"], entry["wide"]
+        assert figure["STL"] == figure["LDL"] == figure["local"] == wide["atomic"] == 0, name
+
+
+@pytest.mark.slow
 def test_one_cta_fits_an_sm(kernels):
     for name, entry in kernels.items():
         figure = entry["figures"]

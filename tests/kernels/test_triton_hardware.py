@@ -31,12 +31,15 @@ from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.squared_norm import squared_norm
 from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
 from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
+from fp8moe.kernels.reference import route as routing
+from fp8moe.kernels.route import SCORES, route, route_backward
 from tests.distance import calc_diff
 from tests.kernels.activation_bounds import activate, assert_cast, differentiate
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
 from tests.kernels.loss_rows import STORAGE, assert_within_bounds, logits_and_labels
 from tests.kernels.row_maps import PARTS, random_ids
 from tests.kernels.updates import SETTINGS, state
+from tests.kernels.test_route import options, scoring
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 20
@@ -60,6 +63,8 @@ def tensors(result):
     if isinstance(result, tuple):
         return [t for part in result for t in tensors(part)]
     return [result.data, result.scale]
+    parts = result if isinstance(result, tuple) else (result,)
+    return [t for one in parts for t in ((one,) if isinstance(one, torch.Tensor) else (one.data, one.scale))]
 
 
 def assert_repeatable(run, repeats=REPEATS):
@@ -100,6 +105,12 @@ def repeat_everything(device, m, n, k, repeats):
     for run in (
         lambda: losses_and_gradients(dy[:few], tokens, weight),
         lambda: from_zero(lambda total: embedding_wgrad(x[:few], tokens % 7, total), n, k, device=device),
+    logits, given = dy[:, : n // 16 * 16].float(), options(topk=6, num_groups=4, top_groups=2, num_sequences=2)
+    bias = torch.zeros(logits.shape[1], device=device)
+    chosen, weights, loss, f = route(logits, bias, None, **given)
+    for run in (
+        lambda: route(logits, bias, torch.zeros_like(bias, dtype=torch.int64), **given),
+        lambda: route_backward(logits, chosen, f, weights, loss, **scoring(given)),
         lambda: plan_rows(ids, 16),
         lambda: permute(x, row_map),
         lambda: permute(rows, row_map),
@@ -322,6 +333,33 @@ def check_swiglu(device, r, f, weighted):
 @pytest.mark.parametrize(("r", "f", "weighted"), [(4096, 2048, True), (992, 1408, True), (528, 10944, False)])
 def test_swiglu_of_production(triton_device, r, f, weighted):
     check_swiglu(triton_device, r, f, weighted)
+def check_route(device, tokens, num_experts, topk, num_groups, top_groups, sequences):
+    """Every score beside the reference on the same device: ids and loads to the bit, the rest in its last places.
+
+    Logits lie on a grid, so that scores are equal or far apart and ties decide; in groups, where sums of two might be
+    near each other, the choice is made by the logits themselves.
+    """
+    logits = torch.randn(tokens, num_experts, device=device).mul_(64).round_().div_(64)
+    bias, d_loss = torch.zeros(num_experts, device=device), torch.tensor(0.1, device=device)
+    for score in SCORES:
+        groups = {"num_groups": num_groups, "top_groups": top_groups} if score == "softmax_topk" else {}
+        given = options(topk=topk, score=score, num_sequences=sequences, route_scale=2.5, **groups)
+        ours, theirs = (torch.ones(num_experts, dtype=torch.int64, device=device) for _ in range(2))
+        got, expected = route(logits, bias, ours, **given), routing.route(logits, bias, theirs, **given)
+        assert torch.equal(got[0], expected[0]) and torch.equal(ours, theirs)
+        for one, other in zip(got[1:], expected[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=5e-6, atol=1e-7)
+        d_weights = torch.randn(tokens, topk, device=device)
+        back = logits, got[0], got[3], d_weights, d_loss
+        wanted = routing.route_backward(*back, **scoring(given))
+        torch.testing.assert_close(route_backward(*back, **scoring(given)), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(256, 8, 8, 4), (160, 6, 8, 3), (512, 16, 16, 4), (64, 6, 1, 1), (72, 3, 9, 2)])
+def test_routing_of_production(triton_device, sizes):
+    check_route(triton_device, 4096, *sizes, 2)
+    check_route(triton_device, 3 * 1001, *sizes, 3)
 
 
 @pytest.mark.gpu
@@ -385,6 +423,10 @@ def test_no_access_outside_a_tensor(triton_device):
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     chosen = "normal or anyhow or nothing or slot_order or on_the_way or any_range or written_beside or anywhere"
+    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute route"
+    files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
+    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    chosen = "normal or anyhow or nothing or slot_order or on_the_way or every_size"
     command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, *files]
     # The caching allocator would hand out parts of larger blocks, inside which every access is legal.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
@@ -404,3 +446,4 @@ def test_these_checks_run(triton_device):
     check_losses(triton_device, 6, 300, torch.bfloat16)
     check_embedding(triton_device, 40, 144, 9)
     check_swiglu(triton_device, 32, 144, True)
+    check_route(triton_device, 12, 24, 3, 4, 2, 2)

@@ -123,6 +123,7 @@ def test_the_balance_loss_is_told_once_in_the_forward_and_weighed_in_the_backwar
         forward(block_pass)
         assert len(told) == 1 and told.pop() == balance.item()
         backward(block_pass, dy)
+        wgrads(block_pass)
         assert not told
         gradients.append(
             dict(zip(dict(model.named_parameters()), grads(model), strict=True))["blocks.1.moe.router.weight"]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fp8moe.kernels.route import route
 from fp8moe.layers.attention import core
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recompute
 from fp8moe.layers.recompute import Recallable
-from fp8moe.layers.router import Router
 from fp8moe.model.transformer import Transformer
 from tests.model import passes
 from tests.model.passes import (
@@ -62,22 +62,22 @@ def test_only_the_up_projections_run_again(
     model = build(Precision.FP8, recompute)
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.block(1).named_modules()}
     products: Counter[str] = Counter()
-    fprop, choose, attention = Linear.fprop, Router.choose, core.BACKENDS["sdpa"]
+    fprop, choose, attention = Linear.fprop, route, core.BACKENDS["sdpa"]
 
     def counted(self: Linear, x: Any) -> Tensor:
         products[names[id(self)]] += 1
         return fprop(self, x)
 
-    def chosen(self: Router, scores: Tensor) -> Tensor:
+    def chosen(*inputs: Any, **options: Any) -> Any:
         products["choose"] += 1
-        return choose(self, scores)
+        return choose(*inputs, **options)
 
     def attended(*inputs: Any) -> Tensor:
         products["attend"] += 1
         return attention(*inputs)
 
     monkeypatch.setattr(Linear, "fprop", counted)
-    monkeypatch.setattr(Router, "choose", chosen)
+    monkeypatch.setattr("fp8moe.layers.router.route", chosen)
     monkeypatch.setitem(core.BACKENDS, "sdpa", attended)
     autograd(model, 1, *stream(model, seed=0))
     once = {"qkv_a": 1, "o": 1, "gate_up": 1, "down": 1, "choose": 1, "attend": 1}

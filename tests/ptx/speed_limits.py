@@ -39,6 +39,12 @@ ACCEPTED = (
     (r"cross_entropy (bf16|fp32)", "stores", 0.12, "a loss is one word a row"),
     (r"sum_runs_kernel", "loads", 0.65, "an id, a place and the end of a run are one number for a whole row"),
     (r"plan_rows ", "loads", 0.25, "a few counts an expert"),
+    (r"^triton route .* route_kernel", "loads", 0.82, "logits of the chosen are gathered again, from L1"),
+    (r"^triton route .* route_kernel", "stores", 0.8, "a row's few ids and weights are no whole sectors"),
+    (r" balance_kernel", "loads", 0.65, "two loads of a lane share a sector, one hits L1"),
+    (r" balance_kernel", "stores", 0.9, "a part of the loss is one word"),
+    (r" balance_kernel", "banks", 1.6, "sums along parts cross warps, 16 numbers at a time"),
+    (r"route_backward_kernel", "loads", 0.8, "a row's ids and gradients of weights are loaded one by one"),
     (r"plan_rows ", "stores", 0.25, "a few counts an expert, and a scatter of single numbers"),
 )  # fmt: skip
 

@@ -176,11 +176,11 @@ def test_any_figure_that_is_not_finite_skips_the_step(
 
 
 def differing(settings: list[str]) -> tuple[float | None, tuple[float | None, float | None]]:
-    """Worst violation and cast shares of two pipeline ranks that see different loads and casts."""
+    """Worst violation and cast shares of two pipeline ranks that differ in loads and casts; a second layer is even."""
     run = built(configured(settings, world_size=2))
     second = run.mesh.rank == 1
-    for router in run.routers().values():
-        router.counts_E.copy_(torch.tensor([3, 1, 1, 1] if second else [5, 1, 1, 1]))
+    for layer, router in enumerate(run.routers().values()):
+        router.counts_E.copy_(torch.tensor([1, 1, 1, 1] if layer else [3, 1, 1, 1] if second else [5, 1, 1, 1]))
     casts = SimpleNamespace(values=300, saturated_share=0.0, underflow_share=0.1) if second else SimpleNamespace(
         values=100, saturated_share=0.5, underflow_share=0.3
     )  # fmt: skip
