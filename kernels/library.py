@@ -31,6 +31,7 @@ from fp8moe.kernels.triton import layout
 NAMESPACE = "fp8moe"
 _PARTS = {
     "Tensor": ("Tensor {}",),
+    "Maybe": ("Tensor? {}",),
     "Total": ("Tensor({0}!) {0}",),  # mutated in place
     "Fp8": ("Tensor {}_data", "Tensor {}_scale", "int[] {}_tile"),
     "E5m6": ("Tensor {}_data", "Tensor {}_scale"),
@@ -231,6 +232,27 @@ def _summed(y_R: Tensor, row_map: RowMap) -> list[Tensor]:
     return [torch.empty(row_map.num_rows, y_R.shape[1], dtype=y_R.dtype, device=y_R.device)]
 
 
+def _normed(
+    x: Tensor, weight: Tensor, delta: Tensor | None, *, eps: float, tensor: bool, rows: bool, power_of_two: bool
+) -> list[Tensor]:
+    t, d = x.shape
+    h, y, source = (x.new_empty(t if asked else 0, d) for asked in (delta is not None, tensor, rows))
+    return [h, y, *_rows(source), torch.empty(t, dtype=torch.float32, device=x.device)]
+
+
+def _contiguous(*tensors: Any, **kwargs: Any) -> list[Tensor]:
+    return [torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)]
+
+
+def _keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim: int) -> list[Tensor]:
+    return [kv.new_empty(*kv.shape[:2], nope_dim + k_rope.shape[1])]
+
+
+def _keys_gradient(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    rope = 2 * cos.shape[1]
+    return [dk.new_empty(*dk.shape[:2], dk.shape[2] - rope + dv.shape[2]), dk.new_empty(dk.shape[0], rope)]
+
+
 def _nothing(*args: Any) -> list[Tensor]:
     return []
 
@@ -246,6 +268,32 @@ DECLARATIONS = {
     "pack_e5m6": Declaration(("Tensor x",), "float amax_floor", ("e5m6",), _packed),
     "unpack_e5m6": Declaration(("E5m6 packed",), "ScalarType dtype", ("tensor",), _unpacked),
     "e5m6_to_columns": Declaration(("E5m6 packed",), "float amax_floor", ("rows",), _columns),
+    "rms_norm": Declaration(
+        ("Tensor x", "Tensor weight", "Maybe delta"),
+        "float eps, bool tensor, bool rows, bool power_of_two",
+        ("tensor", "tensor", "rows", "tensor"),
+        _normed,
+    ),
+    "rms_norm_columns": Declaration(
+        ("Tensor x", "Tensor weight", "Tensor inverse_rms"),
+        "bool power_of_two",
+        ("rows",),
+        lambda x, *_, **__: _columns(x),
+    ),
+    "rms_norm_backward": Declaration(
+        ("Tensor dy", "Tensor x", "Tensor weight", "Tensor inverse_rms", "Total main_grad", "Maybe residual"),
+        "",
+        ("tensor",),
+        _contiguous,
+    ),
+    "rope_queries": Declaration(("Tensor q", "Tensor cos", "Tensor sin"), "", ("tensor",), _contiguous),
+    "rope_queries_backward": Declaration(("Tensor dq", "Tensor cos", "Tensor sin"), "", ("tensor",), _contiguous),
+    "rope_keys": Declaration(
+        ("Tensor kv", "Tensor k_rope", "Tensor cos", "Tensor sin"), "int nope_dim", ("tensor",), _keys
+    ),
+    "rope_keys_backward": Declaration(
+        ("Tensor dk", "Tensor dv", "Tensor cos", "Tensor sin"), "", ("tensor", "tensor"), _keys_gradient
+    ),
     "plan_rows": Declaration(
         ("Tensor topk_ids", "int num_experts"), "int align, SymInt room", ("tensor",) * 4, _planned
     ),
