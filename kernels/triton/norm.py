@@ -23,7 +23,8 @@ from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, NUM_WARPS, last_dim_
 HELD = 4096  # values a program holds where its rows are shorter
 VALUES_A_WARP = 512
 PROGRAMS = 256  # of backward: two for each of the 132 SMs of an H100
-BACKWARD_HELD = 2048
+BACKWARD_HELD = 4096
+NARROW = 8192  # features up to which a program of backward has registers for the gain, and in BF16 for the next rows
 SUMMED_SHARES, SUMMED_FEATURES = 32, 64
 
 
@@ -79,32 +80,58 @@ def norm_columns_kernel(
     write_columns(normed, columns, columns_scale, m, k, M, K, floor, POWER_OF_TWO)
 
 
+@triton.jit
+def load_both(dy, x, m, k, M, D, stride_dy, stride_x):
+    """Rows m [BLOCK_M] of dy and of x, as they are."""
+    m_far = m.to(tl.int64)[:, None]
+    mask = (m < M)[:, None] & (k < D)
+    grad = tl.load(dy + m_far * stride_dy + k, mask=mask, other=0.0)
+    return grad, tl.load(x + m_far * stride_x + k, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["M", "num_programs"])
 def norm_backward_kernel(
     dy, x, weight, inverse_rms, residual, dx, shares, M, D, num_programs, stride_dy, stride_x, stride_residual,
-    RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDUAL: tl.constexpr, HOLD_GAIN: tl.constexpr, PREFETCH: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, D] of dy and x [M, D], plus residual; shares [num_programs, D]: this program's sum of dy x r."""
+    """dx [M, D] of dy and x [M, D], plus residual; shares [num_programs, D]: this program's sum of dy x r.
+
+    PREFETCH: the next rows are on their way while these are computed.
+    """
     k = tl.arange(0, BLOCK_D)[None, :]
-    gain = tl.load(weight + k, mask=k < D, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_M, M, num_programs * BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
+    if HOLD_GAIN:
+        gain = tl.load(weight + k, mask=k < D, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if PREFETCH:
+        next_grad, next_value = load_both(dy, x, m, k, M, D, stride_dy, stride_x)
+    for _ in range(tl.program_id(0) * BLOCK_M, M, num_programs * BLOCK_M):
+        if PREFETCH:
+            grad, value = next_grad.to(tl.float32), next_value.to(tl.float32)
+            next_grad, next_value = load_both(dy, x, m + num_programs * BLOCK_M, k, M, D, stride_dy, stride_x)
+        else:
+            grad, value = load_both(dy, x, m, k, M, D, stride_dy, stride_x)
+            grad, value = grad.to(tl.float32), value.to(tl.float32)
         m_far = m.to(tl.int64)[:, None]
         mask = (m < M)[:, None] & (k < D)
-        grad = tl.load(dy + m_far * stride_dy + k, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + m_far * stride_x + k, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            other = tl.load(residual + m_far * stride_residual + k, mask=mask, other=0.0)
         r = tl.load(inverse_rms + m, mask=m < M, other=0.0)[:, None]
         value *= r
-        total += tl.sum(grad * value, axis=0)
+        total += grad * value
+        if not HOLD_GAIN:  # volatile, or the compiler would hold it all the same, and spill
+            gain = tl.load(weight + k, mask=k < D, other=0.0, volatile=True).to(tl.float32)
         grad *= gain
         along = tl.sum(grad * value, axis=1) / D
         out = (grad - value * along[:, None]) * r
         if RESIDUAL:
-            out += tl.load(residual + m_far * stride_residual + k, mask=mask, other=0.0).to(tl.float32)
+            out += other.to(tl.float32)
         tl.store(dx + m_far * D + k, encode.to_output(out, DTYPE), mask=mask)
-    where = shares + tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK_D)
-    tl.store(where, total, mask=tl.arange(0, BLOCK_D) < D)
+        m += num_programs * BLOCK_M
+    features = tl.arange(0, BLOCK_D)
+    where = shares + tl.program_id(0).to(tl.int64) * D + features
+    tl.store(where, tl.sum(total, axis=0), mask=features < D)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -181,8 +208,9 @@ def rms_norm_backward(
     shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     norm_backward_kernel[(programs,)](
         dy, x, weight, inverse_rms, other, dx, shares, t, d, programs, dy.stride(0), x.stride(0),
-        0 if other is None else other.stride(0), RESIDUAL=other is not None, DTYPE=TL_DTYPE[x.dtype], BLOCK_M=block_m,
-        BLOCK_D=values, num_warps=num_warps,
+        0 if other is None else other.stride(0), RESIDUAL=other is not None, HOLD_GAIN=values <= NARROW,
+        PREFETCH=values <= NARROW and x.element_size() == 2,
+        DTYPE=TL_DTYPE[x.dtype], BLOCK_M=block_m, BLOCK_D=values, num_warps=num_warps,
     )  # fmt: skip
     gain_kernel[(ceil_div(d, SUMMED_FEATURES),)](
         shares, main_grad, programs, d, BLOCK_P=SUMMED_SHARES, BLOCK_D=SUMMED_FEATURES, num_warps=NUM_WARPS

@@ -101,15 +101,16 @@ def keys_backward_kernel(
     dv += t * stride_dv_t
     d_kv += t * H * width
     i = tl.arange(0, HALF)
-    first, second = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    first, second = tl.zeros((BLOCK_H, HALF), tl.float32), tl.zeros((BLOCK_H, HALF), tl.float32)
     for start in range(0, H, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         copy_features(dk, d_kv, h, stride_dk_h, width, H, nope, NOPE)
         copy_features(dv, d_kv + nope, h, stride_dv_h, width, H, v, V)
         mask = (h < H)[:, None] & (i < half)[None, :]
         source = dk + h[:, None] * stride_dk_h + nope + i[None, :]
-        first += tl.sum(tl.load(source, mask=mask, other=0.0).to(tl.float32), axis=0)
-        second += tl.sum(tl.load(source + half, mask=mask, other=0.0).to(tl.float32), axis=0)
+        first += tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        second += tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+    first, second = tl.sum(first, axis=0), tl.sum(second, axis=0)
     c = tl.load(cos + t * half + i, mask=i < half, other=0.0)
     s = tl.load(sin + t * half + i, mask=i < half, other=0.0)
     turned = tl.reshape(tl.join(first * c + second * s, second * c - first * s), (2 * HALF,))

@@ -32,7 +32,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from tests.kernels.sm90 import Pretender
-from tests.ptx import moving_cases, product_cases, speed
+from tests.ptx import moving_cases, norm_cases, product_cases, speed
 from tests.ptx.launching import Machine
 from tests.ptx.planting import run_plant, unclean
 from tests.ptx.plants import PLANTS
@@ -47,7 +47,7 @@ def prepare() -> None:
 
 
 def all_cases() -> dict[str, Any]:
-    return dict(moving_cases.cases()) | dict(product_cases.cases())
+    return dict(moving_cases.cases()) | dict(norm_cases.cases()) | dict(product_cases.cases())
 
 
 def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
