@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ _PARTS = {
     "int": ("int {}",),
 }
 _CAST = "float amax_floor, bool power_of_two"
+_ANGLES = ("Tensor cos", "Tensor sin")
 
 Fake = Callable[..., list[Tensor]]
 
@@ -68,7 +69,12 @@ class Declaration:
         """Arguments and result in PyTorch's schema language."""
         parts = [part.format(name) for kind, name in map(str.split, self.arguments) for part in _PARTS[kind]]
         parts += ["*", self.keywords] if self.keywords else []
-        return f"({', '.join(parts)}) -> {'Tensor[]' if self.results else '()'}"
+        return f"({', '.join(parts)}) -> {'Tensor' if self.single else 'Tensor[]' if self.results else '()'}"
+
+    @property
+    def single(self) -> bool:
+        """Whether it returns a tensor and no list: PyTorch lets an operator that mutates return nothing else."""
+        return self.results == ("tensor",) and "Total" in self.kinds
 
 
 _by_specification: Callable[[torch.device], bool] = lambda device: True  # noqa: E731  replaced by `register`
@@ -95,7 +101,7 @@ def traced(name: str) -> Callable[..., Any]:
 
 def _call(name: str, *args: Any, **kwargs: Any) -> Any:
     tensors = getattr(torch.ops.fp8moe, name)(*_flatten(args), **kwargs)
-    results = _assemble(DECLARATIONS[name].results, tensors or [])
+    results = _assemble(DECLARATIONS[name].results, [tensors] if isinstance(tensors, Tensor) else tensors or [])
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
@@ -121,7 +127,7 @@ def _plan_rows(topk_ids: Tensor, num_experts: int, *, align: int, room: int | No
     return RowMap(*tensors, *topk_ids.shape)
 
 
-def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
+def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | Tensor | None:
     args = _regroup(DECLARATIONS[name].kinds, flat)
     if name == "gemm_add":
         run("gemm", *args[:2], out_dtype=torch.float32, accumulate=args[2])
@@ -129,13 +135,15 @@ def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> 
     if name == "gemm":
         kwargs["accumulate"] = None
     result = run("permute" if name == "permute_fp8" else name, *args, **kwargs)
+    if DECLARATIONS[name].single:
+        return cast(Tensor, result)
     return _flatten(result if isinstance(result, tuple) else (result,), tiles=False) if result is not None else None
 
 
-def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | None:
+def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | Tensor | None:
     declaration = DECLARATIONS[name]
     tensors = declaration.fake(*_regroup(declaration.kinds, flat), **kwargs)
-    return tensors if declaration.results else None
+    return tensors[0] if declaration.single else tensors if declaration.results else None
 
 
 def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
@@ -240,17 +248,8 @@ def _normed(
     return [h, y, *_rows(source), torch.empty(t, dtype=torch.float32, device=x.device)]
 
 
-def _contiguous(*tensors: Any, **kwargs: Any) -> list[Tensor]:
-    return [torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)]
-
-
-def _keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim: int) -> list[Tensor]:
-    return [kv.new_empty(*kv.shape[:2], nope_dim + k_rope.shape[1])]
-
-
-def _keys_gradient(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-    rope = 2 * cos.shape[1]
-    return [dk.new_empty(*dk.shape[:2], dk.shape[2] - rope + dv.shape[2]), dk.new_empty(dk.shape[0], rope)]
+def _contiguous(x: Tensor, *rest: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
 
 
 def _nothing(*args: Any) -> list[Tensor]:
@@ -286,13 +285,11 @@ DECLARATIONS = {
         ("tensor",),
         _contiguous,
     ),
-    "rope_queries": Declaration(("Tensor q", "Tensor cos", "Tensor sin"), "", ("tensor",), _contiguous),
-    "rope_queries_backward": Declaration(("Tensor dq", "Tensor cos", "Tensor sin"), "", ("tensor",), _contiguous),
-    "rope_keys": Declaration(
-        ("Tensor kv", "Tensor k_rope", "Tensor cos", "Tensor sin"), "int nope_dim", ("tensor",), _keys
-    ),
+    "rope_queries": Declaration(("Tensor q", *_ANGLES), "", ("tensor",), _contiguous),
+    "rope_queries_backward": Declaration(("Tensor dq", *_ANGLES), "", ("tensor",), _contiguous),
+    "rope_keys": Declaration(("Tensor kv", "Tensor k_rope", *_ANGLES), "int nope_dim", ("tensor",), layout.empty_keys),
     "rope_keys_backward": Declaration(
-        ("Tensor dk", "Tensor dv", "Tensor cos", "Tensor sin"), "", ("tensor", "tensor"), _keys_gradient
+        ("Tensor dk", "Tensor dv", *_ANGLES), "", ("tensor", "tensor"), layout.empty_keys_gradient
     ),
     "plan_rows": Declaration(
         ("Tensor topk_ids", "int num_experts"), "int align, SymInt room", ("tensor",) * 4, _planned

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.layout import empty_keys, empty_keys_gradient
 from fp8moe.kernels.triton.quantize import NUM_WARPS, last_dim_contiguous
 
 QUERY_HEADS, KEY_HEADS = 32, 32  # heads of a token that a program holds at a time
@@ -144,7 +145,7 @@ def _queries(q: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
 def rope_keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim: int) -> Tensor:
     t, heads, _ = kv.shape
     half = cos.shape[1]
-    keys = torch.empty(t, heads, nope_dim + 2 * half, dtype=kv.dtype, device=kv.device)
+    (keys,) = empty_keys(kv, k_rope, cos, sin, nope_dim=nope_dim)
     if keys.numel():
         kv, k_rope = last_dim_contiguous(kv), last_dim_contiguous(k_rope)
         make_keys_kernel[(t,)](
@@ -159,8 +160,7 @@ def rope_keys_backward(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> tupl
     t, heads, width = dk.shape
     half, v = cos.shape[1], dv.shape[2]
     nope = width - 2 * half
-    d_kv = torch.empty(t, heads, nope + v, dtype=dk.dtype, device=dk.device)
-    d_rope = torch.empty(t, 2 * half, dtype=dk.dtype, device=dk.device)
+    d_kv, d_rope = empty_keys_gradient(dk, dv, cos, sin)
     if dk.numel():
         dk, dv = last_dim_contiguous(dk), last_dim_contiguous(dv)
         keys_backward_kernel[(t,)](

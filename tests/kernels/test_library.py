@@ -8,6 +8,7 @@ from fp8moe.kernels import backend, library
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_mm, grouped_mm_wgrad, grouped_wgrad
+from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
     quantize_blocks,
@@ -16,6 +17,7 @@ from fp8moe.kernels.quantize import (
     quantize_rows_and_columns,
     requantize_columns,
 )
+from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -78,6 +80,35 @@ def every_way(x, ids):
     return parts(row_map, copies, rows, permute_quantize(x, row_map, power_of_two=True), unpermute(copies, row_map))
 
 
+def every_norm(x, weight, delta, main_grad):
+    """With and without a residual, each form alone and together; adds into main_grad."""
+    h, y, rows, inverse = rms_norm(x, weight, delta, eps=1e-6, rows=True, power_of_two=True)
+    _, alone, _, _ = rms_norm(x, weight, eps=1e-6)
+    _, _, cast, _ = rms_norm(x, weight, eps=1e-6, tensor=False, rows=True)
+    columns = rms_norm_columns(h, weight, inverse)
+    dx = rms_norm_backward(y, h, weight, inverse, main_grad)
+    return parts(h, y, rows, inverse, alone, cast, columns, dx, rms_norm_backward(y, h, weight, inverse, main_grad, x))
+
+
+def every_rotation(q, kv, k_rope, cos, sin):
+    return (
+        rope_queries(q, cos, sin),
+        rope_queries_backward(q, cos, sin),
+        rope_keys(kv, k_rope, cos, sin, nope_dim=16),
+        *rope_keys_backward(q, kv[..., 16:], cos, sin),
+    )
+
+
+def norms_arguments():
+    x, delta = torch.randn(2, 48, 144).bfloat16()
+    return x, torch.randn(144).bfloat16(), delta, torch.zeros(144)
+
+
+def rotations_arguments():
+    q, kv, k_rope = (torch.randn(size).bfloat16() for size in ((6, 2, 48), (6, 2, 40), (6, 32)))
+    return q, kv, k_rope, torch.randn(6, 16), torch.randn(6, 16)
+
+
 def ways_arguments():
     return torch.randn(40, 144).bfloat16(), torch.tensor([[0, 2], [2, -1]]).repeat(20, 1)
 
@@ -91,7 +122,13 @@ def products_arguments():
     return x, dy, w, torch.tensor([0, 128, 256], dtype=torch.int32), torch.zeros(32, 48), torch.zeros(2, 32, 48)
 
 
-CASES = [(every_cast, casts_arguments), (every_product, products_arguments), (every_way, ways_arguments)]
+CASES = [
+    (every_cast, casts_arguments),
+    (every_product, products_arguments),
+    (every_way, ways_arguments),
+    (every_norm, norms_arguments),
+    (every_rotation, rotations_arguments),
+]
 
 
 def look(tensors):
@@ -125,7 +162,7 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
 
 def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
-    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "norm", "rope", "permute"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
@@ -137,4 +174,4 @@ def test_what_an_op_changes_is_declared():
         for name in library.DECLARATIONS
         if any(a.alias_info is not None for a in getattr(torch.ops.fp8moe, name).default._schema.arguments)
     }
-    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad"}
+    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "rms_norm_backward"}

@@ -17,14 +17,18 @@ from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
 from fp8moe.kernels.quantize import requantize_columns as requantize
 from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.reference import quantize as twin
+from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
 from tests.distance import calc_diff
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
 from tests.kernels.row_maps import PARTS, random_ids
+from tests.kernels.test_triton_norm import check_backward, check_forward
+from tests.kernels.test_triton_rope import check as check_rope
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 20
@@ -45,7 +49,9 @@ def tensors(result):
         return [result]
     if isinstance(result, RowMap):
         return [getattr(result, part) for part in PARTS]
-    return [t for part in (result if isinstance(result, tuple) else (result,)) for t in (part.data, part.scale)]
+    if isinstance(result, tuple):
+        return [t for part in result for t in tensors(part)]
+    return [result.data, result.scale]
 
 
 def assert_repeatable(run, repeats=REPEATS):
@@ -72,12 +78,22 @@ def repeat_everything(device, m, n, k, repeats):
     ids = random_ids(m, 4, 16, 0.3).to(device)
     row_map = plan_rows(ids, 16, align=16)
     copies = permute(x, row_map)
+    gain, inverse = torch.randn(k, device=device).bfloat16(), torch.rand(m, device=device)
+    few = x[: m // 8]
+    heads, angles = few.view(-1, 1, k).expand(-1, 3, -1), torch.rand(m // 8, 8, device=device)
     for run in (
         lambda: plan_rows(ids, 16),
         lambda: permute(x, row_map),
         lambda: permute(rows, row_map),
         lambda: permute_quantize(x, row_map),
         lambda: unpermute(copies, row_map),
+        lambda: rms_norm(x, gain, x, eps=1e-6, rows=True),
+        lambda: rms_norm_columns(x, gain, inverse),
+        lambda: from_zero(lambda total: rms_norm_backward(x, x, gain, inverse, total, x), k, device=device),
+        lambda: rope_queries(heads, angles, angles),
+        lambda: rope_queries_backward(heads, angles, angles),
+        lambda: rope_keys(heads, few[:, :16], angles, angles, nope_dim=k - 16),
+        lambda: rope_keys_backward(heads, heads, angles, angles),
         lambda: quantize_rows(x),
         lambda: quantize_rows_and_columns(x),
         lambda: quantize_blocks(w),
@@ -158,6 +174,29 @@ def check_permute(device, n, k, topk, num_experts, spare):
         assert torch.equal(unpermute(y, row_map), permutation.unpermute(y, row_map))
 
 
+def check_norm(device, t, d, dtype=torch.bfloat16):
+    """Of a latent, or with a residual, at a production width."""
+    latent = data("normal", t, d + 64, device=device, dtype=dtype)[:, 32 : 32 + d]
+    weight, delta = torch.randn(d, device=device).to(dtype), data("outliers", t, d, device=device, dtype=dtype)
+    for added, asked in ((None, {"tensor": False}), (delta, {"power_of_two": True})):
+        source, inverse = check_forward(latent, weight, added, rows=True, **asked)
+        check_backward(source, weight, inverse, delta, added)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [7168, 1536, 512, 16384, 2048, 2112])
+def test_norms_of_production(triton_device, d):
+    check_norm(triton_device, 4096, d)
+    check_norm(triton_device, 1008, d, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [128, 16])
+def test_heads_of_production(triton_device, heads):
+    check_rope(triton_device, 4096, heads, 128, 64, 128, torch.bfloat16)
+    check_rope(triton_device, 1001, heads, 128, 64, 128, torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [7168, 2112, 576])
 def test_permutations_of_production(triton_device, k):
@@ -208,7 +247,7 @@ def test_no_access_outside_a_tensor(triton_device):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute"
+    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute norm rope"
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     chosen = "normal or anyhow or nothing or slot_order or on_the_way"
@@ -226,3 +265,5 @@ def test_these_checks_run(triton_device):
     check_wgrad(triton_device, 272, 48, 144)
     check_grouped(triton_device, [128, 0, 256], 48, 144)
     check_permute(triton_device, 24, 144, 3, 5, 40)
+    check_norm(triton_device, 16, 144)
+    check_rope(triton_device, 2, 3, 16, 16, 16, torch.bfloat16)
