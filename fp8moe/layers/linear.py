@@ -8,8 +8,8 @@ FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as
 each optimizer step by `quantize_weights`. In BF16 and FP32 the same three names are plain products.
 
 Every parameter gets `main_grad`, a view of a flat FP32 buffer in the order of `model.parameters()`, so that one
-collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears and the embedding add
-into it themselves; parameters whose gradient autograd computes (norms, gate) get a hook that moves `.grad` over.
+collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, norms and the embedding
+add into it themselves; parameters whose gradient autograd computes (the gate) get a hook that moves `.grad` over.
 `.grad` is always None between steps.
 """
 

@@ -8,7 +8,6 @@ from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import block_parameters, count_parameters
 from fp8moe.model.partition import Stage
 
-
 INVERSE_RMS = 4  # bytes a token that a norm keeps beside its input
 
 
