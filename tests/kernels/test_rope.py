@@ -85,6 +85,14 @@ def test_the_shared_parts_gradient_is_summed_in_fp32():
     assert torch.equal(d_rope, torch.full((1, 2), 1 + 1000 * 2.0**-9).bfloat16())
 
 
+def test_the_shared_parts_gradient_is_rounded_once():
+    dk, angles = torch.randn(64, 5, 48).bfloat16(), torch.randn(64, 16)
+    _, d_rope = rope_keys_backward(dk, dk, angles.cos(), angles.sin())
+    first, second = dk[..., 16:].double().sum(1).chunk(2, dim=-1)
+    turned_back = torch.complex(first, second) * torch.polar(torch.ones(64, 16), -angles)
+    assert torch.equal(d_rope, torch.view_as_real(turned_back).flatten(-2).bfloat16())
+
+
 def test_views_by_head_and_nothing_at_all():
     q, kv, k_rope, cos, sin = operands(4, 3, 16, 16, 16, torch.float32)
     swapped = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, kv)]

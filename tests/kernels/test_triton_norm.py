@@ -99,6 +99,14 @@ def test_a_transposed_input_and_gradients_anyhow(triton_device):
     check_backward(turned, weight, inverse, dy[:, :1].expand(-1, 48), dy.t().contiguous().t())
 
 
+def test_the_constant_under_the_root_counts(triton_device):
+    x, weight, _ = operands(16, 48, torch.float32, triton_device)
+    x[3] = 0
+    inverse, expected = (norm(x, weight, eps=0.25)[3] for norm in (rms_norm, twin.rms_norm))
+    torch.testing.assert_close(inverse, expected, rtol=1e-6, atol=0)
+    assert float(inverse[3]) == 2.0
+
+
 def test_nothing_to_norm(triton_device):
     x, weight, _ = operands(0, 48, torch.bfloat16, triton_device)
     _, y, rows, inverse = rms_norm(x, weight, x, eps=EPS, rows=True)
