@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         x = torch.randn(t, distance, generator=generator, device=device).bfloat16()[:, :d]
         delta = torch.randn(t, d, generator=generator, device=device).bfloat16()
         weight = torch.ones(d, device=device, dtype=torch.bfloat16)
-        entries = {COPY: (lambda delta=delta: delta.clone(), 2 * size_of(delta))}
-        entries |= forwards(x, weight, delta) | backwards(x, weight, delta)
+        copied: dict[str, Entry] = {COPY: (delta.clone, 2 * size_of(delta))}
+        entries = copied | forwards(x, weight, delta) | backwards(x, weight, delta)
         calls = {name: call for name, (call, _) in entries.items()}
         seconds = alternate(calls, device, trials=arguments.repeats, warmup=arguments.warmup)
         speed = {name: [entries[name][1] / one / 1e9 for one in times] for name, times in seconds.items()}

@@ -116,14 +116,21 @@ def test_a_norm_is_its_formula(recompute: frozenset[Recompute], residual: bool) 
     ((expected * dy.double()).sum() + (x64 * dh.double()).sum() * residual).backward()
     x.requires_grad_()
     h, y = norm.with_residual(x) if residual else (x, norm(x))
-    (y.tensor * dy).sum().backward(retain_graph=residual)
-    if residual:
-        (h * dh).sum().backward()  # the other use alone: no gradient of y, none of the gain
+    ((y.tensor * dy).sum() + (h * dh).sum() * residual).backward()
     assert x64.grad is not None and weight.grad is not None
     torch.testing.assert_close(y.tensor, expected.float())
     torch.testing.assert_close(x.grad, x64.grad.float())
     torch.testing.assert_close(gain_of(norm), weight.grad.float())
     assert not y.recall().requires_grad
+
+
+def test_a_residual_stream_whose_norm_is_not_used_passes_its_gradient_on() -> None:
+    norm = build(Recipe(Precision.FP32))
+    x, delta, dh = torch.randn(3, T, D)
+    h, _ = norm.with_residual(x.requires_grad_(), delta.requires_grad_())
+    h.backward(dh)
+    assert x.grad is not None and delta.grad is not None
+    assert torch.equal(x.grad, dh) and torch.equal(delta.grad, dh) and not gain_of(norm).any()
 
 
 def test_the_gains_gradient_is_as_exact_as_fp32() -> None:
