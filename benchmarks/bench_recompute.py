@@ -2,9 +2,8 @@
 
 One block by itself, experts loaded evenly, forward and backward under autograd, for each `recompute` alone, none and
 all. Bytes are counted (`live_memory`), beside the estimate of `model.memory` for a GPU. Times are alternated in one
-process against a block that recomputes SwiGLU alone, which is the default. On a CPU PyTorch's own norm keeps FP32
-copies, so recomputing norms saves more there than on a GPU. Settings (`precision=bf16`, `model.dim=512`) may follow the
-options; v_dim is set to the size of a whole head, because fused attention needs that on a CPU.
+process against a block that recomputes SwiGLU alone, which is the default. Settings (`precision=bf16`, `model.dim=512`)
+may follow the options; v_dim is set to the size of a whole head, because fused attention needs that on a CPU.
 """
 
 from __future__ import annotations

@@ -48,6 +48,13 @@ _MODULE_OF = {
     "grouped_wgrad": "grouped_gemm",
     "grouped_mm": "grouped_gemm",
     "grouped_mm_wgrad": "grouped_gemm",
+    "rms_norm": "norm",
+    "rms_norm_columns": "norm",
+    "rms_norm_backward": "norm",
+    "rope_queries": "rope",
+    "rope_queries_backward": "rope",
+    "rope_keys": "rope",
+    "rope_keys_backward": "rope",
     "swiglu": "swiglu",
     "swiglu_columns": "swiglu",
     "swiglu_backward": "swiglu",
@@ -73,6 +80,7 @@ _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "s
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding")
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul")
 _IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "route")
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "norm", "rope", "permute")
 _UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),

@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ _ADAMW = "float lr, float beta1, float beta2, float eps, float weight_decay, int
 _STATE = ("Total master", "Tensor grad", "Total exp_avg", "Total exp_avg_sq")
 _CAST = "float amax_floor, bool power_of_two"
 _ROUTING = "str score, bool normalize, float route_scale"
+_ANGLES = ("Tensor cos", "Tensor sin")
 
 Fake = Callable[..., list[Tensor]]
 
@@ -87,6 +88,12 @@ class Declaration:
     def returned(self, tensors: list[Tensor]) -> Any:
         """The results as the operator must return them."""
         return None if not self.results else tuple(tensors) if self.adds else tensors
+        return f"({', '.join(parts)}) -> {'Tensor' if self.single else 'Tensor[]' if self.results else '()'}"
+
+    @property
+    def single(self) -> bool:
+        """Whether it returns a tensor and no list: PyTorch lets an operator that mutates return nothing else."""
+        return self.results == ("tensor",) and "Total" in self.kinds
 
 
 _by_specification: Callable[[torch.device], bool] = lambda device: True  # noqa: E731  replaced by `register`
@@ -113,7 +120,7 @@ def traced(name: str) -> Callable[..., Any]:
 
 def _call(name: str, *args: Any, **kwargs: Any) -> Any:
     tensors = getattr(torch.ops.fp8moe, name)(*_flatten(args), **kwargs)
-    results = _assemble(DECLARATIONS[name].results, tensors or [])
+    results = _assemble(DECLARATIONS[name].results, [tensors] if isinstance(tensors, Tensor) else tensors or [])
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
@@ -142,6 +149,8 @@ def _plan_rows(topk_ids: Tensor, num_experts: int, *, align: int, room: int | No
 def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> Any:
     declaration = DECLARATIONS[name]
     args = _regroup(declaration.kinds, flat)
+def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | Tensor | None:
+    args = _regroup(DECLARATIONS[name].kinds, flat)
     if name == "gemm_add":
         run("gemm", *args[:2], out_dtype=torch.float32, accumulate=args[2])
         return None
@@ -158,6 +167,15 @@ def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> 
 def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> Any:
     declaration = DECLARATIONS[name]
     return declaration.returned(declaration.fake(*_regroup(declaration.kinds, flat), **kwargs))
+    if DECLARATIONS[name].single:
+        return cast(Tensor, result)
+    return _flatten(result if isinstance(result, tuple) else (result,), tiles=False) if result is not None else None
+
+
+def _fake_flat(name: str, *flat: Any, **kwargs: Any) -> list[Tensor] | Tensor | None:
+    declaration = DECLARATIONS[name]
+    tensors = declaration.fake(*_regroup(declaration.kinds, flat), **kwargs)
+    return tensors[0] if declaration.single else tensors if declaration.results else None
 
 
 def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
@@ -293,6 +311,16 @@ def _routed(logits_TE: Tensor, *rest: Any, topk: int, num_sequences: int, **kwar
 
 def _d_logits(logits_TE: Tensor, *rest: Any, **kwargs: Any) -> list[Tensor]:
     return [logits_TE.new_empty(logits_TE.shape)]
+def _normed(
+    x: Tensor, weight: Tensor, delta: Tensor | None, *, eps: float, tensor: bool, rows: bool, power_of_two: bool
+) -> list[Tensor]:
+    t, d = x.shape
+    h, y, source = (x.new_empty(t if asked else 0, d) for asked in (delta is not None, tensor, rows))
+    return [h, y, *_rows(source), torch.empty(t, dtype=torch.float32, device=x.device)]
+
+
+def _contiguous(x: Tensor, *rest: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
 
 
 def _nothing(*args: Any) -> list[Tensor]:
@@ -314,6 +342,30 @@ DECLARATIONS = {
     "pack_e5m6": Declaration(("Tensor x",), "float amax_floor", ("e5m6",), _packed),
     "unpack_e5m6": Declaration(("E5m6 packed",), "ScalarType dtype", ("tensor",), _unpacked),
     "e5m6_to_columns": Declaration(("E5m6 packed",), "float amax_floor", ("rows",), _columns),
+    "rms_norm": Declaration(
+        ("Tensor x", "Tensor weight", "Maybe delta"),
+        "float eps, bool tensor, bool rows, bool power_of_two",
+        ("tensor", "tensor", "rows", "tensor"),
+        _normed,
+    ),
+    "rms_norm_columns": Declaration(
+        ("Tensor x", "Tensor weight", "Tensor inverse_rms"),
+        "bool power_of_two",
+        ("rows",),
+        lambda x, *_, **__: _columns(x),
+    ),
+    "rms_norm_backward": Declaration(
+        ("Tensor dy", "Tensor x", "Tensor weight", "Tensor inverse_rms", "Total main_grad", "Maybe residual"),
+        "",
+        ("tensor",),
+        _contiguous,
+    ),
+    "rope_queries": Declaration(("Tensor q", *_ANGLES), "", ("tensor",), _contiguous),
+    "rope_queries_backward": Declaration(("Tensor dq", *_ANGLES), "", ("tensor",), _contiguous),
+    "rope_keys": Declaration(("Tensor kv", "Tensor k_rope", *_ANGLES), "int nope_dim", ("tensor",), layout.empty_keys),
+    "rope_keys_backward": Declaration(
+        ("Tensor dk", "Tensor dv", *_ANGLES), "", ("tensor", "tensor"), layout.empty_keys_gradient
+    ),
     "plan_rows": Declaration(
         ("Tensor topk_ids", "int num_experts"), "int align, SymInt room", ("tensor",) * 5, _planned
     ),

@@ -12,6 +12,9 @@ Every parameter gets `main_grad`, a view of a flat FP32 buffer in the order of `
 collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, the router's gate and
 the embedding add into it themselves; parameters whose gradient autograd computes (norms) get a hook that moves `.grad`
 over. `.grad` is always None between steps.
+collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, norms and the embedding
+add into it themselves; parameters whose gradient autograd computes (the gate) get a hook that moves `.grad` over.
+`.grad` is always None between steps.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ class MoE(nn.Module):
         self.shared = Mlp(dim, experts.num_shared * experts.hidden, recipe) if experts.num_shared else None
 
     def route(self, x_TD: Tensor | Recallable, num_sequences: int) -> Routed:
-        """Choose experts, announce how many rows go where, and cast once for dispatch and the shared experts alike."""
+        """Choose experts, announce how many rows go where; one cast serves dispatch and the shared experts alike.
+
+        A norm has made it already, with the tensor that the router reads (`Feeds.MOE`).
+        """
         x_TD = kept(x_TD)
         routing = self.router(x_TD, num_sequences)
         announced = self.dispatcher.announce(routing.topk_ids_TK)

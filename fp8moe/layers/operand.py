@@ -31,6 +31,33 @@ from fp8moe.layers.recompute import Recallable, kept
 
 
 @dataclass(frozen=True)
+class ReadyCast:
+    """The FP8 forms of a tensor, made by the kernel that made the tensor: rows now, the others when backward asks.
+
+    rows: for Fprop. columns(): for Wgrad. rows_again(): for an Fprop that backward repeats. They equal the casts of the
+    tensor bit for bit, and none of them needs it.
+    """
+
+    rows: Fp8Tensor
+    columns: Callable[[], Fp8Tensor]
+    rows_again: Callable[[], Fp8Tensor]
+    power_of_two: bool
+
+
+@dataclass(frozen=True)
+class Normed(Recallable):
+    """What a norm gives, y [T, D], in each form that its consumers read; `activation` and `recast` take what is ready.
+
+    tensor     y, followed by autograd: for the router, the head, and every Linear in BF16 and FP32. Where the norm was
+               built for FP8 Linears alone it is a placeholder, which carries their gradient back and no values
+    recall()   y for the backward: kept, or normed again
+    cast       y in FP8, cast by the norm's kernel; None in BF16 and FP32, or where no FP8 Linear reads y
+    """
+
+    cast: ReadyCast | None = None
+
+
+@dataclass(frozen=True)
 class Operand:
     """One operand [T, N] of a Linear: `rows` for Fprop or Dgrad, `columns()` for Wgrad."""
 
@@ -72,12 +99,34 @@ def cast(x: Tensor, recipe: Recipe, *, power_of_two: bool = False) -> Rows:
 
 
 def from_tensor(x: Tensor | Recallable, recipe: Recipe, *, power_of_two: bool = False) -> Operand:
-    """Cast an activation x [T, D] at its use; for the columns it is recalled."""
+    """Cast an activation x [T, D] at its use, unless its norm has; for the columns it is recalled."""
     x = kept(x)
+    ready = ready_cast(x, recipe)
+    if ready is not None:
+        assert ready.power_of_two == power_of_two, (
+            f"the norm cast its output with power_of_two={ready.power_of_two}, its consumer wants {power_of_two}: "
+            "build the norm with the `feeds` of that consumer"
+        )
+        return Operand(ready.rows, ready.columns)
     recall, rows = x.recall, cast(x.tensor.detach(), recipe, power_of_two=power_of_two)
     if not recipe.fp8:
         return Operand(rows, recall)
     return Operand(rows, lambda: quantize_columns(recall(), power_of_two=power_of_two))
+
+
+def recast(x: Tensor | Recallable, recipe: Recipe) -> Callable[[], Rows]:
+    """The rows of x [T, D] once more, for an Fprop that backward repeats; holds on to nothing but what makes them."""
+    x = kept(x)
+    ready = ready_cast(x, recipe)
+    if ready is not None:
+        return ready.rows_again
+    recall = x.recall
+    return lambda: cast(recall(), recipe)
+
+
+def ready_cast(x: Recallable, recipe: Recipe) -> ReadyCast | None:
+    """The FP8 forms that x brings along, if it does and `recipe` multiplies in FP8."""
+    return x.cast if recipe.fp8 and isinstance(x, Normed) else None
 
 
 def from_rows(rows: Rows, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Operand:

@@ -6,8 +6,8 @@ Precision
     fp8    as bf16, and every product of every Linear and expert Linear takes E4M3 operands with fine-grained scales
            (DeepSeek-V3 report, section 3.3); embedding, head, router gate, norms and attention itself stay in BF16
 Recomputation (the report's section 3.2.3): what a forward does not keep for its backward
-    norm     an RMSNorm keeps its input, which the residual stream or a latent keeps anyway, and neither output nor
-             statistics; whoever needs the output in backward (columns for a weight gradient, the router) recalls it
+    norm     an RMSNorm keeps its input, which the residual stream or a latent keeps anyway, and its 1/rms, not its
+             output; whoever needs that in backward (columns for a weight gradient, the router) has it made again
     mla_up   q, k and v are not kept: attention's backward has them computed again from the two latents
     swiglu   SwiGLU's output is computed again from its input; FP8 always does, it keeps the input's FP8 copy
 On and off are bit-equal: what is computed again is a pure function of what was kept.

@@ -22,7 +22,7 @@ from fp8moe.layers.attention import Positions
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.mlp import Mlp
 from fp8moe.layers.moe import MoE, Routed
-from fp8moe.layers.norm import RMSNorm
+from fp8moe.layers.norm import Feeds, RMSNorm
 from fp8moe.layers.operand import Activation
 from fp8moe.layers.recipe import Recipe
 from fp8moe.model.config import ModelConfig
@@ -43,9 +43,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, recipe: Recipe, dispatcher: Dispatcher) -> None:
         super().__init__()
         c = config
-        self.attn_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps)
+        self.attn_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps, feeds=Feeds.LINEAR)
         self.attn = c.attention.build(c.dim, recipe, norm_eps=c.norm_eps)
-        self.mlp_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps)
+        self.mlp_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps, feeds=Feeds.MLP if c.is_dense(layer) else Feeds.MOE)
         self.mlp: Mlp | None = None
         self.moe: MoE | None = None
         if c.is_dense(layer):
@@ -54,9 +54,12 @@ class Block(nn.Module):
             self.moe = MoE(c.dim, c.router, c.experts, recipe, dispatcher)
 
     def attend(self, x_TD: Tensor, positions: Positions) -> Attended:
-        """The attn phase: attention and residual, then what the MLP needs of its norm."""
-        h_TD = x_TD + self.attn(self.attn_norm(x_TD), positions)
-        normed_TD = self.mlp_norm(h_TD)
+        """The attn phase: attention and residual, then what the MLP needs of its norm.
+
+        Each norm is one pass with the residual stream beside it: the sum before it, the sum of gradients behind it.
+        """
+        x_TD, normed_TD = self.attn_norm.with_residual(x_TD)
+        h_TD, normed_TD = self.mlp_norm.with_residual(x_TD, self.attn(normed_TD, positions))
         if self.moe is None:
             assert self.mlp is not None
             return Attended(h_TD, self.mlp.cast(normed_TD), None)

@@ -8,6 +8,8 @@ from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import block_parameters, count_parameters
 from fp8moe.model.partition import Stage
 
+INVERSE_RMS = 4  # bytes a token that a norm keeps beside its input
+
 
 def rank_parameters(config: ModelConfig, stages: Sequence[Stage], ep: int = 1) -> int:
     """Parameters of a rank that holds `stages`; an MTP module away from the embedding brings a tied copy of it."""
@@ -49,9 +51,12 @@ def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch)
     that it is joined with is the head's input, counted there) and both their norms' outputs unless those are
     recomputed. While the losses run there is also a chunk of logits, however many micro-batches are kept:
     `model.head_loss`.
+    Per block what `_block_bytes` says; for the head its input, the input's 1/rms, its norm's output unless that is
+    recomputed, and the logits' gradient, in BF16; for the MTP module the same again, the next token's embedding (the
+    hidden state that it is joined with is the head's input, counted there) and both their norms likewise.
     """
     c, wide = config, sizes.recipe.dtype.itemsize
-    normed = 0.0 if Recompute.NORM in sizes.recipe.recompute else wide * c.dim
+    normed = INVERSE_RMS + (0.0 if Recompute.NORM in sizes.recipe.recompute else wide * c.dim)
     blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
     per_token = sum(_block_bytes(c, layer, sizes.recipe) for layer in blocks)
     per_token += (stage.head + stage.mtp) * wide * 2 * c.dim
@@ -64,11 +69,14 @@ def _block_bytes(c: ModelConfig, layer: int, recipe: Recipe) -> float:
 
     Always: the residual stream before attention and before the MLP, what attention keeps, gate and up of the MLP, the
     shared and the routed experts, the received rows with their weights and places, the router's logits and choice.
+    Always: the residual stream before attention and before the MLP with the 1/rms of each, what attention keeps, gate
+    and up of the MLP, the shared and the routed experts, the received rows with their weights and places, the router's
+    scores and choice.
     Without recomputation also the norms' outputs; SwiGLU's output, but for FP8, which recomputes it always.
     """
     again, wide = recipe.recompute, recipe.dtype.itemsize
     cached = 1 + 4 / 128 if recipe.fp8 else wide  # a code and its share of a 1x128 tile's scale
-    total = wide * 2 * c.dim + c.attention.kept_bytes(recipe)
+    total = 2 * (wide * c.dim + INVERSE_RMS) + c.attention.kept_bytes(recipe)
     if Recompute.NORM not in again:
         total += wide * 2 * c.dim
     hidden = c.dense_hidden if c.is_dense(layer) else c.experts.hidden * (c.router.topk + c.experts.num_shared)

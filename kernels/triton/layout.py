@@ -1,4 +1,4 @@
-"""Where the Triton casts put their results, without importing Triton (tracing on any machine asks here).
+"""Where Triton's casts and rotations put their results, without importing Triton (tracing on any machine asks here).
 
 Codes are contiguous in the orientation a tensor core reads, columns included: the transpose is physical. Scales of
 1x128 tiles are M-major, stride 1 along M, as a GEMM loads them; gathering rows for the wire makes them token-major.
@@ -29,3 +29,14 @@ def empty_blocks(shape: tuple[int, ...], device: torch.device) -> Fp8Tensor:
 def empty_scales(m: int, k: int, device: torch.device) -> Tensor:
     """Unfilled scales [M, ceil(K/128)] at stride 1 along M."""
     return torch.empty(ceil_div(k, TILE), m, dtype=torch.float32, device=device).t()
+
+
+def empty_keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim: int) -> list[Tensor]:
+    """The unfilled keys [T, H, nope + rope] of `rope_keys`, given its arguments."""
+    return [kv.new_empty(*kv.shape[:2], nope_dim + 2 * cos.shape[1])]
+
+
+def empty_keys_gradient(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """The unfilled d kv [T, H, nope + v] and d k_rope [T, rope] of `rope_keys_backward`, given its arguments."""
+    rope = 2 * cos.shape[1]
+    return [dk.new_empty(*dk.shape[:2], dk.shape[2] - rope + dv.shape[2]), dk.new_empty(dk.shape[0], rope)]

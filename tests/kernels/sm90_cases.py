@@ -250,6 +250,61 @@ def route_cases() -> Iterator[Case]:
         ids, d_weights = torch.empty(t, topk, dtype=torch.int64), torch.empty(t, topk)
         arguments = logits, ids, torch.empty(sequences, num_experts), d_weights, torch.empty(())
         yield f"triton route_backward {label}", partial(ops.route_backward, *arguments, **scoring)
+def norm_cases() -> Iterator[Case]:
+    """RMSNorm of DeepSeek-V3's widths and of the widest, each with what it writes there; columns; backward."""
+    norm = importlib.import_module("fp8moe.kernels.triton.norm")
+    m = 4096
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        x, latents = torch.empty(m, 7168, dtype=dtype), torch.empty(m, 2112, dtype=dtype)
+        inverse_rms = torch.empty(m)
+        written = {
+            "residual tensor and rows pow2": (x, x, {"rows": True, "power_of_two": True}),
+            "tensor": (x, None, {}),
+            "rows": (x, None, {"tensor": False, "rows": True}),
+            "rows of a latent D1536": (latents[:, :1536], None, {"tensor": False, "rows": True}),
+            "rows of a latent D512": (latents[:, 1536:2048], None, {"tensor": False, "rows": True}),
+        }
+        if dtype is torch.bfloat16:
+            written["residual tensor and rows D16384"] = (*2 * (torch.empty(m, 16384, dtype=dtype),), {"rows": True})
+        for label, (source, delta, asked) in written.items():
+            weight = torch.empty(source.shape[1], dtype=dtype)
+            yield (
+                f"triton rms_norm {kind} {label}",
+                partial(norm.rms_norm, source, weight, delta, **{"eps": 1e-6, **asked}),
+            )
+            backward = partial(
+                norm.rms_norm_backward, torch.empty(source.shape, dtype=dtype), source, weight, inverse_rms,
+                torch.empty(source.shape[1]),
+            )  # fmt: skip
+            if label.endswith(("D16384", "D1536", "D512")):
+                yield f"triton rms_norm_backward {kind} {label.split()[-1]}", backward
+        weight = torch.empty(7168, dtype=dtype)
+        yield (
+            f"triton rms_norm_backward {kind}",
+            partial(norm.rms_norm_backward, x, x, weight, inverse_rms, torch.empty(7168)),
+        )
+        yield (
+            f"triton rms_norm_backward {kind} residual",
+            partial(norm.rms_norm_backward, x, x, weight, inverse_rms, torch.empty(7168), x),
+        )
+        for power_of_two in (False, True):
+            label = f"{kind} {'pow2' if power_of_two else 'fp32scale'}"
+            columns = partial(norm.rms_norm_columns, x, weight, inverse_rms, power_of_two=power_of_two)
+            yield f"triton rms_norm_columns {label}", columns
+
+
+def rope_cases() -> Iterator[Case]:
+    """Queries and keys of DeepSeek-V3's heads, both ways."""
+    rope = importlib.import_module("fp8moe.kernels.triton.rope")
+    t, heads = 4096, 128
+    angles = torch.empty(t, 32), torch.empty(t, 32)
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        q, kv = torch.empty(t, heads, 192, dtype=dtype), torch.empty(t, heads, 256, dtype=dtype)
+        k_rope = torch.empty(t, 2112, dtype=dtype)[:, 2048:]
+        yield f"triton rope_queries {kind}", partial(rope.rope_queries, q, *angles)
+        yield f"triton rope_queries_backward {kind}", partial(rope.rope_queries_backward, q, *angles)
+        yield f"triton rope_keys {kind}", partial(rope.rope_keys, kv, k_rope, *angles, nope_dim=128)
+        yield f"triton rope_keys_backward {kind}", partial(rope.rope_keys_backward, q, kv[..., 128:], *angles)
 
 
 def cases() -> Iterator[Case]:
@@ -264,6 +319,8 @@ def cases() -> Iterator[Case]:
     yield from loss_cases()
     yield from activation_cases()
     yield from route_cases()
+    yield from norm_cases()
+    yield from rope_cases()
 
 
 CASES = tuple(cases())

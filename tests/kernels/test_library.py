@@ -11,6 +11,7 @@ from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.embedding import embedding_wgrad
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_mm, grouped_mm_wgrad, grouped_wgrad
+from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
     quantize_blocks,
@@ -25,6 +26,7 @@ from tests.kernels.updates import state
 from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
 from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 from fp8moe.kernels.route import route, route_backward
+from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -112,6 +114,33 @@ def every_routing(logits, bias, counts, d_weights):
 
 def routing_arguments():
     return torch.randn(10, 12), torch.randn(12), torch.zeros(12, dtype=torch.int64), torch.randn(10, 3)
+def every_norm(x, weight, delta, main_grad):
+    """With and without a residual, each form alone and together; adds into main_grad."""
+    h, y, rows, inverse = rms_norm(x, weight, delta, eps=1e-6, rows=True, power_of_two=True)
+    _, alone, _, _ = rms_norm(x, weight, eps=1e-6)
+    _, _, cast, _ = rms_norm(x, weight, eps=1e-6, tensor=False, rows=True)
+    columns = rms_norm_columns(h, weight, inverse)
+    dx = rms_norm_backward(y, h, weight, inverse, main_grad)
+    return parts(h, y, rows, inverse, alone, cast, columns, dx, rms_norm_backward(y, h, weight, inverse, main_grad, x))
+
+
+def every_rotation(q, kv, k_rope, cos, sin):
+    return (
+        rope_queries(q, cos, sin),
+        rope_queries_backward(q, cos, sin),
+        rope_keys(kv, k_rope, cos, sin, nope_dim=16),
+        *rope_keys_backward(q, kv[..., 16:], cos, sin),
+    )
+
+
+def norms_arguments():
+    x, delta = torch.randn(2, 48, 144).bfloat16()
+    return x, torch.randn(144).bfloat16(), delta, torch.zeros(144)
+
+
+def rotations_arguments():
+    q, kv, k_rope = (torch.randn(size).bfloat16() for size in ((6, 2, 48), (6, 2, 40), (6, 32)))
+    return q, kv, k_rope, torch.randn(6, 16), torch.randn(6, 16)
 
 
 def ways_arguments():
@@ -167,6 +196,8 @@ CASES = [
     (every_loss, losses_arguments),
     (every_activation, activations_arguments),
     (every_routing, routing_arguments),
+    (every_norm, norms_arguments),
+    (every_rotation, rotations_arguments),
 ]
 
 
@@ -205,6 +236,7 @@ def test_every_cast_and_product_is_registered():
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding"}
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul"}
     modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute", "route"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "norm", "rope", "permute"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
@@ -220,3 +252,4 @@ def test_what_an_op_changes_is_declared():
     totals = {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "embedding_wgrad"}
     assert mutated == totals | {"cross_entropy", "cross_entropy_with_gradient"}
     assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "route"}
+    assert mutated == {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "rms_norm_backward"}

@@ -166,6 +166,25 @@ def test_routing_stays_in_registers_and_adds_in_a_fixed_order(kernels):
 
 
 @pytest.mark.slow
+def test_norms_and_rotations_neither_spill_nor_take_turns(kernels):
+    # (loads, stores) of 16 bytes that a thread must have where 7168 features, or 128 heads, are worked on in BF16.
+    least = {
+        "triton rms_norm bf16 residual tensor and rows pow2 norm_kernel": (6, 5),
+        "triton rms_norm_backward bf16 residual norm_backward_kernel": (6, 2),
+        "triton rms_norm_columns bf16 pow2 norm_columns_kernel": (8, 4),
+        "triton rope_queries bf16 rotate_queries_kernel": (6, 6),
+        "triton rope_keys_backward bf16 keys_backward_kernel": (12, 8),
+    }
+    found = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("norm", "rope")}
+    assert least.keys() <= found.keys()
+    for name, entry in found.items():
+        figure, wide = entry["figures"], entry["wide"]
+        assert figure["STL"] == figure["LDL"] == figure["local"] == wide["atomic"] == 0, name
+        loads, stores = least.get(name, (0, 0))
+        assert wide["loads"] >= loads and wide["stores"] >= stores, name
+
+
+@pytest.mark.slow
 def test_one_cta_fits_an_sm(kernels):
     for name, entry in kernels.items():
         figure = entry["figures"]

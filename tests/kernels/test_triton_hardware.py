@@ -21,6 +21,7 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
 from fp8moe.kernels.quantize import requantize_columns as requantize
@@ -33,6 +34,7 @@ from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
 from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 from fp8moe.kernels.reference import route as routing
 from fp8moe.kernels.route import SCORES, route, route_backward
+from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
 from tests.distance import calc_diff
 from tests.kernels.activation_bounds import activate, assert_cast, differentiate
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
@@ -40,6 +42,8 @@ from tests.kernels.loss_rows import STORAGE, assert_within_bounds, logits_and_la
 from tests.kernels.row_maps import PARTS, random_ids
 from tests.kernels.updates import SETTINGS, state
 from tests.kernels.test_route import options, scoring
+from tests.kernels.test_triton_norm import check_backward, check_forward
+from tests.kernels.test_triton_rope import check as check_rope
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 20
@@ -102,6 +106,9 @@ def repeat_everything(device, m, n, k, repeats):
     tokens, weight = torch.randint(n, (few,), device=device), torch.tensor(1e-8, device=device)
     gate_up, half, factor = x[:, : k // 32 * 32], x[:, : k // 32 * 16], torch.rand(m, device=device)
     cached = quantize_rows(gate_up)
+    gain, inverse = torch.randn(k, device=device).bfloat16(), torch.rand(m, device=device)
+    few = x[: m // 8]
+    heads, angles = few.view(-1, 1, k).expand(-1, 3, -1), torch.rand(m // 8, 8, device=device)
     for run in (
         lambda: losses_and_gradients(dy[:few], tokens, weight),
         lambda: from_zero(lambda total: embedding_wgrad(x[:few], tokens % 7, total), n, k, device=device),
@@ -116,6 +123,13 @@ def repeat_everything(device, m, n, k, repeats):
         lambda: permute(rows, row_map),
         lambda: permute_quantize(x, row_map),
         lambda: unpermute(copies, row_map),
+        lambda: rms_norm(x, gain, x, eps=1e-6, rows=True),
+        lambda: rms_norm_columns(x, gain, inverse),
+        lambda: from_zero(lambda total: rms_norm_backward(x, x, gain, inverse, total, x), k, device=device),
+        lambda: rope_queries(heads, angles, angles),
+        lambda: rope_queries_backward(heads, angles, angles),
+        lambda: rope_keys(heads, few[:, :16], angles, angles, nope_dim=k - 16),
+        lambda: rope_keys_backward(heads, heads, angles, angles),
         lambda: quantize_rows(x),
         lambda: quantize_rows_and_columns(x),
         lambda: quantize_blocks(w),
@@ -360,6 +374,27 @@ def check_route(device, tokens, num_experts, topk, num_groups, top_groups, seque
 def test_routing_of_production(triton_device, sizes):
     check_route(triton_device, 4096, *sizes, 2)
     check_route(triton_device, 3 * 1001, *sizes, 3)
+def check_norm(device, t, d, dtype=torch.bfloat16):
+    """Of a latent, or with a residual, at a production width."""
+    latent = data("normal", t, d + 64, device=device, dtype=dtype)[:, 32 : 32 + d]
+    weight, delta = torch.randn(d, device=device).to(dtype), data("outliers", t, d, device=device, dtype=dtype)
+    for added, asked in ((None, {"tensor": False}), (delta, {"power_of_two": True})):
+        source, inverse = check_forward(latent, weight, added, rows=True, **asked)
+        check_backward(source, weight, inverse, delta, added)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [7168, 1536, 512, 16384, 2048, 2112])
+def test_norms_of_production(triton_device, d):
+    check_norm(triton_device, 4096, d)
+    check_norm(triton_device, 1008, d, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [128, 16])
+def test_heads_of_production(triton_device, heads):
+    check_rope(triton_device, 4096, heads, 128, 64, 128, torch.bfloat16)
+    check_rope(triton_device, 1001, heads, 128, 64, 128, torch.float32)
 
 
 @pytest.mark.gpu
@@ -420,6 +455,7 @@ def test_no_access_outside_a_tensor(triton_device):
     ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute adamw squared_norm"
     ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute cross_entropy embedding"
     ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute swiglu"
+    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute norm rope"
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     chosen = "normal or anyhow or nothing or slot_order or on_the_way or any_range or written_beside or anywhere"
@@ -447,3 +483,5 @@ def test_these_checks_run(triton_device):
     check_embedding(triton_device, 40, 144, 9)
     check_swiglu(triton_device, 32, 144, True)
     check_route(triton_device, 12, 24, 3, 4, 2, 2)
+    check_norm(triton_device, 16, 144)
+    check_rope(triton_device, 2, 3, 16, 16, 16, torch.bfloat16)

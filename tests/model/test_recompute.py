@@ -14,8 +14,10 @@ from fp8moe.kernels.route import route
 from fp8moe.layers.attention import core
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
+from fp8moe.layers.operand import Normed
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recompute
 from fp8moe.layers.recompute import Recallable
+from fp8moe.layers.router import Router
 from fp8moe.model.transformer import Transformer
 from tests.model import passes
 from tests.model.passes import (
@@ -100,18 +102,18 @@ def test_norm_outputs_and_heads_die_with_the_forward(
 ) -> None:
     model = build(precision, recompute)
     seen: dict[str, list[StorageWeakRef]] = {"norm": [], "mla_up": []}
-    norm, attend = RMSNorm.forward, core.BACKENDS["sdpa"]
+    norm, attend = RMSNorm._norm, core.BACKENDS["sdpa"]
 
-    def watched(self: RMSNorm, x: Tensor) -> Recallable:
-        y = norm(self, x)
+    def watched(self: RMSNorm, *inputs: Any, **options: Any) -> tuple[Tensor, Normed]:
+        h, y = norm(self, *inputs, **options)
         seen["norm"].append(StorageWeakRef(y.tensor.untyped_storage()))
-        return y
+        return h, y
 
     def attended(*inputs: Any) -> Tensor:
         seen["mla_up"] += [StorageWeakRef(t.untyped_storage()) for t in inputs[:3]]
         return attend(*inputs)
 
-    monkeypatch.setattr(RMSNorm, "forward", watched)
+    monkeypatch.setattr(RMSNorm, "_norm", watched)
     monkeypatch.setitem(core.BACKENDS, "sdpa", attended)
     x = stream(model, seed=0)[0].requires_grad_()
     alive = forward(model, 1, x, phases)

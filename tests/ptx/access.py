@@ -29,7 +29,7 @@ def keep_old(decoder: Decoder, gang: Gang, slot: int, value: np.ndarray, on: Act
 
 def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
     """(what executes the instruction, the slots it writes); of ld, st, ldmatrix, stmatrix, and cp.async."""
-    parts = instruction.parts
+    parts = [part for part in instruction.parts if part != "volatile"]  # here every access is performed as written
     if parts[0] in ("ldmatrix", "stmatrix"):
         return _matrix(decoder, instruction)
     if parts[:2] == ["cp", "async"]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.conversions import convert, dtype_of
+from tests.ptx.conversions import bf16_pair, convert, dtype_of
 from tests.ptx.parser import Instruction, Unsupported, list_of
 from tests.ptx.registers import SIGNED, UNSIGNED, Decoder, Gang
 
@@ -178,6 +178,9 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Op, list[int]]:
         function, dtypes = convert(parts)
         sources = [decoder.read(x, dtype) for x, dtype in zip(o[1:], dtypes, strict=True)]
         return _apply(function, target, sources, natural), [target]
+    if kind in ("bf16", "bf16x2"):
+        width = np.uint16 if kind == "bf16" else np.uint32
+        return _apply(bf16_pair(name, kind), target, [decoder.read(x, width) for x in o[1:]], natural), [target]
     return _apply(*_typed(decoder, parts, target, o[1:]), natural), [target]
 
 

@@ -59,6 +59,21 @@ def _pair(high: np.ndarray, low: np.ndarray, bits: int) -> np.ndarray:
     return (high.astype(dtype) << dtype(bits)) | low.astype(dtype)
 
 
+def bf16_pair(name: str, kind: str) -> Any:
+    """Arithmetic on BF16 or pairs of it: FP32 has more than twice the bits, so that rounding its result rounds once."""
+    table = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    if name not in table:
+        raise Unsupported(f"{name}.{kind} is not known")
+
+    def one(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return bf16_of(table[name](f32_of_bf16(a), f32_of_bf16(b)))
+
+    if kind == "bf16":
+        return one
+    low, high = np.uint32(0xFFFF), np.uint32(16)
+    return lambda a, b: _pair(one(a >> high, b >> high), one(a & low, b & low), 16)
+
+
 def convert(parts: list[str]) -> tuple[Any, list[Any]]:
     """(a function of the sources, their dtypes) for the opcode `parts`."""
     to, source = parts[-2], parts[-1]

@@ -46,6 +46,13 @@ ACCEPTED = (
     (r" balance_kernel", "banks", 1.6, "sums along parts cross warps, 16 numbers at a time"),
     (r"route_backward_kernel", "loads", 0.8, "a row's ids and gradients of weights are loaded one by one"),
     (r"plan_rows ", "stores", 0.25, "a few counts an expert, and a scatter of single numbers"),
+    (r"rms_norm .*norm_kernel", "loads", 0.5, "two loads of a lane share a sector, one hits L1"),
+    (r"rms_norm_columns ", "banks", 2.05, ACROSS),
+    (r"norm_backward_kernel", "banks", 10.0, "rows of a block are summed across warps, once a program"),
+    (r"gain_kernel", "banks", 4.4, "shares are summed across warps, once a program"),
+    (r"rope_queries_backward bf16 ", "loads", 0.92, "two loads of a lane share a sector of angles, one hits L1"),
+    (r"rope_keys ", "loads", 0.86, "angles and the shared part are loaded once a token, for few heads here"),
+    (r"keys_backward_kernel", "banks", 2.9, "heads are summed across warps, once a token"),
 )  # fmt: skip
 
 

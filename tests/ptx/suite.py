@@ -36,6 +36,7 @@ from tests.ptx import moving_cases, product_cases, speed, update_cases
 from tests.ptx import loss_cases, moving_cases, product_cases, speed
 from tests.ptx import activation_cases, moving_cases, product_cases, speed
 from tests.ptx import moving_cases, product_cases, route_cases, speed
+from tests.ptx import moving_cases, norm_cases, product_cases, speed
 from tests.ptx.launching import Machine
 from tests.ptx.planting import run_plant, unclean
 from tests.ptx.plants import PLANTS
@@ -54,6 +55,7 @@ def all_cases() -> dict[str, Any]:
     return dict(moving_cases.cases()) | dict(product_cases.cases()) | dict(loss_cases.cases())
     return dict(moving_cases.cases()) | dict(activation_cases.cases()) | dict(product_cases.cases())
     return dict(moving_cases.cases()) | dict(product_cases.cases()) | dict(route_cases.cases())
+    return dict(moving_cases.cases()) | dict(norm_cases.cases()) | dict(product_cases.cases())
 
 
 def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:

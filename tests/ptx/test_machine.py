@@ -100,6 +100,9 @@ def test_casts_are_those_of_pytorch():
         ("setp.lt.s32 %p1, %r2, 5;\n selp.b32 %r9, 1, 2, %p1;", lambda x: 1 if x < 5 else 2),
         ("setp.lt.u32 %p1, %r2, 5;\n mov.b32 %r9, 2;\n @%p1 mov.b32 %r9, 1;", lambda x: 1 if 0 <= x < 5 else 2),
         ("mov.b32 {%rs1, %rs2}, %r2;\n mov.b32 %r9, {%rs2, %rs1};", lambda x: x << 16 | (x & 0xFFFFFFFF) >> 16),
+        ("mov.b32 %r9, 0x3F803F80;\n add.bf16x2 %r9, %r9, %r9;", lambda x: 0x40004000),
+        ("mov.b32 %r9, 0x3F803B80;\n add.rn.bf16x2 %r9, %r9, 0x3B803F80;", lambda x: 0x3F803F80),  # ties to even
+        ("mov.b32 %r9, 0x3FC0C000;\n mul.bf16x2 %r9, %r9, %r9;", lambda x: 0x40104080),
         ("cvt.s64.s32 %rd6, %r2;\n shr.s64 %rd6, %rd6, 36;\n cvt.u32.u64 %r9, %rd6;", lambda x: x >> 36),
     ],
 )

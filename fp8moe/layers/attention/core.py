@@ -121,13 +121,6 @@ def rotation(positions_T: Tensor, dim: int, theta: float, yarn: YarnConfig | Non
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, H, dim] by cos, sin [T, dim/2], in FP32; returns [T, H, dim] in the dtype of x."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by torch."""
     mask = None if mask_BSS is None else mask_BSS[:, None]

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.attention.core import BACKENDS, Positions, YarnConfig, document_mask, keep_in_e5m6, rotate, rotation
+from fp8moe.layers.attention.core import BACKENDS, Positions, YarnConfig, document_mask, keep_in_e5m6, rotation
+from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
 from fp8moe.layers.linear import Linear
-from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.operand import cast
+from fp8moe.layers.norm import Feeds, RMSNorm
+from fp8moe.layers.operand import Rows, recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
 
@@ -106,13 +106,14 @@ class MlaConfig:
     def kept_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that one layer keeps for its backward, beside its input.
 
-        Always: the latents, attention's output (E5M6 under FP8) and its log-sum-exp. Without recomputation also the
-        latents' norms; q, k and v.
+        Always: the latents and the 1/rms of each, attention's output (E5M6 under FP8) and its log-sum-exp. Without
+        recomputation also the latents' norms; q, k and v.
         """
         wide, again = recipe.dtype.itemsize, recipe.recompute
         saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
         latents = self.kv_lora_rank + (self.q_lora_rank or self.queries)
         total = wide * (latents + self.rope_dim) + saved_output * self.num_heads * self.v_dim + 4 * self.num_heads
+        total += 4 * (2 if self.q_lora_rank else 1)
         if Recompute.NORM not in again:
             total += wide * (self.kv_lora_rank + self.q_lora_rank)
         if Recompute.MLA_UP not in again:
@@ -137,9 +138,9 @@ class LatentAttention(nn.Module):
         c = self.config = config
         self.recipe = recipe
         self.qkv_a = Linear(dim, (c.q_lora_rank or c.queries) + c.kv_lora_rank + c.rope_dim, recipe)
-        self.q_norm = RMSNorm(c.q_lora_rank, recipe, eps=norm_eps) if c.q_lora_rank else None
+        self.q_norm = RMSNorm(c.q_lora_rank, recipe, eps=norm_eps, feeds=Feeds.LINEAR) if c.q_lora_rank else None
         self.q_b = Linear(c.q_lora_rank, c.queries, recipe) if c.q_lora_rank else None
-        self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=norm_eps)
+        self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=norm_eps, feeds=Feeds.LINEAR)
         self.kv_b = Linear(c.kv_lora_rank, c.num_heads * (c.nope_dim + c.v_dim), recipe)
         self.o = Linear(c.num_heads * c.v_dim, dim, recipe)
 
@@ -153,7 +154,7 @@ class LatentAttention(nn.Module):
         with capture_saved() as captured:
             out = BACKENDS[c.backend](*qkv, c.softmax_scale, positions.mask_BSS)
         if Recompute.MLA_UP in self.recipe.recompute:
-            again = self._heads_again(q_latent.recall, kv_latent.recall, k_rope.detach(), positions)
+            again = self._heads_again(q_latent, kv_latent, k_rope.detach(), positions)
             recompute_saved(captured, qkv, again)
         if self.recipe.precision is Precision.FP8:
             return self.o(keep_in_e5m6(out, captured))
@@ -162,27 +163,26 @@ class LatentAttention(nn.Module):
     def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """What the up projections give, and the shared rotary part of keys -> q, k, v [B, S, H, d] for attention."""
         c = self.config
-        q_nope, q_rope = q.unflatten(-1, (c.num_heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
-        k_nope, v = kv.unflatten(-1, (c.num_heads, -1)).split([c.nope_dim, c.v_dim], dim=-1)
-        q_rope = rotate(q_rope, positions.cos, positions.sin)
-        k_rope = rotate(k_rope[:, None], positions.cos, positions.sin).expand(-1, c.num_heads, -1)
+        q = rotated_queries(q.unflatten(-1, (c.num_heads, -1)), positions.cos, positions.sin)
+        k, v = keys_and_values(
+            kv.unflatten(-1, (c.num_heads, -1)), k_rope, positions.cos, positions.sin, nope_dim=c.nope_dim
+        )
 
         def by_sequence(t: Tensor) -> Tensor:  # [T, H, d] -> [B, S, H, d]
             return t.unflatten(0, (positions.num_sequences, -1))
 
-        q = by_sequence(torch.cat([q_nope, q_rope], dim=-1))
-        return q, by_sequence(torch.cat([k_nope, k_rope], dim=-1)), by_sequence(v)
+        return by_sequence(q), by_sequence(k), by_sequence(v)
 
     def _heads_again(
-        self, recall_q: Callable[[], Tensor], recall_kv: Callable[[], Tensor], k_rope: Tensor, positions: Positions
+        self, q_latent: Recallable, kv_latent: Recallable, k_rope: Tensor, positions: Positions
     ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        """The same from the recalled latents: casts and products repeated, without autograd."""
-
-        def up(linear: Linear, recall: Callable[[], Tensor]) -> Tensor:
-            return linear.fprop(cast(recall(), self.recipe))
+        """The same from the latents, recast or recalled: casts and products repeated, without autograd."""
+        recall_q = q_latent.recall
+        q_rows: Callable[[], Rows] | None = None if self.q_b is None else recast(q_latent, self.recipe)
+        kv_rows = recast(kv_latent, self.recipe)
 
         def again() -> tuple[Tensor, Tensor, Tensor]:
-            q = recall_q() if self.q_b is None else up(self.q_b, recall_q)
-            return self._heads(q, up(self.kv_b, recall_kv), k_rope, positions)
+            q = recall_q() if self.q_b is None or q_rows is None else self.q_b.fprop(q_rows())
+            return self._heads(q, self.kv_b.fprop(kv_rows()), k_rope, positions)
 
         return again

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp8moe.layers.attention.core import YarnConfig, inverse_frequencies, rotate, rotation, yarn_frequencies
+from fp8moe.kernels.rope import rope_queries
+from fp8moe.layers.attention.core import YarnConfig, inverse_frequencies, rotation, yarn_frequencies
 
 V3 = YarnConfig(factor=40.0, original_max_seq_len=4096)
 
@@ -18,7 +19,7 @@ def test_rotation_depends_on_distance_alone() -> None:
 
     def score(i: int, j: int) -> torch.Tensor:
         at = [rotation(torch.tensor([p]), 16, 1e4, None) for p in (i, j)]
-        return (rotate(q, *at[0]) * rotate(k, *at[1])).sum()
+        return (rope_queries(q, *at[0]) * rope_queries(k, *at[1])).sum()
 
     torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
     assert abs(score(7, 3) - score(7, 5)) > 1e-3
@@ -30,8 +31,8 @@ def test_neighbouring_features_are_a_pair_and_turn_forwards() -> None:
     cos, sin = rotation(torch.arange(5), 8, 100.0, None)
     angles = torch.arange(5)[:, None] * 100.0 ** (-torch.arange(0, 8, 2) / 8)
     turned = torch.complex(x[..., 0::2], x[..., 1::2]) * torch.polar(torch.ones(5, 4), angles)[:, None]
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1))
-    assert rotate(x.bfloat16(), cos, sin).dtype is torch.bfloat16 and cos.dtype is torch.float32
+    torch.testing.assert_close(rope_queries(x, cos, sin), torch.cat([turned.real, turned.imag], -1))
+    assert rope_queries(x.bfloat16(), cos, sin).dtype is torch.bfloat16 and cos.dtype is torch.float32
 
 
 def test_yarn_scales_as_published() -> None:
