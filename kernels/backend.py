@@ -46,8 +46,8 @@ _MODULE_OF = {
     "wgrad": "gemm",
     "grouped_gemm": "grouped_gemm",
     "grouped_wgrad": "grouped_gemm",
-    "grouped_mm": "grouped_gemm",
-    "grouped_mm_wgrad": "grouped_gemm",
+    "grouped_mm": "grouped_mm",
+    "grouped_mm_wgrad": "grouped_mm",
     "swiglu": "swiglu",
     "swiglu_columns": "swiglu",
     "swiglu_backward": "swiglu",
@@ -60,11 +60,10 @@ _MODULE_OF = {
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute")
-_UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
+_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "grouped_mm", "permute")
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),
-    "triton": frozenset(name for name in OPS if _MODULE_OF[name] in _IN_TRITON and name not in _UNQUANTIZED),
+    "triton": frozenset(name for name in OPS if _MODULE_OF[name] in _IN_TRITON),
     "gluon": frozenset({"gemm", "grouped_gemm", "grouped_wgrad"}),
     "cublas": frozenset({"gemm"}),
     "deepgemm": frozenset({"gemm", "grouped_gemm"}),

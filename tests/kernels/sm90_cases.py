@@ -112,12 +112,22 @@ def _unpack(e5m6: Any, values: Tensor) -> None:
     e5m6.e5m6_to_columns(packed)
 
 
-def wgrad_cases() -> Iterator[Case]:
-    """The unquantized weight gradient, of BF16 and of FP32 operands."""
+def unquantized_cases() -> Iterator[Case]:
+    """Weight gradients of BF16 with every tile and of FP32, dense and grouped, and the grouped products."""
     wgrad = importlib.import_module("fp8moe.kernels.triton.gemm").wgrad
+    grouped = importlib.import_module("fp8moe.kernels.triton.grouped_mm")
+    m, n, k = 4096, 256, 7168
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        operands = torch.empty(4096, 256, dtype=dtype), torch.empty(4096, 7168, dtype=dtype)
-        yield f"triton wgrad {kind}", partial(wgrad, *operands, torch.empty(256, 7168))
+        dy, x, weights = (torch.empty(size, dtype=dtype) for size in ((m, n), (m, k), (GROUPS, n, k)))
+        launches = {
+            "wgrad": partial(wgrad, dy, x, torch.empty(n, k)),
+            "grouped_mm_wgrad": partial(grouped.grouped_mm_wgrad, dy, x, offsets(), torch.empty(GROUPS, n, k)),
+        }
+        for op, launch in launches.items():
+            for tile in tiles.production_tiles("triton", op):
+                label = f" {tile_name(tile)}" if dtype is torch.bfloat16 else ""
+                yield f"triton {op} {kind}{label}", partial(with_tile, tile, launch)
+        yield f"triton grouped_mm {kind}", partial(grouped.grouped_mm, x, weights, offsets())
 
 
 def multicast_cases() -> Iterator[Case]:
@@ -161,7 +171,7 @@ def cases() -> Iterator[Case]:
     yield from gemm_cases("gluon")
     yield from multicast_cases()
     yield from gemm_cases("triton")
-    yield from wgrad_cases()
+    yield from unquantized_cases()
     yield from cast_cases()
     yield from permute_cases()
 

@@ -57,7 +57,7 @@ def test_what_another_back_end_runs_is_said_once(caplog):
         quantize_rows(torch.zeros(2, 16))
         quantize_rows(torch.zeros(2, 16))
     (message,) = (record.getMessage() for record in caplog.records)
-    assert message.startswith("kernels: back end triton (set_backend); by reference: grouped_mm, ")
+    assert message.startswith("kernels: back end triton (set_backend); by reference: swiglu, ")
     assert "adamw_step" in message and "quantize_rows" not in message
 
 

@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fp8moe.kernels import backend, library
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.gemm import gemm, wgrad
-from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_mm, grouped_mm_wgrad, grouped_wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
     quantize_blocks,
@@ -125,7 +126,7 @@ def test_compiled_whole_it_computes_the_same(layout, function, arguments):
 
 def test_every_cast_and_product_is_registered():
     registered = {name for name in backend.OPS if name in library.DECLARATIONS}
-    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "permute"}
+    modules = {"quantize", "e5m6", "gemm", "grouped_gemm", "grouped_mm", "permute"}
     assert registered == {name for name, module in backend._MODULE_OF.items() if module in modules}
     for name in registered:
         assert hasattr(torch.ops.fp8moe, name)
