@@ -1,8 +1,8 @@
 """Grouped BF16 and FP32 matrix products, one for each expert: `grouped_mm`, and the weight gradient `grouped_mm_wgrad`.
 
 Groups may start anywhere; nothing is scaled, so nothing must be aligned. Sums are FP32. The weight gradient is added
-into FP32 `main_grad` without a rounding between, which `torch.nn.functional.grouped_mm` cannot do: it writes BF16. For
-the forward and the input's gradient a GPU runs that function, and zeros the rows that it leaves unwritten.
+into FP32 `main_grad` without a rounding between, which `torch.nn.functional.grouped_mm` cannot do: it writes BF16. In
+the forward and for the input's gradient that function runs on a GPU; rows that it leaves unwritten are zeroed.
 """
 
 import torch
@@ -33,8 +33,8 @@ def grouped_mm(x: Tensor, w: Tensor, group_offsets: Tensor) -> Tensor:
 def grouped_mm_wgrad(dy: Tensor, x: Tensor, group_offsets: Tensor, main_grad: Tensor) -> None:
     """main_grad [E, N, K] (FP32) += dy^T @ x of each group, for dy [R, N], x [R, K], BF16 or FP32.
 
-    An empty group adds nothing; rows past group_offsets[-1] are not read. Raises ValueError for other shapes
-    or dtypes.
+    An empty group adds nothing; rows past group_offsets[-1] are not read.
+    Raises ValueError for other shapes or dtypes.
     """
     if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0]:
         raise ValueError(

@@ -3,7 +3,8 @@
 BF16 operands come through tensor descriptors, straight from shared memory into the tensor core, which reads them
 transposed. Pointer loads were refused: their cp.async lacks a fence before WGMMA under Triton 3.6, and addresses and
 masks of a tile take registers. A descriptor knows the end of the tensor, not of a group: the tokens behind the last
-whole step of a group go through registers, where the next group's rows are masked out of both operands (0 x NaN is NaN).
+whole step of a group go through registers, where the next group's rows are masked out of both operands, for 0 x NaN is
+NaN.
 
 A tile of 1,024 tokens is about as long on the tensor cores as its sums are in HBM, and every SM would be at the one or
 at the other at the same time. So a program asks for its tile of `main_grad` before it multiplies: the sums come into L2
@@ -95,7 +96,8 @@ def wgrad_kernel(
 @triton.jit(do_not_specialize=["T"])
 def exact_wgrad_kernel(
     dy, x, main_grad, group_offsets, T, N, K, dy_stride_t, dy_stride_n, x_stride_t, x_stride_k,
-    stride_e, stride_n, stride_k, GROUPED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
+    stride_e, stride_n, stride_k,
+    GROUPED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The same where an operand is FP32: products are FP32, operands lie anyhow."""
     e = tl.program_id(1)

@@ -90,9 +90,7 @@ def test_more_groups_than_a_tile_of_them(triton_device):
     assert calc_diff(out[:73], exact) <= bound(torch.float32, triton_device) and not bool(out[73:].any())
 
 
-@pytest.mark.parametrize(
-    ("kind", "tile"), [("normal", TILES[0]), ("positive", TILES[-1]), ("outliers", TILES[-1])]
-)
+@pytest.mark.parametrize(("kind", "tile"), [("normal", TILES[0]), ("positive", TILES[-1]), ("outliers", TILES[-1])])
 def test_each_group_contracts_over_its_tokens(triton_device, kind, tile):
     x, _, dy = operands(kind, triton_device, torch.bfloat16, n=136, k=144)
     offsets, total = offsets_of(SIZES, triton_device), torch.zeros(len(SIZES), 136, 144, device=triton_device)

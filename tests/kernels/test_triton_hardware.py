@@ -17,6 +17,7 @@ from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
 from fp8moe.kernels.quantize import requantize_columns as requantize
@@ -68,6 +69,7 @@ def repeat_everything(device, m, n, k, repeats):
     dy_columns, (b, _) = quantize_columns(dy), quantize_blocks(w)
     packed = pack_e5m6(x)
     offsets = offsets_of([m // 2 // 128 * 128, 0, m // 4 // 128 * 128], device)
+    anywhere = offsets_of([m // 3, 0, m // 2], device)
     experts, _ = quantize_blocks(w.unflatten(0, (1, n)).repeat(3, 1, 1))
     ids = random_ids(m, 4, 16, 0.3).to(device)
     row_map = plan_rows(ids, 16, align=16)
@@ -90,6 +92,8 @@ def repeat_everything(device, m, n, k, repeats):
         lambda: from_zero(lambda total: wgrad(dy, x, total), n, k, device=device),
         lambda: grouped_gemm(rows, experts, offsets),
         lambda: from_zero(lambda total: grouped_wgrad(dy_columns, columns, offsets, total), 3, n, k, device=device),
+        lambda: grouped_mm(x, w.expand(3, n, k).contiguous(), anywhere),
+        lambda: from_zero(lambda total: grouped_mm_wgrad(dy, x, anywhere, total), 3, n, k, device=device),
     ):
         assert_repeatable(run, repeats)
 
@@ -139,6 +143,30 @@ def check_grouped(device, sizes, n, k):
         right = x_columns.dequantize()[:, first:last].double()
         bound = product_bound(torch.float32, "normal", device)
         assert calc_diff(total[e, :CHECKED_ROWS], left @ right.T, left, right) <= bound
+
+
+def check_grouped_mm(device, sizes, n, k, spare):
+    """Every group's products of all three kinds, whose rows start anywhere; NaN behind the last."""
+    rows, experts, offsets = sum(sizes), len(sizes), offsets_of(sizes, device)
+    x, dy = (data("normal", rows + spare, size, device=device) for size in (k, n))
+    x[rows:], dy[rows:] = float("nan"), float("nan")
+    w, total = data("normal", experts, n, k, device=device), torch.zeros(experts, n, k, device=device)
+    grouped_mm_wgrad(dy, x, offsets, total)
+    for a, b in ((x, w), (dy, w.mT)):
+        out = grouped_mm(a, b, offsets)
+        assert not bool(out[rows:].any())
+        for e in range(experts):
+            chosen = slice(int(offsets[e]), min(int(offsets[e]) + CHECKED_ROWS, int(offsets[e + 1])))
+            if chosen.start < chosen.stop:
+                a64, b64 = a[chosen].double(), b[e].double()
+                assert calc_diff(out[chosen], a64 @ b64.T, a64, b64) <= 5e-6
+    for e in range(experts):
+        first, last = int(offsets[e]), int(offsets[e + 1])
+        left, right = dy[first:last, :CHECKED_ROWS].double().T, x[first:last].double().T
+        if first == last:
+            assert not bool(total[e].any())
+        else:
+            assert calc_diff(total[e, :CHECKED_ROWS], left @ right.T, left, right) <= 1e-9
 
 
 def check_permute(device, n, k, topk, num_experts, spare):
@@ -204,11 +232,34 @@ def test_grouped_shapes_of_production(triton_device, n, k):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(4096, 7168), (7168, 2048)])
+def test_grouped_bf16_shapes_of_production(triton_device, n, k):
+    check_grouped_mm(triton_device, [1024] * 8, n, k, 0)
+    check_grouped_mm(triton_device, [100, 0, 4001, 64, 1, 0, 700], n, k, 517)
+
+
+@pytest.mark.gpu
+def test_grouped_bf16_products_wait_for_nothing(triton_device):
+    x, w = data("normal", 1000, 512, device=triton_device), data("normal", 3, 256, 512, device=triton_device)
+    dy, offsets = data("normal", 1000, 256, device=triton_device), offsets_of([100, 0, 800], triton_device)
+    totals = torch.zeros(3, 256, 512, device=triton_device)
+    for _ in range(2):  # the first call compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            grouped_mm(x, w, offsets)
+            grouped_mm(dy, w.mT, offsets)
+            grouped_mm_wgrad(dy, x, offsets, totals)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_no_access_outside_a_tensor(triton_device):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute"
+    ops = "quantize gemm grouped_gemm grouped_wgrad grouped_mm e5m6 permute"
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     chosen = "normal or anyhow or nothing or slot_order or on_the_way"
@@ -225,4 +276,5 @@ def test_these_checks_run(triton_device):
     check_dense(triton_device, 48, 144, 272)
     check_wgrad(triton_device, 272, 48, 144)
     check_grouped(triton_device, [128, 0, 256], 48, 144)
+    check_grouped_mm(triton_device, [3, 0, 70], 48, 144, 5)
     check_permute(triton_device, 24, 144, 3, 5, 40)

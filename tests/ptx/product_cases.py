@@ -152,7 +152,11 @@ def grouped_mm_wgrad(machine: Machine, dtype: torch.dtype, tile: tiles.Tile) -> 
 def grouped_mm(machine: Machine, dtype: torch.dtype) -> None:
     """x [R, K] by the weight of each row's group; rows behind the last group are zero whatever they hold."""
     for groups, n, k in (((128, 64, 64), 128, 256),) if machine.count else (((3, 0, 64, 70), 80, 48),):
-        at, x, w = offsets(*groups), torch.randn(sum(groups) + 70, k).to(dtype), torch.randn(len(groups), n, k).to(dtype)
+        at, x, w = (
+            offsets(*groups),
+            torch.randn(sum(groups) + 70, k).to(dtype),
+            torch.randn(len(groups), n, k).to(dtype),
+        )
         x[sum(groups) :] = float("nan")
         with on_machine(machine):
             got = ops("triton", "grouped_mm").grouped_mm(x, w, at)
