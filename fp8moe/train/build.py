@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp8moe.data.build import Data, open_data
 from fp8moe.data.sampler import Sampler
+from fp8moe.layers.attention.choice import chosen
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.router import Router
@@ -119,7 +120,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
 def build_model(
     config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
 ) -> Transformer:
-    """The model of this rank's stages, with its initial weights.
+    """The model of this rank's stages, with its initial weights; attention's kernel is chosen, and said, here.
 
     A rank that holds the MTP module and not the first stage has a copy of the embedding for it.
     """
@@ -135,6 +136,8 @@ def build_model(
             embedding=any(stage.embedding or stage.mtp for stage in held),
             head=any(stage.head for stage in held),
         )
+    attention = config.model.attention
+    chosen(attention.backend, attention.heads(config.recipe, masked=config.data.document_mask), device)
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
     return model
 
