@@ -217,15 +217,17 @@ def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float, positions
     return BACKENDS[kernel](q, k, v, scale, mask)
 
 
-def keep_in_e5m6(out: Tensor, captured: Sequence[SavedTensor], *, saves_output: bool = False) -> Activation:
+def keep_in_e5m6(
+    out: Tensor, captured: Sequence[SavedTensor], *, saves_output: bool = False, power_of_two: bool = True
+) -> Activation:
     """Attention's output, BF16 [B, S, H, V], as an activation [T, H V] whose backward has 12 bits a value.
 
-    `captured` is what attention saved for its backward; saves_output: its output must be among it. Rows have
-    power-of-two scales. ValueError if H V, or at the weight gradient T, is no multiple of 16; RuntimeError if the
-    output was to be found and is not, when the BF16 tensor would live on beside the packed one.
+    `captured` is what attention saved for its backward; saves_output: its output must be among it; power_of_two: of the
+    rows' scales, those of the columns always are. ValueError if H V, or at the weight gradient T, is no multiple of 16;
+    RuntimeError if the output was to be found and is not, when the BF16 tensor would live on beside the packed one.
     """
     out_TN = out.flatten(0, 1).flatten(1)
-    rows = quantize_rows(out_TN.detach(), power_of_two=True)
+    rows = quantize_rows(out_TN.detach(), power_of_two=power_of_two)
     if not torch.is_grad_enabled():
         return Activation(out_TN, Operand(rows, _nothing_was_kept))
     packed, found = pack_e5m6(out_TN.detach()), False

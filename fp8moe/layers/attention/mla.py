@@ -168,7 +168,8 @@ class LatentAttention(nn.Module):
             again = self._heads_again(q_latent.recall, kv_latent.recall, k_rope.detach(), positions)
             recompute_saved(captured, qkv, again)
         if self.recipe.precision is Precision.FP8:
-            return self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output))
+            power_of_two = self.recipe.power_of_two(True)
+            return self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output, power_of_two=power_of_two))
         return self.o(out.flatten(0, 1).flatten(1))
 
     def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +192,7 @@ class LatentAttention(nn.Module):
         """The same from the recalled latents: casts and products repeated, without autograd."""
 
         def up(linear: Linear, recall: Callable[[], Tensor]) -> Tensor:
-            return linear.fprop(cast(recall(), self.recipe))
+            return linear.fprop(cast(recall(), self.recipe, power_of_two=self.recipe.power_of_two(False)))
 
         def again() -> tuple[Tensor, Tensor, Tensor]:
             q = recall_q() if self.q_b is None else up(self.q_b, recall_q)
