@@ -1,7 +1,7 @@
 """`fp8moe numerics`: trains the same run in FP32, in BF16 and in FP8 with each choice of scales, and compares losses.
 
 Weights, data, their order and the processes are the same; only `precision=` and `precision.scales=` differ. Training
-losses are smoothed by an exponential mean of 0.9 (bias-corrected), as in the DeepSeek-V3 report, and the largest relative
+losses are smoothed by an exponential mean of 0.9 (bias-corrected), as in the DeepSeek-V3 report. The largest relative
 difference over all steps decides, for FP8 with the recipe's scales: exit code 0 within the bound, 1 beyond it. The runs
 go one after another, so that each has the whole machine.
 """

@@ -90,7 +90,7 @@ class Recipe:
         return self.precision is Precision.FP8
 
     def power_of_two(self, usual: bool) -> bool:
-        """Whether a cast has power-of-two scales, where the recipe says `usual`; not asked of a cast that must have them."""
+        """Whether a cast has power-of-two scales, where the recipe says `usual`; for casts that may have either."""
         return usual if self.scales is Scales.RECIPE else self.scales is Scales.POWER_OF_TWO
 
     @property

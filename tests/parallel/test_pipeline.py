@@ -17,6 +17,7 @@ from fp8moe.layers.phase import Pass, Phase
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.parallel.pipeline import Pipeline
+from fp8moe.parallel.stream import Pending, communication_stream
 from fp8moe.profile.spans import Recorder, listening
 from fp8moe.schedule.action import Kind, Schedule
 from fp8moe.schedule.build import build_schedule, forwards, num_stages
@@ -194,14 +195,16 @@ class Wire:
         self.log.append("finish")
 
 
-def alone(schedule: Schedule, rank: int = 0, **options: Any) -> tuple[list[str], dict[str, Logged]]:
+def alone(
+    schedule: Schedule, rank: int = 0, logged: type[Logged] = Logged, **options: Any
+) -> tuple[list[str], dict[str, Logged]]:
     """What one rank of a schedule does, with `Wire` in place of its links."""
     log: list[str] = []
     made: dict[str, Logged] = {}
 
     def make(stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
         assert (source is None) == (stage == 0)
-        one = made[f"{stage}.{microbatch}"] = Logged(stage, microbatch, source, log)
+        one = made[f"{stage}.{microbatch}"] = logged(stage, microbatch, source, log)
         return [one]
 
     nan = lambda: torch.full((1,), float("nan"), dtype=torch.float64)  # noqa: E731
@@ -218,20 +221,56 @@ def test_an_output_is_read_when_the_next_stage_needs_it_and_not_before() -> None
     assert log.index("read 0.1") > log.index("F0.1 100") + 1
 
 
+class Sending(Logged):
+    """Sends itself a message in each direction: started in one phase, waited for in the next."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        stream, log = communication_stream(torch.device("cpu")), self.log
+        (whole,) = self.phases
+        started: list[Pending[None, None]] = []
+
+        def free() -> int:
+            return backend.allowed_sms(100)
+
+        def start(name: str) -> None:
+            started.append(stream.start(lambda: None, lambda _: None))
+            log.append(f"{name}{self.name} {free()} started")
+
+        def then(step: Callable[[], None]) -> Callable[[], None]:
+            def wait() -> None:
+                log.append(f"before {free()}")
+                started.pop().wait()
+                step()
+
+            return wait
+
+        assert whole.wgrad is not None
+        self.phases = (
+            Phase("attn", "compute", lambda: None, then(lambda: log.append(f"B{self.name} {free()}")), lambda: None),
+            Phase("dispatch", "communication", lambda: start("F"), lambda: start("B"), None),
+            Phase("mlp", "compute", then(whole.forward), whole.backward, whole.wgrad),
+        )
+
+
 @pytest.mark.parametrize("overlap", [True, False])
-def test_the_sm_limit_holds_inside_pairs_and_nowhere_else(overlap: bool) -> None:
-    schedule = build_schedule("dualpipev", 1, 4)
-    log, _ = alone(schedule, overlap=overlap, sms=80)
-    limited = {entry.split()[0] for entry in log if entry.endswith(" 80")}
-    paired = {
-        f"{kind}{stage}.{microbatch}"
-        for action in schedule.actions[0]
-        if action.kind in (Kind.FB, Kind.BW)
-        for kind, stage, microbatch, _ in action.parts()
-    }
-    assert limited == (paired if overlap else set()) and 0 < len(paired) < 24
-    assert backend.allowed_sms(100) == 100
-    assert {entry.split()[1] for entry in alone(schedule)[0] if entry[0] in "FBW"} == {"100"}
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_the_sm_limit_holds_while_messages_are_under_way_and_no_longer(schedule: str, overlap: bool) -> None:
+    """In pairs and outside; a phase after its message has all SMs again unless the other's is still under way."""
+    log, _ = alone(build_schedule(schedule, 1, 4), overlap=overlap, sms=80, logged=Sending)
+    under_way = 0
+    for entry in log:
+        if entry.endswith("started"):
+            under_way += 1
+            assert entry.split()[1] == "80", entry
+        elif entry.startswith("before"):
+            assert entry == "before 80"
+            under_way -= 1
+        elif entry[0] in "FBW":
+            assert entry.split()[1] == ("80" if under_way else "100"), entry
+    assert under_way == 0 and backend.allowed_sms(100) == 100
+    free, _ = alone(build_schedule(schedule, 1, 4), overlap=overlap, logged=Sending)
+    assert {entry.split()[1] for entry in free if entry[0] in "FBW"} == {"100"}
 
 
 def test_a_pair_without_overlap_runs_forward_then_backward_then_weights() -> None:
