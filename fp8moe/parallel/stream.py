@@ -6,7 +6,7 @@ second hop starts when the first has arrived, rows are sent when counts are know
 of a CUDA stream: it reads counts while the caller goes on to enqueue compute, so counts stall nobody; events order the
 two streams. A thread pool was refused: every rank must issue a group's collectives in one order, which one queue gives.
 
-GEMMs that run one program an SM leave SMs to a message while it is under way, from its start to its wait in the order
+GEMMs that run one program an SM leave SMs to a message while it is in flight, from its start to its wait in the order
 of the caller's launches: `leaving_sms` says how many they may take (`kernels.backend.limit_sms`).
 
 What a message raises is raised by its `wait()`, and by every later one's: ranks are out of step from there on, and a
@@ -56,7 +56,7 @@ class Pending(Generic[Value, Result]):
     def wait(self) -> Result:
         """The result, as often as it is asked for; raises what the message raised."""
         if self._finish is not None:
-            with span(f"wait {self.name}"), waiting(), _no_longer_under_way(self):
+            with span(f"wait {self.name}"), waiting(), _counted_until_waited(self):
                 value, done = self.future.result()
                 if done is not None:
                     torch.cuda.current_stream().wait_event(done)
@@ -93,7 +93,7 @@ class Stream:
         """
         pending = Pending(message, finish, name)
         if takes_sms:
-            _now_under_way(pending)
+            _count(pending)
         ready = torch.cuda.current_stream(self._device).record_event() if self._cuda is not None else None
         self._queue.put((pending, ready))
         return pending
@@ -118,12 +118,12 @@ class Stream:
 
 
 _sms: list[int] = []  # for GEMMs beside messages, while `leaving_sms` is in force
-_under_way: set[Pending[Any, Any]] = set()
+_in_flight: set[Pending[Any, Any]] = set()
 
 
 @contextmanager
 def leaving_sms(count: int | None) -> Iterator[None]:
-    """Within the block GEMMs take at most `count` SMs while a message is under way; None: always all."""
+    """Within the block GEMMs take at most `count` SMs while a message is in flight; None: always all."""
     if count is None:
         yield
         return
@@ -132,25 +132,25 @@ def leaving_sms(count: int | None) -> Iterator[None]:
         yield
     finally:
         _sms.clear()
-        _under_way.clear()
+        _in_flight.clear()
         limit_sms(None)
 
 
-def _now_under_way(pending: Pending[Any, Any]) -> None:
+def _count(pending: Pending[Any, Any]) -> None:
     if _sms:
-        _under_way.add(pending)
+        _in_flight.add(pending)
         limit_sms(_sms[-1])
 
 
 @contextmanager
-def _no_longer_under_way(pending: Pending[Any, Any]) -> Iterator[None]:
-    """The block waits for the message; after it the message is not under way, however the block ends."""
+def _counted_until_waited(pending: Pending[Any, Any]) -> Iterator[None]:
+    """The block waits for the message; after it the message is no longer in flight, however the block ends."""
     try:
         yield
     finally:
-        if pending in _under_way:
-            _under_way.discard(pending)
-            limit_sms(_sms[-1] if _under_way else None)
+        if pending in _in_flight:
+            _in_flight.discard(pending)
+            limit_sms(_sms[-1] if _in_flight else None)
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

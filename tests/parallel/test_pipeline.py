@@ -17,7 +17,6 @@ from fp8moe.layers.phase import Pass, Phase
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.parallel.pipeline import Pipeline
-from fp8moe.parallel.stream import Pending, communication_stream
 from fp8moe.profile.spans import Recorder, listening
 from fp8moe.schedule.action import Kind, Schedule
 from fp8moe.schedule.build import build_schedule, forwards, num_stages
@@ -219,58 +218,6 @@ def test_an_output_is_read_when_the_next_stage_needs_it_and_not_before() -> None
     for at in reads:  # the next thing to run is the next stage's forward, though other actions stood between
         assert log[at + 1].startswith(log[at].replace("read 0", "F1"))
     assert log.index("read 0.1") > log.index("F0.1 100") + 1
-
-
-class Sending(Logged):
-    """Sends itself a message in each direction: started in one phase, waited for in the next."""
-
-    def __init__(self, *inputs: Any) -> None:
-        super().__init__(*inputs)
-        stream, log = communication_stream(torch.device("cpu")), self.log
-        (whole,) = self.phases
-        started: list[Pending[None, None]] = []
-
-        def free() -> int:
-            return backend.allowed_sms(100)
-
-        def start(name: str) -> None:
-            started.append(stream.start(lambda: None, lambda _: None))
-            log.append(f"{name}{self.name} {free()} started")
-
-        def then(step: Callable[[], None]) -> Callable[[], None]:
-            def wait() -> None:
-                log.append(f"before {free()}")
-                started.pop().wait()
-                step()
-
-            return wait
-
-        assert whole.wgrad is not None
-        self.phases = (
-            Phase("attn", "compute", lambda: None, then(lambda: log.append(f"B{self.name} {free()}")), lambda: None),
-            Phase("dispatch", "communication", lambda: start("F"), lambda: start("B"), None),
-            Phase("mlp", "compute", then(whole.forward), whole.backward, whole.wgrad),
-        )
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
-def test_the_sm_limit_holds_while_messages_are_under_way_and_no_longer(schedule: str, overlap: bool) -> None:
-    """In pairs and outside; a phase after its message has all SMs again unless the other's is still under way."""
-    log, _ = alone(build_schedule(schedule, 1, 4), overlap=overlap, sms=80, logged=Sending)
-    under_way = 0
-    for entry in log:
-        if entry.endswith("started"):
-            under_way += 1
-            assert entry.split()[1] == "80", entry
-        elif entry.startswith("before"):
-            assert entry == "before 80"
-            under_way -= 1
-        elif entry[0] in "FBW":
-            assert entry.split()[1] == ("80" if under_way else "100"), entry
-    assert under_way == 0 and backend.allowed_sms(100) == 100
-    free, _ = alone(build_schedule(schedule, 1, 4), overlap=overlap, logged=Sending)
-    assert {entry.split()[1] for entry in free if entry[0] in "FBW"} == {"100"}
 
 
 def test_a_pair_without_overlap_runs_forward_then_backward_then_weights() -> None:
