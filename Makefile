@@ -55,7 +55,7 @@ test: $(SETUP) ## the tests that need no GPU
 
 .PHONY: test-gpu
 test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy and pytest are enough for them)
-	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels $(ARGS)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels tests/layers/attention $(ARGS)
 
 .PHONY: bench bench-gpu
 bench: $(SETUP) ## every benchmark on the CPU: tables here, records in runs/bench/

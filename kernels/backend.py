@@ -6,9 +6,9 @@ first of DEFAULTS that can run there. A back end that is unknown or cannot run h
 which would. An implementation lives in `kernels/<back end>/<module>.py` under the same name and with the same signature
 as the public op.
 
-No back end provides everything. PROVIDES below says what each does; what it doesn't goes to the back end that NEXT
-names, down to the specification, and the log line says so once. That table is the whole of the fall-back: an op that
-its back end provides runs there or raises.
+PROVIDES below says what each back end does: the specification and Triton everything, the others products. What a back
+end lacks goes to the one that NEXT names, and the log line says so once. That table is the whole of the fall-back: an
+op that its back end provides runs there or raises.
 
 Tensors without data (meta, FakeTensor) and code under `torch.compile` go through the registered ops of `library`.
 """
@@ -46,8 +46,8 @@ _MODULE_OF = {
     "wgrad": "gemm",
     "grouped_gemm": "grouped_gemm",
     "grouped_wgrad": "grouped_gemm",
-    "grouped_mm": "grouped_gemm",
-    "grouped_mm_wgrad": "grouped_gemm",
+    "grouped_mm": "grouped_mm",
+    "grouped_mm_wgrad": "grouped_mm",
     "rms_norm": "norm",
     "rms_norm_columns": "norm",
     "rms_norm_backward": "norm",
@@ -64,7 +64,6 @@ _MODULE_OF = {
     "permute": "permute",
     "permute_quantize": "permute",
     "unpermute": "permute",
-    "group_limited_topk": "topk",
     "cross_entropy": "cross_entropy",
     "cross_entropy_with_gradient": "cross_entropy",
     "embedding_wgrad": "embedding",
@@ -76,15 +75,9 @@ _MODULE_OF = {
 }
 OPS = tuple(_MODULE_OF)
 
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "adamw", "squared_norm")
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "cross_entropy", "embedding")
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "swiglu", "silu_mul")
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "permute", "route")
-_IN_TRITON = ("quantize", "e5m6", "gemm", "grouped_gemm", "norm", "rope", "permute")
-_UNQUANTIZED = ("grouped_mm", "grouped_mm_wgrad")  # the specification's alone
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),
-    "triton": frozenset(name for name in OPS if _MODULE_OF[name] in _IN_TRITON and name not in _UNQUANTIZED),
+    "triton": frozenset(OPS),
     "gluon": frozenset({"gemm", "grouped_gemm", "grouped_wgrad"}),
     "cublas": frozenset({"gemm"}),
     "deepgemm": frozenset({"gemm", "grouped_gemm"}),

@@ -1,13 +1,9 @@
-"""Grouped matrix products, one for each expert: FP8 (`grouped_gemm`, `grouped_wgrad`), unquantized (`grouped_mm`).
+"""Grouped FP8 matrix products, one for each expert: `grouped_gemm`, and the weight gradient `grouped_wgrad`.
 
-FP8: numerics and scales are `gemm`'s. Groups start on multiples of 128 rows so that a 128-row tile never straddles two
+Numerics and scales are `gemm`'s. Groups start on multiples of 128 rows so that a 128-row tile never straddles two
 experts; a masked layout with one fixed capacity an expert was refused: no token is dropped here, and the fullest expert
 would set the cost of all. The weight gradient contracts over each expert's own tokens, both operands scaled along them,
 straight into FP32 `main_grad`: a BF16 result added later was refused, it would round every micro-batch's contribution.
-
-BF16 and FP32: groups may start anywhere; nothing is scaled, so nothing must be aligned. Sums are FP32, and the weight
-gradient is added into FP32 `main_grad` without a rounding between. `torch.nn.functional.grouped_mm` was refused: it
-leaves rows outside every group unwritten and has no accumulating weight gradient.
 """
 
 import torch
@@ -61,33 +57,3 @@ def grouped_wgrad(dy_columns: Fp8Tensor, x_columns: Fp8Tensor, group_offsets: Te
     check_total(main_grad, (main_grad.shape[0], n, k))
     check_groups(group_offsets, main_grad.shape[0], x_columns.shape[1], TILE)
     backend.op("grouped_wgrad")(dy_columns, x_columns, group_offsets, main_grad)
-
-
-def grouped_mm(x: Tensor, w: Tensor, group_offsets: Tensor) -> Tensor:
-    """x [R, K], w [E, N, K] of one dtype (BF16 or FP32), group_offsets int32 [E+1] -> x[rows of e] @ w[e]^T [R, N].
-
-    Rows past group_offsets[-1] are zero in the result. Raises ValueError for other shapes or dtypes.
-    """
-    if x.dtype != w.dtype or x.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"grouped_mm takes BF16 or FP32, one for both, not {x.dtype} and {w.dtype}: cast one")
-    if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[2]:
-        raise ValueError(
-            f"grouped_mm takes x [R, K] and w [E, N, K] of one K, not {list(x.shape)} and {list(w.shape)}: transpose w"
-        )
-    check_groups(group_offsets, w.shape[0], x.shape[0], 1)
-    return backend.op("grouped_mm")(x, w, group_offsets)
-
-
-def grouped_mm_wgrad(dy: Tensor, x: Tensor, group_offsets: Tensor, main_grad: Tensor) -> None:
-    """main_grad [E, N, K] (FP32) += dy^T @ x of each group, for dy [R, N], x [R, K], BF16 or FP32.
-
-    Raises ValueError for other shapes or dtypes.
-    """
-    if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"grouped_mm_wgrad takes dy [R, N] and x [R, K] of one R, not {list(dy.shape)} and {list(x.shape)}: "
-            "permute both by one map"
-        )
-    check_total(main_grad, (main_grad.shape[0], dy.shape[1], x.shape[1]))
-    check_groups(group_offsets, main_grad.shape[0], x.shape[0], 1)
-    backend.op("grouped_mm_wgrad")(dy, x, group_offsets, main_grad)

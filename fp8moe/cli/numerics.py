@@ -1,9 +1,9 @@
-"""`fp8moe numerics`: trains the same run in FP8, BF16 and FP32 and compares the losses.
+"""`fp8moe numerics`: trains the same run in FP32, in BF16 and in FP8 with each choice of scales, and compares losses.
 
-Weights, data, their order and the processes are the same; only `precision=` differs. Training losses are smoothed by an
-exponential mean of 0.9 (bias-corrected), as in the DeepSeek-V3 report, and the largest relative difference over all
-steps decides: exit code 0 within the bound, 1 beyond it. The runs go one after another, so that each has the whole
-machine.
+Weights, data, their order and the processes are the same; only `precision=` and `precision.scales=` differ. Training
+losses are smoothed by an exponential mean of 0.9 (bias-corrected), as in the DeepSeek-V3 report. The largest relative
+difference over all steps decides, for FP8 with the recipe's scales: exit code 0 within the bound, 1 beyond it. The runs
+go one after another, so that each has the whole machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ from fp8moe.cli.launch import count_processes, launch
 from fp8moe.errors import ConfigError, NonFiniteError
 
 PRECISIONS = ("fp32", "bf16", "fp8")
-PAIRS = (("fp8", "bf16"), ("fp8", "fp32"), ("bf16", "fp32"))
+SCALES = {"recipe": "fp8", "fp32": "fp8_fp32", "power_of_two": "fp8_power_of_two"}  # precision.scales -> run
+RUNS = {
+    "fp32": ("precision=fp32",),
+    "bf16": ("precision=bf16",),
+    **{run: ("precision=fp8", f"precision.scales={scales}") for scales, run in SCALES.items()},
+}
+PAIRS = (("fp8", "bf16"), ("fp8", "fp32"), ("bf16", "fp32"), ("fp8_fp32", "bf16"), ("fp8_power_of_two", "bf16"))
 SMOOTHING = 0.9
 ROWS = 12
 
 DESCRIPTION = """\
-Train the same run in FP32, BF16 and FP8 for N steps each and tabulate their smoothed training losses. The exit code is
-0 when FP8 stays within the bound of both others, 1 when it does not. Settings are those of `fp8moe train`.
+Train the same run in FP32, BF16 and FP8 for N steps each, FP8 once with each choice of precision.scales, and tabulate
+their smoothed training losses. The exit code is 0 when FP8 with the recipe's scales stays within the bound of both
+others, 1 when it does not. Settings are those of `fp8moe train`.
 
   fp8moe numerics --steps 60 experiment=quickstart
 """
@@ -34,7 +41,7 @@ Train the same run in FP32, BF16 and FP8 for N steps each and tabulate their smo
 
 @dataclass(frozen=True)
 class Comparison:
-    """Smoothed losses by precision, step by step, and of each pair the largest relative difference and the last."""
+    """Smoothed losses by run, step by step, and of each pair the largest relative difference and the last."""
 
     smoothed: dict[str, list[float]]
     largest: dict[str, float]
@@ -51,7 +58,7 @@ def smooth(losses: Sequence[float], beta: float = SMOOTHING) -> list[float]:
 
 
 def compare(losses: Mapping[str, Sequence[float]]) -> Comparison:
-    """Training losses by precision, equally many of each, smoothed and compared in `PAIRS`."""
+    """Training losses by run, equally many of each, smoothed and compared in `PAIRS`."""
     smoothed = {name: smooth(values) for name, values in losses.items()}
     differences = {
         f"{one}/{other}": [abs(a - b) / b for a, b in zip(smoothed[one], smoothed[other], strict=True)]
@@ -65,7 +72,7 @@ def compare(losses: Mapping[str, Sequence[float]]) -> Comparison:
 
 
 def table(comparison: Comparison) -> str:
-    """Table of the smoothed losses at about a dozen steps, with the relative differences of each pair under it."""
+    """The smoothed losses at about a dozen steps, the relative differences of each pair, and a row for each scales."""
     smoothed = comparison.smoothed
     steps = len(smoothed["fp8"])
     shown = sorted({1, steps, *range(max(1, steps // ROWS), steps + 1, max(1, steps // ROWS))})
@@ -77,9 +84,19 @@ def table(comparison: Comparison) -> str:
             + "".join(f"{row[name]:>10.4f}" for name in PRECISIONS)
             + "".join(f"{row['fp8'] / row[other] - 1:>+11.3%}" for other in ("bf16", "fp32"))
         )
-    for pair, value in comparison.largest.items():
-        lines.append(f"{pair:>9}: at most {value:.3%} apart, {comparison.last[pair]:.3%} at the end")
+    for one, other in PAIRS:
+        if one in PRECISIONS:
+            pair = f"{one}/{other}"
+            lines.append(f"{pair:>9}: {distance(comparison, pair)}")
+    lines.append("fp8 by precision.scales, last loss and distance to bf16:")
+    for scales, run in SCALES.items():
+        lines.append(f"{scales:>13}{smoothed[run][-1]:>10.4f}  {distance(comparison, f'{run}/bf16')}")
     return "\n".join(lines)
+
+
+def distance(comparison: Comparison, pair: str) -> str:
+    """How far a pair's losses are apart, in words."""
+    return f"at most {comparison.largest[pair]:.3%} apart, {comparison.last[pair]:.3%} at the end"
 
 
 def command_parser() -> Parser:
@@ -105,13 +122,13 @@ def main(argv: Sequence[str]) -> int:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out={out} is not empty: use a new directory")
     losses = {}
-    for precision in PRECISIONS:
-        run_dir = out / precision
-        settings = [f"precision={precision}", f"steps={arguments.steps}", f"run_dir={run_dir}"]
+    for run, chosen in RUNS.items():
+        run_dir = out / run
+        settings = [*chosen, f"steps={arguments.steps}", f"run_dir={run_dir}"]
         code = launch(["train", *arguments.settings, *settings, "checkpoint.at_end=false"], num_processes)
         if code:
             return code
-        losses[precision] = read_losses(run_dir / "metrics.jsonl")
+        losses[run] = read_losses(run_dir / "metrics.jsonl")
     comparison = compare(losses)
     worst = max(value for pair, value in comparison.largest.items() if pair.startswith("fp8/"))
     within = worst <= arguments.bound
@@ -132,7 +149,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--bound={arguments.bound} must be above 0: use 0.01 for one percent")
     for setting in arguments.settings:
         key = setting.split("=")[0]
-        if key in ("precision", "precision.mode", "steps", "run_dir", "resume"):
+        if key in ("precision", "precision.mode", "precision.scales", "steps", "run_dir", "resume"):
             raise ConfigError(f"{setting} is set by this command: leave it out")
 
 

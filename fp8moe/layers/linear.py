@@ -50,7 +50,7 @@ class QuantizedWeight(nn.Module):
     def quantize(self) -> None:
         """Refresh the FP8 blocks from the weight; nothing to do in BF16 and FP32."""
         if self.recipe.fp8:
-            self._blocks = quantize_blocks(self.weight.detach())
+            self._blocks = quantize_blocks(self.weight.detach(), power_of_two=self.recipe.power_of_two(False))
 
     @property
     def blocks(self) -> Fp8Tensor:
@@ -76,7 +76,7 @@ class Linear(QuantizedWeight):
     def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
         """x: a tensor, cast here, or an activation that was cast before (one cast can feed several Linears)."""
         if not isinstance(x, Activation):
-            x = activation(x, self.recipe)
+            x = activation(x, self.recipe, power_of_two=self.recipe.power_of_two(False))
         return _LinearFunction.apply(x.autograd_handle, self.weight, x, self)
 
     def fprop(self, x: Rows) -> Tensor:

@@ -46,8 +46,8 @@ class Mlp(nn.Module):
         self.down = Linear(hidden, dim, recipe)
 
     def cast(self, x_TD: Tensor | Recallable) -> Activation:
-        """The cast of its input; scales are powers of two."""
-        return activation(x_TD, self.recipe, power_of_two=True)
+        """The cast of its input; by the recipe scales are powers of two."""
+        return activation(x_TD, self.recipe, power_of_two=self.recipe.power_of_two(True))
 
     def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
         if not isinstance(x, Activation):
@@ -131,23 +131,28 @@ def _backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Oper
     return Operand(d_gate_up, lambda: d_gate_up), dweights
 
 
-def _fp8_forward(gate_up: Tensor, weights: Tensor | None) -> tuple[Operand, Any]:
-    rows, cached = fp8.swiglu(gate_up, weights)
+def _fp8_forward(gate_up: Tensor, weights: Tensor | None, *, power_of_two: bool) -> tuple[Operand, Any]:
+    rows, cached = fp8.swiglu(gate_up, weights, power_of_two=power_of_two)
     return Operand(rows, partial(fp8.swiglu_columns, cached, weights)), cached
 
 
-def _fp8_backward(dy: Tensor, cached: Any, weights: Tensor | None) -> tuple[Operand, Tensor | None]:
-    rows, columns, dweights = fp8.swiglu_backward(dy, cached, weights)
+def _fp8_backward(
+    dy: Tensor, cached: Any, weights: Tensor | None, *, power_of_two: bool
+) -> tuple[Operand, Tensor | None]:
+    rows, columns, dweights = fp8.swiglu_backward(dy, cached, weights, power_of_two=power_of_two)
     return Operand(rows, lambda: columns), dweights
 
 
 _RECOMPUTING = Swiglu(_forward, _backward)
 _KEEPING = Swiglu(_forward_keeping, _backward)
-_FP8 = Swiglu(_fp8_forward, _fp8_backward)
+_FP8 = {
+    either: Swiglu(partial(_fp8_forward, power_of_two=either), partial(_fp8_backward, power_of_two=either))
+    for either in (False, True)
+}
 
 
 def swiglu(recipe: Recipe) -> Swiglu:
     """The pair for `recipe`, which also says what BF16 and FP32 keep of the output."""
     if recipe.fp8:
-        return _FP8
+        return _FP8[recipe.power_of_two(False)]
     return _RECOMPUTING if Recompute.SWIGLU in recipe.recompute else _KEEPING

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_mm, grouped_mm_wgrad, grouped_wgrad
+from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.layers.dispatch import Announced, Dispatcher, Received, combined, dispatched
 from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.layers.mlp import Mlp, gated_mlp

@@ -41,7 +41,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.recompute = Recompute.NORM in recipe.recompute
-        tensor, rows, self.power_of_two = feeds.value
+        tensor, rows, usual = feeds.value
+        self.power_of_two = usual if feeds is Feeds.MOE else recipe.power_of_two(usual)  # rows that travel have no choice
         self.rows = rows and recipe.fp8
         self.tensor = tensor or not self.rows or not self.recompute
         self.weight = nn.Parameter(torch.ones(dim, dtype=recipe.dtype))

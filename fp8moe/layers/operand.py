@@ -121,7 +121,7 @@ def recast(x: Tensor | Recallable, recipe: Recipe) -> Callable[[], Rows]:
     if ready is not None:
         return ready.rows_again
     recall = x.recall
-    return lambda: cast(recall(), recipe)
+    return lambda: cast(recall(), recipe, power_of_two=recipe.power_of_two(False))
 
 
 def ready_cast(x: Recallable, recipe: Recipe) -> ReadyCast | None:
@@ -140,7 +140,9 @@ def from_gradient(dy: Tensor, recipe: Recipe) -> Operand:
     """Cast a gradient dy [T, N] for Dgrad and Wgrad in one pass; its scales may go down to 1e-30 / 448."""
     if not recipe.fp8:
         return Operand(dy, lambda: dy)
-    rows, columns = quantize_rows_and_columns(dy, amax_floor=GRADIENT_AMAX_FLOOR)
+    rows, columns = quantize_rows_and_columns(
+        dy, amax_floor=GRADIENT_AMAX_FLOOR, power_of_two=recipe.power_of_two(False)
+    )
     return Operand(rows, lambda: columns)
 
 

@@ -46,20 +46,17 @@ class MicroBatch:
 def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> float:
     """Bytes a stage keeps of one micro-batch until its weight gradients are done.
 
-    Per block what `_block_bytes` says; for the head its input and the gradient of its norm's output, which the losses'
-    forward leaves for their backward; for the MTP module the same again, the next token's embedding (the hidden state
-    that it is joined with is the head's input, counted there) and both their norms' outputs unless those are
-    recomputed. While the losses run there is also a chunk of logits, however many micro-batches are kept:
-    `model.head_loss`.
-    Per block what `_block_bytes` says; for the head its input, the input's 1/rms, its norm's output unless that is
-    recomputed, and the logits' gradient, in BF16; for the MTP module the same again, the next token's embedding (the
-    hidden state that it is joined with is the head's input, counted there) and both their norms likewise.
+    Per block what `_block_bytes` says; for the head its input, the input's 1/rms and the gradient of its norm's output,
+    which the losses' forward leaves for their backward; for the MTP module the same again, the next token's embedding
+    (the hidden state that it is joined with is the head's input, counted there), the 1/rms of both and their norms'
+    outputs unless those are recomputed. While the losses run there is also a chunk of logits, however many
+    micro-batches are kept: `model.head_loss`.
     """
     c, wide = config, sizes.recipe.dtype.itemsize
     normed = INVERSE_RMS + (0.0 if Recompute.NORM in sizes.recipe.recompute else wide * c.dim)
     blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
     per_token = sum(_block_bytes(c, layer, sizes.recipe) for layer in blocks)
-    per_token += (stage.head + stage.mtp) * wide * 2 * c.dim
+    per_token += (stage.head + stage.mtp) * (wide * 2 * c.dim + INVERSE_RMS)
     per_token += stage.mtp * (wide * c.dim + 2 * normed)
     return per_token * sizes.tokens
 
@@ -67,11 +64,9 @@ def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch)
 def _block_bytes(c: ModelConfig, layer: int, recipe: Recipe) -> float:
     """Bytes a token that block number `layer` keeps, experts evenly loaded and no row padding.
 
-    Always: the residual stream before attention and before the MLP, what attention keeps, gate and up of the MLP, the
-    shared and the routed experts, the received rows with their weights and places, the router's logits and choice.
     Always: the residual stream before attention and before the MLP with the 1/rms of each, what attention keeps, gate
     and up of the MLP, the shared and the routed experts, the received rows with their weights and places, the router's
-    scores and choice.
+    logits and choice.
     Without recomputation also the norms' outputs; SwiGLU's output, but for FP8, which recomputes it always.
     """
     again, wide = recipe.recompute, recipe.dtype.itemsize
@@ -85,7 +80,5 @@ def _block_bytes(c: ModelConfig, layer: int, recipe: Recipe) -> float:
         total += wide * hidden
     if not c.is_dense(layer):
         total += c.router.topk * (cached * c.dim + 4 + 20)  # a row, its weight, where it came from, belongs and lies
-        total += 4 * c.experts.num_experts + 12 * c.router.topk + 8  # scores, choice, weights, two normalising sums
-        total += c.router.topk * (cached * c.dim + 4 + 16)  # a row, its weight, where it came from and belongs
         total += 4 * c.experts.num_experts + 8 * c.router.topk  # logits and choice
     return total

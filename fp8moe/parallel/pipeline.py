@@ -14,10 +14,10 @@ from functools import partial
 
 from torch import Tensor
 
-from fp8moe.kernels.backend import limited_sms
 from fp8moe.layers.phase import Pass
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.overlap import WeightGradients, deferred_wgrads, run_backward, run_forward, run_pair, run_wgrads
+from fp8moe.parallel.stream import leaving_sms
 from fp8moe.profile.spans import span
 from fp8moe.schedule.action import Action, Kind, Schedule
 
@@ -32,7 +32,7 @@ class Pipeline:
     make_passes  builds a stage's passes for a micro-batch
     empty        makes a tensor of the shape, dtype and device of the hidden states that ranks send each other
     overlap      whether FB pairs are interleaved and backwards hide messages under their own weight gradients
-    sms          on a GPU, SMs for a pair's GEMMs: its messages run beside them (None: all)
+    sms          on a GPU, SMs for the GEMMs that run beside experts' messages, in pairs and outside (None: all)
     """
 
     schedule: Schedule
@@ -51,13 +51,14 @@ class Pipeline:
 
     def run(self) -> None:
         """Do every action of this rank, in order. Collective over the pipeline."""
-        for action in self.schedule.actions[self.rank]:
-            if action.kind.is_message:
-                self._message(action)
-            else:
-                with span(str(action)):
-                    self._compute(action)
-        self.links.finish()
+        with leaving_sms(self.sms):
+            for action in self.schedule.actions[self.rank]:
+                if action.kind.is_message:
+                    self._message(action)
+                else:
+                    with span(str(action)):
+                        self._compute(action)
+            self.links.finish()
         assert not (self._passes or self._deferred or self._ready), "the schedule left work behind"
 
     def _message(self, action: Action) -> None:
@@ -87,8 +88,7 @@ class Pipeline:
         ahead = () if forward is None else self._start_forward(forward)
         back = self._start_backward(backward)
         if self.overlap:
-            with limited_sms(self.sms):
-                run_pair(ahead, back)
+            run_pair(ahead, back)
         else:
             run_forward(ahead)
             run_backward(back)

@@ -6,6 +6,9 @@ second hop starts when the first has arrived, rows are sent when counts are know
 of a CUDA stream: it reads counts while the caller goes on to enqueue compute, so counts stall nobody; events order the
 two streams. A thread pool was refused: every rank must issue a group's collectives in one order, which one queue gives.
 
+GEMMs that run one program an SM leave SMs to a message while it is in flight, from its start to its wait in the order
+of the caller's launches: `leaving_sms` says how many they may take (`kernels.backend.limit_sms`).
+
 What a message raises is raised by its `wait()`, and by every later one's: ranks are out of step from there on, and a
 message after the first failed one would only hang.
 """
@@ -18,11 +21,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from fp8moe.kernels.backend import limit_sms
 from fp8moe.profile.spans import span, waiting
 
 Value = TypeVar("Value")
@@ -51,13 +56,13 @@ class Pending(Generic[Value, Result]):
     def wait(self) -> Result:
         """The result, as often as it is asked for; raises what the message raised."""
         if self._finish is not None:
-            with span(f"wait {self.name}"), waiting():
+            with span(f"wait {self.name}"), waiting(), _counted_until_waited(self):
                 value, done = self.future.result()
+                if done is not None:
+                    torch.cuda.current_stream().wait_event(done)
             if done is not None:
-                stream = torch.cuda.current_stream()
-                stream.wait_event(done)
                 for tensor in tensors_of(value):
-                    tensor.record_stream(stream)
+                    tensor.record_stream(torch.cuda.current_stream())
             self._result = self._finish(value)
             self._message = self._finish = None
             self.future = Future()  # lets go of what arrived
@@ -75,10 +80,20 @@ class Stream:
         threading.Thread(target=self._work, name="communication", daemon=True).start()
 
     def start(
-        self, message: Callable[[], Value], finish: Callable[[Value], Result], name: str = "message"
+        self,
+        message: Callable[[], Value],
+        finish: Callable[[Value], Result],
+        name: str = "message",
+        *,
+        takes_sms: bool = True,
     ) -> Pending[Value, Result]:
-        """Queue `message`, called `name`; on a GPU it begins after what the caller's stream has been given so far."""
+        """Queue `message`, called `name`; on a GPU it begins after what the caller's stream has been given so far.
+
+        takes_sms: GEMMs leave SMs to it until it is waited for; not for one so small that nobody waits for it itself.
+        """
         pending = Pending(message, finish, name)
+        if takes_sms:
+            _count(pending)
         ready = torch.cuda.current_stream(self._device).record_event() if self._cuda is not None else None
         self._queue.put((pending, ready))
         return pending
@@ -100,6 +115,42 @@ class Stream:
         except BaseException as error:
             self._error = error
             pending.future.set_exception(error)
+
+
+_sms: list[int] = []  # for GEMMs beside messages, while `leaving_sms` is in force
+_in_flight: set[Pending[Any, Any]] = set()
+
+
+@contextmanager
+def leaving_sms(count: int | None) -> Iterator[None]:
+    """Within the block GEMMs take at most `count` SMs while a message is in flight; None: always all."""
+    if count is None:
+        yield
+        return
+    _sms.append(count)
+    try:
+        yield
+    finally:
+        _sms.clear()
+        _in_flight.clear()
+        limit_sms(None)
+
+
+def _count(pending: Pending[Any, Any]) -> None:
+    if _sms:
+        _in_flight.add(pending)
+        limit_sms(_sms[-1])
+
+
+@contextmanager
+def _counted_until_waited(pending: Pending[Any, Any]) -> Iterator[None]:
+    """The block waits for the message; after it the message is no longer in flight, however the block ends."""
+    try:
+        yield
+    finally:
+        if pending in _in_flight:
+            _in_flight.discard(pending)
+            limit_sms(_sms[-1] if _in_flight else None)
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

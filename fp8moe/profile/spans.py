@@ -3,6 +3,10 @@
 Phases, actions, messages and waits give their names here and nothing else; without a listener a span costs a function
 call. A span is named by what runs: "F attn", "B mlp", "W mlp" (a phase), "F2.7" (an action on stage 2, micro-batch 7),
 "message dispatch" (on the communication thread), "wait dispatch", "wait RECV_F2.7<-rank 1" (by the phase in need).
+Exposed communication is what the compute thread waits for messages. On a GPU the host does not wait, its stream does:
+there `waiting` stands between two events of the current stream, and the Stopwatch reads the time between them once the
+step is over, as it does its laps. A host that waits first holds the second event back, so that counts too.
+
 Listeners belong to the process; spans come from its compute and its communication thread. Times are those of
 `time.perf_counter`, which all processes of one machine share; `parallel.collectives.clock_offset` gives the difference
 of two machines' clocks.
@@ -33,7 +37,7 @@ class Listener(Protocol):
     def ended(self, name: str, began: Any) -> None: ...
 
 
-_exposed = [0.0]
+_waits: list[tuple[Any, Any]] = []  # (start, end) by the clock in force
 _listeners: list[Listener] = []
 _NOTHING = nullcontext()
 
@@ -63,20 +67,51 @@ def _reported(name: str, listeners: tuple[Listener, ...]) -> Iterator[None]:
             listener.ended(name, began)
 
 
+class HostClock:
+    """Times of the host, which computes itself."""
+
+    def now(self) -> Any:
+        return time.perf_counter()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(end - start)
+
+
+class DeviceClock(HostClock):
+    """Events on the current stream: when a GPU gets there, not when the host says so. `seconds` waits for the end."""
+
+    def now(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+_clock: list[HostClock] = [HostClock()]  # of waits: that of the last Stopwatch
+
+
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Count the time of the block as waiting for communication."""
-    start = time.perf_counter()
+    """Count the time of the block as waiting for communication: the host's, or on a GPU the current stream's."""
+    start = _clock[0].now()
     try:
         yield
     finally:
-        _exposed[0] += time.perf_counter() - start
+        _waits.append((start, _clock[0].now()))
+
+
+def exposed() -> list[tuple[Any, Any]]:
+    """The waits for communication since the last call: start and end, by the clock in force."""
+    waits, _waits[:] = _waits[:], []
+    return waits
 
 
 def exposed_seconds() -> float:
-    """Seconds this process has waited for communication since the last call (host time; on GPUs a lower bound)."""
-    seconds, _exposed[0] = _exposed[0], 0.0
-    return seconds
+    """Seconds this process has waited for communication since the last call; on a GPU it waits for the last of them."""
+    return sum(_clock[0].seconds(*wait) for wait in exposed())
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,30 +193,21 @@ class Stopwatch:
     """`lap(name)` adds the time since the last lap to `name`; `read()` gives the sums in seconds."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._laps: list[tuple[str, Any, Any, float]] = []
-        exposed_seconds()  # forget what was waited for before
-        self._last = self._now()
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._clock = _clock[0] = DeviceClock() if device.type == "cuda" else HostClock()
+        self._laps: list[tuple[str, Any, Any, list[tuple[Any, Any]]]] = []
+        exposed()  # forget what was waited for before
+        self._last = self._clock.now()
 
     def lap(self, name: str) -> None:
-        now = self._now()
-        self._laps.append((name, self._last, now, exposed_seconds()))
+        now = self._clock.now()
+        self._laps.append((name, self._last, now, exposed()))
         self._last = now
 
     def read(self) -> dict[str, float]:
         """Seconds by name, EXPOSED among them; 0 for a name without laps. On a GPU it waits for the last lap."""
-        if self._cuda:
-            self._last.synchronize()
         seconds: defaultdict[str, float] = defaultdict(float)
-        for name, start, end, waited in self._laps:
-            passed = start.elapsed_time(end) / 1e3 if self._cuda else end - start
-            seconds[name] += max(0.0, passed - waited)
+        for name, start, end, waits in self._laps:
+            waited = sum(self._clock.seconds(*wait) for wait in waits)
+            seconds[name] += max(0.0, self._clock.seconds(start, end) - waited)
             seconds[EXPOSED] += waited
         return seconds

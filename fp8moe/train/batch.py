@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fp8moe.data.packing import Batch
 
@@ -104,13 +105,18 @@ def microbatches_of(ids: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`, without waiting for the copy."""
+    """The batch with its tensors on `device`; to a GPU they go by pinned memory, without a wait for the copies."""
     if device.type == "cpu":
         return batch
+
+    def moved(tensor: Tensor) -> Tensor:
+        # From pageable memory the host would wait for the copy, and with it for everything before it on the stream.
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
     documents_BS = batch.documents_BS
     return Batch(
-        batch.inputs_BS.to(device, non_blocking=True),
-        batch.labels_BS.to(device, non_blocking=True),
-        batch.positions_BS.to(device, non_blocking=True),
-        None if documents_BS is None else documents_BS.to(device, non_blocking=True),
+        moved(batch.inputs_BS),
+        moved(batch.labels_BS),
+        moved(batch.positions_BS),
+        None if documents_BS is None else moved(documents_BS),
     )

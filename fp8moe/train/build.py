@@ -22,6 +22,7 @@ from fp8moe.data.build import Data, open_data
 from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
 from fp8moe.errors import SpaceError
+from fp8moe.layers.attention.choice import chosen
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import is_expert, quantize_weights
 from fp8moe.layers.router import Router
@@ -146,7 +147,7 @@ def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:
 def build_model(
     config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
 ) -> Transformer:
-    """The model of this rank's stages, with its initial weights.
+    """The model of this rank's stages, with its initial weights; attention's kernel is chosen, and said, here.
 
     A rank that holds the MTP module and not the first stage has a copy of the embedding for it.
     """
@@ -162,6 +163,8 @@ def build_model(
             embedding=any(stage.embedding or stage.mtp for stage in held),
             head=any(stage.head for stage in held),
         )
+    attention = config.model.attention
+    chosen(attention.backend, attention.heads(config.recipe, masked=config.data.document_mask), device)
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
     return model
 

@@ -19,7 +19,7 @@ from fp8moe.data.identity import CHANGES
 from fp8moe.data.sources import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
-from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, Precision, Recipe, Recompute
+from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, Precision, Recipe, Recompute, Scales
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.model.partition import Stage, partition
 from fp8moe.parallel.config import ParallelConfig
@@ -42,6 +42,14 @@ class PrecisionConfig:
 
     mode: Precision  # fp32, bf16 or fp8 (`fp8moe.layers.recipe`)
     backend: str | None = None  # of the kernels (`fp8moe.kernels.backend`); None: FP8MOE_BACKEND, then the device's
+    scales: Scales = Scales.RECIPE  # of FP8 tensors: recipe, fp32 or power_of_two (`fp8moe.layers.recipe`)
+
+    def __post_init__(self) -> None:
+        if self.scales is not Scales.RECIPE and self.mode is not Precision.FP8:
+            raise ValueError(
+                f"precision.scales={self.scales} concerns FP8 tensors and precision.mode is {self.mode}: use "
+                "precision=fp8, or precision.scales=recipe"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,8 @@ class TrainConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """Precision and recomputation of the model."""
-        return Recipe(self.precision.mode, frozenset(self.recompute))
+        """Precision, recomputation and scales of the model."""
+        return Recipe(self.precision.mode, frozenset(self.recompute), self.precision.scales)
 
     @property
     def dp(self) -> int:

@@ -1,4 +1,4 @@
-"""FP8 GEMM in Triton with promotion every 128, and the BF16 or FP32 weight gradient added into FP32.
+"""FP8 GEMM in Triton with promotion every 128. The unquantized weight gradient is `wgrad`'s kernel.
 
 `acc += dot(a, b) * scale` starts a fresh product for each 128 of K, so the partial sum leaves the tensor core's 14-bit
 accumulator before it is scaled and added in FP32: promotion by construction. Accumulating inside `dot` (its own
@@ -22,23 +22,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import BLOCK_TILE, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.order import tile_order
+from fp8moe.kernels.triton.wgrad import launch_wgrad
 
 TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-WGRAD_BLOCK, WGRAD_TOKENS, WGRAD_STAGES = 128, 64, 3
-# FP32 products have no tensor core: 128x128 of them spill registers, and the router is too small to need larger tiles.
-EXACT_BLOCK, EXACT_TOKENS, EXACT_STAGES = 64, 32, 2
-WGRAD_WARPS = 8
 _SHARED_RESERVE = 1024  # barriers, and what the driver keeps
-
-
-@triton.jit
-def tile_order(program, num_m, num_n, GROUP: tl.constexpr):
-    """(m, n) of a tile: GROUP rows of tiles are swept together, so that their operands stay in L2."""
-    width = GROUP * num_n
-    first = program // width * GROUP
-    height = tl.minimum(num_m - first, GROUP)
-    inside = program % width
-    return first + inside % height, inside // height
 
 
 @triton.jit
@@ -90,29 +78,6 @@ def gemm_kernel(
     tl.store(where, encode.to_output(acc, DTYPE), mask=mask)
 
 
-@triton.jit
-def wgrad_kernel(
-    dy, x, main_grad, T, N, K, dy_stride_t, dy_stride_n, x_stride_t, x_stride_k, stride_n, stride_k,
-    EXACT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """main_grad [N, K] += dy [T, N]^T @ x [T, K]. EXACT: an operand is FP32, products are FP32."""
-    n_tile, k_tile = tile_order(tl.program_id(0), tl.cdiv(N, BLOCK), tl.cdiv(K, BLOCK), GROUP)
-    n, k = n_tile * BLOCK + tl.arange(0, BLOCK), k_tile * BLOCK + tl.arange(0, BLOCK)
-    n_mask, k_mask = n < N, k < K
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for step in range(0, tl.cdiv(T, BLOCK_T)):
-        t = step * BLOCK_T + tl.arange(0, BLOCK_T)
-        t_mask, t_far = (t < T)[:, None], t.to(tl.int64)[:, None]
-        left = tl.load(dy + t_far * dy_stride_t + n[None, :] * dy_stride_n, mask=t_mask & n_mask[None, :], other=0.0)
-        right = tl.load(x + t_far * x_stride_t + k[None, :] * x_stride_k, mask=t_mask & k_mask[None, :], other=0.0)
-        if EXACT or encode.INTERPRETED:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
-    where = main_grad + n.to(tl.int64)[:, None] * stride_n + k.to(tl.int64)[None, :] * stride_k
-    mask = n_mask[:, None] & k_mask[None, :]
-    tl.store(where, acc + tl.load(where, mask=mask, other=0.0), mask=mask)
-
-
 def gemm(
     a: Fp8Tensor, b: Fp8Tensor, *, out_dtype: torch.dtype = torch.bfloat16, accumulate: Tensor | None = None
 ) -> Tensor:
@@ -132,16 +97,8 @@ def gemm(
 
 
 def wgrad(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
-    (t, n), k = dy.shape, x.shape[1]
-    if t == 0 or main_grad.numel() == 0:
-        return
-    exact = torch.float32 in (dy.dtype, x.dtype)
-    block, tokens = (EXACT_BLOCK, EXACT_TOKENS) if exact else (WGRAD_BLOCK, WGRAD_TOKENS)
-    wgrad_kernel[(ceil_div(n, block) * ceil_div(k, block),)](
-        dy, x, main_grad, t, n, k, *dy.stride(), *x.stride(), *main_grad.stride(),
-        EXACT=exact, BLOCK=block, BLOCK_T=tokens, GROUP=8,
-        num_warps=WGRAD_WARPS, num_stages=EXACT_STAGES if exact else WGRAD_STAGES,
-    )  # fmt: skip
+    tile = choose_tile("wgrad", dy.shape[1], x.shape[1], dy.shape[0], main_grad.device)
+    launch_wgrad(dy, x, main_grad[None], None, tile)
 
 
 def k_major(data: Tensor) -> Tensor:

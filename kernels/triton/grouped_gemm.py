@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
-from fp8moe.kernels.triton.gemm import TL_DTYPE, choose_tile, descriptor, scaled_product, tile_order
+from fp8moe.kernels.triton.gemm import TL_DTYPE, choose_tile, descriptor, scaled_product
+from fp8moe.kernels.triton.order import tile_order
 
 
 @triton.jit

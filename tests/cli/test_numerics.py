@@ -21,7 +21,8 @@ def test_smoothing_is_an_unbiased_exponential_mean() -> None:
 
 def test_the_largest_difference_decides() -> None:
     base = [5.0, 4.0, 3.0, 2.0]
-    comparison = numerics.compare({"fp32": base, "bf16": base, "fp8": [5.0, 4.2, 3.0, 2.0]})
+    others = {"fp8_fp32": base, "fp8_power_of_two": [5.0, 4.0, 3.0, 2.5]}
+    comparison = numerics.compare({"fp32": base, "bf16": base, "fp8": [5.0, 4.2, 3.0, 2.0], **others})
     assert comparison.largest["bf16/fp32"] == 0.0
     smoothed = comparison.smoothed
     expected = max(abs(a - b) / b for a, b in zip(smoothed["fp8"], smoothed["fp32"], strict=True))
@@ -29,7 +30,12 @@ def test_the_largest_difference_decides() -> None:
     assert expected > 0.02
     assert comparison.last["fp8/bf16"] < comparison.largest["fp8/bf16"]
     text = numerics.table(comparison)
-    assert len(text.splitlines()) == 1 + 4 + 3 and "fp8/bf16: at most 2." in text
+    assert len(text.splitlines()) == 1 + 4 + 3 + 1 + 3 and "fp8/bf16: at most 2." in text
+    recipe, fp32, power_of_two = text.splitlines()[-3:]
+    assert recipe.split()[0] == "recipe" and "at most 2." in recipe
+    assert fp32.split()[:2] == ["fp32", f"{smoothed['bf16'][-1]:.4f}"] and "at most 0.000% apart" in fp32
+    assert power_of_two.split()[0] == "power_of_two" and comparison.last["fp8_power_of_two/bf16"] > 0.04
+    assert f"{comparison.last['fp8_power_of_two/bf16']:.3%} at the end" in power_of_two
 
 
 def test_the_command_trains_all_three_and_judges(
@@ -47,7 +53,8 @@ def test_the_command_trains_all_three_and_judges(
     assert "FP8 is within the bound of 5.00%" in capsys.readouterr().out
     result = json.loads((tmp_path / "wide" / "numerics.json").read_text())
     assert result["within"] and all(len(losses) == 6 for losses in result["losses"].values())
-    assert result["losses"]["fp8"] != result["losses"]["bf16"] != result["losses"]["fp32"]
+    assert set(result["losses"]) == set(numerics.RUNS)
+    assert len({tuple(losses) for losses in result["losses"].values()}) == len(numerics.RUNS), "two runs are the same"
 
     def copied(arguments: Sequence[str], num_processes: int) -> int:
         (run_dir,) = (Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir="))
@@ -62,7 +69,8 @@ def test_the_command_trains_all_three_and_judges(
 
 
 def test_only_fp8_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {"fp32": 1.0, "fp8": 1.006, "bf16": 1.012}  # BF16 and FP32 are further apart than the bound
+    # BF16 and FP32 are further apart than the bound, and so are other scales.
+    losses = {"fp32": 1.0, "fp8": 1.006, "bf16": 1.012, "fp8_fp32": 2.0, "fp8_power_of_two": 0.5}
 
     def written(arguments: Sequence[str], num_processes: int) -> int:
         (run_dir,) = (Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir="))
@@ -83,7 +91,14 @@ def test_only_fp8_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--steps", "5", "--bound", "0"], "--bound=0.0 must be above 0"),
         *(
             (["--steps", "5", setting], f"{setting} is set by this command: leave it out")
-            for setting in ("precision=fp8", "precision.mode=fp8", "steps=3", "run_dir=x", "resume=auto")
+            for setting in (
+                "precision=fp8",
+                "precision.mode=fp8",
+                "precision.scales=fp32",
+                "steps=3",
+                "run_dir=x",
+                "resume=auto",
+            )
         ),
         (["--steps", "5", "--nproc", "none"], "--nproc=none must be a whole number"),
     ],

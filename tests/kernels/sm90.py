@@ -160,6 +160,7 @@ def compile_share(share: int) -> dict[str, dict[str, Any]]:
             "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
             "in_flight": loads_in_flight(sass) if ".gluon." in note.kernel else 0,
             "casts": e4m3_casts(sass),
+            "asked_for": compiled.asm["ptx"].count("prefetch.global.L2"),
             "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),
         }
     return result

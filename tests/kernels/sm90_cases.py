@@ -123,12 +123,22 @@ def _unpack(e5m6: Any, values: Tensor) -> None:
     e5m6.e5m6_to_columns(packed)
 
 
-def wgrad_cases() -> Iterator[Case]:
-    """The unquantized weight gradient, of BF16 and of FP32 operands."""
+def unquantized_cases() -> Iterator[Case]:
+    """Weight gradients of BF16 with every tile and of FP32, dense and grouped, and the grouped products."""
     wgrad = importlib.import_module("fp8moe.kernels.triton.gemm").wgrad
+    grouped = importlib.import_module("fp8moe.kernels.triton.grouped_mm")
+    m, n, k = 4096, 256, 7168
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        operands = torch.empty(4096, 256, dtype=dtype), torch.empty(4096, 7168, dtype=dtype)
-        yield f"triton wgrad {kind}", partial(wgrad, *operands, torch.empty(256, 7168))
+        dy, x, weights = (torch.empty(size, dtype=dtype) for size in ((m, n), (m, k), (GROUPS, n, k)))
+        launches = {
+            "wgrad": partial(wgrad, dy, x, torch.empty(n, k)),
+            "grouped_mm_wgrad": partial(grouped.grouped_mm_wgrad, dy, x, offsets(), torch.empty(GROUPS, n, k)),
+        }
+        for op, launch in launches.items():
+            for tile in tiles.production_tiles("triton", op):
+                label = f" {tile_name(tile)}" if dtype is torch.bfloat16 else ""
+                yield f"triton {op} {kind}{label}", partial(with_tile, tile, launch)
+        yield f"triton grouped_mm {kind}", partial(grouped.grouped_mm, x, weights, offsets())
 
 
 def multicast_cases() -> Iterator[Case]:
@@ -194,6 +204,8 @@ def update_cases() -> Iterator[Case]:
 def _state(moments: torch.dtype, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first, second = (torch.empty(shape, dtype=moments) for _ in range(2))
     return torch.empty(shape), torch.empty(shape), first, second
+
+
 def loss_cases() -> Iterator[Case]:
     """The cross entropy of both dtypes, with a vocabulary of production, and the embedding's weight gradient."""
     loss = importlib.import_module("fp8moe.kernels.triton.cross_entropy")
@@ -207,6 +219,8 @@ def loss_cases() -> Iterator[Case]:
         yield f"triton cross_entropy_with_gradient {kind}", with_gradient
         dy, total = torch.empty(4096, 7168, dtype=dtype), torch.empty(512, 7168)
         yield f"triton embedding_wgrad {kind}", partial(embedding.embedding_wgrad, dy, ids, total)
+
+
 def activation_cases() -> Iterator[Case]:
     """SwiGLU forward, its columns, backward, and without casts."""
     fused = importlib.import_module("fp8moe.kernels.triton.swiglu")
@@ -227,6 +241,8 @@ def activation_cases() -> Iterator[Case]:
 def _there_and_back(ops: Any, dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> None:
     ops.silu_mul(gate_up, weights)
     ops.silu_mul_backward(dy, gate_up, weights)
+
+
 def route_cases() -> Iterator[Case]:
     """Routing by every score at the sizes of DeepSeek-V3 and V2 and of a model without groups, and its backward."""
     ops = importlib.import_module("fp8moe.kernels.triton.route")
@@ -250,6 +266,8 @@ def route_cases() -> Iterator[Case]:
         ids, d_weights = torch.empty(t, topk, dtype=torch.int64), torch.empty(t, topk)
         arguments = logits, ids, torch.empty(sequences, num_experts), d_weights, torch.empty(())
         yield f"triton route_backward {label}", partial(ops.route_backward, *arguments, **scoring)
+
+
 def norm_cases() -> Iterator[Case]:
     """RMSNorm of DeepSeek-V3's widths and of the widest, each with what it writes there; columns; backward."""
     norm = importlib.import_module("fp8moe.kernels.triton.norm")
@@ -312,7 +330,7 @@ def cases() -> Iterator[Case]:
     yield from gemm_cases("gluon")
     yield from multicast_cases()
     yield from gemm_cases("triton")
-    yield from wgrad_cases()
+    yield from unquantized_cases()
     yield from cast_cases()
     yield from permute_cases()
     yield from update_cases()

@@ -48,17 +48,22 @@ def test_a_back_end_has_what_the_table_says_with_the_same_signature(name):
 @pytest.mark.parametrize("op", backend.OPS)
 def test_every_op_has_somebody_to_run_it(name, op):
     assert op in backend.PROVIDES[backend.provider(op, name)]
-    assert backend.provider("grouped_mm", name) == "reference"
+    assert backend.provider("swiglu", name) == ("reference" if name == "reference" else "triton")
 
 
-def test_what_another_back_end_runs_is_said_once(caplog):
+def test_no_op_of_a_gpu_is_left_to_the_reference():
+    assert backend.PROVIDES["triton"] == set(backend.OPS)
+
+
+def test_what_another_back_end_runs_is_said_once(caplog, monkeypatch):
+    monkeypatch.setitem(backend.PROVIDES, "triton", backend.PROVIDES["triton"] - {"swiglu"})
     with caplog.at_level(logging.INFO, logger=backend.__name__):
         backend.set_backend("triton")
         quantize_rows(torch.zeros(2, 16))
         quantize_rows(torch.zeros(2, 16))
     (message,) = (record.getMessage() for record in caplog.records)
-    assert message.startswith("kernels: back end triton (set_backend); by reference: grouped_mm, ")
-    assert "grouped_mm_wgrad" in message and "quantize_rows" not in message
+    assert message.startswith("kernels: back end triton (set_backend); by reference: swiglu")
+    assert "quantize_rows" not in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")

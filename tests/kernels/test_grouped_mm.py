@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fp8moe.kernels.grouped_gemm import grouped_mm, grouped_mm_wgrad
+from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data
 

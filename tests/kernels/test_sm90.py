@@ -85,9 +85,20 @@ def test_fp8_products_run_on_the_tensor_cores_from_tma_without_a_spill(kernels):
 
 
 @pytest.mark.slow
-def test_the_unquantized_weight_gradient_runs_on_the_tensor_cores(kernels):
-    figure = kernels["triton wgrad bf16 wgrad_kernel"]["figures"]
-    assert figure["HGMMA"] > 0 and figure["STL"] == figure["LDL"] == figure["local"] == 0
+def test_unquantized_weight_gradients_run_on_the_tensor_cores_from_tma_without_a_spill(kernels):
+    found = {name: entry["figures"] for name, entry in kernels.items() if entry["kernel"].endswith(".wgrad_kernel")}
+    assert {name.split()[1] for name in found} == {"wgrad", "grouped_mm_wgrad"}
+    for name, figure in found.items():
+        assert figure["HGMMA"] > 0 and figure["UTMALDG"] >= 4, name
+        assert figure["STL"] == figure["LDL"] == figure["local"] == 0, name
+
+
+@pytest.mark.slow
+def test_a_tile_of_sums_is_asked_for_before_it_is_needed(kernels):
+    for name, entry in kernels.items():
+        if entry["kernel"].endswith(".wgrad_kernel"):
+            height, width = map(int, re.findall(r"(\d+)x(\d+)x", name)[0])
+            assert entry["asked_for"] == height * width // 32 // entry["figures"]["threads"], name
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
 from fp8moe.kernels.cross_entropy import cross_entropy_with_gradient
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.embedding import embedding_wgrad
-from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
@@ -28,22 +28,22 @@ from fp8moe.kernels.quantize import requantize_columns as requantize
 from fp8moe.kernels.reference import embedding as embedding_twin
 from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.reference import quantize as twin
-from fp8moe.kernels.segments import Segments
-from fp8moe.kernels.squared_norm import squared_norm
-from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
-from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 from fp8moe.kernels.reference import route as routing
-from fp8moe.kernels.route import SCORES, route, route_backward
 from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
+from fp8moe.kernels.route import SCORES, route, route_backward
+from fp8moe.kernels.segments import Segments
+from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
+from fp8moe.kernels.squared_norm import squared_norm
+from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 from tests.distance import calc_diff
 from tests.kernels.activation_bounds import activate, assert_cast, differentiate
 from tests.kernels.device_cases import assert_same, data, offsets_of, product_bound
 from tests.kernels.loss_rows import STORAGE, assert_within_bounds, logits_and_labels
 from tests.kernels.row_maps import PARTS, random_ids
-from tests.kernels.updates import SETTINGS, state
 from tests.kernels.test_route import options, scoring
 from tests.kernels.test_triton_norm import check_backward, check_forward
 from tests.kernels.test_triton_rope import check as check_rope
+from tests.kernels.updates import SETTINGS, state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 20
@@ -66,9 +66,7 @@ def tensors(result):
         return [getattr(result, part) for part in PARTS]
     if isinstance(result, tuple):
         return [t for part in result for t in tensors(part)]
-    return [result.data, result.scale]
-    parts = result if isinstance(result, tuple) else (result,)
-    return [t for one in parts for t in ((one,) if isinstance(one, torch.Tensor) else (one.data, one.scale))]
+    return [] if result is None else [result.data, result.scale]
 
 
 def assert_repeatable(run, repeats=REPEATS):
@@ -98,24 +96,24 @@ def repeat_everything(device, m, n, k, repeats):
     dy_columns, (b, _) = quantize_columns(dy), quantize_blocks(w)
     packed = pack_e5m6(x)
     offsets = offsets_of([m // 2 // 128 * 128, 0, m // 4 // 128 * 128], device)
+    anywhere = offsets_of([m // 3, 0, m // 2], device)
     experts, _ = quantize_blocks(w.unflatten(0, (1, n)).repeat(3, 1, 1))
     ids = random_ids(m, 4, 16, 0.3).to(device)
     row_map = plan_rows(ids, 16, align=16)
     copies = permute(x, row_map)
-    few = m // 4
-    tokens, weight = torch.randint(n, (few,), device=device), torch.tensor(1e-8, device=device)
+    quarter = m // 4
+    tokens, weight = torch.randint(n, (quarter,), device=device), torch.tensor(1e-8, device=device)
     gate_up, half, factor = x[:, : k // 32 * 32], x[:, : k // 32 * 16], torch.rand(m, device=device)
     cached = quantize_rows(gate_up)
     gain, inverse = torch.randn(k, device=device).bfloat16(), torch.rand(m, device=device)
     few = x[: m // 8]
     heads, angles = few.view(-1, 1, k).expand(-1, 3, -1), torch.rand(m // 8, 8, device=device)
-    for run in (
-        lambda: losses_and_gradients(dy[:few], tokens, weight),
-        lambda: from_zero(lambda total: embedding_wgrad(x[:few], tokens % 7, total), n, k, device=device),
     logits, given = dy[:, : n // 16 * 16].float(), options(topk=6, num_groups=4, top_groups=2, num_sequences=2)
     bias = torch.zeros(logits.shape[1], device=device)
     chosen, weights, loss, f = route(logits, bias, None, **given)
     for run in (
+        lambda: losses_and_gradients(dy[:quarter], tokens, weight),
+        lambda: from_zero(lambda total: embedding_wgrad(x[:quarter], tokens % 7, total), n, k, device=device),
         lambda: route(logits, bias, torch.zeros_like(bias, dtype=torch.int64), **given),
         lambda: route_backward(logits, chosen, f, weights, loss, **scoring(given)),
         lambda: plan_rows(ids, 16),
@@ -147,6 +145,8 @@ def repeat_everything(device, m, n, k, repeats):
         lambda: from_zero(lambda total: wgrad(dy, x, total), n, k, device=device),
         lambda: grouped_gemm(rows, experts, offsets),
         lambda: from_zero(lambda total: grouped_wgrad(dy_columns, columns, offsets, total), 3, n, k, device=device),
+        lambda: grouped_mm(x, w.expand(3, n, k).contiguous(), anywhere),
+        lambda: from_zero(lambda total: grouped_mm_wgrad(dy, x, anywhere, total), 3, n, k, device=device),
     ):
         assert_repeatable(run, repeats)
 
@@ -198,6 +198,30 @@ def check_grouped(device, sizes, n, k):
         assert calc_diff(total[e, :CHECKED_ROWS], left @ right.T, left, right) <= bound
 
 
+def check_grouped_mm(device, sizes, n, k, spare):
+    """Every group's products of all three kinds, whose rows start anywhere; NaN behind the last."""
+    rows, experts, offsets = sum(sizes), len(sizes), offsets_of(sizes, device)
+    x, dy = (data("normal", rows + spare, size, device=device) for size in (k, n))
+    x[rows:], dy[rows:] = float("nan"), float("nan")
+    w, total = data("normal", experts, n, k, device=device), torch.zeros(experts, n, k, device=device)
+    grouped_mm_wgrad(dy, x, offsets, total)
+    for a, b in ((x, w), (dy, w.mT)):
+        out = grouped_mm(a, b, offsets)
+        assert not bool(out[rows:].any())
+        for e in range(experts):
+            chosen = slice(int(offsets[e]), min(int(offsets[e]) + CHECKED_ROWS, int(offsets[e + 1])))
+            if chosen.start < chosen.stop:
+                a64, b64 = a[chosen].double(), b[e].double()
+                assert calc_diff(out[chosen], a64 @ b64.T, a64, b64) <= 5e-6
+    for e in range(experts):
+        first, last = int(offsets[e]), int(offsets[e + 1])
+        left, right = dy[first:last, :CHECKED_ROWS].double().T, x[first:last].double().T
+        if first == last:
+            assert not bool(total[e].any())
+        else:
+            assert calc_diff(total[e, :CHECKED_ROWS], left @ right.T, left, right) <= 1e-9
+
+
 def check_permute(device, n, k, topk, num_experts, spare):
     """Every op of the permutation, bit for bit the specification on the same device, with room to spare."""
     ids = random_ids(n, topk, num_experts, 0.5).to(device)
@@ -236,7 +260,7 @@ def check_update(device, shape, repeats):
         assert torch.equal(got.flatten(), wanted)
 
 
-def check_norm(device, n, repeats):
+def check_squared_norm(device, n, repeats):
     flat = torch.randn(n, device=device)
     first = squared_norm(flat)
     exact = sum(chunk.double().square().sum() for chunk in flat.split(1 << 24))
@@ -264,6 +288,10 @@ def test_an_update_waits_for_nothing(triton_device):
         scale = squared_norm(flat[1]).rsqrt().float()
         adamw_step(*flat, segments, **SETTINGS, grad_scale=scale)
         adamw_step_quantize(*tensors, weight, *blocks, **SETTINGS, grad_scale=scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def check_losses(device, rows, size, dtype):
     """Losses and gradients within their bounds; some rows of them at a time, since FP64 takes memory."""
     logits, labels = logits_and_labels(rows, size, device=device, dtype=dtype)
@@ -317,7 +345,9 @@ def test_a_norm_takes_no_memory(triton_device):
     before = torch.cuda.memory_allocated()
     assert float(squared_norm(flat)) == 4.0 * (1 << 30)
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
-    check_norm(triton_device, (1 << 28) + 12345, REPEATS)
+    check_squared_norm(triton_device, (1 << 28) + 12345, REPEATS)
+
+
 def check_swiglu(device, r, f, weighted):
     """SwiGLU and its gradients, with casts and without, each within its bound of FP64."""
     gate_up, dy = data("normal", r, 2 * f, device=device), data("normal", r, f, device=device) * 2.0**-20
@@ -347,6 +377,8 @@ def check_swiglu(device, r, f, weighted):
 @pytest.mark.parametrize(("r", "f", "weighted"), [(4096, 2048, True), (992, 1408, True), (528, 10944, False)])
 def test_swiglu_of_production(triton_device, r, f, weighted):
     check_swiglu(triton_device, r, f, weighted)
+
+
 def check_route(device, tokens, num_experts, topk, num_groups, top_groups, sequences):
     """Every score beside the reference on the same device: ids and loads to the bit, the rest in its last places.
 
@@ -374,6 +406,8 @@ def check_route(device, tokens, num_experts, topk, num_groups, top_groups, seque
 def test_routing_of_production(triton_device, sizes):
     check_route(triton_device, 4096, *sizes, 2)
     check_route(triton_device, 3 * 1001, *sizes, 3)
+
+
 def check_norm(device, t, d, dtype=torch.bfloat16):
     """Of a latent, or with a residual, at a production width."""
     latent = data("normal", t, d + 64, device=device, dtype=dtype)[:, 32 : 32 + d]
@@ -448,21 +482,39 @@ def test_grouped_shapes_of_production(triton_device, n, k):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(4096, 7168), (7168, 2048)])
+def test_grouped_bf16_shapes_of_production(triton_device, n, k):
+    check_grouped_mm(triton_device, [1024] * 8, n, k, 0)
+    check_grouped_mm(triton_device, [100, 0, 4001, 64, 1, 0, 700], n, k, 517)
+
+
+@pytest.mark.gpu
+def test_grouped_bf16_products_wait_for_nothing(triton_device):
+    x, w = data("normal", 1000, 512, device=triton_device), data("normal", 3, 256, 512, device=triton_device)
+    dy, offsets = data("normal", 1000, 256, device=triton_device), offsets_of([100, 0, 800], triton_device)
+    totals = torch.zeros(3, 256, 512, device=triton_device)
+    for _ in range(2):  # the first call compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            grouped_mm(x, w, offsets)
+            grouped_mm(dy, w.mT, offsets)
+            grouped_mm_wgrad(dy, x, offsets, totals)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_no_access_outside_a_tensor(triton_device):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute adamw squared_norm"
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute cross_entropy embedding"
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute swiglu"
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute norm rope"
+    ops = "quantize e5m6 gemm grouped_gemm grouped_wgrad grouped_mm norm rope swiglu permute route"
+    ops += " cross_entropy embedding adamw squared_norm"
     files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     chosen = "normal or anyhow or nothing or slot_order or on_the_way or any_range or written_beside or anywhere"
-    ops = "quantize gemm grouped_gemm grouped_wgrad e5m6 permute route"
-    files = [f"tests/kernels/test_triton_{name}.py" for name in ops.split()]
-    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    chosen = "normal or anyhow or nothing or slot_order or on_the_way or every_size"
+    chosen += " or every_size"
     command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, *files]
     # The caching allocator would hand out parts of larger blocks, inside which every access is legal.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
@@ -476,9 +528,10 @@ def test_these_checks_run(triton_device):
     check_dense(triton_device, 48, 144, 272)
     check_wgrad(triton_device, 272, 48, 144)
     check_grouped(triton_device, [128, 0, 256], 48, 144)
+    check_grouped_mm(triton_device, [3, 0, 70], 48, 144, 5)
     check_permute(triton_device, 24, 144, 3, 5, 40)
     check_update(triton_device, (2, 48, 144), 2)
-    check_norm(triton_device, 9000, 2)
+    check_squared_norm(triton_device, 9000, 2)
     check_losses(triton_device, 6, 300, torch.bfloat16)
     check_embedding(triton_device, 40, 144, 9)
     check_swiglu(triton_device, 32, 144, True)

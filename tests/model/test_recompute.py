@@ -16,8 +16,6 @@ from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.operand import Normed
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recompute
-from fp8moe.layers.recompute import Recallable
-from fp8moe.layers.router import Router
 from fp8moe.model.transformer import Transformer
 from tests.model import passes
 from tests.model.passes import (

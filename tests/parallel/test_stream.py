@@ -7,12 +7,15 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fp8moe.parallel.stream import Stream, communication_stream, tensors_of
+from fp8moe.kernels import backend
+from fp8moe.parallel.stream import Pending, Stream, communication_stream, leaving_sms, tensors_of
+from fp8moe.profile import spans
 from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Recorder, exposed_seconds, listening
 from tests.parallel.ranks import run_ranks
 
@@ -54,6 +57,51 @@ def test_a_handle_owns_its_buffers_until_it_is_waited_for() -> None:
     assert handle.wait().tolist() == [2, 2, 2]
     gc.collect()
     assert alive() is None
+
+
+def test_sms_are_left_from_a_messages_start_to_its_wait() -> None:
+    stream, free = Stream(CPU), lambda: backend.allowed_sms(132)
+    unlimited = stream.start(lambda: 1, lambda x: x)
+    with leaving_sms(100):
+        assert free() == 132
+        first = stream.start(lambda: 1, lambda x: x + free())
+        small = stream.start(lambda: 1, lambda x: x, takes_sms=False)
+        second = stream.start(lambda: 1, lambda x: x)
+        assert free() == 100
+        assert (small.wait(), unlimited.wait(), second.wait(), free()) == (1, 1, 1, 100)
+        assert first.wait() == 1 + 132, "what a message brought is finished on all SMs"
+        assert (first.wait(), free()) == (1 + 132, 132)
+        stream.start(lambda: 1, lambda x: x)
+        assert free() == 100
+    assert free() == 132, "whatever was not waited for"
+    with leaving_sms(None):
+        late = stream.start(lambda: 1, lambda x: x)
+        assert free() == 132
+    assert late.wait() == 1
+    with pytest.raises(ZeroDivisionError), leaving_sms(90):
+        broken = stream.start(lambda: 1 // 0, lambda x: x)
+        assert free() == 90
+        try:
+            broken.wait()
+        finally:
+            assert free() == 132
+    assert free() == 132
+
+
+def test_a_stream_that_waits_for_a_message_is_timed_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the order of what a wait enqueues decides what is measured: an event, the wait, an event."""
+    log: list[str] = []
+    event = type("Event", (), {"record": lambda self: log.append("event")})
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event())
+    current = SimpleNamespace(wait_event=lambda done: log.append(f"wait {done}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append("record"))
+    monkeypatch.setattr(spans, "_clock", [spans.DeviceClock()])
+    pending: Pending[Any, Any] = Pending(lambda: None, lambda value: log.append("finish"), "one")
+    pending.future.set_result((torch.ones(1), "done"))
+    pending.wait()
+    spans.exposed()
+    assert log == ["event", "wait done", "event", "record", "finish"]
 
 
 def test_an_exception_reaches_its_waiter_and_ends_the_stream() -> None:

@@ -64,6 +64,7 @@ def test_a_span_that_fails_ends_and_a_block_that_fails_stops_listening() -> None
 
 
 def test_waits_add_up_until_they_are_read() -> None:
+    Stopwatch(CPU)
     exposed_seconds()
     with waiting():
         time.sleep(0.02)
@@ -133,23 +134,80 @@ class Clock:
 
 
 def test_a_stopwatch_adds_laps_by_name_without_what_was_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, waited = Clock(), [9.0]
-
-    def exposed() -> float:
-        seconds, waited[0] = waited[0], 0.0
-        return seconds
-
+    clock = Clock()
     monkeypatch.setattr(spans, "time", clock)
-    monkeypatch.setattr(spans, "exposed_seconds", exposed)
+
+    def wait(seconds: float) -> None:
+        with waiting():
+            clock.now += seconds
+
+    Stopwatch(CPU)
+    wait(9.0)
     stopwatch = Stopwatch(CPU)  # what was waited before it does not count
-    clock.now, waited[0] = 103.0, 1.0
+    clock.now += 1.0
+    wait(0.5)
+    clock.now += 1.0
+    wait(0.5)
     stopwatch.lap("forward")
-    clock.now = 105.0
+    clock.now += 2.0
     stopwatch.lap("data")
-    clock.now, waited[0] = 106.0, 4.0  # the host can wait longer than a lap took
+    wait(4.0)
     stopwatch.lap("forward")
     seconds = stopwatch.read()
     assert (seconds["forward"], seconds["data"], seconds["backward"], seconds[EXPOSED]) == (2.0, 2.0, 0.0, 5.0)
+
+
+class Device:
+    """Stands in for a GPU's stream, whose time goes on when it works and not when the host does."""
+
+    def __init__(self) -> None:
+        self.now, self.synchronized = 7.0, 0
+
+    def event(self, *, enable_timing: bool) -> DeviceEvent:
+        assert enable_timing
+        return DeviceEvent(self)
+
+
+class DeviceEvent:
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, float("nan")
+
+    def record(self) -> None:
+        self.at = self.device.now
+
+    def synchronize(self) -> None:
+        self.device.synchronized += 1
+
+    def elapsed_time(self, end: DeviceEvent) -> float:
+        assert self.device.synchronized, "read before the device is known to have got there"
+        return (end.at - self.at) * 1e3
+
+
+def test_a_gpus_stopwatch_reads_waits_off_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host returns from a wait at once, its stream waits; while the host is busy elsewhere, the stream is not."""
+    device, host = Device(), Clock()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(spans, "time", host)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    device.now += 1.0
+    host.now += 100.0
+    with waiting():
+        device.now += 3.0
+    device.now += 0.5
+    stopwatch.lap("forward")
+    with waiting():
+        host.now += 50.0
+    stopwatch.lap("backward")
+    assert device.synchronized == 0, "a lap waits for nothing"
+    seconds = stopwatch.read()
+    assert (seconds["forward"], seconds["backward"], seconds[EXPOSED]) == (1.5, 0.0, 3.0)
+    with waiting():
+        device.now += 2.0
+    assert exposed_seconds() == 2.0
+    Stopwatch(CPU)
+    with waiting():
+        host.now += 4.0
+    assert exposed_seconds() == 4.0
 
 
 def test_phases_are_forward_or_backward_and_nothing_else_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

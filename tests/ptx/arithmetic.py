@@ -121,8 +121,6 @@ def _approximation(name: str) -> Callable[[Any], Any]:
 def _floats(name: str, parts: list[str]) -> Callable[..., Any]:
     table = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma, "min": np.fmin,
-        "max": np.fmax, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt,
-        "ex2": np.exp2,  # hardware's is an approximation, within 2 units in the last place
         "max": np.fmax, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2,
     }  # fmt: skip
     if name in ("min", "max") and "NaN" in parts:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from fp8moe.kernels import tiles
+from tests.kernels.sm90_cases import tile_name
 from tests.ptx.launching import Machine
 from tests.ptx.moving_cases import both, values
 from tests.ptx.parser import Unsupported
@@ -26,14 +27,15 @@ SCHEDULES = (None, 0, 1, 2, 3)
 def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
     """The small problem of a case, by one schedule: raises where the machine or the result is wrong."""
     backend, op, kind, *rest = case.split()
-    if op == "wgrad":
-        return partial(wgrad, dtype=torch.bfloat16, sizes=((200, 144, 128, seed),))
     if op.startswith("quantize"):
         return partial(_cast, name=op, seed=seed)
     if op == "adamw_step_quantize":
         return partial(weight_with_blocks, moments=torch.bfloat16, shape=(144, 208), seeds=(seed,))
-    shape = rest[0]
-    tile = next(t for t in tiles.production_tiles(backend, op) if f"{t.block_m}x{t.block_n}x{t.stages}" == shape)
+    at = [tile for tile in tiles.production_tiles(backend, op) if tile_name(tile).split()[0] in rest or not rest]
+    if op == "wgrad":
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        return partial(wgrad, dtype=dtype, tile=at[0], sizes=((200, 144, 128, seed),))
+    tile = at[0]
     return partial(compare, backend=backend, op=op, kind=kind, tile=tile, small=backend == "gluon", seeds=(seed,))
 
 

@@ -128,7 +128,8 @@ def truncate_bf16(text: str) -> str:
 
 
 ROWS, TALL, WIDE = "gluon gemm bf16 128x128x6", "gluon gemm bf16 256x128x4", "gluon grouped_gemm bf16 128x256x4"
-COLUMNS, PLAIN, BF16 = "gluon gemm_columns add 256x128x4", "triton gemm bf16 128x128x4", "triton wgrad bf16"
+COLUMNS, PLAIN = "gluon gemm_columns add 256x128x4", "triton gemm bf16 128x128x4"
+BF16, FP32 = "triton wgrad bf16 128x128x3", "triton wgrad fp32"
 CAST, BLOCKS, LINES = (f"triton quantize_{what} bf16 pow2" for what in ("columns", "blocks", "rows"))
 UPDATE = "triton adamw_step_quantize bf16 moments"
 
@@ -159,9 +160,9 @@ PLANTS = (
           change(r"(bytes \[%r\d+\], \[%rd\d+, \{)(%r\d+), (%r\d+)\}", lambda m: f"{m[1]}{m[3]}, {m[2]}}}")),
     Plant("a partition keeps its registers", ROWS, drop(r"setmaxnreg\.dec", None)),
     Plant("a wait is given up after one try", ROWS, change(r"@!complete bra\.uni waitLoop;", "")),
-    Plant("a copy by cp.async is not waited for", BF16,
-          change(r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;")),
-    Plant("no proxy fence between cp.async and a product", BF16, drop(r"fence\.proxy\.async")),
+    Plant("a copy by cp.async is not waited for", FP32,
+          change(r"cp\.async\.wait_group\s+0;", "cp.async.wait_group 2;", None)),
+    Plant("no proxy fence between masked rows and their product", BF16, drop(r"fence\.proxy\.async", None)),
     Plant("one barrier of the CTA is missing", CAST, drop(r"bar\.sync", 1)),
     Plant("a mask lets one row too many through", CAST, change(r"setp\.lt\.s32", "setp.le.s32", None)),
     Plant("BF16 is truncated", PLAIN, truncate_bf16),

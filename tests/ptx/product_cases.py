@@ -9,6 +9,7 @@ Gluon kernels run by ten random schedules on a smaller problem, after the one th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -115,16 +116,53 @@ def product(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
     compare(machine, backend, op, kind, tile, True, seeds)
 
 
-def wgrad(machine: Machine, dtype: torch.dtype, sizes: Any = ((200, 144, 272, None), (72, 16, 48, 1))) -> None:
+WGRAD_SIZES = ((200, 144, 272, None), (72, 16, 48, 1))
+
+
+def wgrad(machine: Machine, dtype: torch.dtype, tile: tiles.Tile, sizes: Any = WGRAD_SIZES) -> None:
     """The unquantized weight gradient; the bound is that of FP32 sums in another order. sizes: (T, N, K, schedule)."""
     for t, n, k, seed in ((128, 128, 256, None),) if machine.count else sizes:
         dy, x, before = torch.randn(t, n).to(dtype), torch.randn(t, k).to(dtype), torch.randn(n, k)
         got, machine.seed = before.clone(), seed
-        with on_machine(machine):
+        with patch.object(tiles, "choose", lambda *_, **__: tile), on_machine(machine):
             ops("triton", "gemm").wgrad(dy, x, got)
-        exact = before.double() + dy.double().T @ x.double()
-        diff = calc_diff(got, exact)
-        assert diff <= 1e-12, f"calc_diff {diff:.1e} exceeds 1e-12"
+        within(got, before.double() + dy.double().T @ x.double())
+
+
+def within(got: Tensor, exact: Tensor, bound: float = 1e-12) -> None:
+    diff = calc_diff(got, exact)
+    assert diff <= bound, f"calc_diff {diff:.1e} exceeds {bound:.0e}"
+
+
+def grouped_mm_wgrad(machine: Machine, dtype: torch.dtype, tile: tiles.Tile) -> None:
+    """The same of groups that start anywhere, of less than a step, of one and of more, one empty; NaN behind them."""
+    shapes = ((128, 128), 128, 256, None), ((3, 0, 64, 70), 144, 136, None), ((70, 5), 16, 48, 1)
+    for groups, n, k, seed in shapes[:1] if machine.count else shapes[1:]:
+        at, spare = offsets(*groups), 0 if machine.count else 9
+        dy, x = (torch.randn(sum(groups) + spare, size).to(dtype) for size in (n, k))
+        dy[sum(groups) :], x[sum(groups) :] = float("nan"), float("nan")
+        before = torch.randn(len(groups), n, k)
+        got, machine.seed = before.clone(), seed
+        with patch.object(tiles, "choose", lambda *_, **__: tile), on_machine(machine):
+            ops("triton", "grouped_mm").grouped_mm_wgrad(dy, x, at, got)
+        for e, (start, stop) in enumerate(itertools.pairwise(at.tolist())):
+            within(got[e], before[e].double() + dy[start:stop].double().T @ x[start:stop].double())
+
+
+def grouped_mm(machine: Machine, dtype: torch.dtype) -> None:
+    """x [R, K] by the weight of each row's group; rows behind the last group are zero whatever they hold."""
+    for groups, n, k in (((128, 64, 64), 128, 256),) if machine.count else (((3, 0, 64, 70), 80, 48),):
+        at, x, w = (
+            offsets(*groups),
+            torch.randn(sum(groups) + 70, k).to(dtype),
+            torch.randn(len(groups), n, k).to(dtype),
+        )
+        x[sum(groups) :] = float("nan")
+        with on_machine(machine):
+            got = ops("triton", "grouped_mm").grouped_mm(x, w, at)
+        expected = ops("reference", "grouped_mm").grouped_mm(x, w, at)
+        within(got, expected.double(), BOUNDS[dtype])
+        assert not bool(got[sum(groups) :].any()), "rows of nobody are not zero"
 
 
 KINDS = {
@@ -145,7 +183,11 @@ def cases() -> Iterator[Case]:
                         pair = replace(tile, multicast=True)
                         yield f"{backend} {op} {kind} {tile_name(pair)}", _case(backend, op, kind, pair)
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        yield f"triton wgrad {kind}", partial(wgrad, dtype=dtype)
+        for op, run in (("wgrad", wgrad), ("grouped_mm_wgrad", grouped_mm_wgrad)):
+            for tile in tiles.production_tiles("triton", op):
+                label = f" {tile_name(tile)}" if dtype is torch.bfloat16 else ""
+                yield f"triton {op} {kind}{label}", partial(run, dtype=dtype, tile=tile)
+        yield f"triton grouped_mm {kind}", partial(grouped_mm, dtype=dtype)
 
 
 def _case(backend: str, op: str, kind: str, tile: tiles.Tile) -> Any:

@@ -32,11 +32,16 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from tests.kernels.sm90 import Pretender
-from tests.ptx import moving_cases, product_cases, speed, update_cases
-from tests.ptx import loss_cases, moving_cases, product_cases, speed
-from tests.ptx import activation_cases, moving_cases, product_cases, speed
-from tests.ptx import moving_cases, product_cases, route_cases, speed
-from tests.ptx import moving_cases, norm_cases, product_cases, speed
+from tests.ptx import (
+    activation_cases,
+    loss_cases,
+    moving_cases,
+    norm_cases,
+    product_cases,
+    route_cases,
+    speed,
+    update_cases,
+)
 from tests.ptx.launching import Machine
 from tests.ptx.planting import run_plant, unclean
 from tests.ptx.plants import PLANTS
@@ -50,12 +55,11 @@ def prepare() -> None:
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
 
 
+CASES = (moving_cases, activation_cases, norm_cases, route_cases, product_cases, loss_cases, update_cases)
+
+
 def all_cases() -> dict[str, Any]:
-    return dict(moving_cases.cases()) | dict(product_cases.cases()) | dict(update_cases.cases())
-    return dict(moving_cases.cases()) | dict(product_cases.cases()) | dict(loss_cases.cases())
-    return dict(moving_cases.cases()) | dict(activation_cases.cases()) | dict(product_cases.cases())
-    return dict(moving_cases.cases()) | dict(product_cases.cases()) | dict(route_cases.cases())
-    return dict(moving_cases.cases()) | dict(norm_cases.cases()) | dict(product_cases.cases())
+    return {name: case for module in CASES for name, case in module.cases()}
 
 
 def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:

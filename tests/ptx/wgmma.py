@@ -6,8 +6,9 @@ registers hold a token that is worth a fault to any instruction but a copy or th
 that ordinary instructions wrote need a `wgmma.fence` after that.
 
 A product is formed in FP32 (each is exact, the tensor core keeps about 14 bits of the sum of one instruction: bounds
-of the tests are those of the project's GPU tests). Only operands with descriptors are known, E4M3 (K-major) and BF16
-(either way round); A from registers is refused until a kernel has it.
+of the tests are those of the project's GPU tests). Operands with descriptors are known, E4M3 (K-major) and BF16 (either
+way round), and A of BF16 from registers, which like the sums must have been written before a fence; that nobody writes
+them again before the wait is not watched.
 
 A descriptor: start, leading and stride offsets in units of 16 bytes, the swizzle in bits 62 and 63. K-major: row r
 lies in line r % 8 of the r // 8th group, groups `stride` apart. Other way round, a line holds 64 values of one k; 8
@@ -84,12 +85,18 @@ def _wait(gang: Gang, kept: int) -> None:
 def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
     opcode, o = instruction.opcode, instruction.operands
     match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(e4m3|bf16)\.(e4m3|bf16)", opcode)
-    if match is None or match[3] != match[4] or o[1].startswith("{"):
-        raise Unsupported(f"{opcode}: only E4M3 or BF16 operands with descriptors, and FP32 sums, are known")
+    if match is None or match[3] != match[4] or (o[1].startswith("{") and match[3] != "bf16"):
+        raise Unsupported(f"{opcode}: only E4M3 and BF16 operands (A from registers: BF16) and FP32 sums are known")
     n, k, kind = int(match[1]), int(match[2]), match[3]
     slots = [decoder.slot(x) for x in list_of(o[0])]
-    a, b, keeps = decoder.read(o[1], np.uint64), decoder.read(o[2], np.uint64), decoder.read(o[3], np.bool_)
+    held = list_of(o[1]) if o[1].startswith("{") else []  # registers of A
+    b, keeps = decoder.read(o[2], np.uint64), decoder.read(o[3], np.bool_)
     signs, majors = [int(x) for x in o[4:6]], [int(x) for x in o[6:8]] or [0, 0]
+    if held:
+        fragments, held_slots = [decoder.read(x, np.uint32) for x in held], [decoder.slot(x) for x in held]
+        read_a, majors = (lambda gang: np.zeros(1, np.uint64)), [0, *majors[:1]]
+    else:
+        read_a = decoder.read(o[1], np.uint64)
     if signs != [1, 1] or len(slots) != n // 2:
         raise Unsupported(f"{opcode} with factors {signs} and {len(slots)} registers")
     lane = np.arange(LANES)
@@ -98,15 +105,19 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
 
     def product(gang: Gang, on: Any) -> None:
         keep = gang.one(keeps(gang), "the predicate of a WGMMA")
-        _check(gang, slots)
+        _check(gang, [*slots, *held_slots] if held else slots)
+        kept = _held([read(gang) for read in fragments]) if held else None
         sums = _sums(gang, slots) if keep else None
-        descriptors = [np.broadcast_to(read(gang).view(np.uint64), gang.n)[::LANES] for read in (a, b)]
+        descriptors = [np.broadcast_to(read(gang).view(np.uint64), gang.n)[::LANES] for read in (read_a, b)]
         place, reads = gang.cta.place(gang), []
         out = np.zeros((len(gang.warps), 16, n), np.float32)
         for pair in sorted({(int(x), int(y)) for x, y in zip(*descriptors, strict=True)}):
             mine = np.flatnonzero((descriptors[0] == pair[0]) & (descriptors[1] == pair[1]))
             rows = (16 * (gang.warps[mine] % WARPS)[:, None] + np.arange(16)).reshape(-1)
-            left, left_bytes = _operand(gang, pair[0], rows, k, kind, majors[0])
+            if kept is None:
+                left, left_bytes = _operand(gang, pair[0], rows, k, kind, majors[0])
+            else:
+                left, left_bytes = kept[mine].reshape(-1, k), np.zeros(0, np.int64)
             right, right_bytes = _operand(gang, pair[1], np.arange(n), k, kind, majors[1])
             out[mine] = (left @ right.T).reshape(-1, 16, n)
             granule = gang.cta.shared.granule
@@ -125,6 +136,17 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         state(gang).open.append((reads, tokens))
 
     return product, slots
+
+
+def _held(registers: list[np.ndarray]) -> np.ndarray:
+    """A as the registers hold it, [warps, 16, 16] FP32: two neighbours of k each, first of rows r, then of r + 8."""
+    pairs = np.stack(registers).view(np.uint16).reshape(len(registers), -1, LANES, 2)
+    lane, values = np.arange(LANES), np.zeros((pairs.shape[1], 16, 16), np.float32)
+    for i, pair in enumerate(pairs):
+        for half in (0, 1):
+            row, column = lane // 4 + 8 * (i % 2), 2 * (lane % 4) + 8 * (i // 2) + half
+            values[:, row, column] = f32_of_bf16(np.ascontiguousarray(pair[:, :, half]))
+    return values
 
 
 def _check(gang: Gang, slots: list[int]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from fp8moe.train.batch import BatchConfig, global_batch, microbatches_of, resolve_batch
+from fp8moe.data.packing import Batch
+from fp8moe.train.batch import BatchConfig, global_batch, microbatches_of, resolve_batch, to_device
 
 RAMP = BatchConfig(sequences=15360, micro_batch=1, ramp_from=3072, ramp_samples=114_501_953, increment=3072)
 
@@ -94,3 +96,31 @@ def test_impossible_sizes(settings: dict[str, int], says: str) -> None:
 
 def test_micro_batches_keep_the_order() -> None:
     assert [list(ids) for ids in microbatches_of([1, 2, 3, 4, 5, 6], 2)] == [[1, 2], [3, 4], [5, 6]]
+
+
+class Pageable:
+    """Stands in for a tensor: notes how it goes to a device."""
+
+    def __init__(self, *how: str) -> None:
+        self.how = how
+
+    def pin_memory(self) -> Pageable:
+        return Pageable(*self.how, "pinned")
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Pageable:
+        return Pageable(*self.how, f"to {device}", *["at once"] * non_blocking)
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_a_batch_goes_to_a_gpu_by_pinned_memory_without_a_wait(documents: bool) -> None:
+    tensors: list[object] = [Pageable(), Pageable(), Pageable(), Pageable() if documents else None]
+    moved = to_device(Batch(*tensors), torch.device("cuda", 1))  # type: ignore[arg-type]
+    parts = [moved.inputs_BS, moved.labels_BS, moved.positions_BS, *([moved.documents_BS] if documents else [])]
+    assert [part.how for part in parts] == [("pinned", "to cuda:1", "at once")] * len(parts)  # type: ignore[union-attr]
+    assert documents or moved.documents_BS is None
+
+
+def test_a_batch_stays_on_a_cpu() -> None:
+    batch = Batch(*torch.arange(3).expand(3, 1, 3), None)
+    assert to_device(batch, torch.device("cpu")) is batch
+    assert to_device(batch, torch.device("meta")).labels_BS.device.type == "meta"

@@ -51,6 +51,14 @@ ALONE = [  # settings of one process, and what the refusal says
     (["resume=auto"], "resume=auto goes on in a run directory and run_dir is not set"),
     (["precision.backend=abacus"], "back end 'abacus' does not exist"),
     (["precision.backend=cublas"], "back end 'cublas' cannot run here: it needs a GPU"),
+    (
+        ["precision.scales=fp16"],
+        "precision.scales='fp16' is not one of recipe, fp32, power_of_two",
+    ),
+    (
+        ["precision=bf16", "precision.scales=fp32"],
+        "precision.scales=fp32 concerns FP8 tensors and precision.mode is bf16: use precision=fp8",
+    ),
     (["device=cuda"], "device=cuda needs at least 1 CUDA device and torch sees 0"),
 ]
 TOGETHER = [  # the same with a number of processes

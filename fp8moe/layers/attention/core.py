@@ -9,27 +9,35 @@ Two backwards read the output of attention. The Linear after it (`o`) makes its 
 dO x O a row. 12 bits suffice for both (DeepSeek-V3 report, section 3.3.3), but memory is saved only if neither keeps
 the BF16 tensor. So attention runs under `capture_saved`, and the saved tensor that turns out to be the output is
 replaced by the packed copy, unpacked when backward asks. The output is known by its address, whichever view of it was
-saved; a kernel that saves no output, as PyTorch's unfused attention on a CPU, changes nothing. Refused: attention run
-again in backward, which costs a forward.
+saved; a kernel that saves no output, as PyTorch's unfused attention on a CPU, changes nothing, and one that is known to
+save it and did not is an error. Refused: attention run again in backward, which costs a forward; and an autograd
+function around each kernel's private forward and backward (`aten::_scaled_dot_product_cudnn_attention` and the like),
+whose signatures change between releases, whereas a wrong address can only cost memory and is noticed at once.
 
 Legend: T = B x S tokens, B sequences, S tokens of a sequence, H heads, V features of a head's value.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import E5m6Tensor
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.operand import Activation, Operand
 from fp8moe.layers.recompute import SavedTensor
+
+if TYPE_CHECKING:  # FlexAttention takes a second to import
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -71,15 +79,32 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where tokens stand: rotations [T, rope_dim/2], and the mask of documents, if one is on.
+    """Where tokens stand: rotations [T, rope_dim/2], and the documents they belong to where those are masked.
 
-    `mask_BSS` is True where a query may look at a key, causality included; None means causal.
+    A mask is made when the chosen kernel first asks for it, once for all layers.
     """
 
     num_sequences: int
     cos: Tensor
     sin: Tensor
-    mask_BSS: Tensor | None = None
+    documents_BS: Tensor | None = None
+
+    @functools.cached_property
+    def mask_BSS(self) -> Tensor | None:
+        """True where a query may look at a key, causality included; None means causal."""
+        return None if self.documents_BS is None else document_mask(self.documents_BS)
+
+    @functools.cached_property
+    def block_mask(self) -> BlockMask:
+        """The same for FlexAttention: which blocks of scores hold anything."""
+        documents_BS = self.documents_BS
+        if documents_BS is None:
+            return causal_blocks(self.cos.shape[0] // self.num_sequences, self.cos.device)
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
+
+        return block_mask(seen, documents_BS.shape, documents_BS.device)
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
@@ -121,6 +146,20 @@ def rotation(positions_T: Tensor, dim: int, theta: float, yarn: YarnConfig | Non
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 
+def causal_blocks(seq_len: int, device: torch.device) -> BlockMask:
+    """The causal mask of FlexAttention."""
+    return block_mask(lambda b, h, q, k: q >= k, (None, seq_len), device)
+
+
+def block_mask(seen: Callable[..., Tensor], shape: Sequence[int | None], device: torch.device) -> BlockMask:
+    """Blocks of FlexAttention for B sequences (None: one mask for all) of S tokens, by what a query may see."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    num_sequences, seq_len = shape
+    assert seq_len is not None
+    return create_block_mask(seen, num_sequences, None, seq_len, seq_len, device=device)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by torch."""
     mask = None if mask_BSS is None else mask_BSS[:, None]
@@ -129,48 +168,75 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None
     return out.transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
+def _pinned(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
+    """The same by one of torch's kernels, or an error; its backward is that kernel's too."""
+    with sdpa_kernel([backend], set_priority=True):
+        return _sdpa(q, k, v, scale, mask_BSS)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by flash-attn 4, whose Hopper kernels take 192/128 heads."""
-    if mask_BSS is not None:
-        raise ValueError(
-            "model.attention.backend=flash supports no document mask: use model.attention.backend=sdpa, or "
-            "data.document_mask=false"
-        )
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError as error:
-        raise ValueError(
-            f"model.attention.backend=flash needs flash-attn 4 with its CuTe kernels, which can't be imported here "
-            f"({error}): install the extra `flash-attn`, or use model.attention.backend=sdpa"
-        ) from error
+    from flash_attn.cute import flash_attn_func
+
     out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
     return out[0] if isinstance(out, tuple) else out
 
 
-# (q, k, v [B, S, H, d], softmax scale, mask [B, S, S] | None) -> [B, S, H, V]
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]] = {
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: BlockMask) -> Tensor:
+    """[B, S, H, d] -> [B, S, H, V] by FlexAttention, compiled: as it is written it would keep every score."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return _compiled_flex_attention()(q, k, v, block_mask=blocks, scale=scale).transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+# (q, k, v [B, S, H, d], softmax scale, mask) -> [B, S, H, V]; the mask is [B, S, S], blocks for flex, or None
+BACKENDS: dict[str, Callable[..., Tensor]] = {
     "sdpa": _sdpa,
+    "cudnn": partial(_pinned, SDPBackend.CUDNN_ATTENTION),
+    "efficient": partial(_pinned, SDPBackend.EFFICIENT_ATTENTION),
     "flash": _flash,
+    "flex": _flex,
 }
 
 
-def keep_in_e5m6(out: Tensor, captured: Sequence[SavedTensor]) -> Activation:
+def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Positions) -> Tensor:
+    """softmax(scale q k^T) v of q, k [B, S, H, d], v [B, S, H, V] -> [B, S, H, V], by a kernel of `BACKENDS`."""
+    mask = positions.block_mask if kernel == "flex" else positions.mask_BSS
+    return BACKENDS[kernel](q, k, v, scale, mask)
+
+
+def keep_in_e5m6(
+    out: Tensor, captured: Sequence[SavedTensor], *, saves_output: bool = False, power_of_two: bool = True
+) -> Activation:
     """Attention's output, BF16 [B, S, H, V], as an activation [T, H V] whose backward has 12 bits a value.
 
-    `captured` is what attention saved for its backward. Rows have power-of-two scales. ValueError if H V, or at the
-    weight gradient T, is no multiple of 16.
+    `captured` is what attention saved for its backward; saves_output: its output must be among it; power_of_two: of the
+    rows' scales, those of the columns always are. ValueError if H V, or at the weight gradient T, is no multiple of 16;
+    RuntimeError if the output was to be found and is not, when the BF16 tensor would live on beside the packed one.
     """
     out_TN = out.flatten(0, 1).flatten(1)
-    rows = quantize_rows(out_TN.detach(), power_of_two=True)
+    rows = quantize_rows(out_TN.detach(), power_of_two=power_of_two)
     if not torch.is_grad_enabled():
         return Activation(out_TN, Operand(rows, _nothing_was_kept))
-    packed = pack_e5m6(out_TN.detach())
+    packed, found = pack_e5m6(out_TN.detach()), False
     for saved in captured:
         tensor = saved.tensor
         if tensor is None or tensor.data_ptr() != out.data_ptr():
             continue
         if tensor.numel() == out.numel() and tensor.dtype == out.dtype:
             saved.replace(partial(_unpack, packed, out.shape, out.stride(), tensor.shape, tensor.stride()))
+            found = True
+    if saves_output and captured and not found:
+        raise RuntimeError(
+            f"attention's kernel saved {len(captured)} tensors and none is its output {list(out.shape)}: FP8 would"
+            " keep the output twice; use model.attention.backend=sdpa and report this"
+        )
     return Activation(out_TN, Operand(rows, lambda: e5m6_to_columns(packed)))
 
 

@@ -16,7 +16,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fp8moe.layers.attention.core import BACKENDS, Positions, YarnConfig, document_mask, keep_in_e5m6, rotation
+from fp8moe.layers.attention.choice import SETTINGS, Heads, choose, chosen, machine_of
+from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
 from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import Feeds, RMSNorm
@@ -31,7 +32,7 @@ class MlaConfig:
 
     q_lora_rank: of the query latent, 0 for queries without one. nope_dim, rope_dim, v_dim: of a head's query and key
     without position, their rotary part, and its value. yarn: context extension, None for plain RoPE. backend: kernels
-    of core attention, torch's `sdpa` or `flash` (flash-attn 4).
+    of core attention (`choice`): `auto`, torch's `sdpa` or its `cudnn`, `flash` (flash-attn 4), `flex` (FlexAttention).
     """
 
     num_heads: int
@@ -42,7 +43,7 @@ class MlaConfig:
     q_lora_rank: int = 0
     rope_theta: float = 10000.0
     yarn: YarnConfig | None = None
-    backend: Literal["sdpa", "flash"] = "sdpa"
+    backend: Literal["auto", "sdpa", "cudnn", "flex", "flash"] = "auto"
     kind: Literal["mla"] = "mla"
 
     def __post_init__(self) -> None:
@@ -55,8 +56,11 @@ class MlaConfig:
             raise ValueError(
                 f"model.attention.rope_dim={self.rope_dim} must be even, to rotate pairs: use {self.rope_dim + 1}"
             )
-        if self.backend not in BACKENDS:
-            raise ValueError(f"model.attention.backend={self.backend!r} is not a back end: use sdpa or flash")
+        if self.backend not in SETTINGS:
+            raise ValueError(
+                f"model.attention.backend={self.backend!r} is not a back end: use {', '.join(SETTINGS[:-1])} or "
+                f"{SETTINGS[-1]}"
+            )
 
     @property
     def qk_dim(self) -> int:
@@ -121,9 +125,13 @@ class MlaConfig:
         return total
 
     def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
-        """Rotations for tokens at `positions_BS` [B, S], and the mask that keeps documents apart, if they are given."""
+        """Rotations for tokens at `positions_BS` [B, S]; the documents, if given, are kept apart by a mask."""
         cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)
-        return Positions(len(positions_BS), cos, sin, None if documents_BS is None else document_mask(documents_BS))
+        return Positions(len(positions_BS), cos, sin, documents_BS)
+
+    def heads(self, recipe: Recipe, *, masked: bool) -> Heads:
+        """What attention's kernels must take; masked: documents are kept apart."""
+        return Heads(self.qk_dim, self.v_dim, recipe.dtype, masked)
 
     def build(self, dim: int, recipe: Recipe, *, norm_eps: float) -> LatentAttention:
         """The layer, in a model of `dim` features."""
@@ -143,6 +151,9 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=norm_eps, feeds=Feeds.LINEAR)
         self.kv_b = Linear(c.kv_lora_rank, c.num_heads * (c.nope_dim + c.v_dim), recipe)
         self.o = Linear(c.num_heads * c.v_dim, dim, recipe)
+        if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward
+            heads = c.heads(recipe, masked=False)
+            choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
         c = self.config
@@ -151,13 +162,15 @@ class LatentAttention(nn.Module):
         kv_latent = self.kv_norm(kv_a)
         q = q_latent.tensor if self.q_b is None else self.q_b(q_latent)
         qkv = self._heads(q, self.kv_b(kv_latent), k_rope, positions)
+        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents_BS is not None), qkv[0].device)
         with capture_saved() as captured:
-            out = BACKENDS[c.backend](*qkv, c.softmax_scale, positions.mask_BSS)
+            out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
         if Recompute.MLA_UP in self.recipe.recompute:
             again = self._heads_again(q_latent, kv_latent, k_rope.detach(), positions)
             recompute_saved(captured, qkv, again)
         if self.recipe.precision is Precision.FP8:
-            return self.o(keep_in_e5m6(out, captured))
+            power_of_two = self.recipe.power_of_two(True)
+            return self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output, power_of_two=power_of_two))
         return self.o(out.flatten(0, 1).flatten(1))
 
     def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:

@@ -117,7 +117,7 @@ class AllToAllDispatcher:
             return Announced(topk_ids_TK, fixed(self.chunks, topk, self.topology, self.capacity))
         pieces = topk_ids_TK.split(self._chunk_tokens(len(topk_ids_TK)))
         counts = communication_stream(topk_ids_TK.device).start(
-            lambda: exact(pieces, self.topology, self.max_imbalance), lambda sizes: sizes, "counts"
+            lambda: exact(pieces, self.topology, self.max_imbalance), lambda sizes: sizes, "counts", takes_sms=False
         )
         return Announced(topk_ids_TK, counts)
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
-from fp8moe.layers.attention.core import BACKENDS, document_mask, keep_in_e5m6
+from fp8moe.layers.attention import core
+from fp8moe.layers.attention.core import BACKENDS, attend, document_mask, keep_in_e5m6
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig, Positions
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.operand import Activation
@@ -224,10 +226,53 @@ def test_flash_attention_is_called_as_its_kernels_want_it(
     assert kwargs == {"softmax_scale": 0.125, "causal": True}
 
 
-def test_flash_attention_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    q, k, v = qkv()
-    with pytest.raises(ValueError, match=r"can't be imported.*or use model\.attention\.backend=sdpa"):
-        BACKENDS["flash"](q, k, v, 1.0, None)
-    with pytest.raises(ValueError, match=r"supports no document mask: use model\.attention\.backend=sdpa"):
-        BACKENDS["flash"](q, k, v, 1.0, torch.ones(B, S, S).bool())
+def test_flex_attention_is_attention_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled and without gradients, as far as a CPU goes."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(core, "_compiled_flex_attention", lambda: flex_attention)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, B, 6, H, 24)
+    v = torch.randn(B, 6, H, 16)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]])
+    angles = torch.empty(B * 6, 0)
+    for given in (None, documents):
+        positions = Positions(B, angles, angles, given)
+        expected = attend("sdpa", q, k, v, 0.3, positions)
+        torch.testing.assert_close(attend("flex", q, k, v, 0.3, positions), expected)
+
+
+@pytest.mark.parametrize("kernel, backend", [
+    ("cudnn", SDPBackend.CUDNN_ATTENTION), ("efficient", SDPBackend.EFFICIENT_ATTENTION)
+])  # fmt: skip
+def test_a_pinned_kernel_is_the_only_one_allowed(
+    kernel: str, backend: SDPBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    allowed = {
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled, "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+        "flash": torch.backends.cuda.flash_sdp_enabled, "math": torch.backends.cuda.math_sdp_enabled,
+    }  # fmt: skip
+    before = {name: on() for name, on in allowed.items()}
+    monkeypatch.setattr(
+        core, "_sdpa", lambda *inputs: (seen.append([n for n, on in allowed.items() if on()]), inputs)[1]
+    )
+    inputs = tuple(qkv())
+    assert BACKENDS[kernel](*inputs, 0.5, None) == (*inputs, 0.5, None)
+    assert seen == [[kernel]] and {name: on() for name, on in allowed.items()} == before
+
+
+def test_an_output_that_should_have_been_saved_and_was_not_is_an_error() -> None:
+    q = qkv()[0]
+    saver = _Saver(by_sequence, lambda out: out.clone())
+    with capture_saved() as captured:
+        out = saver.function(q)
+    with pytest.raises(RuntimeError, match=r"saved 2 tensors and none is its output \[2, 32, 4, 32\].*backend=sdpa"):
+        keep_in_e5m6(out, captured, saves_output=True)
+    with capture_saved() as captured:
+        out = sdpa(*qkv())
+    keep_in_e5m6(out, captured, saves_output=True)
+    assert sum(saved.tensor is None for saved in captured) == 1
+    with capture_saved() as captured:
+        out = sdpa(*(t.detach() for t in qkv()))
+    keep_in_e5m6(out, captured, saves_output=True)  # nothing asks for gradients, nothing was saved

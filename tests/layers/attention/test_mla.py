@@ -74,7 +74,7 @@ def test_positions_have_the_rotations_and_the_mask_of_the_batch() -> None:
       for name in ("num_heads", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim")),
     ({"q_lora_rank": -1}, r"model\.attention\.q_lora_rank=-1 must be at least 0: use 0 for none"),
     ({"rope_dim": 15}, r"model\.attention\.rope_dim=15 must be even, to rotate pairs: use 16"),
-    ({"backend": "fast"}, r"model\.attention\.backend='fast' .*use sdpa or flash"),
+    ({"backend": "fast"}, r"model\.attention\.backend='fast' .*use auto, sdpa, cudnn, flex or flash"),
 ])  # fmt: skip
 def test_impossible_configurations_are_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -186,14 +186,14 @@ def test_the_bf16_output_dies_with_the_forward(
 
 
 def test_the_configured_back_end_gets_scale_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(CONFIG, backend="flash", yarn=YarnConfig(factor=4.0, original_max_seq_len=16))
+    config = replace(CONFIG, backend="sdpa", yarn=YarnConfig(factor=4.0, original_max_seq_len=16))
     calls: list[tuple[Any, ...]] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         calls.append((q.shape, k.shape, v.shape, scale, mask))
         return v
 
-    monkeypatch.setitem(core.BACKENDS, "flash", attend)
+    monkeypatch.setitem(core.BACKENDS, "sdpa", attend)
     positions: Positions = config.positions(arange(2, 6), torch.zeros(2, 6))
     build(config)(torch.randn(12, DIM), positions)
     ((q, k, v, scale, mask),) = calls

@@ -1,0 +1,156 @@
+"""Which kernel computes core attention, forward and backward: one table, asked once for a device and its heads.
+
+`auto` takes the first kernel of its list that can run; a kernel that is named runs or is refused in one sentence when
+the layer is built. The kernel is pinned in the forward, so PyTorch can't fall back to a slower one in silence; the
+backward is that of the same kernel. Whether PyTorch's fused kernels take the heads (192 features of queries and keys
+beside 128 of values in DeepSeek-V3) is asked of PyTorch itself, which knows its cuDNN and the GPU.
+
+Documents: FlexAttention skips blocks of scores between documents; the others read a dense mask, and flash-attn 4 has
+none. FlexAttention was refused for plain causal heads: cuDNN is faster there. It has no backward on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+SETTINGS = (AUTO, "sdpa", "cudnn", "flex", "flash")  # of model.attention.backend
+LABELS = {
+    "cudnn": "cuDNN",
+    "flash": "flash-attn 4",
+    "flex": "FlexAttention",
+    "efficient": "PyTorch's memory-efficient kernel",
+    "sdpa": "PyTorch's own choice",
+}
+# What auto tries, in this order: by kind of device, and whether documents are masked.
+ORDER = {
+    ("cpu", False): ("sdpa",),
+    ("cpu", True): ("sdpa",),
+    ("cuda", False): ("cudnn", "flash", "efficient", "sdpa"),
+    ("cuda", True): ("flex", "cudnn", "efficient", "sdpa"),
+}
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of attention: features of a query or key, and of a value; their dtype; whether documents are masked."""
+
+    qk_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    masked: bool
+
+    def __str__(self) -> str:
+        mask = "masked by documents" if self.masked else "causal"
+        return f"{self.qk_dim}/{self.v_dim} heads, {mask}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device offers: PyTorch's fused kernels that take the heads in question, and installed packages."""
+
+    kind: str  # "cpu" or "cuda"
+    capability: tuple[int, int] = (0, 0)
+    fused: frozenset[str] = frozenset()  # of "cudnn" and "efficient"
+    flash_error: str | None = "it is not installed"  # why flash-attn 4 can't be imported
+    triton: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel by its name in `core.BACKENDS`; saves_output: its backward reads its output, on this device."""
+
+    kernel: str
+    saves_output: bool
+
+
+def why_not(kernel: str, heads: Heads, machine: Machine) -> str | None:
+    """Why `kernel` can't run these heads there, as the middle of a sentence; None where it can."""
+    if kernel == "sdpa":
+        return None
+    if kernel == "flash" and heads.masked:
+        return "it supports no document mask"
+    if machine.kind != "cuda":
+        return "it has no backward on a CPU" if kernel == "flex" else "it needs a GPU"
+    if kernel == "flex":
+        return None if machine.triton else "it needs Triton"
+    if kernel == "flash":
+        if machine.flash_error is not None:
+            return f"flash-attn 4 and its CuTe kernels can't be imported ({machine.flash_error}; extra `flash-attn`)"
+        if machine.capability < HOPPER:
+            return "it needs compute capability {}.{}, this GPU has {}.{}".format(*HOPPER, *machine.capability)
+        return None if heads.dtype is torch.bfloat16 else f"it takes BF16, not {heads.dtype}"
+    return None if kernel in machine.fused else f"PyTorch's {kernel} kernel does not take {heads} in {heads.dtype} here"
+
+
+def choose(setting: str, heads: Heads, machine: Machine) -> str:
+    """The kernel that `model.attention.backend=setting` means. Raises ValueError for one that can't run there."""
+    if setting == AUTO:
+        return next(kernel for kernel in ORDER[machine.kind, heads.masked] if why_not(kernel, heads, machine) is None)
+    reason = why_not(setting, heads, machine)
+    if reason is not None:
+        nearest = choose(AUTO, heads, machine)
+        other = ", or data.document_mask=false" if setting == "flash" and heads.masked else ""
+        raise ValueError(
+            f"model.attention.backend={setting} cannot run {heads}: {reason}: use model.attention.backend="
+            f"{nearest if nearest in SETTINGS else AUTO}{other}"
+        )
+    return setting
+
+
+@functools.cache
+def chosen(setting: str, heads: Heads, device: torch.device) -> Choice:
+    """The kernel for these heads on `device`, said once in the log. Raises ValueError as `choose` does."""
+    machine = machine_of(device, heads)
+    kernel = choose(setting, heads, machine)
+    where = " on a CPU" if machine.kind == "cpu" else ""
+    logger.info("attention: %s%s for %s (model.attention.backend=%s)", LABELS[kernel], where, heads, setting)
+    return Choice(kernel, machine.kind == "cuda" and kernel != "sdpa")
+
+
+def machine_of(device: torch.device, heads: Heads) -> Machine:
+    """What `device` offers for these heads."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Machine("cpu")
+    return Machine(
+        "cuda",
+        torch.cuda.get_device_capability(device),
+        _fused(device, heads),
+        _flash_error(),
+        importlib.util.find_spec("triton") is not None,
+    )
+
+
+def _fused(device: torch.device, heads: Heads) -> frozenset[str]:
+    """PyTorch's fused kernels that take such heads, forward and backward: it says by looking at small tensors."""
+
+    def small(features: int) -> torch.Tensor:  # [1, 2, 128, features], laid out as attention's inputs are
+        made = torch.empty(1, 128, 2, features, dtype=heads.dtype, device=device, requires_grad=True)
+        return made.transpose(1, 2)
+
+    mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device) if heads.masked else None
+    asked: dict[str, Callable[..., bool]] = {
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+        "efficient": torch.backends.cuda.can_use_efficient_attention,
+    }
+    q, k, v = small(heads.qk_dim), small(heads.qk_dim), small(heads.v_dim)
+    params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, not heads.masked, False)
+    return frozenset(name for name, can_use in asked.items() if can_use(params))
+
+
+@functools.cache
+def _flash_error() -> str | None:
+    try:
+        from flash_attn.cute import flash_attn_func  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
