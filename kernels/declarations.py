@@ -284,7 +284,10 @@ DECLARATIONS = {
     ),
     "adamw_step": Declaration((*_STATE, "Segments segments", "MaybeTotal weight"), _ADAMW, (), _nothing),
     "adamw_step_quantize": Declaration(
-        (*_STATE, "Total weight", "Fp8Total blocks", "Fp8Total transposed"), _ADAMW, (), _nothing
+        (*_STATE, "Total weight", "Fp8Total blocks", "Fp8Total transposed"),
+        f"{_ADAMW}, bool power_of_two",
+        (),
+        _nothing,
     ),
     "squared_norm": Declaration(("Tensor flat",), "", ("tensor",), _sum),
     "cross_entropy": Declaration(("Tensor logits", "Tensor labels", "Total losses"), "", (), _nothing),

@@ -42,7 +42,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.recompute = Recompute.NORM in recipe.recompute
         tensor, rows, usual = feeds.value
-        self.power_of_two = usual if feeds is Feeds.MOE else recipe.power_of_two(usual)  # rows that travel have no choice
+        self.power_of_two = (
+            usual if feeds is Feeds.MOE else recipe.power_of_two(usual)
+        )  # rows that travel have no choice
         self.rows = rows and recipe.fp8
         self.tensor = tensor or not self.rows or not self.recompute
         self.weight = nn.Parameter(torch.ones(dim, dtype=recipe.dtype))

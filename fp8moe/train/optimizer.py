@@ -143,7 +143,8 @@ class AdamW:
             adamw_step(flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, flat.segments, flat.weight, **settings)
         for module, flat in self._quantized:
             weight, both = module.weight, (module.blocks, module.transposed_blocks)
-            adamw_step_quantize(*flat.of(weight), weight.detach(), *both, **settings)
+            power_of_two = module.recipe.power_of_two(False)
+            adamw_step_quantize(*flat.of(weight), weight.detach(), *both, **settings, power_of_two=power_of_two)
 
     @torch.no_grad()
     def write_parameters(self) -> None:

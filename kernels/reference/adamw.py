@@ -60,6 +60,7 @@ def adamw_step_quantize(
     weight_decay: float,
     step: int,
     grad_scale: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> None:
     adamw_step(
         master.view(-1),
@@ -76,4 +77,4 @@ def adamw_step_quantize(
         step=step,
         grad_scale=grad_scale,
     )
-    write_blocks(weight, blocks, transposed, ACTIVATION_AMAX_FLOOR, False)
+    write_blocks(weight, blocks, transposed, ACTIVATION_AMAX_FLOOR, power_of_two)

@@ -96,7 +96,8 @@ def flat_step_kernel(
 @triton.jit
 def blocks_step_kernel(
     master, grad, exp_avg, exp_avg_sq, weight, codes, scales, transposed, transposed_scales, grad_scale, N, K, kept,
-    rate1, beta2, rate2, root, eps, step_size, floor, FROM_GRAD: tl.constexpr, STRIP: tl.constexpr,
+    rate1, beta2, rate2, root, eps, step_size, floor, FROM_GRAD: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    STRIP: tl.constexpr,
 ):  # fmt: skip
     """One 128x128 block of a weight [E, N, K]: updated, then its BF16 values cast in both orientations."""
     k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
@@ -110,7 +111,7 @@ def blocks_step_kernel(
             step_size, FROM_GRAD,
         )  # fmt: skip
     tl.debug_barrier()  # every warp's weights are written before any warp reads one
-    write_blocks(weight, codes, scales, transposed, transposed_scales, N, K, N.to(tl.int64) * K, K, floor, False)
+    write_blocks(weight, codes, scales, transposed, transposed_scales, N, K, N.to(tl.int64) * K, K, floor, POWER_OF_TWO)
 
 
 def adamw_step(
@@ -153,13 +154,15 @@ def adamw_step_quantize(
     weight_decay: float,
     step: int,
     grad_scale: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> None:
     n, k = master.shape[-2:]
     if master.numel():
         blocks_step_kernel[(ceil_div(n, TILE), ceil_div(k, TILE), master.numel() // (n * k))](
             master, grad, exp_avg, exp_avg_sq, weight, blocks.data, blocks.scale, transposed.data, transposed.scale,
             grad_scale, n, k, *_constants(lr, beta1, beta2, eps, weight_decay, step), ACTIVATION_AMAX_FLOOR,
-            FROM_GRAD=1 - beta1 >= 0.5, STRIP=STRIP, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            FROM_GRAD=1 - beta1 >= 0.5, POWER_OF_TWO=power_of_two, STRIP=STRIP, num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
