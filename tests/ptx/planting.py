@@ -30,8 +30,13 @@ def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
     if op.startswith("quantize"):
         return partial(_cast, name=op, seed=seed)
     shape = rest[0]
-    tile = next(t for t in tiles.production_tiles(backend, op) if f"{t.block_m}x{t.block_n}x{t.stages}" == shape)
-    return partial(compare, backend=backend, op=op, kind=kind, tile=tile, small=backend == "gluon", seeds=(seed,))
+    tile = next(
+        one
+        for one in tiles.production_tiles(backend, op)
+        if f"{one.block_m}x{one.block_n}x{one.stages}" == shape and one.multicast == ("multicast" in rest)
+    )
+    size = "small" if backend == "gluon" else "ragged"
+    return partial(compare, backend=backend, op=op, kind=kind, tile=tile, size=size, seeds=(seed,))
 
 
 def _cast(machine: Machine, name: str, seed: int | None) -> None:
