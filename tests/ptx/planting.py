@@ -10,16 +10,21 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import triton
 
 from fp8moe.kernels import tiles
+from fp8moe.kernels.backend import release_of
+from tests.kernels.sm90_cases import PAIRS_SINCE
 from tests.ptx.launching import Machine
 from tests.ptx.moving_cases import both, values
+from tests.ptx.pair_plants import PAIR_PLANTS
 from tests.ptx.parser import Unsupported
 from tests.ptx.plants import PLANTS, Plant
 from tests.ptx.product_cases import compare, wgrad
 from tests.ptx.registers import Fault
 
 SCHEDULES = (None, 0, 1, 2, 3)
+PLANTED = (*PLANTS, *(PAIR_PLANTS if release_of(triton.__version__) >= PAIRS_SINCE else ()))
 
 
 def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
@@ -35,7 +40,7 @@ def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
         for one in tiles.production_tiles(backend, op)
         if f"{one.block_m}x{one.block_n}x{one.stages}" == shape and one.multicast == ("multicast" in rest)
     )
-    size = "small" if backend == "gluon" else "ragged"
+    size = "ragged" if backend != "gluon" else "pair" if tile.multicast else "small"
     return partial(compare, backend=backend, op=op, kind=kind, tile=tile, size=size, seeds=(seed,))
 
 
@@ -63,7 +68,7 @@ def run_plant(plant: Plant, machine: Machine) -> str:
 def unclean(machine: Machine) -> dict[str, str]:
     """The cases whose kernel is wrong without a plant, and what is wrong: none may be, but where a compiler is."""
     found = {}
-    for case in dict.fromkeys(plant.case for plant in PLANTS):
+    for case in dict.fromkeys(plant.case for plant in PLANTED):
         torch.manual_seed(1)
         try:
             problem(case, None)(machine)

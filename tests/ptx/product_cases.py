@@ -30,10 +30,13 @@ BOUNDS = {torch.bfloat16: 5e-6, torch.float32: 1e-12}  # of `calc_diff`
 MODULES = {"gemm_columns": "gemm", "grouped_wgrad": "grouped_gemm"}
 # Rows, columns and contraction by the name of a size; the tokens of its groups of experts; rows and columns of their sums,
 # where TMA adds whole waves of an expert's rows. "tiny" are the sizes at which another compiler's FP8 weight gradient lost
-# every fourth column on Triton 3.8 (pytorch/pytorch issue 188841).
-SIZES = {"aligned": (256, 256, 512), "small": (144, 144, 400), "ragged": (200, 272, 400), "tiny": (32, 16, 16)}
-GROUPS = {"aligned": (256, 256), "small": (128, 0, 128), "ragged": (128, 0, 256), "tiny": (128,)}
-SUMS = {"aligned": (256, 256), "small": (144, 272), "ragged": (144, 272), "tiny": (32, 16)}
+# every fourth column on Triton 3.8 (pytorch/pytorch issue 188841); "pair" lets the ring of two CTAs come round.
+SIZES = {
+    "aligned": (256, 256, 512), "small": (144, 144, 400), "ragged": (200, 272, 400), "tiny": (32, 16, 16),
+    "pair": (144, 272, 656),
+}  # fmt: skip
+GROUPS = {"aligned": (256, 256), "small": (128, 0, 128), "ragged": (128, 0, 256), "tiny": (128,), "pair": (384, 0, 256)}
+SUMS = {"aligned": (256, 256), "small": (144, 272), "ragged": (144, 272), "tiny": (32, 16), "pair": (144, 272)}
 SUMS_BY_TMA = SUMS | {"small": (192, 320), "ragged": (192, 320), "tiny": (64, 16)}
 
 
@@ -114,7 +117,7 @@ def product(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
         return
     compare(machine, backend, op, kind, tile, "ragged", (None,))
     seeds = range(SCHEDULES) if backend == "gluon" else range(1)
-    compare(machine, backend, op, kind, tile, "small", seeds)
+    compare(machine, backend, op, kind, tile, "pair" if tile.multicast else "small", seeds)
     compare(machine, backend, op, kind, tile, "tiny", (None,))
 
 

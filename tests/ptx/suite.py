@@ -34,8 +34,7 @@ from triton.runtime import driver
 from tests.kernels.sm90 import Pretender
 from tests.ptx import moving_cases, product_cases, speed
 from tests.ptx.launching import Machine
-from tests.ptx.planting import run_plant, unclean
-from tests.ptx.plants import PLANTS
+from tests.ptx.planting import PLANTED, run_plant, unclean
 
 
 def prepare() -> None:
@@ -77,7 +76,7 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
 def plant_all(machine: Machine) -> dict[str, str]:
     """What was found of each planted fault, by name; empty where nothing was."""
     found, wrong = {}, unclean(machine)
-    for plant in PLANTS:
+    for plant in PLANTED:
         if plant.case in wrong:
             found[plant.name] = f"not planted: {wrong[plant.case]}"
             continue
