@@ -16,6 +16,7 @@ VENV ?= .venv
 ARGS ?=
 NPROC ?= auto
 BENCH_OUT ?= runs/bench
+TRITON ?= 3.6.0 3.7.1 3.8.0
 
 PINS ?= $(if $(wildcard /dev/nvidia[0-9]*)$(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU),cuda,cpu)
 CONSTRAINTS := constraints/$(PINS).txt
@@ -85,6 +86,15 @@ check: $(SETUP) ## ruff, mypy, the floors by import-linter, and the architecture
 .PHONY: mutants
 mutants: $(SETUP) ## break one line at a time and see whether the tests notice
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m tests.mutants $(ARGS)
+
+# Ten minutes for each on two cores. Nothing of .venv changes: the other Triton lies in a folder of its own, in front.
+.PHONY: gate
+gate: $(SETUP) ## compile and run every kernel's machine code with other Tritons: TRITON="3.6.0 3.7.1 3.8.0"
+	@for version in $(TRITON); do \
+	  folder=$(or $(VENV:none=),.)/triton-$$version; echo "== Triton $$version"; \
+	  test -d $$folder || $(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --target $$folder triton==$$version; \
+	  OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=$$folder $(RUN) -m pytest tests/kernels/test_sm90.py tests/ptx $(ARGS); \
+	done
 
 .PHONY: clean
 clean: ## remove caches and build outputs; .venv and runs/ stay

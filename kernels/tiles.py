@@ -1,7 +1,7 @@
 """Which tile a kernel runs with: a table in a file, and the cheapest of its tiles by a small model of the machine.
 
-`tiles.json` beside this file maps device -> back end -> op -> length of the contraction -> the tiles that may be chosen.
-They are few on purpose: a batch of another size takes another of tiles that are compiled already, and every tile adds
+`tiles.json` beside this file maps device -> back end -> op -> length of the contraction -> tiles to choose from. They
+are few on purpose: a batch of another size takes another of tiles that are compiled already, and every tile adds
 the same products in the same order, so the choice changes no bit. Among them `choose` takes the one whose busiest SM
 has the least to do, in cycles by `cycles`; where two cost the same, the first of the table, which is the one measured
 to be faster. `benchmarks/tune.py` searches stages and order of tiles on a GPU and rewrites the file. Autotuning inside
@@ -18,9 +18,9 @@ The model. A tile is ceil(K / 128) steps and an epilogue. In a step of BM x BN x
     chain          one consumer's waves one after another: 256 cycles of WGMMA each, its latency, the promotion
     L2             codes and scales at 28.5 bytes a cycle and SM, measured on an H100; a pair reads its rows once
 
-The first four are the consumers' pace. The producer is up to a ring ahead and keeps loading under an epilogue, so a tile
-takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32 comes on top: its traffic hides
-under nothing. Constants are measured once for all sizes; `benchmarks/model.py` holds them against every record.
+The first four are the consumers' pace. The producer is up to a ring ahead and keeps loading under an epilogue, so a
+tile takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32 comes on top: its traffic
+hides under nothing. Constants are measured once for all sizes; `benchmarks/model.py` holds them against every record.
 """
 
 import functools
@@ -43,7 +43,7 @@ FP32_LANES = 128
 SHARED_BYTES_PER_CYCLE = 128
 L2_BYTES_PER_CYCLE = 28.5  # one SM, all loading: 6.7 to 7.0 TB/s (benchmarks/LOG.md, What bounds the GEMMs)
 WGMMA_LATENCY = 60  # from the last multiply-add of a wave to its first use
-EPILOGUE_CYCLES = 1800  # of one wave of 64x128: last product, conversion, store, barriers, the next tile's first scales
+EPILOGUE_CYCLES = 2000  # of one wave of 64x128: last product, conversion, store, barriers, the next tile's first scales
 SUMMED = ("gemm_columns", "grouped_wgrad")  # ops that add into FP32
 ADDED_BY_TMA = 2048  # tokens of a group from which L2 adds faster than the loads of an epilogue (`gluon/pipeline`)
 SUM_CYCLES, SUM_CYCLES_BY_TMA = 0.48, 0.38  # for a value of a tile: HBM in and out by registers, or 4 bytes added in L2
@@ -98,7 +98,7 @@ def step_of(block_m: int, block_n: int, *, columns: bool, rows_shared: int = 1, 
 
 def tile_cycles(step: Step, block_m: int, block_n: int, k: int, *, summed: float = 0.0) -> float:
     """A whole tile of contraction k, epilogue included; summed: cycles for each value that is added into FP32."""
-    steps, waves = ceil_div(k, 128), block_m * block_n / (2 * 64 * 128)
+    steps, waves = ceil_div(k, 128), block_m / 128 * max(1.0, block_n / 128)  # of each consumer
     return max(steps * step.l2, steps * step.consumers + waves * EPILOGUE_CYCLES) + block_m * block_n * summed
 
 
@@ -132,7 +132,9 @@ def choose(
     their rows. Raises ValueError where the table has no such back end or op.
     """
     entries = _entries(read_table(), device, backend, op)
-    legal = [one for one in entries[length_of(k)] if not one.multicast or (pairs and sms >= PAIR)]
+    pairs = pairs and sms >= PAIR
+    # Where one CTA's columns are all there are, a pair would share its rows with nobody.
+    legal = [one for one in entries[length_of(k)] if not one.multicast or (pairs and n > one.block_n)]
     return min(legal, key=lambda tile: cycles(tile, op, m, n, k, groups=groups, sms=sms))
 
 

@@ -56,7 +56,7 @@ def e4m3_casts(sass: str) -> int:
 
 
 def spills_in_steps(sass: str) -> int:
-    """Accesses to local memory inside the innermost loops that multiply: what a spill there costs is paid every step."""
+    """Accesses to local memory inside the innermost loops that multiply, where a spill is paid every step."""
     code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
     loops = []
     for address, text in code:

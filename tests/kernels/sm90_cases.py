@@ -77,7 +77,7 @@ def gemm_cases(backend: str) -> Iterator[Case]:
 
 
 def legal_tiles(backend: str, op: str, kind: str) -> tuple[Tile, ...]:
-    """Production tiles of an op and what becomes of its output: pairs on this Triton or not, and never where TMA adds."""
+    """Production tiles of an op, with pairs where this Triton has them and TMA doesn't add."""
     pairs = release_of(triton.__version__) >= PAIRS_SINCE and kind != "add_long"
     return tiles.production_tiles(backend, op, pairs=pairs)
 

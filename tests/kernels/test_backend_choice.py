@@ -120,7 +120,7 @@ def test_a_version_that_was_not_tried_is_refused_unless_asked_for(package, versi
     monkeypatch.delenv(backend.UNTRIED_VARIABLE, raising=False)
     said = f"it was tried with {package} {tried} and this is {version} (set FP8MOE_UNTRIED=1 to run it untried)"
     assert backend.why_not("triton") == said
-    with pytest.raises(ValueError, match="^back end 'triton' cannot run here: it was tried with .*: use reference$"):
+    with pytest.raises(ValueError, match=r"^back end 'triton' cannot run here: it was tried with .*: use reference$"):
         backend.set_backend("triton")
     assert backend.why_not("reference") is None
     monkeypatch.setenv(backend.UNTRIED_VARIABLE, "1")
@@ -133,6 +133,13 @@ def test_a_version_within_those_tried_is_accepted(package, version, monkeypatch)
 
     monkeypatch.setattr(triton if package == "Triton" else torch, "__version__", version)
     assert "tried" not in (backend.why_not("triton") or "")
+
+
+@pytest.mark.parametrize("folder", ["triton", "gluon"])
+def test_multiply_adds_are_fused_whatever_triton_does_unasked(folder):
+    code = f"import fp8moe.kernels.{folder}, triton; assert triton.knobs.language.default_fp_fusion"
+    env = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "0"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=120).returncode == 0
 
 
 def test_a_gpu_gets_the_fast_one_and_a_cpu_the_specification(monkeypatch):

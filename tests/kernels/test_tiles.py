@@ -59,8 +59,8 @@ def test_cycles_are_those_of_the_busiest_sm():
     assert one == pytest.approx(56 * (256 * 132 + 128 * 128) / 28.5), "loads are longer than steps and epilogue"
     assert cycles(tall, "gemm", 4096, 2112, 7168) == 3 * one, "16 x 17 tiles on 132 SMs"
     assert cycles(tall, "gemm", 4096, 2112, 7168, sms=272) == one
-    assert cycles(pair, "gemm", 4096, 2112, 7168) == 3 * (56 * 1152 + 2 * 1800), "16 x 9 pairs on 66"
-    assert cycles(pair, "gemm", 4096, 2112, 7168, sms=5) == 72 * (56 * 1152 + 2 * 1800), "the odd SM is idle"
+    assert cycles(pair, "gemm", 4096, 2112, 7168) == 3 * (56 * 1152 + 2 * 2000), "16 x 9 pairs on 66"
+    assert cycles(pair, "gemm", 4096, 2112, 7168, sms=5) == 72 * (56 * 1152 + 2 * 2000), "the odd SM is idle"
     added = cycles(tall, "grouped_wgrad", 256, 128, 1024, groups=2)
     assert added == pytest.approx(8 * 384 * 132 / 28.5 + 256 * 128 * 0.48)
     by_tma = cycles(tall, "grouped_wgrad", 256, 128, 2048, groups=2)
@@ -93,9 +93,7 @@ def test_no_choice_is_worse_than_that_of_four_classes():
                                 t for t in production_tiles("gluon", op, pairs=False)
                                 if shape(t) == class_of_before(op, m, n, k, groups)
                             )  # fmt: skip
-                            ours, theirs = (
-                                cycles(t, op, m, n, k, groups=groups, sms=sms) for t in (found, before)
-                            )
+                            ours, theirs = (cycles(t, op, m, n, k, groups=groups, sms=sms) for t in (found, before))
                             assert ours <= theirs, (op, m, n, k, groups, sms)
                             better += ours < 0.95 * theirs
     assert better > 50

@@ -160,8 +160,8 @@ class Cta:
         for warp, clock in self.reached.items():
             if mine[:, warp].max() < clock:
                 raise Fault(
-                    f"CTA {self.ctaid} may have left when warp {warp % self.num_warps} of CTA {warp // self.num_warps} of "
-                    "the cluster arrives at its mbarrier: nothing waits for that arrival"
+                    f"CTA {self.ctaid} may have left when warp {warp % self.num_warps} of CTA {warp // self.num_warps} "
+                    "of the cluster arrives at its mbarrier: nothing waits for that arrival"
                 )
 
 

@@ -14,7 +14,7 @@ MEET, PART = (
 
 
 def never_wait_for_both(text: str) -> str:
-    """CTA 0's producer does not wait for the consumers of its peer: the second wait of the producer, behind a branch."""
+    """CTA 0's producer does not wait for its peer's consumers: the producer's second wait, behind a branch."""
     wait = matches(text, rf"bra\.uni\s+skipWait;\s+\.reg \.pred complete;\s+(?:\.loc[^\n]*\s+)?{TRY_WAIT}")[0]
     start = text.index("mbarrier.try_wait", wait.start())
     return text[:start] + "mov.pred complete, -1;" + text[wait.end() :]

@@ -28,9 +28,9 @@ from tests.ptx.moving_cases import Case, ops
 SCHEDULES = 10
 BOUNDS = {torch.bfloat16: 5e-6, torch.float32: 1e-12}  # of `calc_diff`
 MODULES = {"gemm_columns": "gemm", "grouped_wgrad": "grouped_gemm"}
-# Rows, columns and contraction by the name of a size; the tokens of its groups of experts; rows and columns of their sums,
-# where TMA adds whole waves of an expert's rows. "tiny" are the sizes at which another compiler's FP8 weight gradient lost
-# every fourth column on Triton 3.8 (pytorch/pytorch issue 188841); "pair" lets the ring of two CTAs come round.
+# Rows, columns and contraction by the name of a size; the tokens of its groups; rows and columns of their sums, where
+# TMA adds whole waves of an expert's rows. "tiny" are the sizes at which a compiled FP8 weight gradient lost every
+# fourth column on Triton 3.8 (pytorch/pytorch issue 188841); "pair" lets the ring of two CTAs come round.
 SIZES = {
     "aligned": (256, 256, 512), "small": (144, 144, 400), "ragged": (200, 272, 400), "tiny": (32, 16, 16),
     "pair": (144, 272, 656),
