@@ -74,8 +74,8 @@ class Prediction:
     bound: str
 
 
-# DeepGEMM's tiles for the sizes it has published (block M, block N, CTAs that share the rows, the columns), on the fewest
-# SMs that need no further round, as it launches them.
+# DeepGEMM's tiles for the sizes it has published (block M, block N, CTAs that share the rows, the columns), on the
+# fewest SMs that need no further round, as it launches them.
 DEEPGEMM = {
     "gemm M4096 N7168 K16384": Work(256, 128, 2, sms=128),
     "gemm M4096 N4096 K7168": Work(256, 128, 2, sms=128),
