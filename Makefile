@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12    the interpreter that .venv is made from
 #   VENV=                (empty, or none) use PYTHON as it is, a container's own for example, and install nothing
+#   PINS=cpu             constraints/cpu.txt or cuda.txt; without it the latter where there is a GPU
 #   ARGS="key=value"     handed on: to `fp8moe train`, to pytest, or to every benchmark
 
 SHELL := /bin/bash
@@ -15,6 +16,10 @@ VENV ?= .venv
 ARGS ?=
 NPROC ?= auto
 BENCH_OUT ?= runs/bench
+TRITON ?= 3.6.0 3.7.1 3.8.0
+
+PINS ?= $(if $(wildcard /dev/nvidia[0-9]*)$(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU),cuda,cpu)
+CONSTRAINTS := constraints/$(PINS).txt
 
 ifeq ($(filter-out none,$(VENV)),)
 RUN := $(PYTHON)
@@ -26,19 +31,19 @@ endif
 
 # Set-up needs no network once this file is newer than what it was made from; a stopped install starts over.
 ifneq ($(SETUP),)
-$(SETUP): pyproject.toml constraints.txt
+$(SETUP): pyproject.toml constraints/base.txt $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("fp8moe needs Python 3.11 or newer, $(PYTHON) is %d.%d: use make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	@echo "Setting up $(VENV), once: torch alone is 0.2 GB on a CPU machine, several GB with CUDA."
+	@echo "Setting up $(VENV), once, from $(CONSTRAINTS) (PINS=cpu or PINS=cuda decides otherwise): torch alone is 0.2 GB on a CPU machine, several GB with CUDA."
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment: install its venv module, or use VENV= with a Python that has the packages of pyproject.toml" >&2; exit 1; }
-	$(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt setuptools
-	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(RUN) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) setuptools
+	$(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	@touch $@
 endif
 
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@sed -n '3,5s/^# //p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '3,6s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: setup
 setup: $(SETUP) ## make .venv when it is missing or older than its pins
@@ -79,6 +84,15 @@ check: $(SETUP) ## ruff, mypy, the floors by import-linter, and the architecture
 .PHONY: mutants
 mutants: $(SETUP) ## break one line at a time and see whether the tests notice
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m tests.mutants $(ARGS)
+
+# Ten minutes for each on two cores. Nothing of .venv changes: the other Triton lies in a folder of its own, in front.
+.PHONY: gate
+gate: $(SETUP) ## compile and run every kernel's machine code with other Tritons: TRITON="3.6.0 3.7.1 3.8.0"
+	@for version in $(TRITON); do \
+	  folder=$(or $(VENV:none=),.)/triton-$$version; echo "== Triton $$version"; \
+	  test -d $$folder || $(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --target $$folder triton==$$version; \
+	  OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=$$folder $(RUN) -m pytest tests/kernels/test_sm90.py tests/ptx $(ARGS); \
+	done
 
 .PHONY: clean
 clean: ## remove caches and build outputs; .venv and runs/ stay

@@ -7,7 +7,7 @@ reason, never replaced.
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -19,9 +19,9 @@ from fp8moe.kernels import backend, tiles
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows
 
-PAIRS = "gluon multicast"
-OURS = ("gluon", PAIRS, "triton", "cublas", "te")
-OURS_GROUPED = ("gluon", PAIRS, "triton")
+ALONE = "gluon without pairs"
+OURS = ("gluon", ALONE, "triton", "cublas", "te")
+OURS_GROUPED = ("gluon", ALONE, "triton")
 BF16 = "bf16 cublas"
 
 
@@ -48,11 +48,13 @@ class Contest:
             self.candidates[name] = call
 
 
-def in_pairs(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The Gluon op with the table's tiles, run by pairs of CTAs that share their rows by multicast."""
+def without_pairs(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The Gluon op with the tiles that the table has for one CTA alone. Raises ValueError where it has no others."""
+    if not importlib.import_module("fp8moe.kernels.gluon.launch").pairs_allowed():
+        raise ValueError("no pairs of CTAs here: gluon itself runs without")
 
     def choose(*args: Any, choose: Callable[..., tiles.Tile] = tiles.choose, **kwargs: Any) -> tiles.Tile:
-        return replace(choose(*args, **kwargs), multicast=True)
+        return choose(*args, **kwargs | {"pairs": False})
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with patch.object(tiles, "choose", choose):
@@ -63,8 +65,8 @@ def in_pairs(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def implementation(name: str, module: str, op: str) -> Callable[..., Any]:
     """Op of one back end, without the choice in force. Raises ValueError where it can't run here."""
-    if name == PAIRS:
-        return in_pairs(implementation("gluon", module, op))
+    if name == ALONE:
+        return without_pairs(implementation("gluon", module, op))
     if reason := backend.why_not(name):
         raise ValueError(reason)
     found: Callable[..., Any] = getattr(importlib.import_module(f"fp8moe.kernels.{name}.{module}"), op)

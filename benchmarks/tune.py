@@ -2,8 +2,10 @@
 
     python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--dry-run]
 
-A class of shapes gets the tile with the smallest product of times (geometric mean) over its problems; every candidate's
-output is compared with the first one's, and one that differs beyond rounding is not a candidate. The compile gate
+For short and for long contractions the table gets one tile of each shape, alone and in pairs: that whose stages and
+swept rows have the smallest product of times (geometric mean) over the problems. Which shape a problem then takes is
+the choice of `kernels/tiles.py`; the fastest comes first, for where two cost the same. Every candidate's output is
+compared with the first one's, and one that differs beyond rounding is not a candidate. The compile gate
 (`tests/kernels/test_sm90.py`) then compiles what the table newly names: run it before committing the change.
 """
 
@@ -19,7 +21,7 @@ from benchmarks.harness import measure
 from benchmarks.peers import Operands, implementation
 from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD, Problem
 from fp8moe.kernels import tiles
-from fp8moe.kernels.tiles import CLASSES, Tile, shape_class
+from fp8moe.kernels.tiles import LENGTHS, Tile, length_of
 from tests.distance import calc_diff
 
 AGREEMENT = 5e-6  # calc_diff between two tiles' outputs: rounding to BF16, no more
@@ -96,24 +98,28 @@ def times_of(backend: str, p: Problem, device: torch.device, repeats: int) -> di
     return seconds
 
 
-def best(times: Sequence[dict[Tile, float]]) -> Tile:
-    """The tile with the smallest geometric mean of its times over all problems of a class."""
+def best(times: Sequence[dict[Tile, float]]) -> list[Tile]:
+    """Of each shape, alone and in pairs, the tile with the smallest geometric mean of its times; fastest first."""
     common = set.intersection(*(set(one) for one in times))
     if not common:
-        raise ValueError("no tile computed every problem of a class alike: the kernels need a look before tuning")
-    return min(common, key=lambda tile: (math.prod(one[tile] for one in times), tile.block_m, tile.stages, tile.group))
+        raise ValueError("no tile computed every problem of a length alike: the kernels need a look before tuning")
+
+    def cost(tile: Tile) -> tuple[float, int, int]:
+        return math.prod(one[tile] for one in times), tile.stages, tile.group
+
+    kinds = {(tile.block_m, tile.block_n, tile.multicast) for tile in common}
+    return sorted(
+        (min((t for t in common if (t.block_m, t.block_n, t.multicast) == kind), key=cost) for kind in kinds), key=cost
+    )
 
 
-def tune(backend: str, op: str, device: torch.device, repeats: int) -> dict[str, Tile]:
-    """Class -> best tile of `op`; a class without a problem keeps what the table has."""
+def tune(backend: str, op: str, device: torch.device, repeats: int) -> dict[str, list[Tile]]:
+    """Length of the contraction -> best tiles of `op`."""
     found = {}
-    for name in CLASSES:
-        problems = [p for p in PROBLEMS if p.op == op and shape_class(p.m, p.n, p.k, p.groups) == name]
-        if not problems:
-            found[name] = Tile(**tiles.read_table()[tiles.DEFAULT_DEVICE][backend][op][name])
-            continue
-        found[name] = best([times_of(backend, p, device, repeats) for p in problems])
-        print(f"{backend} {op} {name}: {found[name]}", flush=True)
+    for length in LENGTHS:
+        problems = [p for p in PROBLEMS if p.op == op and length_of(p.k) == length]
+        found[length] = best([times_of(backend, p, device, repeats) for p in problems])
+        print(f"{backend} {op} {length}: {found[length]}", flush=True)
     return found
 
 
@@ -134,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = table.setdefault(torch.cuda.get_device_name(device), {}).setdefault(arguments.backend, {})
     for op in arguments.op:
         found = tune(arguments.backend, op, device, arguments.repeats)
-        own[op] = {name: tiles.as_entry(tile) for name, tile in found.items()}
+        own[op] = {length: [tiles.as_entry(tile) for tile in them] for length, them in found.items()}
         if not arguments.dry_run:
             tiles.write_table(table)
     return 0

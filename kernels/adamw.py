@@ -90,8 +90,8 @@ def adamw_step_quantize(
     """`adamw_step` of one weight [..., N, K], all of which decays, and `quantize_blocks` of what it wrote.
 
     blocks [..., N, K] and transposed [..., K, N], codes and scales contiguous, are overwritten: bit for bit what
-    `quantize_blocks` makes of the new weight, its scales powers of two where asked. Raises ValueError as `adamw_step` and
-    `quantize_blocks` do.
+    `quantize_blocks` makes of the new weight, its scales powers of two where asked. Raises ValueError as `adamw_step`
+    and `quantize_blocks` do.
     """
     _check_state(master, grad, exp_avg, exp_avg_sq, weight, step, grad_scale)
     if master.dim() < 2:

@@ -92,7 +92,10 @@ _PACKAGE = {
     "te": "transformer_engine",
 }
 _HOPPER_ONLY = ("gluon", "cublas", "deepgemm", "te")
-_OLDEST_TRITON = (3, 6)
+# Oldest and newest release that these kernels were tried with (README, Versions). A compiler that nobody has looked at
+# may drop a fence, or fuse a cast into two stores: it runs only where UNTRIED_VARIABLE asks for it.
+_TRIED = {"torch": ((2, 11), (2, 14)), "Triton": ((3, 6), (3, 8))}
+UNTRIED_VARIABLE = "FP8MOE_UNTRIED"
 _OLDEST_TE = (2, 11)
 
 _log = logging.getLogger(__name__)
@@ -149,9 +152,11 @@ def why_not(name: str) -> str | None:
         return "this version has no adapter for it"
     if importlib.util.find_spec(_PACKAGE[name]) is None:
         return f"the package {_PACKAGE[name]} is not installed"
+    if reason := _untried("torch", torch.__version__):
+        return reason
     if name in ("triton", "gluon"):
         triton = importlib.import_module("triton")
-        if reason := _too_old("Triton", triton.__version__, _OLDEST_TRITON):
+        if reason := _untried("Triton", triton.__version__):
             return reason
         if name == "triton" and triton.knobs.runtime.interpret:
             return None
@@ -168,8 +173,21 @@ def why_not(name: str) -> str | None:
     return None
 
 
+def _untried(package: str, version: str) -> str | None:
+    oldest, newest = _TRIED[package]
+    if oldest <= release_of(version) <= newest or os.environ.get(UNTRIED_VARIABLE) == "1":
+        return None
+    tried = " to ".join(".".join(map(str, one)) for one in (oldest, newest))
+    return f"it was tried with {package} {tried} and this is {version} (set {UNTRIED_VARIABLE}=1 to run it untried)"
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: (3, 8) of "3.8.0+git1"."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def _too_old(package: str, version: str, oldest: tuple[int, int]) -> str | None:
-    if tuple(map(int, version.split(".")[:2])) >= oldest:
+    if release_of(version) >= oldest:
         return None
     return f"it needs {package} {'.'.join(map(str, oldest))} or newer, this is {version}"
 

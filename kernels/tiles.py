@@ -1,12 +1,26 @@
-"""Which tile a kernel runs with: a table in a file, read by a pure function.
+"""Which tile a kernel runs with: a table in a file, and the cheapest of its tiles by a small model of the machine.
 
-`tiles.json` beside this file maps device -> back end -> op -> shape class -> tile. The classes are few on purpose: a
-tile is chosen by what changes the answer, how many tiles there are to share among the SMs and how long each one's
-contraction is, so that a batch of another length never compiles a new kernel in the middle of a run.
-`benchmarks/tune.py` searches on a GPU and rewrites the file. Autotuning inside training was refused: the first steps
-would time candidates, ranks could choose differently, and sums would associate differently from run to run.
+`tiles.json` beside this file maps device -> back end -> op -> length of the contraction -> tiles to choose from. They
+are few on purpose: a batch of another size takes another of tiles that are compiled already, and every tile adds
+the same products in the same order, so the choice changes no bit. Among them `choose` takes the one whose busiest SM
+has the least to do, in cycles by `cycles`; where two cost the same, the first of the table, which is the one measured
+to be faster. `benchmarks/tune.py` searches stages and order of tiles on a GPU and rewrites the file. Autotuning inside
+training was refused: the first steps would time candidates, and ranks could choose differently.
 
 A device that has no entries of its own takes those of "default".
+
+The model. A tile is ceil(K / 128) steps and an epilogue. In a step of BM x BN x 128 these units work side by side
+(cycles of one SM; `Step`):
+
+    tensor core    BM * BN * 128 / 4096 multiply-adds a cycle
+    promotion      BM * BN / 128 FP32 lanes, once (rows by blocks) or twice (columns: a product with b's scale first)
+    shared memory  what TMA writes, and what WGMMA reads, 192 * 128 bytes a wave of 64x128; 128 bytes a cycle
+    chain          one consumer's waves one after another: 256 cycles of WGMMA each, its latency, the promotion
+    L2             codes and scales at 28.5 bytes a cycle and SM, measured on an H100; a pair reads its rows once
+
+The first four are the consumers' pace. The producer is up to a ring ahead and keeps loading under an epilogue, so a
+tile takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32 comes on top: its traffic
+hides under nothing. Constants are measured once for all sizes; `benchmarks/model.py` holds them against every record.
 """
 
 import functools
@@ -19,9 +33,21 @@ from fp8moe.kernels.fp8 import ceil_div
 
 TABLE = Path(__file__).resolve().with_name("tiles.json")
 DEFAULT_DEVICE = "default"
-CLASSES = ("few_short", "few_long", "many_short", "many_long")
+LENGTHS = ("short", "long")  # of the contraction: how many rows of tiles are best swept together depends on it
 SHORT_CONTRACTION = 2048
 HOPPER_SMS = 132
+PAIR = 2  # CTAs of a cluster, side by side along the columns of the output
+
+MACS_PER_CYCLE = 4096  # FP8, one SM
+FP32_LANES = 128
+SHARED_BYTES_PER_CYCLE = 128
+L2_BYTES_PER_CYCLE = 28.5  # one SM, all loading: 6.7 to 7.0 TB/s (benchmarks/LOG.md, What bounds the GEMMs)
+WGMMA_LATENCY = 60  # from the last multiply-add of a wave to its first use
+EPILOGUE_CYCLES = 2000  # of one wave of 64x128: last product, conversion, store, barriers, the next tile's first scales
+UNQUANTIZED = ("wgrad", "grouped_mm_wgrad")  # ops of BF16 operands
+SUMMED = ("gemm_columns", "grouped_wgrad", *UNQUANTIZED)  # ops that add into FP32
+ADDED_BY_TMA = 2048  # tokens of a group from which L2 adds faster than the loads of an epilogue (`gluon/pipeline`)
+SUM_CYCLES, SUM_CYCLES_BY_TMA = 0.48, 0.38  # for a value of a tile: HBM in and out by registers, or 4 bytes added in L2
 
 
 @dataclass(frozen=True)
@@ -33,37 +59,108 @@ class Tile:
     stages: int  # of the ring (Gluon) or of the software pipeline (Triton)
     group: int
     warps: int  # of one program; a Gluon kernel has 4 in each of two consumers and one that loads
-    multicast: bool = False  # Gluon: two CTAs side by side share their rows; in the table only where it is true
+    multicast: bool = False  # Gluon: a pair of CTAs side by side shares its rows; in the table only where it is true
 
 
-def shape_class(m: int, n: int, k: int, groups: int = 1) -> str:
-    """The class of a product [M, K] x [N, K] summed over K, `groups` of them where each has its own output.
+@dataclass(frozen=True)
+class Step:
+    """Cycles of each unit in one step of 128 along K."""
 
-    "few" where 256x128 tiles would not give every SM of a Hopper GPU one; "short" where K is at most 2048.
+    tensor: float
+    promotion: float
+    shared: float
+    chain: float
+    l2: float
+
+    @property
+    def consumers(self) -> float:
+        """The pace of the slowest unit that is not L2."""
+        return max(self.tensor, self.promotion, self.shared, self.chain)
+
+
+def step_of(block_m: int, block_n: int, *, columns: bool, rows_shared: int = 1, columns_shared: int = 1) -> Step:
+    """One step of a tile of FP8; *_shared: how many CTAs read the tile's rows (columns) from L2 together.
+
+    columns: both operands have scales by 1x128, which travel in the ring; else only the rows have.
     """
-    num_tiles = groups * ceil_div(m, 256) * ceil_div(n, 128)
-    amount = "few" if num_tiles < HOPPER_SMS else "many"
-    return f"{amount}_{'short' if k <= SHORT_CONTRACTION else 'long'}"
+    width = min(block_n, 128)  # of a wave, 64 rows high
+    waves = block_m / 64 * block_n / width
+    wave_tensor = 64 * width * 128 / MACS_PER_CYCLE
+    wave_promotion = 64 * width / FP32_LANES * (2 if columns else 1)
+    row_bytes, column_bytes = block_m * (128 + 4), block_n * (128 + (4 if columns else 0))
+    return Step(
+        tensor=waves * wave_tensor,
+        promotion=waves * wave_promotion,
+        shared=((block_m + block_n) * 128 + waves * (64 + width) * 128) / SHARED_BYTES_PER_CYCLE,
+        chain=waves / 2 * (wave_tensor + WGMMA_LATENCY + wave_promotion),
+        l2=(row_bytes / rows_shared + column_bytes / columns_shared) / L2_BYTES_PER_CYCLE,
+    )
 
 
-def choose(backend: str, op: str, m: int, n: int, k: int, *, groups: int = 1, device: str = DEFAULT_DEVICE) -> Tile:
-    """The tile of `op` ("gemm", "gemm_columns", "grouped_gemm", "grouped_wgrad", ...) in a back end; pure.
+def unquantized_step(block_m: int, block_n: int) -> Step:
+    """One step of 128 of a tile of BF16: twice the bytes, half the multiply-adds a cycle, nothing to promote."""
+    fp8 = step_of(block_m, block_n, columns=False)
+    l2 = (block_m + block_n) * 256 / L2_BYTES_PER_CYCLE
+    return Step(tensor=2 * fp8.tensor, promotion=0.0, shared=2 * fp8.shared, chain=2 * fp8.tensor, l2=l2)
+
+
+def tile_cycles(step: Step, block_m: int, block_n: int, k: int, *, summed: float = 0.0) -> float:
+    """A whole tile of contraction k, epilogue included; summed: cycles for each value that is added into FP32."""
+    steps, waves = ceil_div(k, 128), block_m / 128 * max(1.0, block_n / 128)  # of each consumer
+    return max(steps * step.l2, steps * step.consumers + waves * EPILOGUE_CYCLES) + block_m * block_n * summed
+
+
+def cycles(tile: Tile, op: str, m: int, n: int, k: int, *, groups: int = 1, sms: int = HOPPER_SMS) -> float:
+    """Of the busiest SM, where `tile` computes `op` on `sms` SMs (of a pair: an even number of them); pure."""
+    pair = PAIR if tile.multicast else 1
+    programs = groups * ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n * pair)
+    if op in UNQUANTIZED:
+        step = unquantized_step(tile.block_m, tile.block_n)
+    else:
+        step = step_of(tile.block_m, tile.block_n, columns=op in SUMMED, rows_shared=pair)
+    by_tma = k >= ADDED_BY_TMA and not tile.multicast
+    summed = (SUM_CYCLES_BY_TMA if by_tma else SUM_CYCLES) if op in SUMMED else 0.0
+    return ceil_div(programs, sms // pair) * tile_cycles(step, tile.block_m, tile.block_n, k, summed=summed)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    backend: str,
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    groups: int = 1,
+    device: str = DEFAULT_DEVICE,
+    sms: int = HOPPER_SMS,
+    pairs: bool = False,
+) -> Tile:
+    """The cheapest tile of `op` ("gemm", "gemm_columns", "grouped_gemm", "grouped_wgrad", ...) in a back end; pure.
 
     m, n: the output's sizes, k: the contraction's (for grouped ops those of one group on average). `device` is the
-    name the driver gives ("NVIDIA H200"). Raises ValueError where the table has no such back end or op.
+    name the driver gives ("NVIDIA H200"), `sms` how many SMs the launch may take, `pairs` whether two CTAs may share
+    their rows. Raises ValueError where the table has no such back end or op.
     """
-    table = read_table()
-    ops = _entries(table, device, backend, op)
-    return Tile(**ops[shape_class(m, n, k, groups)])
+    entries = _entries(read_table(), device, backend, op)
+    pairs = pairs and sms >= PAIR
+    # Where one CTA's columns are all there are, a pair would share its rows with nobody.
+    legal = [one for one in entries[length_of(k)] if not one.multicast or (pairs and n > one.block_n)]
+    return min(legal, key=lambda tile: cycles(tile, op, m, n, k, groups=groups, sms=sms))
 
 
-def production_tiles(backend: str, op: str) -> tuple[Tile, ...]:
-    """Every different tile that the table can choose for `op`, on any device: what must compile without a spill."""
+def length_of(k: int) -> str:
+    """Under which of LENGTHS the table has the tiles of a contraction of k."""
+    return LENGTHS[k > SHORT_CONTRACTION]
+
+
+def production_tiles(backend: str, op: str, *, pairs: bool = True) -> tuple[Tile, ...]:
+    """Every different tile that can be chosen for `op`, on any device: what must compile without a spill."""
     found: dict[Tile, None] = {}
     for backends in read_table().values():
-        for entry in backends.get(backend, {}).get(op, {}).values():
-            found[Tile(**entry)] = None
-    return tuple(found)
+        for entries in backends.get(backend, {}).get(op, {}).values():
+            found |= dict.fromkeys(Tile(**entry) for entry in entries)
+    return tuple(tile for tile in found if pairs or not tile.multicast)
 
 
 @functools.cache
@@ -74,19 +171,25 @@ def read_table(path: Path = TABLE) -> dict[str, Any]:
 
 
 def write_table(table: dict[str, Any], path: Path = TABLE) -> None:
-    """Write the table, a class a line, so that a change of one tile is one line of a diff."""
+    """Write the table, a tile a line, so that a change of one tile is one line of a diff."""
     lines = ["{"]
     for d, (device, backends) in enumerate(table.items()):
         lines.append(f" {json.dumps(device)}: {{")
         for b, (backend, ops) in enumerate(backends.items()):
             lines.append(f"  {json.dumps(backend)}: {{")
-            for o, (op, classes) in enumerate(ops.items()):
-                rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(tile)}" for name, tile in classes.items())
+            for o, (op, lengths) in enumerate(ops.items()):
+                rows = ",\n".join(_rows(length, entries) for length, entries in lengths.items())
                 lines.append(f"   {json.dumps(op)}: {{\n{rows}\n   }}{'' if o == len(ops) - 1 else ','}")
             lines.append("  }" + ("" if b == len(backends) - 1 else ","))
         lines.append(" }" + ("" if d == len(table) - 1 else ","))
     path.write_text("\n".join([*lines, "}"]) + "\n")
     read_table.cache_clear()
+    choose.cache_clear()
+
+
+def _rows(length: str, entries: list[dict[str, int]]) -> str:
+    tiles = ",\n".join(f"     {json.dumps(entry)}" for entry in entries)
+    return f"    {json.dumps(length)}: [\n{tiles}\n    ]"
 
 
 def as_entry(tile: Tile) -> dict[str, int]:
@@ -94,10 +197,10 @@ def as_entry(tile: Tile) -> dict[str, int]:
     return {name: value for name, value in asdict(tile).items() if name != "multicast" or value}
 
 
-def _entries(table: dict[str, Any], device: str, backend: str, op: str) -> dict[str, Any]:
+def _entries(table: dict[str, Any], device: str, backend: str, op: str) -> dict[str, list[Tile]]:
     for name in (device, DEFAULT_DEVICE):
         entry = table.get(name, {}).get(backend, {}).get(op)
         if entry is not None:
-            return dict(entry)
+            return {length: [Tile(**one) for one in tiles] for length, tiles in entry.items()}
     known = sorted(f"{b} {o}" for b, ops in table[DEFAULT_DEVICE].items() for o in ops)
     raise ValueError(f"tiles.json has no tiles for op {op!r} of back end {backend!r}: use one of {', '.join(known)}")

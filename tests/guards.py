@@ -32,10 +32,10 @@ NO_ERRORS = ("kernels", "layers")  # they raise plain ValueError
 NOT_OPS = ("__init__", "backend", "fp8", "library", "row_map", "segments", "statistics", "tiles")
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 320, 60, 100
 CODE = ("kernels", "fp8moe", "benchmarks", "tests")
-TEXT = (*CODE, "configs", "launch", "docker", "docs", ".ci")
+TEXT = (*CODE, "configs", "constraints", "launch", "docker", "docs", ".ci")
 TOP_FILES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml"),
-    *("constraints.txt", ".gitignore", ".pre-commit-config.yaml"),
+    *(".gitignore", ".pre-commit-config.yaml"),
 )
 VAGUE = re.compile(r"(.*_)?(utils?|common|helpers?|misc)|managers?|manager_.*|.*_managers?")
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:home|root|work|farm|Users)/")

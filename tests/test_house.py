@@ -20,11 +20,18 @@ from tests import guards
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINS = dict(
-    line.split("==")
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-)
+
+
+def pins(name):
+    """Package -> version of constraints/NAME.txt and of what it reads."""
+    found = {}
+    for line in (ROOT / "constraints" / f"{name}.txt").read_text().splitlines():
+        if line.startswith("-c "):
+            found |= pins(line.removeprefix("-c ").removesuffix(".txt"))
+        elif line and not line.startswith("#"):
+            found |= [line.split("==")]
+    return found
+
 
 # A fake python: logs its arguments and OMP_NUM_THREADS, and "makes" a virtual environment by copying itself.
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -56,7 +63,8 @@ def make(tmp_path, python):
     """`make(*words)` in a copy of the files that set-up needs; returns (exit code, the log's lines, stderr)."""
     tree, log = tmp_path / "tree", tmp_path / "log"
     tree.mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    (tree / "constraints").mkdir()
+    for name in ("Makefile", "pyproject.toml", *(f"constraints/{one}.txt" for one in ("base", "cpu", "cuda"))):
         (tree / name).write_bytes((ROOT / name).read_bytes())
 
     def call(*words, **environment):
@@ -72,18 +80,35 @@ def test_the_first_call_sets_up_and_the_second_installs_nothing(make, tmp_path):
     assert code == 0
     installs = [line for line in lines if "pip install" in line]
     assert any("-m venv .venv" in line for line in lines)
-    assert len(installs) == 2 and all("-c constraints.txt" in line for line in installs)
+    assert len(installs) == 2 and all(" -c constraints/" in line for line in installs)
     assert lines[-1] == ".venv: -m fp8moe train --nproc auto experiment=quickstart model.dim=64 seed=1 [OMP=]"
     code, lines, _ = make("test")
     assert (code, lines) == (0, [".venv: -m pytest -m not gpu [OMP=1]"])
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_pins_are_those_of_the_machine_or_of_the_caller(kind, make, tmp_path):
+    """A folder of its own in front of PATH has an nvidia-smi that sees a GPU, or none; PINS has the last word."""
+    (tmp_path / "tools").mkdir()
+    smi = tmp_path / "tools" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n" if kind == "cuda" else "#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
+    if kind == "cpu" and list(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has a GPU")
+    path = f"{smi.parent}:{os.environ['PATH']}"
+    _, lines, _ = make("setup", PATH=path)
+    assert sum(f"-c constraints/{kind}.txt" in line for line in lines) == 2
+    other = {"cpu": "cuda", "cuda": "cpu"}[kind]
+    _, lines, _ = make("-B", "setup", f"PINS={other}", PATH=path)
+    assert sum(f"-c constraints/{other}.txt" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("name", ["constraints/base.txt", "constraints/cpu.txt", "pyproject.toml"])
 def test_changed_pins_install_again_into_the_same_environment(name, make, tmp_path):
-    make("setup")
+    make("setup", "PINS=cpu")
     later = (tmp_path / "tree" / ".venv" / ".installed").stat().st_mtime + 10
     os.utime(tmp_path / "tree" / name, (later, later))
-    _, lines, _ = make("setup")
+    _, lines, _ = make("setup", "PINS=cpu")
     assert sum("pip install" in line for line in lines) == 2
     assert not any("-m venv" in line for line in lines)
 
@@ -148,19 +173,23 @@ def test_ci_runs_check_and_test_and_stops_at_the_first_failure(tmp_path):
 
 
 def test_pins_are_exact_and_satisfy_what_the_project_asks_for():
-    assert PINS["torch"] == "2.13.0"
+    cpu, cuda = pins("cpu"), pins("cuda")
+    assert (cpu["torch"], cpu["triton"]) == ("2.13.0", "3.8.0")
+    assert cpu.keys() == cuda.keys() and {name for name in cpu if cpu[name] != cuda[name]} <= {"torch", "triton"}
     extras = PROJECT["optional-dependencies"]
     for text in (*PROJECT["dependencies"], *extras["dev"], *extras["hf"], "setuptools>=77.0.3"):
         wanted = Requirement(text)
         if wanted.name != PROJECT["name"]:
-            assert wanted.specifier.contains(PINS[wanted.name]), text
-    for name, version in PINS.items():
+            assert wanted.specifier.contains(cpu[wanted.name]), text
+            assert wanted.specifier.contains(cuda[wanted.name]), text
+    for name, version in (*cpu.items(), *cuda.items()):
         assert re.fullmatch(r"[a-z0-9-]+", name) and re.fullmatch(r"\d[0-9a-z.]*", version), (name, version)
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "Makefile", ".ci/run", "docker/Dockerfile"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints", "Makefile", ".ci/run", "docker/Dockerfile"])
 def test_set_up_names_no_place_to_download_from(name):
-    assert not re.search(r"https?://|index-url|find-links|--trusted-host", (ROOT / name).read_text())
+    for path in (ROOT / name).glob("*") if (ROOT / name).is_dir() else [ROOT / name]:
+        assert not re.search(r"https?://|index-url|find-links|--trusted-host", path.read_text())
 
 
 def test_the_wheel_holds_kernels_and_configs(tmp_path):

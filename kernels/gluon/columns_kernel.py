@@ -46,14 +46,16 @@ from fp8moe.kernels.gluon.pipeline import (
 def locate(tile, N, K, T, offsets, BM: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr):
     """(first row, first column, expert, first token tile, steps) of a tile, for all partitions."""
     num_m, num_n = gl.cdiv(N, BM), gl.cdiv(K, WIDTH)
-    expert = tile // (num_m * num_n)
-    m, n = tile_order(tile % (num_m * num_n), num_m, num_n, GROUP)
+    expert = 0
     first = 0
     steps = gl.cdiv(T, 128)
     if GROUPED:
+        expert = tile // (num_m * num_n)
+        tile = tile % (num_m * num_n)
         start = gl.load(offsets + expert)
         first = start // 128
         steps = (gl.load(offsets + expert + 1) - start) // 128
+    m, n = tile_order(tile, num_m, num_n, GROUP)
     return m * BM, n * WIDTH, expert, first, steps
 
 
@@ -151,7 +153,9 @@ def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full
                     if row + DOWN < N:
                         add_wave(c, sums.index(INDEX), acc1, top + row + DOWN, col + ACROSS)
         elif steps > 0:
-            out = c + expert.to(gl.int64) * N * c_ld
+            out = c
+            if GROUPED:
+                out += expert.to(gl.int64) * N * c_ld
             write_wave(out, c, acc0, row, col, N, K, c_ld, EPILOGUE, CTAS)
             if TWO:
                 write_wave(out, c, acc1, row + DOWN, col + ACROSS, N, K, c_ld, EPILOGUE, CTAS)

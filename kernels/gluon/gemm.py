@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import BLOCK_TILE, Fp8Tensor
-from fp8moe.kernels.gluon.launch import device_name, launch_columns, launch_rows, num_sms
+from fp8moe.kernels.gluon.launch import choose_tile, launch_columns, launch_rows, num_sms
 
 
 def gemm(
@@ -18,7 +17,7 @@ def gemm(
     if out is None or out.stride(1) != 1:
         out = torch.empty(m, n, dtype=out_dtype if accumulate is None else torch.float32, device=a.device)
     blocks = b.tile == BLOCK_TILE
-    tile = tiles.choose("gluon", "gemm" if blocks else "gemm_columns", m, n, k, device=device_name(a.device))
+    tile = choose_tile("gemm" if blocks else "gemm_columns", m, n, k, a.device)
     launch = launch_rows if blocks else launch_columns
     launch(a, b, out, tile=tile, sms=num_sms(a.device), accumulate=out is accumulate)
     if accumulate is None or out is accumulate:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from fp8moe.kernels import tiles
-from fp8moe.kernels.fp8 import Fp8Tensor, ceil_div
-from fp8moe.kernels.gluon.launch import device_name, launch_columns, launch_rows, num_sms
+from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.gluon.launch import choose_tile, launch_columns, launch_rows, num_sms, typical_rows
 
 
 def grouped_gemm(
@@ -14,8 +13,7 @@ def grouped_gemm(
     (r, k), (num_groups, n) = a.shape, b.shape[:2]
     if min(r, n, k, num_groups) == 0:
         return torch.zeros(r, n, dtype=out_dtype, device=a.device)
-    mean_rows = ceil_div(r, num_groups)  # the host does not know the groups
-    tile = tiles.choose("gluon", "grouped_gemm", mean_rows, n, k, groups=num_groups, device=device_name(a.device))
+    tile = choose_tile("grouped_gemm", typical_rows(r, num_groups), n, k, a.device, num_groups)
     out = torch.empty(r, n, dtype=out_dtype, device=a.device)
     launch_rows(a, b, out, tile=tile, sms=num_sms(a.device), group_offsets=group_offsets)
     return out
@@ -30,10 +28,7 @@ def grouped_wgrad(dy_columns: Fp8Tensor, x_columns: Fp8Tensor, group_offsets: Te
         raise ValueError(
             f"grouped_wgrad adds into a contiguous main_grad, this one has strides {main_grad.stride()}: allocate it so"
         )
-    mean_tokens = ceil_div(r, num_groups)
-    tile = tiles.choose(
-        "gluon", "grouped_wgrad", n, k, mean_tokens, groups=num_groups, device=device_name(main_grad.device)
-    )
+    tile = choose_tile("grouped_wgrad", n, k, typical_rows(r, num_groups), main_grad.device, num_groups)
     launch_columns(
         dy_columns,
         x_columns,

@@ -3,13 +3,15 @@
 Descriptors are made on the host: they travel as kernel arguments, and the device needs no scratch memory and no fence
 for them. A kernel runs one program an SM, on as many as it may take (`backend.limit_sms`).
 
-A tile with `multicast` runs a pair of CTAs a program and half as many programs.
+A tile with `multicast` runs a pair of CTAs a program and half as many programs. The table of tiles has such tiles, and
+`pairs_allowed` says whether they may be chosen: from Triton 3.8 on, unless FP8MOE_PAIRS=0.
 
 Operands that already lie well are used in place: K-major codes on 16-byte rows, scales at stride 1 along M. Anything
 else is copied first, which costs a pass over it: whoever quantizes for these kernels writes the right layout.
 """
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -18,25 +20,41 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fp8moe.kernels import backend
+from fp8moe.kernels import backend, tiles
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gluon.columns_kernel import columns_kernel
 from fp8moe.kernels.gluon.pipeline import ADD, ADD_TMA, STORE, STORE_TMA
 from fp8moe.kernels.gluon.rows_kernel import rows_kernel
-from fp8moe.kernels.tiles import DEFAULT_DEVICE, HOPPER_SMS, Tile
+from fp8moe.kernels.tiles import ADDED_BY_TMA, DEFAULT_DEVICE, HOPPER_SMS, PAIR, Tile
 
 TMA_ALIGNMENT = 16
-ADDED_BY_TMA = 2048  # tokens of a group from which L2 adds faster than the loads of an epilogue (`pipeline`)
 WAVE_ROWS, ADDED_COLUMNS = TILE // 2, 32
-PAIR = 2  # CTAs of a cluster, side by side along the columns of the output
 WHOLE, SPLIT = 0, 1  # what each CTA of a pair has of a dim: all of it, or its half
 
 OLDEST_MULTICAST = (3, 8)  # of Triton: before it an arrival can't reach another CTA's barrier (see `pipeline`)
+PAIRS_VARIABLE = "FP8MOE_PAIRS"
+
+
+def pairs_allowed() -> bool:
+    """Whether pairs of CTAs may be chosen: this Triton has them and FP8MOE_PAIRS is not 0."""
+    return backend.release_of(triton.__version__) >= OLDEST_MULTICAST and os.environ.get(PAIRS_VARIABLE) != "0"
 
 
 def num_sms(device: torch.device) -> int:
     """SMs that a GEMM may use on `device`."""
     return backend.allowed_sms(_properties(device)[1])
+
+
+def choose_tile(op: str, m: int, n: int, k: int, device: torch.device, groups: int = 1) -> Tile:
+    """The table's tile for `op` on the SMs that it may use now, of a pair of CTAs where that is cheaper and allowed."""
+    return tiles.choose(
+        "gluon", op, m, n, k, groups=groups, device=device_name(device), sms=num_sms(device), pairs=pairs_allowed()
+    )
+
+
+def typical_rows(rows: int, groups: int) -> int:
+    """A group's rows on average, up to a power of two: batches of about one size take one tile and compile it once."""
+    return 1 << (ceil_div(rows, groups) - 1).bit_length()
 
 
 def device_name(device: torch.device) -> str:
@@ -156,10 +174,10 @@ def _constants(tile: Tile, grouped: bool, epilogue: int) -> dict[str, Any]:
 
 def _ctas(tile: Tile) -> int:
     """CTAs that share their rows by multicast, each with its own columns. ValueError where Triton can't do it."""
-    if tile.multicast and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_MULTICAST:
+    if tile.multicast and backend.release_of(triton.__version__) < OLDEST_MULTICAST:
         raise ValueError(
             f"a tile with multicast needs Triton {'.'.join(map(str, OLDEST_MULTICAST))} or newer, this is "
-            f"{triton.__version__}: take multicast out of tiles.json"
+            f"{triton.__version__}: take a tile without"
         )
     return PAIR if tile.multicast else 1
 

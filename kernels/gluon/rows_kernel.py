@@ -78,6 +78,36 @@ def produce(a_desc, b_desc, a_ring, b_ring, full, empty, both, offsets, M, N, K,
 
 
 @gluon.jit
+def scale_pointers(row, col, group, a_scale, b_scale, M, N, K, BM: gl.constexpr, BN: gl.constexpr, CTAS: gl.constexpr):
+    """(a's rows, which of them exist in the first wave and in the second, b's blocks of either), for K tile 0."""
+    layout: gl.constexpr = wave_layout(CTAS)
+    DOWN: gl.constexpr = 64 if BM > 128 else 0
+    RIGHT: gl.constexpr = CTAS if BN > 128 else 0
+    blocks_n = gl.cdiv(N, 128)
+    num_k = gl.cdiv(K, 128)
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    # The last wide tile of a weight may reach past its last block: any block will do, nothing of it is stored.
+    block = col // 128
+    if CTAS == 2:  # each CTA's own columns, a block apart
+        block = gl.minimum(block + cta_rank(), blocks_n - 1)
+    first = b_scale + (group * blocks_n + block) * num_k
+    second = b_scale + (group * blocks_n + gl.minimum(block + RIGHT, blocks_n - 1)) * num_k
+    return a_scale + rows, rows < M, rows + DOWN < M, first, second
+
+
+@gluon.jit
+def load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, k, a_ld, BM: gl.constexpr, BN: gl.constexpr):
+    """a's and b's scales of K tile k, of the first wave and of the second."""
+    sa0, sb0 = gl.load(a_scales + k * a_ld, mask=inside0, other=0.0), gl.load(b_scales0 + k)
+    sa1, sb1 = sa0, sb0
+    if BM > 128:
+        sa1 = gl.load(a_scales + k * a_ld + 64, mask=inside1, other=0.0)
+    elif BN > 128:
+        sb1 = gl.load(b_scales1 + k)
+    return sa0, sb0, sa1, sb1
+
+
+@gluon.jit
 def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
             num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
             GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
@@ -91,41 +121,23 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
     DOWN: gl.constexpr = 64 if TALL else 0
     ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
     num_k = gl.cdiv(K, 128)
-    blocks_n = gl.cdiv(N, 128)
+    num_tiles = gl.cdiv(M, BM) * gl.cdiv(N, WIDTH)
     buffer = c_buffers.index(INDEX)
     dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, WIDTH), gl.num_programs(0)):
-        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
-        row += FIRST
+    row, col, group, steps = locate(gl.program_id(0), M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
+    a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row + FIRST, col, group, a_scale, b_scale, M, N,
+                                                                      K, BM, BN, CTAS)  # fmt: skip
+    sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, BM, BN)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
-        rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        inside0, inside1 = rows < M, rows + DOWN < M
-        a_scales = a_scale + rows
-        # The last wide tile of a weight may reach past its last block: any block will do, nothing of it is stored.
-        block = col // 128
-        if CTAS == 2:  # each CTA's own columns, a block apart
-            block = gl.minimum(block + cta_rank(), blocks_n - 1)
-        b_scales0 = b_scale + (group * blocks_n + block) * num_k
-        b_scales1 = b_scale + (group * blocks_n + gl.minimum(block + ACROSS // 128, blocks_n - 1)) * num_k
-        sa0, sb0 = gl.load(a_scales, mask=inside0, other=0.0), gl.load(b_scales0)
-        sa1, sb1 = sa0, sb0
-        if TWO and TALL:
-            sa1 = gl.load(a_scales + DOWN, mask=inside1, other=0.0)
-        elif TWO:
-            sb1 = gl.load(b_scales1)
         for k in range(steps):
             slot, parity = ring_position(step, STAGES)
             scale0, scale1 = sa0 * sb0, sa1 * sb1
             # In front of the wait, where the compiler can't sink them under the first WGMMA: a whole step ahead.
             later = gl.minimum(k + 1, num_k - 1)
-            sa0, sb0 = gl.load(a_scales + later * a_ld, mask=inside0, other=0.0), gl.load(b_scales0 + later)
-            sa1, sb1 = sa0, sb0
-            if TWO and TALL:
-                sa1 = gl.load(a_scales + later * a_ld + DOWN, mask=inside1, other=0.0)
-            elif TWO:
-                sb1 = gl.load(b_scales1 + later)
+            sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, later, a_ld, BM, BN)
             mbarrier.wait(full.index(slot), parity)
             b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
@@ -141,9 +153,16 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
                 release(empty, both, slot, CTAS)
                 acc0 += dead * scale0[:, None]
             step += 1
-        write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE, CTAS)
+        at, across = row + FIRST, col
+        # The next tile's first scales arrive under this tile's epilogue (after the last tile: that tile's again).
+        following = gl.minimum(tile + gl.num_programs(0), num_tiles - 1)
+        row, col, group, steps = locate(following, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
+        a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row + FIRST, col, group, a_scale, b_scale, M,
+                                                                          N, K, BM, BN, CTAS)  # fmt: skip
+        sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, BM, BN)
+        write_wave(c, buffer, acc0, at, across, M, N, c_ld, EPILOGUE, CTAS)
         if TWO:
-            write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
+            write_wave(c, buffer, acc1, at + DOWN, across + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
     finish_stores(EPILOGUE)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import tune
-from fp8moe.kernels.tiles import CLASSES, Tile, shape_class
+from fp8moe.kernels.tiles import LENGTHS, Tile, length_of
 
 
 @pytest.mark.parametrize("op", list(tune.MODULE))
@@ -18,15 +18,17 @@ def test_candidates_fit_an_sm_and_their_op(op):
         assert op != "grouped_gemm" or tile.block_m == 128
 
 
-def test_every_class_of_every_op_is_searched():
-    classes = {op: {shape_class(p.m, p.n, p.k, p.groups) for p in tune.PROBLEMS if p.op == op} for op in tune.MODULE}
-    assert all(found == set(CLASSES) for found in classes.values()), classes
+def test_every_length_of_every_op_is_searched():
+    lengths = {op: {length_of(p.k) for p in tune.PROBLEMS if p.op == op} for op in tune.MODULE}
+    assert all(found == set(LENGTHS) for found in lengths.values()), lengths
 
 
-def test_the_best_is_the_geometric_mean_of_what_all_problems_have():
+def test_the_best_of_each_shape_is_the_geometric_mean_of_what_all_problems_have():
     a, b, c = (Tile(128, 128, stages, 8, 4) for stages in (4, 5, 6))
-    assert tune.best([{a: 1.0, b: 2.0, c: 0.1}, {a: 4.0, b: 1.0}]) == b
-    assert tune.best([{a: 1.0, b: 1.0}]) == a
+    assert tune.best([{a: 1.0, b: 2.0, c: 0.1}, {a: 4.0, b: 1.0}]) == [b]
+    assert tune.best([{a: 1.0, b: 1.0}]) == [a]
+    tall, pair = Tile(256, 128, 4, 8, 4), Tile(256, 128, 4, 8, 4, multicast=True)
+    assert tune.best([{a: 3.0, b: 2.0, tall: 2.5, pair: 1.0}]) == [pair, b, tall]
     with pytest.raises(ValueError, match="no tile computed every problem"):
         tune.best([{a: 1.0}, {b: 1.0}])
 

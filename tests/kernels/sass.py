@@ -53,3 +53,19 @@ def loads_in_flight(sass: str) -> int:
 def e4m3_casts(sass: str) -> int:
     """Instructions that cast FP32 to E4M3, two values each."""
     return len(re.findall(r"\bF2FP\.SATFINITE\.E4M3\.F32", sass))
+
+
+def spills_in_steps(sass: str) -> int:
+    """Accesses to local memory inside the innermost loops that multiply, where a spill is paid every step."""
+    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    loops = []
+    for address, text in code:
+        # A loop's way back is conditional; what waits for a barrier stands behind the code and jumps back always.
+        jump = re.match(r"@!?U?P\d\s+BRA\S* .*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) <= address:
+            inside = [line for at, line in code if int(jump[1], 16) <= at <= address]
+            if any("QGMMA" in line for line in inside):
+                loops.append((int(jump[1], 16), address, inside))
+    assert loops or "QGMMA" not in sass, "no loop has the products"
+    inner = [one for one in loops if not any(one[0] <= o[0] and o[1] < one[1] for o in loops if o is not one)]
+    return sum(bool(re.search(r"\b(?:STL|LDL)\b", line)) for _, _, inside in inner for line in inside)

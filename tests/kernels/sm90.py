@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.sass import e4m3_casts, loads_in_flight
+from tests.kernels.sass import e4m3_casts, loads_in_flight, spills_in_steps
 from tests.kernels.sm90_cases import CASES
 
 TABLE = Path(__file__).with_name("sm90.json")
@@ -159,6 +159,7 @@ def compile_share(share: int) -> dict[str, dict[str, Any]]:
             "wide": wide(sass),
             "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
             "in_flight": loads_in_flight(sass) if ".gluon." in note.kernel else 0,
+            "spills_in_steps": spills_in_steps(sass),
             "casts": e4m3_casts(sass),
             "asked_for": compiled.asm["ptx"].count("prefetch.global.L2"),
             "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),

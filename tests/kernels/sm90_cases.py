@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +17,7 @@ import triton
 from torch import Tensor
 
 from fp8moe.kernels import tiles
+from fp8moe.kernels.backend import release_of
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.segments import Segments
@@ -37,7 +37,7 @@ ACTIVATIONS = (
 )
 RECOMPUTED = ("bf16 fp32scale", "bf16 plain")  # what makes other columns of the cached copy
 UNCAST = (*RECOMPUTED, "fp32 fp32scale")  # what differs without casts
-MULTICAST = (("gemm", "bf16"), ("grouped_gemm", "bf16"), ("grouped_wgrad", "add"))
+PAIRS_SINCE = (3, 8)  # of Triton
 
 
 def rows(m: int, k: int) -> Fp8Tensor:
@@ -61,8 +61,8 @@ def with_tile(tile: Tile, launch: Callable[[], Any]) -> None:
         launch()
 
 
-def gemm_cases(backend: str, *, multicast: bool = False) -> Iterator[Case]:
-    """gemm, grouped_gemm and grouped_wgrad with every tile, output dtype and epilogue; multicast: what it changes."""
+def gemm_cases(backend: str) -> Iterator[Case]:
+    """gemm, grouped_gemm and grouped_wgrad with every tile that this Triton can run, output dtype and epilogue."""
     gemm = importlib.import_module(f"fp8moe.kernels.{backend}.gemm").gemm
     grouped_gemm = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_gemm
     grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_wgrad
@@ -82,12 +82,15 @@ def gemm_cases(backend: str, *, multicast: bool = False) -> Iterator[Case]:
             ("gemm_columns", kind, partial(gemm, *columns, out_dtype=dtype)),
             ("grouped_gemm", kind, partial(grouped_gemm, *experts, out_dtype=dtype)),
         ]
-    if multicast:
-        launches = [one for one in launches if (one[0], one[1]) in MULTICAST]
     for op, kind, launch in launches:
-        for tile in tiles.production_tiles(backend, op):
-            tile = replace(tile, multicast=multicast or tile.multicast)
+        for tile in legal_tiles(backend, op, kind):
             yield f"{backend} {op} {kind} {tile_name(tile)}", partial(with_tile, tile, launch)
+
+
+def legal_tiles(backend: str, op: str, kind: str) -> tuple[Tile, ...]:
+    """Production tiles of an op, with pairs where this Triton has them and TMA doesn't add."""
+    pairs = release_of(triton.__version__) >= PAIRS_SINCE and kind != "add_long"
+    return tiles.production_tiles(backend, op, pairs=pairs)
 
 
 def tile_name(tile: Tile) -> str:
@@ -139,20 +142,6 @@ def unquantized_cases() -> Iterator[Case]:
                 label = f" {tile_name(tile)}" if dtype is torch.bfloat16 else ""
                 yield f"triton {op} {kind}{label}", partial(with_tile, tile, launch)
         yield f"triton grouped_mm {kind}", partial(grouped.grouped_mm, x, weights, offsets())
-
-
-def multicast_cases() -> Iterator[Case]:
-    """A pair of CTAs for each kind of tile and kernel, as code: whether it may run is for the launcher to say."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        return
-    launch = importlib.import_module("fp8moe.kernels.gluon.launch")
-    for label, run in gemm_cases("gluon", multicast=True):
-        yield label, partial(_whatever_triton, launch, run)
-
-
-def _whatever_triton(launch: Any, run: Callable[[], Any]) -> None:
-    with patch.object(launch, "OLDEST_MULTICAST", (3, 7)):
-        run()
 
 
 def permute_cases() -> Iterator[Case]:
@@ -328,7 +317,6 @@ def rope_cases() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     """All cases of both device back ends."""
     yield from gemm_cases("gluon")
-    yield from multicast_cases()
     yield from gemm_cases("triton")
     yield from unquantized_cases()
     yield from cast_cases()

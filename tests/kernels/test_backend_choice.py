@@ -108,11 +108,43 @@ def test_the_gpu_decides(name, capability, reason, monkeypatch):
     assert said is None if reason is None else reason in said
 
 
-def test_an_old_triton_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "version", "tried"),
+    [
+        ("Triton", "3.5.1", "3.6 to 3.8"),
+        ("Triton", "3.9.0", "3.6 to 3.8"),
+        ("Triton", "3.10.0", "3.6 to 3.8"),
+        ("torch", "2.10.0+cu130", "2.11 to 2.14"),
+        ("torch", "2.15.0", "2.11 to 2.14"),
+    ],
+)
+def test_a_version_that_was_not_tried_is_refused_unless_asked_for(package, version, tried, monkeypatch):
     import triton
 
-    monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert "it needs Triton 3.6 or newer, this is 3.5.1" in backend.why_not("triton")
+    monkeypatch.setattr(triton if package == "Triton" else torch, "__version__", version)
+    monkeypatch.delenv(backend.UNTRIED_VARIABLE, raising=False)
+    said = f"it was tried with {package} {tried} and this is {version} (set FP8MOE_UNTRIED=1 to run it untried)"
+    assert backend.why_not("triton") == said
+    with pytest.raises(ValueError, match=r"^back end 'triton' cannot run here: it was tried with .*: use reference$"):
+        backend.set_backend("triton")
+    assert backend.why_not("reference") is None
+    monkeypatch.setenv(backend.UNTRIED_VARIABLE, "1")
+    assert "tried" not in (backend.why_not("triton") or "")
+
+
+@pytest.mark.parametrize(("package", "version"), [("Triton", "3.6.0"), ("Triton", "3.8.1"), ("torch", "2.14.0a0+git1")])
+def test_a_version_within_those_tried_is_accepted(package, version, monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton if package == "Triton" else torch, "__version__", version)
+    assert "tried" not in (backend.why_not("triton") or "")
+
+
+@pytest.mark.parametrize("folder", ["triton", "gluon"])
+def test_multiply_adds_are_fused_whatever_triton_does_unasked(folder):
+    code = f"import fp8moe.kernels.{folder}, triton; assert triton.knobs.language.default_fp_fusion"
+    env = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "0"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=120).returncode == 0
 
 
 def test_a_gpu_gets_the_fast_one_and_a_cpu_the_specification(monkeypatch):

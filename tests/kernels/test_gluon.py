@@ -132,7 +132,7 @@ def test_short_groups_repeat_themselves(hopper, tokens):
 def test_pairs_change_no_bit(hopper, monkeypatch, m, n, k, sizes):
     from fp8moe.kernels.gluon import launch
 
-    if tuple(map(int, launch.triton.__version__.split(".")[:2])) < launch.OLDEST_MULTICAST:
+    if backend.release_of(launch.triton.__version__) < launch.OLDEST_MULTICAST:
         pytest.skip("this Triton has no arrival at another CTA's barrier")
     offsets = offsets_of(sizes, hopper)
     r = max(128, int(offsets[-1]))
@@ -146,11 +146,42 @@ def test_pairs_change_no_bit(hopper, monkeypatch, m, n, k, sizes):
         grouped_wgrad(dy, columns, offsets, total)
         return gemm(a, b), gemm(dy, columns, out_dtype=torch.float32), grouped_gemm(x, experts, offsets), total
 
-    alone = run()
     choose = tiles.choose
-    monkeypatch.setattr(tiles, "choose", lambda *args, **kwargs: replace(choose(*args, **kwargs), multicast=True))
+
+    def with_pairs(on):
+        monkeypatch.setattr(tiles, "choose", lambda *args, **kwargs: replace(choose(*args, **kwargs), multicast=on))
+
+    with_pairs(False)
+    alone = run()
+    with_pairs(True)
     for _ in range(REPEATS):
         assert all(torch.equal(one, other) for one, other in zip(alone, run(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("version", "variable", "allowed"),
+    [("3.8.0", None, True), ("3.8.0", "1", True), ("3.8.0", "0", False), ("3.7.1", None, False), ("3.6.0", "1", False)],
+)
+def test_pairs_are_chosen_from_triton_3_8_on_unless_refused(monkeypatch, version, variable, allowed):
+    pytest.importorskip("triton")
+    from fp8moe.kernels.gluon import launch
+
+    monkeypatch.setattr(launch.triton, "__version__", version)
+    monkeypatch.delenv(launch.PAIRS_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(launch.PAIRS_VARIABLE, variable)
+    cpu = torch.device("cpu")
+    for op, groups in (("gemm", 1), ("gemm_columns", 1), ("grouped_gemm", 8), ("grouped_wgrad", 8)):
+        assert launch.choose_tile(op, 4096, 7168, 4096, cpu, groups).multicast == allowed, op
+    with backend.limited_sms(1):
+        assert not launch.choose_tile("gemm", 4096, 7168, 4096, cpu).multicast, "a pair takes two SMs"
+
+
+def test_batches_of_about_one_size_take_one_tile():
+    pytest.importorskip("triton")
+    from fp8moe.kernels.gluon.launch import typical_rows
+
+    assert [typical_rows(rows, 8) for rows in (8, 8 * 1000, 8 * 1024, 8 * 1024 + 1)] == [1, 1024, 1024, 2048]
 
 
 def test_pairs_on_a_triton_that_cannot_are_refused(monkeypatch):
@@ -158,7 +189,7 @@ def test_pairs_on_a_triton_that_cannot_are_refused(monkeypatch):
     from fp8moe.kernels.gluon import launch
 
     monkeypatch.setattr(launch.triton, "__version__", "3.7.1")
-    with pytest.raises(ValueError, match=r"multicast needs Triton 3\.8 or newer, this is 3\.7\.1: take multicast out"):
+    with pytest.raises(ValueError, match=r"multicast needs Triton 3\.8 or newer, this is 3\.7\.1: take a tile without"):
         launch.launch_rows(
             Fp8Tensor(torch.empty(128, 128, dtype=E4M3), torch.empty(128, 1)),
             Fp8Tensor(torch.empty(128, 128, dtype=E4M3), torch.empty(1, 1), (128, 128)),

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = json.loads((ROOT / "tests" / "kernels" / "sm90.json").read_text())
 SHARED_LIMIT = 227 * 1024  # bytes one CTA may use
 REGISTER_FILE = 65536
+# Two words a thread are kept in local memory from one tile to its epilogue; the steps of a tile touch none.
+SPILLED_ONCE_A_TILE = {"gluon gemm_columns add 256x128x4 group 8 multicast columns_kernel": 2}
 GEMMS = ("rows_kernel", "columns_kernel", "gemm_kernel", "grouped_gemm_kernel", "grouped_wgrad_kernel")
 
 
@@ -61,14 +63,16 @@ def test_every_kernel_of_the_device_back_ends_is_compiled(kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["gemm", "gemm_columns", "grouped_gemm", "grouped_wgrad"])
 @pytest.mark.parametrize("backend", ["gluon", "triton"])
-def test_every_production_tile_is_compiled(kernels, backend, op):
+def test_every_production_tile_is_compiled(found, kernels, backend, op):
+    from fp8moe.kernels.backend import release_of
     from fp8moe.kernels.tiles import production_tiles
 
-    compiled = [name for name in kernels if name.startswith(f"{backend} {op} ") and " multicast " not in name]
-    for tile in production_tiles(backend, op):
-        shape = f" {tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} "
-        kinds = {name.split()[2] for name in compiled if shape in name}
-        adds, writes = {"add", "add_long"}, {"bf16", "fp32"}
+    compiled = [name for name in kernels if name.startswith(f"{backend} {op} ")]
+    for tile in production_tiles(backend, op, pairs=release_of(found["triton"]) >= (3, 8)):
+        shape = f" {tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} " + "multicast " * tile.multicast
+        kinds = {name.split()[2] for name in compiled if shape + name.split()[-1] in name}
+        # Of a pair TMA never adds: `launch` takes the registers' way.
+        adds, writes = {"add"} if tile.multicast else {"add", "add_long"}, {"bf16", "fp32"}
         expected = {"gemm": writes | {"add"}, "grouped_gemm": writes, "grouped_wgrad": adds}
         assert kinds == expected.get(op, adds | writes)
 
@@ -79,7 +83,9 @@ def test_fp8_products_run_on_the_tensor_cores_from_tma_without_a_spill(kernels):
     assert gemms
     for name, figure in gemms.items():
         assert figure["QGMMA"] > 0 and figure["HGMMA"] == 0 and figure["UTMALDG"] >= 2, name
-        assert figure["STL"] == figure["LDL"] == figure["local"] == 0, name
+        allowed = SPILLED_ONCE_A_TILE.get(name, 0)
+        assert kernels[name]["spills_in_steps"] == 0, name
+        assert max(figure["STL"], figure["LDL"]) <= allowed and figure["local"] <= 4 * allowed, name
         # Promotion: every value that a WGMMA of k32 makes (64 a thread, 4 a product) is multiplied and added.
         assert figure["FFMA"] >= 64 * figure["QGMMA"] // 4, name
 
@@ -112,19 +118,27 @@ def test_bf16_rows_leave_by_tma_and_both_scales_of_columns_arrive_by_it(kernels)
 
 @pytest.mark.slow
 def test_a_pair_loads_its_rows_once_for_both(found, kernels):
-    from fp8moe.kernels.tiles import production_tiles
+    from fp8moe.kernels.backend import release_of
 
     pairs = {name: entry for name, entry in kernels.items() if " multicast " in name}
-    version = tuple(map(int, found["triton"].split(".")[:2]))
-    num_tiles = sum(len(production_tiles("gluon", op)) for op in ("gemm", "grouped_gemm", "grouped_wgrad"))
-    assert len(pairs) == (num_tiles if version >= (3, 7) else 0)
+    assert bool(pairs) == (release_of(found["triton"]) >= (3, 8))
     for name, entry in pairs.items():
         figure, height, width = entry["figures"], *map(int, re.findall(r"(\d+)x(\d+)x", name)[0])
         both = 2 if "columns_kernel" in name else 1  # codes, and in a ring of scales those too
         assert figure["multicast"] == both * height // 64, name
         assert figure["UTMALDG"] == figure["multicast"] + both * width // 128, name
-        # What the launcher waits for: each of two consumers tells CTA 0, wherever it is.
-        assert entry["remote"] == (2 if version >= (3, 8) else 0), name
+        assert entry["remote"] == 2, f"{name}: each of two consumers tells CTA 0, wherever it is"
+
+
+def test_a_spill_inside_the_steps_is_found():
+    from tests.kernels.sass import spills_in_steps
+
+    def code(*lines):
+        return "\n".join(f"        /*{16 * i:04x}*/    {line} ;    /* 0x0 */" for i, line in enumerate(lines))
+
+    steps = ["LDL R1, [R1]", "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], R24", "@!P0 BRA 0x20"]
+    assert spills_in_steps(code("STL [R1], R0", "NOP", *steps, "EXIT")) == 1
+    assert spills_in_steps(code("STL [R1], R0", "LDL R1, [R1]", *steps[1:], "@P1 BRA 0x0")) == 0
 
 
 def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):

@@ -46,6 +46,7 @@ class Cta:
         self.barriers: dict[int, Barrier] = {}
         self.mbarriers: dict[int, Mbarrier] = {}
         self.under_way: list[Callable[[], None]] = []
+        self.reached: dict[int, int] = {}  # warp of another CTA -> its clock when it last used a barrier here
         self.register_pool = self.program.max_registers * self.program.threads
         self.held_registers = np.full(self.num_warps, self.program.max_registers)
         self.running: Gang
@@ -125,6 +126,9 @@ class Cta:
     def mbarrier(self, at: int, warps: np.ndarray | None = None) -> Mbarrier:
         owner = self.peers[at >> WINDOW] if at >> WINDOW < len(self.peers) else self
         if owner is not self:
+            if warps is not None:
+                for warp in (warps + self.first_warp).tolist():
+                    owner.reached[warp] = int(self.clocks.own[warp])
             return owner.mbarrier(at, None if warps is None else warps + self.first_warp - owner.first_warp)
         at &= (1 << WINDOW) - 1
         if at not in self.mbarriers:
@@ -152,6 +156,13 @@ class Cta:
         for at, bar in self.mbarriers.items():
             if bar.bytes:
                 raise Fault(f"the kernel ends while the mbarrier at {at} still expects {bar.bytes} bytes")
+        mine = self.clocks.rows[self.first_warp : self.first_warp + self.num_warps, 0]
+        for warp, clock in self.reached.items():
+            if mine[:, warp].max() < clock:
+                raise Fault(
+                    f"CTA {self.ctaid} may have left when warp {warp % self.num_warps} of CTA {warp // self.num_warps} "
+                    "of the cluster arrives at its mbarrier: nothing waits for that arrival"
+                )
 
 
 class Meeting:

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import triton
 
 from fp8moe.kernels import tiles
-from tests.kernels.sm90_cases import tile_name
+from fp8moe.kernels.backend import release_of
+from tests.kernels.sm90_cases import PAIRS_SINCE, tile_name
 from tests.ptx.launching import Machine
 from tests.ptx.moving_cases import both, values
+from tests.ptx.pair_plants import PAIR_PLANTS
 from tests.ptx.parser import Unsupported
 from tests.ptx.plants import PLANTS, Plant
 from tests.ptx.product_cases import compare, wgrad
@@ -22,6 +25,7 @@ from tests.ptx.registers import Fault
 from tests.ptx.update_cases import weight_with_blocks
 
 SCHEDULES = (None, 0, 1, 2, 3)
+PLANTED = (*PLANTS, *(PAIR_PLANTS if release_of(triton.__version__) >= PAIRS_SINCE else ()))
 
 
 def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
@@ -31,12 +35,14 @@ def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
         return partial(_cast, name=op, seed=seed)
     if op == "adamw_step_quantize":
         return partial(weight_with_blocks, moments=torch.bfloat16, shape=(144, 208), seeds=(seed,))
+    pair = "multicast" in rest
     at = [tile for tile in tiles.production_tiles(backend, op) if tile_name(tile).split()[0] in rest or not rest]
+    tile = next(one for one in at if one.multicast == pair)
     if op == "wgrad":
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        return partial(wgrad, dtype=dtype, tile=at[0], sizes=((200, 144, 128, seed),))
-    tile = at[0]
-    return partial(compare, backend=backend, op=op, kind=kind, tile=tile, small=backend == "gluon", seeds=(seed,))
+        return partial(wgrad, dtype=dtype, tile=tile, sizes=((200, 144, 128, seed),))
+    size = "ragged" if backend != "gluon" else "pair" if pair else "small"
+    return partial(compare, backend=backend, op=op, kind=kind, tile=tile, size=size, seeds=(seed,))
 
 
 def _cast(machine: Machine, name: str, seed: int | None) -> None:
@@ -63,7 +69,7 @@ def run_plant(plant: Plant, machine: Machine) -> str:
 def unclean(machine: Machine) -> dict[str, str]:
     """The cases whose kernel is wrong without a plant, and what is wrong: none may be, but where a compiler is."""
     found = {}
-    for case in dict.fromkeys(plant.case for plant in PLANTS):
+    for case in dict.fromkeys(plant.case for plant in PLANTED):
         torch.manual_seed(1)
         try:
             problem(case, None)(machine)

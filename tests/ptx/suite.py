@@ -43,8 +43,7 @@ from tests.ptx import (
     update_cases,
 )
 from tests.ptx.launching import Machine
-from tests.ptx.planting import run_plant, unclean
-from tests.ptx.plants import PLANTS
+from tests.ptx.planting import PLANTED, run_plant, unclean
 
 
 def prepare() -> None:
@@ -89,7 +88,7 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
 def plant_all(machine: Machine) -> dict[str, str]:
     """What was found of each planted fault, by name; empty where nothing was."""
     found, wrong = {}, unclean(machine)
-    for plant in PLANTS:
+    for plant in PLANTED:
         if plant.case in wrong:
             found[plant.name] = f"not planted: {wrong[plant.case]}"
             continue
