@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -55,9 +56,19 @@ def offsets() -> Tensor:
     return torch.zeros(GROUPS + 1, dtype=torch.int32)
 
 
+@contextmanager
+def chosen(tile: Tile) -> Iterator[None]:
+    """As if the table had chosen `tile`, whatever a launcher remembers of a size."""
+    remembered = importlib.import_module("fp8moe.kernels.triton.gemm").choose_tile
+    remembered.cache_clear()
+    with patch.object(tiles, "choose", lambda *_, **__: tile):
+        yield
+    remembered.cache_clear()
+
+
 def with_tile(tile: Tile, launch: Callable[[], Any]) -> None:
     """Launch as if the table had chosen `tile`."""
-    with patch.object(tiles, "choose", lambda *_, **__: tile):
+    with chosen(tile):
         launch()
 
 

@@ -1,18 +1,17 @@
 """Grouped BF16 and FP32 products on a device: every group against FP64, groups that start anywhere, rows of nobody."""
 
 import itertools
-from unittest.mock import patch
 
 import pytest
 import torch
 
-from fp8moe.kernels import tiles
 from fp8moe.kernels.gemm import wgrad
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.kernels.reference import grouped_mm as twin
 from fp8moe.kernels.tiles import production_tiles
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data, offsets_of
+from tests.kernels.sm90_cases import chosen
 
 DTYPES = (torch.bfloat16, torch.float32)
 TILES = production_tiles("triton", "grouped_mm_wgrad")
@@ -94,7 +93,7 @@ def test_more_groups_than_a_tile_of_them(triton_device):
 def test_each_group_contracts_over_its_tokens(triton_device, kind, tile):
     x, _, dy = operands(kind, triton_device, torch.bfloat16, n=136, k=144)
     offsets, total = offsets_of(SIZES, triton_device), torch.zeros(len(SIZES), 136, 144, device=triton_device)
-    with patch.object(tiles, "choose", lambda *_, **__: tile):
+    with chosen(tile):
         grouped_mm_wgrad(dy, x, offsets, total)
         once = total.clone()
         grouped_mm_wgrad(dy, x, offsets, total)

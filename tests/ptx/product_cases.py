@@ -22,7 +22,7 @@ from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import limited_sms
 from fp8moe.kernels.fp8 import Fp8Tensor
 from tests.distance import calc_diff
-from tests.kernels.sm90_cases import legal_tiles, tile_name
+from tests.kernels.sm90_cases import chosen, legal_tiles, tile_name
 from tests.ptx.launching import Machine, on_machine
 from tests.ptx.moving_cases import Case, ops
 
@@ -93,7 +93,7 @@ def compare(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
     expected, first = run(getattr(ops("reference", module), name)), None
     for machine.seed in seeds:
         with (
-            patch.object(tiles, "choose", lambda *_, **__: tile),
+            chosen(tile),
             limited_sms(2 if tile.multicast else 1),
             added_by_tma(kind),
             on_machine(machine),
@@ -130,7 +130,7 @@ def wgrad(machine: Machine, dtype: torch.dtype, tile: tiles.Tile, sizes: Any = W
     for t, n, k, seed in ((128, 128, 256, None),) if machine.count else sizes:
         dy, x, before = torch.randn(t, n).to(dtype), torch.randn(t, k).to(dtype), torch.randn(n, k)
         got, machine.seed = before.clone(), seed
-        with patch.object(tiles, "choose", lambda *_, **__: tile), on_machine(machine):
+        with chosen(tile), on_machine(machine):
             ops("triton", "gemm").wgrad(dy, x, got)
         within(got, before.double() + dy.double().T @ x.double())
 
@@ -149,7 +149,7 @@ def grouped_mm_wgrad(machine: Machine, dtype: torch.dtype, tile: tiles.Tile) -> 
         dy[sum(groups) :], x[sum(groups) :] = float("nan"), float("nan")
         before = torch.randn(len(groups), n, k)
         got, machine.seed = before.clone(), seed
-        with patch.object(tiles, "choose", lambda *_, **__: tile), on_machine(machine):
+        with chosen(tile), on_machine(machine):
             ops("triton", "grouped_mm").grouped_mm_wgrad(dy, x, at, got)
         for e, (start, stop) in enumerate(itertools.pairwise(at.tolist())):
             within(got[e], before[e].double() + dy[start:stop].double().T @ x[start:stop].double())

@@ -18,6 +18,8 @@ ACCEPTED = (
     (r"^gluon gemm_columns bf16 ", "stores", 0.5, "a warp's fragment has 8 values of a row: 16 bytes of BF16"),
     (r" add_long .* columns_kernel", "banks", 1.65, "rows of a fragment, 8 bytes a lane, meet in TMA's swizzle"),
     (r"^triton (gemm|grouped_gemm) ", "loads", 0.23, "a scale of a block is one word of a sector a warp"),
+    (r"zero_rows_kernel", "loads", 0.12, "only the end of the last group is loaded, a word"),
+    (r"^triton grouped_mm fp32 ", "banks", 7.5, "FP32 experts, tests' choice, read weights across their rows"),
     (r"quantize_(rows|blocks|rows_and_columns) ", "loads", 0.5, "two loads of a lane share a sector, one hits L1"),
     (r"quantize_columns ", "banks", 2.05, ACROSS),
     (r"quantize_rows_and_columns ", "banks", 4.4, ACROSS),
