@@ -1,16 +1,18 @@
 """FP8 columns of a block of 128 tokens: loads and casts for which a lane holds runs of tokens.
 
-A tile of columns is read along k, where memory is contiguous, and written along tokens. As [128, BLOCK_K / 4, 4] each
-of 128 lanes loads 4 columns at a time, and so holds 8 or 16 tokens of them: an amax along tokens is left to few lanes,
-a scale is divided once for as many values, and codes turn by whole words of shared memory. Tokens are dealt to the
-tile in the order that makes a lane's tokens neighbours. Requantizing so takes 15 instructions a value (Triton 3.7,
-sm_90a); with 16 columns a lane, as the widest loads have it, 26, most of them divisions and bytes of shared memory.
+A tile of columns [128, BLOCK_K] is read along k, where memory is contiguous, and written along tokens. A lane loads 4
+columns at a time, and so holds 8 or 16 tokens of them: an amax along tokens is left to few lanes, a scale is divided
+once for as many values, and codes turn by whole words of shared memory. Triton gives a lane as much as it knows to be
+aligned, so strides are passed in units of 4, and no more is known of them. Tokens are dealt to the tile in the order
+that makes a lane's tokens neighbours. Requantizing so takes 15 instructions a value (Triton 3.7, sm_90a); with 16
+columns a lane, as the widest loads have it, 26, most of them divisions and bytes of shared memory.
 """
 
 import math
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fp8moe.kernels.fp8 import TILE
 from fp8moe.kernels.triton import encode
@@ -25,18 +27,19 @@ def column_block(k: int, widest: int, num_warps: int) -> tuple[int, int]:
     return block_k, block_k * TILE // (num_warps * LANES * VECTOR.value)
 
 
+def quarter_stride(x: Tensor) -> tuple[Tensor, int]:
+    """x [M, K] itself, or a copy where its last dim is not contiguous or its rows are no multiple of 4 apart."""
+    if x.stride(1) != 1 or x.stride(0) % VECTOR.value:
+        x = x.contiguous()
+    return x, x.stride(0) // VECTOR.value
+
+
 @triton.jit
 def tokens_of(OWN: tl.constexpr):
     """The tokens of a block of 128 in the order that gives a lane OWN neighbours, and the first that its lane has."""
     i = tl.arange(0, encode.TILE)
     first = i % (encode.TILE // OWN) * OWN
     return first + i // (encode.TILE // OWN), first
-
-
-@triton.jit
-def lanes_of(first, BLOCK_K: tl.constexpr):
-    """BLOCK_K columns from `first` on, as lanes hold them: [BLOCK_K / 4, 4]."""
-    return first + tl.arange(0, BLOCK_K // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
 @triton.jit
@@ -47,32 +50,32 @@ def scale_at(k, scale_stride_k):
 
 @triton.jit
 def cast_columns(x, codes, scales, block, first, M, K, end, floor, POWER_OF_TWO: tl.constexpr, OWN: tl.constexpr):
-    """x [128, BLOCK_K / 4, 4] FP32 at `tokens_of(block)`, columns from `first` to `end` -> codes [K, M], scales."""
-    BLOCK_K: tl.constexpr = x.shape[1] * x.shape[2]
+    """x [128, BLOCK_K] FP32 at the tokens of a block, columns from `first` to `end` -> codes [K, M], scales."""
+    BLOCK_K: tl.constexpr = x.shape[1]
     scale = encode.e4m3_scale_of(encode.amax_bits(x, 0), floor, POWER_OF_TWO)
-    scaled = tl.reshape(x * encode.reciprocal_of(scale)[None], (OWN, encode.TILE // OWN, BLOCK_K))
+    scaled = tl.reshape(x * encode.reciprocal_of(scale)[None, :], (OWN, encode.TILE // OWN, BLOCK_K))
     code = encode.to_e4m3_words(tl.reshape(tl.permute(scaled, (2, 1, 0)), (BLOCK_K, encode.TILE)))
     m, k = block * encode.TILE + tl.arange(0, encode.TILE), first + tl.arange(0, BLOCK_K)
     tl.store(codes + k.to(tl.int64)[:, None] * M + m[None, :], code, mask=(k < end)[:, None] & (m < M)[None, :])
-    k = lanes_of(first, BLOCK_K)
     tl.store(scales + block.to(tl.int64) * K + k, scale, mask=k < end)
 
 
 @triton.jit
-def load_tokens(x, block, k, stride_m, M, end, OWN: tl.constexpr):
-    """x [M, ...] at the tokens of a block, columns k [BLOCK_K / 4, 4], as FP32 [128, BLOCK_K / 4, 4]; zeros outside.
+def load_tokens(x, block, k, quarter_stride, M, end, OWN: tl.constexpr):
+    """x [M, ...] of stride 4 x quarter_stride at the tokens of a block, columns k, as FP32; zeros outside.
 
     M is a multiple of 16, so that a lane's tokens are all inside or all outside.
     """
     m, lane = tokens_of(OWN)
-    x += block.to(tl.int64) * encode.TILE * stride_m
-    mask = (lane < M - block * encode.TILE)[:, None, None] & (k < end)[None]
-    return tl.load(x + (m[:, None, None] * stride_m + k[None]), mask=mask, other=0.0).to(tl.float32)
+    stride = quarter_stride * VECTOR
+    x += block.to(tl.int64) * encode.TILE * stride
+    mask = (lane < M - block * encode.TILE)[:, None] & (k < end)[None, :]
+    return tl.load(x + (m[:, None] * stride + k[None, :]), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_factors(factors, block, stride_m, M, OWN: tl.constexpr):
-    """One number for each token of a block, [128, 1, 1]; that of another token of the block beyond M."""
+    """One number for each token of a block, [128, 1]; that of another token of the block beyond M."""
     m, lane = tokens_of(OWN)
     inside = tl.minimum(lane, M - block * encode.TILE - OWN) + (m - lane)
-    return tl.load(factors + block.to(tl.int64) * encode.TILE * stride_m + inside * stride_m)[:, None, None]
+    return tl.load(factors + block.to(tl.int64) * encode.TILE * stride_m + inside * stride_m)[:, None]

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
-from fp8moe.kernels.triton.columns import cast_columns, column_block, lanes_of, load_factors, load_tokens, scale_at
+from fp8moe.kernels.triton.columns import (
+    cast_columns,
+    column_block,
+    load_factors,
+    load_tokens,
+    quarter_stride,
+    scale_at,
+)
 from fp8moe.kernels.triton.layout import empty_columns, empty_rows
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
 
@@ -32,7 +39,7 @@ NUM_WARPS = 4
 ROWS_BLOCK_M = 16  # of a program that writes rows
 COLUMNS_BLOCK_K = 64  # of a program that recomputes columns
 BACKWARD_BLOCK_K = 32  # of one that writes columns of both gradients
-BACKWARD_REGISTERS = 128  # a lane: four programs on an SM
+BACKWARD_REGISTERS = 128  # of a lane, 136 if it had them: four programs an SM for three
 MULTIPLE = tl.constexpr(SIZE_MULTIPLE)
 
 
@@ -90,22 +97,22 @@ def forward_kernel(
         cast_rows(value, cached, cached_scale, m, k, tile - h_tiles, R, 2 * F, floor, POWER_OF_TWO)
 
 
-@triton.jit(do_not_specialize=["R", "F", "scale_stride_k"])
+@triton.jit(do_not_specialize=["R", "F", "quarter_m", "scale_stride_k"])
 def columns_kernel(
-    codes, scales, weights, columns, columns_scale, R, F, stride_m, scale_stride_m, scale_stride_k, floor,
+    codes, scales, weights, columns, columns_scale, R, F, quarter_m, scale_stride_m, scale_stride_k, floor,
     BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """FP8 rows [R, 2F] -> columns of h [F, R], scales powers of two. R and F in units of 16."""
     R, F = R * MULTIPLE, F * MULTIPLE
     num_k = tl.cdiv(F, BLOCK_K)
     block, first = tl.program_id(0) // num_k, tl.program_id(0) % num_k * BLOCK_K
-    k = lanes_of(first, BLOCK_K)
+    k = first + tl.arange(0, BLOCK_K)
     gate_scale = load_factors(scales + scale_at(first, scale_stride_k), block, scale_stride_m, R, OWN)
     up_scale = load_factors(scales + scale_at(F + first, scale_stride_k), block, scale_stride_m, R, OWN)
     if weights is not None:
         up_scale *= load_factors(weights, block, 1, R, OWN)
-    gate = load_tokens(codes, block, k, stride_m, R, F, OWN) * gate_scale
-    up = load_tokens(codes + F, block, k, stride_m, R, F, OWN) * up_scale
+    gate = load_tokens(codes, block, k, quarter_m, R, F, OWN) * gate_scale
+    up = load_tokens(codes + F, block, k, quarter_m, R, F, OWN) * up_scale
     product = gate * encode.sigmoid(gate) * up
     cast_columns(product, columns, columns_scale, block, first, R, F, F, floor, True, OWN)
 
@@ -149,28 +156,28 @@ def write_gradient_rows(
 
 @triton.jit
 def write_gradient_columns(
-    dy, codes, scales, weights, columns, columns_scale, block, first, R, F, stride_dy, stride_m, scale_stride_m,
+    dy, codes, scales, weights, columns, columns_scale, block, first, R, F, quarter_dy, quarter_m, scale_stride_m,
     scale_stride_k, floor, POWER_OF_TWO: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Columns of d gate and of d up, BLOCK_K each from `first` on, of a block of 128 tokens."""
-    k = lanes_of(first, BLOCK_K)
+    k = first + tl.arange(0, BLOCK_K)
     gate_scale = load_factors(scales + scale_at(first, scale_stride_k), block, scale_stride_m, R, OWN)
     up_scale = load_factors(scales + scale_at(F + first, scale_stride_k), block, scale_stride_m, R, OWN)
-    gradient = load_tokens(dy, block, k, stride_dy, R, F, OWN)
+    gradient = load_tokens(dy, block, k, quarter_dy, R, F, OWN)
     if weights is not None:
         gradient *= load_factors(weights, block, 1, R, OWN)
-    gate = load_tokens(codes, block, k, stride_m, R, F, OWN) * gate_scale
-    up = load_tokens(codes + F, block, k, stride_m, R, F, OWN) * up_scale
+    gate = load_tokens(codes, block, k, quarter_m, R, F, OWN) * gate_scale
+    up = load_tokens(codes + F, block, k, quarter_m, R, F, OWN) * up_scale
     d_gate, d_up, _ = differentiate(gate, up, gradient)
     cast_columns(d_gate, columns, columns_scale, block, first, R, 2 * F, F, floor, POWER_OF_TWO, OWN)
     cast_columns(d_up, columns, columns_scale, block, F + first, R, 2 * F, 2 * F, floor, POWER_OF_TWO, OWN)
 
 
-@triton.jit(do_not_specialize=["R", "F", "tiles", "scale_stride_k"])
+@triton.jit(do_not_specialize=["R", "F", "tiles", "quarter_dy", "quarter_m", "scale_stride_k"])
 def backward_kernel(
     dy, codes, scales, weights, rows, rows_scale, columns, columns_scale, d_weights, R, F, tiles, stride_dy, stride_m,
-    scale_stride_m, scale_stride_k, floor, POWER_OF_TWO: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, OWN: tl.constexpr,
+    quarter_dy, quarter_m, scale_stride_m, scale_stride_k, floor, POWER_OF_TWO: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """dy [R, F], FP8 rows [R, 2F] -> d gate_up as rows [R, 2F] and columns [2F, R], d weights [R].
 
@@ -195,8 +202,8 @@ def backward_kernel(
             tl.store(d_weights + m, total, mask=m < R)
     else:
         write_gradient_columns(
-            dy, codes, scales, weights, columns, columns_scale, block, (i - row_programs) * BLOCK_K, R, F, stride_dy,
-            stride_m, scale_stride_m, scale_stride_k, floor, POWER_OF_TWO, BLOCK_K, OWN,
+            dy, codes, scales, weights, columns, columns_scale, block, (i - row_programs) * BLOCK_K, R, F, quarter_dy,
+            quarter_m, scale_stride_m, scale_stride_k, floor, POWER_OF_TWO, BLOCK_K, OWN,
         )  # fmt: skip
 
 
@@ -223,11 +230,11 @@ def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None) -> Fp8Tenso
     f = both // 2
     columns = empty_columns(r, f, cached.device)
     if columns.data.numel():
-        data = last_dim_contiguous(cached.data)
+        data, quarter = quarter_stride(cached.data)
         block_k, own = column_block(f, COLUMNS_BLOCK_K, NUM_WARPS)
         columns_kernel[(ceil_div(r, TILE) * ceil_div(f, block_k),)](
             data, cached.scale, _contiguous(weights), columns.data, columns.scale, r // SIZE_MULTIPLE,
-            f // SIZE_MULTIPLE, data.stride(0), *cached.scale.stride(), ACTIVATION_AMAX_FLOOR, BLOCK_K=block_k, OWN=own,
+            f // SIZE_MULTIPLE, quarter, *cached.scale.stride(), ACTIVATION_AMAX_FLOOR, BLOCK_K=block_k, OWN=own,
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return columns
@@ -241,7 +248,7 @@ def swiglu_backward(
     rows, columns = empty_rows(r, both, device), empty_columns(r, both, device)
     d_weights = None if weights is None else torch.empty(r, dtype=torch.float32, device=device)
     if dy.numel():
-        dy, data = last_dim_contiguous(dy), last_dim_contiguous(cached.data)
+        (dy, quarter_dy), (data, quarter) = quarter_stride(dy), quarter_stride(cached.data)
         aligned = f % TILE == 0
         num_tiles = f // TILE if aligned else ceil_div(both, TILE)
         tiles = 1 if weights is None else num_tiles
@@ -249,9 +256,9 @@ def swiglu_backward(
         programs = ceil_div(num_tiles, tiles) * (TILE // ROWS_BLOCK_M) + ceil_div(f, block_k)
         backward_kernel[(ceil_div(r, TILE) * programs,)](
             dy, data, cached.scale, _contiguous(weights), rows.data, rows.scale, columns.data, columns.scale, d_weights,
-            r // SIZE_MULTIPLE, f // SIZE_MULTIPLE, tiles, dy.stride(0), data.stride(0), *cached.scale.stride(),
-            GRADIENT_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned, BLOCK_M=ROWS_BLOCK_M, BLOCK_K=block_k,
-            OWN=own, num_warps=NUM_WARPS, maxnreg=BACKWARD_REGISTERS,
+            r // SIZE_MULTIPLE, f // SIZE_MULTIPLE, tiles, dy.stride(0), data.stride(0), quarter_dy, quarter,
+            *cached.scale.stride(), GRADIENT_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned,
+            BLOCK_M=ROWS_BLOCK_M, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS, maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
     elif d_weights is not None:
         d_weights.zero_()
