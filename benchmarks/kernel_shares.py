@@ -19,12 +19,17 @@ from torch.profiler import ProfilerActivity, profile
 # The first pattern that a kernel's name holds decides.
 KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"cudnn.*(sdpa|flash|attn)|fmha|flash|efficient_attention|attention"),
-    ("cast", r"^(tiles|blocks|requantize|cast|pack|unpack|unpack_columns)_kernel"),
-    ("swiglu", r"swiglu|^(activate|differentiate)\w*_kernel"),
-    ("norm and rope", r"norm\w*_kernel|rope\w*_kernel|^gain\w*_kernel|layer_norm|RMSNorm"),
-    ("router", r"route\w*_kernel|topk\w*_kernel|balance\w*_kernel|gatherTopK|bitonic"),
-    ("permutation", r"^(count|scan|place|copy|invert|sum|select|return)\w*_kernel"),
-    ("gemm", r"^(rows|columns|gemm|wgrad|grouped_\w+)_kernel|gemm|nvjet|cutlass|xmma|cublas|splitK"),
+    ("cast", r"^(tiles|blocks|requantize|cast|pack|unpack|e5m6_columns)_kernel"),
+    ("swiglu", r"^(swiglu|silu_mul)\w*_kernel"),
+    ("norm and rope", r"^(norm|gain|rotate_queries|make_keys|keys_backward)\w*_kernel|layer_norm|RMSNorm"),
+    ("router", r"^(route|balance)\w*_kernel"),
+    ("permutation", r"^(count|scan|place|copy|sum|sum_runs)_kernel"),
+    ("optimizer", r"^(flat_step|blocks_step|partial|total)_kernel"),
+    ("loss", r"^cross_entropy_kernel"),
+    (
+        "gemm",
+        r"^(rows|columns|gemm|wgrad|exact_wgrad|zero_rows|grouped_\w+)_kernel|gemm|nvjet|cutlass|xmma|cublas|splitK",
+    ),
     ("element-wise", r"elementwise|reduce_kernel|CatArray|fill|index|scatter|gather|Memcpy|Memset|softmax"),
 )
 OTHER = "other"

@@ -84,7 +84,7 @@ def unpack_kernel(
 
 
 @triton.jit
-def columns_kernel(
+def e5m6_columns_kernel(
     words, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor, BLOCK_K: tl.constexpr
 ):
     """words [M, 3 K / 8] -> FP8 columns [K, M], scales powers of two."""
@@ -126,7 +126,7 @@ def e5m6_to_columns(packed: E5m6Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     columns = empty_columns(m, k, packed.device)
     words = last_dim_contiguous(packed.data)
     if words.numel():
-        columns_kernel[(ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K))](
+        e5m6_columns_kernel[(ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K))](
             words, packed.scale, columns.data, columns.scale, m, k, words.stride(0), *packed.scale.stride(),
             amax_floor, BLOCK_K=COLUMNS_BLOCK_K, num_warps=BOTH_WARPS,
         )  # fmt: skip

@@ -28,7 +28,7 @@ def block_of(f: int) -> tuple[int, int]:
 
 
 @triton.jit(do_not_specialize=["R"])
-def product_kernel(
+def silu_mul_kernel(
     gate_up, weights, out, R, F, stride_m, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr
 ):
     """gate_up [R, 2F] -> out [R, F]."""
@@ -48,7 +48,7 @@ def product_kernel(
 
 
 @triton.jit(do_not_specialize=["R", "blocks"])
-def gradient_kernel(
+def silu_mul_backward_kernel(
     dy, gate_up, weights, d_gate_up, d_weights, R, F, blocks, stride_dy, stride_m,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def silu_mul(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     if out.numel():
         gate_up = last_dim_contiguous(gate_up)
         block_m, block_f = block_of(f)
-        product_kernel[(ceil_div(r, block_m) * ceil_div(f, block_f),)](
+        silu_mul_kernel[(ceil_div(r, block_m) * ceil_div(f, block_f),)](
             gate_up, None if weights is None else weights.contiguous(), out, r, f, gate_up.stride(0),
             DTYPE=TL_DTYPE[out.dtype], BLOCK_M=block_m, BLOCK_F=block_f, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -99,7 +99,7 @@ def silu_mul_backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None = None
         block_m, block_f = block_of(f)
         num_f = ceil_div(f, block_f)
         blocks = 1 if weights is None else num_f
-        gradient_kernel[(ceil_div(r, block_m) * ceil_div(num_f, blocks),)](
+        silu_mul_backward_kernel[(ceil_div(r, block_m) * ceil_div(num_f, blocks),)](
             dy, gate_up, None if weights is None else weights.contiguous(), d_gate_up, d_weights, r, f, blocks,
             dy.stride(0), gate_up.stride(0), DTYPE=TL_DTYPE[d_gate_up.dtype], BLOCK_M=block_m, BLOCK_F=block_f,
             num_warps=NUM_WARPS,

@@ -68,7 +68,7 @@ def cast_rows(x, codes, scales, m, k, tile, M, K, floor, POWER_OF_TWO: tl.conste
 
 
 @triton.jit(do_not_specialize=["R", "F"])
-def forward_kernel(
+def swiglu_kernel(
     gate_up, weights, h, h_scale, cached, cached_scale, R, F, stride_m, floor, POWER_OF_TWO: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["R", "F", "quarter_m", "scale_stride_k"])
-def columns_kernel(
+def swiglu_columns_kernel(
     codes, scales, weights, columns, columns_scale, R, F, quarter_m, scale_stride_m, scale_stride_k, floor,
     BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +174,7 @@ def write_gradient_columns(
 
 
 @triton.jit(do_not_specialize=["R", "F", "tiles", "quarter_dy", "quarter_m", "scale_stride_k"])
-def backward_kernel(
+def swiglu_backward_kernel(
     dy, codes, scales, weights, rows, rows_scale, columns, columns_scale, d_weights, R, F, tiles, stride_dy, stride_m,
     quarter_dy, quarter_m, scale_stride_m, scale_stride_k, floor, POWER_OF_TWO: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
@@ -217,7 +217,7 @@ def swiglu(
         gate_up = last_dim_contiguous(gate_up)
         aligned = f % TILE == 0
         num_tiles = ceil_div(f, TILE) + (0 if aligned else ceil_div(both, TILE))
-        forward_kernel[(ceil_div(r, ROWS_BLOCK_M) * num_tiles,)](
+        swiglu_kernel[(ceil_div(r, ROWS_BLOCK_M) * num_tiles,)](
             gate_up, _contiguous(weights), out.data, out.scale, cached.data, cached.scale, r, f // SIZE_MULTIPLE,
             gate_up.stride(0), ACTIVATION_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned, BLOCK_M=ROWS_BLOCK_M,
             num_warps=NUM_WARPS,
@@ -232,7 +232,7 @@ def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None) -> Fp8Tenso
     if columns.data.numel():
         data, quarter = quarter_stride(cached.data)
         block_k, own = column_block(f, COLUMNS_BLOCK_K, NUM_WARPS)
-        columns_kernel[(ceil_div(r, TILE) * ceil_div(f, block_k),)](
+        swiglu_columns_kernel[(ceil_div(r, TILE) * ceil_div(f, block_k),)](
             data, cached.scale, _contiguous(weights), columns.data, columns.scale, r // SIZE_MULTIPLE,
             f // SIZE_MULTIPLE, quarter, *cached.scale.stride(), ACTIVATION_AMAX_FLOOR, BLOCK_K=block_k, OWN=own,
             num_warps=NUM_WARPS,
@@ -254,7 +254,7 @@ def swiglu_backward(
         tiles = 1 if weights is None else num_tiles
         block_k, own = column_block(f, BACKWARD_BLOCK_K, NUM_WARPS)
         programs = ceil_div(num_tiles, tiles) * (TILE // ROWS_BLOCK_M) + ceil_div(f, block_k)
-        backward_kernel[(ceil_div(r, TILE) * programs,)](
+        swiglu_backward_kernel[(ceil_div(r, TILE) * programs,)](
             dy, data, cached.scale, _contiguous(weights), rows.data, rows.scale, columns.data, columns.scale, d_weights,
             r // SIZE_MULTIPLE, f // SIZE_MULTIPLE, tiles, dy.stride(0), data.stride(0), quarter_dy, quarter,
             *cached.scale.stride(), GRADIENT_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,14 @@ def test_flops_of_all_layers_are_the_models():
     ("kernel", "kind"),
     [
         ("rows_kernel", "gemm"),
-        ("grouped_mm_wgrad_kernel", "gemm"),
+        ("grouped_wgrad_kernel", "gemm"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "gemm"),
         ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<...>>", "gemm"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x192x128", "attention"),
         ("tiles_kernel", "cast"),
         ("requantize_kernel", "cast"),
         ("swiglu_backward_kernel", "swiglu"),
-        ("rms_norm_kernel", "norm and rope"),
+        ("norm_backward_kernel", "norm and rope"),
         ("copy_kernel", "permutation"),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", "element-wise"),
         ("Memcpy DtoD (Device -> Device)", "element-wise"),
@@ -102,3 +103,12 @@ def test_every_layer_of_a_gpu_can_be_built():
             from fp8moe.model.block import Block
 
             Block(config, config.num_layers - 1, Recipe(Precision.FP8), LocalDispatcher(config.experts.num_experts))
+
+
+def test_every_kernel_of_the_project_has_a_kind_and_a_name_of_its_own():
+    found: dict[str, list[str]] = {}
+    for path in Path(__file__).resolve().parents[2].glob("kernels/*/*.py"):
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M):
+            found.setdefault(name, []).append(path.stem)
+    assert found and [name for name in found if kind_of(name) == "other"] == []
+    assert [(name, files) for name, files in found.items() if len(files) > 1] == []

@@ -159,11 +159,11 @@ def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
 def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(kernels):
     # Casts, two values each: 16 values a lane of gate, up and h; 64 of h; 16 and 32 of both gradients.
     casts = {
-        "forward_kernel": 24,
-        "columns_kernel": 32,
-        "backward_kernel": 48,
-        "product_kernel": 0,
-        "gradient_kernel": 0,
+        "swiglu_kernel": 24,
+        "swiglu_columns_kernel": 32,
+        "swiglu_backward_kernel": 48,
+        "silu_mul_kernel": 0,
+        "silu_mul_backward_kernel": 0,
     }
     found = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("swiglu", "silu_mul")}
     assert {e["kernel"].split(".")[-1] for e in found.values()} == set(casts)

@@ -26,7 +26,7 @@ ACCEPTED = (
     (r"^triton requantize_columns ", "banks", 1.75, ACROSS),
     (r"^triton requantize_columns ", "loads", 0.94, "scales of 32 rows are loaded once a program"),
     (r"^triton e5m6 (columns|unpack)_kernel", "loads", 0.12, "values gather the words they lie in, neighbours hit L1"),
-    (r"^triton e5m6 columns_kernel", "banks", 1.35, ACROSS),
+    (r"^triton e5m6 e5m6_columns_kernel", "banks", 1.35, ACROSS),
     (r"^triton adamw_step_quantize ", "loads", 0.88, "of the weight read again: two loads of a lane share a sector"),
     (r"^triton squared_norm ", "loads", 0.25, "two partial sums are a quarter of a sector"),
     (r"^triton squared_norm ", "stores", 0.25, "one number a program"),
