@@ -14,13 +14,14 @@ import torch
 
 from fp8moe.layers.attention import MlaConfig
 from fp8moe.layers.dispatch import LocalDispatcher
+from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.layers.router import RouterConfig
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import FORWARD_AND_BACKWARD, block_parameters
 from fp8moe.model.phases import BalanceLoss, pass_through
-from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.model.transformer import Transformer
 
 DSV3 = ModelConfig(
     vocab_size=129280, dim=7168, num_layers=61, num_dense_layers=3, dense_hidden=18432,
@@ -67,7 +68,7 @@ class LayerStep:
             self.model = Transformer(
                 config, Recipe(precision), dispatcher, layers=(layer,), embedding=False, head=False
             )
-        init_weights(self.model, 0)
+        _fill(self.model, config.init_std)
         self._block = self.model.block(layer)
         self._positions = self.model.positions(torch.arange(tokens, device=device)[None])
         generator = torch.Generator().manual_seed(0)
@@ -87,6 +88,16 @@ class LayerStep:
             if phase.wgrad is not None:
                 phase.wgrad()
         return output_TD, one.input_gradient
+
+
+@torch.no_grad()
+def _fill(model: Transformer, std: float) -> None:
+    """Random weights where the model lies: a model's own are drawn on the host, expert by expert, which takes minutes."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=std, generator=generator)
+    quantize_weights(model)
 
 
 def layer_flops(config: ModelConfig, tokens: int) -> float:
