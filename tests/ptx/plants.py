@@ -108,7 +108,7 @@ def swap_row_scales(text: str) -> str:
 
 
 def stale_scale(text: str) -> str:
-    """The scales of step k where those of k + 1 are due: the last minimum before the first product, less one instead."""
+    """The scales of step k where those of k + 1 are due: the last minimum before the first product, less one."""
     product = matches(text, r"wgmma\.fence")[0].start()
     later = [m for m in matches(text, r"min\.s32\s+(%r\d+), (%r\d+), %r\d+;") if m.start() < product][-1]
     return text[: later.start()] + f"add.s32 {later[1]}, {later[2]}, -1;" + text[later.end() :]

@@ -42,7 +42,10 @@ PLANT_REPORTS = {
     "a slot is given back before its products": ("a copy overwrites shared memory", "without waiting"),
     "more bytes are expected than come": ("deadlock", "bytes are missing"),
     "no proxy fence before a TMA store": ("not visible to the asynchronous proxy", "pipeline.py"),
-    "no proxy fence behind reads of scales": (r"has its value \(fence\.proxy\.async\)", r"(?:columns_kernel|pipeline)\.py"),
+    "no proxy fence behind reads of scales": (
+        r"has its value \(fence\.proxy\.async\)",
+        r"(?:columns_kernel|pipeline)\.py",
+    ),
     "the scales of step k serve step k + 1": ("calc_diff",),
     "an arrival does not wait for the partner warps": ("without waiting until the read of warp",),
     "no wait for a product": ("uses a register of a WGMMA",),
