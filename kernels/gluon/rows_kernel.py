@@ -140,8 +140,8 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         row += FIRST
-        a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row, col, group, a_scale, b_scale, M, N, K, BM,
-                                                                          BN, CTAS)  # fmt: skip
+        a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row, col, group, a_scale, b_scale, M, N, K,
+                                                                          BM, BN, CTAS)  # fmt: skip
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         for k in range(steps):
@@ -165,10 +165,11 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
                 release(empty, both, slot, CTAS)
                 acc0 += dead * scale0[:, None]
             step += 1
+        # Its steps are found again at the top: Triton 3.6 and 3.7 don't carry them round the loop (benchmarks/LOG.md).
         # The next tile's first scales arrive under this tile's epilogue (after the last tile: that tile's again).
         following = gl.minimum(tile + gl.num_programs(0), num_tiles - 1)
-        sa0, sb0, sa1, sb1 = first_scales(following, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM, BN,
-                                          GROUP, GROUPED, CTAS)  # fmt: skip
+        sa0, sb0, sa1, sb1 = first_scales(following, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM,
+                                          BN, GROUP, GROUPED, CTAS)  # fmt: skip
         write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE, CTAS)
         if TWO:
             write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
