@@ -92,7 +92,7 @@ class LayerStep:
 
 @torch.no_grad()
 def _fill(model: Transformer, std: float) -> None:
-    """Random weights where the model lies: a model's own are drawn on the host, expert by expert, which takes minutes."""
+    """Random weights where the model lies; `init_weights` draws them on the host, expert by expert, for minutes."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -108,6 +108,16 @@ def load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, k, a_ld, BM: g
 
 
 @gluon.jit
+def first_scales(tile, FIRST: gl.constexpr, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM: gl.constexpr,
+                 BN: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+    """The scales of a tile's K tile 0, for the consumer whose rows begin at FIRST."""
+    row, col, group, _ = locate(tile, M, N, K, offsets, num_groups, BM, BN * CTAS, GROUP, GROUPED)
+    a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row + FIRST, col, group, a_scale, b_scale, M, N,
+                                                                      K, BM, BN, CTAS)  # fmt: skip
+    return load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, BM, BN)
+
+
+@gluon.jit
 def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
             num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
             GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
@@ -125,11 +135,13 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
     buffer = c_buffers.index(INDEX)
     dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
-    row, col, group, steps = locate(gl.program_id(0), M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
-    a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row + FIRST, col, group, a_scale, b_scale, M, N,
-                                                                      K, BM, BN, CTAS)  # fmt: skip
-    sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, BM, BN)
+    sa0, sb0, sa1, sb1 = first_scales(gl.program_id(0), FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM,
+                                      BN, GROUP, GROUPED, CTAS)  # fmt: skip
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
+        row += FIRST
+        a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row, col, group, a_scale, b_scale, M, N, K,
+                                                                          BM, BN, CTAS)  # fmt: skip
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         for k in range(steps):
@@ -153,16 +165,14 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
                 release(empty, both, slot, CTAS)
                 acc0 += dead * scale0[:, None]
             step += 1
-        at, across = row + FIRST, col
+        # Its steps are found again at the top: Triton 3.6 and 3.7 don't carry them round the loop (benchmarks/LOG.md).
         # The next tile's first scales arrive under this tile's epilogue (after the last tile: that tile's again).
         following = gl.minimum(tile + gl.num_programs(0), num_tiles - 1)
-        row, col, group, steps = locate(following, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
-        a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row + FIRST, col, group, a_scale, b_scale, M,
-                                                                          N, K, BM, BN, CTAS)  # fmt: skip
-        sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, BM, BN)
-        write_wave(c, buffer, acc0, at, across, M, N, c_ld, EPILOGUE, CTAS)
+        sa0, sb0, sa1, sb1 = first_scales(following, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM,
+                                          BN, GROUP, GROUPED, CTAS)  # fmt: skip
+        write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE, CTAS)
         if TWO:
-            write_wave(c, buffer, acc1, at + DOWN, across + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
+            write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
     finish_stores(EPILOGUE)
 
 

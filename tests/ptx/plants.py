@@ -108,9 +108,10 @@ def swap_row_scales(text: str) -> str:
 
 
 def stale_scale(text: str) -> str:
-    """The scales of step k where those of k + 1 are due."""
-    pattern = r"(add\.s32\s+(%r\d+), \2, 1;[^;]*?min\.s32\s+(%r\d+), )\2, (%r\d+);"
-    return change(pattern, lambda m: m[1].replace("min.s32", "add.s32") + f"{m[2]}, -1;")(text)
+    """The scales of step k where those of k + 1 are due: the last minimum before the first product, less one."""
+    product = matches(text, r"wgmma\.fence")[0].start()
+    later = [m for m in matches(text, r"min\.s32\s+(%r\d+), (%r\d+), %r\d+;") if m.start() < product][-1]
+    return text[: later.start()] + f"add.s32 {later[1]}, {later[2]}, -1;" + text[later.end() :]
 
 
 def second_wave_at_the_first(text: str) -> str:
