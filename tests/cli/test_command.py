@@ -82,7 +82,12 @@ def test_several_lines_become_one() -> None:
     assert len(explain(MemoryError("x" * 500)).sentence) < 300
 
 
-REQUIRED = {"numerics": ["--steps", "5"], "tokenize": ["--input", "a", "--output", "b"]}
+REQUIRED = {
+    "numerics": ["--steps", "5"],
+    "tokenize": ["--input", "a", "--output", "b"],
+    "verify": ["runs/a"],
+    "inspect": ["runs/a"],
+}
 UNKNOWN = {name: [*REQUIRED.get(name, []), "--bogus"] for name in COMMANDS}
 ABBREVIATED = {name: [*REQUIRED.get(name, []), "--nam", "x"] for name in COMMANDS}
 NO_VALUE = {

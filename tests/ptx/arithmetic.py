@@ -103,17 +103,23 @@ def _high(a: Any, b: Any) -> Any:
 APPROXIMATIONS = {"ex2": (np.exp2, 2), "rcp": (np.reciprocal, 1)}  # of FP32, and their largest error in last places
 
 
+def _flushed(a: Any) -> Any:
+    """Subnormal FP32 as zero of its sign (`.ftz`)."""
+    return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a).astype(np.float32)
+
+
+def _flushing(exact: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *values: _flushed(exact(*(_flushed(value) for value in values)))
+
+
 def _approximation(name: str) -> Callable[[Any], Any]:
     exact, places = APPROXIMATIONS[name]
 
-    def flushed(a: Any) -> Any:
-        return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a).astype(np.float32)
-
     def approximate(a: Any) -> Any:
-        value = flushed(exact(flushed(a).astype(np.float64)))
+        value = exact(a.astype(np.float64)).astype(np.float32)
         wrong = ((a.view(np.uint32) * np.uint32(0x9E3779B1)) >> np.uint32(16)).astype(np.int32) % (2 * places + 1)
         moved = (value.view(np.int32) + (wrong - places)).view(np.float32)
-        return np.where(np.isfinite(value) & (value != 0), moved, value)
+        return np.where(np.isfinite(value) & (np.abs(value) >= np.finfo(np.float32).tiny), moved, value)
 
     return approximate
 
@@ -125,7 +131,9 @@ def _floats(name: str, parts: list[str]) -> Callable[..., Any]:
     }  # fmt: skip
     if name in ("min", "max") and "NaN" in parts:
         return np.minimum if name == "min" else np.maximum
-    if name in APPROXIMATIONS and parts[1:] == ["approx", "ftz", "f32"]:
+    if "ftz" in parts:
+        return _flushing(_floats(name, [part for part in parts if part != "ftz"]))
+    if name in APPROXIMATIONS and parts[1:] == ["approx", "f32"]:
         return _approximation(name)
     if parts == ["rcp", "rn", "f32"]:
         return lambda a: np.float32(1) / a
