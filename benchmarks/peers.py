@@ -144,7 +144,7 @@ def grouped_wgrad(p: Problem, x: Operands) -> Contest:
     for name in OURS_GROUPED:
 
         def make(name: str = name) -> Callable[[], Tensor]:
-            op = implementation(name, "grouped_wgrad", "grouped_wgrad")
+            op = implementation(name, "grouped_gemm", "grouped_wgrad")
 
             def call() -> Tensor:
                 op(x.a, x.b, x.offsets, total)

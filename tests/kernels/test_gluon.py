@@ -160,9 +160,9 @@ def test_pairs_change_no_bit(hopper, monkeypatch, m, n, k, sizes):
 
 @pytest.mark.parametrize(
     ("version", "variable", "allowed"),
-    [("3.8.0", None, True), ("3.8.0", "1", True), ("3.8.0", "0", False), ("3.7.1", None, False), ("3.6.0", "1", False)],
+    [("3.8.0", None, False), ("3.8.0", "1", True), ("3.8.0", "0", False), ("3.7.1", "1", False), ("3.6.0", "1", False)],
 )
-def test_pairs_are_chosen_from_triton_3_8_on_unless_refused(monkeypatch, version, variable, allowed):
+def test_pairs_are_chosen_from_triton_3_8_on_where_they_are_asked_for(monkeypatch, version, variable, allowed):
     pytest.importorskip("triton")
     from fp8moe.kernels.gluon import launch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR
 from tests.kernels.activation_bounds import activate, assert_cast, differentiate
-from tests.kernels.sm90_cases import ACTIVATIONS, RECOMPUTED, UNCAST
+from tests.kernels.sm90_fused_cases import ACTIVATIONS, RECOMPUTED, UNCAST
 from tests.ptx.launching import Machine, on_machine
 from tests.ptx.moving_cases import Case, assert_equal, ops
 
