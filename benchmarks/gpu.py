@@ -32,16 +32,15 @@ class Part:
     seconds: float
 
 
-QUICK = ("--device", "cuda", "--repeats", "15", "--warmup", "3")
+CALLS = ("--device", "cuda", "--repeats", "15", "--warmup", "3")
+FUSED = ("swiglu", "norm", "rope", "route", "cross_entropy", "adamw", "grouped_mm", "quantize", "permute")
 PARTS = (
     Part("correctness", ("--device", "cuda"), 100),
     Part("bench_layer", ("--device", "cuda", "--repeats", "7", "--warmup", "2"), 120),
-    Part("bench_quantize", QUICK, 40),
-    Part("bench_permute", QUICK, 40),
-    Part("bench_adamw", QUICK, 40),
-    Part("bench_gemm", QUICK, 90),
-    Part("bench_grouped_gemm", QUICK, 60),
-    Part("bench_grouped_wgrad", QUICK, 60),
+    *(Part(f"bench_{name}", CALLS, 30) for name in FUSED),
+    Part("bench_gemm", CALLS, 60),
+    Part("bench_grouped_gemm", CALLS, 40),
+    Part("bench_grouped_wgrad", CALLS, 40),
 )
 # Not here: those that need the trainer's packages, several processes, or no GPU.
 APART = ("bench_step", "bench_recompute", "bench_pipeline", "bench_dispatch", "bench_checkpoint")
