@@ -62,7 +62,7 @@ def test_only_the_up_projections_run_again(
     model = build(Precision.FP8, recompute)
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.block(1).named_modules()}
     products: Counter[str] = Counter()
-    fprop, choose, attention = Linear.fprop, route, core.BACKENDS["blocked"]
+    fprop, choose, attention = Linear.fprop, route, core.BACKENDS["sdpa"]
 
     def counted(self: Linear, x: Any) -> Tensor:
         products[names[id(self)]] += 1
@@ -78,7 +78,7 @@ def test_only_the_up_projections_run_again(
 
     monkeypatch.setattr(Linear, "fprop", counted)
     monkeypatch.setattr("fp8moe.layers.router.route", chosen)
-    monkeypatch.setitem(core.BACKENDS, "blocked", attended)
+    monkeypatch.setitem(core.BACKENDS, "sdpa", attended)
     autograd(model, 1, *stream(model, seed=0))
     once = {"qkv_a": 1, "o": 1, "gate_up": 1, "down": 1, "choose": 1, "attend": 1}
     assert products == once | {"q_b": times, "kv_b": times}
@@ -100,7 +100,7 @@ def test_norm_outputs_and_heads_die_with_the_forward(
 ) -> None:
     model = build(precision, recompute)
     seen: dict[str, list[StorageWeakRef]] = {"norm": [], "mla_up": []}
-    norm, attend = RMSNorm._norm, core.BACKENDS["blocked"]
+    norm, attend = RMSNorm._norm, core.BACKENDS["sdpa"]
 
     def watched(self: RMSNorm, *inputs: Any, **options: Any) -> tuple[Tensor, Normed]:
         h, y = norm(self, *inputs, **options)
@@ -112,7 +112,7 @@ def test_norm_outputs_and_heads_die_with_the_forward(
         return attend(*inputs)
 
     monkeypatch.setattr(RMSNorm, "_norm", watched)
-    monkeypatch.setitem(core.BACKENDS, "blocked", attended)
+    monkeypatch.setitem(core.BACKENDS, "sdpa", attended)
     x = stream(model, seed=0)[0].requires_grad_()
     alive = forward(model, 1, x, phases)
     assert len(seen["norm"]) == 4 and len(seen["mla_up"]) == 3

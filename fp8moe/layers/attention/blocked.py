@@ -47,7 +47,7 @@ class _BlockedAttention(torch.autograd.Function):
         return _heads_back(out, v)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = (_heads_first(x) for x in ctx.saved_tensors)
         dy = _heads_first(grads[0])
         queries, keys, values, gradients = q.float() * ctx.scale, k.float(), v.float(), dy.float()

@@ -1,4 +1,4 @@
-"""Attention by blocks of queries: values and gradients of its formula in FP64, whatever the blocks, and what it keeps."""
+"""Attention by blocks of queries: values and gradients of its formula in FP64, and what it keeps."""
 
 from __future__ import annotations
 
