@@ -1,22 +1,38 @@
-"""SwiGLU without casts: silu(gate) * up * weight, all arithmetic in FP32, one rounding to the dtype of the input."""
+"""SwiGLU without casts: silu(gate) * up * weight, all arithmetic in FP32, one rounding to the dtype of the input.
+
+Rows go in chunks whose FP32 copies stay in a core's cache, and in place where a value has no other reader: the same
+operations in the same order as whole passes, and the same bits.
+"""
 
 import torch
 from torch import Tensor
 
+from fp8moe.kernels.reference._arithmetic import row_chunks
+
 
 def silu_mul(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    product = torch.nn.functional.silu(gate) * up
-    return (product if weights is None else product * weights[:, None]).to(gate_up.dtype)
+    r, both = gate_up.shape
+    out = torch.empty(r, both // 2, dtype=gate_up.dtype, device=gate_up.device)
+    for rows in row_chunks(r, both):
+        gate, up = gate_up[rows].float().chunk(2, dim=-1)
+        product = torch.nn.functional.silu(gate).mul_(up)
+        out[rows] = product if weights is None else product.mul_(weights[rows, None])
+    return out
 
 
 def silu_mul_backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    dy = dy.float()
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    dweights = None if weights is None else (dy * silu * up).sum(-1)
-    if weights is not None:
-        dy = dy * weights[:, None]
-    dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat([dgate, dy * silu], dim=-1).to(gate_up.dtype), dweights
+    r, both = gate_up.shape
+    out = torch.empty(r, both, dtype=gate_up.dtype, device=gate_up.device)
+    dweights = None if weights is None else torch.empty(r, dtype=torch.float32, device=dy.device)
+    for rows in row_chunks(r, both):
+        gate, up = gate_up[rows].to(torch.float32, copy=True).chunk(2, dim=-1)
+        d_hidden = dy[rows].to(torch.float32, copy=True)
+        sigmoid = gate.sigmoid()
+        silu = gate.mul_(sigmoid)
+        if weights is not None and dweights is not None:
+            dweights[rows] = (d_hidden * silu).mul_(up).sum(-1)
+            d_hidden.mul_(weights[rows, None])
+        slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
+        out[rows, : both // 2] = up.mul_(d_hidden).mul_(slope)
+        out[rows, both // 2 :] = d_hidden.mul_(silu)
+    return out, dweights

@@ -6,7 +6,8 @@ backward is that of the same kernel. Whether PyTorch's fused kernels take the he
 beside 128 of values in DeepSeek-V3) is asked of PyTorch itself, which knows its cuDNN and the GPU.
 
 Documents: FlexAttention skips blocks of scores between documents; the others read a dense mask, and flash-attn 4 has
-none. FlexAttention was refused for plain causal heads: cuDNN is faster there. It has no backward on a CPU.
+none. FlexAttention was refused for plain causal heads: cuDNN is faster there. It has no backward on a CPU, where heads
+that PyTorch's fused kernel doesn't take go by blocks of queries (`blocked`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ LABELS = {
     "flash": "flash-attn 4",
     "flex": "FlexAttention",
     "efficient": "PyTorch's memory-efficient kernel",
+    "blocked": "blocks of queries",
     "sdpa": "PyTorch's own choice",
 }
 # What auto tries, in this order: by kind of device, and whether documents are masked.
 ORDER = {
-    ("cpu", False): ("sdpa",),
+    ("cpu", False): ("blocked", "sdpa"),
     ("cpu", True): ("sdpa",),
     ("cuda", False): ("cudnn", "flash", "efficient", "sdpa"),
     ("cuda", True): ("flex", "cudnn", "efficient", "sdpa"),
@@ -77,6 +79,10 @@ def why_not(kernel: str, heads: Heads, machine: Machine) -> str | None:
     """Why `kernel` can't run these heads there, as the middle of a sentence; None where it can."""
     if kernel == "sdpa":
         return None
+    if kernel == "blocked":
+        if machine.kind != "cpu" or heads.masked:
+            return "it is for a CPU" if machine.kind != "cpu" else "it supports no document mask"
+        return "PyTorch's fused kernel takes equal heads on a CPU" if heads.qk_dim == heads.v_dim else None
     if kernel == "flash" and heads.masked:
         return "it supports no document mask"
     if machine.kind != "cuda":

@@ -9,7 +9,7 @@ Two backwards read the output of attention. The Linear after it (`o`) makes its 
 dO x O a row. 12 bits suffice for both (DeepSeek-V3 report, section 3.3.3), but memory is saved only if neither keeps
 the BF16 tensor. So attention runs under `capture_saved`, and the saved tensor that turns out to be the output is
 replaced by the packed copy, unpacked when backward asks. The output is known by its address, whichever view of it was
-saved; a kernel that saves no output, as PyTorch's unfused attention on a CPU, changes nothing, and one that is known to
+saved; a kernel that saves no output, as the one for unequal heads on a CPU, changes nothing, and one that is known to
 save it and did not is an error. Refused: attention run again in backward, which costs a forward; and an autograd
 function around each kernel's private forward and backward (`aten::_scaled_dot_product_cudnn_attention` and the like),
 whose signatures change between releases, whereas a wrong address can only cost memory and is noticed at once.
@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import E5m6Tensor
 from fp8moe.kernels.quantize import quantize_rows
+from fp8moe.layers.attention.blocked import blocked_attention
 from fp8moe.layers.operand import Activation, Operand
 from fp8moe.layers.recompute import SavedTensor
 
@@ -200,6 +201,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "sdpa": _sdpa,
     "cudnn": partial(_pinned, SDPBackend.CUDNN_ATTENTION),
     "efficient": partial(_pinned, SDPBackend.EFFICIENT_ATTENTION),
+    "blocked": blocked_attention,
     "flash": _flash,
     "flex": _flex,
 }

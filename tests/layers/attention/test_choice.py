@@ -30,7 +30,8 @@ def forgotten() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("heads, machine, kernel", [
-    (V3, CPU, "sdpa"),
+    (V3, CPU, "blocked"),
+    (EQUAL, CPU, "sdpa"),
     (DOCUMENTS, CPU, "sdpa"),
     (V3, HOPPER, "cudnn"),
     (EQUAL, HOPPER, "cudnn"),
@@ -49,12 +50,12 @@ def test_what_auto_takes(heads: Heads, machine: Machine, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("setting, heads, machine, words", [
-    ("cudnn", V3, CPU, "cudnn cannot run 192/128 heads, causal: it needs a GPU: use model.attention.backend=sdpa"),
+    ("cudnn", V3, CPU, "cudnn cannot run 192/128 heads, causal: it needs a GPU: use model.attention.backend=auto"),
     ("flex", DOCUMENTS, CPU, "flex cannot run 192/128 heads, masked by documents: it has no backward on a CPU: use "
      "model.attention.backend=sdpa"),
     ("flash", DOCUMENTS, HOPPER, "flash cannot run 192/128 heads, masked by documents: it supports no document mask: "
      "use model.attention.backend=flex, or data.document_mask=false"),
-    ("flash", V3, CPU, "it needs a GPU: use model.attention.backend=sdpa"),
+    ("flash", V3, CPU, "it needs a GPU: use model.attention.backend=auto"),
     ("flash", V3, replace(HOPPER, flash_error="no module"), "can't be imported (no module; extra `flash-attn`): use "
      "model.attention.backend=cudnn"),
     ("flash", V3, replace(HOPPER, capability=(8, 9)), "it needs compute capability 9.0, this GPU has 8.9: use"),
@@ -86,9 +87,9 @@ def test_every_kernel_has_a_label_and_an_implementation() -> None:
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger=choice.__name__):
         for _ in range(2):
-            assert chosen(AUTO, V3, torch.device("cpu")) == Choice("sdpa", saves_output=False)
+            assert chosen(AUTO, V3, torch.device("cpu")) == Choice("blocked", saves_output=False)
     (said,) = (record.getMessage() for record in caplog.records)
-    assert said == "attention: PyTorch's own choice on a CPU for 192/128 heads, causal (model.attention.backend=auto)"
+    assert said == "attention: blocks of queries on a CPU for 192/128 heads, causal (model.attention.backend=auto)"
 
 
 def test_a_gpus_kernels_save_their_output(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
