@@ -53,7 +53,7 @@ def cast_columns(x, codes, scales, block, first, M, K, end, floor, POWER_OF_TWO:
     """x [128, BLOCK_K] FP32 at the tokens of a block, columns from `first` to `end` -> codes [K, M], scales."""
     BLOCK_K: tl.constexpr = x.shape[1]
     scale = encode.e4m3_scale_of(encode.amax_bits(x, 0), floor, POWER_OF_TWO)
-    scaled = tl.reshape(x * encode.reciprocal_of(scale)[None, :], (OWN, encode.TILE // OWN, BLOCK_K))
+    scaled = tl.reshape(x * encode.inverse_of_scale(scale, POWER_OF_TWO)[None, :], (OWN, encode.TILE // OWN, BLOCK_K))
     code = encode.to_e4m3_words(tl.reshape(tl.permute(scaled, (2, 1, 0)), (BLOCK_K, encode.TILE)))
     m, k = block * encode.TILE + tl.arange(0, encode.TILE), first + tl.arange(0, BLOCK_K)
     tl.store(codes + k.to(tl.int64)[:, None] * M + m[None, :], code, mask=(k < end)[:, None] & (m < M)[None, :])
