@@ -28,16 +28,15 @@ RUNS = tl.constexpr(16)  # of 8 values in a tile of 128
 def codes_of(x, scale):
     """FP32 x / scale, a power of two -> E5M6 codes [0, 4096) as int32, to nearest even; any where that is not finite.
 
-    A number whose last place is the step of the format where |x| lies, added to |x|, rounds it as FP32 rounds any sum:
-    the sum's mantissa is |x| in such steps. Counted from the first normal number of its exponent that is the code's
-    mantissa, and with a carry the next exponent, so that the code is a sum of integers.
+    With p the power of two at or below |x|, at least the smallest normal number, the sum of p and |x| 2^-17 is rounded
+    by FP32 to steps of p 2^-23, which are p 2^-6 of |x|: the format's. The mantissa of the sum is |x| in such steps, and
+    since a carry counts one exponent more, the code is a sum of integers.
     """
     bits = x.to(tl.int32, bitcast=True)
-    up = (17 << 23) + 0x3F800000 - scale.to(tl.int32, bitcast=True)  # from the exponent of x to that number's
-    rounder = tl.maximum((bits & 0x7F800000) + up, (17 << 23) + 0x38800000)  # 0x38800000: 2^-14, the smallest normal
-    total = tl.abs(x) * encode.inverse_of_scale(scale, True) + rounder.to(tl.float32, bitcast=True)
-    code = total.to(tl.int32, bitcast=True) + (rounder >> 17) - rounder - (113 + 17) * 64
-    return code | ((bits >> 20) & 0x800)
+    smallest = scale.to(tl.int32, bitcast=True) - (14 << 23)
+    p = tl.maximum(bits & 0x7F800000, smallest)
+    total = tl.fma(tl.abs(x), 2.0**-17, p.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return (total + (p >> 17) - p - (smallest >> 17)) | ((bits >> 20) & 0x800)
 
 
 @triton.jit
@@ -63,14 +62,15 @@ def pack_kernel(x, words, scales, M, K, stride_m, floor, BLOCK_M: tl.constexpr):
     scale = encode.power_of_two_above(encode.amax_bits(value, 1), floor, E5M6_MAX_BITS)
     tl.store(scales + tl.program_id(1).to(tl.int64) * M + m, scale, mask=m < M)
     c0, c1, c2, c3, c4, c5, c6, c7 = eighths(codes_of(value, scale[:, None]))
-    low = c0 | (c1 << 12) | (c2 << 24)
-    middle = (c2 >> 8) | (c3 << 4) | (c4 << 16) | (c5 << 28)
-    high = (c5 >> 4) | (c6 << 8) | (c7 << 20)
+    low = c0 + (c1 << 12) + (c2 << 24)
+    middle = (c2 >> 8) + (c3 << 4) + (c4 << 16) + (c5 << 28)
+    high = (c5 >> 4) + (c6 << 8) + (c7 << 20)
     four = tl.reshape(tl.join(tl.join(low, high), tl.join(middle, high)), (BLOCK_M, 4 * RUNS))
     i = tl.arange(0, 4 * RUNS)
-    word = (tl.program_id(1) * RUNS + i // 4) * 3 + (i & 3)
-    here = words + m.to(tl.int64)[:, None] * (K // 8 * 3) + word[None, :]
-    tl.store(here, four, mask=(m < M)[:, None] & (((i & 3) < 3) & (word < K // 8 * 3))[None, :])
+    word, row_words = (tl.program_id(1) * RUNS + i // 4) * 3 + (i & 3), K // 8 * 3
+    words += tl.program_id(0).to(tl.int64) * BLOCK_M * row_words
+    here = words + (tl.arange(0, BLOCK_M)[:, None] * row_words + word[None, :])
+    tl.store(here, four, mask=(m < M)[:, None] & (((i & 3) < 3) & (word < row_words))[None, :])
 
 
 @triton.jit
