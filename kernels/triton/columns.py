@@ -75,7 +75,7 @@ def load_tokens(x, block, k, quarter_stride, M, end, OWN: tl.constexpr):
 
 @triton.jit
 def load_factors(factors, block, stride_m, M, OWN: tl.constexpr):
-    """One number for each token of a block, [128, 1]; that of another token of the block beyond M."""
+    """One number for each token of a block, [128, 1]; zero beyond M."""
     m, lane = tokens_of(OWN)
-    inside = tl.minimum(lane, M - block * encode.TILE - OWN) + (m - lane)
-    return tl.load(factors + block.to(tl.int64) * encode.TILE * stride_m + inside * stride_m)[:, None]
+    mask = lane < M - block * encode.TILE
+    return tl.load(factors + block.to(tl.int64) * encode.TILE * stride_m + m * stride_m, mask=mask, other=0.0)[:, None]
