@@ -4,8 +4,8 @@ A tile of columns [128, BLOCK_K] is read along k, where memory is contiguous, an
 columns at a time, and so holds 8 or 16 tokens of them: an amax along tokens is left to few lanes, a scale is divided
 once for as many values, and codes turn by whole words of shared memory. Triton gives a lane as much as it knows to be
 aligned, so strides are passed in units of 4, and no more is known of them. Tokens are dealt to the tile in the order
-that makes a lane's tokens neighbours. Requantizing so takes 15 instructions a value (Triton 3.7, sm_90a); with 16
-columns a lane, as the widest loads have it, 26, most of them divisions and bytes of shared memory.
+that makes a lane's tokens neighbours. Requantizing so takes 10 instructions a value (Triton 3.8, sm_90a); with 16
+columns a lane, as the widest loads have it, 27, most of them divisions and bytes of shared memory.
 """
 
 import math
