@@ -35,11 +35,16 @@ def quarter_stride(x: Tensor) -> tuple[Tensor, int]:
 
 
 @triton.jit
-def tokens_of(OWN: tl.constexpr):
-    """The tokens of a block of 128 in the order that gives a lane OWN neighbours, and the first that its lane has."""
-    i = tl.arange(0, encode.TILE)
+def token_at(i, OWN: tl.constexpr):
+    """The token of a block of 128 at each place of a tile, so that a lane has OWN neighbours, and its lane's first."""
     first = i % (encode.TILE // OWN) * OWN
     return first + i // (encode.TILE // OWN), first
+
+
+@triton.jit
+def tokens_of(OWN: tl.constexpr):
+    """All of them, in the tile's order."""
+    return token_at(tl.arange(0, encode.TILE), OWN)
 
 
 @triton.jit
@@ -53,8 +58,9 @@ def cast_columns(x, codes, scales, block, first, M, K, end, floor, POWER_OF_TWO:
     """x [128, BLOCK_K] FP32 at the tokens of a block, columns from `first` to `end` -> codes [K, M], scales."""
     BLOCK_K: tl.constexpr = x.shape[1]
     scale = encode.e4m3_scale_of(encode.amax_bits(x, 0), floor, POWER_OF_TWO)
-    scaled = tl.reshape(x * encode.inverse_of_scale(scale, POWER_OF_TWO)[None, :], (OWN, encode.TILE // OWN, BLOCK_K))
-    code = encode.to_e4m3_words(tl.reshape(tl.permute(scaled, (2, 1, 0)), (BLOCK_K, encode.TILE)))
+    scaled = x * encode.inverse_of_scale(scale, POWER_OF_TWO)[None, :]
+    scaled = tl.permute(tl.reshape(scaled, (OWN, encode.TILE // OWN, BLOCK_K)), (2, 1, 0))
+    code = encode.to_e4m3_words(tl.reshape(scaled, (BLOCK_K, encode.TILE)))
     m, k = block * encode.TILE + tl.arange(0, encode.TILE), first + tl.arange(0, BLOCK_K)
     tl.store(codes + k.to(tl.int64)[:, None] * M + m[None, :], code, mask=(k < end)[:, None] & (m < M)[None, :])
     tl.store(scales + block.to(tl.int64) * K + k, scale, mask=k < end)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
-from fp8moe.kernels.triton.columns import LANES, cast_columns, load_factors, scale_at, tokens_of
+from fp8moe.kernels.triton.columns import LANES, cast_columns, load_factors, scale_at, token_at
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.layout import empty_columns, empty_scales
 from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, last_dim_contiguous
@@ -79,11 +79,11 @@ def pack_kernel(x, words, scales, M, K, stride_m, floor, BLOCK_M: tl.constexpr):
     middle = (c2 >> 8) + (c3 << 4) + (c4 << 16) + (c5 << 28)
     high = (c5 >> 4) + (c6 << 8) + (c7 << 20)
     four = tl.reshape(tl.join(tl.join(low, high), tl.join(middle, high)), (BLOCK_M, 4 * RUNS))
-    i = tl.arange(0, 4 * RUNS)  # `& 3`, not `% 4`: Triton sees no neighbours in it, and gives a lane one word
-    word, row_words = (tl.program_id(1) * RUNS + i // 4) * 3 + (i & 3), K // 8 * 3
+    i = tl.arange(0, 4 * RUNS)  # neighbours in fours, of unknown alignment: lanes go along a row, a word each
+    word, row_words = (tl.program_id(1) * RUNS + i // 4) * 3 + i % 4, K // 8 * 3
     words += tl.program_id(0).to(tl.int64) * BLOCK_M * row_words
     here = words + (tl.arange(0, BLOCK_M)[:, None] * row_words + word[None, :])
-    tl.store(here, four, mask=(m < M)[:, None] & (((i & 3) < 3) & (word < row_words))[None, :])
+    tl.store(here, four, mask=(m < M)[:, None] & ((i % 4 < 3) & (word < row_words))[None, :])
 
 
 @triton.jit
@@ -93,21 +93,20 @@ def value_of(code):
 
 
 @triton.jit
-def unpack(low, middle, high):
-    """The 3 words of runs, each [M, R] -> the values [M, 8 R], FP32 and without their scales."""
-    four04 = tl.join(value_of(low), value_of((middle >> 16)))
+def load_runs(words, mask, M: tl.constexpr):
+    """The values of runs whose first words are given, of M rows one after the other, [M, ...] FP32 without their scales;
+    zeros where the mask is not set.
+
+    Runs have one dim: with rows as another, Triton 3.6 would put lanes along rows.
+    """
+    low = tl.load(words, mask=mask, other=0)
+    middle, high = tl.load(words + 1, mask=mask, other=0), tl.load(words + 2, mask=mask, other=0)
+    four04 = tl.join(value_of(low), value_of(middle >> 16))
     four26 = tl.join(value_of(((low >> 24) & 0xFF) | (middle << 8)), value_of(high >> 8))
     four15 = tl.join(value_of(low >> 12), value_of(((middle >> 28) & 0xF) | (high << 4)))
     four37 = tl.join(value_of(middle >> 4), value_of(high >> 20))
     eight = tl.join(tl.join(four04, four26), tl.join(four15, four37))
-    return tl.reshape(eight, (low.shape[0], 8 * low.shape[1]))
-
-
-@triton.jit
-def load_runs(words, mask):
-    """The values of runs whose first words are given, [M, 8 R]; zeros where the mask is not set."""
-    low = tl.load(words, mask=mask, other=0)
-    return unpack(low, tl.load(words + 1, mask=mask, other=0), tl.load(words + 2, mask=mask, other=0))
+    return tl.reshape(eight, (M, 8 * words.shape[0] // M))
 
 
 @triton.jit
@@ -115,10 +114,10 @@ def unpack_kernel(
     words, scales, out, M, K, stride_m, scale_stride_m, scale_stride_k, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """words [M, 3 K / 8] -> out [M, K]."""
+    i = tl.arange(0, BLOCK_M * RUNS)
+    row, run = tl.program_id(0) * BLOCK_M + i // RUNS, tl.program_id(1) * RUNS + i % RUNS
+    value = load_runs(words + row.to(tl.int64) * stride_m + run * 3, (row < M) & (run < K // 8), BLOCK_M)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
-    here = words + m.to(tl.int64)[:, None] * stride_m + run[None, :] * 3
-    value = load_runs(here, (m < M)[:, None] & (run < K // 8)[None, :])
     where = scales + m.to(tl.int64) * scale_stride_m + tl.program_id(1).to(tl.int64) * scale_stride_k
     value *= tl.load(where, mask=m < M, other=1.0)[:, None]
     k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
@@ -133,12 +132,13 @@ def e5m6_columns_kernel(
 ):  # fmt: skip
     """words [M, 3 K / 8] -> FP8 columns [K, M], scales powers of two."""
     block, first = tl.program_id(0), tl.program_id(1) * BLOCK_K
-    m, lane = tokens_of(OWN)
+    R: tl.constexpr = BLOCK_K // 8
+    i = tl.arange(0, encode.TILE * R)
+    m, lane = token_at(i // R, OWN)
     words += block.to(tl.int64) * encode.TILE * stride_m
-    run = first // 8 + tl.arange(0, BLOCK_K // 8)
-    value = load_runs(words + (m[:, None] * stride_m + run[None, :] * 3), (lane < M - block * encode.TILE)[:, None])
-    scale = load_factors(scales + scale_at(first, scale_stride_k), block, scale_stride_m, M, OWN)
-    cast_columns(value * scale, columns, columns_scale, block, first, M, K, K, floor, True, OWN)
+    value = load_runs(words + (m * stride_m + (first // 8 + i % R) * 3), lane < M - block * encode.TILE, encode.TILE)
+    value *= load_factors(scales + scale_at(first, scale_stride_k), block, scale_stride_m, M, OWN)
+    cast_columns(value, columns, columns_scale, block, first, M, K, K, floor, True, OWN)
 
 
 def pack_e5m6(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> E5m6Tensor:
