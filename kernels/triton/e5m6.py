@@ -1,9 +1,10 @@
 """E5M6 in Triton: 12-bit packing and unpacking in registers, and the cast straight on to FP8 columns.
 
-A lane holds whole runs of 8 values and puts each into 3 words, or takes it from them. Words are loaded by three loads of
-a run, 12 bytes apart: neighbours share sectors, which the first-level cache serves. They are not stored so. A warp that
-writes a part of each sector three times over came to a fifth of a copy's bandwidth on an H100; words go through shared
-memory first, as four of a run of which the last is dropped, and a warp writes 96 contiguous bytes, whole sectors.
+A lane holds whole runs of 8 values and puts each into 3 words, or takes it from them. Words are loaded by three loads
+of a run, 12 bytes apart: neighbours share sectors, which the first-level cache serves. They are not stored so. A warp
+that writes a part of each sector three times over came to a fifth of a copy's bandwidth on an H100; words go through
+shared memory first, as four of a run of which the last is dropped, and a warp writes 96 contiguous bytes, whole
+sectors.
 
 `e5m6_to_columns` never writes the unpacked values to memory, and holds them as `columns` does.
 """
@@ -33,9 +34,9 @@ def codes_of(x, scale):
     """FP32 x / scale, a power of two -> E5M6 codes [0, 4096) as int32, to nearest even; any where that is not finite.
 
     With p the power of two at or below |x|, at least the smallest normal number, the sum of p and |x| 2^-17 is rounded
-    by FP32 to steps of p 2^-23, which are p 2^-6 of |x|: the format's. The mantissa of the sum is |x| in such steps, and
-    since a carry counts one exponent more, mantissa and exponent of a code are added. Of the sum's own exponent, that
-    of p, nothing is left below bit 11.
+    by FP32 to steps of p 2^-23, which are p 2^-6 of |x|: the format's. The mantissa of the sum is |x| in such steps,
+    and since a carry counts one exponent more, mantissa and exponent of a code are added. Of the sum's own exponent,
+    that of p, nothing is left below bit 11.
     """
     bits = x.to(tl.int32, bitcast=True)
     smallest = scale.to(tl.int32, bitcast=True) - (14 << 23)
@@ -94,8 +95,7 @@ def value_of(code):
 
 @triton.jit
 def load_runs(words, mask, M: tl.constexpr):
-    """The values of runs whose first words are given, of M rows one after the other, [M, ...] FP32 without their scales;
-    zeros where the mask is not set.
+    """The values of runs of M rows, whose first words are given, [M, K] FP32 without scales; zeros beyond the mask.
 
     Runs have one dim: with rows as another, Triton 3.6 would put lanes along rows.
     """

@@ -1,15 +1,15 @@
 """Quantization in Triton: rows, columns, both in one pass, blocks in both orientations, FP8 rows to columns.
 
-One program casts one tile: [32, 128] as rows, [128, 64] as columns, 128x128 as both or as a block. Columns are contiguous
-along tokens, because an FP8 tensor core reads K-major bytes only: `columns` says how a program holds them. A second pass
-that transposes codes was refused, it reads and writes everything once more. Programs along M come first in the grid, so
-that neighbours share the same columns of scales.
+One program casts one tile: [32, 128] as rows, [128, 64] as columns, 128x128 as both or as a block. Columns are
+contiguous along tokens, because an FP8 tensor core reads K-major bytes only: `columns` says how a program holds them. A
+second pass that transposes codes was refused, it reads and writes everything once more. Programs along M come first in
+the grid, so that neighbours share the same columns of scales.
 
 A cast feeds one store, and what is cast in both orientations is loaded twice, from HBM and again from L1 or L2. Codes
 stored both as they are and transposed came out wrong on an H100, whether transposed by `tl.trans` or by the addresses,
-as bytes or before the cast (ptxas 12.8 merges the casts of both; triton-lang/triton issue 11111). Rows of a 128x128 tile
-are cast 32 at a time and its columns 64 at a time, in loops: at once they took twice the threads, and two thirds more
-instructions a value.
+as bytes or before the cast (ptxas 12.8 merges the casts of both; triton-lang/triton issue 11111). Rows of a 128x128
+tile are cast 32 at a time and its columns 64 at a time, in loops: at once they took twice the threads, and two thirds
+more instructions a value.
 
 The formula is the specification's, bit for bit (see `encode`).
 """
