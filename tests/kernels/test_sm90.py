@@ -158,14 +158,8 @@ def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
 
 def test_casts_keep_four_ctas_an_sm_and_store_whole_vectors(kernels):
     # (16-byte stores that a thread must have, registers at most): codes as columns 64 at a time, as rows 32 at a time.
-    least = {
-        "quantize_rows": (2, 64),
-        "quantize_columns": (4, 102),
-        "quantize_rows_and_columns": (6, 128),
-        "requantize_columns": (4, 102),
-        "pack_e5m6": (0, 64),
-        "e5m6": (0, 102),
-    }
+    least = {"quantize_rows": (2, 64), "quantize_columns": (4, 102), "quantize_rows_and_columns": (6, 128)}
+    least |= {"requantize_columns": (4, 102), "pack_e5m6": (0, 64), "e5m6": (0, 102)}
     found = {name: e for name, e in kernels.items() if name.startswith("triton ") and name.split()[1] in least}
     assert {name.split()[1] for name in found} == set(least)
     for name, entry in found.items():
