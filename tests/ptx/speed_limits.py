@@ -21,7 +21,7 @@ ACCEPTED = (
     (r"zero_rows_kernel", "loads", 0.12, "only the end of the last group is loaded, a word"),
     (r"^triton grouped_mm fp32 ", "banks", 7.5, "FP32 experts, tests' choice, read weights across their rows"),
     (r"quantize_(rows|blocks|rows_and_columns) ", "loads", 0.5, "two loads of a lane share a sector, one hits L1"),
-    (r"quantize_columns ", "banks", 2.05, ACROSS),
+    (r"quantize_columns ", "banks", 2.2, ACROSS),
     (r"quantize_rows_and_columns ", "banks", 2.05, ACROSS),
     (r"^triton requantize_columns ", "banks", 2.05, ACROSS),
     (r"^triton requantize_columns ", "loads", 0.94, "scales of 32 rows are loaded once a program"),
