@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels import backend
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5m6Tensor, Fp8Tensor, check_sizes
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5m6Tensor, Fp8Tensor, check_floor, check_sizes
 
 
 def pack_e5m6(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> E5m6Tensor:
     """x [..., K] BF16 or FP32, K a multiple of 16 -> 12-bit values with a power-of-two scale for each 128 along K.
 
-    Raises ValueError for another dtype, fewer than two dims, or another K.
+    Raises ValueError for another dtype, fewer than two dims, another K, or an amax_floor below 1e-29.
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or x.dim() < 2:
         raise ValueError(f"pack_e5m6 takes BF16 or FP32 [..., K], got {x.dtype} {list(x.shape)}: cast or reshape it")
     check_sizes(K=x.shape[-1])
+    check_floor(amax_floor, "E5M6")
     return backend.op("pack_e5m6")(x, amax_floor=amax_floor)
 
 
@@ -37,9 +38,10 @@ def unpack_e5m6(packed: E5m6Tensor, *, dtype: torch.dtype = torch.bfloat16) -> T
 def e5m6_to_columns(packed: E5m6Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
     """packed [M, K] -> FP8 columns [K, M] with power-of-two scales, for Wgrad; M a multiple of 16.
 
-    Raises ValueError for more than two dims or another M.
+    Raises ValueError for more than two dims, another M, or an amax_floor below 1e-30.
     """
     if len(packed.shape) != 2:
         raise ValueError(f"columns are quantized from a matrix, got {len(packed.shape)} dims: flatten it before")
     check_sizes(M=packed.shape[0])
+    check_floor(amax_floor)
     return backend.op("e5m6_to_columns")(packed, amax_floor=amax_floor)

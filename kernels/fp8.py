@@ -30,6 +30,7 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 ACTIVATION_AMAX_FLOOR = 1e-4
 GRADIENT_AMAX_FLOOR = 1e-30
+LEAST_AMAX_FLOOR = {"E4M3": 1e-30, "E5M6": 1e-29}  # below them a step of the format under its scale leaves FP32
 ROW_TILE = (1, TILE)
 BLOCK_TILE = (TILE, TILE)
 DECODE_GAIN = 256.0  # half_codes() is code / DECODE_GAIN
@@ -170,6 +171,12 @@ def check_sizes(**sizes: int) -> None:
         if size % SIZE_MULTIPLE:
             nearest = max(SIZE_MULTIPLE, round(size / SIZE_MULTIPLE) * SIZE_MULTIPLE)
             raise ValueError(f"{name}={size} must be a multiple of {SIZE_MULTIPLE}, which FP8 needs: use {nearest}")
+
+
+def check_floor(amax_floor: float, kind: str = "E4M3") -> None:
+    """Raise ValueError for a floor so small that numbers under its scale would not be FP32's normal ones."""
+    if not amax_floor >= LEAST_AMAX_FLOOR[kind]:
+        raise ValueError(f"amax_floor={amax_floor:g} must be at least {LEAST_AMAX_FLOOR[kind]:g} for {kind}: use that")
 
 
 def check_groups(group_offsets: Tensor, num_groups: int, num_rows: int, align: int) -> None:

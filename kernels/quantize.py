@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels import backend
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_sizes
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_floor, check_sizes
 
 # Called with (input, result) of every cast here, the innermost alone; see `statistics.observe_casts`.
 observers: list[Callable[[Tensor, Fp8Tensor], None]] = []
@@ -32,9 +32,9 @@ def _observe(x: Tensor, q: Fp8Tensor) -> None:
 def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     """x [..., K] BF16 or FP32 -> rows [..., K] with 1x128 tiles along K, a multiple of 16.
 
-    Raises ValueError for another dtype, fewer than two dims, or another K.
+    Raises ValueError for another dtype, fewer than two dims, another K, or an amax_floor below 1e-30.
     """
-    _check_source(x)
+    _check_source(x, amax_floor)
     check_sizes(K=x.shape[-1])
     q = backend.op("quantize_rows")(x, amax_floor=amax_floor, power_of_two=power_of_two)
     _observe(x, q)
@@ -44,9 +44,9 @@ def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power
 def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     """x [M, K] BF16 or FP32 -> columns [K, M]: x transposed, with 1x128 tiles along M; both multiples of 16.
 
-    Raises ValueError for another dtype or shape.
+    Raises ValueError for another dtype or shape, or an amax_floor below 1e-30.
     """
-    _check_matrix(x)
+    _check_matrix(x, amax_floor)
     q = backend.op("quantize_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
     _observe(x.t(), q)
     return q
@@ -59,7 +59,7 @@ def quantize_rows_and_columns(
 
     Raises ValueError as `quantize_columns` does.
     """
-    _check_matrix(x)
+    _check_matrix(x, amax_floor)
     rows, columns = backend.op("quantize_rows_and_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
     _observe(x, rows)
     _observe(x.t(), columns)
@@ -72,9 +72,9 @@ def quantize_blocks(
     """w [..., N, K] BF16 or FP32 -> (w by 128x128 blocks, the same bytes transposed: w^T [..., K, N]).
 
     FP8 tensor cores take operands contiguous along the contraction, so Dgrad needs the transposed bytes physically.
-    Raises ValueError for another dtype, fewer than two dims, or N or K that is no multiple of 16.
+    Raises ValueError for another dtype, fewer than two dims, N or K that is no multiple of 16, or such a floor.
     """
-    _check_source(w)
+    _check_source(w, amax_floor)
     check_sizes(N=w.shape[-2], K=w.shape[-1])
     q, transposed = backend.op("quantize_blocks")(w, amax_floor=amax_floor, power_of_two=power_of_two)
     _observe(w, q)
@@ -85,7 +85,7 @@ def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     """FP8 rows [M, K] -> columns [K, M], scales powers of two: the scale-aware transpose of what arrived in FP8.
 
     Where the rows' scales are powers of two as well, nearly every value survives exactly.
-    Raises ValueError for another tile, more than two dims, or sizes that are no multiples of 16.
+    Raises ValueError for another tile, more than two dims, sizes that are no multiples of 16, or such a floor.
     """
     if rows.tile != ROW_TILE or rows.data.dim() != 2:
         raise ValueError(
@@ -93,18 +93,20 @@ def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
             "quantize it by rows"
         )
     check_sizes(M=rows.shape[0], K=rows.shape[1])
+    check_floor(amax_floor)
     return backend.op("requantize_columns")(rows, amax_floor=amax_floor)
 
 
-def _check_source(x: Tensor) -> None:
+def _check_source(x: Tensor, amax_floor: float) -> None:
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"quantizers take torch.bfloat16 or torch.float32, got {x.dtype}: cast it")
     if x.dim() < 2:
         raise ValueError(f"quantizers take at least 2 dims, got {x.dim()}: reshape it to [rows, K]")
+    check_floor(amax_floor)
 
 
-def _check_matrix(x: Tensor) -> None:
-    _check_source(x)
+def _check_matrix(x: Tensor, amax_floor: float) -> None:
+    _check_source(x, amax_floor)
     if x.dim() != 2:
         raise ValueError(f"columns are quantized from a matrix, got {x.dim()} dims: flatten it to [M, K]")
     check_sizes(M=x.shape[0], K=x.shape[1])

@@ -9,12 +9,9 @@ FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as
 three names are plain products.
 
 Every parameter gets `main_grad`, a view of a flat FP32 buffer in the order of `model.parameters()`, so that one
-collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, the router's gate and
-the embedding add into it themselves; parameters whose gradient autograd computes (norms) get a hook that moves `.grad`
+collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, norms, the router's gate
+and the embedding add into it themselves; a parameter whose gradient autograd computes has a hook that moves `.grad`
 over. `.grad` is always None between steps.
-collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, norms and the embedding
-add into it themselves; parameters whose gradient autograd computes (the gate) get a hook that moves `.grad` over.
-`.grad` is always None between steps.
 """
 
 from __future__ import annotations

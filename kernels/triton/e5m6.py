@@ -1,8 +1,15 @@
 """E5M6 in Triton: 12-bit packing and unpacking in registers, and the cast straight on to FP8 columns.
 
-To pack, a tile of [BLOCK_M, 128] values is seen as [BLOCK_M, 16, 8]: each run of 8 values becomes 3 words, each word a
-sum of shifted codes whose bits don't overlap. `e5m6_to_columns` never writes the unpacked values to memory.
+A lane holds whole runs of 8 values and puts each into 3 words, or takes it from them. Words are loaded by three loads
+of a run, 12 bytes apart: neighbours share sectors, which the first-level cache serves. They are not stored so. A warp
+that writes a part of each sector three times over came to a fifth of a copy's bandwidth on an H100; words go through
+shared memory first, as four of a run of which the last is dropped, and a warp writes 96 contiguous bytes, whole
+sectors.
+
+`e5m6_to_columns` never writes the unpacked values to memory, and holds them as `columns` does.
 """
+
+import math
 
 import torch
 import triton
@@ -11,23 +18,52 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.columns import LANES, cast_columns, load_factors, scale_at, token_at
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.layout import empty_columns, empty_scales
-from fp8moe.kernels.triton.quantize import BOTH_WARPS, COLUMNS_BLOCK_K, last_dim_contiguous, write_columns
+from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, last_dim_contiguous
 
 BLOCK_M = 32
 NUM_WARPS = 4
-E5M6_MAX = tl.constexpr(65024.0)
+E5M6_MAX_BITS = tl.constexpr(0x477E0000)
 RUNS = tl.constexpr(16)  # of 8 values in a tile of 128
 
 
 @triton.jit
-def word_of(codes, WORD: tl.constexpr):
-    """Word WORD of each run: codes [M, 16, 8] int32 -> [M, 16]."""
-    shift = 12 * tl.arange(0, 8)[None, None, :] - 32 * WORD
-    left = tl.where((shift >= 0) & (shift < 32), codes << tl.maximum(tl.minimum(shift, 31), 0), 0)
-    right = tl.where((shift < 0) & (shift > -12), codes >> tl.minimum(tl.maximum(-shift, 0), 31), 0)
-    return tl.sum(left | right, axis=2)
+def codes_of(x, scale):
+    """FP32 x / scale, a power of two -> E5M6 codes [0, 4096) as int32, to nearest even; any where that is not finite.
+
+    With p the power of two at or below |x|, at least the smallest normal number, the sum of p and |x| 2^-17 is rounded
+    by FP32 to steps of p 2^-23, which are p 2^-6 of |x|: the format's. The mantissa of the sum is |x| in such steps,
+    and since a carry counts one exponent more, mantissa and exponent of a code are added. Of the sum's own exponent,
+    that of p, nothing is left below bit 11.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    smallest = scale.to(tl.int32, bitcast=True) - (14 << 23)
+    p = tl.maximum(bits & 0x7F800000, smallest)
+    total = tl.fma(tl.abs(x), 2.0**-17, p.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    sign = (bits.to(tl.uint32, bitcast=True) >> 20).to(tl.int32, bitcast=True)
+    code = total + (p >> 17) - (smallest >> 17)
+    if encode.INTERPRETED:
+        return (code & 0x7FF) | (sign & ~0x7FF)
+    # The same as one LOP3, where LLVM would mask each of the two.
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 other; xor.b32 other, $1, $2; and.b32 other, other, 0x7FF; xor.b32 $0, other, $1; }",
+        "=r,r,r", [sign, code], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def eighths(x):
+    """x [M, 128] -> its values 8 i, 8 i + 1, ... 8 i + 7, each [M, 16]."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], RUNS, 4, 2)))
+    x0, x2 = tl.split(tl.reshape(even, (x.shape[0], RUNS, 2, 2)))
+    x1, x3 = tl.split(tl.reshape(odd, (x.shape[0], RUNS, 2, 2)))
+    a0, a4 = tl.split(x0)
+    a2, a6 = tl.split(x2)
+    a1, a5 = tl.split(x1)
+    a3, a7 = tl.split(x3)
+    return a0, a1, a2, a3, a4, a5, a6, a7
 
 
 @triton.jit
@@ -37,39 +73,40 @@ def pack_kernel(x, words, scales, M, K, stride_m, floor, BLOCK_M: tl.constexpr):
     k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
     mask = (m < M)[:, None] & (k < K)[None, :]
     value = tl.load(x + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = encode.scale_of(tl.max(encode.magnitude_bits(value), axis=1), floor, E5M6_MAX, True)
+    scale = encode.power_of_two_above(encode.amax_bits(value, 1), floor, E5M6_MAX_BITS)
     tl.store(scales + tl.program_id(1).to(tl.int64) * M + m, scale, mask=m < M)
-    value = encode.round_to_grid(value * encode.inverse_of(scale)[:, None], E5M6_MAX, 17, 2.0**-14, 12.0)
-    half = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    codes = tl.reshape((half >> 4) & 0xFFF, (BLOCK_M, RUNS, 8))
-    run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
-    here = words + m.to(tl.int64)[:, None] * (K // 8 * 3) + run[None, :] * 3
-    run_mask = (m < M)[:, None] & (run < K // 8)[None, :]
-    tl.store(here, word_of(codes, 0), mask=run_mask)
-    tl.store(here + 1, word_of(codes, 1), mask=run_mask)
-    tl.store(here + 2, word_of(codes, 2), mask=run_mask)
+    c0, c1, c2, c3, c4, c5, c6, c7 = eighths(codes_of(value, scale[:, None]))
+    low = c0 + (c1 << 12) + (c2 << 24)
+    middle = (c2 >> 8) + (c3 << 4) + (c4 << 16) + (c5 << 28)
+    high = (c5 >> 4) + (c6 << 8) + (c7 << 20)
+    four = tl.reshape(tl.join(tl.join(low, high), tl.join(middle, high)), (BLOCK_M, 4 * RUNS))
+    i = tl.arange(0, 4 * RUNS)  # neighbours in fours, of unknown alignment: lanes go along a row, a word each
+    word, row_words = (tl.program_id(1) * RUNS + i // 4) * 3 + i % 4, K // 8 * 3
+    words += tl.program_id(0).to(tl.int64) * BLOCK_M * row_words
+    here = words + (tl.arange(0, BLOCK_M)[:, None] * row_words + word[None, :])
+    tl.store(here, four, mask=(m < M)[:, None] & ((i % 4 < 3) & (word < row_words))[None, :])
 
 
 @triton.jit
-def load_values(words, scales, m, k, k_tile, M, K, stride_m, scale_stride_m, scale_stride_k):
-    """The values at rows m and columns k of scale tile k_tile, FP32; zero outside [M, K].
+def value_of(code):
+    """Codes, the bits above 12 of any kind -> FP32."""
+    return (code << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
-    m and k span the tile, one along each dim: [BLOCK, 1] and [1, BLOCK] in either order. Each value gathers the one or
-    two words its bits lie in: neighbours share them, so it is the first-level cache that pays. Loading each word once
-    and spreading it over a run was refused: 128x128 values then spill registers.
+
+@triton.jit
+def load_runs(words, mask, M: tl.constexpr):
+    """The values of runs of M rows, whose first words are given, [M, K] FP32 without scales; zeros beyond the mask.
+
+    Runs have one dim: with rows as another, Triton 3.6 would put lanes along rows.
     """
-    bit = 12 * (k % 8)
-    shift = bit % 32
-    here = words + m.to(tl.int64) * stride_m + (k // 8 * 3 + bit // 32)
-    mask = (m < M) & (k < K)
-    low = tl.load(here, mask=mask, other=0)
-    high = tl.load(here + 1, mask=mask & (shift > 20), other=0)
-    # Words are signed: a right shift drags the sign in from above, and what it drags in beyond bit 32 is masked away.
-    kept = tl.where(shift > 20, (1 << (32 - tl.maximum(shift, 20))) - 1, 0xFFF)
-    code = (((low >> shift) & kept) | (high << (32 - tl.maximum(shift, 20)))) & 0xFFF
-    half = (code << 4).to(tl.int16).to(tl.float16, bitcast=True)
-    where = scales + m.to(tl.int64) * scale_stride_m + k_tile.to(tl.int64) * scale_stride_k
-    return half.to(tl.float32) * tl.load(where, mask=m < M, other=1.0)
+    low = tl.load(words, mask=mask, other=0)
+    middle, high = tl.load(words + 1, mask=mask, other=0), tl.load(words + 2, mask=mask, other=0)
+    four04 = tl.join(value_of(low), value_of(middle >> 16))
+    four26 = tl.join(value_of(((low >> 24) & 0xFF) | (middle << 8)), value_of(high >> 8))
+    four15 = tl.join(value_of(low >> 12), value_of(((middle >> 28) & 0xF) | (high << 4)))
+    four37 = tl.join(value_of(middle >> 4), value_of(high >> 20))
+    eight = tl.join(tl.join(four04, four26), tl.join(four15, four37))
+    return tl.reshape(eight, (M, 8 * words.shape[0] // M))
 
 
 @triton.jit
@@ -77,22 +114,31 @@ def unpack_kernel(
     words, scales, out, M, K, stride_m, scale_stride_m, scale_stride_k, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """words [M, 3 K / 8] -> out [M, K]."""
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    k = (tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE))[None, :]
-    value = load_values(words, scales, m, k, tl.program_id(1), M, K, stride_m, scale_stride_m, scale_stride_k)
-    tl.store(out + m.to(tl.int64) * K + k, encode.to_output(value, DTYPE), mask=(m < M) & (k < K))
+    i = tl.arange(0, BLOCK_M * RUNS)
+    row, run = tl.program_id(0) * BLOCK_M + i // RUNS, tl.program_id(1) * RUNS + i % RUNS
+    value = load_runs(words + row.to(tl.int64) * stride_m + run * 3, (row < M) & (run < K // 8), BLOCK_M)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    where = scales + m.to(tl.int64) * scale_stride_m + tl.program_id(1).to(tl.int64) * scale_stride_k
+    value *= tl.load(where, mask=m < M, other=1.0)[:, None]
+    k = tl.program_id(1) * encode.TILE + tl.arange(0, encode.TILE)
+    here = out + m.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(here, encode.to_output(value, DTYPE), mask=(m < M)[:, None] & (k < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride_k"])
 def e5m6_columns_kernel(
-    words, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor, BLOCK_K: tl.constexpr
-):
+    words, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor,
+    BLOCK_K: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
     """words [M, 3 K / 8] -> FP8 columns [K, M], scales powers of two."""
-    m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_tile = tl.program_id(1) * BLOCK_K // encode.TILE
-    value = load_values(words, scales, m[None, :], k[:, None], k_tile, M, K, stride_m, scale_stride_m, scale_stride_k)
-    write_columns(value, columns, columns_scale, m, k, M, K, floor, True)
+    block, first = tl.program_id(0), tl.program_id(1) * BLOCK_K
+    R: tl.constexpr = BLOCK_K // 8
+    i = tl.arange(0, encode.TILE * R)
+    m, lane = token_at(i // R, OWN)
+    words += block.to(tl.int64) * encode.TILE * stride_m
+    value = load_runs(words + (m * stride_m + (first // 8 + i % R) * 3), lane < M - block * encode.TILE, encode.TILE)
+    value *= load_factors(scales + scale_at(first, scale_stride_k), block, scale_stride_m, M, OWN)
+    cast_columns(value, columns, columns_scale, block, first, M, K, K, floor, True, OWN)
 
 
 def pack_e5m6(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> E5m6Tensor:
@@ -126,8 +172,10 @@ def e5m6_to_columns(packed: E5m6Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     columns = empty_columns(m, k, packed.device)
     words = last_dim_contiguous(packed.data)
     if words.numel():
-        e5m6_columns_kernel[(ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K))](
+        block_k = math.gcd(k, COLUMNS_BLOCK_K)
+        own = block_k * TILE // (NUM_WARPS * LANES * E5M6_VALUES)
+        e5m6_columns_kernel[(ceil_div(m, TILE), ceil_div(k, block_k))](
             words, packed.scale, columns.data, columns.scale, m, k, words.stride(0), *packed.scale.stride(),
-            amax_floor, BLOCK_K=COLUMNS_BLOCK_K, num_warps=BOTH_WARPS,
+            amax_floor, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
         )  # fmt: skip
     return columns

@@ -16,6 +16,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 E4M3_MAX = tl.constexpr(448.0)
+E4M3_MAX_BITS = tl.constexpr(0x43E00000)
 TILE = tl.constexpr(128)
 
 
@@ -98,20 +99,31 @@ def amax_bits(x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def power_of_two_above(bits, floor, LARGEST_BITS: tl.constexpr):
+    """`scale_of` with POWER_OF_TWO for a floor of 1e-30 or more, bit for bit, without a division.
+
+    The quotient of amax and LARGEST, the bits of which are given, is at most a power of two or just above one as the
+    mantissa of amax is at most that of LARGEST or beyond it, and one too small to survive FP32 does not occur.
+    """
+    bits = tl.maximum(bits, tl.cast(floor, tl.float32).to(tl.int32, bitcast=True))
+    carry: tl.constexpr = 0x7FFFFF - (LARGEST_BITS & 0x7FFFFF)
+    up = ((bits + carry) & 0x7F800000) - ((LARGEST_BITS & 0x7F800000) - 0x3F800000)
+    return tl.where(bits < 0x7F800000, up, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def e4m3_scale_of(bits, floor, POWER_OF_TWO: tl.constexpr):
     """`scale_of` for E4M3 and a floor of 1e-30 or more, bit for bit, without the dozen instructions of a division.
 
-    448 is 7 x 2^6: the quotient is a power of two or just above one as the mantissa of amax is at most or beyond 1.75.
-    Else the quotient by the reciprocal is corrected by its remainder, which an FMA gives exactly (Markstein, 1990,
+    The quotient by the reciprocal is corrected by its remainder, which an FMA gives exactly (Markstein, 1990,
     "Computation of elementary functions on the IBM RISC System/6000 processor"); a test tries every mantissa.
     """
+    if POWER_OF_TWO:
+        return power_of_two_above(bits, floor, E4M3_MAX_BITS)
     if INTERPRETED:  # whose multiply-add rounds twice
         return scale_of(bits, floor, E4M3_MAX, POWER_OF_TWO)
     bits = tl.maximum(bits, tl.cast(floor, tl.float32).to(tl.int32, bitcast=True))
     amax = bits.to(tl.float32, bitcast=True)
-    if POWER_OF_TWO:
-        up = ((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)
-        return tl.where(bits < 0x7F800000, up, bits).to(tl.float32, bitcast=True)
     quotient = amax * (1.0 / 448.0)
     remainder = tl.fma(quotient, -448.0, amax)
     return tl.where(remainder == remainder, tl.fma(remainder, 1.0 / 448.0, quotient), quotient)
@@ -123,6 +135,14 @@ def reciprocal_of(x):
     if INTERPRETED:
         return inverse_of(x)
     return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def inverse_of_scale(scale, POWER_OF_TWO: tl.constexpr):
+    """`inverse_of` a finite scale, of a power of two in one instruction; of another scale any number."""
+    if POWER_OF_TWO:
+        return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return reciprocal_of(scale)
 
 
 @triton.jit

@@ -1,15 +1,15 @@
 """Quantization in Triton: rows, columns, both in one pass, blocks in both orientations, FP8 rows to columns.
 
-One program casts one tile: [BLOCK_M, 128] for rows, [128, BLOCK_K] for columns, 128x128 for both or for blocks.
-Columns are contiguous along tokens, because an FP8 tensor core reads K-major bytes only: their tile is loaded as
-[BLOCK_K, 128], still along k where memory is contiguous, and Triton turns the codes in shared memory for the store.
-A second pass that transposes codes was refused, it reads and writes everything once more. Programs along M come first
-in the grid, so that neighbours share the same columns of scales.
+One program casts one tile: [32, 128] as rows, [128, 64] as columns, 128x128 as both or as a block. Columns are
+contiguous along tokens, because an FP8 tensor core reads K-major bytes only: `columns` says how a program holds them. A
+second pass that transposes codes was refused, it reads and writes everything once more. Programs along M come first in
+the grid, so that neighbours share the same columns of scales.
 
 A cast feeds one store, and what is cast in both orientations is loaded twice, from HBM and again from L1 or L2. Codes
 stored both as they are and transposed came out wrong on an H100, whether transposed by `tl.trans` or by the addresses,
-as bytes or before the cast (ptxas 12.8 merges the casts of both; triton-lang/triton issue 11111). Loading twice also
-keeps fewer values in registers: both orientations of activations run a third faster so.
+as bytes or before the cast (ptxas 12.8 merges the casts of both; triton-lang/triton issue 11111). Rows of a 128x128
+tile are cast 32 at a time and its columns 64 at a time, in loops: at once they took twice the threads, and two thirds
+more instructions a value.
 
 The formula is the specification's, bit for bit (see `encode`).
 """
@@ -21,6 +21,14 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.columns import (
+    cast_columns,
+    column_block,
+    load_factors,
+    load_tokens,
+    quarter_stride,
+    scale_at,
+)
 from fp8moe.kernels.triton.layout import empty_blocks, empty_columns, empty_rows
 
 ROWS_BLOCK_M = 32  # rows a program casts when it writes no columns
@@ -30,14 +38,12 @@ BOTH_WARPS = 8  # of a program that writes both orientations
 
 
 @triton.jit
-def write_rows(x, codes, scales, m, k, M, K, floor, POWER_OF_TWO: tl.constexpr):
-    """x [BLOCK_M, 128] FP32 at rows m, columns k -> codes [M, K], scales [ceil(K/128), M]."""
-    bits = tl.max(encode.magnitude_bits(x), axis=1)
-    scale = encode.scale_of(bits, floor, encode.E4M3_MAX, POWER_OF_TWO)
-    code = encode.to_e4m3(x * encode.inverse_of(scale)[:, None])
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    tl.store(codes + m.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
-    tl.store(scales + tl.program_id(1).to(tl.int64) * M + m, scale, mask=m < M)
+def cast_rows(x, codes, scales, m, k, tile, M, K, floor, POWER_OF_TWO: tl.constexpr):
+    """x [BLOCK_M, 128] FP32 at rows m, columns k of scale tile `tile` -> codes [M, K], scales [ceil(K/128), M]."""
+    scale = encode.e4m3_scale_of(encode.amax_bits(x, 1), floor, POWER_OF_TWO)
+    code = encode.to_e4m3_words(x * encode.inverse_of_scale(scale, POWER_OF_TWO)[:, None])
+    tl.store(codes + m.to(tl.int64)[:, None] * K + k[None, :], code, mask=(m < M)[:, None] & (k < K)[None, :])
+    tl.store(scales + tl.cast(tile, tl.int64) * M + m, scale, mask=m < M)
 
 
 @triton.jit
@@ -51,22 +57,28 @@ def write_columns(x, codes, scales, m, k, M, K, floor, POWER_OF_TWO: tl.constexp
     tl.store(scales + tl.program_id(0).to(tl.int64) * K + k, scale, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["quarter_m"])
 def tiles_kernel(
-    x, rows, rows_scale, columns, columns_scale, M, K, stride_m, floor, POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, rows, rows_scale, columns, columns_scale, M, K, stride_m, quarter_m, floor, POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] -> rows, columns or both. BLOCK_K is 128 where ROWS, BLOCK_M where COLUMNS."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """x [M, K] -> rows [BLOCK_M, 128] at a time, columns [128, BLOCK_K] at a time, or a tile of 128x128 as both."""
     if ROWS:
-        mask = (m < M)[:, None] & (k < K)[None, :]
-        value = tl.load(x + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
-        write_rows(value.to(tl.float32), rows, rows_scale, m, k, M, K, floor, POWER_OF_TWO)
+        tile = tl.program_id(1)
+        k = tile * encode.TILE + tl.arange(0, encode.TILE)
+        row_blocks: tl.constexpr = encode.TILE // BLOCK_M if COLUMNS else 1
+        for i in range(row_blocks):
+            m = (tl.program_id(0) * row_blocks + i) * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask = (m < M)[:, None] & (k < K)[None, :]
+            value = tl.load(x + m.to(tl.int64)[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
+            cast_rows(value.to(tl.float32), rows, rows_scale, m, k, tile, M, K, floor, POWER_OF_TWO)
     if COLUMNS:
-        mask = (k < K)[:, None] & (m < M)[None, :]
-        value = tl.load(x + m.to(tl.int64)[None, :] * stride_m + k[:, None], mask=mask, other=0.0)
-        write_columns(value.to(tl.float32), columns, columns_scale, m, k, M, K, floor, POWER_OF_TWO)
+        block = tl.program_id(0)
+        column_blocks: tl.constexpr = encode.TILE // BLOCK_K if ROWS else 1
+        for i in range(column_blocks):
+            first = (tl.program_id(1) * column_blocks + i) * BLOCK_K
+            value = load_tokens(x, block, first + tl.arange(0, BLOCK_K), quarter_m, M, K, OWN)
+            cast_columns(value, columns, columns_scale, block, first, M, K, K, floor, POWER_OF_TWO, OWN)
 
 
 @triton.jit
@@ -105,24 +117,20 @@ def blocks_kernel(
     write_blocks(w, codes, scales, transposed, transposed_scales, N, K, stride_e, stride_n, floor, POWER_OF_TWO)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["quarter_m", "scale_stride_k"])
 def requantize_kernel(
-    codes, scales, columns, columns_scale, M, K, stride_m, scale_stride_m, scale_stride_k, floor, BLOCK_K: tl.constexpr
-):
+    codes, scales, columns, columns_scale, M, K, quarter_m, scale_stride_m, scale_stride_k, floor,
+    BLOCK_K: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
     """FP8 rows [M, K] -> columns, scales powers of two: decoded and cast without leaving the registers."""
-    m = tl.program_id(0) * encode.TILE + tl.arange(0, encode.TILE)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (k < K)[:, None] & (m < M)[None, :]
-    code = tl.load(codes + m.to(tl.int64)[None, :] * stride_m + k[:, None], mask=mask, other=0.0)
-    k_tile = tl.program_id(1) * BLOCK_K // encode.TILE
-    where = scales + m.to(tl.int64) * scale_stride_m + k_tile.to(tl.int64) * scale_stride_k
-    scale = tl.load(where, mask=m < M, other=1.0)
-    value = tl.where(mask, code.to(tl.float32) * scale[None, :], 0.0)
-    write_columns(value, columns, columns_scale, m, k, M, K, floor, True)
+    block, first = tl.program_id(0), tl.program_id(1) * BLOCK_K
+    scale = load_factors(scales + scale_at(first, scale_stride_k), block, scale_stride_m, M, OWN)
+    value = load_tokens(codes, block, first + tl.arange(0, BLOCK_K), quarter_m, M, K, OWN) * scale
+    cast_columns(value, columns, columns_scale, block, first, M, K, K, floor, True, OWN)
 
 
 def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
-    flat = last_dim_contiguous(x.flatten(0, -2))
+    flat = x.flatten(0, -2)
     m, k = flat.shape
     rows = empty_rows(m, k, x.device)
     _launch_tiles(flat, rows, None, amax_floor, power_of_two)
@@ -133,7 +141,7 @@ def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power
 def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
     m, k = x.shape
     columns = empty_columns(m, k, x.device)
-    _launch_tiles(last_dim_contiguous(x), None, columns, amax_floor, power_of_two)
+    _launch_tiles(x, None, columns, amax_floor, power_of_two)
     return columns
 
 
@@ -142,7 +150,7 @@ def quantize_rows_and_columns(
 ) -> tuple[Fp8Tensor, Fp8Tensor]:
     m, k = x.shape
     rows, columns = empty_rows(m, k, x.device), empty_columns(m, k, x.device)
-    _launch_tiles(last_dim_contiguous(x), rows, columns, amax_floor, power_of_two)
+    _launch_tiles(x, rows, columns, amax_floor, power_of_two)
     return rows, columns
 
 
@@ -164,11 +172,12 @@ def quantize_blocks(
 def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
     m, k = rows.shape
     columns = empty_columns(m, k, rows.device)
-    data = last_dim_contiguous(rows.data)
-    if data.numel():
-        requantize_kernel[(ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K))](
-            data, rows.scale, columns.data, columns.scale, m, k, data.stride(0), rows.scale.stride(0),
-            rows.scale.stride(1), amax_floor, BLOCK_K=COLUMNS_BLOCK_K, num_warps=NUM_WARPS,
+    if columns.data.numel():
+        data, quarter = quarter_stride(rows.data)
+        block_k, own = column_block(k, COLUMNS_BLOCK_K, NUM_WARPS)
+        requantize_kernel[(ceil_div(m, TILE), ceil_div(k, block_k))](
+            data, rows.scale, columns.data, columns.scale, m, k, quarter, *rows.scale.stride(), amax_floor,
+            BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
         )  # fmt: skip
     return columns
 
@@ -184,12 +193,13 @@ def _launch_tiles(
     m, k = x.shape
     if m == 0 or k == 0:
         return
-    block_m = ROWS_BLOCK_M if columns is None else TILE
-    block_k = COLUMNS_BLOCK_K if rows is None else TILE
+    x, quarter = (last_dim_contiguous(x), 0) if columns is None else quarter_stride(x)
+    block_k, own = column_block(TILE if columns is None else k, COLUMNS_BLOCK_K, NUM_WARPS)
+    grid = ceil_div(m, ROWS_BLOCK_M if columns is None else TILE), ceil_div(k, block_k if rows is None else TILE)
     nothing: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    tiles_kernel[(ceil_div(m, block_m), ceil_div(k, block_k))](
+    tiles_kernel[grid](
         x, *(nothing if rows is None else (rows.data, rows.scale)),
-        *(nothing if columns is None else (columns.data, columns.scale)), m, k, x.stride(0), amax_floor,
-        POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=block_m, BLOCK_K=block_k,
-        num_warps=NUM_WARPS if rows is None or columns is None else BOTH_WARPS,
+        *(nothing if columns is None else (columns.data, columns.scale)), m, k, x.stride(0), quarter, amax_floor,
+        POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=ROWS_BLOCK_M,
+        BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
     )  # fmt: skip

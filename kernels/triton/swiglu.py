@@ -33,7 +33,7 @@ from fp8moe.kernels.triton.columns import (
     scale_at,
 )
 from fp8moe.kernels.triton.layout import empty_columns, empty_rows
-from fp8moe.kernels.triton.quantize import last_dim_contiguous
+from fp8moe.kernels.triton.quantize import cast_rows, last_dim_contiguous
 
 NUM_WARPS = 4
 ROWS_BLOCK_M = 16  # of a program that writes rows
@@ -56,15 +56,6 @@ def differentiate(gate, up, dy):
 def weight_of(weights, m, R):
     """The routing weights of rows m."""
     return tl.load(weights + m, mask=m < R, other=0.0)
-
-
-@triton.jit
-def cast_rows(x, codes, scales, m, k, tile, M, K, floor, POWER_OF_TWO: tl.constexpr):
-    """x [BLOCK_M, 128] FP32 at rows m, columns k of scale tile `tile` -> codes [M, K], scales [ceil(K/128), M]."""
-    scale = encode.e4m3_scale_of(encode.amax_bits(x, 1), floor, POWER_OF_TWO)
-    code = encode.to_e4m3_words(x * encode.reciprocal_of(scale)[:, None])
-    tl.store(codes + m.to(tl.int64)[:, None] * K + k[None, :], code, mask=(m < M)[:, None] & (k < K)[None, :])
-    tl.store(scales + tl.cast(tile, tl.int64) * M + m, scale, mask=m < M)
 
 
 @triton.jit(do_not_specialize=["R", "F"])

@@ -117,4 +117,8 @@ def test_what_does_not_fit_is_refused():
         e5m6_to_columns(E5m6Tensor(packed.data[0], packed.scale[0]))
     with pytest.raises(ValueError, match="float64"):
         unpack_e5m6(packed, dtype=torch.float64)
+    with pytest.raises(ValueError, match="amax_floor=1e-30 must be at least 1e-29 for E5M6"):
+        pack_e5m6(torch.zeros(2, 48), amax_floor=1e-30)
+    with pytest.raises(ValueError, match="at least 1e-30 for E4M3"):
+        e5m6_to_columns(pack_e5m6(torch.zeros(16, 48)), amax_floor=0.0)
     assert unpack_e5m6(pack_e5m6(torch.zeros(0, 48))).shape == (0, 48)

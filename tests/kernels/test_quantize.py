@@ -188,3 +188,12 @@ def test_wrong_arguments() -> None:
         quantize_blocks(torch.zeros(8, 16))
     with pytest.raises(ValueError, match=r"\(128, 128\)"):
         requantize_columns(quantize_blocks(torch.zeros(16, 16))[0])
+
+
+def test_a_floor_below_what_a_scale_can_hold_is_refused() -> None:
+    x = torch.zeros(16, 16)
+    for cast in (quantize_rows, quantize_columns, quantize_rows_and_columns, quantize_blocks):
+        with pytest.raises(ValueError, match="amax_floor=1e-31 must be at least 1e-30 for E4M3"):
+            cast(x, amax_floor=1e-31)
+    with pytest.raises(ValueError, match="amax_floor=nan"):
+        requantize_columns(quantize_rows(x), amax_floor=float("nan"))

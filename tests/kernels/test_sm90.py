@@ -156,6 +156,19 @@ def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
         assert wide["loads"] >= loads and wide["stores"] >= stores, name
 
 
+def test_casts_keep_four_ctas_an_sm_and_store_whole_vectors(kernels):
+    # (16-byte stores that a thread must have, registers at most): codes as columns 64 at a time, as rows 32 at a time.
+    least = {"quantize_rows": (2, 64), "quantize_columns": (4, 102), "quantize_rows_and_columns": (6, 128)}
+    least |= {"requantize_columns": (4, 102), "pack_e5m6": (0, 64), "e5m6": (0, 102)}
+    found = {name: e for name, e in kernels.items() if name.startswith("triton ") and name.split()[1] in least}
+    assert {name.split()[1] for name in found} == set(least)
+    for name, entry in found.items():
+        figure, (stores, registers) = entry["figures"], least[name.split()[1]]
+        assert figure["STL"] == figure["LDL"] == figure["local"] == entry["wide"]["atomic"] == 0, name
+        assert figure["registers"] <= registers and figure["threads"] == 128, name
+        assert entry["wide"]["stores"] >= stores, name
+
+
 def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(kernels):
     # Casts, two values each: 16 values a lane of gate, up and h; 64 of h; 16 and 32 of both gradients.
     casts = {

@@ -48,6 +48,15 @@ def test_every_rounding(triton_device):
     assert torch.equal(pack_e5m6(x).data, twin.pack_e5m6(x).data)
 
 
+def test_numbers_as_small_and_as_large_as_the_least_floor_and_fp32_allow(triton_device):
+    x = data("normal", 32, 128, device=triton_device)
+    x[0::2] *= 1e-29
+    x[1::2] *= 2e37
+    packed, expected = pack_e5m6(x, amax_floor=1e-29), twin.pack_e5m6(x, amax_floor=1e-29)
+    assert torch.equal(packed.data, expected.data) and torch.equal(packed.scale, expected.scale)
+    assert bool((packed.data[0] != 0).any())
+
+
 def test_nothing_to_pack(triton_device):
     packed = pack_e5m6(torch.empty(0, 48, device=triton_device))
     assert unpack_e5m6(packed).shape == (0, 48) and e5m6_to_columns(packed).shape == (48, 0)

@@ -79,6 +79,17 @@ def test_rows_in_either_scale_layout_and_orientation_are_requantized(triton_devi
     assert bool((columns.data.view(torch.uint8) & 0x7F).any())
 
 
+def test_a_row_that_is_not_finite_leaves_others_alone_where_a_block_of_tokens_is_short(triton_device):
+    """The places of a block beyond M hold zeros, whatever the scale of a token before them."""
+    x = data("normal", 144, 64, device=triton_device)
+    rows = twin.quantize_rows(x)
+    rows.scale[140] = float("inf")
+    rows.data.view(torch.uint8)[140, 32:] = 0x3A
+    expected, columns = twin.requantize_columns(rows), requantize_columns(rows)
+    assert bool(expected.scale[32:, 1].isinf().all())
+    assert torch.equal(columns.scale.nan_to_num(-1.0), expected.scale.nan_to_num(-1.0))
+
+
 @pytest.mark.parametrize("shape", [(0, 144), (32, 0)])
 def test_nothing_to_cast(triton_device, shape):
     x = torch.empty(*shape, device=triton_device)

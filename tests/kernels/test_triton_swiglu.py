@@ -140,6 +140,13 @@ def test_a_scale_without_a_division_is_the_quotient():
     assert np.array_equal(remainder, remainder.astype(np.float32))
     corrected = (quotient + remainder * np.float64(inverse)).astype(np.float32)
     assert np.array_equal(corrected, expected) and not np.array_equal(quotient, expected)
-    up = (expected.view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
-    bits = ((amax.view(np.uint32) + np.uint32(0x1FFFFF)) & np.uint32(0x7F800000)) - np.uint32(8 << 23)
-    assert np.array_equal(bits, up)
+
+
+@pytest.mark.parametrize(("largest", "bits"), [(448, 0x43E00000), (65024, 0x477E0000)])
+def test_a_power_of_two_above_is_that_of_the_quotient(largest, bits):
+    """`encode.power_of_two_above` for every mantissa of an amax, as it computes."""
+    assert np.float32(largest).view(np.uint32) == bits
+    amax = (np.arange(1 << 23, dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
+    up = ((amax / np.float32(largest)).view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+    carry, down = np.uint32(0x7FFFFF - (bits & 0x7FFFFF)), np.uint32((bits & 0x7F800000) - 0x3F800000)
+    assert np.array_equal(((amax.view(np.uint32) + carry) & np.uint32(0x7F800000)) - down, up)

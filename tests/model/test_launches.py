@@ -39,7 +39,7 @@ def test_the_attn_phase_launches_each_thing_once(layer: int, launched: Counter[s
     launched.clear()
     attended = model.block(layer).attend(x, positions(model))
     cast_output = {"quantize_rows": 1, "pack_e5m6": 1}
-    routing = {"group_limited_topk": 1} if layer else {}
+    routing = {"route": 1} if layer else {}
     assert launched == Counter({"rms_norm": 4, "rope_queries": 1, "rope_keys": 1, **cast_output, **routing})
 
     launched.clear()
@@ -51,4 +51,5 @@ def test_the_attn_phase_launches_each_thing_once(layer: int, launched: Counter[s
     linears = {"quantize_rows_and_columns": 4, "rms_norm_columns": 3, "e5m6_to_columns": 1}
     heads = {"rope_queries": 1, "rope_keys": 1, "rope_queries_backward": 1, "rope_keys_backward": 1, "unpack_e5m6": 1}
     again = 2 + bool(layer)  # rows of both latents for the repeated up projections; y for the router
-    assert launched == Counter({"rms_norm_backward": 4, "rms_norm": again, **linears, **heads})
+    back = {"route_backward": 1} if layer else {}
+    assert launched == Counter({"rms_norm_backward": 4, "rms_norm": again, **linears, **heads, **back})

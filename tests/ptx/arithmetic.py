@@ -4,10 +4,9 @@
 bits signed and unsigned (add, sub, the low half of a product) is done on unsigned arrays as they lie in the registers.
 
 An FP32 multiply-add is formed in FP64, where the product is exact, and rounded once more to FP32: it can differ from
-hardware's single rounding in one case of some 2^29; a tensor-core product's bounds are far wider, and no cast uses it.
-One of FP64 is right where the product is exact in FP64, as that of two numbers which were FP32 is.
 hardware's single rounding in one case of some 2^29. A tensor-core product's bounds are far wider; the two that divide
-by 448 in a cast are exact, or were tried for every mantissa.
+by 448 in a cast are exact, or were tried for every mantissa. One of FP64 is right where the product is exact in FP64,
+as that of two numbers which were FP32 is.
 
 Approximations (ex2, rcp) are as wrong here as their description allows, up or down by the bits of their argument: a
 kernel that meets its bound on this machine counts on no more than the PTX manual promises.
