@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.launch import launch
 
 COLUMNS = 4096  # of a row, at once
 NUM_WARPS = 8
@@ -81,7 +82,8 @@ def _launch(logits: Tensor, labels: Tensor, weight: Tensor | None, losses: Tenso
     if rows == 0:
         return
     block = min(max(triton.next_power_of_2(size), SMALLEST_BLOCK), COLUMNS)
-    cross_entropy_kernel[(rows,)](
+    launch(
+        cross_entropy_kernel, (rows,),
         logits, labels, losses, weight, size, labels.stride(0), losses.stride(0),
         GRADIENT=weight is not None, DTYPE=TL_DTYPE[logits.dtype], BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
 
 COLUMNS = 1024  # of a row, a program
@@ -48,7 +49,8 @@ def embedding_wgrad(dy: Tensor, ids: Tensor, main_grad: Tensor) -> None:
     in_order, order = torch.sort(ids, stable=True)
     ends = torch.searchsorted(in_order, in_order, right=True, out_int32=True)
     block = min(triton.next_power_of_2(dim), COLUMNS)
-    sum_runs_kernel[(tokens * ceil_div(dim, block),)](
+    launch(
+        sum_runs_kernel, (tokens * ceil_div(dim, block),),
         dy, in_order, order, ends, main_grad, dim, dy.stride(0), main_grad.stride(0),
         ROWS=ROWS, BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

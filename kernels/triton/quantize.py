@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_blocks, empty_columns, empty_rows
 
 ROWS_BLOCK_M = 32  # rows a program casts when it writes no columns
@@ -154,7 +155,8 @@ def quantize_blocks(
     transposed = empty_blocks((*w.shape[:-2], k, n), w.device)
     stacked = last_dim_contiguous(w.reshape(-1, n, k) if w.numel() else w.new_empty(0, n, k))
     if stacked.numel():
-        blocks_kernel[(ceil_div(n, TILE), ceil_div(k, TILE), stacked.shape[0])](
+        launch(
+            blocks_kernel, (ceil_div(n, TILE), ceil_div(k, TILE), stacked.shape[0]),
             stacked, blocks.data, blocks.scale, transposed.data, transposed.scale, n, k, stacked.stride(0),
             stacked.stride(1), amax_floor, POWER_OF_TWO=power_of_two, num_warps=BOTH_WARPS,
         )  # fmt: skip
@@ -166,7 +168,8 @@ def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     columns = empty_columns(m, k, rows.device)
     data = last_dim_contiguous(rows.data)
     if data.numel():
-        requantize_kernel[(ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K))](
+        launch(
+            requantize_kernel, (ceil_div(m, TILE), ceil_div(k, COLUMNS_BLOCK_K)),
             data, rows.scale, columns.data, columns.scale, m, k, data.stride(0), rows.scale.stride(0),
             rows.scale.stride(1), amax_floor, BLOCK_K=COLUMNS_BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -187,7 +190,8 @@ def _launch_tiles(
     block_m = ROWS_BLOCK_M if columns is None else TILE
     block_k = COLUMNS_BLOCK_K if rows is None else TILE
     nothing: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    tiles_kernel[(ceil_div(m, block_m), ceil_div(k, block_k))](
+    launch(
+        tiles_kernel, (ceil_div(m, block_m), ceil_div(k, block_k)),
         x, *(nothing if rows is None else (rows.data, rows.scale)),
         *(nothing if columns is None else (columns.data, columns.scale)), m, k, x.stride(0), amax_floor,
         POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=block_m, BLOCK_K=block_k,
