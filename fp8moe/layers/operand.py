@@ -12,6 +12,8 @@ from a placeholder is NaN, so that a mistake stops the step instead of training 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +91,16 @@ class Fp8Gradient:
 
 
 def placeholder(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
-    """One NaN seen as a tensor of `shape`, with the dtype and device of `like`; it takes no memory."""
-    return like.new_full((), float("nan")).expand(shape)
+    """One NaN seen as a tensor of `shape`, with the dtype and device of `like`; it takes no memory and no launch."""
+    if type(like) is not Tensor:  # without data, or seen by a tracer: its NaN is of its kind
+        return like.new_full((), math.nan).expand(shape)
+    return _nan(like.dtype, like.device).expand(shape)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), math.nan, dtype=dtype, device=device)
 
 
 def cast(x: Tensor, recipe: Recipe, *, power_of_two: bool = False) -> Rows:

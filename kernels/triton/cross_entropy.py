@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.fp8 import next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.launch import launch
@@ -81,7 +82,7 @@ def _launch(logits: Tensor, labels: Tensor, weight: Tensor | None, losses: Tenso
     rows, size = logits.shape
     if rows == 0:
         return
-    block = min(max(triton.next_power_of_2(size), SMALLEST_BLOCK), COLUMNS)
+    block = min(max(next_power_of_2(size), SMALLEST_BLOCK), COLUMNS)
     launch(
         cross_entropy_kernel, (rows,),
         logits, labels, losses, weight, size, labels.stride(0), losses.stride(0),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import Fp8Tensor, ceil_div
+from fp8moe.kernels.fp8 import Fp8Tensor, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE, choose_tile, descriptor, scaled_product
 from fp8moe.kernels.triton.launch import launch
@@ -66,7 +66,7 @@ def grouped_gemm(
         descriptor(a.data, tile.block_m), descriptor(b.data.reshape(-1, k), tile.block_n), out, a.scale, b.scale,
         group_offsets.contiguous(), r, n, k, num_groups, *a.scale.stride(), *b.scale.stride(), out.stride(0),
         DTYPE=TL_DTYPE[out_dtype], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GROUP=tile.group,
-        E_PADDED=triton.next_power_of_2(num_groups), num_warps=tile.warps, num_stages=tile.stages,
+        E_PADDED=next_power_of_2(num_groups), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

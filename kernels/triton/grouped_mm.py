@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
 from fp8moe.kernels.triton.gemm import choose_tile
 from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.wgrad import EXACT, EXACT_TOKENS, launch_wgrad
@@ -75,7 +75,7 @@ def grouped_mm(x: Tensor, w: Tensor, group_offsets: Tensor) -> Tensor:
         launch(
             grouped_mm_kernel, (ceil_div(r, EXACT.block_m) + num_groups + 1, ceil_div(n, EXACT.block_n)),
             x, w, out, group_offsets, r, n, k, num_groups, *x.stride(), *w.stride(), out.stride(0),
-            BLOCK=EXACT.block_m, BLOCK_K=EXACT_TOKENS, E_PADDED=triton.next_power_of_2(num_groups),
+            BLOCK=EXACT.block_m, BLOCK_K=EXACT_TOKENS, E_PADDED=next_power_of_2(num_groups),
             num_warps=EXACT.warps, num_stages=EXACT.stages,
         )  # fmt: skip
         return out

@@ -63,34 +63,44 @@ _found: dict[tuple[Any, ...], _Found] = {}
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`: parameters by position, constants and options by name."""
-    if not isinstance(kernel, JITFunction):  # interpreted
+    kinds = kinds_of(args) if isinstance(kernel, JITFunction) else None
+    if kinds is None:
         kernel[grid](*args, **constants)
         return
     active = driver.active
     device = active.get_current_device()
-    key = [id(kernel), type(kernel).run, device]  # `run`: who replaces Triton's is asked each time
-    for value in args:
-        kind: Any = type(value)
-        if kind is int:
-            high = value >> 31
-            key.append(1 if value == 1 else (value & 15 == 0, high == 0 or high == -1))
-        elif kind is Tensor or kind is torch.nn.Parameter:
-            key += (value.dtype, value.data_ptr() & 15 == 0)
-        elif value is None or kind is float:
-            key.append(kind)
-        elif (block := getattr(value, "block", None)) is not None:
-            key += (block, value.base.dtype)
-        else:
-            kernel[grid](*args, **constants)
-            return
-    key += constants.items()
-    found = _found.get(whole := tuple(key))
+    # `run` is among them so that who replaces Triton's is asked each time.
+    key = (id(kernel), type(kernel).run, device, *kinds, *constants.items())
+    found = _found.get(key)
     if found is None or _hooked():
-        _launch_by_triton(whole, kernel, grid, args, constants)
+        _launch_by_triton(key, kernel, grid, args, constants)
         return
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
     found.run(x, y, z, stream, found.function, found.metadata, None, None, None, *args, *found.constants)
+
+
+def kinds_of(args: tuple[Any, ...]) -> list[Any] | None:
+    """What a kernel may be specialized for in its arguments, one after the other; None where only Triton knows."""
+    kinds: list[Any] = []
+    for value in args:
+        kind = type(value)
+        if kind is int:
+            kinds.append(1 if value == 1 else 2 if value & 15 else 16)
+            if not -(2**31) <= value < 2**31:
+                kinds.append("wide" if value < 2**63 else "unsigned")
+        elif kind is Tensor or kind is torch.nn.Parameter:
+            kinds.append(value.dtype)
+            if value.data_ptr() & 15:
+                kinds.append("unaligned")
+        elif value is None or kind is float:
+            kinds.append(kind)
+        elif (block := getattr(value, "block", None)) is not None:
+            kinds.append(block)
+            kinds.append(value.base.dtype)
+        else:
+            return None
+    return kinds
 
 
 def _launch_by_triton(

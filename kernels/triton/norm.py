@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.launch import launch
@@ -150,7 +150,7 @@ def gain_kernel(shares, main_grad, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.cons
 
 def block_of(width: int, held: int) -> tuple[int, int, int]:
     """Rows and values a row of a program for rows of `width`, and its warps; whole tiles, at least `held` values."""
-    values = max(triton.next_power_of_2(width), TILE)
+    values = max(next_power_of_2(width), TILE)
     rows = max(held // values, 1)
     return rows, values, min(max(rows * values // VALUES_A_WARP, NUM_WARPS), 16)
 

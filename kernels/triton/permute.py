@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, Rows, ceil_div
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, Rows, ceil_div, next_power_of_2
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
@@ -43,13 +43,13 @@ PLAN_COPIES, PLAN_EXPERTS, PLAN_BLOCKS = 64, 64, 1024
 
 def copy_block(width: int, word: int) -> tuple[int, int]:
     """Rows and words of a program that copies rows of `width` words of `word` bytes; at least one tile of codes."""
-    words = min(max(triton.next_power_of_2(width), TILE // word), COPIED_BYTES // word)
+    words = min(max(next_power_of_2(width), TILE // word), COPIED_BYTES // word)
     return COPIED_WORDS // words, words
 
 
 def sum_block(width: int) -> tuple[int, int]:
     """Rows and values of a program that sums rows of `width` values."""
-    values = min(max(triton.next_power_of_2(width), SIZE_MULTIPLE), SUMMED_VALUES)
+    values = min(max(next_power_of_2(width), SIZE_MULTIPLE), SUMMED_VALUES)
     return SUMMED_VALUES // values, values
 
 

@@ -123,10 +123,12 @@ def requantize_kernel(
 
 
 def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
-    flat = last_dim_contiguous(x.flatten(0, -2))
+    flat = last_dim_contiguous(x if x.dim() == 2 else x.flatten(0, -2))
     m, k = flat.shape
     rows = empty_rows(m, k, x.device)
     _launch_tiles(flat, rows, None, amax_floor, power_of_two)
+    if x.dim() == 2:
+        return rows
     # Both are views: M-major scales have one stride over all leading dims.
     return Fp8Tensor(rows.data.view(x.shape), rows.scale.reshape(*x.shape[:-1], ceil_div(k, TILE)))
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
 from fp8moe.kernels.triton.launch import launch
 
 ROWS = 8  # a program routes, at least
@@ -258,7 +258,7 @@ def route(
     weights = torch.empty(t, topk, dtype=torch.float32, device=device)
     if t == 0:
         return ids, weights, logits_TE.sum(), logits_TE.new_zeros(num_sequences, e)
-    groups, width = triton.next_power_of_2(num_groups), triton.next_power_of_2(e // num_groups)
+    groups, width = next_power_of_2(num_groups), next_power_of_2(e // num_groups)
     at_once = rows_at_once(groups * width)
     rows, length = max(ROWS, at_once), t // num_sequences
     blocks = ceil_div(length, rows)
@@ -269,7 +269,7 @@ def route(
         route_kernel, (num_sequences * blocks,),
         logits, bias_E.contiguous(), ids, weights, part_counts, part_shares, length, blocks, logits.stride(0),
         route_scale, E=e, NUM_GROUPS=num_groups, GROUPS=groups, WIDTH=width, TOPK=topk,
-        TOPK_LANES=triton.next_power_of_2(topk), TOP_GROUPS=top_groups, TOP2=group_score == "top2_sum", SCORE=score,
+        TOPK_LANES=next_power_of_2(topk), TOP_GROUPS=top_groups, TOP2=group_score == "top2_sum", SCORE=score,
         NORMALIZE=normalize, FORCED=force_balance, ROWS=rows, M=at_once, num_warps=1,
     )  # fmt: skip
     f_BE = torch.empty(num_sequences, e, dtype=torch.float32, device=device)
@@ -296,7 +296,7 @@ def route_backward(
     (t, e), topk = logits_TE.shape, topk_ids_TK.shape[1]
     d_logits = torch.empty(t, e, dtype=torch.float32, device=logits_TE.device)
     if t:
-        lanes = triton.next_power_of_2(e)
+        lanes = next_power_of_2(e)
         at_once = rows_at_once(lanes)
         logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
         ids = topk_ids_TK if topk_ids_TK.stride(1) == 1 else topk_ids_TK.contiguous()

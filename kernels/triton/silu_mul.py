@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import SIZE_MULTIPLE, ceil_div
+from fp8moe.kernels.fp8 import SIZE_MULTIPLE, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.launch import launch
@@ -24,7 +24,7 @@ BLOCK_WIDTH = 512  # of one row, at most
 
 def block_of(f: int) -> tuple[int, int]:
     """Rows and columns of a program, for rows of f values."""
-    width = min(max(triton.next_power_of_2(f), SIZE_MULTIPLE), BLOCK_WIDTH)
+    width = min(max(next_power_of_2(f), SIZE_MULTIPLE), BLOCK_WIDTH)
     return BLOCK_VALUES // width, width
 
 
