@@ -92,14 +92,18 @@ class Fp8Gradient:
 
 def placeholder(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     """One NaN seen as a tensor of `shape`, with the dtype and device of `like`; it takes no memory and no launch."""
-    if type(like) is not Tensor:  # without data, or seen by a tracer: its NaN is of its kind
-        return like.new_full((), math.nan).expand(shape)
-    return _nan(like.dtype, like.device).expand(shape)
+    return _nan(like).expand(shape)
+
+
+def _nan(like: Tensor) -> Tensor:
+    if type(like) is not Tensor:  # without data, or followed by a tracer: such a NaN can't outlive the call
+        return like.new_full((), math.nan)
+    return _nan_on(like.dtype, like.device)
 
 
 @functools.cache
 @torch.inference_mode(False)
-def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+def _nan_on(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), math.nan, dtype=dtype, device=device)
 
 

@@ -8,6 +8,7 @@ launchers ask for alignment, and autograd's saved tensors are known by them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.runtime.jit import JITFunction
 
 from fp8moe.kernels import backend, library
+from fp8moe.layers import operand
 from tests.fake_cuda.recorder import Recorder, results, size_of, tensors_in
 
 SHARED_MEMORY = 232448  # bytes that a block may have
@@ -108,11 +110,20 @@ def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
         )[0]  # fmt: skip
         return out
 
+    nans: dict[torch.dtype, Tensor] = {}
+
+    def nan(like: Tensor) -> Tensor:
+        """One a dtype, as of real tensors; these can't be shared with another trace."""
+        if like.dtype not in nans:
+            nans[like.dtype] = like.new_full((), math.nan)
+        return nans[like.dtype]
+
     patches: list[tuple[Any, str, Any]] = [
         (FakeTensor, "data_ptr", address),
         (torch.UntypedStorage, "data_ptr", storage_address),
         (JITFunction, "run", run_kernel),
         (backend, "_run", run_op),
+        (operand, "_nan", nan),
         (backend, "why_not", lambda name: None),
         (triton.runtime.driver, "_active", DRIVER),
         (torch.cuda, "current_device", lambda: 0),

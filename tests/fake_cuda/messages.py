@@ -57,7 +57,9 @@ def trace_dispatch(route: Callable[[], Any], precision: str, tokens: int, factor
     """
     recorder = Recorder()
 
-    def start(message: Callable[[], Any], finish: Callable[[Any], Any], name: str = "message") -> _Arrived:
+    def start(
+        message: Callable[[], Any], finish: Callable[[Any], Any], name: str = "message", *, takes_sms: bool = True
+    ) -> _Arrived:
         with recorder.in_phase(f"{recorder.phase} (communication)"):
             return _Arrived(message(), finish)
 
