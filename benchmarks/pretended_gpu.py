@@ -95,6 +95,10 @@ def _patches(launches: Launches) -> list[tuple[Any, str, Any]]:
     from triton.runtime.jit import JITFunction
 
     mm = torch.mm
+    if hasattr(nvidia, "PyKernelArg"):
+        launcher: tuple[Any, str, Any] = nvidia, "PyKernelArg", lambda **kwargs: None
+    else:  # Triton 3.6 compiles a launcher for each kernel
+        launcher = nvidia, "compile_module_from_src", lambda **kwargs: SimpleNamespace(launch=launches.add)
 
     def wide_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         return mm(a, b) if out_dtype is None else mm(a, b).to(out_dtype)  # PyTorch has it for GPUs alone
@@ -114,7 +118,7 @@ def _patches(launches: Launches) -> list[tuple[Any, str, Any]]:
         (torch.cuda, "device_of", lambda tensor: ExitStack()),
         (backend, "why_not", lambda name: None),
         (driver, "_active", _Driver(launches)),
-        (nvidia, "PyKernelArg", lambda **kwargs: None),
+        launcher,
         (JITFunction, "_do_compile", _compiled),
     ]
 

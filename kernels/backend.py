@@ -103,8 +103,8 @@ _chosen: str | None = None  # explicitly, by set_backend or by the environment
 _announced: set[tuple[str, str]] = set()
 # What was chosen when an op first ran, until `set_backend`: what `op` returns, and what runs on each device.
 _calls: dict[str, Callable[..., Any]] = {}
-_selected: dict[tuple[str, torch.device], Callable[..., Any]] = {}
-_WITH_DATA = (Tensor, torch.nn.Parameter)
+_selected: dict[tuple[str, torch.device], tuple[Callable[..., Any], int | None]] = {}
+_WITH_DATA = (Tensor, torch.nn.Parameter)  # a meta tensor is of these types as well; other types are traced
 
 
 def resolve(device: torch.device | None = None) -> str:
@@ -238,11 +238,7 @@ def _load(backend: str, name: str) -> Callable[..., Any]:
 
 def _by_first_argument(name: str, usual: str) -> Callable[..., Any]:
     """Op `name` as a function that looks where its tensor lies; it is documented as back end `usual` has it."""
-
-    @functools.wraps(_load(usual, name))
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _run(name, *args, **kwargs)
-
+    call = functools.update_wrapper(functools.partial(_run, name), _load(usual, name))
     _calls[name] = call
     return call
 
@@ -250,22 +246,25 @@ def _by_first_argument(name: str, usual: str) -> Callable[..., Any]:
 def _run(name: str, *args: Any, **kwargs: Any) -> Any:
     first = args[0]
     tensor: Tensor = first if isinstance(first, Tensor) else first.data
-    device = tensor.device
-    if type(tensor) not in _WITH_DATA or device.type == "meta":  # no data to compute with
+    if type(tensor) not in _WITH_DATA:
         return _without_entering(name)(*args, **kwargs)
-    implementation = _selected.get((name, device)) or _select(name, device)
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    implementation, gpu = _selected.get((name, tensor.device)) or _select(name, tensor.device)
+    if gpu is None or gpu == torch.cuda.current_device():
         return implementation(*args, **kwargs)
-    with torch.cuda.device(device):  # Triton launches on the current device
+    with torch.cuda.device(gpu):  # Triton launches on the current device
         return implementation(*args, **kwargs)
 
 
-def _select(name: str, device: torch.device) -> Callable[..., Any]:
+def _select(name: str, device: torch.device) -> tuple[Callable[..., Any], int | None]:
+    """What runs op `name` on tensors that lie on `device`, and the GPU that must be the current one meanwhile."""
+    if device.type == "meta":  # no data to compute with
+        return _without_entering(name), None
     runs = provider(name, resolve(device))
     if runs != REFERENCE and device.type != "cuda" and not _interpreted():
         raise ValueError(f"back end {runs!r} runs on a GPU and this tensor is on {device}: move it, or use {REFERENCE}")
-    _selected[name, device] = _load(runs, name)
-    return _selected[name, device]
+    found = _load(runs, name), device.index if device.type == "cuda" else None
+    _selected[name, device] = found
+    return found
 
 
 def _without_entering(name: str) -> Callable[..., Any]:
