@@ -51,6 +51,7 @@ class _Driver:
             launch=launches.add,
             build_signature_metadata=lambda signature: b"",
             fill_tma_descriptor_tiled=lambda *args: 0,
+            fill_tma_descriptor=lambda *args: 0,  # its name in Triton 3.6
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 232448},
         )
@@ -97,7 +98,7 @@ def _patches(launches: Launches) -> list[tuple[Any, str, Any]]:
     mm = torch.mm
     if hasattr(nvidia, "PyKernelArg"):
         launcher: tuple[Any, str, Any] = nvidia, "PyKernelArg", lambda **kwargs: None
-    else:  # Triton 3.6 compiles a launcher for each kernel
+    else:  # Triton 3.6 compiles a launcher for each kernel, linked with the driver's library
         launcher = nvidia, "compile_module_from_src", lambda **kwargs: SimpleNamespace(launch=launches.add)
 
     def wide_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -119,6 +120,7 @@ def _patches(launches: Launches) -> list[tuple[Any, str, Any]]:
         (backend, "why_not", lambda name: None),
         (driver, "_active", _Driver(launches)),
         launcher,
+        (nvidia, "library_dirs", list),
         (JITFunction, "_do_compile", _compiled),
     ]
 

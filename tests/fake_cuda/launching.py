@@ -9,7 +9,7 @@ launchers ask for alignment, and autograd's saved tensors are known by them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +77,18 @@ def share_of(args: tuple[Any, ...]) -> float:
     return 1.0
 
 
+def one_nan_a_dtype() -> Callable[[Tensor], Tensor]:
+    """In place of `operand._nan`, which shares the NaN of real tensors; one trace's can't be shared with another."""
+    nans: dict[torch.dtype, Tensor] = {}
+
+    def nan(like: Tensor) -> Tensor:
+        if like.dtype not in nans:
+            nans[like.dtype] = like.new_full((), math.nan)
+        return nans[like.dtype]
+
+    return nan
+
+
 @contextmanager
 def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
     """Within the block tensors are fake, `cuda` is a Hopper, and `recorder` hears of every launch."""
@@ -110,20 +122,12 @@ def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
         )[0]  # fmt: skip
         return out
 
-    nans: dict[torch.dtype, Tensor] = {}
-
-    def nan(like: Tensor) -> Tensor:
-        """One a dtype, as of real tensors; these can't be shared with another trace."""
-        if like.dtype not in nans:
-            nans[like.dtype] = like.new_full((), math.nan)
-        return nans[like.dtype]
-
     patches: list[tuple[Any, str, Any]] = [
         (FakeTensor, "data_ptr", address),
         (torch.UntypedStorage, "data_ptr", storage_address),
         (JITFunction, "run", run_kernel),
         (backend, "_run", run_op),
-        (operand, "_nan", nan),
+        (operand, "_nan", one_nan_a_dtype()),
         (backend, "why_not", lambda name: None),
         (triton.runtime.driver, "_active", DRIVER),
         (torch.cuda, "current_device", lambda: 0),
