@@ -2,9 +2,9 @@
 
 Every public op of this package validates its arguments and then calls `op(name)`. The choice is, in this order:
 `set_backend(name)`, the environment variable FP8MOE_BACKEND, the default: on a CPU the specification, on a GPU the
-first of DEFAULTS that can run there. A back end that is unknown or cannot run here is a `ValueError` that says why and
-which would. An implementation lives in `kernels/<back end>/<module>.py` under the same name and with the same signature
-as the public op.
+first of DEFAULTS that can run there. It is made when an op first runs and stands until `set_backend`. A back end that
+is unknown or cannot run here is a `ValueError` that says why and which would. An implementation lives in
+`kernels/<back end>/<module>.py` under the same name and with the same signature as the public op.
 
 PROVIDES below says what each back end does: the specification and Triton everything, the others products. What a back
 end lacks goes to the one that NEXT names, and the log line says so once. That table is the whole of the fall-back: an
@@ -101,6 +101,10 @@ _OLDEST_TE = (2, 11)
 _log = logging.getLogger(__name__)
 _chosen: str | None = None  # explicitly, by set_backend or by the environment
 _announced: set[tuple[str, str]] = set()
+# What was chosen when an op first ran, until `set_backend`: what `op` returns, and what runs on each device.
+_calls: dict[str, Callable[..., Any]] = {}
+_selected: dict[tuple[str, torch.device], tuple[Callable[..., Any], int | None]] = {}
+_WITH_DATA = (Tensor, torch.nn.Parameter)  # a meta tensor is of these types as well; other types are traced
 
 
 def resolve(device: torch.device | None = None) -> str:
@@ -125,6 +129,8 @@ def set_backend(name: str | None) -> None:
     global _chosen
     checked = None if name is None else _checked(name)
     _announced.clear()
+    _calls.clear()
+    _selected.clear()
     _chosen = checked
     if checked is not None:
         _announce(checked, "set_backend")
@@ -141,7 +147,7 @@ def op(name: str) -> Callable[..., Any]:
     """The implementation of op `name`, chosen by the choice in force and by where its first argument lies."""
     if torch.compiler.is_compiling():
         return _without_entering(name)
-    return _by_first_argument(name, provider(name, resolve()))
+    return _calls.get(name) or _by_first_argument(name, provider(name, resolve()))
 
 
 def why_not(name: str) -> str | None:
@@ -230,35 +236,35 @@ def _load(backend: str, name: str) -> Callable[..., Any]:
     return implementation
 
 
-@functools.cache
 def _by_first_argument(name: str, usual: str) -> Callable[..., Any]:
     """Op `name` as a function that looks where its tensor lies; it is documented as back end `usual` has it."""
-
-    @functools.wraps(_load(usual, name))
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _run(name, *args, **kwargs)
-
+    call = functools.update_wrapper(functools.partial(_run, name), _load(usual, name))
+    _calls[name] = call
     return call
 
 
 def _run(name: str, *args: Any, **kwargs: Any) -> Any:
-    tensor: Tensor = args[0] if isinstance(args[0], Tensor) else args[0].data
-    if tensor.device.type == "meta" or type(tensor) not in (Tensor, torch.nn.Parameter):  # no data to compute with
+    first = args[0]
+    tensor: Tensor = first if isinstance(first, Tensor) else first.data
+    if type(tensor) not in _WITH_DATA:
         return _without_entering(name)(*args, **kwargs)
-    implementation = _select(name, tensor)
-    if tensor.device.type != "cuda":
+    implementation, gpu = _selected.get((name, tensor.device)) or _select(name, tensor.device)
+    if gpu is None or gpu == torch.cuda.current_device():
         return implementation(*args, **kwargs)
-    with torch.cuda.device_of(tensor):  # Triton launches on the current device
+    with torch.cuda.device(gpu):  # Triton launches on the current device
         return implementation(*args, **kwargs)
 
 
-def _select(name: str, tensor: Tensor) -> Callable[..., Any]:
-    runs = provider(name, resolve(tensor.device))
-    if runs != REFERENCE and tensor.device.type != "cuda" and not _interpreted():
-        raise ValueError(
-            f"back end {runs!r} runs on a GPU and this tensor is on {tensor.device}: move it, or use {REFERENCE}"
-        )
-    return _load(runs, name)
+def _select(name: str, device: torch.device) -> tuple[Callable[..., Any], int | None]:
+    """What runs op `name` on tensors that lie on `device`, and the GPU that must be the current one meanwhile."""
+    if device.type == "meta":  # no data to compute with
+        return _without_entering(name), None
+    runs = provider(name, resolve(device))
+    if runs != REFERENCE and device.type != "cuda" and not _interpreted():
+        raise ValueError(f"back end {runs!r} runs on a GPU and this tensor is on {device}: move it, or use {REFERENCE}")
+    found = _load(runs, name), device.index if device.type == "cuda" else None
+    _selected[name, device] = found
+    return found
 
 
 def _without_entering(name: str) -> Callable[..., Any]:

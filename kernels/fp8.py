@@ -45,9 +45,15 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, a positive number; Triton's own costs the host microseconds."""
+    return 1 << (n - 1).bit_length()
+
+
 def scale_shape(shape: tuple[int, ...] | torch.Size, tile: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scales of a [..., M, K] tensor: [..., ceil(M / tile[0]), ceil(K / tile[1])]."""
-    return (*shape[:-2], ceil_div(shape[-2], tile[0]), ceil_div(shape[-1], tile[1]))
+    *lead, m, k = shape
+    return (*lead, -(-m // tile[0]), -(-k // tile[1]))
 
 
 def half_codes(data: Tensor) -> Tensor:
@@ -92,9 +98,10 @@ class Fp8Tensor:
     tile: tuple[int, int] = ROW_TILE
 
     def __post_init__(self) -> None:
-        assert self.data.dtype is E4M3 and self.scale.dtype is torch.float32, (self.data.dtype, self.scale.dtype)
-        expected = scale_shape(self.data.shape, self.tile)
-        assert self.scale.shape == expected, f"scale is {tuple(self.scale.shape)}, tile {self.tile} asks for {expected}"
+        data, scale = self.data, self.scale
+        assert data.dtype is E4M3 and scale.dtype is torch.float32, (data.dtype, scale.dtype)
+        expected = scale_shape(data.shape, self.tile)
+        assert scale.shape == expected, f"scale is {tuple(scale.shape)}, tile {self.tile} asks for {expected}"
 
     @property
     def shape(self) -> torch.Size:

@@ -12,6 +12,8 @@ from a placeholder is NaN, so that a mistake stops the step instead of training 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +91,20 @@ class Fp8Gradient:
 
 
 def placeholder(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
-    """One NaN seen as a tensor of `shape`, with the dtype and device of `like`; it takes no memory."""
-    return like.new_full((), float("nan")).expand(shape)
+    """One NaN seen as a tensor of `shape`, with the dtype and device of `like`; it takes no memory and no launch."""
+    return _nan(like).expand(shape)
+
+
+def _nan(like: Tensor) -> Tensor:
+    if type(like) is not Tensor:  # without data, or followed by a tracer: such a NaN can't outlive the call
+        return like.new_full((), math.nan)
+    return _nan_on(like.dtype, like.device)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _nan_on(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), math.nan, dtype=dtype, device=device)
 
 
 def cast(x: Tensor, recipe: Recipe, *, power_of_two: bool = False) -> Rows:

@@ -13,6 +13,7 @@ else is copied first, which costs a pass over it: whoever quantizes for these ke
 
 import functools
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fp8moe.kernels.gluon.columns_kernel import columns_kernel
 from fp8moe.kernels.gluon.pipeline import ADD, ADD_TMA, STORE, STORE_TMA
 from fp8moe.kernels.gluon.rows_kernel import rows_kernel
 from fp8moe.kernels.tiles import ADDED_BY_TMA, DEFAULT_DEVICE, HOPPER_SMS, PAIR, Tile
+from fp8moe.kernels.triton.launch import Block, launch
 
 TMA_ALIGNMENT = 16
 WAVE_ROWS, ADDED_COLUMNS = TILE // 2, 32
@@ -38,7 +40,12 @@ PAIRS_VARIABLE = "FP8MOE_PAIRS"
 
 def pairs_allowed() -> bool:
     """Whether pairs of CTAs may be chosen: this Triton has them and FP8MOE_PAIRS is 1."""
-    return backend.release_of(triton.__version__) >= OLDEST_MULTICAST and os.environ.get(PAIRS_VARIABLE) == "1"
+    return _has_pairs(triton.__version__) and os.environ.get(PAIRS_VARIABLE) == "1"
+
+
+@functools.cache
+def _has_pairs(version: str) -> bool:
+    return backend.release_of(version) >= OLDEST_MULTICAST
 
 
 def num_sms(device: torch.device) -> int:
@@ -82,33 +89,33 @@ def launch_rows(
     accumulate: bool = False,
 ) -> None:
     """out [M, N] = or += a rows [M, K] @ b blocks [N, K]^T, or [E, N, K] with offsets; no size may be zero."""
-    m, k = a.shape
-    n, grouped = b.shape[-2], group_offsets is not None
+    m, k = a.data.shape
+    n, grouped = b.data.shape[-2], group_offsets is not None
     assert not (grouped and tile.block_m != TILE), "a taller tile could straddle two experts"
     epilogue = ADD.value if accumulate else STORE_TMA.value if out.dtype is torch.bfloat16 else STORE.value
-    scale = _m_major(a.scale)
-    ctas = _ctas(tile)
-    c: TensorDescriptor | Tensor = out
+    scale, ctas = _m_major(a.scale), _ctas(tile)
+    form = _form(tile, ctas, grouped, epilogue)
+    c: Descriptor | Tensor = out
     if epilogue == STORE_TMA.value:
-        layout = _layout(16, 128, ctas, WHOLE, SPLIT)
-        c = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, TILE * ctas], layout)
+        c = Descriptor(out, [m, n], [out.stride(0), 1], form.stored)
     num_tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n * ctas)
-    with torch.cuda.device_of(out):
-        rows_kernel[(min(max(1, sms // ctas), num_tiles),)](
-            _codes(a.data, _rows(tile), ctas, WHOLE),
-            _codes(b.data.reshape(-1, k), _columns(tile), ctas, SPLIT),
-            c,
-            scale,
-            b.scale.contiguous(),
-            group_offsets,
-            m,
-            n,
-            k,
-            b.shape[0] if grouped else 1,
-            scale.stride(1),
-            out.stride(0),
-            **_constants(tile, grouped, epilogue),
-        )
+    launch(
+        rows_kernel,
+        (min(max(1, sms // ctas), num_tiles),),
+        _codes(a.data, form.a),
+        _codes(b.data.reshape(-1, k) if grouped else b.data, form.b),
+        c,
+        scale,
+        b.scale.contiguous(),
+        group_offsets,
+        m,
+        n,
+        k,
+        b.data.shape[0] if grouped else 1,
+        scale.stride(1),
+        out.stride(0),
+        **form.constants,
+    )
 
 
 def launch_columns(
@@ -122,31 +129,28 @@ def launch_columns(
     accumulate: bool = False,
 ) -> None:
     """out [N, K] (or [E, N, K] with offsets) = or += a columns [N, T] @ b columns [K, T]^T; no size may be zero."""
-    (n, t), k, grouped = a.shape, b.shape[0], group_offsets is not None
+    (n, t), k, grouped = a.data.shape, b.data.shape[0], group_offsets is not None
     num_groups = out.shape[0] if grouped else 1
     ctas = _ctas(tile)
     num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n * ctas)
-    epilogue = ADD.value if accumulate else STORE.value
-    c: TensorDescriptor | Tensor = out
-    if accumulate and _can_add_by_tma(out, t // num_groups, ctas):
-        epilogue, rows = ADD_TMA.value, out.view(-1, k)
-        layout = _layout(32, 128, ctas, WHOLE, WHOLE)
-        c = TensorDescriptor(rows, list(rows.shape), [k, 1], [WAVE_ROWS, ADDED_COLUMNS], layout)
-    with torch.cuda.device_of(out):
-        columns_kernel[(min(max(1, sms // ctas), num_tiles),)](
-            _codes(a.data, _rows(tile), ctas, WHOLE),
-            _codes(b.data, _columns(tile), ctas, SPLIT),
-            _scales(a.scale, _rows(tile), ctas, WHOLE),
-            _scales(b.scale, _columns(tile), ctas, SPLIT),
-            c,
-            group_offsets,
-            num_groups,
-            n,
-            k,
-            t,
-            out.stride(-2),
-            **_constants(tile, grouped, epilogue),
-        )
+    by_tma = accumulate and _can_add_by_tma(out, t // num_groups, ctas)
+    form = _form(tile, ctas, grouped, ADD_TMA.value if by_tma else ADD.value if accumulate else STORE.value)
+    launch(
+        columns_kernel,
+        (min(max(1, sms // ctas), num_tiles),),
+        _codes(a.data, form.a),
+        _codes(b.data, form.b),
+        _scales(a.scale, form.a_scale),
+        _scales(b.scale, form.b_scale),
+        Descriptor(out, [out.numel() // k, k], [k, 1], form.added) if by_tma else out,
+        group_offsets,
+        num_groups,
+        n,
+        k,
+        t,
+        out.stride(-2),
+        **form.constants,
+    )
 
 
 def _can_add_by_tma(out: Tensor, tokens: int, ctas: int) -> bool:
@@ -159,18 +163,52 @@ def _can_add_by_tma(out: Tensor, tokens: int, ctas: int) -> bool:
     return tokens >= ADDED_BY_TMA and ctas == 1 and whole and aligned
 
 
-def _constants(tile: Tile, grouped: bool, epilogue: int) -> dict[str, Any]:
-    return {
-        "BM": tile.block_m,
-        "BN": tile.block_n,
-        "STAGES": tile.stages,
-        "GROUP": tile.group,
-        "GROUPED": grouped,
-        "EPILOGUE": epilogue,
-        "CTAS": _ctas(tile),
-        "num_ctas": _ctas(tile),
-        "num_warps": tile.warps,
-    }
+class Descriptor(TensorDescriptor):
+    """Gluon's descriptor, made without its checks, which `_codes`, `_scales` and `_form` have made or make needless.
+
+    `block` says for `triton.launch` what a kernel is specialized for.
+    """
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block: Block) -> None:
+        self.base, self.shape, self.strides, self.block = base, shape, strides, block
+        self.block_shape, self.layout = block.shape, block.layout
+        self.padding, self.round_f32_to_tf32 = "zero", False
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What of a launch follows from its tile and epilogue alone: what each descriptor moves, and the constants."""
+
+    a: Block
+    b: Block
+    a_scale: Block
+    b_scale: Block
+    stored: Block  # STORE_TMA
+    added: Block  # ADD_TMA
+    constants: dict[str, Any]
+
+
+@functools.cache
+def _form(tile: Tile, ctas: int, grouped: bool, epilogue: int) -> _Form:
+    return _Form(
+        a=_block((_rows(tile), TILE), 8, 128, ctas, WHOLE, WHOLE),
+        b=_block((_columns(tile), TILE), 8, 128, ctas, SPLIT, WHOLE),
+        a_scale=_block((_rows(tile),), 32, 0, ctas, WHOLE),
+        b_scale=_block((_columns(tile),), 32, 0, ctas, SPLIT),
+        stored=_block((WAVE_ROWS, TILE * ctas), 16, 128, ctas, WHOLE, SPLIT),
+        added=_block((WAVE_ROWS, ADDED_COLUMNS), 32, 128, ctas, WHOLE, WHOLE),
+        constants={
+            "BM": tile.block_m,
+            "BN": tile.block_n,
+            "STAGES": tile.stages,
+            "GROUP": tile.group,
+            "GROUPED": grouped,
+            "EPILOGUE": epilogue,
+            "CTAS": ctas,
+            "num_ctas": ctas,
+            "num_warps": tile.warps,
+        },
+    )
 
 
 def _ctas(tile: Tile) -> int:
@@ -194,19 +232,20 @@ def _columns(tile: Tile) -> int:
 
 
 @functools.cache
-def _layout(bits: int, swizzle: int, ctas: int, *halves: int) -> gl.NVMMASharedLayout:
-    """Shared memory for TMA; `halves`: for each dim WHOLE or SPLIT, where there is a pair."""
+def _block(shape: tuple[int, ...], bits: int, swizzle: int, ctas: int, *halves: int) -> Block:
+    """What a descriptor moves at a time, in memory as TMA takes it; `halves`: for each dim WHOLE or SPLIT in a pair."""
     pair = {"cga_layout": [list(halves)]} if ctas == PAIR else {}
-    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(halves), **pair)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(halves), **pair)
+    return Block(list(shape), layout)
 
 
-def _codes(data: Tensor, block_rows: int, ctas: int, rows: int) -> TensorDescriptor:
-    """A descriptor of K-major codes [M, K] for tiles of block_rows x 128."""
-    if data.stride(1) != 1 or data.stride(0) % TMA_ALIGNMENT or data.data_ptr() % TMA_ALIGNMENT:
-        data = data.contiguous()
-    return TensorDescriptor(
-        data, list(data.shape), [data.stride(0), 1], [block_rows, TILE], _layout(8, 128, ctas, rows, WHOLE)
-    )
+def _codes(data: Tensor, block: Block) -> Descriptor:
+    """A descriptor of K-major codes [M, K] for tiles of 128 along K."""
+    m, k = data.shape
+    stride, within = data.stride()
+    if within != 1 or stride % TMA_ALIGNMENT or data.data_ptr() % TMA_ALIGNMENT:
+        data, stride = data.clone(memory_format=torch.contiguous_format), k
+    return Descriptor(data, [m, k], [stride, 1], block)
 
 
 def _m_major(scale: Tensor) -> Tensor:
@@ -214,9 +253,10 @@ def _m_major(scale: Tensor) -> Tensor:
     return scale if scale.stride(0) == 1 else scale.mT.contiguous().mT
 
 
-def _scales(scale: Tensor, block: int, ctas: int, rows: int) -> TensorDescriptor:
+def _scales(scale: Tensor, block: Block) -> Descriptor:
     """A descriptor of the scales [M, T/128] as one vector, a token tile after the other."""
-    flat = scale.mT.contiguous()  # no copy where they are M-major already
-    if flat.data_ptr() % TMA_ALIGNMENT:
-        flat = flat.clone()
-    return TensorDescriptor(flat.view(-1), [flat.numel()], [1], [block], _layout(32, 0, ctas, rows))
+    if scale.stride() != (1, len(scale)) or scale.data_ptr() % TMA_ALIGNMENT:
+        scale = scale.mT.contiguous()  # no copy where they are M-major already
+        if scale.data_ptr() % TMA_ALIGNMENT:
+            scale = scale.clone()
+    return Descriptor(scale, [scale.numel()], [1], block)

@@ -22,6 +22,7 @@ from torch import Tensor
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.segments import PART, Segments
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.quantize import write_blocks
 
 NUM_WARPS = 8
@@ -131,7 +132,8 @@ def adamw_step(
     grad_scale: Tensor | None = None,
 ) -> None:
     if len(segments.parts):
-        flat_step_kernel[(len(segments.parts),)](
+        launch(
+            flat_step_kernel, (len(segments.parts),),
             master, grad, exp_avg, exp_avg_sq, weight, segments.parts, grad_scale,
             *_constants(lr, beta1, beta2, eps, weight_decay, step), FROM_GRAD=1 - beta1 >= 0.5, PART=PART,
             WIDE=WIDE, NARROW=NARROW, num_warps=NUM_WARPS, enable_fp_fusion=False,
@@ -158,7 +160,8 @@ def adamw_step_quantize(
 ) -> None:
     n, k = master.shape[-2:]
     if master.numel():
-        blocks_step_kernel[(ceil_div(n, TILE), ceil_div(k, TILE), master.numel() // (n * k))](
+        launch(
+            blocks_step_kernel, (ceil_div(n, TILE), ceil_div(k, TILE), master.numel() // (n * k)),
             master, grad, exp_avg, exp_avg_sq, weight, blocks.data, blocks.scale, transposed.data, transposed.scale,
             grad_scale, n, k, *_constants(lr, beta1, beta2, eps, weight_decay, step), ACTIVATION_AMAX_FLOOR,
             FROM_GRAD=1 - beta1 >= 0.5, POWER_OF_TWO=power_of_two, STRIP=STRIP, num_warps=NUM_WARPS,

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.fp8 import next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.launch import launch
 
 COLUMNS = 4096  # of a row, at once
 NUM_WARPS = 8
@@ -80,8 +82,9 @@ def _launch(logits: Tensor, labels: Tensor, weight: Tensor | None, losses: Tenso
     rows, size = logits.shape
     if rows == 0:
         return
-    block = min(max(triton.next_power_of_2(size), SMALLEST_BLOCK), COLUMNS)
-    cross_entropy_kernel[(rows,)](
+    block = min(max(next_power_of_2(size), SMALLEST_BLOCK), COLUMNS)
+    launch(
+        cross_entropy_kernel, (rows,),
         logits, labels, losses, weight, size, labels.stride(0), losses.stride(0),
         GRADIENT=weight is not None, DTYPE=TL_DTYPE[logits.dtype], BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

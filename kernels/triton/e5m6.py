@@ -20,6 +20,7 @@ from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5M6_VALUES, E5M6_WORDS, T
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.columns import LANES, cast_columns, load_factors, scale_at, token_at
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_columns, empty_scales
 from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, last_dim_contiguous
 
@@ -148,8 +149,18 @@ def pack_e5m6(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> E5m6Te
     words = torch.empty(m, num_words, dtype=torch.int32, device=x.device)
     scale = empty_scales(m, k, x.device)
     if flat.numel():
-        pack_kernel[(ceil_div(m, BLOCK_M), ceil_div(k, TILE))](
-            flat, words, scale, m, k, flat.stride(0), amax_floor, BLOCK_M=BLOCK_M, num_warps=NUM_WARPS
+        launch(
+            pack_kernel,
+            (ceil_div(m, BLOCK_M), ceil_div(k, TILE)),
+            flat,
+            words,
+            scale,
+            m,
+            k,
+            flat.stride(0),
+            amax_floor,
+            BLOCK_M=BLOCK_M,
+            num_warps=NUM_WARPS,
         )
     lead = x.shape[:-1]
     return E5m6Tensor(words.view(*lead, num_words), scale.reshape(*lead, ceil_div(k, TILE)))
@@ -160,7 +171,8 @@ def unpack_e5m6(packed: E5m6Tensor, *, dtype: torch.dtype = torch.bfloat16) -> T
     words, scale = last_dim_contiguous(packed.data.flatten(0, -2)), packed.scale.flatten(0, -2)
     m, k = words.shape[0], packed.shape[-1]
     if out.numel():
-        unpack_kernel[(ceil_div(m, BLOCK_M), ceil_div(k, TILE))](
+        launch(
+            unpack_kernel, (ceil_div(m, BLOCK_M), ceil_div(k, TILE)),
             words, scale, out, m, k, words.stride(0), *scale.stride(), DTYPE=TL_DTYPE[dtype], BLOCK_M=BLOCK_M,
             num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -174,7 +186,8 @@ def e5m6_to_columns(packed: E5m6Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     if words.numel():
         block_k = math.gcd(k, COLUMNS_BLOCK_K)
         own = block_k * TILE // (NUM_WARPS * LANES * E5M6_VALUES)
-        e5m6_columns_kernel[(ceil_div(m, TILE), ceil_div(k, block_k))](
+        launch(
+            e5m6_columns_kernel, (ceil_div(m, TILE), ceil_div(k, block_k)),
             words, packed.scale, columns.data, columns.scale, m, k, words.stride(0), *packed.scale.stride(),
             amax_floor, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
 
 COLUMNS = 1024  # of a row, a program
@@ -47,8 +48,9 @@ def embedding_wgrad(dy: Tensor, ids: Tensor, main_grad: Tensor) -> None:
     dy = last_dim_contiguous(dy)
     in_order, order = torch.sort(ids, stable=True)
     ends = torch.searchsorted(in_order, in_order, right=True, out_int32=True)
-    block = min(triton.next_power_of_2(dim), COLUMNS)
-    sum_runs_kernel[(tokens * ceil_div(dim, block),)](
+    block = min(next_power_of_2(dim), COLUMNS)
+    launch(
+        sum_runs_kernel, (tokens * ceil_div(dim, block),),
         dy, in_order, order, ends, main_grad, dim, dy.stride(0), main_grad.stride(0),
         ROWS=ROWS, BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -11,17 +11,16 @@ every last tile may be short, and no mask stands in the inner loop. Descriptors 
 
 import dataclasses
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import BLOCK_TILE, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.launch import Descriptor, block_of, launch
 from fp8moe.kernels.triton.order import tile_order
 from fp8moe.kernels.triton.wgrad import launch_wgrad
 
@@ -87,7 +86,8 @@ def gemm(
         return out.zero_() if accumulate is None else out
     blocks = b.tile == BLOCK_TILE
     tile = choose_tile("gemm" if blocks else "gemm_columns", m, n, k, a.device)
-    gemm_kernel[(ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n),)](
+    launch(
+        gemm_kernel, (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n),),
         descriptor(a.data, tile.block_m), descriptor(b.data, tile.block_n), out, a.scale, b.scale, m, n, k,
         *a.scale.stride(), *b.scale.stride(), *out.stride(), BLOCKS=blocks, ADD=accumulate is not None,
         DTYPE=TL_DTYPE[out.dtype], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GROUP=tile.group,
@@ -107,10 +107,10 @@ def k_major(data: Tensor) -> Tensor:
     return data if fits else data.clone(memory_format=torch.contiguous_format)
 
 
-def descriptor(data: Tensor, rows: int) -> Any:
+def descriptor(data: Tensor, rows: int) -> Descriptor:
     """A descriptor of [rows, 128] tiles of `data` [*, K]."""
     data = k_major(data)
-    return TensorDescriptor(data, list(data.shape), list(data.stride()), [rows, TILE])
+    return Descriptor(data, list(data.shape), list(data.stride()), block_of(rows, TILE))
 
 
 @functools.cache

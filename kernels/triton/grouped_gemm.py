@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import Fp8Tensor, ceil_div
+from fp8moe.kernels.fp8 import Fp8Tensor, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE, choose_tile, descriptor, scaled_product
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.order import tile_order
 
 
@@ -60,11 +61,12 @@ def grouped_gemm(
     if out.numel() == 0 or num_groups == 0 or k == 0:
         return out.zero_()
     tile = choose_tile("grouped_gemm", ceil_div(r, num_groups), n, k, a.device, num_groups)
-    grouped_gemm_kernel[(ceil_div(r, tile.block_m) * ceil_div(n, tile.block_n),)](
+    launch(
+        grouped_gemm_kernel, (ceil_div(r, tile.block_m) * ceil_div(n, tile.block_n),),
         descriptor(a.data, tile.block_m), descriptor(b.data.reshape(-1, k), tile.block_n), out, a.scale, b.scale,
         group_offsets.contiguous(), r, n, k, num_groups, *a.scale.stride(), *b.scale.stride(), out.stride(0),
         DTYPE=TL_DTYPE[out_dtype], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GROUP=tile.group,
-        E_PADDED=triton.next_power_of_2(num_groups), num_warps=tile.warps, num_stages=tile.stages,
+        E_PADDED=next_power_of_2(num_groups), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -101,7 +103,8 @@ def grouped_wgrad(dy_columns: Fp8Tensor, x_columns: Fp8Tensor, group_offsets: Te
     if r == 0 or main_grad.numel() == 0:
         return
     tile = choose_tile("grouped_wgrad", n, k, ceil_div(r, num_groups), main_grad.device, num_groups)
-    grouped_wgrad_kernel[(ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n), num_groups)](
+    launch(
+        grouped_wgrad_kernel, (ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n), num_groups),
         descriptor(dy_columns.data, tile.block_m), descriptor(x_columns.data, tile.block_n), main_grad,
         dy_columns.scale, x_columns.scale, group_offsets.contiguous(), n, k,
         *dy_columns.scale.stride(), *x_columns.scale.stride(), *main_grad.stride(),

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
 from fp8moe.kernels.triton.gemm import choose_tile
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.wgrad import EXACT, EXACT_TOKENS, launch_wgrad
 
 ALIGNMENT = 16  # bytes, of rows that PyTorch's grouped GEMM reads
@@ -71,16 +72,25 @@ def grouped_mm(x: Tensor, w: Tensor, group_offsets: Tensor) -> Tensor:
     group_offsets = group_offsets.contiguous()
     if x.dtype is torch.float32:
         out = torch.empty(r, n, device=x.device)
-        grouped_mm_kernel[(ceil_div(r, EXACT.block_m) + num_groups + 1, ceil_div(n, EXACT.block_n))](
+        launch(
+            grouped_mm_kernel, (ceil_div(r, EXACT.block_m) + num_groups + 1, ceil_div(n, EXACT.block_n)),
             x, w, out, group_offsets, r, n, k, num_groups, *x.stride(), *w.stride(), out.stride(0),
-            BLOCK=EXACT.block_m, BLOCK_K=EXACT_TOKENS, E_PADDED=triton.next_power_of_2(num_groups),
+            BLOCK=EXACT.block_m, BLOCK_K=EXACT_TOKENS, E_PADDED=next_power_of_2(num_groups),
             num_warps=EXACT.warps, num_stages=EXACT.stages,
         )  # fmt: skip
         return out
     x, w = _padded(x), _padded(w)
     out = torch.nn.functional.grouped_mm(x, w.mT, offs=group_offsets[1:])[:, :n].contiguous()
-    zero_rows_kernel[(ceil_div(r, ZERO_ROWS),)](
-        out, group_offsets[-1:], r, n, out.stride(0), ROWS=ZERO_ROWS, COLUMNS=ZERO_COLUMNS
+    launch(
+        zero_rows_kernel,
+        (ceil_div(r, ZERO_ROWS),),
+        out,
+        group_offsets[-1:],
+        r,
+        n,
+        out.stride(0),
+        ROWS=ZERO_ROWS,
+        COLUMNS=ZERO_COLUMNS,
     )
     return out
 

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_columns, empty_rows
 from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, NUM_WARPS, last_dim_contiguous, write_columns
 
@@ -149,7 +150,7 @@ def gain_kernel(shares, main_grad, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.cons
 
 def block_of(width: int, held: int) -> tuple[int, int, int]:
     """Rows and values a row of a program for rows of `width`, and its warps; whole tiles, at least `held` values."""
-    values = max(triton.next_power_of_2(width), TILE)
+    values = max(next_power_of_2(width), TILE)
     rows = max(held // values, 1)
     return rows, values, min(max(rows * values // VALUES_A_WARP, NUM_WARPS), 16)
 
@@ -172,7 +173,8 @@ def rms_norm(
         x = last_dim_contiguous(x)
         added = None if delta is None else last_dim_contiguous(delta)
         block_m, values, num_warps = block_of(d, HELD)
-        norm_kernel[(ceil_div(t, block_m),)](
+        launch(
+            norm_kernel, (ceil_div(t, block_m),),
             x, added, weight, *(None if part.numel() == 0 else part for part in (h, y, q.data, q.scale)), inverse_rms,
             t, d, x.stride(0), 0 if added is None else added.stride(0), eps, ACTIVATION_AMAX_FLOOR,
             ADD=delta is not None, TENSOR=tensor, ROWS=rows, POWER_OF_TWO=power_of_two, DTYPE=TL_DTYPE[x.dtype],
@@ -186,7 +188,8 @@ def rms_norm_columns(x: Tensor, weight: Tensor, inverse_rms: Tensor, *, power_of
     columns = empty_columns(t, d, x.device)
     if x.numel():
         x = last_dim_contiguous(x)
-        norm_columns_kernel[(ceil_div(t, TILE), ceil_div(d, COLUMNS_BLOCK_K))](
+        launch(
+            norm_columns_kernel, (ceil_div(t, TILE), ceil_div(d, COLUMNS_BLOCK_K)),
             x, weight, inverse_rms, columns.data, columns.scale, t // SIZE_MULTIPLE, d, x.stride(0),
             ACTIVATION_AMAX_FLOOR, MULTIPLE=SIZE_MULTIPLE, POWER_OF_TWO=power_of_two, DTYPE=TL_DTYPE[x.dtype],
             BLOCK_K=COLUMNS_BLOCK_K, num_warps=NUM_WARPS,
@@ -206,13 +209,22 @@ def rms_norm_backward(
     block_m, values, num_warps = block_of(d, BACKWARD_HELD)
     programs = min(PROGRAMS, ceil_div(t, block_m))
     shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
-    norm_backward_kernel[(programs,)](
+    launch(
+        norm_backward_kernel, (programs,),
         dy, x, weight, inverse_rms, other, dx, shares, t, d, programs, dy.stride(0), x.stride(0),
         0 if other is None else other.stride(0), RESIDUAL=other is not None, HOLD_GAIN=values <= NARROW,
         PREFETCH=values <= NARROW and x.element_size() == 2,
         DTYPE=TL_DTYPE[x.dtype], BLOCK_M=block_m, BLOCK_D=values, num_warps=num_warps,
     )  # fmt: skip
-    gain_kernel[(ceil_div(d, SUMMED_FEATURES),)](
-        shares, main_grad, programs, d, BLOCK_P=SUMMED_SHARES, BLOCK_D=SUMMED_FEATURES, num_warps=NUM_WARPS
+    launch(
+        gain_kernel,
+        (ceil_div(d, SUMMED_FEATURES),),
+        shares,
+        main_grad,
+        programs,
+        d,
+        BLOCK_P=SUMMED_SHARES,
+        BLOCK_D=SUMMED_FEATURES,
+        num_warps=NUM_WARPS,
     )
     return dx

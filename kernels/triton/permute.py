@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, Rows, ceil_div
+from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, Rows, ceil_div, next_power_of_2
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_rows
 from fp8moe.kernels.triton.plan import count_kernel, place_kernel, scan_kernel
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
@@ -42,13 +43,13 @@ PLAN_COPIES, PLAN_EXPERTS, PLAN_BLOCKS = 64, 64, 1024
 
 def copy_block(width: int, word: int) -> tuple[int, int]:
     """Rows and words of a program that copies rows of `width` words of `word` bytes; at least one tile of codes."""
-    words = min(max(triton.next_power_of_2(width), TILE // word), COPIED_BYTES // word)
+    words = min(max(next_power_of_2(width), TILE // word), COPIED_BYTES // word)
     return COPIED_WORDS // words, words
 
 
 def sum_block(width: int) -> tuple[int, int]:
     """Rows and values of a program that sums rows of `width` values."""
-    values = min(max(triton.next_power_of_2(width), SIZE_MULTIPLE), SUMMED_VALUES)
+    values = min(max(next_power_of_2(width), SIZE_MULTIPLE), SUMMED_VALUES)
     return SUMMED_VALUES // values, values
 
 
@@ -138,16 +139,25 @@ def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int
     counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
     tokens_per_expert = torch.empty(num_experts, dtype=torch.int64, device=device)
     if num_blocks:
-        count_kernel[(num_blocks, ceil_div(num_experts, PLAN_EXPERTS))](
-            topk_ids, counts, *sizes, num_blocks, BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS
+        launch(
+            count_kernel,
+            (num_blocks, ceil_div(num_experts, PLAN_EXPERTS)),
+            topk_ids,
+            counts,
+            *sizes,
+            num_blocks,
+            BLOCK_P=PLAN_COPIES,
+            BLOCK_E=PLAN_EXPERTS,
+            num_warps=NUM_WARPS,
         )
-    scan_kernel[(num_experts,)](counts, tokens_per_expert, num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
+    launch(scan_kernel, (num_experts,), counts, tokens_per_expert, num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
     if room is None:  # the one wait for the device
         room = int(((tokens_per_expert + (align - 1)) // align * align).sum())
     slot_R, source_R = (torch.empty(room, dtype=torch.int64, device=device) for _ in range(2))
     row_of_slot = torch.empty(n * topk, dtype=torch.int32, device=device)
     group_offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    place_kernel[(max(num_blocks + ceil_div(room, PLAN_COPIES), 1),)](
+    launch(
+        place_kernel, (max(num_blocks + ceil_div(room, PLAN_COPIES), 1),),
         topk_ids, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets, *sizes, num_blocks, room,
         align, BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -175,7 +185,8 @@ def permute_quantize(
         x = last_dim_contiguous(x)
         unit = vector_bytes(x) // x.element_size()
         programs = (ceil_div(n, CAST_ROWS) + ceil_div(r, CAST_ROWS)) * ceil_div(k, TILE)
-        cast_kernel[(programs,)](
+        launch(
+            cast_kernel, (programs,),
             x, row_map.row_of_slot, row_map.slot_R, rows.data, rows.scale, n, r, k // SIZE_MULTIPLE,
             x.stride(0) // unit, amax_floor, POWER_OF_TWO=power_of_two, TOPK=row_map.topk, MULTIPLE=SIZE_MULTIPLE,
             UNIT=unit, BLOCK_M=CAST_ROWS, num_warps=NUM_WARPS,
@@ -190,7 +201,8 @@ def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
         y_R = last_dim_contiguous(y_R)
         unit = vector_bytes(y_R) // y_R.element_size()
         block_n, block_d = sum_block(d)
-        sum_kernel[(ceil_div(n, block_n) * ceil_div(d, block_d),)](
+        launch(
+            sum_kernel, (ceil_div(n, block_n) * ceil_div(d, block_d),),
             y_R, row_map.row_of_slot, out, n, d // unit, y_R.stride(0) // unit, DTYPE=TL_DTYPE[y_R.dtype],
             TOPK=row_map.topk, UNIT=unit, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -213,7 +225,8 @@ def _copy(x: Tensor, out: Tensor, source_R: Tensor, scale: Tensor | None, out_sc
     word = min(vector, 4)
     unit, width = vector // word, out.shape[1] * out.element_size() // word
     block_r, block_w = copy_block(width, word)
-    copy_kernel[(ceil_div(out.shape[0], block_r) * ceil_div(width, block_w),)](
+    launch(
+        copy_kernel, (ceil_div(out.shape[0], block_r) * ceil_div(width, block_w),),
         x.view(WORDS[word]), scale, source_R, out.view(WORDS[word]), out_scale, out.shape[0], width // unit,
         x.stride(0) * x.element_size() // vector, *((0, 0) if scale is None else scale.stride()),
         ceil_div(x.shape[1], TILE), FP8=scale is not None, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w,

@@ -29,6 +29,7 @@ from fp8moe.kernels.triton.columns import (
     quarter_stride,
     scale_at,
 )
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_blocks, empty_columns, empty_rows
 
 ROWS_BLOCK_M = 32  # rows a program casts when it writes no columns
@@ -130,10 +131,12 @@ def requantize_kernel(
 
 
 def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
-    flat = x.flatten(0, -2)
+    flat = x if x.dim() == 2 else x.flatten(0, -2)
     m, k = flat.shape
     rows = empty_rows(m, k, x.device)
     _launch_tiles(flat, rows, None, amax_floor, power_of_two)
+    if x.dim() == 2:
+        return rows
     # Both are views: M-major scales have one stride over all leading dims.
     return Fp8Tensor(rows.data.view(x.shape), rows.scale.reshape(*x.shape[:-1], ceil_div(k, TILE)))
 
@@ -162,7 +165,8 @@ def quantize_blocks(
     transposed = empty_blocks((*w.shape[:-2], k, n), w.device)
     stacked = last_dim_contiguous(w.reshape(-1, n, k) if w.numel() else w.new_empty(0, n, k))
     if stacked.numel():
-        blocks_kernel[(ceil_div(n, TILE), ceil_div(k, TILE), stacked.shape[0])](
+        launch(
+            blocks_kernel, (ceil_div(n, TILE), ceil_div(k, TILE), stacked.shape[0]),
             stacked, blocks.data, blocks.scale, transposed.data, transposed.scale, n, k, stacked.stride(0),
             stacked.stride(1), amax_floor, POWER_OF_TWO=power_of_two, num_warps=BOTH_WARPS,
         )  # fmt: skip
@@ -175,7 +179,8 @@ def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     if columns.data.numel():
         data, quarter = quarter_stride(rows.data)
         block_k, own = column_block(k, COLUMNS_BLOCK_K, NUM_WARPS)
-        requantize_kernel[(ceil_div(m, TILE), ceil_div(k, block_k))](
+        launch(
+            requantize_kernel, (ceil_div(m, TILE), ceil_div(k, block_k)),
             data, rows.scale, columns.data, columns.scale, m, k, quarter, *rows.scale.stride(), amax_floor,
             BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -197,7 +202,8 @@ def _launch_tiles(
     block_k, own = column_block(TILE if columns is None else k, COLUMNS_BLOCK_K, NUM_WARPS)
     grid = ceil_div(m, ROWS_BLOCK_M if columns is None else TILE), ceil_div(k, block_k if rows is None else TILE)
     nothing: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    tiles_kernel[grid](
+    launch(
+        tiles_kernel, grid,
         x, *(nothing if rows is None else (rows.data, rows.scale)),
         *(nothing if columns is None else (columns.data, columns.scale)), m, k, x.stride(0), quarter, amax_floor,
         POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=ROWS_BLOCK_M,

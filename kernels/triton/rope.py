@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_keys, empty_keys_gradient
 from fp8moe.kernels.triton.quantize import NUM_WARPS, last_dim_contiguous
 
@@ -133,8 +135,9 @@ def _queries(q: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
         q = last_dim_contiguous(q)
-        block_h = min(QUERY_HEADS, triton.next_power_of_2(heads))
-        rotate_queries_kernel[(t, triton.cdiv(heads, block_h))](
+        block_h = min(QUERY_HEADS, next_power_of_2(heads))
+        launch(
+            rotate_queries_kernel, (t, ceil_div(heads, block_h)),
             q, cos.contiguous(), sin.contiguous(), out, heads, width - 2 * half, half, q.stride(0), q.stride(1),
             BACKWARD=backward, DTYPE=TL_DTYPE[q.dtype], BLOCK_H=block_h, NOPE=_block(width - 2 * half),
             HALF=_block(half), num_warps=NUM_WARPS, enable_fp_fusion=False,
@@ -148,9 +151,10 @@ def rope_keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim:
     (keys,) = empty_keys(kv, k_rope, cos, sin, nope_dim=nope_dim)
     if keys.numel():
         kv, k_rope = last_dim_contiguous(kv), last_dim_contiguous(k_rope)
-        make_keys_kernel[(t,)](
+        launch(
+            make_keys_kernel, (t,),
             kv, k_rope, cos.contiguous(), sin.contiguous(), keys, heads, nope_dim, half, kv.stride(0), kv.stride(1),
-            k_rope.stride(0), DTYPE=TL_DTYPE[kv.dtype], BLOCK_H=min(KEY_HEADS, triton.next_power_of_2(heads)),
+            k_rope.stride(0), DTYPE=TL_DTYPE[kv.dtype], BLOCK_H=min(KEY_HEADS, next_power_of_2(heads)),
             NOPE=_block(nope_dim), HALF=_block(half), num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return keys
@@ -163,14 +167,15 @@ def rope_keys_backward(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> tupl
     d_kv, d_rope = empty_keys_gradient(dk, dv, cos, sin)
     if dk.numel():
         dk, dv = last_dim_contiguous(dk), last_dim_contiguous(dv)
-        keys_backward_kernel[(t,)](
+        launch(
+            keys_backward_kernel, (t,),
             dk, dv, cos.contiguous(), sin.contiguous(), d_kv, d_rope, heads, nope, half, v, dk.stride(0), dk.stride(1),
             dv.stride(0), dv.stride(1), DTYPE=TL_DTYPE[dk.dtype],
-            BLOCK_H=min(KEY_HEADS, triton.next_power_of_2(heads)), NOPE=_block(nope), V=_block(v), HALF=_block(half),
+            BLOCK_H=min(KEY_HEADS, next_power_of_2(heads)), NOPE=_block(nope), V=_block(v), HALF=_block(half),
             num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return d_kv, d_rope
 
 
 def _block(width: int) -> int:
-    return int(triton.next_power_of_2(max(width, 1)))
+    return next_power_of_2(max(width, 1))

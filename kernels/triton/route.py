@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
+from fp8moe.kernels.triton.launch import launch
 
 ROWS = 8  # a program routes, at least
 VALUES = 512  # a program holds of one kind, where a row isn't longer
@@ -257,22 +258,24 @@ def route(
     weights = torch.empty(t, topk, dtype=torch.float32, device=device)
     if t == 0:
         return ids, weights, logits_TE.sum(), logits_TE.new_zeros(num_sequences, e)
-    groups, width = triton.next_power_of_2(num_groups), triton.next_power_of_2(e // num_groups)
+    groups, width = next_power_of_2(num_groups), next_power_of_2(e // num_groups)
     at_once = rows_at_once(groups * width)
     rows, length = max(ROWS, at_once), t // num_sequences
     blocks = ceil_div(length, rows)
     part_counts = torch.empty(num_sequences * blocks, e, dtype=torch.int32, device=device)
     part_shares = torch.empty(num_sequences * blocks, e, dtype=torch.float32, device=device)
     logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
-    route_kernel[(num_sequences * blocks,)](
+    launch(
+        route_kernel, (num_sequences * blocks,),
         logits, bias_E.contiguous(), ids, weights, part_counts, part_shares, length, blocks, logits.stride(0),
         route_scale, E=e, NUM_GROUPS=num_groups, GROUPS=groups, WIDTH=width, TOPK=topk,
-        TOPK_LANES=triton.next_power_of_2(topk), TOP_GROUPS=top_groups, TOP2=group_score == "top2_sum", SCORE=score,
+        TOPK_LANES=next_power_of_2(topk), TOP_GROUPS=top_groups, TOP2=group_score == "top2_sum", SCORE=score,
         NORMALIZE=normalize, FORCED=force_balance, ROWS=rows, M=at_once, num_warps=1,
     )  # fmt: skip
     f_BE = torch.empty(num_sequences, e, dtype=torch.float32, device=device)
     losses = torch.empty(ceil_div(e, BALANCE_EXPERTS), dtype=torch.float32, device=device)
-    balance_kernel[(len(losses),)](
+    launch(
+        balance_kernel, (len(losses),),
         part_counts, part_shares, counts_E, f_BE, losses, length, num_sequences, blocks, e / topk, E=e,
         COUNT=counts_E is not None, BLOCK_P=BALANCE_PARTS, BLOCK_E=BALANCE_EXPERTS, num_warps=BALANCE_WARPS,
     )  # fmt: skip
@@ -293,11 +296,12 @@ def route_backward(
     (t, e), topk = logits_TE.shape, topk_ids_TK.shape[1]
     d_logits = torch.empty(t, e, dtype=torch.float32, device=logits_TE.device)
     if t:
-        lanes = triton.next_power_of_2(e)
+        lanes = next_power_of_2(e)
         at_once = rows_at_once(lanes)
         logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
         ids = topk_ids_TK if topk_ids_TK.stride(1) == 1 else topk_ids_TK.contiguous()
-        route_backward_kernel[(ceil_div(t, at_once),)](
+        launch(
+            route_backward_kernel, (ceil_div(t, at_once),),
             logits, ids, f_BE.contiguous(), d_weights_TK, d_loss, d_logits, t, t // f_BE.shape[0], logits.stride(0),
             ids.stride(0), *d_weights_TK.stride(), route_scale, E=e, LANES=lanes, TOPK=topk, SCORE=score,
             NORMALIZE=normalize, M=at_once, num_warps=1,

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import SIZE_MULTIPLE, ceil_div
+from fp8moe.kernels.fp8 import SIZE_MULTIPLE, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
 from fp8moe.kernels.triton.swiglu import differentiate, weight_of
 
@@ -23,7 +24,7 @@ BLOCK_WIDTH = 512  # of one row, at most
 
 def block_of(f: int) -> tuple[int, int]:
     """Rows and columns of a program, for rows of f values."""
-    width = min(max(triton.next_power_of_2(f), SIZE_MULTIPLE), BLOCK_WIDTH)
+    width = min(max(next_power_of_2(f), SIZE_MULTIPLE), BLOCK_WIDTH)
     return BLOCK_VALUES // width, width
 
 
@@ -83,7 +84,8 @@ def silu_mul(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     if out.numel():
         gate_up = last_dim_contiguous(gate_up)
         block_m, block_f = block_of(f)
-        silu_mul_kernel[(ceil_div(r, block_m) * ceil_div(f, block_f),)](
+        launch(
+            silu_mul_kernel, (ceil_div(r, block_m) * ceil_div(f, block_f),),
             gate_up, None if weights is None else weights.contiguous(), out, r, f, gate_up.stride(0),
             DTYPE=TL_DTYPE[out.dtype], BLOCK_M=block_m, BLOCK_F=block_f, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -99,7 +101,8 @@ def silu_mul_backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None = None
         block_m, block_f = block_of(f)
         num_f = ceil_div(f, block_f)
         blocks = 1 if weights is None else num_f
-        silu_mul_backward_kernel[(ceil_div(r, block_m) * ceil_div(num_f, blocks),)](
+        launch(
+            silu_mul_backward_kernel, (ceil_div(r, block_m) * ceil_div(num_f, blocks),),
             dy, gate_up, None if weights is None else weights.contiguous(), d_gate_up, d_weights, r, f, blocks,
             dy.stride(0), gate_up.stride(0), DTYPE=TL_DTYPE[d_gate_up.dtype], BLOCK_M=block_m, BLOCK_F=block_f,
             num_warps=NUM_WARPS,

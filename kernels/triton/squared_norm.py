@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.triton.launch import launch
 
 PROGRAMS = 1024  # so many partial sums: 8 KB
 RUN = 4096  # values that a program adds at a time
@@ -44,6 +45,6 @@ def squared_norm(flat: Tensor) -> Tensor:
     if n:
         programs = min(PROGRAMS, ceil_div(n, RUN))
         partial = torch.empty(programs, dtype=torch.float64, device=flat.device)
-        partial_kernel[(programs,)](flat, partial, n, RUN=RUN, num_warps=NUM_WARPS)
-        total_kernel[(1,)](partial, total, programs, PROGRAMS=PROGRAMS, num_warps=NUM_WARPS)
+        launch(partial_kernel, (programs,), flat, partial, n, RUN=RUN, num_warps=NUM_WARPS)
+        launch(total_kernel, (1,), partial, total, programs, PROGRAMS=PROGRAMS, num_warps=NUM_WARPS)
     return total

@@ -32,6 +32,7 @@ from fp8moe.kernels.triton.columns import (
     quarter_stride,
     scale_at,
 )
+from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_columns, empty_rows
 from fp8moe.kernels.triton.quantize import cast_rows, last_dim_contiguous
 
@@ -208,7 +209,8 @@ def swiglu(
         gate_up = last_dim_contiguous(gate_up)
         aligned = f % TILE == 0
         num_tiles = ceil_div(f, TILE) + (0 if aligned else ceil_div(both, TILE))
-        swiglu_kernel[(ceil_div(r, ROWS_BLOCK_M) * num_tiles,)](
+        launch(
+            swiglu_kernel, (ceil_div(r, ROWS_BLOCK_M) * num_tiles,),
             gate_up, _contiguous(weights), out.data, out.scale, cached.data, cached.scale, r, f // SIZE_MULTIPLE,
             gate_up.stride(0), ACTIVATION_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned, BLOCK_M=ROWS_BLOCK_M,
             num_warps=NUM_WARPS,
@@ -223,7 +225,8 @@ def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None) -> Fp8Tenso
     if columns.data.numel():
         data, quarter = quarter_stride(cached.data)
         block_k, own = column_block(f, COLUMNS_BLOCK_K, NUM_WARPS)
-        swiglu_columns_kernel[(ceil_div(r, TILE) * ceil_div(f, block_k),)](
+        launch(
+            swiglu_columns_kernel, (ceil_div(r, TILE) * ceil_div(f, block_k),),
             data, cached.scale, _contiguous(weights), columns.data, columns.scale, r // SIZE_MULTIPLE,
             f // SIZE_MULTIPLE, quarter, *cached.scale.stride(), ACTIVATION_AMAX_FLOOR, BLOCK_K=block_k, OWN=own,
             num_warps=NUM_WARPS,
@@ -245,7 +248,8 @@ def swiglu_backward(
         tiles = 1 if weights is None else num_tiles
         block_k, own = column_block(f, BACKWARD_BLOCK_K, NUM_WARPS)
         programs = ceil_div(num_tiles, tiles) * (TILE // ROWS_BLOCK_M) + ceil_div(f, block_k)
-        swiglu_backward_kernel[(ceil_div(r, TILE) * programs,)](
+        launch(
+            swiglu_backward_kernel, (ceil_div(r, TILE) * programs,),
             dy, data, cached.scale, _contiguous(weights), rows.data, rows.scale, columns.data, columns.scale, d_weights,
             r // SIZE_MULTIPLE, f // SIZE_MULTIPLE, tiles, dy.stride(0), data.stride(0), quarter_dy, quarter,
             *cached.scale.stride(), GRADIENT_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned,

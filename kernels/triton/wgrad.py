@@ -17,11 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.kernels.tiles import Tile
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.launch import Descriptor, block_of, launch
 from fp8moe.kernels.triton.order import tile_order
 
 TOKENS = 64  # of a step: 128 bytes of BF16, one swizzled line where the tensor core reads it transposed
@@ -126,23 +126,25 @@ def launch_wgrad(dy: Tensor, x: Tensor, main_grad: Tensor, group_offsets: Tensor
     if t == 0 or main_grad.numel() == 0:
         return
     if torch.float32 in (dy.dtype, x.dtype):
-        exact_wgrad_kernel[(ceil_div(n, EXACT.block_m) * ceil_div(k, EXACT.block_n), num_groups)](
+        launch(
+            exact_wgrad_kernel, (ceil_div(n, EXACT.block_m) * ceil_div(k, EXACT.block_n), num_groups),
             dy, x, main_grad, group_offsets, t, n, k, *dy.stride(), *x.stride(), *main_grad.stride(),
             GROUPED=grouped, BLOCK=EXACT.block_m, BLOCK_T=EXACT_TOKENS, GROUP=EXACT.group,
             num_warps=EXACT.warps, num_stages=EXACT.stages,
         )  # fmt: skip
         return
-    wgrad_kernel[(ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n), num_groups)](
+    launch(
+        wgrad_kernel, (ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n), num_groups),
         _descriptor(dy, tile.block_m), _descriptor(x, tile.block_n), main_grad, group_offsets, t, n, k,
         *main_grad.stride(), GROUPED=grouped, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_T=TOKENS,
         GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _descriptor(tokens: Tensor, columns: int) -> TensorDescriptor:
+def _descriptor(tokens: Tensor, columns: int) -> Descriptor:
     """A descriptor of [TOKENS, columns] tiles of BF16 `tokens` [T, *]."""
     tokens = aligned(tokens)
-    return TensorDescriptor(tokens, list(tokens.shape), list(tokens.stride()), [TOKENS, columns])
+    return Descriptor(tokens, list(tokens.shape), list(tokens.stride()), block_of(TOKENS, columns))
 
 
 def aligned(matrix: Tensor) -> Tensor:

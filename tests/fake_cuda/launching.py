@@ -8,7 +8,8 @@ launchers ask for alignment, and autograd's saved tensors are known by them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.runtime.jit import JITFunction
 
 from fp8moe.kernels import backend, library
+from fp8moe.layers import operand
 from tests.fake_cuda.recorder import Recorder, results, size_of, tensors_in
 
 SHARED_MEMORY = 232448  # bytes that a block may have
@@ -75,6 +77,18 @@ def share_of(args: tuple[Any, ...]) -> float:
     return 1.0
 
 
+def one_nan_a_dtype() -> Callable[[Tensor], Tensor]:
+    """In place of `operand._nan`, which shares the NaN of real tensors; one trace's can't be shared with another."""
+    nans: dict[torch.dtype, Tensor] = {}
+
+    def nan(like: Tensor) -> Tensor:
+        if like.dtype not in nans:
+            nans[like.dtype] = like.new_full((), math.nan)
+        return nans[like.dtype]
+
+    return nan
+
+
 @contextmanager
 def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
     """Within the block tensors are fake, `cuda` is a Hopper, and `recorder` hears of every launch."""
@@ -113,6 +127,7 @@ def on_fake_hopper(recorder: Recorder) -> Iterator[None]:
         (torch.UntypedStorage, "data_ptr", storage_address),
         (JITFunction, "run", run_kernel),
         (backend, "_run", run_op),
+        (operand, "_nan", one_nan_a_dtype()),
         (backend, "why_not", lambda name: None),
         (triton.runtime.driver, "_active", DRIVER),
         (torch.cuda, "current_device", lambda: 0),

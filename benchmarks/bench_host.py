@@ -1,0 +1,122 @@
+"""Host time of a layer: how long Python, autograd and Triton take to launch its kernels, whatever these take.
+
+    python -m benchmarks.bench_host [--profile 30] [--json FILE]
+
+A layer is bound by its host where the device waits for launches: DeepSeek-V2-Lite's mixture at 4,096 tokens has 6 ms
+for about 90 launches (`bench_layer`), 70 microseconds each. On a GPU the layer has its real size, and a call is timed
+until it returns, before the device has finished. Without one the same launchers run on a GPU that is pretended
+(`pretended_gpu`), on a layer of the same structure whose sizes are small, since none of this depends on them.
+
+Launches of the pretended GPU are Triton's and PyTorch's, each op that computes counted as one. The measure is
+the fastest of many calls: other processes on the machine only ever add. --profile prints the functions
+with the most time of their own, profiler's overhead included.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.bench_layer import PRECISIONS
+from benchmarks.harness import Report, make_parser, parse_arguments
+from benchmarks.kernel_shares import shares
+from benchmarks.layers import DSV2_LITE, LayerStep
+from benchmarks.pretended_gpu import pretended_gpu
+
+NAME, TOKENS = "dsv2_lite", {"cuda": 4096, "cpu": 16}
+SMALL = replace(  # heads of one size: a CPU's attention is then one op, as a GPU's is
+    DSV2_LITE,
+    dim=128,
+    attention=replace(DSV2_LITE.attention, num_heads=2, kv_lora_rank=64, nope_dim=32, rope_dim=16, v_dim=48),
+    experts=replace(DSV2_LITE.experts, num_experts=8, hidden=64),
+)
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")
+
+
+class _Counter(TorchDispatchMode):
+    """Counts PyTorch's ops that compute: not views, not allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
+        self.count += not views and func.overloadpacket.__name__ not in ALLOCATIONS
+        return func(*args, **(kwargs or {}))
+
+
+def host_seconds(step: Callable[[], object], device: torch.device, *, repeats: int, warmup: int) -> list[float]:
+    """Seconds until each of `repeats` calls returns; the device is idle when it begins.
+
+    Of the pretended GPU, whose backward runs in this thread, seconds that the thread computed.
+    """
+    seconds, clock = [], time.perf_counter if device.type == "cuda" else time.thread_time
+    for call in range(warmup + repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = clock()
+        step()
+        if call >= warmup:
+            seconds.append(clock() - start)
+    return seconds
+
+
+@contextmanager
+def layers(device: torch.device) -> Iterator[tuple[dict[str, LayerStep], Callable[[LayerStep], int]]]:
+    """The layer by precision, and what counts the launches of a step; on a CPU the block has a pretended GPU."""
+    config = DSV2_LITE if device.type == "cuda" else SMALL
+    steps = {kind: LayerStep(config, precision, TOKENS[device.type], device) for kind, precision in PRECISIONS.items()}
+    if device.type == "cuda":
+        yield steps, lambda step: shares(step).launches
+        return
+    with pretended_gpu() as launches:
+
+        def count(step: LayerStep) -> int:
+            launches.count = 0
+            with _Counter() as counter:
+                step()
+            return launches.count + counter.count
+
+        yield steps, count
+
+
+def profiled(step: Callable[[], object], calls: int, lines: int) -> None:
+    """Print the `lines` functions with the most time of their own in `calls` calls."""
+    profile = cProfile.Profile()
+    with profile:
+        for _ in range(calls):
+            step()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table; write the records where asked."""
+    parser = make_parser("Host time of a layer's launches", repeats=200, warmup=10)
+    parser.add_argument("--profile", type=int, metavar="N", help="print the N functions with the most time")
+    arguments = parse_arguments(parser, argv)
+    device: torch.device = arguments.device
+    report = Report(device, json_path=arguments.json)
+    with layers(device) as (steps, count):
+        for kind, step in steps.items():
+            seconds = host_seconds(step, device, repeats=arguments.repeats, warmup=arguments.warmup)
+            number, best = count(step), min(seconds)
+            shape = f"T{TOKENS[device.type]}"
+            report.add(f"{NAME} {kind}", shape, "host time", best * 1e3, "ms")
+            report.add(f"{NAME} {kind}", shape, "launches", number, "kernels")
+            report.add(f"{NAME} {kind}", shape, "host time a launch", best * 1e6 / number, "us")
+            if arguments.profile:
+                profiled(step, arguments.repeats, arguments.profile)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
