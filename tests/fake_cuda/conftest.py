@@ -26,6 +26,6 @@ def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     library = guard.build(folder if kept is None else Path(kept.mkdir("fake_cuda")))
     command = [sys.executable, "-m", "tests.fake_cuda", str(folder), "--guard", str(library)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return lambda *key: Trace.load(folder / f"{'-'.join(map(str, key))}.json")

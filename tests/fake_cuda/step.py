@@ -44,7 +44,9 @@ V3_SHARE = ModelConfig(
     num_layers=2,
     num_dense_layers=1,
     dense_hidden=18432,
-    attention=MlaConfig(num_heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, v_dim=128),
+    attention=MlaConfig(
+        num_heads=128, q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, v_dim=128, backend="sdpa"
+    ),  # PyTorch's call, which `launching` sends to cuDNN; auto would choose for the CPU that fakes the GPU
     router=RouterConfig(topk=8, num_groups=8, top_groups=4, route_scale=2.5),
     experts=ExpertsConfig(num_experts=32, hidden=2048, num_shared=1),
 )

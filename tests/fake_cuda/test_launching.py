@@ -23,7 +23,7 @@ def kernels_a_call(trace: Trace) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(400)
 def test_the_interpreter_launches_as_many(
     triton_device: str, traces: Callable[..., Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:

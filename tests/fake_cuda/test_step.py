@@ -13,7 +13,7 @@ import pytest
 from tests.fake_cuda import layer_page
 from tests.fake_cuda.trace import Launch, Trace, bytes_by, count, counts_by
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 Traces = Callable[..., Trace]
 PRECISIONS = ("fp8", "bf16")
 TOKENS = (4096, 16384)
