@@ -37,6 +37,7 @@ FUSED = ("swiglu", "norm", "rope", "route", "cross_entropy", "adamw", "grouped_m
 PARTS = (
     Part("correctness", ("--device", "cuda"), 100),
     Part("bench_layer", ("--device", "cuda", "--repeats", "7", "--warmup", "2"), 120),
+    Part("bench_host", ("--device", "cuda"), 60),
     *(Part(f"bench_{name}", CALLS, 30) for name in FUSED),
     Part("bench_gemm", CALLS, 60),
     Part("bench_grouped_gemm", CALLS, 40),

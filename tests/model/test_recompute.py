@@ -100,11 +100,16 @@ def test_norm_outputs_and_heads_die_with_the_forward(
 ) -> None:
     model = build(precision, recompute)
     seen: dict[str, list[StorageWeakRef]] = {"norm": [], "mla_up": []}
+    placeholders: list[torch.Size] = []
     norm, attend = RMSNorm._norm, core.BACKENDS["sdpa"]
 
     def watched(self: RMSNorm, *inputs: Any, **options: Any) -> tuple[Tensor, Normed]:
         h, y = norm(self, *inputs, **options)
-        seen["norm"].append(StorageWeakRef(y.tensor.untyped_storage()))
+        kept = y.tensor.untyped_storage()
+        if kept.nbytes() > y.tensor.element_size():
+            seen["norm"].append(StorageWeakRef(kept))
+        else:  # a placeholder: all share one NaN, which lives on
+            placeholders.append(y.tensor.shape)
         return h, y
 
     def attended(*inputs: Any) -> Tensor:
@@ -115,7 +120,8 @@ def test_norm_outputs_and_heads_die_with_the_forward(
     monkeypatch.setitem(core.BACKENDS, "sdpa", attended)
     x = stream(model, seed=0)[0].requires_grad_()
     alive = forward(model, 1, x, phases)
-    assert len(seen["norm"]) == 4 and len(seen["mla_up"]) == 3
+    assert len(seen["norm"]) + len(placeholders) == 4 and len(seen["mla_up"]) == 3
+    assert Recompute.NORM in recompute or not placeholders
     for name, refs in seen.items():
-        assert {ref.expired() for ref in refs} == {Recompute(name) in recompute}, name
+        assert all(ref.expired() == (Recompute(name) in recompute) for ref in refs), name
     del alive
