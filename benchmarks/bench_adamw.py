@@ -11,17 +11,16 @@ bytes. The ratio is to a copy's bytes a second. A name begins with the back end 
 reference, whose figures say nothing about a GPU.
 """
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench_quantize import size_of
+from benchmarks.bandwidth import COPY, Entry, add_bandwidths, size_of
 from benchmarks.contest import write_beside
-from benchmarks.harness import Report, alternate, make_parser, parse_arguments
+from benchmarks.harness import Report, make_parser, parse_arguments
 from fp8moe.kernels import backend
 from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
 from fp8moe.kernels.fp8 import Fp8Tensor
@@ -31,7 +30,7 @@ from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.squared_norm import squared_norm
 
 SUBJECT = "The optimizer"
-COPY, LOOP, TORCH, TORCH_NORM = "copy", "loop", "torch fused AdamW", "torch vector_norm fp64"
+LOOP, TORCH, TORCH_NORM = "loop", "torch fused AdamW", "torch vector_norm fp64"
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 10}
 # Weights [experts, N, K] of one mixture layer on a rank: gate + up and down.
 SIZES = {
@@ -70,7 +69,7 @@ class Weights:
         return found
 
 
-def updates(x: Weights) -> dict[str, tuple[Callable[[], object], int]]:
+def updates(x: Weights) -> dict[str, Entry]:
     """Name -> (call, bytes it must read and write)."""
     master, grad = x.state[:2]
     n, scale = master.numel(), torch.ones((), device=master.device)
@@ -119,17 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = SIZES[device.type]
     for shapes in sizes[-1:] if arguments.quick else sizes:
         entries = updates(Weights.make(shapes, device))
-        calls = {name: call for name, (call, _) in entries.items()}
-        seconds = alternate(calls, device, trials=arguments.repeats, warmup=arguments.warmup)
-        speed = {name: [entries[name][1] / t / 1e9 for t in times] for name, times in seconds.items()}
         label = " + ".join("x".join(map(str, shape)) for shape in shapes)
-        for name, values in speed.items():
-            ratio = statistics.median(a / b for a, b in zip(values, speed[COPY], strict=True))
-            ours = name not in (COPY, LOOP, TORCH, TORCH_NORM)
-            report.add(
-                f"{runs} {name}" if ours else name, label, "bandwidth", statistics.median(values), "GB/s",
-                baseline=None if name == COPY else COPY, ratio=None if name == COPY else ratio,
-            )  # fmt: skip
+        add_bandwidths(report, entries, label, arguments, runs, (LOOP, TORCH, TORCH_NORM))
     report.finish()
     if arguments.json is not None:
         write_beside(report.records, arguments.json)

@@ -8,29 +8,26 @@ one. The ratio is bytes a second over those of a plain copy of x. A name begins 
 that is the reference, whose figures say how long a test takes and nothing about a GPU.
 """
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm as torch_norm
 
-from benchmarks.bench_quantize import size_of
+from benchmarks.bandwidth import COPY, Entry, add_bandwidths, size_of
 from benchmarks.contest import write_beside
-from benchmarks.harness import Report, alternate, make_parser, parse_arguments
+from benchmarks.harness import Report, make_parser, parse_arguments
 from fp8moe.kernels import backend
 from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.quantize import quantize_columns, quantize_rows
 
 SUBJECT = "RMSNorm"
-COPY, EPS = "copy", 1e-6
+EPS = 1e-6
 # Tokens, width, distance of rows: the residual stream, both latents as column slices; the CPU's.
 SIZES = {
     "cuda": ((4096, 7168, 7168), (4096, 1536, 2112), (4096, 512, 2112), (16384, 2048, 2048)),
     "cpu": ((512, 1536, 2112),),
 }
-
-Entry = tuple[Callable[[], object], int]
 
 
 def forwards(x: Tensor, weight: Tensor, delta: Tensor) -> dict[str, Entry]:
@@ -94,16 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         weight = torch.ones(d, device=device, dtype=torch.bfloat16)
         copied: dict[str, Entry] = {COPY: (delta.clone, 2 * size_of(delta))}
         entries = copied | forwards(x, weight, delta) | backwards(x, weight, delta)
-        calls = {name: call for name, (call, _) in entries.items()}
-        seconds = alternate(calls, device, trials=arguments.repeats, warmup=arguments.warmup)
-        speed = {name: [entries[name][1] / one / 1e9 for one in times] for name, times in seconds.items()}
-        for name, values in speed.items():
-            ratio = statistics.median(a / b for a, b in zip(values, speed[COPY], strict=True))
-            ours = name != COPY and not name.startswith("torch")
-            report.add(
-                f"{runs} {name}" if ours else name, f"T{t} D{d}", "bandwidth", statistics.median(values), "GB/s",
-                baseline=None if name == COPY else COPY, ratio=None if name == COPY else ratio,
-            )  # fmt: skip
+        composed = [name for name in entries if name.startswith("torch")]
+        add_bandwidths(report, entries, f"T{t} D{d}", arguments, runs, composed)
     report.finish()
     if arguments.json is not None:
         write_beside(report.records, arguments.json)

@@ -8,21 +8,20 @@ is the two passes that `permute_quantize` replaces, counted with the bytes of th
 that ran: on a CPU that is the reference, whose figures say how long a test takes and nothing about a GPU.
 """
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench_quantize import size_of
+from benchmarks.bandwidth import COPY, Entry, add_bandwidths, size_of
 from benchmarks.contest import write_beside
-from benchmarks.harness import Report, alternate, make_parser, parse_arguments, summarize
+from benchmarks.harness import Report, make_parser, parse_arguments
 from fp8moe.kernels import backend
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
 
 SUBJECT = "Permutations"
-COPY, SELECT, PLAN = "copy", "index_select bf16", "plan_rows"
+SELECT, PLAN = "index_select bf16", "plan_rows"
 NUM_EXPERTS, TOPK = 32, 8
 # Rows of x, their width, the share of their copies that is here: one rank alone, one of eight, and the CPU's.
 SIZES = {"cuda": ((4096, 7168, 1.0), (16384, 7168, 0.125), (16384, 2048, 1.0)), "cpu": ((512, 2048, 1.0),)}
@@ -35,7 +34,7 @@ def routing(n: int, share: float, device: torch.device) -> Tensor:
     return ids.masked_fill(torch.rand(n, TOPK, generator=generator, device=device) >= share, -1)
 
 
-def moves(x: Tensor, ids: Tensor, row_map: RowMap) -> dict[str, tuple[Callable[[], object], int]]:
+def moves(x: Tensor, ids: Tensor, row_map: RowMap) -> dict[str, Entry]:
     """Name -> (call, bytes it must read and write) for x [N, D] BF16."""
     rows, room = quantize_rows(x, power_of_two=True), len(row_map.slot_R)
     copies, fp8_copies = permute(x, row_map), permute(rows, row_map)
@@ -72,20 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ids = routing(n, share, device)
         row_map = plan_rows(ids, NUM_EXPERTS)
         entries = moves(x, ids, row_map)
-        calls = {name: call for name, (call, _) in entries.items()}
-        seconds = alternate(calls, device, trials=arguments.repeats, warmup=arguments.warmup)
-        speed = {name: [entries[name][1] / t / 1e9 for t in times] for name, times in seconds.items()}
         label = f"N{n} D{d} top-{TOPK} of {NUM_EXPERTS} R{len(row_map.slot_R)}"
-        for name, values in speed.items():
-            if name == PLAN:
-                report.add(f"{runs} {name}", label, "time", summarize(seconds[name]).median * 1e6, "us")
-                continue
-            ratio = statistics.median(a / b for a, b in zip(values, speed[COPY], strict=True))
-            ours, beside = name not in (COPY, SELECT), name != COPY
-            report.add(
-                f"{runs} {name}" if ours else name, label, "bandwidth", statistics.median(values), "GB/s",
-                baseline=COPY if beside else None, ratio=ratio if beside else None,
-            )  # fmt: skip
+        add_bandwidths(report, entries, label, arguments, runs, (SELECT,))
     report.finish()
     if arguments.json is not None:
         write_beside(report.records, arguments.json)

@@ -6,17 +6,16 @@ A cast reads BF16 and writes codes and scales, once or twice (rows and columns; 
 bandwidth is what HBM gives anybody. The ratio is the cast's bytes a second over the copy's.
 """
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from benchmarks.bandwidth import COPY, Entry, add_bandwidths, size_of
 from benchmarks.contest import write_beside
-from benchmarks.harness import Report, alternate, make_parser, parse_arguments
+from benchmarks.harness import Report, make_parser, parse_arguments
 from benchmarks.shapes import CASTS
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6
-from fp8moe.kernels.fp8 import E5m6Tensor, Fp8Tensor
 from fp8moe.kernels.quantize import (
     quantize_blocks,
     quantize_columns,
@@ -26,10 +25,9 @@ from fp8moe.kernels.quantize import (
 )
 
 SUBJECT = "Casts to FP8"
-COPY = "copy"
 
 
-def casts(x: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+def casts(x: Tensor) -> dict[str, Entry]:
     """Name -> (call, bytes it must read and write) for x [M, K] BF16."""
     rows, packed = quantize_rows(x, power_of_two=True), pack_e5m6(x)
     wide, narrow, small = size_of(x), size_of(rows), size_of(packed)
@@ -45,13 +43,6 @@ def casts(x: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
     }
 
 
-def size_of(tensor: Tensor | Fp8Tensor | E5m6Tensor) -> int:
-    """Bytes of a tensor, scales included."""
-    if isinstance(tensor, Tensor):
-        return tensor.numel() * tensor.element_size()
-    return size_of(tensor.data) + size_of(tensor.scale)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0 also where there is no GPU and so nothing to measure (it says so)."""
     arguments = parse_arguments(make_parser(f"{SUBJECT}: GB/s of every cast beside a copy"), argv)
@@ -62,15 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for m, k in CASTS[:1] if arguments.quick else CASTS:
         generator = torch.Generator(arguments.device).manual_seed(0)
         x = torch.randn(m, k, generator=generator, device=arguments.device, dtype=torch.bfloat16)
-        entries = casts(x)
-        calls = {name: call for name, (call, _) in entries.items()}
-        seconds = alternate(calls, arguments.device, trials=arguments.repeats, warmup=arguments.warmup)
-        speed = {name: [entries[name][1] / t / 1e9 for t in times] for name, times in seconds.items()}
-        for name, values in speed.items():
-            ratio = statistics.median(a / b for a, b in zip(values, speed[COPY], strict=True))
-            beside = None if name == COPY else COPY
-            value = statistics.median(values)
-            report.add(name, f"M{m} K{k}", "bandwidth", value, "GB/s", baseline=beside, ratio=ratio if beside else None)
+        add_bandwidths(report, casts(x), f"M{m} K{k}", arguments)
     report.finish()
     if arguments.json is not None:
         write_beside(report.records, arguments.json)

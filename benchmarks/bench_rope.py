@@ -8,20 +8,18 @@ included. The ratio is bytes a second over those of a plain copy of q. A name be
 CPU that is the reference, whose figures say how long a test takes and nothing about a GPU.
 """
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench_quantize import size_of
+from benchmarks.bandwidth import COPY, Entry, add_bandwidths, size_of
 from benchmarks.contest import write_beside
-from benchmarks.harness import Report, alternate, make_parser, parse_arguments
+from benchmarks.harness import Report, make_parser, parse_arguments
 from fp8moe.kernels import backend
 from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
 
 SUBJECT = "RoPE"
-COPY = "copy"
 NOPE, ROPE, V = 128, 64, 128
 SIZES = {"cuda": ((4096, 128), (16384, 16)), "cpu": ((256, 16),)}  # tokens, heads
 
@@ -33,9 +31,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
 
 
-def ways(
-    q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor
-) -> dict[str, tuple[Callable[[], object], int]]:
+def ways(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Entry]:
     """Name -> (call, bytes it must read and write)."""
     keys = rope_keys(kv, k_rope, cos, sin, nope_dim=NOPE)
     queries_bytes, keys_bytes = 2 * size_of(q), size_of(keys) + size_of(kv) * NOPE // (NOPE + V)
@@ -83,16 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         angles = torch.rand(t, ROPE // 2, generator=generator, device=device)
         entries = ways(q, kv, wide[:, -ROPE:], angles.cos(), angles.sin())
-        calls = {name: call for name, (call, _) in entries.items()}
-        seconds = alternate(calls, device, trials=arguments.repeats, warmup=arguments.warmup)
-        speed = {name: [entries[name][1] / one / 1e9 for one in times] for name, times in seconds.items()}
-        for name, values in speed.items():
-            ratio = statistics.median(a / b for a, b in zip(values, speed[COPY], strict=True))
-            ours = name != COPY and not name.startswith("torch")
-            report.add(
-                f"{runs} {name}" if ours else name, f"T{t} H{heads}", "bandwidth", statistics.median(values), "GB/s",
-                baseline=None if name == COPY else COPY, ratio=None if name == COPY else ratio,
-            )  # fmt: skip
+        composed = [name for name in entries if name.startswith("torch")]
+        add_bandwidths(report, entries, f"T{t} H{heads}", arguments, runs, composed)
     report.finish()
     if arguments.json is not None:
         write_beside(report.records, arguments.json)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_quantize import size_of
+from benchmarks.bandwidth import size_of
 from benchmarks.contest import write_beside
 from benchmarks.harness import Report, alternate, make_parser, parse_arguments, summarize
 from fp8moe.kernels import backend

@@ -6,36 +6,25 @@ Bytes are those of the tensors that go in and come out, each once. The copy is o
 specification without casts, compiled by torch.compile on a GPU and run as it is on a CPU.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.bandwidth import COPY, Entry, add_bandwidths, size_of
 from benchmarks.contest import write_beside
-from benchmarks.harness import Report, alternate, make_parser, parse_arguments
-from fp8moe.kernels.fp8 import Fp8Tensor
+from benchmarks.harness import Report, make_parser, parse_arguments
 from fp8moe.kernels.reference import silu_mul as specified
 from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
 from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
 
-COPY = "copy"
 # Rows and F: DeepSeek-V3's routed experts, its dense layers, V2-Lite's experts and its dense layer (a short last tile).
 SHAPES = ((32768, 2048), (8192, 18432), (32768, 1408), (8192, 10944))
 SMALL = ((512, 256),)
 
 
-def size_of(value: object) -> int:
-    """Bytes of tensors, scales included."""
-    if isinstance(value, Fp8Tensor):
-        return size_of((value.data, value.scale))
-    if isinstance(value, tuple):
-        return sum(map(size_of, value))
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-
-def contestants(gate_up: Tensor, dy: Tensor, weights: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+def contestants(gate_up: Tensor, dy: Tensor, weights: Tensor) -> dict[str, Entry]:
     """Name -> (call, bytes it must read and write)."""
     _, cached = swiglu(gate_up, weights)
     forward, backward = specified.silu_mul, specified.silu_mul_backward
@@ -64,14 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         generator = torch.Generator(device).manual_seed(0)
         gate_up, dy = (torch.randn(r, width, generator=generator, device=device).bfloat16() for width in (2 * f, f))
         entries = contestants(gate_up, dy, torch.rand(r, generator=generator, device=device))
-        calls = {name: call for name, (call, _) in entries.items()}
-        seconds = alternate(calls, device, trials=arguments.repeats, warmup=arguments.warmup)
-        speed = {name: [entries[name][1] / t / 1e9 for t in times] for name, times in seconds.items()}
-        for name, values in speed.items():
-            ratio = statistics.median(a / b for a, b in zip(values, speed[COPY], strict=True))
-            beside = None if name == COPY else COPY
-            value = statistics.median(values)
-            report.add(name, f"R{r} F{f}", "bandwidth", value, "GB/s", baseline=beside, ratio=ratio if beside else None)
+        add_bandwidths(report, entries, f"R{r} F{f}", arguments)
     report.finish()
     if arguments.json is not None:
         write_beside(report.records, arguments.json)
