@@ -14,7 +14,7 @@ from fp8moe.kernels.quantize import quantize_rows
 def test_a_ratio_is_the_median_over_the_copy_of_the_same_trial(monkeypatch):
     seconds = {COPY: [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 2.0], "torch": [1.0, 1.0, 1.0], "plan": [3e-6, 5e-6, 4e-6]}
     monkeypatch.setattr(bandwidth, "alternate", lambda calls, *_, **__: {name: seconds[name] for name in calls})
-    entries = {COPY: (print, 4_000_000_000), "ours": (print, 2_000_000_000), "torch": (print, 10**9), "plan": (print, 0)}
+    entries = {COPY: (print, 4 * 10**9), "ours": (print, 2 * 10**9), "torch": (print, 10**9), "plan": (print, 0)}
     device = torch.device("cpu")
     report = Report(device)
     add_bandwidths(report, entries, "T1", SimpleNamespace(device=device, repeats=3, warmup=0), "reference", ("torch",))
