@@ -21,24 +21,17 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fp8moe.errors import ConfigError, DataError
-from fp8moe.layers.linear import is_expert
-from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from fp8moe.train.checkpoint.state import STATE_FILE
 from fp8moe.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter, write_bytes
-from fp8moe.train.optimizer import AdamW
 
 # "... in a single process", which is meant. For good: filters within a block are the process's, not the thread's.
 warnings.filterwarnings("ignore", message=".*assuming the intent is to.*", module="torch.distributed.checkpoint.*")
@@ -192,31 +185,6 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
         raise DataError(f"{path} can't be read ({reason}): resume from another checkpoint") from error
-
-
-def run_tensors(
-    optimizer: AdamW,
-    biases: Mapping[str, Tensor],
-    loads: Mapping[str, Tensor],
-    mesh: Mesh,
-    held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by canonical name: the optimizer's, router biases, tokens each expert has had.
-
-    held: what is taken of each of this rank's tensors, a copy for example.
-    """
-    tensors = {name: _as_stored(held(tensor), parameter, mesh) for name, parameter, tensor in optimizer.tensors()}
-    tensors |= {f"bias.{name}": held(bias) for name, bias in biases.items()}
-    return tensors | {f"load.{name}": held(load) for name, load in loads.items()}
-
-
-def _as_stored(tensor: Tensor, parameter: Any, mesh: Mesh) -> Tensor:
-    if mesh.ep == 1 or not is_expert(parameter):
-        return tensor
-    ranks = torch.cat([torch.arange(r * mesh.dp, (r + 1) * mesh.dp).view(mesh.edp, mesh.ep) for r in mesh.replicas])
-    # Without process groups: nothing is communicated through these DTensors, they only say which rank holds what.
-    axes = DeviceMesh(tensor.device.type, ranks, mesh_dim_names=("edp", "ep"), _init_backend=False)
-    return DTensor.from_local(tensor, axes, [Replicate(), Shard(0)], run_check=False)
 
 
 def _sync(folder: Path) -> None:

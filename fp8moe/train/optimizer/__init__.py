@@ -1,0 +1,4 @@
+"""Optimizers: what updates the weights from their gradients, and the state that it keeps."""
+
+from fp8moe.train.optimizer.adamw import AdamW as AdamW
+from fp8moe.train.optimizer.config import OptimizerConfig as OptimizerConfig
