@@ -171,6 +171,12 @@ def is_expert(parameter: Parameter) -> bool:
     return getattr(parameter, "is_expert", False)
 
 
+def main_grad_of(parameter: Parameter) -> Tensor:
+    """The FP32 gradient that `attach_main_grads` gave a parameter, in its shape."""
+    main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return main_grad
+
+
 def _move_grad(parameter: torch.Tensor) -> None:
     if parameter.grad is None:  # a Linear's weight, which autograd follows but which adds its gradient itself
         return

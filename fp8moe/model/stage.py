@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fp8moe.layers.linear import Embedding
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Pass, Phase, run_detached
@@ -76,6 +77,25 @@ class StagePasses:
         for one, behind in pairwise(passes):
             one.backward_from(_InputGradient(behind))
         return passes
+
+
+def pass_parameters(model: Transformer, stage: Stage) -> list[tuple[Parameter, ...]]:
+    """The parameters that each training pass of `stage` reads and gives gradients, in the order of `StagePasses`."""
+    passes: list[tuple[Parameter, ...]] = []
+    embedding = () if model.embedding is None else tuple(model.embedding.parameters())
+    if stage.embedding:
+        passes.append(embedding)
+    passes += [tuple(model.block(layer).parameters()) for layer in stage.layers]
+    if stage.head:
+        assert model.norm is not None and model.head is not None
+        losses = [*model.norm.parameters(), *model.head.parameters()]
+        if model.mtp is not None:
+            mtp = model.mtp
+            entrance = [p for part in (mtp.hidden_norm, mtp.embedding_norm, mtp.join) for p in part.parameters()]
+            passes += [(*entrance, *embedding), tuple(mtp.block.parameters())]
+            losses += mtp.final_norm.parameters()
+        passes.append(tuple(losses))
+    return passes
 
 
 class _OfPass:

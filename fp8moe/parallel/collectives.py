@@ -41,6 +41,13 @@ def all_reduce(tensor: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.Red
     return tensor
 
 
+def all_reduce_in_message(tensor: Tensor, group: ProcessGroup | None, name: str) -> None:
+    """Sum in place over `group`, on a stream's thread: what it waits for is not exposed communication."""
+    if group is not None:
+        with hang.collective(group, f"all_reduce ({name})"):
+            dist.all_reduce(tensor, group=group)
+
+
 def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
     """Every rank's `value`, in order of rank of `group`; by pickle, on the host: for start and end of a run."""
     if group is None:
@@ -72,9 +79,7 @@ class PendingAllToAll:
                 for work in self._works:
                     work.wait()
             else:
-                deadline = time.monotonic() + self._timeout
-                for work in self._works:
-                    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                _wait(self._works, self._timeout)
         return self._out
 
 
@@ -112,6 +117,60 @@ def _by_pairs(parts: Sequence[Tensor], send: Sequence[Tensor], group: ProcessGro
 def _timeout_of(group: ProcessGroup, device: torch.device) -> float:
     """The group's present timeout in seconds; gloo's receives would keep the one that the group was made with."""
     return group._get_backend(device).options._timeout.total_seconds()
+
+
+Parts = Sequence[tuple[int, int]]  # by rank of a group: (start, stop) in a flat buffer
+
+
+def reduce_scatter(flat: Tensor, parts: Parts, group: ProcessGroup, name: str) -> None:
+    """Sum flat [n] over `group`, each part on its own rank, in place: outside its part a rank keeps its own values.
+
+    On a CPU the summands are added in the order of the ranks, so that a sum depends on nothing else, and each rank
+    sends n (W-1)/W values; gloo's own reduction, an all-reduce, sends twice as many. For a stream's thread: it waits on
+    the host.
+    """
+    me = group.rank()
+    mine = flat[slice(*parts[me])]
+    pieces = [flat[start:stop] for start, stop in parts]
+    _count(group, [len(piece) for piece in pieces], flat.element_size())
+    with hang.collective(group, f"reduce_scatter ({name})"):
+        if flat.device.type == "cpu":
+            arrived = flat.new_empty(group.size(), len(mine))
+            _wait(_by_pairs(arrived.unbind(), pieces, group), _timeout_of(group, flat.device))
+            mine.copy_(arrived[0])
+            for summand in arrived[1:]:
+                mine.add_(summand)
+        elif (whole := _in_order(flat, parts)) is not None:
+            dist.reduce_scatter_tensor(mine, whole, group=group)
+        else:
+            dist.reduce_scatter(mine, pieces, group=group)
+
+
+def all_gather(flat: Tensor, parts: Parts, group: ProcessGroup, name: str) -> None:
+    """Fill the parts of flat [n] that other ranks of `group` hold, each from its rank, in place, on such a thread."""
+    mine = flat[slice(*parts[group.rank()])]
+    pieces = [flat[start:stop] for start, stop in parts]
+    _count(group, [len(mine)] * group.size(), flat.element_size())
+    with hang.collective(group, f"all_gather ({name})"):
+        if flat.device.type == "cpu":
+            _wait(_by_pairs(pieces, [mine] * group.size(), group), _timeout_of(group, flat.device))
+        elif (whole := _in_order(flat, parts)) is not None:
+            dist.all_gather_into_tensor(whole, mine, group=group)
+        else:
+            dist.all_gather(pieces, mine, group=group)
+
+
+def _in_order(flat: Tensor, parts: Parts) -> Tensor | None:
+    """The values of all parts where these are of one size and follow each other in order of rank; None otherwise."""
+    start, size = parts[0][0], parts[0][1] - parts[0][0]
+    is_even = all(part == (start + i * size, start + (i + 1) * size) for i, part in enumerate(parts))
+    return flat[start : start + size * len(parts)] if is_even else None
+
+
+def _wait(works: Sequence[Any], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    for work in works:
+        work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
 
 
 def exchange(send: Tensor, group: ProcessGroup, name: str) -> Tensor:

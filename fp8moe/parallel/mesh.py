@@ -51,8 +51,9 @@ def validate_mesh(world_size: int, pp: int, ep: int, num_experts: int) -> None:
 class Mesh:
     """Sizes of the axes, this rank's place on each, and the groups it belongs to (None where it is alone).
 
-    dense_group, expert_group   ranks with the same dense, and the same expert, parameters: gradients are summed there;
-                                dp and edp, or in a mirrored pipeline those of both ranks of a stage
+    dense_group, expert_group   ranks with the same dense, and the same expert, parameters: dp and edp, or in a mirrored
+                                pipeline those of both ranks of a stage. For gradients and weights alone, whose messages
+                                run beside all others
     pp_group                    the pipeline: ranks of one dp rank, every stage
     tie_group                   the first and the last stage's rank, where the last holds a copy of the embedding
     up_group, down_group        the pipeline again: messages to the next rank, and to the one before
@@ -125,8 +126,9 @@ def axis_ranks(
 ) -> dict[str, list[list[int]]]:
     """The ranks of every group of every axis, by the names of `Mesh`'s groups.
 
-    dp (one pipeline rank), ep (neighbours), edp (same experts); with more than one pipeline rank world, pp, up, down
-    and, where asked, dense and expert (both pipeline ranks of a stage, `mirrored`) and tie (first and last, `tied`).
+    dp (one pipeline rank), ep (neighbours), edp (same experts), dense and expert (the same again, but both pipeline
+    ranks of a stage where `mirrored`); with more than one pipeline rank world, pp, up, down and, where asked, tie
+    (first and last, `tied`).
     With `ranks_per_node` each ep group also has its nodes (neighbours) and rails (one local index across its nodes).
     """
     stages = [list(range(stage * dp, (stage + 1) * dp)) for stage in range(pp)]
@@ -139,9 +141,8 @@ def axis_ranks(
     if pp > 1:
         axes["world"] = [list(range(pp * dp))]
         axes["pp"] = axes["up"] = axes["down"] = [list(range(rank, pp * dp, dp)) for rank in range(dp)]
-    if mirrored:
-        axes["dense"] = [stages[rank] + stages[pp - 1 - rank] for rank in range(pp // 2)]
-        axes["expert"] = [ranks[i::ep] for ranks in axes["dense"] for i in range(ep)]
+    axes["dense"] = [stages[rank] + stages[pp - 1 - rank] for rank in range(pp // 2)] if mirrored else stages
+    axes["expert"] = [ranks[i::ep] for ranks in axes["dense"] for i in range(ep)]
     if tied:
         axes["tie"] = [[first, last] for first, last in zip(stages[0], stages[-1], strict=True)]
     return axes
@@ -188,9 +189,8 @@ def build_mesh(
                 group = dist.new_group(ranks, timeout=timeout, group_desc=f"{axis}{number}", pg_options=options)
                 if rank in ranks:
                     mine[axis] = group
-    same = {"world": "dp", "dense": "dp", "expert": "edp"}  # where no group of its own was made
     axes = ("world", "dp", "ep", "edp", "dense", "expert", "pp", "up", "down", "tie", "rail", "node")
-    found = {f"{axis}_group": mine.get(axis, mine.get(same.get(axis, ""))) for axis in axes}
+    found = {f"{axis}_group": mine.get(axis, mine.get("dp") if axis == "world" else None) for axis in axes}
     return Mesh(pp, dp, ep, rank, mirrored, **found)
 
 

@@ -9,12 +9,13 @@ same phases, and a parameter's gradients are added in the order of the actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
-from fp8moe.layers.phase import Pass
+from fp8moe.layers.phase import Pass, Phase
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.overlap import WeightGradients, deferred_wgrads, run_backward, run_forward, run_pair, run_wgrads
 from fp8moe.parallel.stream import leaving_sms
@@ -25,6 +26,51 @@ from fp8moe.schedule.action import Action, Kind, Schedule
 MakePasses = Callable[[int, int, Callable[[], Tensor] | None], Sequence[Pass]]
 
 
+class PassObserver(Protocol):
+    """Is told of passes by their stage and their place in the stage's list, on the thread that runs them."""
+
+    def before_forward(self, stage: int, position: int) -> None:
+        """The pass is about to read its weights."""
+
+    def after_last_wgrad(self, stage: int, position: int) -> None:
+        """The pass has added the last of its weight gradients in this run."""
+
+
+class _Observed:
+    """A pass that calls `before` ahead of its first phase's forward, and `after` behind that phase's weight gradient.
+
+    Going back, the first phase is the last.
+    """
+
+    def __init__(self, one: Pass, before: Callable[[], None], after: Callable[[], None] | None) -> None:
+        self._pass, self._before, self._after = one, before, after
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        first, *others = self._pass.phases
+        wgrad, after = first.wgrad, self._after
+        if after is not None:
+            assert wgrad is not None
+            wgrad = partial(_in_turn, wgrad, after)
+        return (replace(first, forward=partial(_in_turn, self._before, first.forward), wgrad=wgrad), *others)
+
+    @property
+    def output(self) -> Tensor:
+        return self._pass.output
+
+    @property
+    def input_gradient(self) -> Tensor:
+        return self._pass.input_gradient
+
+    def backward_from(self, gradient: Callable[[], Tensor]) -> None:
+        self._pass.backward_from(gradient)
+
+
+def _in_turn(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
 @dataclass
 class Pipeline:
     """This rank's part of `schedule`; `rank` is its pipeline rank.
@@ -33,6 +79,7 @@ class Pipeline:
     empty        makes a tensor of the shape, dtype and device of the hidden states that ranks send each other
     overlap      whether FB pairs are interleaved and backwards hide messages under their own weight gradients
     sms          on a GPU, SMs for the GEMMs that run beside experts' messages, in pairs and outside (None: all)
+    observer     is told when a pass reads its weights, and when their gradients are finished
     """
 
     schedule: Schedule
@@ -42,12 +89,14 @@ class Pipeline:
     empty: Callable[[], Tensor]
     overlap: bool = True
     sms: int | None = None
+    observer: PassObserver | None = None
     _passes: dict[tuple[int, int], Sequence[Pass]] = field(default_factory=dict)
     _deferred: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
     _ready: dict[tuple[Kind, int, int], Callable[[], Tensor]] = field(default_factory=dict)  # by `Action.message`
 
     def __post_init__(self) -> None:
         self._has_backward = self.schedule.has_backward
+        self._last_wgrads = self.schedule.last_wgrads(self.rank)
 
     def run(self) -> None:
         """Do every action of this rank, in order. Collective over the pipeline."""
@@ -102,9 +151,23 @@ class Pipeline:
         """The passes of a new micro-batch; the first will ask for the output of the stage before."""
         message = (Kind.RECV_F, action.stage, action.microbatch)
         source = None if action.stage == 0 else partial(self._take, message)
-        passes = self.make_passes(action.stage, action.microbatch, source)
+        passes = self._observed(action, self.make_passes(action.stage, action.microbatch, source))
         self._passes[action.stage, action.microbatch] = passes
         return passes
+
+    def _observed(self, action: Action, passes: Sequence[Pass]) -> Sequence[Pass]:
+        observer, stage = self.observer, action.stage
+        if observer is None:
+            return passes
+        is_last = self._has_backward and self._last_wgrads[stage][0] == action.microbatch
+        return [
+            _Observed(
+                one,
+                partial(observer.before_forward, stage, i),
+                partial(observer.after_last_wgrad, stage, i) if is_last else None,
+            )
+            for i, one in enumerate(passes)
+        ]
 
     def _start_backward(self, action: Action) -> Sequence[Pass]:
         """The passes of a backward; the last will ask for the gradient from the next stage, or begins with the loss."""

@@ -1,4 +1,4 @@
-"""Communication stream: one FIFO thread a process, on which messages run while the caller computes.
+"""Communication stream: a FIFO thread on which messages run while the caller computes; one for each kind of message.
 
 `start` gives a handle at once; the handle owns the message's buffers until it is waited for, and `wait()` is counted as
 exposed communication. A thread and not a single asynchronous collective, because a message has several stages: the
@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -165,12 +165,13 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, field.name))
 
 
-_streams: dict[torch.device, Stream] = {}
+_streams: dict[tuple[torch.device, str], Stream] = {}
 os.register_at_fork(after_in_child=_streams.clear)  # a child inherits no threads
 
 
-def communication_stream(device: torch.device) -> Stream:
-    """The communication stream of this process for `device`."""
-    if device not in _streams:
-        _streams[device] = Stream(device)
-    return _streams[device]
+def communication_stream(device: torch.device, of: Literal["tokens", "replicas"] = "tokens") -> Stream:
+    """A communication stream of this process for `device`: of tokens to experts, or of gradients and weights between
+    replicas, which take long and must not stand in front of tokens."""
+    if (device, of) not in _streams:
+        _streams[device, of] = Stream(device)
+    return _streams[device, of]

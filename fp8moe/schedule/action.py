@@ -158,6 +158,15 @@ class Schedule:
             if holder == rank
         )
 
+    def last_wgrads(self, rank: int) -> dict[int, tuple[int, int]]:
+        """For each stage on `rank`: the micro-batch whose W there is the last, and that action's place in the list."""
+        found = {}
+        for index, action in enumerate(self.actions[rank]):
+            for kind, stage, microbatch, _ in action.parts():
+                if kind is Kind.W:
+                    found[stage] = (microbatch, index)
+        return found
+
     def neighbour(self, stage: int, direction: int, step: int) -> int | None:
         """Rank that holds the stage `step` (+1 or -1) from `stage`, or None: past an end, or on the same rank."""
         ranks = self.placement[direction]

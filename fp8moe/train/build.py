@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fp8moe.data.build import Data, open_data
 from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
@@ -24,14 +25,16 @@ from fp8moe.data.sampler import Sampler
 from fp8moe.errors import SpaceError
 from fp8moe.layers.attention.choice import chosen
 from fp8moe.layers.dispatch import Dispatcher
-from fp8moe.layers.linear import is_expert, quantize_weights
+from fp8moe.layers.linear import QuantizedWeight, is_expert
 from fp8moe.layers.router import Router
 from fp8moe.model.partition import Stage
+from fp8moe.model.stage import pass_parameters
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
+from fp8moe.parallel.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
@@ -48,8 +51,9 @@ logger = logging.getLogger(__name__)
 class Run:
     """The parts and the state of a run on this rank.
 
-    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. loads: tokens that each
-    expert has had in the whole run, by name of those stages' routers.
+    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. zero: what shards the
+    optimizer's state among replicas; None where each keeps it whole. loads: tokens that each expert has had in the
+    whole run, by name of those stages' routers.
     """
 
     config: TrainConfig
@@ -64,6 +68,7 @@ class Run:
     stages: tuple[Stage, ...]
     links: Links
     optimizer: AdamW
+    zero: Zero1 | None
     guard: Guard
     saver: checkpoint.Saver
     step: int = 0
@@ -107,6 +112,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     )
     stages = stages_of(config)
     model = build_model(config, mesh, stages, dispatcher, device)
+    zero = make_zero(config, mesh, stages, model)
     run = Run(
         config=config,
         mesh=mesh,
@@ -119,7 +125,8 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=AdamW(model, model.main_grads, config.optimizer),
+        optimizer=AdamW(model, model.main_grads, config.optimizer, zero),
+        zero=zero,
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
             run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
@@ -169,26 +176,41 @@ def build_model(
     return model
 
 
-def tied_embedding(run: Run) -> Tensor | None:
-    """The embedding's `main_grad` where two pipeline ranks hold a copy each, on those two; None elsewhere."""
-    if run.mesh.tie_group is None:
+def make_zero(config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], model: Transformer) -> Zero1 | None:
+    """What shards the optimizer's state; None where it is not asked for, and where no parameter has another replica."""
+    if config.optimizer.sharding == "none" or mesh.dense_group is None:
         return None
-    assert run.model.embedding is not None
-    main_grad: Tensor = run.model.embedding.weight.main_grad  # type: ignore[attr-defined]
-    return main_grad
+    schedule = build_schedule(config.parallel.schedule, config.parallel.pp, config.num_microbatches)
+    held = sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})
+    passes = {(s, i): fed for s in held for i, fed in enumerate(pass_parameters(model, stages[s]))}
+    return Zero1(
+        model.main_grads,
+        list(model.parameters()),
+        mesh,
+        passes,
+        quantized={m.weight: m for m in model.modules() if isinstance(m, QuantizedWeight)},
+        tied=None if mesh.tie_group is None else tied_embedding(model),
+    )
 
 
-def state_tensors(run: Run, held: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
-    """All tensors that a checkpoint of `run` holds, by canonical name; of each, what `held` takes."""
+def tied_embedding(model: Transformer) -> Parameter:
+    """The embedding of a rank that shares it with another pipeline rank, where each holds a copy."""
+    assert model.embedding is not None
+    return model.embedding.weight
+
+
+def state_tensors(
+    run: Run, take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Tensor | checkpoint.Pieces]:
+    """All tensors that a checkpoint of `run` holds, by canonical name; of each, what `take` makes."""
     biases = {name: router.bias_E for name, router in run.routers().items()}
-    return checkpoint.run_tensors(run.optimizer, biases, run.loads, run.mesh, held)
+    return checkpoint.run_tensors(run.optimizer.held, biases, run.loads, run.mesh, take)
 
 
 def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
     checkpoint.load(path, state_tensors(run), run.mesh.world_group)
     run.optimizer.updates = state.updates
     run.optimizer.write_parameters()
-    quantize_weights(run.model)
     run.sampler.consumed = state.consumed
     run.guard.skipped = state.skipped
     run.step = state.step
@@ -203,16 +225,26 @@ def check_space(run: Run) -> None:
     config = run.config.checkpoint
     if not config.at_end and config.every == 0:
         return
-    stages, mesh = len(run.mesh.replicas), run.mesh
-    copies = {True: mesh.edp * stages, False: mesh.dp * stages}  # ranks that hold the same, of which one writes
-    mine = sum(t.numel() * t.element_size() / copies[is_expert(p)] for _, p, t in run.optimizer.tensors())
+    mine = sum(
+        tensor.numel() * tensor.element_size() / _copies(run, one.parameter)
+        for ranges in run.optimizer.held.values()
+        for one in ranges
+        for tensor in one.tensors.values()
+    )
     here = shutil.disk_usage(run.run_dir).free if run.is_first else 0
-    need, free = all_reduce(torch.tensor([mine, here], dtype=torch.float64), mesh.world_group).tolist()
+    need, free = all_reduce(torch.tensor([mine, here], dtype=torch.float64), run.mesh.world_group).tolist()
     if free < SPARE * need:
         raise SpaceError(
             f"{run.run_dir} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x "
             f"its {need / 1e9:.2f} GB): free space or name another run_dir"
         )
+
+
+def _copies(run: Run, parameter: Parameter) -> int:
+    """Ranks that hold the same range of a parameter, of which one writes it."""
+    mesh, expert = run.mesh, is_expert(parameter)
+    group = mesh.expert_group if expert else mesh.dense_group
+    return 1 if group is None or run.zero is not None else group.size()
 
 
 def start_checkpoint(run: Run) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
 from fp8moe.kernels.statistics import CastStatistics, observe_casts
+from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import update_bias, violations
 from fp8moe.model.flops import mfu
@@ -67,6 +68,8 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
 
     run.model.main_grads.zero_()
     observing = count_fp8 and config.precision.mode is Precision.FP8
+    if observing and run.zero is not None:
+        run.zero.settle()  # the casts of the weights belong to the update before
     with observe_casts() if observing else contextlib.nullcontext() as casts:
         losses = forward_backward(run, batches, counts, mtp_weight(rates, config.model.mtp_weight, at), stopwatch)
     with span("reduce"):
@@ -134,8 +137,11 @@ def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, stopw
 
     -> FP64 [3], this rank's share of the main, MTP and balance losses' sums. Collective over pipeline and experts.
     """
+    schedule = training_schedule(run, len(batches))
+    if run.zero is not None:
+        run.zero.begin(schedule)
     with listening(PhaseLaps(stopwatch)), marking(run.device):
-        return run_pipeline(run, training_schedule(run, len(batches)), batches, weights)
+        return run_pipeline(run, schedule, batches, weights)
 
 
 def forward_passes(run: Run, batches: Sequence[Batch]) -> Tensor:
@@ -162,6 +168,7 @@ def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights
         empty=partial(torch.empty, tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
         overlap=config.parallel.overlap,
         sms=sms_for_gemms(run),
+        observer=run.zero,
     ).run()
     return tally.sums
 
@@ -187,7 +194,12 @@ def reduce(run: Run) -> float:
 
     The norm is read on the host here, because the guard decides by it; the update itself waits for nothing.
     """
-    main_grads, mesh, tied = run.model.main_grads, run.mesh, tied_embedding(run)
+    main_grads, mesh = run.model.main_grads, run.mesh
+    if run.zero is not None:
+        squares = run.zero.finish()
+        reduce_counts(run.model, mesh)
+        return float(all_reduce(squares, mesh.world_group).sqrt())
+    tied = None if mesh.tie_group is None else main_grad_of(tied_embedding(run.model))
     reduce_gradients(main_grads, mesh, tied)
     reduce_counts(run.model, mesh)
     return global_grad_norm(main_grads, mesh, copy=tied if mesh.pp_rank > 0 else None)

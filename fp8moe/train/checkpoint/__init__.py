@@ -9,6 +9,8 @@ from fp8moe.train.checkpoint.folder import find as find
 from fp8moe.train.checkpoint.folder import load as load
 from fp8moe.train.checkpoint.folder import save as save
 from fp8moe.train.checkpoint.manifest import problems as problems
+from fp8moe.train.checkpoint.pieces import Pieces as Pieces
+from fp8moe.train.checkpoint.pieces import logical_shape as logical_shape
 from fp8moe.train.checkpoint.pieces import run_tensors as run_tensors
 from fp8moe.train.checkpoint.saver import Saver as Saver
 from fp8moe.train.checkpoint.state import FREE_FIELDS as FREE_FIELDS

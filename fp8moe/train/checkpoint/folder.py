@@ -6,10 +6,9 @@
     checkpoints/step-N/manifest.json       size and hash of all of these (`manifest`), written last
 
 A checkpoint is written as `step-N.tmp`; rank 0 renames it when every file of every rank is on disk, then `latest`
-moves, then old ones are deleted. Expert tensors are handed over as DTensors sharded over ep and replicated over the
-ranks with the same experts, so each expert is written once and any ep can resume any other; blocks are named by their
-number in the whole model, so a pipeline's ranks write one checkpoint. BF16 weights are not saved: they are the masters
-rounded.
+moves, then old ones are deleted. Blocks are named by their number in the whole model, experts stacked, and what a rank
+holds is handed over as ranges (`pieces`), so that any layout can resume any other. BF16 weights are not saved: they are
+the masters rounded.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from fp8moe.train.checkpoint.pieces import LoadPlanner, Pieces, SavePlanner
 from fp8moe.train.checkpoint.state import STATE_FILE
 from fp8moe.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter, write_bytes
 
@@ -43,7 +42,7 @@ def save(
     root: Path,
     step: int,
     state: str,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Pieces],
     *,
     kept: CheckpointConfig,
     is_first: bool,
@@ -57,8 +56,9 @@ def save(
     with _one_sentence(final, group):
         _on_first(is_first, group, lambda: _new_folder(scratch))
         writer = SafetensorsWriter(scratch)
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        dcp.save(
+            dict(tensors), storage_writer=writer, planner=SavePlanner(), process_group=group, no_dist=group is None
+        )
 
         def publish() -> None:
             files = writer.files | {STATE_FILE: write_bytes(scratch / STATE_FILE, state.encode())}
@@ -171,14 +171,13 @@ def find(resume: str, run_dir: str | Path | None) -> Path | None:
     return next(iter(candidates(resume, run_dir)), None)
 
 
-def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+def load(path: Path, tensors: Mapping[str, Tensor | Pieces], group: dist.ProcessGroup | None = None) -> None:
     """Fill `tensors`, named as they were saved, on any layout of ranks. Collective over `group`. Verify first."""
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.load(
             dict(tensors),
             storage_reader=SafetensorsReader(path),
-            planner=planner,
+            planner=LoadPlanner(),
             process_group=group,
             no_dist=group is None,
         )

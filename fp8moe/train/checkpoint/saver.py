@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.folder import save
+from fp8moe.train.checkpoint.pieces import Pieces
 
 Hold = Callable[[Tensor], Tensor]
+Tensors = Mapping[str, Tensor | Pieces]
 
 
 class Saver:
@@ -37,7 +39,7 @@ class Saver:
         self._error: BaseException | None = None
         self._finished: list[Path] = []
 
-    def start(self, step: int, state: str, tensors: Callable[[Hold], Mapping[str, Tensor]]) -> None:
+    def start(self, step: int, state: str, tensors: Callable[[Hold], Tensors]) -> None:
         """Save the run's state as it is now; tensors(hold) gives all of them, each passed through `hold`."""
         self.wait()
         if not self._config.background:
@@ -72,9 +74,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _run(
-        self, step: int, state: str, tensors: Callable[[Hold], Mapping[str, Tensor]], ready: torch.cuda.Event | None
-    ) -> None:
+    def _run(self, step: int, state: str, tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None) -> None:
         try:
             try:
                 copies = _copied(tensors, ready)
@@ -85,11 +85,11 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _save(self, step: int, state: str, tensors: Mapping[str, Tensor]) -> Path:
+    def _save(self, step: int, state: str, tensors: Tensors) -> Path:
         return save(self._root, step, state, tensors, kept=self._config, is_first=self._is_first, group=self._group)
 
 
-def _copied(tensors: Callable[[Hold], Mapping[str, Tensor]], ready: torch.cuda.Event | None) -> Mapping[str, Tensor]:
+def _copied(tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None) -> Tensors:
     """Copies on the host of what `tensors` gives; on a GPU by a stream of their own, beside the compute."""
 
     def hold(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.model.config import ModelConfig
 
-FORMAT = 3  # 1 held the model's configuration in one flat list of fields, 2 tensors in torch's pickled index
+FORMAT = 4  # 1 held the model's configuration in one flat list of fields, 2 torch's pickled index, 3 tensors in shape
 STATE_FILE = "state.json"
 # Fields of the model's configuration that a resumed run may change: no tensor's shape or meaning depends on them.
 FREE_FIELDS = {

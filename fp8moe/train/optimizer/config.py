@@ -12,7 +12,8 @@ from fp8moe.train.lr import LearningRateConfig
 class OptimizerConfig:
     """AdamW's constants, and `schedule`: the learning rate along the run.
 
-    clip_norm: bound of the global gradient norm. moments: dtype of both moments.
+    clip_norm: bound of the global gradient norm. moments: dtype of both moments. sharding: whether ranks that hold the
+    same parameters share out masters and moments (`parallel.zero`); auto: zero1 where there is more than one such rank.
     """
 
     schedule: LearningRateConfig
@@ -22,6 +23,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    sharding: Literal["auto", "none", "zero1"] = "auto"
 
     def __post_init__(self) -> None:
         if self.weight_decay < 0.0:
