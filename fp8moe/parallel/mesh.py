@@ -67,7 +67,6 @@ class Mesh:
     world_group: ProcessGroup | None = None
     dp_group: ProcessGroup | None = None
     ep_group: ProcessGroup | None = None
-    edp_group: ProcessGroup | None = None
     dense_group: ProcessGroup | None = None
     expert_group: ProcessGroup | None = None
     pp_group: ProcessGroup | None = None
@@ -81,7 +80,7 @@ class Mesh:
     def groups(self) -> tuple[ProcessGroup, ...]:
         """Every group of collectives that this rank belongs to, in one order on all ranks, each once."""
         every = (
-            self.world_group, self.dp_group, self.ep_group, self.edp_group, self.dense_group, self.expert_group,
+            self.world_group, self.dp_group, self.ep_group, self.dense_group, self.expert_group,
             self.pp_group, self.up_group, self.down_group, self.tie_group, self.rail_group, self.node_group,
         )  # fmt: skip
         return tuple(dict.fromkeys(group for group in every if group is not None))
@@ -126,14 +125,14 @@ def axis_ranks(
 ) -> dict[str, list[list[int]]]:
     """The ranks of every group of every axis, by the names of `Mesh`'s groups.
 
-    dp (one pipeline rank), ep (neighbours), edp (same experts), dense and expert (the same again, but both pipeline
-    ranks of a stage where `mirrored`); with more than one pipeline rank world, pp, up, down and, where asked, tie
-    (first and last, `tied`).
-    With `ranks_per_node` each ep group also has its nodes (neighbours) and rails (one local index across its nodes).
+    dp (one pipeline rank), ep (neighbours), dense (dp again) and expert (same experts), the last two of both pipeline
+    ranks of a stage where `mirrored`; with more than one pipeline rank world, pp, up, down and, where `tied`, tie
+    (first and last). With `ranks_per_node` each ep group also has its nodes (neighbours) and rails (one local index
+    across its nodes).
     """
     stages = [list(range(stage * dp, (stage + 1) * dp)) for stage in range(pp)]
     experts = [stage[i : i + ep] for stage in stages for i in range(0, dp, ep)]
-    axes = {"dp": stages, "ep": experts, "edp": [stage[i::ep] for stage in stages for i in range(ep)]}
+    axes = {"dp": stages, "ep": experts}
     if ranks_per_node is not None:
         local = ranks_in_node(ep, ranks_per_node)
         axes["rail"] = [ranks[i::local] for ranks in experts for i in range(local)]
@@ -189,7 +188,7 @@ def build_mesh(
                 group = dist.new_group(ranks, timeout=timeout, group_desc=f"{axis}{number}", pg_options=options)
                 if rank in ranks:
                     mine[axis] = group
-    axes = ("world", "dp", "ep", "edp", "dense", "expert", "pp", "up", "down", "tie", "rail", "node")
+    axes = ("world", "dp", "ep", "dense", "expert", "pp", "up", "down", "tie", "rail", "node")
     found = {f"{axis}_group": mine.get(axis, mine.get("dp") if axis == "world" else None) for axis in axes}
     return Mesh(pp, dp, ep, rank, mirrored, **found)
 

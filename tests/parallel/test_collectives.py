@@ -10,9 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fp8moe.parallel import collectives, hang
-from fp8moe.parallel.collectives import all_reduce, clock_offset, exchange, gather, sent_bytes, start_all_to_all
+from fp8moe.parallel.collectives import (
+    Parts,
+    all_gather,
+    all_reduce,
+    clock_offset,
+    exchange,
+    gather,
+    reduce_scatter,
+    sent_bytes,
+    start_all_to_all,
+)
 from tests.parallel.ranks import run_ranks
 
 WORLD = 4
@@ -41,6 +52,47 @@ def test_rows_arrive_in_order_of_source_and_receives_are_posted_before_sends() -
         receives, sends = int((ROWS[others, me] > 0).sum()), int((ROWS[me, others] > 0).sum())
         assert answer["posted"] == ["receive"] * receives + ["send"] * sends
         assert answer["sent"] == 16 * int(ROWS[me, others].sum())
+
+
+EVEN, UNEVEN = ((0, 3), (3, 6), (6, 9), (9, 12)), ((7, 12), (0, 5), (5, 5), (5, 7))  # parts of 12 values by rank
+
+
+def values_of(rank: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(16, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def scattered(parts: Parts, dtype: torch.dtype) -> dict[str, Any]:
+    """This rank's part of the sum, and all parts of each rank's own; four values behind the parts are nobody's."""
+    group = dist.group.WORLD
+    assert group is not None
+    me = group.rank()
+    summed, gathered = values_of(me, dtype), torch.full((16,), float("nan"), dtype=dtype)
+    part = slice(*parts[me])
+    gathered[part] = summed[part]
+    sent_bytes()
+    reduce_scatter(summed, parts, group, "sums")
+    bytes_of_sums = sum(sent_bytes().values())
+    all_gather(gathered, parts, group, "parts")
+    return {
+        "sums": summed.clone(), "parts": gathered.clone(), "sent": (bytes_of_sums, sum(sent_bytes().values()))
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [EVEN, UNEVEN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_summed_in_order_of_rank_and_gathered(parts: Parts, dtype: torch.dtype) -> None:
+    answers = run_ranks(scattered, WORLD, parts, dtype)
+    of_rank = [values_of(rank, dtype) for rank in range(WORLD)]
+    expected = of_rank[0] + of_rank[1] + of_rank[2] + of_rank[3]
+    for me, answer in enumerate(answers):
+        start, stop = parts[me]
+        own = torch.cat([of_rank[me][:start], expected[start:stop], of_rank[me][stop:]])
+        assert torch.equal(answer["sums"], own)
+        for rank, (start, stop) in enumerate(parts):
+            assert torch.equal(answer["parts"][start:stop], of_rank[rank][start:stop])
+        assert answer["parts"][12:].isnan().all()
+        mine = parts[me][1] - parts[me][0]
+        assert answer["sent"] == ((12 - mine) * dtype.itemsize, 3 * mine * dtype.itemsize)
 
 
 def lowered() -> float:

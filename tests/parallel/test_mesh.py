@@ -16,7 +16,7 @@ def test_experts_sit_side_by_side_and_rails_cross_nodes() -> None:
     axes = axis_ranks(2, 8, 4, ranks_per_node=2)
     assert axes["dp"] == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]
     assert axes["ep"] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
-    assert axes["edp"][:4] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert axes["expert"][:4] == [[0, 4], [1, 5], [2, 6], [3, 7]] and axes["dense"] == axes["dp"]
     assert axes["node"][:4] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert axes["rail"][:4] == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert "rail" not in axis_ranks(2, 8, 4)
@@ -29,8 +29,8 @@ def test_groups_of_the_pipeline() -> None:
     assert axes["dense"] == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert axes["expert"] == [[0, 6], [1, 7], [2, 4], [3, 5]]
     assert axes["tie"] == [[0, 6], [1, 7]]
-    assert axis_ranks(1, 2, 2).keys() == {"dp", "ep", "edp"}  # nothing for a pipeline of one rank
-    assert axis_ranks(2, 1, 1).keys() == {"dp", "ep", "edp", "world", "pp", "up", "down"}
+    assert axis_ranks(1, 2, 2).keys() == {"dp", "ep", "dense", "expert"}  # nothing for a pipeline of one rank
+    assert axis_ranks(2, 1, 1).keys() == {"dp", "ep", "dense", "expert", "world", "pp", "up", "down"}
 
 
 @pytest.mark.parametrize("layout", [(8, 8), (8, 4), (8, 2), (8, 1), (4, 8)])
@@ -106,16 +106,16 @@ def built(monkeypatch: pytest.MonkeyPatch, rank: int, *sizes: int, **options: An
 
 def test_groups_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh, fake = built(monkeypatch, 3, 2, 2, 2, ranks_per_node=1)
-    assert (mesh.dp_group, mesh.ep_group, mesh.edp_group) == (("dp1", 2, 3), ("ep1", 2, 3), None)
+    assert (mesh.dp_group, mesh.ep_group) == (("dp1", 2, 3), ("ep1", 2, 3))
     assert mesh.world_group == ("world0", 0, 1, 2, 3)
     assert (mesh.pp_group, mesh.up_group, mesh.down_group) == (("pp1", 1, 3), ("up1", 1, 3), ("down1", 1, 3))
-    assert (mesh.dense_group, mesh.expert_group, mesh.tie_group) == (mesh.dp_group, None, None)
+    assert (mesh.dense_group, mesh.expert_group, mesh.tie_group) == (("dense1", 2, 3), None, None)
     assert (mesh.rail_group, mesh.node_group) == (("rail1", 2, 3), None)
     assert {made[2] for made in fake.made} == {timedelta(seconds=7)} and all(len(made[1]) > 1 for made in fake.made)
     other = built(monkeypatch, 0, 2, 2, 2, ranks_per_node=1)[1]
     assert other.made == fake.made  # every rank makes every group, in one order
-    assert mesh.groups == tuple(dict.fromkeys([mesh.world_group, mesh.dp_group, mesh.ep_group, mesh.pp_group,
-                                               mesh.up_group, mesh.down_group, mesh.rail_group]))  # fmt: skip
+    names = ("world", "dp", "ep", "dense", "pp", "up", "down", "rail")
+    assert mesh.groups == tuple(dict.fromkeys(getattr(mesh, f"{name}_group") for name in names))
 
 
 def test_groups_of_a_mirrored_and_of_a_tied_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,8 @@ def test_groups_of_a_mirrored_and_of_a_tied_pipeline(monkeypatch: pytest.MonkeyP
     assert built(monkeypatch, 3, 4, 2, 1, tied=True)[0].tie_group is None
     assert built(monkeypatch, 7, 4, 2, 1, tied=True)[0].tie_group == ("tie1", 1, 7)
     data = built(monkeypatch, 1, 1, 4, 2)[0]  # without a pipeline the world is dp
-    assert data.world_group == data.dp_group == ("dp0", 0, 1, 2, 3) and data.expert_group == data.edp_group
+    assert data.world_group == data.dp_group == ("dp0", 0, 1, 2, 3)
+    assert (data.dense_group, data.expert_group) == (("dense0", 0, 1, 2, 3), ("expert1", 1, 3))
 
 
 def test_only_groups_that_carry_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

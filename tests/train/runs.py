@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fp8moe.cli.compose import compose
 from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
 from fp8moe.train.build import Run, build
 from fp8moe.train.config import TrainConfig, resolve
+from fp8moe.train.optimizer import AdamW
 from fp8moe.train.processes import mesh_of
 from fp8moe.train.run_dir import make_run_dir
 
@@ -49,6 +51,21 @@ def write_corpus(folder: Path) -> list[str]:
 def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainConfig:
     """The small run's configuration with `settings` over it, resolved for `world_size` processes."""
     return resolve(compose([*SMALL, *corpus, *settings]).config, world_size)
+
+
+def kept(optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
+    """What an optimizer that shards nothing keeps for each parameter, by kind, in the parameter's shape."""
+    return {
+        name: {kind: tensor.view(one.parameter.shape) for kind, tensor in one.tensors.items()}
+        for name, (one,) in optimizer.held.items()
+    }
+
+
+def settled(run: Run) -> dict[str, Tensor]:
+    """Copies of this rank's weights, when those of other ranks are here."""
+    if run.zero is not None:
+        run.zero.settle()
+    return {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
 
 
 def built(config: TrainConfig) -> Run:

@@ -15,7 +15,9 @@ from fp8moe.layers.moe import GroupedLinear
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.train.lr import LearningRateConfig, Segment
 from fp8moe.train.optimizer import AdamW, OptimizerConfig
+from tests.train.runs import kept
 
+KINDS = ("master", "exp_avg", "exp_avg_sq")
 CONFIG = OptimizerConfig(LearningRateConfig(1.0, (Segment("constant", 1.0, 1.0),)), moments="fp32", clip_norm=1e9)
 
 
@@ -62,30 +64,29 @@ def test_fp32_equals_torch() -> None:
 def test_bf16_parameters_are_the_rounded_masters() -> None:
     ours = parameters(torch.bfloat16)
     optimizer = optimizer_of(ours, replace(CONFIG, moments="bf16"))
-    before = {name: state.master.clone() for name, state in optimizer.states.items()}
+    before = {name: kinds["master"].clone() for name, kinds in kept(optimizer).items()}
     for step in range(20):
         set_grads(ours, step)
         optimizer.step(1e-4, grad_norm=1.0)
-    for name, state in optimizer.states.items():
-        assert state.master.dtype == torch.float32 and state.exp_avg.dtype == state.exp_avg_sq.dtype == torch.bfloat16
-        assert not torch.equal(state.master, before[name])
-        assert torch.equal(ours[name], state.master.bfloat16())
+    for name, kinds in kept(optimizer).items():
+        master = kinds["master"]
+        assert [kinds[kind].dtype for kind in KINDS] == [torch.float32, torch.bfloat16, torch.bfloat16]
+        assert not torch.equal(master, before[name])
+        assert torch.equal(ours[name], master.bfloat16())
         # Steps far below BF16's resolution must add up in the master.
-        assert (state.master.bfloat16().float() != state.master).any()
+        assert (master.bfloat16().float() != master).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_parameters_become_views_and_keep_what_they_were(dtype: torch.dtype) -> None:
     ours, before = parameters(dtype), parameters(dtype)
-    kept = dict(ours.items())
+    same = dict(ours.items())
     optimizer = optimizer_of(ours)
     for name, parameter in ours.named_parameters():
-        state = optimizer.states[name]
-        assert parameter is kept[name] and torch.equal(parameter, before[name])
-        assert (
-            torch.equal(state.master, before[name].float()) and not state.exp_avg.any() and not state.exp_avg_sq.any()
-        )
-        assert (state.master.data_ptr() == parameter.data_ptr()) == (dtype is torch.float32)
+        master, exp_avg, exp_avg_sq = (kept(optimizer)[name][kind] for kind in KINDS)
+        assert parameter is same[name] and torch.equal(parameter, before[name])
+        assert torch.equal(master, before[name].float()) and not exp_avg.any() and not exp_avg_sq.any()
+        assert (master.data_ptr() == parameter.data_ptr()) == (dtype is torch.float32)
     dense = [ours[name] for name in ("matrix", "norm", "head")]
     assert [p.storage_offset() for p in dense] == [0, 8 * 17, 8 * 17 + 15]
     assert len({p.untyped_storage().data_ptr() for p in dense}) == 1
@@ -100,16 +101,16 @@ def test_a_parameter_that_stays_fp32_is_its_own_master_among_bf16_ones() -> None
     optimizer = optimizer_of(ours)
     set_grads(ours, 0)
     optimizer.step(1e-2, grad_norm=1.0)
-    assert ours["norm"].dtype is torch.float32 and torch.equal(ours["norm"], optimizer.states["norm"].master)
+    assert ours["norm"].dtype is torch.float32 and torch.equal(ours["norm"], kept(optimizer)["norm"]["master"])
     assert not (ours["norm"] == 1).any()
-    assert torch.equal(ours["head"], optimizer.states["head"].master.bfloat16())
+    assert torch.equal(ours["head"], kept(optimizer)["head"]["master"].bfloat16())
 
 
 def test_loaded_masters_are_rounded_into_the_parameters() -> None:
     ours = parameters(torch.bfloat16)
     optimizer = optimizer_of(ours)
-    for _, _, tensor in optimizer.tensors():
-        tensor.fill_(1 + 2**-12)
+    for kinds in kept(optimizer).values():
+        kinds["master"].fill_(1 + 2**-12)
     optimizer.write_parameters()
     assert all((parameter == 1).all() for parameter in ours.values())
 
@@ -149,16 +150,9 @@ def test_fp8_blocks_are_written_in_the_same_update(monkeypatch: pytest.MonkeyPat
         for model, optimizer in ((ours, one), (plain, other)):
             set_grads(model, step)
             optimizer.step(1e-2, grad_norm=1.0)
-    for name, state in one.states.items():
-        for ours_kept, theirs in zip(
-            (state.parameter, state.master, state.exp_avg, state.exp_avg_sq),
-            (
-                other.states[name].parameter,
-                *(getattr(other.states[name], k) for k in ("master", "exp_avg", "exp_avg_sq")),
-            ),
-            strict=True,
-        ):
-            assert torch.equal(ours_kept, theirs), name
+    for name, kinds in kept(one).items():
+        assert torch.equal(ours.get_parameter(name), plain.get_parameter(name)), name
+        assert all(torch.equal(tensor, kept(other)[name][kind]) for kind, tensor in kinds.items()), name
     for module, where in zip((ours.wide, ours.experts, ours.last), at, strict=True):
         assert module.blocks.data.data_ptr() == where, "written in place"
         for q, expected in zip(
@@ -204,13 +198,10 @@ def test_a_norm_below_the_bound_scales_nothing() -> None:
 def test_a_checkpoint_gets_master_and_both_moments_of_each() -> None:
     ours = parameters(torch.bfloat16)
     optimizer = optimizer_of(ours)
-    given = {name: (parameter, tensor) for name, parameter, tensor in optimizer.tensors()}
-    kinds = ("master", "exp_avg", "exp_avg_sq")
-    assert list(given) == [f"{kind}.{name}" for name, _ in ours.named_parameters() for kind in kinds]
-    for name, state in optimizer.states.items():
-        for kind in kinds:
-            assert given[f"{kind}.{name}"][0] is ours[name] and given[f"{kind}.{name}"][1] is getattr(state, kind)
-            assert getattr(state, kind).shape == ours[name].shape
+    assert list(optimizer.held) == [name for name, _ in ours.named_parameters()]
+    for name, (one,) in optimizer.held.items():
+        assert one.parameter is ours[name] and one.first == 0 and set(one.tensors) == set(KINDS)
+        assert all(tensor.shape == (ours[name].numel(),) for tensor in one.tensors.values())
 
 
 def test_only_matrices_decay() -> None:

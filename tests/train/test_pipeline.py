@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fp8moe.data.sampler import rank_slice
+from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing, update_bias
+from fp8moe.parallel.buckets import Span
 from fp8moe.profile.spans import Stopwatch
 from fp8moe.schedule.build import build_schedule
-from fp8moe.train.build import tied_embedding
+from fp8moe.train.build import Run
 from fp8moe.train.step import Losses, forward_backward, next_batches, reduce
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
@@ -64,12 +66,27 @@ def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
         (name, sequence): ids for name, made in calls.items() for sequence, ids in zip(seen[name], made, strict=True)
     }
     loads = {name: router.counts_E.clone() for name, router in run.routers().items()}
-    grads = {name: p.main_grad.clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
+    grads = {name: [(one.first, values.clone()) for one, values in found] for name, found in summed(run).items()}
     update_bias(run.model, 1e-3)
     biases = {name: router.bias_E.clone() for name, router in run.routers().items()}
     return {"losses": losses, "norm": norm, "choices": choices, "gap": min(gaps, default=1.0), "loads": loads,
-            "biases": biases, "grads": grads, "ep_rank": mesh.ep_rank,
-            "tied": tied_embedding(run) is not None}  # fmt: skip
+            "biases": biases, "grads": grads, "ep_rank": mesh.ep_rank, "ep": mesh.ep,
+            "tied": mesh.tie_group is not None}  # fmt: skip
+
+
+def summed(run: Run) -> dict[str, list[tuple[Span, Tensor]]]:
+    """By parameter, the values whose gradients this rank has the sums of."""
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    found: dict[str, list[tuple[Span, Tensor]]] = {name: [] for name in names.values()}
+    sharded = [] if run.zero is None else run.zero.buckets
+    for one in sharded:
+        for span in one.owned:
+            found[names[span.parameter]].append((span, one.grad[span.start : span.stop]))
+    for parameter, name in names.items():
+        grad = main_grad_of(parameter)
+        if not any(one.grad.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr() for one in sharded):
+            found[name].append((Span(parameter, 0, 0, grad.numel()), grad.flatten()))
+    return found
 
 
 def gap(router: Router, x_TD: Tensor) -> float:
@@ -108,16 +125,17 @@ def check(answers: list[dict[str, Any]], alone: dict[str, Any], *, mtp_tied: boo
         assert answer["norm"] == pytest.approx(alone["norm"], rel=1e-6)
         for kind in ("loads", "biases"):
             assert all(torch.equal(tensor, alone[kind][name]) for name, tensor in answer[kind].items())
-    found: set[str] = set()
+    seen = {name: torch.zeros(len(whole), dtype=torch.bool) for name, ((_, whole),) in alone["grads"].items()}
     for answer in answers:
-        for name, grad in answer["grads"].items():
-            expected = alone["grads"][name]
-            if "experts" in name:
-                expected = expected[answer["ep_rank"] * len(grad) :][: len(grad)]
-            distance = (grad - expected).norm() / expected.norm()
-            assert distance <= 1e-5, f"{name}: {distance:.2e}"
-            found.add(name)
-    assert found == alone["grads"].keys()
+        for name, ranges in answer["grads"].items():
+            ((_, whole),) = alone["grads"][name]
+            for first, grad in ranges:
+                start = first + (answer["ep_rank"] * len(whole) // answer["ep"] if "experts" in name else 0)
+                expected = whole[start : start + len(grad)]
+                distance = (grad - expected).norm() / whole.norm()
+                assert distance <= 1e-5, f"{name}: {distance:.2e}"
+                seen[name][start : start + len(grad)] = True
+    assert [name for name, values in seen.items() if not values.all()] == []
     assert any(answer["tied"] for answer in answers) == mtp_tied
     for load in alone["loads"].values():
         assert load.sum() == SEQUENCES * SEQ_LEN * 2  # top-k

@@ -31,14 +31,14 @@ from fp8moe.train.step import (
     worst_violation,
 )
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import built, configured
+from tests.train.runs import built, configured, kept, settled
 
 
 def steps(settings: list[str], number: int, world_size: int = 1) -> tuple[list[StepReport], dict[str, Tensor]]:
-    """Reports and final masters of the first steps of a run."""
+    """Reports of the first steps of a run, and its weights after them."""
     run = built(configured(settings, world_size=world_size))
     reports = [train_step(run) for _ in range(number)]
-    return reports, {name: state.master for name, state in run.optimizer.states.items()}
+    return reports, settled(run)
 
 
 def test_neither_micro_batches_nor_ranks_change_a_step(corpus: list[str]) -> None:
@@ -77,13 +77,13 @@ def test_no_dispatcher_changes_a_step(corpus: list[str], dispatcher: list[str]) 
 
 def overflowing(settings: list[str]) -> str:
     run = built(configured(settings, world_size=4))
-    before = [state.master.clone() for state in run.optimizer.states.values()]
+    before = settled(run)
     for router in run.routers().values():
         router.bias_E[:2] = 10.0  # all tokens to two experts
     with pytest.raises(ImbalanceError) as caught:
         train_step(run)
-    after = [state.master for state in run.optimizer.states.values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    after = settled(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
     return str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_figures_of_an_fp8_step(corpus: list[str]) -> None:
 def test_a_skipped_step_moves_nothing_but_the_data(corpus: list[str]) -> None:
     run = built(configured(corpus, "max_skipped_steps=1"))
     train_step(run)
-    before = {name: tensor.clone() for name, _, tensor in run.optimizer.tensors()}
+    before = {name: {kind: t.clone() for kind, t in kinds.items()} for name, kinds in kept(run.optimizer).items()}
     weights = {name: p.detach().clone() for name, p in run.model.named_parameters() if name != "norm.weight"}
     biases = {name: router.bias_E.clone() for name, router in run.routers().items()}
     loads = {name: load.clone() for name, load in run.loads.items()}
@@ -224,8 +224,8 @@ def test_a_skipped_step_moves_nothing_but_the_data(corpus: list[str]) -> None:
     report = train_step(run)
     assert report.skipped and math.isnan(report.loss)
     assert (run.step, run.sampler.consumed, run.optimizer.updates, run.guard.skipped) == (2, 16, 1, 1)
-    for name, _, tensor in run.optimizer.tensors():
-        assert torch.equal(tensor, before[name]), name
+    for name, kinds in kept(run.optimizer).items():
+        assert all(torch.equal(tensor, before[name][kind]) for kind, tensor in kinds.items()), name
     for name, weight in weights.items():
         assert torch.equal(run.model.get_parameter(name), weight), name
     for name, router in run.routers().items():

@@ -29,7 +29,7 @@ from fp8moe.errors import ConfigError, DataError
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from fp8moe.train.checkpoint.pieces import LoadPlanner, Pieces, SavePlanner
-from fp8moe.train.checkpoint.state import STATE_FILE
+from fp8moe.train.checkpoint.state import FORMAT, STATE_FILE
 from fp8moe.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter, write_bytes
 
 # "... in a single process", which is meant. For good: filters within a block are the process's, not the thread's.
@@ -161,7 +161,7 @@ def candidates(resume: str, run_dir: str | Path | None) -> list[Path]:
     if old is not None:
         raise ConfigError(
             f"resume={resume} is a checkpoint of format 2 or earlier, without a {MANIFEST_FILE}, and this version "
-            "reads format 3: use the version that wrote it"
+            f"reads format {FORMAT}: use the version that wrote it"
         )
     raise ConfigError(f"resume={resume} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
 

@@ -1,0 +1,132 @@
+"""Training with sharded optimizer state is the training without it: weights, masters and moments, on every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8moe.layers.linear import QuantizedWeight, main_grad_of
+from fp8moe.model.stage import pass_parameters
+from fp8moe.train.step import train_step
+from tests.parallel.ranks import run_ranks
+from tests.train.runs import built, configured, settled
+
+SETTINGS = ("model.num_layers=4", "batch.sequences=8", "batch.micro_batch=1", "seq_len=16", "run_dir=null")
+DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
+LAYOUTS: list[tuple[int, tuple[str, ...]]] = [  # processes, settings
+    (2, ("parallel.ep=1",)),
+    (4, ("parallel.ep=2",)),
+    (2, DUALPIPE),
+    (4, ("parallel.pp=2", "parallel.schedule=zb1p", "parallel.ep=1")),  # a tied embedding, on two replicas each
+]
+
+
+def trained(settings: list[str], world_size: int, steps: int) -> dict[str, Any]:
+    """This rank's weights and FP8 codes, what its optimizer holds, and losses and norms, after some steps."""
+    run = built(configured(settings, world_size=world_size))
+    reports = [train_step(run) for _ in range(steps)]
+    weights = settled(run)
+    for name, module in run.model.named_modules():
+        if isinstance(module, QuantizedWeight) and module.recipe.fp8:
+            for kind, q in (("rows", module.blocks), ("transposed", module.transposed_blocks)):
+                weights[f"{name}.{kind}"], weights[f"{name}.{kind}.scale"] = q.data.view(torch.uint8), q.scale
+    held = {
+        (name, kind, one.first): tensor.clone()
+        for name, ranges in run.optimizer.held.items()
+        for one in ranges
+        for kind, tensor in one.tensors.items()
+    }
+    return {"weights": weights, "held": held, "numbers": [(r.loss, r.grad_norm) for r in reports]}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
+def test_sharded_is_unsharded(corpus: list[str], precision: str, world_size: int, layout: tuple[str, ...]) -> None:
+    """Sums of two ranks associate in one way only, so they agree to the bit; those of four to rounding."""
+    settings = [*corpus, *SETTINGS, *layout, f"precision={precision}", "optimizer.clip_norm=0.5",
+                "optimizer.eps=1e-4"]  # else AdamW blows the last bit of a small gradient up to a whole step  # fmt: skip
+    whole, sharded = (
+        run_ranks(trained, world_size, [*settings, f"optimizer.sharding={how}"], world_size, 3)
+        for how in ("none", "zero1")
+    )
+    replicas = world_size if layout in (("parallel.ep=2",), DUALPIPE) else 2
+    seen: dict[tuple[str, str], int] = {}
+    for one, other in zip(whole, sharded, strict=True):
+        for (loss, norm), (their_loss, their_norm) in zip(one["numbers"], other["numbers"], strict=True):
+            assert loss == pytest.approx(their_loss, rel=1e-6) and norm == pytest.approx(their_norm, rel=1e-6)
+        for name, weight in one["weights"].items():
+            assert_same(other["weights"][name], weight, name, exact=replicas == 2)
+        for (name, kind, first), values in other["held"].items():
+            expected = one["held"][name, kind, 0][first : first + len(values)]
+            assert_same(values, expected, f"{kind} of {name}", exact=replicas == 2)
+            seen[name, kind] = seen.get((name, kind), 0) + len(values)
+    for (name, kind), count in seen.items():
+        (size,) = {len(one["held"][name, kind, 0]) for one in whole if (name, kind, 0) in one["held"]}
+        shares = 2 if "experts" in name and "parallel.ep=2" in layout else 1
+        copies = 2 if name == "embedding.weight" and "parallel.schedule=zb1p" in layout else 1  # on either end
+        assert count == size * shares * copies, f"{kind} of {name} is held once"
+
+
+def assert_same(ours: Tensor, theirs: Tensor, what: str, *, exact: bool) -> None:
+    if exact:
+        assert torch.equal(ours, theirs), what
+    elif ours.dtype is torch.float32 and "exp_avg" not in what:
+        distance = float((ours - theirs).norm() / theirs.norm())
+        assert distance <= 1e-6, f"{what}: {distance:.1e}"
+
+
+def mirrored(settings: list[str]) -> bool:
+    """Whether this rank's weights are, after every one of 50 steps, those of its mirror image."""
+    run = built(configured(settings, world_size=2))
+    for _ in range(50):
+        train_step(run)
+        flat = torch.cat([weight.flatten().float() for weight in settled(run).values()])
+        both = [torch.empty_like(flat) for _ in range(2)]
+        torch.distributed.all_gather(both, flat)
+        if not torch.equal(*both):
+            return False
+    return True
+
+
+def test_both_ranks_of_a_mirrored_stage_hold_one_stage_for_fifty_steps(corpus: list[str]) -> None:
+    settings = [*corpus, *SETTINGS, *DUALPIPE, "precision=fp8", "batch.sequences=4", "validation.samples=4", "steps=50",
+                "model.num_layers=2"]  # fmt: skip
+    assert run_ranks(mirrored, 2, settings) == [True, True]
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.schedule=dualpipev",), ("parallel.schedule=zb1p",)])
+def test_gradients_are_final_when_they_are_said_to_be(
+    corpus: list[str], layout: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every parameter belongs to a pass, and none changes behind the last weight gradient of all its passes."""
+    run = built(configured(corpus, *SETTINGS, *layout, "precision=bf16"))
+    places = {(s.index, i): fed for s in run.stages for i, fed in enumerate(pass_parameters(run.model, s))}
+    assert {id(p) for fed in places.values() for p in fed} == {id(p) for p in run.model.parameters()}
+    waiting = {
+        p: {place for place, fed in places.items() if any(p is one for one in fed)} for p in run.model.parameters()
+    }
+    final: dict[Any, Tensor] = {}
+
+    class Recorder:
+        def begin(self, schedule: Any) -> None: ...
+        def settle(self) -> None: ...
+        def before_forward(self, stage: int, position: int) -> None: ...
+
+        def after_last_wgrad(self, stage: int, position: int) -> None:
+            for parameter, left in waiting.items():
+                left.discard((stage, position))
+                if not left and parameter not in final:
+                    final[parameter] = main_grad_of(parameter).clone()
+
+        def finish(self) -> Tensor:
+            assert not any(waiting.values())
+            for parameter, grad in final.items():
+                assert grad.any() and torch.equal(grad, main_grad_of(parameter))
+            return torch.zeros((), dtype=torch.float64)
+
+    run.zero = Recorder()  # type: ignore[assignment]
+    train_step(run)
+    assert len(final) == len(waiting)
