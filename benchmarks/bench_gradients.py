@@ -1,14 +1,14 @@
 """Gradients summed beside the backward (ZeRO-1) and, as before it, by an all-reduce at the end of the step.
 
-    benchmarks/two_nodes.sh 200mbit 1 -m benchmarks.bench_gradients --device cpu      two ranks joined by a slow link
-    python -m benchmarks.bench_gradients --device cpu                                 the same over loopback
+    benchmarks/two_nodes.sh 450mbit 1 -m benchmarks.bench_gradients --device cpu    two ranks joined by a slow link
+    python -m benchmarks.bench_gradients --device cpu                               the same over loopback
 
-Both ranks hold the whole model (pp = ep = 1), so all gradients cross the link. Per step: the seconds of the forwards and
-backwards, the seconds that the step waits for gradients behind them, and the bytes counted at the call and, under
+Both ranks hold the whole model (pp = ep = 1), so all gradients cross the link. Per step: the seconds of the forwards
+and backwards, the seconds that the step waits for gradients behind them, and the bytes counted at the call and, under
 `two_nodes.sh`, at the interface, beside their formula. "alone" is the same reduce-scatter with nothing beside it.
 
-At pp = 1 only the last micro-batch's backward can hide a gradient, and what its last pass finishes cannot be hidden: the
-floor is that pass's share of the bytes.
+At pp = 1 only the last micro-batch's backward can hide a gradient, and what its last pass finishes cannot be hidden:
+the floor is that pass's share of the bytes.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def one_step(run: Run) -> Step:
     end = time.perf_counter()
     run.barrier()
     times = (middle - start, stopwatch.read()["backward"] / len(batches), end - middle)
-    slowest = [max(of_rank) for of_rank in zip(*gather(times, run.mesh.world_group), strict=True)]
-    return Step(*slowest, counted=sum(sent_bytes().values()), interface=_interface() - before)
+    passes, one_backward, waited = map(max, zip(*gather(times, run.mesh.world_group), strict=True))
+    return Step(passes, one_backward, waited, counted=sum(sent_bytes().values()), interface=_interface() - before)
 
 
 def _interface() -> int:
@@ -153,8 +153,8 @@ def report_trials(report: Report, shape: str, steps: dict[str, list[Step]], apar
     backward = statistics.median(step.backward for step in steps[ALL_REDUCE])
     report.add("reduction alone", shape, "time", reduction * 1e3, "ms")
     report.add("reduction alone / a micro-batch's backward", shape, "ratio", reduction / backward, "x")
-    waited = [step.waited for step in steps[BESIDE]]
-    hidden = 1 - statistics.median(w / a for w, a in zip(waited, apart, strict=True))
+    exposed = [step.waited / alone for step, alone in zip(steps[BESIDE], apart, strict=True)]
+    hidden = 1 - statistics.median(exposed)
     report.add("reduction hidden", shape, "share", hidden, "of 1")
     report.add("at most hidden: all but the last pass's bytes", shape, "share", 1 - least, "of 1")
 

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
     "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
+    "memory": ("fp8moe.cli.memory", "print the memory of weights and optimizer state on every pipeline rank"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
     "inspect": ("fp8moe.cli.checkpoint:inspect", "print what a checkpoint holds"),
     "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),

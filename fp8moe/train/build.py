@@ -154,15 +154,24 @@ def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:
 def build_model(
     config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
 ) -> Transformer:
-    """The model of this rank's stages, with its initial weights; attention's kernel is chosen, and said, here.
+    """The model of this rank's stages, with its initial weights; attention's kernel is chosen, and said, here."""
+    model = empty_model(config, mesh.pp_rank, stages, dispatcher, device)
+    attention = config.model.attention
+    chosen(attention.backend, attention.heads(config.recipe, masked=config.data.document_mask), device)
+    init_weights(model, config.seed, ep_rank=mesh.ep_rank)
+    return model
+
+
+def empty_model(
+    config: TrainConfig, pp_rank: int, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
+) -> Transformer:
+    """The model of a pipeline rank's stages without weights, on any device.
 
     A rank that holds the MTP module and not the first stage has a copy of the embedding for it.
     """
-    parallel = config.parallel
-    schedule = build_schedule(parallel.schedule, parallel.pp, config.num_microbatches)
-    held = [stages[stage] for stage in sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})]
+    held = [stages[stage] for stage in held_stages(config, pp_rank)]
     with device:
-        model = Transformer(
+        return Transformer(
             config.model,
             config.recipe,
             dispatcher,
@@ -170,18 +179,20 @@ def build_model(
             embedding=any(stage.embedding or stage.mtp for stage in held),
             head=any(stage.head for stage in held),
         )
-    attention = config.model.attention
-    chosen(attention.backend, attention.heads(config.recipe, masked=config.data.document_mask), device)
-    init_weights(model, config.seed, ep_rank=mesh.ep_rank)
-    return model
+
+
+def held_stages(config: TrainConfig, pp_rank: int) -> list[int]:
+    """The stages of a pipeline rank, in order."""
+    parallel = config.parallel
+    schedule = build_schedule(parallel.schedule, parallel.pp, config.num_microbatches)
+    return sorted({stage for _, stage in schedule.held_by(pp_rank)})
 
 
 def make_zero(config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], model: Transformer) -> Zero1 | None:
     """What shards the optimizer's state; None where it is not asked for, and where no parameter has another replica."""
     if config.optimizer.sharding == "none" or mesh.dense_group is None:
         return None
-    schedule = build_schedule(config.parallel.schedule, config.parallel.pp, config.num_microbatches)
-    held = sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})
+    held = held_stages(config, mesh.pp_rank)
     passes = {(s, i): fed for s in held for i, fed in enumerate(pass_parameters(model, stages[s]))}
     return Zero1(
         model.main_grads,

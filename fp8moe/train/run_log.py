@@ -24,6 +24,7 @@ from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
 from fp8moe.train import step_trace
 from fp8moe.train.build import Run
+from fp8moe.train.memory import in_words, measured_bytes
 from fp8moe.train.metrics import MetricsWriter, StepReport
 from fp8moe.train.step_trace import StepFigures
 from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
@@ -68,6 +69,7 @@ class RunLogger:
         self._fp8_shares: tuple[float | None, float | None] = (None, None)
         self._validation: ValidationReport | None = None
         self._print(opening(run))
+        self._print(memory_of_largest_rank(run))
 
     @property
     def num_steps(self) -> int:
@@ -144,6 +146,14 @@ class RunLogger:
         self._display.print(text)
         for line in text.splitlines():
             self._log.info("%s", line)
+
+
+def memory_of_largest_rank(run: Run) -> str:
+    """A line on the rank whose weights, gradients and optimizer state take most. Collective over all ranks."""
+    of_ranks = gather(measured_bytes(run.model, run.optimizer), run.mesh.world_group)
+    rank = max(range(len(of_ranks)), key=lambda i: sum(of_ranks[i].values()))
+    whose = f"rank {rank}, of all the most" if len(of_ranks) > 1 else "this process"
+    return f"memory of {whose}, activations aside: {in_words(of_ranks[rank])}"
 
 
 def opening(run: Run) -> str:

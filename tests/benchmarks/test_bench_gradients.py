@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks.bench_gradients import ALL_REDUCE, BEHIND, BESIDE, Step, report_bytes, report_trials, trials
 from benchmarks.harness import Report
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import SMALL
+from tests.train.runs import SMALL, write_corpus
 
 
-def test_every_kind_of_step_runs_and_sends_what_the_formula_says(corpus: list[str]) -> None:
-    words = [*SMALL, *corpus, "precision=bf16", "parallel.ep=1", "optimizer.sharding=zero1", "run_dir=null"]
+def test_every_kind_of_step_runs_and_sends_what_the_formula_says(tmp_path: Path) -> None:
+    words = [
+        *SMALL,
+        *write_corpus(tmp_path),
+        "precision=bf16",
+        "parallel.ep=1",
+        "optimizer.sharding=zero1",
+        "run_dir=null",
+    ]
     for steps, apart, least, formula in run_ranks(trials, 2, words, 1):
         assert list(steps) == [ALL_REDUCE, BESIDE, BEHIND] and len(apart) == 1 and 0 < least < 1
         assert [step.counted for kind in (BESIDE, BEHIND) for step in steps[kind]] == [formula, formula]

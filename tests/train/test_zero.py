@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp8moe.layers.linear import QuantizedWeight, main_grad_of
 from fp8moe.model.stage import pass_parameters
+from fp8moe.train.memory import expected_bytes, measured_bytes, replicas_of
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured, settled
@@ -48,7 +49,7 @@ def trained(settings: list[str], world_size: int, steps: int) -> dict[str, Any]:
 def test_sharded_is_unsharded(corpus: list[str], precision: str, world_size: int, layout: tuple[str, ...]) -> None:
     """Sums of two ranks associate in one way only, so they agree to the bit; those of four to 1e-6 a step."""
     settings = [*corpus, *SETTINGS, *layout, f"precision={precision}", "optimizer.clip_norm=0.5",
-                "optimizer.eps=1e-4"]  # else AdamW blows the last bit of a small gradient up to a whole step  # fmt: skip
+                "optimizer.eps=1e-4"]  # else AdamW makes a whole step of a small gradient's last bit  # fmt: skip
     whole, sharded = (
         run_ranks(trained, world_size, [*settings, f"optimizer.sharding={how}"], world_size, STEPS)
         for how in ("none", "zero1")
@@ -131,3 +132,24 @@ def test_gradients_are_final_when_they_are_said_to_be(
     run.zero = Recorder()  # type: ignore[assignment]
     train_step(run)
     assert len(final) == len(waiting)
+
+
+def remembered(settings: list[str], world_size: int) -> tuple[dict[str, float], dict[str, int]]:
+    run = built(configured(settings, world_size=world_size))
+    expected = expected_bytes(run.model, run.config.optimizer, replicas_of(run.config))
+    return expected, measured_bytes(run.model, run.optimizer)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize(("world_size", "layout"), [(1, ()), *LAYOUTS])
+def test_memory_is_what_the_formula_says(
+    corpus: list[str], precision: str, world_size: int, layout: tuple[str, ...]
+) -> None:
+    settings = [*corpus, *SETTINGS, *layout, f"precision={precision}"]
+    for expected, measured in (
+        [remembered(settings, 1)] if world_size == 1 else run_ranks(remembered, world_size, settings, world_size)
+    ):
+        assert expected.keys() == measured.keys()
+        for kind, size in expected.items():
+            assert measured[kind] == pytest.approx(size, rel=0.01), kind
+        assert (measured["masters"] == 0) == (precision == "fp32") and measured["moments"] > 0

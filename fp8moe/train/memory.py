@@ -1,0 +1,80 @@
+"""Memory of weights and optimizer state on a rank, by formula and as it is.
+
+    kind          bytes a parameter                                          shared out under ZeRO-1
+    weights       2 (4 in FP32)                                              no
+    FP8 blocks    2, and 8 for each 128x128 block, of weights of FP8 products  no
+    gradients     4                                                          no
+    masters       4 (none in FP32: the weights are they)                     over the replicas of the parameter
+    moments       4 (8 in FP32)                                              over the replicas of the parameter
+
+Activations are `model.memory`'s. Parameters are counted on the model itself, which may be on the meta device: a rank of
+2,048 is computed on a laptop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.layers.linear import QuantizedWeight, is_expert
+from fp8moe.model.transformer import Transformer
+from fp8moe.train.config import TrainConfig
+from fp8moe.train.optimizer import AdamW, OptimizerConfig
+
+KINDS = ("weights", "FP8 blocks", "gradients", "masters", "moments")
+BLOCK = 128
+
+
+def expected_bytes(model: nn.Module, optimizer: OptimizerConfig, replicas: Mapping[bool, int]) -> dict[str, float]:
+    """Bytes of each kind by formula. replicas: ranks that share out a dense (False) and an expert (True) parameter."""
+    total = dict.fromkeys(KINDS, 0.0)
+    moment = torch.bfloat16.itemsize if optimizer.moments == "bf16" else torch.float32.itemsize
+    for parameter in model.parameters():
+        count, shared = parameter.numel(), parameter.numel() / replicas[is_expert(parameter)]
+        total["weights"] += count * parameter.element_size()
+        total["gradients"] += 4 * count
+        total["masters"] += 0 if parameter.dtype is torch.float32 else 4 * shared
+        total["moments"] += 2 * moment * shared
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight) and module.recipe.fp8:
+            *leading, n, k = module.weight.shape
+            blocks = math.prod(leading) * ceil_div(n, BLOCK) * ceil_div(k, BLOCK)
+            total["FP8 blocks"] += 2 * (module.weight.numel() + 4 * blocks)
+    return total
+
+
+def replicas_of(config: TrainConfig) -> dict[bool, int]:
+    """Ranks that share out a dense (False) and an expert (True) parameter's masters and moments."""
+    if config.optimizer.sharding == "none":
+        return {False: 1, True: 1}
+    copies = 2 if config.parallel.schedule == "dualpipe" else 1
+    return {False: config.dp * copies, True: config.dp // config.ep * copies}
+
+
+def measured_bytes(model: Transformer, optimizer: AdamW) -> dict[str, int]:
+    """Bytes of each kind that this rank's tensors have."""
+    total = dict.fromkeys(KINDS, 0)
+    total["weights"] = sum(p.nbytes for p in model.parameters())
+    total["gradients"] = model.main_grads.dense.nbytes + model.main_grads.expert.nbytes
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight) and module.recipe.fp8:
+            for q in (module.blocks, module.transposed_blocks):
+                total["FP8 blocks"] += q.data.nbytes + q.scale.nbytes
+    for ranges in optimizer.held.values():
+        for one in ranges:
+            for kind, tensor in one.tensors.items():
+                if kind != "master":
+                    total["moments"] += tensor.nbytes
+                elif one.parameter.dtype is not torch.float32:
+                    total["masters"] += tensor.nbytes
+    return total
+
+
+def in_words(kinds: Mapping[str, float]) -> str:
+    """'12.30 GB: weights 2.00, gradients 4.00, ...'; kinds without bytes are left out."""
+    parts = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in kinds.items() if size)
+    return f"{sum(kinds.values()) / 1e9:.3g} GB: {parts}"
