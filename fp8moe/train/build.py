@@ -36,11 +36,12 @@ from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.guard import Guard
-from fp8moe.train.optimizer import AdamW
+from fp8moe.train.optimizer import AdamW, Muon, Optimizer
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.provenance import commit, versions
 
 SPARE = 1.2  # of a checkpoint's size must be free at start: the new one exists before an old one goes
+_OPTIMIZERS: dict[str, type[AdamW] | type[Muon]] = {"adamw": AdamW, "muon": Muon}
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +64,7 @@ class Run:
     dispatcher: Dispatcher
     stages: tuple[Stage, ...]
     links: Links
-    optimizer: AdamW
+    optimizer: Optimizer
     guard: Guard
     saver: checkpoint.Saver
     step: int = 0
@@ -84,7 +85,15 @@ class Run:
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
-    chosen = checkpoint.choose(config.resume, run_dir, config.model, mesh, seed=config.seed, seq_len=config.seq_len)
+    chosen = checkpoint.choose(
+        config.resume,
+        run_dir,
+        config.model,
+        mesh,
+        seed=config.seed,
+        seq_len=config.seq_len,
+        optimizer=config.optimizer.kind,
+    )
     data = open_data(
         config.data,
         seq_len=config.seq_len,
@@ -119,7 +128,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=AdamW(model, model.main_grads, config.optimizer),
+        optimizer=_OPTIMIZERS[config.optimizer.kind](model, model.main_grads, config.optimizer),
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
             run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
@@ -225,6 +234,7 @@ def start_checkpoint(run: Run) -> None:
         skipped=run.guard.skipped,
         seed=config.seed,
         seq_len=config.seq_len,
+        optimizer=config.optimizer.kind,
         data=run.identity.as_stored(),
     )
     origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}

@@ -2,3 +2,6 @@
 
 from fp8moe.train.optimizer.adamw import AdamW as AdamW
 from fp8moe.train.optimizer.config import OptimizerConfig as OptimizerConfig
+from fp8moe.train.optimizer.muon import Muon as Muon
+
+Optimizer = AdamW | Muon

@@ -14,8 +14,9 @@ updated by a launch of its own, which writes its blocks too.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class FlatState:
 
     def of(self, parameter: Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(master, gradient, moments) of `parameter`, in its shape."""
-        start = _offset(self.grad, parameter)
+        start = offset(self.grad, parameter)
         values, shape = slice(start, start + parameter.numel()), parameter.shape
         return (
             self.master[values].view(shape),
@@ -69,27 +70,29 @@ class AdamW:
     """Updates the parameters of `model`, which must have been initialised, from their `main_grad` in `main_grads`.
 
     They become views of flat buffers. `updates` counts updates done: the bias correction's step, which a skipped step
-    doesn't advance.
+    doesn't advance. Parameters that are among `others` are another optimizer's.
     """
 
-    def __init__(self, model: nn.Module, main_grads: MainGrads, config: OptimizerConfig) -> None:
+    def __init__(
+        self, model: nn.Module, main_grads: MainGrads, config: OptimizerConfig, *, others: Set[Parameter] = frozenset()
+    ) -> None:
         self.config = config
         self.updates = 0
         self.states: dict[str, ParameterState] = {}
         self._quantized: list[tuple[QuantizedWeight, FlatState]] = []
         self._flats: list[FlatState] = []
+        self._device = main_grads.dense.device
         fp8 = {m.weight: m for m in model.modules() if isinstance(m, QuantizedWeight) and m.recipe.fp8}
         named = {p: name for name, p in model.named_parameters()}
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
-        for grad, expert in ((main_grads.dense, False), (main_grads.expert, True)):
-            parameters = [p for p in named if is_expert(p) is expert]
+        for parameters, grad in runs(model, main_grads, lambda p: p not in others):
             flat = _flat_state(parameters, grad, moments, fp8)
             self._flats.append(flat)
             self._quantized += [(fp8[p], flat) for p in parameters if p in fp8]
             for p in parameters:
                 master, _, exp_avg, exp_avg_sq = flat.of(p)
                 self.states[named[p]] = ParameterState(p, master, exp_avg, exp_avg_sq)
-        self.states = {name: self.states[name] for name in named.values()}
+        self.states = {name: self.states[name] for name in named.values() if name in self.states}
 
     def step(self, lr: float, grad_norm: float) -> None:
         """One update at learning rate `lr`, gradients scaled down to `clip_norm` where `grad_norm` exceeds it.
@@ -98,7 +101,7 @@ class AdamW:
         and one a weight with blocks; nothing waits for the device.
         """
         self.updates += 1
-        c, scale = self.config, min(1.0, self.config.clip_norm / (grad_norm + 1e-6))
+        c, scale = self.config, self.config.grad_scale(grad_norm)
         settings: dict[str, Any] = dict(
             lr=lr,
             beta1=c.beta1,
@@ -106,7 +109,7 @@ class AdamW:
             eps=c.eps,
             weight_decay=c.weight_decay,
             step=self.updates,
-            grad_scale=self._flats[0].master.new_full((), scale),
+            grad_scale=torch.full((), scale, device=self._device),
         )
         for flat in self._flats:
             adamw_step(flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, flat.segments, flat.weight, **settings)
@@ -134,14 +137,40 @@ def _flat_state(
     parameters: Sequence[Parameter], grad: Tensor, moments: torch.dtype, fp8: Container[Parameter]
 ) -> FlatState:
     """The state of `parameters`, whose `main_grad` are views of `grad` in this order, as they are now."""
-    assert sum(p.numel() for p in parameters) == grad.numel(), "main_grads are of another model"
+    master, weight = flat_weights(parameters, grad)
+    starts = ((offset(grad, p), p) for p in parameters if p not in fp8)
+    spans = [(start, start + p.numel(), p.ndim >= 2) for start, p in starts]
+    exp_avg, exp_avg_sq = (torch.zeros_like(grad, dtype=moments) for _ in range(2))
+    return FlatState(grad, master, exp_avg, exp_avg_sq, weight, Segments.of(spans, grad.device))
+
+
+def runs(
+    model: nn.Module, main_grads: MainGrads, wanted: Callable[[Parameter], bool]
+) -> Iterator[tuple[list[Parameter], Tensor]]:
+    """The parameters of `model` that are `wanted`, those that lie side by side together, and their flat gradient."""
+    for grad, expert in ((main_grads.dense, False), (main_grads.expert, True)):
+        parameters, start = [p for p in model.parameters() if is_expert(p) is expert], 0
+        assert sum(p.numel() for p in parameters) == grad.numel(), "main_grads are of another model"
+        for is_wanted, group in groupby(parameters, wanted):
+            run = list(group)
+            stop = start + sum(p.numel() for p in run)
+            if is_wanted:
+                yield run, grad[start:stop]
+            start = stop
+
+
+def flat_weights(parameters: Sequence[Parameter], grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """FP32 masters of `parameters` end to end, as their gradients lie in `grad`, and BF16 weights, None without any.
+
+    Parameters become views of the weights; those in FP32, of the masters.
+    """
     master = torch.empty_like(grad)
     is_rounded = any(p.dtype is torch.bfloat16 for p in parameters)
     weight = torch.empty_like(grad, dtype=torch.bfloat16) if is_rounded else None
-    spans, start = [], 0
+    start = 0
     for p in parameters:
         stop = start + p.numel()
-        assert _offset(grad, p) == start, "main_grads are in another order"
+        assert offset(grad, p) == start, "main_grads are in another order"
         master[start:stop].copy_(p.detach().flatten())
         own = master
         if p.dtype is not torch.float32:
@@ -149,13 +178,11 @@ def _flat_state(
             own = weight
             own[start:stop].copy_(p.detach().flatten())
         p.data = own[start:stop].view(p.shape)
-        if p not in fp8:
-            spans.append((start, stop, p.ndim >= 2))
         start = stop
-    exp_avg, exp_avg_sq = (torch.zeros_like(grad, dtype=moments) for _ in range(2))
-    return FlatState(grad, master, exp_avg, exp_avg_sq, weight, Segments.of(spans, grad.device))
+    return master, weight
 
 
-def _offset(grad: Tensor, parameter: Parameter) -> int:
+def offset(grad: Tensor, parameter: Parameter) -> int:
+    """Values of the flat gradient `grad` before those of `parameter`."""
     main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
     return int(main_grad.storage_offset() - grad.storage_offset())
