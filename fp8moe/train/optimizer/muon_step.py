@@ -2,10 +2,14 @@
 
 Momentum [n, k] is replaced by a matrix with the same singular vectors whose singular values are near 1: five steps of a
 quintic Newton-Schulz iteration in BF16, with `torch.optim.Muon`'s coefficients. Operations, their order and their
-dtypes are that optimizer's, so FP32 momentum gives its bits on a CPU. BF16 momentum is rounded when it is stored; the
-update uses it before. Two things torch's lacks: masters are FP32 beside BF16 weights, and matrices of equal shape are
-multiplied together, each normalised by itself. `torch.vmap` of torch's own iteration was refused: it rounds each
-product to BF16 before it adds, and its results differ by a percent.
+dtypes are that optimizer's. BF16 momentum is rounded when it is stored; the update uses it before. Two things torch's
+lacks: masters are FP32 beside BF16 weights, and on a GPU matrices of equal shape are multiplied together, each
+normalised by itself, since a product of one expert fills half of it. `torch.vmap` of torch's own iteration was refused:
+it rounds each product to BF16 before it adds, and its results differ by a percent.
+
+On a CPU each matrix is multiplied alone: with FP32 momentum it gets torch's bits, and the same ones whatever lies
+beside it in a shard. In a batch a product of 16 x 16 x 16 sums in another order there. On a GPU the library chooses its
+kernel by the size of the batch, and that may do the same.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from fp8moe.train.optimizer.config import Adjust
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7  # least norm that a matrix is divided by
-BATCH_VALUES = 1 << 24  # values that are multiplied together at most, unless one matrix has more
+BATCH_VALUES = 1 << 24  # that a GPU multiplies together at most, unless one matrix has more
 
 
 def muon_step(
@@ -43,30 +47,35 @@ def muon_step(
 
     All are contiguous [n]: master and grad FP32, momentum BF16 or FP32, weight BF16 where there is one; grad is only
     read. Decay is decoupled and before the update. grad_scale: FP32 [] on the same device, multiplied into the
-    gradient; None for one. Temporary memory: at most 14 bytes for each of BATCH_VALUES values, or of the largest
-    matrix. Raises ValueError for other dtypes or layouts, and for a matrix beyond the end.
+    gradient; None for one. Temporary memory: at most 14 bytes for each of `batch_values`, or of the largest matrix
+    (24 where operands are widened). Raises ValueError for other dtypes or layouts, and for a matrix beyond the end.
     """
     matrices = list(matrices)
     _check(master, grad, momentum, weight, matrices)
-    for batch in _batches(matrices):
+    for batch in _batches(matrices, batch_values(master.device)):
         _, _, n, k = batch[0]
         spans = list(_spans(batch))
         directions = torch.empty(len(batch), n, k, dtype=torch.bfloat16, device=master.device)
         for of_batch, values in spans:
-            gradient = grad[values].view(-1, n, k)
-            if grad_scale is not None:
-                gradient = gradient * grad_scale
-            average = momentum[values].view(-1, n, k).float()  # FP32 momentum itself
-            average.lerp_(gradient, 1 - momentum_beta)
-            if momentum.dtype is torch.bfloat16:
-                momentum[values].view(-1, n, k).copy_(average)
-            directions[of_batch] = gradient.lerp(average, momentum_beta) if nesterov else average
+            gradient = grad[values] if grad_scale is None else grad[values] * grad_scale
+            average = _moved(momentum[values], gradient, momentum_beta, nesterov=nesterov)
+            directions[of_batch] = average.view(-1, n, k)
+            del gradient, average  # their memory is the iteration's
         directions = newton_schulz(directions, ns_steps)
         for of_batch, values in spans:
             updated = master[values].view(-1, n, k)
             updated.mul_(1 - lr * weight_decay).add_(directions[of_batch], alpha=-lr * size_factor(n, k, adjust))
             if weight is not None:
                 weight[values].view(-1, n, k).copy_(updated)
+
+
+def _moved(momentum: Tensor, gradient: Tensor, beta: float, *, nesterov: bool) -> Tensor:
+    """Move momentum towards the gradient, in place -> what is orthogonalized, FP32; with FP32 momentum maybe itself."""
+    average = momentum.float()
+    average.lerp_(gradient, 1 - beta)
+    if average is not momentum:
+        momentum.copy_(average)
+    return gradient.lerp(average, beta) if nesterov else average
 
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
@@ -103,13 +112,18 @@ def _sum_and_product(
     return torch.baddbmm(summand.to(wide), left, right, beta=beta, alpha=alpha).to(torch.bfloat16)
 
 
-def _batches(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
-    """Matrices of one shape, in their order, at most BATCH_VALUES values together."""
+def batch_values(device: torch.device) -> int:
+    """Values that are multiplied together at most, unless one matrix has more."""
+    return 1 if device.type == "cpu" else BATCH_VALUES
+
+
+def _batches(matrices: Sequence[Matrix], most: int) -> Iterator[list[Matrix]]:
+    """Matrices of one shape, in their order, at most so many values together."""
     by_shape: dict[tuple[int, int], list[Matrix]] = {}
     for matrix in matrices:
         by_shape.setdefault((matrix.n, matrix.k), []).append(matrix)
     for (n, k), same in by_shape.items():
-        count = max(1, BATCH_VALUES // (n * k))
+        count = max(1, most // (n * k))
         for first in range(0, len(same), count):
             yield same[first : first + count]
 
