@@ -16,8 +16,9 @@ over. `.grad` is always None between steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,19 @@ from fp8moe.layers.recompute import Recallable
 
 
 class QuantizedWeight(nn.Module):
-    """A weight [..., N, K] with, in FP8, its quantized blocks and those of its transposed copy."""
+    """A weight [..., N, K] with, in FP8, its quantized blocks and those of its transposed copy.
+
+    matrix_rows: rows of each of the matrices that were joined to one weight (gate and up: two); None where it is a
+    single one, () for the output head. See `matrices`.
+    """
 
     weight: nn.Parameter
 
-    def __init__(self, shape: tuple[int, ...], recipe: Recipe) -> None:
+    def __init__(self, shape: tuple[int, ...], recipe: Recipe, matrix_rows: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.recipe = recipe
         self.weight = nn.Parameter(torch.empty(shape, dtype=recipe.dtype))
+        self.weight.matrix_rows = shape[-2:-1] if matrix_rows is None else matrix_rows  # type: ignore[attr-defined]
         self._blocks: tuple[Fp8Tensor, Fp8Tensor] | None = None
 
     def quantize(self) -> None:
@@ -67,8 +73,10 @@ class QuantizedWeight(nn.Module):
 class Linear(QuantizedWeight):
     """y = x W^T with x [T, in_features] -> y [T, out_features]; `weight` [out_features, in_features]."""
 
-    def __init__(self, in_features: int, out_features: int, recipe: Recipe) -> None:
-        super().__init__((out_features, in_features), recipe)
+    def __init__(
+        self, in_features: int, out_features: int, recipe: Recipe, *, matrix_rows: tuple[int, ...] | None = None
+    ) -> None:
+        super().__init__((out_features, in_features), recipe, matrix_rows)
 
     def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
         """x: a tensor, cast here, or an activation that was cast before (one cast can feed several Linears)."""
@@ -95,9 +103,14 @@ class Linear(QuantizedWeight):
 _CPU_MULTIPLIES_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether BF16 products are as fast there as they should be; where not, their operands are widened to FP32."""
+    return device.type != "cpu" or _CPU_MULTIPLIES_BF16
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] @ b [K, N] of one dtype, unquantized: FP32 sums, rounded once to that dtype, on any device."""
-    if a.dtype is torch.bfloat16 and a.device.type == "cpu" and not _CPU_MULTIPLIES_BF16:
+    if a.dtype is torch.bfloat16 and not multiplies_bf16(a.device):
         return (a.float() @ b.float()).to(a.dtype)
     return a @ b
 
@@ -175,6 +188,40 @@ def main_grad_of(parameter: Parameter) -> Tensor:
     """The FP32 gradient that `attach_main_grads` gave a parameter, in its shape."""
     main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
     return main_grad
+
+
+class Matrix(NamedTuple):
+    """A matrix [n, k] within a flat buffer: its values are [start, stop), row by row."""
+
+    start: int
+    stop: int
+    n: int
+    k: int
+
+    def shifted(self, by: int) -> Matrix:
+        """The same matrix in a buffer in which it starts `by` values later."""
+        return self._replace(start=self.start + by, stop=self.stop + by)
+
+
+def matrices(parameter: Tensor) -> list[Matrix]:
+    """The matrices that `parameter` [..., N, K] is made of, in flat values of it, ascending and without gaps.
+
+    Each expert has its own, and each of the Linears whose weights were joined to one (gate and up, both down
+    projections of attention); heads of attention are not apart. They are what Muon orthogonalizes, so a shard must hold
+    whole ones. [] for what is not the matrix of a hidden layer: embedding, output head, norms and the router's gate.
+    Layers say so by `matrix_rows` of their weight, the rows of each matrix. Raises ValueError where these are not all.
+    """
+    rows: tuple[int, ...] = getattr(parameter, "matrix_rows", ())
+    if not rows:
+        return []
+    *leading, n, k = parameter.shape
+    if sum(rows) != n:
+        raise ValueError(f"matrix_rows={rows} have {sum(rows)} rows and the weight {list(parameter.shape)} has {n}")
+    found: list[Matrix] = []
+    for height in rows * math.prod(leading):
+        start = found[-1].stop if found else 0
+        found.append(Matrix(start, start + height * k, height, k))
+    return found
 
 
 def _move_grad(parameter: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.gate_up = Linear(dim, 2 * hidden, recipe)
+        self.gate_up = Linear(dim, 2 * hidden, recipe, matrix_rows=(hidden, hidden))
         self.down = Linear(hidden, dim, recipe)
 
     def cast(self, x_TD: Tensor | Recallable) -> Activation:

@@ -105,7 +105,7 @@ class Experts(nn.Module):
     def __init__(self, num_local_experts: int, dim: int, hidden: int, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.gate_up = GroupedLinear(num_local_experts, dim, 2 * hidden, recipe)
+        self.gate_up = GroupedLinear(num_local_experts, dim, 2 * hidden, recipe, matrix_rows=(hidden, hidden))
         self.down = GroupedLinear(num_local_experts, hidden, dim, recipe)
 
     def forward(self, received: Received) -> Tensor:
@@ -124,8 +124,16 @@ class Experts(nn.Module):
 class GroupedLinear(QuantizedWeight):
     """`weight` [e, out_features, in_features] of the e experts this rank holds."""
 
-    def __init__(self, num_local_experts: int, in_features: int, out_features: int, recipe: Recipe) -> None:
-        super().__init__((num_local_experts, out_features, in_features), recipe)
+    def __init__(
+        self,
+        num_local_experts: int,
+        in_features: int,
+        out_features: int,
+        recipe: Recipe,
+        *,
+        matrix_rows: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__((num_local_experts, out_features, in_features), recipe, matrix_rows)
         self.weight.is_expert = True  # type: ignore[attr-defined]
 
     def at(self, group_offsets: Tensor) -> GroupedProducts:

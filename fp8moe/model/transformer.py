@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(c.vocab_size, c.dim, recipe) if embedding else None
         self.blocks = nn.ModuleDict({str(i): Block(c, i, recipe, dispatcher) for i in numbers})
         self.norm = RMSNorm(c.dim, recipe, eps=c.norm_eps) if head else None
-        self.head = Linear(c.dim, c.vocab_size, recipe.unquantized) if head else None
+        self.head = Linear(c.dim, c.vocab_size, recipe.unquantized, matrix_rows=()) if head else None
         self.mtp = Mtp(c, recipe, dispatcher) if c.mtp_depth and embedding and head else None
         self.main_grads = attach_main_grads(self)
 

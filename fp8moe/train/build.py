@@ -39,7 +39,7 @@ from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.guard import Guard
-from fp8moe.train.optimizer import AdamW
+from fp8moe.train.optimizer import Optimizer, whole_matrices
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.provenance import commit, versions
 
@@ -67,7 +67,7 @@ class Run:
     dispatcher: Dispatcher
     stages: tuple[Stage, ...]
     links: Links
-    optimizer: AdamW
+    optimizer: Optimizer
     zero: Zero1 | None
     guard: Guard
     saver: checkpoint.Saver
@@ -89,7 +89,15 @@ class Run:
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
-    chosen = checkpoint.choose(config.resume, run_dir, config.model, mesh, seed=config.seed, seq_len=config.seq_len)
+    chosen = checkpoint.choose(
+        config.resume,
+        run_dir,
+        config.model,
+        mesh,
+        seed=config.seed,
+        seq_len=config.seq_len,
+        optimizer=config.optimizer.kind,
+    )
     data = open_data(
         config.data,
         seq_len=config.seq_len,
@@ -125,7 +133,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=AdamW(model, model.main_grads, config.optimizer, zero),
+        optimizer=Optimizer(model, model.main_grads, config.optimizer, zero),
         zero=zero,
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
@@ -200,6 +208,7 @@ def make_zero(config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], model:
         mesh,
         passes,
         quantized={m.weight: m for m in model.modules() if isinstance(m, QuantizedWeight)},
+        matrices=whole_matrices(config.optimizer),
         tied=None if mesh.tie_group is None else tied_embedding(model),
     )
 
@@ -268,6 +277,7 @@ def start_checkpoint(run: Run) -> None:
         skipped=run.guard.skipped,
         seed=config.seed,
         seq_len=config.seq_len,
+        optimizer=config.optimizer.kind,
         data=run.identity.as_stored(),
     )
     origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}

@@ -207,7 +207,12 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
 
 def _check_resume(config: TrainConfig) -> None:
     readable = checkpoint.readable_state(
-        config.resume, config.run_dir, config.model, seed=config.seed, seq_len=config.seq_len
+        config.resume,
+        config.run_dir,
+        config.model,
+        seed=config.seed,
+        seq_len=config.seq_len,
+        optimizer=config.optimizer.kind,
     )
     if readable is None:
         return

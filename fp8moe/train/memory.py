@@ -5,7 +5,7 @@
     FP8 blocks    2, and 8 for each 128x128 block, of weights of FP8 products  no
     gradients     4                                                          no
     masters       4 (none in FP32: the weights are they)                     over the replicas of the parameter
-    moments       4 (8 in FP32)                                              over the replicas of the parameter
+    moments       4 (8 in FP32); Muon's momentum 2 (4)                       over the replicas of the parameter
 
 Activations are `model.memory`'s. Parameters are counted on the model itself, which may be on the meta device: a rank of
 2,048 is computed on a laptop.
@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from fp8moe.kernels.fp8 import ceil_div
-from fp8moe.layers.linear import QuantizedWeight, is_expert
+from fp8moe.layers.linear import QuantizedWeight, is_expert, matrices
 from fp8moe.model.transformer import Transformer
 from fp8moe.train.config import TrainConfig
-from fp8moe.train.optimizer import AdamW, OptimizerConfig
+from fp8moe.train.optimizer import Optimizer, OptimizerConfig
 
 KINDS = ("weights", "FP8 blocks", "gradients", "masters", "moments")
 BLOCK = 128
@@ -38,7 +38,7 @@ def expected_bytes(model: nn.Module, optimizer: OptimizerConfig, replicas: Mappi
         total["weights"] += count * parameter.element_size()
         total["gradients"] += 4 * count
         total["masters"] += 0 if parameter.dtype is torch.float32 else 4 * shared
-        total["moments"] += 2 * moment * shared
+        total["moments"] += (1 if optimizer.kind == "muon" and matrices(parameter) else 2) * moment * shared
     for module in model.modules():
         if isinstance(module, QuantizedWeight) and module.recipe.fp8:
             *leading, n, k = module.weight.shape
@@ -55,7 +55,7 @@ def replicas_of(config: TrainConfig) -> dict[bool, int]:
     return {False: config.dp * copies, True: config.dp // config.ep * copies}
 
 
-def measured_bytes(model: Transformer, optimizer: AdamW) -> dict[str, int]:
+def measured_bytes(model: Transformer, optimizer: Optimizer) -> dict[str, int]:
     """Bytes of each kind that this rank's tensors have."""
     total = dict.fromkeys(KINDS, 0)
     total["weights"] = sum(p.nbytes for p in model.parameters())

@@ -31,7 +31,7 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.overlap import deferred_wgrads, run_backward, run_forward, run_wgrads
 from fp8moe.profile.spans import listening
 from fp8moe.train.lr import LearningRateConfig, Segment
-from fp8moe.train.optimizer import AdamW, OptimizerConfig
+from fp8moe.train.optimizer import Optimizer, OptimizerConfig
 from tests.fake_cuda.launching import on_fake_hopper
 from tests.fake_cuda.recorder import Recorder
 from tests.fake_cuda.trace import Trace
@@ -117,7 +117,7 @@ def trace_step(precision: str, tokens: int) -> Trace:
         model.train()
         run_passes(recorder, model, tokens)
         rates = LearningRateConfig(peak=1e-4, phases=(Segment("constant", 1.0, 1.0),))
-        optimizer = AdamW(model, model.main_grads, OptimizerConfig(rates))
+        optimizer = Optimizer(model, model.main_grads, OptimizerConfig(rates))
         with recorder.in_phase("norm"):
             norm = global_grad_norm(model.main_grads, Mesh(1, 1, 1, rank=0))
         with recorder.in_phase("optimizer"):

@@ -14,7 +14,7 @@ from fp8moe.layers.linear import Linear, QuantizedWeight, attach_main_grads, qua
 from fp8moe.layers.moe import GroupedLinear
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.train.lr import LearningRateConfig, Segment
-from fp8moe.train.optimizer import AdamW, OptimizerConfig
+from fp8moe.train.optimizer import Optimizer, OptimizerConfig
 from tests.train.runs import kept
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -31,8 +31,8 @@ def parameters(dtype: torch.dtype) -> nn.ParameterDict:
     return made
 
 
-def optimizer_of(model: nn.Module, config: OptimizerConfig = CONFIG) -> AdamW:
-    return AdamW(model, attach_main_grads(model), config)
+def optimizer_of(model: nn.Module, config: OptimizerConfig = CONFIG) -> Optimizer:
+    return Optimizer(model, attach_main_grads(model), config)
 
 
 def set_grads(model: nn.Module, seed: int) -> None:
@@ -120,7 +120,7 @@ def test_main_grads_of_another_model_are_refused() -> None:
     attach_main_grads(ours)
     del other["matrix"]
     with pytest.raises(AssertionError, match="of another model"):
-        AdamW(ours, attach_main_grads(other), CONFIG)
+        Optimizer(ours, attach_main_grads(other), CONFIG)
 
 
 class Quantized(nn.Module):

@@ -81,7 +81,12 @@ def told(run_dir: Path) -> list[tuple[float, ...]]:
 DUALPIPE_EP2 = ("parallel.schedule=dualpipe", "parallel.pp=2", "parallel.ep=2", "batch.micro_batch=1", "precision=bf16")
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(1, ()), (2, ()), (4, DUALPIPE_EP2)])
+MUON = ("optimizer=muon",)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [(1, ()), (1, MUON), (2, ()), (4, DUALPIPE_EP2), (4, (*DUALPIPE_EP2, *MUON))]
+)
 def test_resuming_changes_no_bit(corpus: list[str], tmp_path: Path, world_size: int, layout: tuple[str, ...]) -> None:
     settings = [*corpus, *SAVING, *layout]
     whole = on_ranks([*settings, f"run_dir={tmp_path / 'whole'}"], world_size)
@@ -116,8 +121,9 @@ def test_every_number_of_the_state_comes_back(corpus: list[str], tmp_path: Path)
         assert torch.equal(parameter, kept(resumed.optimizer)[name]["master"].to(parameter.dtype)), name
 
 
-def test_any_layout_resumes_any_other(corpus: list[str], tmp_path: Path) -> None:
-    settings = [*corpus, *SAVING, "precision=fp32"]
+@pytest.mark.parametrize("optimizer", [(), MUON])
+def test_any_layout_resumes_any_other(corpus: list[str], tmp_path: Path, optimizer: tuple[str, ...]) -> None:
+    settings = [*corpus, *SAVING, "precision=fp32", *optimizer]
     saved = on_ranks([*settings, f"run_dir={tmp_path / 'ep2'}", "parallel.ep=2"], 4)
     path = tmp_path / "ep2" / "checkpoints" / "step-4"
     alone = joined([stored(built(configured([*settings, f"resume={path}", "steps=9"])))])
@@ -170,6 +176,9 @@ def test_what_can_not_be_resumed_is_said_before_anything_is_read(corpus: list[st
         configured([*resume, "model.dim=96", "model.router.topk=1"])
     with pytest.raises(ConfigError, match="seed=0 and this run has seed=1: use 0"):
         configured([*resume, "seed=1"])
+    another = "step-1 was trained with optimizer.kind=adamw and this run has optimizer.kind=muon: use adamw"
+    with pytest.raises(ConfigError, match=another):
+        configured([*resume, *MUON])
 
 
 def damage(path: Path) -> None:

@@ -145,7 +145,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         c = self.config = config
         self.recipe = recipe
-        self.qkv_a = Linear(dim, (c.q_lora_rank or c.queries) + c.kv_lora_rank + c.rope_dim, recipe)
+        rows = (c.q_lora_rank or c.queries, c.kv_lora_rank + c.rope_dim)
+        self.qkv_a = Linear(dim, sum(rows), recipe, matrix_rows=rows)
         self.q_norm = RMSNorm(c.q_lora_rank, recipe, eps=norm_eps, feeds=Feeds.LINEAR) if c.q_lora_rank else None
         self.q_b = Linear(c.q_lora_rank, c.queries, recipe) if c.q_lora_rank else None
         self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=norm_eps, feeds=Feeds.LINEAR)

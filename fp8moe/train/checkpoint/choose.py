@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose(
-    resume: str, run_dir: Path, model: ModelConfig, mesh: Mesh, *, seed: int, seq_len: int
+    resume: str, run_dir: Path, model: ModelConfig, mesh: Mesh, *, seed: int, seq_len: int, optimizer: str
 ) -> tuple[Path, RunState] | None:
     """The checkpoint that `resume` means and its numbers; None for a run from step 0. Collective over all ranks.
 
@@ -33,7 +33,7 @@ def choose(
             one for of_rank in gather(problems(path, mesh.rank, mesh.world_size), mesh.world_group) for one in of_rank
         ]
         if not wrong:
-            return path, read_state(path, model, seed=seed, seq_len=seq_len)
+            return path, read_state(path, model, seed=seed, seq_len=seq_len, optimizer=optimizer)
         damaged.append(f"{path}: {wrong[0]}")
         logger.warning("damaged checkpoint %s", damaged[-1])
         if mesh.rank == 0:
@@ -47,13 +47,13 @@ def choose(
 
 
 def readable_state(
-    resume: str, run_dir: str | None, model: ModelConfig, *, seed: int, seq_len: int
+    resume: str, run_dir: str | None, model: ModelConfig, *, seed: int, seq_len: int, optimizer: str
 ) -> tuple[Path, RunState] | None:
     """The same before there are processes, by what can be read of the numbers alone; the bytes are verified later."""
     failed: DataError | None = None
     for path in candidates(resume, run_dir):
         try:
-            return path, read_state(path, model, seed=seed, seq_len=seq_len)
+            return path, read_state(path, model, seed=seed, seq_len=seq_len, optimizer=optimizer)
         except DataError as error:
             failed = failed or error
     if failed is not None:

@@ -1,7 +1,7 @@
 """state.json: the numbers of a checkpoint, what wrote it, and whether a run may go on from it.
 
-What would make the resumed run another run (model, seed, seq_len) is compared before a tensor is read and refused in
-one sentence.
+What would make the resumed run another run (model, seed, seq_len, optimizer) is compared before a tensor is read and
+refused in one sentence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FREE_FIELDS = {
 class RunState:
     """Numbers of a checkpoint: steps and updates done, samples consumed, steps skipped, the run's seed and seq_len.
 
-    data: the identity of its data (`data.identity`); None in checkpoints that were written without.
+    data: the identity of its data (`data.identity`); None in checkpoints that were written without. optimizer: whose
+    state it holds.
     """
 
     step: int
@@ -39,6 +40,7 @@ class RunState:
     seed: int
     seq_len: int
     data: dict[str, Any] | None = None
+    optimizer: str = "adamw"
 
 
 def state_text(state: RunState, model: ModelConfig, origin: Mapping[str, Any]) -> str:
@@ -47,8 +49,13 @@ def state_text(state: RunState, model: ModelConfig, origin: Mapping[str, Any]) -
     return json.dumps({"format": FORMAT, **asdict(state), "model": asdict(model), **origin}, indent=1) + "\n"
 
 
-def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> RunState:
-    """Numbers of the checkpoint at `path`. Raises ConfigError unless its format, model, seed and seq_len are these."""
+def read_state(
+    path: Path, model: ModelConfig, *, seed: int, seq_len: int, optimizer: str = RunState.optimizer
+) -> RunState:
+    """Numbers of the checkpoint at `path`.
+
+    Raises ConfigError unless its format is this one, and its model, seed, seq_len and optimizer are these.
+    """
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _check_format(path, content["format"])
@@ -65,7 +72,11 @@ def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> Ru
         raise ConfigError(
             f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
         )
-    for name, here, there in (("seed", seed, state.seed), ("seq_len", seq_len, state.seq_len)):
+    for name, here, there in (
+        ("seed", seed, state.seed),
+        ("seq_len", seq_len, state.seq_len),
+        ("optimizer.kind", optimizer, state.optimizer),
+    ):
         if here != there:
             raise ConfigError(f"{path} was trained with {name}={there} and this run has {name}={here}: use {there}")
     return state

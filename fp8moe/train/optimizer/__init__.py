@@ -1,4 +1,5 @@
 """Optimizers: what updates the weights from their gradients, and the state that it keeps."""
 
-from fp8moe.train.optimizer.adamw import AdamW as AdamW
 from fp8moe.train.optimizer.config import OptimizerConfig as OptimizerConfig
+from fp8moe.train.optimizer.flat import Optimizer as Optimizer
+from fp8moe.train.optimizer.flat import whole_matrices as whole_matrices

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ from torch.nn import Parameter
 
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.parallel.buckets import Span
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When an update happens: its learning rate, its number from 1, FP32 [] that gradients are multiplied by."""
+
+    lr: float
+    update: int
+    grad_scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,23 @@ class Shard:
         for span in self.spans:
             values = slice(span.start - self.start, span.stop - self.start)
             yield Held(span.parameter, span.first, {kind: flat[values] for kind, flat in kinds.items()})
+
+    def runs(self, key: Callable[[Parameter], bool]) -> Iterator[tuple[Shard, bool]]:
+        """The shard cut where `key` of neighbouring parameters differs, with its value."""
+        for value, spans in groupby(self.spans, lambda span: key(span.parameter)):
+            run = tuple(spans)
+            here = slice(run[0].start - self.start, run[-1].stop - self.start)
+            weight = None if self.weight is None else self.weight[here]
+            yield Shard(run, run[0].start, self.grad[here], self.master[here], weight), value
+
+    def write(self) -> None:
+        """Round the masters into the weights; FP32 parameters are views of them."""
+        if self.weight is None:
+            return
+        for span in self.spans:
+            if span.parameter.dtype is not torch.float32:
+                values = slice(span.start - self.start, span.stop - self.start)
+                self.weight[values].copy_(self.master[values])
 
     def of(self, parameter: Parameter, flat: Tensor) -> Tensor:
         """The values of a whole `parameter` in a flat buffer of this shard, in its shape."""
