@@ -4,8 +4,8 @@ Momentum [n, k] is replaced by a matrix with the same singular vectors whose sin
 quintic Newton-Schulz iteration in BF16, with `torch.optim.Muon`'s coefficients. Operations, their order and their
 dtypes are that optimizer's. BF16 momentum is rounded when it is stored; the update uses it before. Two things torch's
 lacks: masters are FP32 beside BF16 weights, and on a GPU matrices of equal shape are multiplied together, each
-normalised by itself, since a product of one expert fills half of it. `torch.vmap` of torch's own iteration was refused:
-it rounds each product to BF16 before it adds, and its results differ by a percent.
+normalised by itself: a small expert's product has fewer tiles than the GPU has SMs. `torch.vmap` of torch's own
+iteration was refused: it rounds each product to BF16 before it adds, and its results differ by a percent.
 
 On a CPU each matrix is multiplied alone: with FP32 momentum it gets torch's bits, and the same ones whatever lies
 beside it in a shard. In a batch a product of 16 x 16 x 16 sums in another order there. On a GPU the library chooses its
