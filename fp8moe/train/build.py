@@ -36,7 +36,7 @@ from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.guard import Guard
-from fp8moe.train.optimizer import AdamW
+from fp8moe.train.optimizer import AdamW, DeepSpeedAdamW
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.provenance import commit, versions
 
@@ -63,7 +63,7 @@ class Run:
     dispatcher: Dispatcher
     stages: tuple[Stage, ...]
     links: Links
-    optimizer: AdamW
+    optimizer: AdamW | DeepSpeedAdamW
     guard: Guard
     saver: checkpoint.Saver
     step: int = 0
@@ -119,7 +119,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=AdamW(model, model.main_grads, config.optimizer),
+        optimizer=_make_optimizer(config, model, mesh),
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
             run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
@@ -169,6 +169,13 @@ def build_model(
     return model
 
 
+def _make_optimizer(config: TrainConfig, model: Transformer, mesh: Mesh) -> AdamW | DeepSpeedAdamW:
+    """The optimizer that `optimizer.sharding` names. Collective over all ranks."""
+    if config.optimizer.sharding == "deepspeed":
+        return DeepSpeedAdamW(model, model.main_grads, config.optimizer, mesh)
+    return AdamW(model, model.main_grads, config.optimizer)
+
+
 def tied_embedding(run: Run) -> Tensor | None:
     """The embedding's `main_grad` where two pipeline ranks hold a copy each, on those two; None elsewhere."""
     if run.mesh.tie_group is None:
@@ -185,7 +192,10 @@ def state_tensors(run: Run, held: Callable[[Tensor], Tensor] = lambda tensor: te
 
 
 def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
-    checkpoint.load(path, state_tensors(run), run.mesh.world_group)
+    tensors = state_tensors(run)
+    checkpoint.load(path, tensors, run.mesh.world_group)
+    if isinstance(run.optimizer, DeepSpeedAdamW):  # its tensors are copies
+        run.optimizer.load(tensors)
     run.optimizer.updates = state.updates
     run.optimizer.write_parameters()
     quantize_weights(run.model)

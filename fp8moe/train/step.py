@@ -45,6 +45,7 @@ from fp8moe.train.batch import global_batch, microbatches_of, to_device
 from fp8moe.train.build import Run, tied_embedding
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
+from fp8moe.train.optimizer import DeepSpeedAdamW
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,10 @@ def reduce(run: Run) -> float:
     The norm is read on the host here, because the guard decides by it; the update itself waits for nothing.
     """
     main_grads, mesh, tied = run.model.main_grads, run.mesh, tied_embedding(run)
-    reduce_gradients(main_grads, mesh, tied)
     reduce_counts(run.model, mesh)
+    if isinstance(run.optimizer, DeepSpeedAdamW):
+        return run.optimizer.reduce()
+    reduce_gradients(main_grads, mesh, tied)
     return global_grad_norm(main_grads, mesh, copy=tied if mesh.pp_rank > 0 else None)
 
 

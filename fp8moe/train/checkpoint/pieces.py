@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fp8moe.layers.linear import is_expert
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.train.optimizer import AdamW
+from fp8moe.train.optimizer import AdamW, DeepSpeedAdamW
 
 
 def run_tensors(
-    optimizer: AdamW,
+    optimizer: AdamW | DeepSpeedAdamW,
     biases: Mapping[str, Tensor],
     loads: Mapping[str, Tensor],
     mesh: Mesh,

@@ -2,3 +2,5 @@
 
 from fp8moe.train.optimizer.adamw import AdamW as AdamW
 from fp8moe.train.optimizer.config import OptimizerConfig as OptimizerConfig
+from fp8moe.train.optimizer.deepspeed import DeepSpeedAdamW as DeepSpeedAdamW
+from fp8moe.train.optimizer.deepspeed import check_deepspeed as check_deepspeed

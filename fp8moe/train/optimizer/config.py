@@ -12,7 +12,8 @@ from fp8moe.train.lr import LearningRateConfig
 class OptimizerConfig:
     """AdamW's constants, and `schedule`: the learning rate along the run.
 
-    clip_norm: bound of the global gradient norm. moments: dtype of both moments.
+    clip_norm: bound of the global gradient norm. moments: dtype of both moments. sharding: how masters and moments are
+    cut over the ranks with the same parameters.
     """
 
     schedule: LearningRateConfig
@@ -22,8 +23,14 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    sharding: Literal["auto", "none", "zero1", "deepspeed"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.sharding == "deepspeed" and self.moments != "fp32":
+            raise ValueError(
+                f"optimizer.sharding=deepspeed keeps FP32 moments and optimizer.moments={self.moments}: use "
+                "optimizer.moments=fp32, or optimizer.sharding=auto"
+            )
         if self.weight_decay < 0.0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be at least 0: use 0 for none")
         for name in ("beta1", "beta2"):

@@ -1,0 +1,222 @@
+"""DeepSpeed's ZeRO-1 beside the project's AdamW, step by step on real processes; what it can't do is refused.
+
+The comparisons need the package: python -m pip install -e ".[deepspeed]", then pytest of this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fp8moe.errors import ConfigError
+from fp8moe.layers.linear import attach_main_grads, is_expert
+from fp8moe.parallel.mesh import build_mesh
+from fp8moe.train.build import save_checkpoint, state_tensors
+from fp8moe.train.lr import LearningRateConfig, Segment
+from fp8moe.train.optimizer import DeepSpeedAdamW, OptimizerConfig
+from fp8moe.train.optimizer import deepspeed as adapter
+from fp8moe.train.step import train_step
+from tests.parallel.ranks import run_ranks
+from tests.train.runs import built, configured
+
+CONFIG = OptimizerConfig(LearningRateConfig(1.0, (Segment("constant", 1.0, 1.0),)), moments="fp32", clip_norm=1e9)
+SETTINGS = ("optimizer.moments=fp32", "checkpoint.background=false")
+DEEPSPEED = "optimizer.sharding=deepspeed"
+INSTALLED = importlib.util.find_spec("deepspeed") is not None
+
+
+@pytest.fixture
+def package() -> Iterator[None]:
+    """DeepSpeed, imported once before ranks are forked; the test is skipped without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        pytest.importorskip("deepspeed", reason='deepspeed is not installed: pip install "fp8moe[deepspeed]" runs this')
+        yield
+
+
+Trained = tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, Tensor]]
+
+
+def train(settings: list[str], world_size: int, steps: int) -> Trained:
+    """(loss, gradient norm) of every step, then masters and moments after the first step and after the last."""
+    run = built(configured(settings, world_size=world_size))
+    reports = [train_step(run)]
+    first = local(state_tensors(run))
+    reports += [train_step(run) for _ in range(steps - 1)]
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    for name, parameter in run.model.named_parameters():  # what forward reads is the master rounded
+        assert torch.equal(parameter.detach(), local(state_tensors(run))[f"master.{name}"].to(parameter.dtype)), name
+    return [(r.loss, r.grad_norm) for r in reports], first, local(state_tensors(run))
+
+
+def local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: getattr(tensor, "_local_tensor", tensor).clone() for name, tensor in tensors.items()}
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest relative L2 distance of two ranks' tensors of one name."""
+    assert ours.keys() == theirs.keys()
+    pairs = [(ours[name].double(), theirs[name].double()) for name in ours]
+    return max(float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in pairs)
+
+
+# Clipped at every step or at none; fp8 and bf16 have BF16 weights and FP32 gradients.
+@pytest.mark.parametrize(
+    ("precision", "ep", "clip_norm", "bound"),
+    [("fp32", 1, 0.5, 1e-6), ("fp32", 2, 100.0, 1e-6), ("bf16", 2, 0.5, 2e-3), ("fp8", 1, 100.0, 2e-2)],
+)
+def test_training_equals_the_unsharded_optimizer(
+    package: None, corpus: list[str], precision: str, ep: int, clip_norm: float, bound: float
+) -> None:
+    settings = [*corpus, *SETTINGS, f"precision={precision}", f"parallel.ep={ep}", f"optimizer.clip_norm={clip_norm}"]
+    ours = run_ranks(train, 2, settings, 2, 6)
+    theirs = run_ranks(train, 2, [*settings, DEEPSPEED], 2, 6)
+    for (numbers, first, last), (their_numbers, their_first, their_last) in zip(ours, theirs, strict=True):
+        assert all((norm > clip_norm) == (clip_norm < 1.0) for _, norm in numbers)
+        # Until weights are first rounded to BF16, every sum is FP32 in any precision.
+        assert their_numbers[0] == pytest.approx(numbers[0], rel=1e-6)
+        assert distance(first, their_first) < 1e-6
+        for step, their_step in zip(numbers, their_numbers, strict=True):
+            assert their_step == pytest.approx(step, rel=bound)
+        masters = {name: tensor for name, tensor in last.items() if name.startswith("master.")}
+        assert distance(masters, {name: their_last[name] for name in masters}) < bound
+
+
+def toy(dtype: torch.dtype) -> nn.ParameterDict:
+    """A matrix, an expert's and a norm, of odd sizes, the expert in between."""
+    generator = torch.Generator().manual_seed(0)
+    made = nn.ParameterDict()
+    for name, shape in (("matrix", (8, 17)), ("experts", (2, 4, 8)), ("norm", (15,)), ("head", (3, 5))):
+        made[name] = Parameter(torch.randn(shape, generator=generator).to(dtype))
+    made["experts"].is_expert = True  # type: ignore[attr-defined]
+    return made
+
+
+def update_toy(dtype: torch.dtype, world_size: int, ep: int, clip_norm: float, bucket: int) -> dict[str, Any]:
+    """Three updates of the toy, a step that is not finite and left out in between; what an oracle needs to follow."""
+    adapter.BUCKET = bucket
+    mesh = build_mesh(1, world_size, ep, timeout=timedelta(seconds=60))
+    model = toy(dtype)
+    optimizer = DeepSpeedAdamW(model, attach_main_grads(model), dataclasses.replace(CONFIG, clip_norm=clip_norm), mesh)
+    norms, grads = [], []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(10 * step + mesh.rank)
+        for parameter in model.values():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))  # type: ignore[operator]
+        grads.append({name: p.main_grad.clone() for name, p in model.items()})  # type: ignore[operator]
+        if step == 1 and mesh.rank == 1:
+            model["experts"].main_grad[0, 0, 0] = math.nan  # type: ignore[index]
+        norms.append(optimizer.reduce())
+        if step != 1:
+            optimizer.step(1e-2, norms[-1])
+    weights = {name: p.detach().clone() for name, p in model.items()}
+    state = {name: tensor for name, _, tensor in optimizer.tensors()}
+    return {"norms": norms, "grads": grads, "weights": weights, "state": state, "updates": optimizer.updates}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep", "dtype", "clip_norm", "bucket"),
+    [(2, 2, torch.bfloat16, 1e9, 1 << 20), (3, 1, torch.float32, 3.0, 50), (4, 2, torch.bfloat16, 3.0, 1 << 20)],
+)
+def test_update_equals_torch_on_summed_gradients(
+    package: None, world_size: int, ep: int, dtype: torch.dtype, clip_norm: float, bucket: int
+) -> None:
+    ranks = run_ranks(update_toy, world_size, dtype, world_size, ep, clip_norm, bucket)
+    kinds = toy(dtype)
+    for rank, found in enumerate(ranks):
+        oracle = {name: Parameter(p.detach().double()) for name, p in kinds.items()}
+        adamw = torch.optim.AdamW(
+            [{"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0.0} for p in oracle.values()],
+            lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
+        )  # fmt: skip
+        for step in range(4):
+            sums = []
+            for its_ep in range(ep):  # what each ep rank's replicas sum to; dense parameters are the same on all
+                same = [r for r in range(world_size) if r % ep == its_ep]
+                sums.append(
+                    {
+                        name: sum(
+                            ranks[r]["grads"][step][name].double()
+                            for r in (same if is_expert(p) else range(world_size))
+                        )
+                        for name, p in kinds.items()
+                    }
+                )
+            if step == 1:
+                assert math.isnan(found["norms"][step])
+                continue
+            squared = sum(g.square().sum() for name, g in sums[0].items() if not is_expert(kinds[name]))
+            norm = float((squared + sum(of["experts"].square().sum() for of in sums)) ** 0.5)
+            assert found["norms"][step] == pytest.approx(norm, rel=1e-6)
+            for name, parameter in oracle.items():
+                parameter.grad = sums[rank % ep][name] * min(1.0, clip_norm / norm)
+            adamw.step()
+        assert found["updates"] == 3
+        for name, parameter in oracle.items():
+            master, state = found["state"][f"master.{name}"], adamw.state[parameter]
+            assert torch.allclose(master.double(), parameter, atol=1e-6), name
+            assert torch.equal(found["weights"][name], master.to(dtype)), name
+            for moment in adapter.MOMENTS:
+                assert torch.allclose(found["state"][f"{moment}.{name}"].double(), state[moment], rtol=1e-5), name
+
+
+def saved_or_resumed(settings: list[str], steps: int, world_size: int) -> Trained:
+    """Train up to `steps`, save, and give what `train` gives of the steps done."""
+    run = built(configured(settings, world_size=world_size))
+    numbers = []
+    while run.step < steps:
+        report = train_step(run)
+        numbers.append((report.loss, report.grad_norm))
+    save_checkpoint(run)
+    return numbers, {n: p.detach().clone() for n, p in run.model.named_parameters()}, local(state_tensors(run))
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_resume_changes_no_bit_and_the_unsharded_optimizer_resumes_it(
+    package: None, corpus: list[str], tmp_path: Path, ep: int
+) -> None:
+    settings = [*corpus, *SETTINGS, "precision=bf16", f"parallel.ep={ep}"]
+    whole = run_ranks(saved_or_resumed, 2, [*settings, DEEPSPEED, f"run_dir={tmp_path / 'whole'}"], 4, 2)
+    run_ranks(saved_or_resumed, 2, [*settings, DEEPSPEED, f"run_dir={tmp_path / 'half'}"], 2, 2)
+    half = f"resume={tmp_path / 'half' / 'checkpoints' / 'step-2'}"
+    resumed = run_ranks(saved_or_resumed, 2, [*settings, DEEPSPEED, f"run_dir={tmp_path / 'rest'}", half], 4, 2)
+    for (numbers, weights, state), (resumed_numbers, resumed_weights, resumed_state) in zip(
+        whole, resumed, strict=True
+    ):
+        assert resumed_numbers == numbers[2:]
+        assert [name for name in weights if not torch.equal(weights[name], resumed_weights[name])] == []
+        assert [name for name in state if not torch.equal(state[name], resumed_state[name])] == []
+    ours = run_ranks(saved_or_resumed, 2, [*settings, f"run_dir={tmp_path / 'ours'}", half], 3, 2)
+    for (numbers, _, _), (our_numbers, _, _) in zip(whole, ours, strict=True):
+        assert our_numbers[0] == pytest.approx(numbers[2], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "sentence"),
+    [
+        (["parallel.pp=2"], 4, "needs parallel.pp=1 and parallel.pp=2: use parallel.pp=1"),
+        ([], 1, "needs at least 2 data-parallel processes and there is 1: start 2"),
+        (["checkpoint.background=true"], 2, "use checkpoint.background=false"),
+        (["optimizer.moments=bf16"], 2, "keeps FP32 moments and optimizer.moments=bf16: use optimizer.moments=fp32"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(corpus: list[str], settings: list[str], world_size: int, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer.sharding=deepspeed {sentence}"):
+        configured([*corpus, *SETTINGS, DEEPSPEED, *settings], world_size=world_size)
+
+
+def test_without_the_package_it_says_what_to_install(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name))
+    with pytest.raises(ConfigError, match=r'not installed: pip install "fp8moe\[deepspeed\]"'):
+        configured([*corpus, *SETTINGS, DEEPSPEED], world_size=2)
