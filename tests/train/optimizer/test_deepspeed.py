@@ -116,6 +116,8 @@ def update_toy(dtype: torch.dtype, world_size: int, ep: int, clip_norm: float, b
     mesh = build_mesh(1, world_size, ep, timeout=timedelta(seconds=60))
     model = toy(dtype)
     optimizer = DeepSpeedAdamW(model, attach_main_grads(model), dataclasses.replace(CONFIG, clip_norm=clip_norm), mesh)
+    torch.stack([parameter.float().sum() for parameter in model.values()]).sum().backward()
+    assert not optimizer._zero.ready_for_gradients, "DeepSpeed's hooks took part in a backward"
     norms, grads = [], []
     for step in range(4):
         generator = torch.Generator().manual_seed(10 * step + mesh.rank)
