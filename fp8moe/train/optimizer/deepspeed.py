@@ -14,9 +14,8 @@ Three settings differ from the engine's:
   the same way: DeepSpeed's own norm reads -1 where a gradient is not finite, which would hide it from the guard.
 - Its hooks on backward are removed: gradients are handed over once a step.
 
-Checkpoints hold whole tensors by canonical names, gathered over the replicas when they are saved, so that any layout
-and the other optimizers (with FP32 moments) resume them. While one is written each rank holds the whole state of its
-parameters.
+Checkpoints hold whole tensors by canonical names, which other layouts and optimizers (with FP32 moments) resume. They
+are gathered over the replicas: while one is written, each rank holds the whole state of its parameters.
 """
 
 from __future__ import annotations
@@ -69,8 +68,9 @@ class DeepSpeedAdamW:
     """
 
     def __init__(self, model: nn.Module, main_grads: MainGrads, config: OptimizerConfig, mesh: Mesh) -> None:
-        self.config = config
-        self._model, self._mesh, self._updates = model, mesh, 0
+        assert mesh.dp_group is not None, "at least two replicas"
+        self.config, self._group, self._dp = config, mesh.dp_group, mesh.dp
+        self._model, self._updates = model, 0
         self._named = dict(model.named_parameters())
         elements = main_grads.dense.numel() + main_grads.expert.numel()
         self._zero = _zero_optimizer(self._named, elements, config, mesh, main_grads.dense.device)
@@ -94,13 +94,11 @@ class DeepSpeedAdamW:
         for parameter in self._named.values():
             main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
             parameter.grad = main_grad.detach()  # a tensor of its own: DeepSpeed sets its storage
-        group = self._mesh.dp_group
-        assert group is not None
-        with waiting(), hang.collective(group, "gradients (DeepSpeed)"):
+        with waiting(), hang.collective(self._group, "gradients (DeepSpeed)"):
             self._zero.reduce_gradients(pipeline_parallel=True)
         parts = [part for parts in self._zero.averaged_gradients.values() for part in parts]
         squared = torch.stack([squared_norm(part.reshape(-1)) for part in parts]).sum()
-        return self._mesh.dp * float(all_reduce(squared, group).sqrt())
+        return self._dp * float(all_reduce(squared, self._group).sqrt())
 
     def step(self, lr: float, grad_norm: float) -> None:
         """One update at learning rate `lr`, gradients scaled down to `clip_norm` where `grad_norm` exceeds it.
@@ -109,10 +107,9 @@ class DeepSpeedAdamW:
         """
         self._updates += 1
         factor = min(1.0, self.config.clip_norm / (grad_norm + 1e-6))
-        self._zero.override_loss_scale(1.0 / (self._mesh.dp * factor))
+        self._zero.override_loss_scale(1.0 / (self._dp * factor))
         self._zero.set_lr(lr)
-        assert self._mesh.dp_group is not None
-        with hang.collective(self._mesh.dp_group, "update (DeepSpeed)"):
+        with hang.collective(self._group, "update (DeepSpeed)"):
             self._zero.step()
         quantize_weights(self._model)
 

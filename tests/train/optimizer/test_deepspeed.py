@@ -180,24 +180,40 @@ def test_update_equals_torch_on_summed_gradients(
                 assert torch.allclose(found["state"][f"{moment}.{name}"].double(), state[moment], atol=1e-6), name
 
 
-def resume_both(settings: list[str], folder: Path) -> list[Trained]:
-    """Four steps of DeepSpeed's; the same saved after two and resumed; one more step of ours from there."""
-    half = f"resume={folder / 'half' / 'checkpoints' / 'step-2'}"
-    whole = train([*settings, DEEPSPEED], 4)
-    train([*settings, DEEPSPEED, f"run_dir={folder / 'half'}"], 2, save=True)
-    return [whole, train([*settings, DEEPSPEED, half], 4), train([*settings, half], 3)]
+def resume_both(settings: list[str], folder: Path) -> dict[str, Trained]:
+    """Four steps of DeepSpeed's; the same saved after two and resumed; each optimizer after the other's two steps."""
+
+    def saved(name: str) -> str:
+        return f"resume={folder / name / 'checkpoints' / 'step-2'}"
+
+    theirs = [*settings, DEEPSPEED]
+    return {
+        "whole": train(theirs, 4),
+        "saved": train([*theirs, f"run_dir={folder / 'theirs'}"], 2, save=True),
+        "resumed": train([*theirs, saved("theirs")], 4),
+        "ours after theirs": train([*settings, saved("theirs")], 3),
+        "ours": train([*settings, f"run_dir={folder / 'ours'}"], 2, save=True),
+        "theirs after ours": train([*theirs, saved("ours")], 3),
+    }
 
 
 @pytest.mark.parametrize("ep", [1, 2])
-def test_resume_changes_no_bit_and_the_unsharded_optimizer_resumes_it(
+def test_resume_changes_no_bit_and_optimizers_and_layouts_resume_each_other(
     package: None, corpus: list[str], tmp_path: Path, ep: int
 ) -> None:
-    settings = [*corpus, *SETTINGS, "precision=bf16", f"parallel.ep={ep}"]
-    for whole, resumed, ours in run_ranks(resume_both, 2, settings, tmp_path):
+    settings = [*corpus, *SETTINGS, "precision=bf16"]
+    ranks = run_ranks(resume_both, 2, [*settings, f"parallel.ep={ep}"], tmp_path)
+    for done in ranks:
+        whole, resumed = done["whole"], done["resumed"]
         assert resumed.numbers == whole.numbers[2:]
         for there, here in ((whole.weights, resumed.weights), (whole.state, resumed.state)):
             assert [name for name in there if not torch.equal(there[name], here[name])] == []
-        assert ours.numbers[0] == pytest.approx(whole.numbers[2], rel=1e-6)
+        assert done["ours after theirs"].numbers[0] == pytest.approx(whole.numbers[2], rel=1e-6)
+        assert done["theirs after ours"].numbers[0] == pytest.approx(whole.numbers[2], rel=1e-3)
+    alone = built(configured([*settings, f"resume={tmp_path / 'theirs' / 'checkpoints' / 'step-2'}"]))
+    for name, tensor in state_tensors(alone).items():
+        parts = [done["saved"].state[name] for done in ranks]
+        assert torch.equal(tensor, parts[0] if parts[0].shape == tensor.shape else torch.cat(parts)), name
 
 
 @pytest.mark.parametrize(
