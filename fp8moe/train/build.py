@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -39,7 +39,8 @@ from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.guard import Guard
-from fp8moe.train.optimizer import Optimizer, whole_matrices
+from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
+from fp8moe.train.optimizer.state import Held
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.provenance import commit, versions
 
@@ -67,7 +68,7 @@ class Run:
     dispatcher: Dispatcher
     stages: tuple[Stage, ...]
     links: Links
-    optimizer: Optimizer
+    optimizer: Optimizer | DeepSpeedAdamW
     zero: Zero1 | None
     guard: Guard
     saver: checkpoint.Saver
@@ -133,7 +134,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=Optimizer(model, model.main_grads, config.optimizer, zero),
+        optimizer=make_optimizer(config, mesh, model, zero),
         zero=zero,
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
@@ -198,7 +199,7 @@ def held_stages(config: TrainConfig, pp_rank: int) -> list[int]:
 
 def make_zero(config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], model: Transformer) -> Zero1 | None:
     """What shards the optimizer's state; None where it is not asked for, and where no parameter has another replica."""
-    if config.optimizer.sharding == "none" or mesh.dense_group is None:
+    if config.optimizer.sharding in ("none", "deepspeed") or mesh.dense_group is None:
         return None
     held = held_stages(config, mesh.pp_rank)
     passes = {(s, i): fed for s in held for i, fed in enumerate(pass_parameters(model, stages[s]))}
@@ -213,6 +214,15 @@ def make_zero(config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], model:
     )
 
 
+def make_optimizer(
+    config: TrainConfig, mesh: Mesh, model: Transformer, zero: Zero1 | None
+) -> Optimizer | DeepSpeedAdamW:
+    """The optimizer that `config.optimizer` names. Collective over all ranks."""
+    if config.optimizer.sharding == "deepspeed":
+        return DeepSpeedAdamW(model, model.main_grads, config.optimizer, mesh)
+    return Optimizer(model, model.main_grads, config.optimizer, zero)
+
+
 def tied_embedding(model: Transformer) -> Parameter:
     """The embedding of a rank that shares it with another pipeline rank, where each holds a copy."""
     assert model.embedding is not None
@@ -223,12 +233,21 @@ def state_tensors(
     run: Run, take: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> dict[str, Tensor | checkpoint.Pieces]:
     """All tensors that a checkpoint of `run` holds, by canonical name; of each, what `take` makes."""
+    return _tensors_of(run, run.optimizer.held, take)
+
+
+def _tensors_of(
+    run: Run, held: Mapping[str, list[Held]], take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Tensor | checkpoint.Pieces]:
     biases = {name: router.bias_E for name, router in run.routers().items()}
-    return checkpoint.run_tensors(run.optimizer.held, biases, run.loads, run.mesh, take)
+    return checkpoint.run_tensors(held, biases, run.loads, run.mesh, take)
 
 
 def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
-    checkpoint.load(path, state_tensors(run), run.mesh.world_group)
+    held = run.optimizer.held
+    checkpoint.load(path, _tensors_of(run, held), run.mesh.world_group)
+    if isinstance(run.optimizer, DeepSpeedAdamW):  # what it holds are copies
+        run.optimizer.load(held)
     run.optimizer.updates = state.updates
     run.optimizer.write_parameters()
     run.sampler.consumed = state.consumed

@@ -31,7 +31,7 @@ from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE
 from fp8moe.train.metrics import LoggingConfig, check_wandb
-from fp8moe.train.optimizer import OptimizerConfig
+from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_run_dir
 from fp8moe.train.validation import ValidationConfig
 
@@ -189,6 +189,8 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
         _check_tokens(batch.micro_batch, config.seq_len)
     if config.precision.backend is not None:
         set_backend(config.precision.backend)
+    if config.optimizer.sharding == "deepspeed":
+        check_deepspeed(pp=parallel.pp, dp=dp, background=config.checkpoint.background)
     check_wandb(config.logging)
     check_run_dir(config.run_dir, config.resume)
     _check_resume(config)

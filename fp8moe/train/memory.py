@@ -23,7 +23,7 @@ from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.layers.linear import QuantizedWeight, is_expert, matrices
 from fp8moe.model.transformer import Transformer
 from fp8moe.train.config import TrainConfig
-from fp8moe.train.optimizer import Optimizer, OptimizerConfig
+from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, OptimizerConfig
 
 KINDS = ("weights", "FP8 blocks", "gradients", "masters", "moments")
 BLOCK = 128
@@ -55,7 +55,7 @@ def replicas_of(config: TrainConfig) -> dict[bool, int]:
     return {False: config.dp * copies, True: config.dp // config.ep * copies}
 
 
-def measured_bytes(model: Transformer, optimizer: Optimizer) -> dict[str, int]:
+def measured_bytes(model: Transformer, optimizer: Optimizer | DeepSpeedAdamW) -> dict[str, int]:
     """Bytes of each kind that this rank's tensors have."""
     total = dict.fromkeys(KINDS, 0)
     total["weights"] = sum(p.nbytes for p in model.parameters())
@@ -64,6 +64,9 @@ def measured_bytes(model: Transformer, optimizer: Optimizer) -> dict[str, int]:
         if isinstance(module, QuantizedWeight) and module.recipe.fp8:
             for q in (module.blocks, module.transposed_blocks):
                 total["FP8 blocks"] += q.data.nbytes + q.scale.nbytes
+    if isinstance(optimizer, DeepSpeedAdamW):
+        total["masters"], total["moments"] = optimizer.kept_bytes()
+        return total
     for ranges in optimizer.held.values():
         for one in ranges:
             for kind, tensor in one.tensors.items():

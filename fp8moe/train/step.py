@@ -46,6 +46,7 @@ from fp8moe.train.batch import global_batch, microbatches_of, to_device
 from fp8moe.train.build import Run, tied_embedding
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
+from fp8moe.train.optimizer import DeepSpeedAdamW
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,9 @@ def reduce(run: Run) -> float:
     The norm is read on the host here, because the guard decides by it; the update itself waits for nothing.
     """
     main_grads, mesh = run.model.main_grads, run.mesh
+    if isinstance(run.optimizer, DeepSpeedAdamW):
+        reduce_counts(run.model, mesh)
+        return run.optimizer.reduce()
     if run.zero is not None:
         squares = run.zero.finish()
         reduce_counts(run.model, mesh)

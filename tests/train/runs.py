@@ -12,7 +12,7 @@ from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
 from fp8moe.train.build import Run, build
 from fp8moe.train.config import TrainConfig, resolve
-from fp8moe.train.optimizer import Optimizer
+from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.processes import mesh_of
 from fp8moe.train.run_dir import make_run_dir
 
@@ -53,7 +53,7 @@ def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainC
     return resolve(compose([*SMALL, *corpus, *settings]).config, world_size)
 
 
-def kept(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+def kept(optimizer: Optimizer | DeepSpeedAdamW) -> dict[str, dict[str, Tensor]]:
     """What an optimizer that shards nothing keeps for each parameter, by kind, in the parameter's shape."""
     return {
         name: {kind: tensor.view(one.parameter.shape) for kind, tensor in one.tensors.items()}

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from fp8moe.train.lr import LearningRateConfig
 
 Kind = Literal["adamw", "muon"]
+Sharding = Literal["auto", "none", "zero1", "deepspeed"]
 Adjust = Literal["match_rms_adamw", "original"]
 
 
@@ -19,7 +20,8 @@ class OptimizerConfig:
     clip_norm: bound of the global gradient norm. moments: dtype of AdamW's moments and of Muon's momentum.
     muon_beta: of Muon's momentum; nesterov: whether it looks one step ahead. ns_steps: of Newton-Schulz. adjust: how
     an update grows with the matrix (`muon_step.size_factor`). sharding: whether ranks that hold the same parameters
-    share out masters and moments (`parallel.zero`); auto: zero1 where there is more than one such rank.
+    share out masters and moments: zero1 (`parallel.zero`), deepspeed, or none; auto: zero1 where there is more than one
+    such rank.
     """
 
     schedule: LearningRateConfig
@@ -30,13 +32,25 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    sharding: Literal["auto", "none", "zero1"] = "auto"
+    sharding: Sharding = "auto"
     muon_beta: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
     adjust: Adjust = "match_rms_adamw"
 
     def __post_init__(self) -> None:
+        for name, needed in (("moments", "fp32"), ("kind", "adamw")):
+            given = getattr(self, name)
+            if self.sharding == "deepspeed" and given != needed:
+                raise ValueError(
+                    f"optimizer.sharding=deepspeed needs optimizer.{name}={needed} and it is {given}: use "
+                    f"optimizer.{name}={needed}, or optimizer.sharding=auto"
+                )
+        if self.sharding == "deepspeed" and self.moments != "fp32":
+            raise ValueError(
+                f"optimizer.sharding=deepspeed keeps FP32 moments and optimizer.moments={self.moments}: use "
+                "optimizer.moments=fp32, or optimizer.sharding=auto"
+            )
         if self.weight_decay < 0.0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be at least 0: use 0 for none")
         for name, source in (("beta1", "DeepSeek-V3"), ("beta2", "DeepSeek-V3"), ("muon_beta", "Muon's author")):
