@@ -99,19 +99,20 @@ def test_messages_keep_the_order_that_all_ranks_expect(log: Log) -> None:
     assert [start for _, _, start in log] == [THREE, TWO, ONE]
 
 
-def test_a_bucket_of_a_mirrored_stage_is_ready_when_both_of_its_ranks_are(log: Log) -> None:
-    """Rank 0 is done with its second stage first, its mirror image with its first: neither order may deadlock."""
-    schedule = build_schedule("dualpipe", 2, 4)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_both_ranks_of_a_mirrored_stage_expect_one_order(log: Log, rank: int) -> None:
+    """Each is done with another of the two stages first; neither's own order may deadlock them."""
+    schedule = build_schedule("dualpipe", 4, 8)
     orders = []
-    for rank in (0, 1):
+    for pp_rank in (rank, 3 - rank):
         model = Stages()
-        mesh = Mesh(2, 1, 1, rank, mirrored=True, dense_group=Group())  # type: ignore[arg-type]
-        passes = {(0, 0): [model.embedding], (0, 1): [model.one.weight], (1, 0): [model.two.weight],
-                  (1, 1): [model.three.weight]}  # fmt: skip
+        mesh = Mesh(4, 1, 1, pp_rank, mirrored=True, dense_group=Group())  # type: ignore[arg-type]
+        passes = {(rank, 0): [model.embedding], (rank, 1): [model.one.weight], (3 - rank, 0): [model.two.weight],
+                  (3 - rank, 1): [model.three.weight]}  # fmt: skip
         zero = Zero1(attach_main_grads(model), list(model.parameters()), mesh, passes, quantized={})
         zero.begin(schedule)
-        last = [schedule.last_wgrads(pp_rank) for pp_rank in (0, 1)]
         orders.append([min(one.feeds) for one in zero._queue])
+        last = [schedule.last_wgrads(one) for one in (rank, 3 - rank)]
         ends = [max(of_rank[stage][1] for of_rank in last) for stage, _ in orders[-1]]
         assert ends == sorted(ends)
     assert orders[0] == orders[1]
@@ -158,16 +159,16 @@ def test_a_tied_copy_goes_last_and_is_counted_by_the_first_stage(log: Log, monke
         model = Stages()
         mesh = Mesh(2, 2, 2, 2 * pp_rank, dense_group=Group(), tie_group="tie")  # type: ignore[arg-type]
         passes = {
-            (pp_rank, 0): [model.embedding],
-            (pp_rank, 1): [model.one.weight, model.two.weight, model.three.weight],
+            (pp_rank, 0): [model.one.weight, model.two.weight, model.three.weight],
+            (pp_rank, 1): [model.embedding],  # as on the last stage, where the MTP module is done with it early
         }
         grads = attach_main_grads(model)
         zero = Zero1(grads, list(model.parameters()), mesh, passes, quantized={}, tied=model.embedding)
         grads.dense[:256] = 1.0
         zero.begin(build_schedule("1f1b", 2, 2))
-        zero.after_last_wgrad(pp_rank, 0)
-        assert log == []
         zero.after_last_wgrad(pp_rank, 1)
+        assert log == []
+        zero.after_last_wgrad(pp_rank, 0)
         assert [start for _, _, start in log] == [ONE, 0]
         log.clear()
         assert float(zero.finish()) == pytest.approx(128.0 if counted else 0.0)
