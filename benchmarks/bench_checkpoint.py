@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, alternate, make_parser, paired_ratio, parse_arguments, summarize
-from fp8moe.train.checkpoint import CheckpointConfig, Saver, storage
+from fp8moe.train.checkpoint import CheckpointConfig, Saver, hashed_file
 
 TENSORS = 64
 BASELINE = "waiting"
@@ -61,7 +61,7 @@ class Bench:
 
     def without_hash(self) -> None:
         """The same with a hash that does nothing."""
-        with patch.object(storage.xxhash, "xxh3_128", NoHash):
+        with patch.object(hashed_file.xxhash, "xxh3_128", NoHash):
             self.waiting()
 
     def background(self) -> None:

@@ -8,7 +8,6 @@ stages of the model, the optimizer, and the checkpoint's tensors. Processes, dev
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -21,14 +20,13 @@ from torch import Tensor
 from fp8moe.data.build import Data, open_data
 from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
-from fp8moe.errors import SpaceError
 from fp8moe.layers.attention.choice import chosen
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import is_expert, quantize_weights
 from fp8moe.layers.router import Router
 from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
@@ -40,7 +38,6 @@ from fp8moe.train.optimizer import AdamW
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.provenance import commit, versions
 
-SPARE = 1.2  # of a checkpoint's size must be free at start: the new one exists before an old one goes
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +81,10 @@ class Run:
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
-    chosen = checkpoint.choose(config.resume, run_dir, config.model, mesh, seed=config.seed, seq_len=config.seq_len)
+    path = config.checkpoint.path
+    chosen = checkpoint.choose(
+        config.resume, run_dir, path, config.model, mesh, seed=config.seed, seq_len=config.seq_len
+    )
     data = open_data(
         config.data,
         seq_len=config.seq_len,
@@ -122,13 +122,13 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         optimizer=AdamW(model, model.main_grads, config.optimizer),
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
-            run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
+            checkpoint.root_of(run_dir, path), config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),
     )
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
         _restore(run, *chosen)
-    if run_dir.is_dir():
+    if path is not None or run_dir.is_dir():
         check_space(run)
     return run
 
@@ -184,7 +184,7 @@ def state_tensors(run: Run, held: Callable[[Tensor], Tensor] = lambda tensor: te
     return checkpoint.run_tensors(run.optimizer, biases, run.loads, run.mesh, held)
 
 
-def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
+def _restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> None:
     checkpoint.load(path, state_tensors(run), run.mesh.world_group)
     run.optimizer.updates = state.updates
     run.optimizer.write_parameters()
@@ -196,7 +196,7 @@ def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
 
 
 def check_space(run: Run) -> None:
-    """Raise SpaceError unless the run directory has room for a checkpoint. Collective over all ranks.
+    """Raise ConfigError or SpaceError unless a checkpoint can be written and has room. Collective over all ranks.
 
     What is free counts where rank 0 is: all ranks write to one file system.
     """
@@ -206,13 +206,10 @@ def check_space(run: Run) -> None:
     stages, mesh = len(run.mesh.replicas), run.mesh
     copies = {True: mesh.edp * stages, False: mesh.dp * stages}  # ranks that hold the same, of which one writes
     mine = sum(t.numel() * t.element_size() / copies[is_expert(p)] for _, p, t in run.optimizer.tensors())
-    here = shutil.disk_usage(run.run_dir).free if run.is_first else 0
-    need, free = all_reduce(torch.tensor([mine, here], dtype=torch.float64), mesh.world_group).tolist()
-    if free < SPARE * need:
-        raise SpaceError(
-            f"{run.run_dir} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x "
-            f"its {need / 1e9:.2f} GB): free space or name another run_dir"
-        )
+    need = float(all_reduce(torch.tensor([mine], dtype=torch.float64), mesh.world_group))
+    refused = gather(checkpoint.refusal(run.saver.root, need) if run.is_first else None, mesh.world_group)[0]
+    if refused is not None:
+        raise refused
 
 
 def start_checkpoint(run: Run) -> None:
@@ -231,7 +228,7 @@ def start_checkpoint(run: Run) -> None:
     run.saver.start(run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run))
 
 
-def save_checkpoint(run: Run) -> Path:
+def save_checkpoint(run: Run) -> checkpoint.Location:
     """Write a checkpoint of the run's present state and wait for it. Collective over all ranks."""
     start_checkpoint(run)
     run.saver.wait()
