@@ -106,6 +106,10 @@ def _on_first(is_first: bool, group: dist.ProcessGroup | None, work: Callable[[]
         raise outcome[0]
 
 
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
 @contextlib.contextmanager
 def _one_sentence(path: Location, group: dist.ProcessGroup | None) -> Iterator[None]:
     """Turn what goes wrong while writing into a DataError; torch's CheckpointException derives from BaseException."""
@@ -113,15 +117,15 @@ def _one_sentence(path: Location, group: dist.ProcessGroup | None) -> Iterator[N
         yield
     except OSError as error:
         raise DataError(
-            f"checkpoint {path} can't be written ({error.strerror or error}): free space or name another run_dir; the "
-            "checkpoints before it are as they were"
+            f"checkpoint {path} can't be written ({error.strerror or error}): free space or name another run_dir or "
+            "checkpoint.path; the checkpoints before it are as they were"
         ) from error
     except dcp.api.CheckpointException as failed:
         rank, wrapped = next(iter(failed.failures.items()))
-        reason = str(wrapped[0]) if isinstance(wrapped, tuple) else str(wrapped)
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         raise DataError(
-            f"checkpoint {path} can't be written (rank {rank}: {reason.strip().splitlines()[-1][:200]}): free space or "
-            "name another run_dir; the checkpoints before it are as they were"
+            f"checkpoint {path} can't be written (rank {rank}: {_last_line(error)}): free space or "
+            "name another run_dir or checkpoint.path; the checkpoints before it are as they were"
         ) from failed
 
 
@@ -140,9 +144,7 @@ def refusal(root: Location, need: float) -> ConfigError | SpaceError | None:
     """Why checkpoints of `need` bytes can't be written to `root`, to be raised on all ranks; None where they can."""
     problem, free = writing_problem(root), folder_of(root).free()
     if problem is not None:
-        return ConfigError(
-            f"checkpoints can't be written to {root} ({problem}): use another run_dir or checkpoint.path"
-        )
+        return ConfigError(f"no file can be written to {root} ({problem}): use another run_dir or checkpoint.path")
     if free < SPARE * need:
         return SpaceError(
             f"{root} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x its "
@@ -163,5 +165,4 @@ def load(path: Location, tensors: Mapping[str, Tensor], group: dist.ProcessGroup
             no_dist=group is None,
         )
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-        raise DataError(f"{path} can't be read ({reason}): resume from another checkpoint") from error
+        raise DataError(f"{path} can't be read ({_last_line(error)}): resume from another checkpoint") from error

@@ -67,9 +67,7 @@ class RemoteFolder:
         try:
             self._fs, self._path = fsspec.core.url_to_fs(url.text)
         except Exception as error:
-            raise ConfigError(
-                f"{url} can't be opened ({error}): use a path, file:// or a URL that fsspec knows"
-            ) from error
+            raise ConfigError(f"{url} can't be opened ({error}): use a path or a URL that fsspec knows") from error
 
     def _at(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
