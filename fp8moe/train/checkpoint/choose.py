@@ -105,7 +105,10 @@ def choose(
         shares = gather(problems(one, mesh.rank, mesh.world_size), mesh.world_group)
         wrong = [problem for share in shares for problem in share]
         if not wrong:
-            return one, read_state(one, model, seed=seed, seq_len=seq_len)
+            state = read_state(one, model, seed=seed, seq_len=seq_len)
+            if damaged and mesh.rank == 0:
+                print(f"checkpoint {one} is whole: the run goes on from it", file=sys.stderr, flush=True)
+            return one, state
         damaged.append(f"{one}: {wrong[0]}")
         logger.warning("damaged checkpoint %s", damaged[-1])
         if mesh.rank == 0:
