@@ -72,15 +72,12 @@ class LocalFolder:
         return LocalFolder(self._path.with_name(f"{self._path.name}.tmp"))
 
     def publish(self, written: LocalFolder) -> None:
-        """Give `written`, all of whose files are on disk, this name; one that has it already is deleted afterwards."""
+        """Give `written`, all of whose files are on disk, this name; one that has it already is deleted."""
         written.sync()
-        old = self._path.with_name(f"{self._path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if self._path.exists():  # a run that was resumed from before this step saves it again
-            self._path.rename(old)
+            shutil.rmtree(self._path)
         written._path.rename(self._path)
         LocalFolder(self._path.parent).sync()
-        shutil.rmtree(old, ignore_errors=True)
 
     def free(self) -> float:
         """Bytes that may still be written."""

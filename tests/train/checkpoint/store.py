@@ -31,6 +31,10 @@ class Store(LocalFileSystem):
     def mv(self, *args: Any, **kwargs: Any) -> None:
         raise StoreError("there is no rename")
 
+    def rmdir(self, path: str) -> None:
+        super().rmdir(path)
+        raise FileExistsError(path)  # as s3fs says of what is no bucket
+
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         if "forbidden" in path:
             raise StoreError("403 Forbidden")

@@ -50,6 +50,7 @@ def test_a_url_does_what_a_path_does(tmp_path: Path, scheme: str) -> None:
     url = {"memory": f"memory:/{tmp_path}", "file": f"file://{tmp_path}/c", "store": url_of(tmp_path)}[scheme]
     root = location(url)
     assert checkpoint.complete(root) == [] and checkpoint.refusal(root, 1.0) is None
+    assert not (tmp_path / "c").exists() and folder_of(root).names() == [], "looking leaves nothing behind"
     for step in (9, 10, 11):
         assert save(root, step, keep=2) == root / f"step-{step}"
     save(root, 11, keep=2)
