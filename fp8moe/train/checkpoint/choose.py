@@ -100,7 +100,7 @@ def choose(
     good.
     """
     found = candidates(resume, run_dir, path)
-    damaged = []
+    damaged: list[str] = []
     for one in found:
         shares = gather(problems(one, mesh.rank, mesh.world_size), mesh.world_group)
         wrong = [problem for share in shares for problem in share]

@@ -122,9 +122,9 @@ def _one_sentence(path: Location, group: dist.ProcessGroup | None) -> Iterator[N
         ) from error
     except dcp.api.CheckpointException as failed:
         rank, wrapped = next(iter(failed.failures.items()))
-        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+        cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         raise DataError(
-            f"checkpoint {path} can't be written (rank {rank}: {_last_line(error)}): free space or "
+            f"checkpoint {path} can't be written (rank {rank}: {_last_line(cause)}): free space or "
             "name another run_dir or checkpoint.path; the checkpoints before it are as they were"
         ) from failed
 
