@@ -37,13 +37,14 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "U8": 1}
 
 def found(path: str) -> list[Location]:
     """The complete checkpoints at or below `path`, oldest first. Raises ConfigError where there is none."""
-    from fp8moe.train.checkpoint import below, is_complete, location
+    from fp8moe.train.checkpoint import below, is_complete, location, looking_up
 
     given = location(path)
-    if is_complete(given):
-        return [given]
-    if inside := below(given) or _elsewhere(given):
-        return inside
+    with looking_up(path):
+        if is_complete(given):
+            return [given]
+        if inside := below(given) or _elsewhere(given):
+            return inside
     raise ConfigError(f"{path} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
 
 

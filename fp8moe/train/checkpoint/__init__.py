@@ -5,6 +5,7 @@ from fp8moe.train.checkpoint.choose import candidates as candidates
 from fp8moe.train.checkpoint.choose import check_root as check_root
 from fp8moe.train.checkpoint.choose import choose as choose
 from fp8moe.train.checkpoint.choose import find as find
+from fp8moe.train.checkpoint.choose import looking_up as looking_up
 from fp8moe.train.checkpoint.choose import readable_state as readable_state
 from fp8moe.train.checkpoint.choose import root_of as root_of
 from fp8moe.train.checkpoint.config import CheckpointConfig as CheckpointConfig

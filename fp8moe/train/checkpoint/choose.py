@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fp8moe.errors import ConfigError, DataError
@@ -17,6 +19,16 @@ from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, problems
 from fp8moe.train.checkpoint.state import RunState, read_state
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def looking_up(what: str) -> Iterator[None]:
+    """Raise DataError where the storage refuses."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{what} can't be looked up ({reason}): check its address and the access to it") from error
 
 
 def below(path: Location) -> list[Location]:
@@ -42,8 +54,13 @@ def candidates(resume: str, run_dir: str | Path | None, path: str | None = None)
 
     A path or URL may be a checkpoint, which is then the only one, a run directory or a folder of checkpoints. path:
     `checkpoint.path`, which holds those of `run_dir`. Raises ConfigError when it is neither, and for "required" where
-    there is none.
+    there is none, DataError where it can't be looked up.
     """
+    with looking_up(f"resume={resume}"):
+        return _candidates(resume, run_dir, path)
+
+
+def _candidates(resume: str, run_dir: str | Path | None, path: str | None) -> list[Location]:
     if resume == "none":
         return []
     if resume in ("auto", "required"):
@@ -80,7 +97,11 @@ def find(resume: str, run_dir: str | Path | None, path: str | None = None) -> Lo
 
 def check_root(path: str | None, run_dir: str | Path | None, resume: str) -> None:
     """Raise ConfigError where `checkpoint.path` holds checkpoints and the run that starts does not go on from one."""
-    if path is None or resume in ("auto", "required") or not (there := complete(location(path))):
+    if path is None or resume in ("auto", "required"):
+        return
+    with looking_up(f"checkpoint.path={path}"):
+        there = complete(location(path))
+    if not there:
         return
     root, resumed = location(path).resolve(), candidates(resume, run_dir, path)
     if not resumed or resumed[0].parent.resolve() != root:

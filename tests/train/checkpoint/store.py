@@ -31,6 +31,11 @@ class Store(LocalFileSystem):
     def mv(self, *args: Any, **kwargs: Any) -> None:
         raise StoreError("there is no rename")
 
+    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> Any:
+        if "forbidden" in path:
+            raise StoreError("403 Forbidden")
+        return super().ls(path, detail=detail, **kwargs)
+
     def rmdir(self, path: str) -> None:
         super().rmdir(path)
         raise FileExistsError(path)  # as s3fs says of what is no bucket

@@ -79,7 +79,7 @@ def test_a_url_does_what_a_path_does(tmp_path: Path, scheme: str) -> None:
         checkpoint.find(str(root / "step-11"), None)
 
 
-def test_an_error_of_a_stores_own_is_a_sentence(tmp_path: Path) -> None:
+def test_an_error_of_a_stores_own_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = location(url_of(tmp_path / "forbidden"))
     refused = checkpoint.refusal(root, 1.0)
     assert isinstance(refused, ConfigError) and str(refused) == (
@@ -87,6 +87,11 @@ def test_an_error_of_a_stores_own_is_a_sentence(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"step-1 can't be written \(.*StoreError: 403 Forbidden.*\): free sp"):
         save(root, 1)
+    with pytest.raises(DataError, match=r"^resume=store:.* can't be looked up \(StoreError: 403 Forbidden\): che"):
+        checkpoint.find(str(root), None)
+    with pytest.raises(DataError, match=r"^checkpoint.path=store:.* can't be looked up"):
+        checkpoint.check_root(str(root), None, "none")
+    assert main(["verify", str(root)]) == 3 and "can't be looked up (StoreError: 403" in capsys.readouterr().err
 
 
 def test_parts_of_tensors_are_read_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
