@@ -1,7 +1,7 @@
 """`fp8moe verify PATH` and `fp8moe inspect PATH`: whether a checkpoint's bytes are right, and what is inside.
 
-PATH is a checkpoint, a run directory or its `checkpoints` folder: all complete checkpoints in it are verified, the
-newest is inspected. Neither loads torch's distributed parts or executes anything that it reads.
+PATH is a checkpoint, a run directory or its `checkpoints` folder, or the URL of one: all complete checkpoints in it are
+verified, the newest is inspected. Neither loads torch's distributed parts or executes anything that it reads.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8moe.cli.command import make_parser, parse
 from fp8moe.errors import EXIT, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fp8moe.train.checkpoint import Location
 
 VERIFY = """\
 Verify checkpoints: size and hash of every file against the manifest. Exit code 3 when one is damaged.
@@ -32,22 +35,34 @@ Print what a checkpoint holds: its step and samples, what wrote it, its tensors 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "U8": 1}
 
 
-def found(path: str) -> list[Path]:
+def found(path: str) -> list[Location]:
     """The complete checkpoints at or below `path`, oldest first. Raises ConfigError where there is none."""
-    from fp8moe.train.checkpoint.folder import complete, is_complete
+    from fp8moe.train.checkpoint import below, is_complete, location, looking_up
 
-    given = Path(path)
-    if is_complete(given):
-        return [given]
-    if inside := complete(given / "checkpoints") or complete(given):
-        return inside
+    given = location(path)
+    with looking_up(path):
+        if is_complete(given):
+            return [given]
+        if inside := below(given) or _elsewhere(given):
+            return inside
     raise ConfigError(f"{path} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+
+
+def _elsewhere(given: Location) -> list[Location]:
+    """The checkpoints of a run directory whose configuration has a `checkpoint.path`."""
+    from fp8moe.cli.resume import CONFIG_FILE, read_configuration
+    from fp8moe.train.checkpoint import complete, location
+
+    if not isinstance(given, Path) or not (given / CONFIG_FILE).is_file():
+        return []
+    path = read_configuration(given).get("checkpoint", {}).get("path")
+    return [] if path is None else complete(location(path))
 
 
 def verify(argv: Sequence[str]) -> int:
     """The command `fp8moe verify`."""
     parser = make_parser("verify", VERIFY)
-    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory; a path or a URL")
     from fp8moe.train.checkpoint.manifest import problems, read_manifest
 
     damaged = 0
@@ -68,20 +83,22 @@ def verify(argv: Sequence[str]) -> int:
 def inspect(argv: Sequence[str]) -> int:
     """The command `fp8moe inspect`."""
     parser = make_parser("inspect", INSPECT)
-    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory: its newest")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory: its newest; a path or a URL")
     print(described(found(parse(parser, argv).path)[-1]))
     return 0
 
 
-def described(checkpoint: Path) -> str:
+def described(checkpoint: Location) -> str:
     """What is inside, as text. Raises DataError where a file can't be read."""
+    from fp8moe.train.checkpoint.files import folder_of, read_text
     from fp8moe.train.checkpoint.manifest import read_manifest
     from fp8moe.train.checkpoint.state import STATE_FILE
     from fp8moe.train.checkpoint.storage import read_index
 
+    folder = folder_of(checkpoint)
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        files, index = read_manifest(checkpoint), read_index(checkpoint)
+        state = json.loads(read_text(folder, STATE_FILE))
+        files, index = read_manifest(checkpoint), read_index(folder)
         lines = [str(checkpoint), *_numbers(state), "", *_kinds(index), "", f"{len(files)} files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{checkpoint} can't be read ({error!r}): verify it with fp8moe verify") from error

@@ -2,6 +2,7 @@
 
     resume=RUN steps=160      goes on in RUN, whose config.yaml holds for every key that is not typed
     resume=auto run_dir=RUN   the same; without a checkpoint in RUN the run starts at step 0
+    resume=URL                goes on from the checkpoints there, with the configuration that the newest of them holds
     --from RUN                a new run with fresh weights and RUN's configuration
 
 Typed are: a key that is given, every key of a group that is chosen (model=tiny), and of an experiment the keys that it
@@ -31,9 +32,10 @@ _OF_THE_COMMAND = ("resume", "run_dir", "resume_changes")  # of this start alone
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that a configuration was taken from: its directory, and where it goes on (None: a new run)."""
+    """The run that a configuration was taken from: its directory, or the folder of its checkpoints where those are all
+    that there is of it; and whether it goes on or a new one begins."""
 
-    run: Path
+    run: checkpoint.Location
     tree: Mapping[str, Any]
     goes_on: bool
 
@@ -51,7 +53,9 @@ def compose_run(
         return composed(typed), None
     tree = overlaid(origin.tree, typed, tree_of([]), settings)
     tree |= {key: typed[key] for key in _OF_THE_COMMAND}
-    if origin.goes_on and typed["run_dir"] is None:
+    if not origin.goes_on:
+        tree["checkpoint"]["path"] = typed["checkpoint"]["path"]  # which holds the other run's
+    elif typed["run_dir"] is None and isinstance(origin.run, Path) and (origin.run / CONFIG_FILE).is_file():
         tree["run_dir"] = str(origin.run)
     _refit(tree, settings, world_size)
     return composed(tree), origin
@@ -60,7 +64,7 @@ def compose_run(
 def note(origin: Origin | None, config: TrainConfig) -> str | None:
     """One line: which run `config` goes on from or begins like, and every key that differs; None for a new run."""
     if origin is None:
-        nothing = config.resume == "auto" and checkpoint.find("auto", config.run_dir) is None
+        nothing = config.resume == "auto" and checkpoint.find("auto", config.run_dir, config.checkpoint.path) is None
         return f"nothing to resume in {config.run_dir}: starts at step 0" if nothing else None
     now = plain_values(asdict(config))
     differing = [
@@ -71,7 +75,7 @@ def note(origin: Origin | None, config: TrainConfig) -> str | None:
     changed = f"; changed: {', '.join(differing)}" if differing else ", nothing changed"
     if not origin.goes_on:
         return f"a new run with the configuration of {origin.run}{changed}"
-    found = checkpoint.find(config.resume, config.run_dir)
+    found = checkpoint.find(config.resume, config.run_dir, config.checkpoint.path)
     if found is None:
         return f"nothing to resume in {origin.run}: starts at step 0 with its configuration{changed}"
     step = found.name.removeprefix("step-")
@@ -79,24 +83,31 @@ def note(origin: Origin | None, config: TrainConfig) -> str | None:
 
 
 def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:
-    resume, run_dir = typed["resume"], typed["run_dir"]
+    resume, run_dir, path = typed["resume"], typed["run_dir"], typed["checkpoint"]["path"]
     if from_run is not None:
         if resume != "none":
             raise ConfigError(f"--from begins a new run and resume={resume} goes on with an old one: leave one out")
-        return Origin(Path(from_run), _read(Path(from_run)), goes_on=False)
+        return Origin(Path(from_run), read_configuration(Path(from_run)), goes_on=False)
     if resume == "none":
         return None
     if resume in ("auto", "required"):
         run = None if run_dir is None else Path(run_dir)
     else:
-        path = Path(resume)
-        run = path if (path / CONFIG_FILE).is_file() else path.absolute().parent.parent
-    if run is None or not (run / CONFIG_FILE).is_file():
-        return None  # a run that left no configuration, or nothing yet: `train.config` judges it
-    return Origin(run, _read(run), goes_on=True)
+        where = checkpoint.location(resume)
+        run = where if isinstance(where, Path) else None
+        if run is not None and not (run / CONFIG_FILE).is_file():
+            run = run.absolute().parent.parent
+    if run is not None and (run / CONFIG_FILE).is_file():
+        return Origin(run, read_configuration(run), goes_on=True)
+    found = checkpoint.find(resume, run_dir, path)
+    stored = None if found is None else checkpoint.run_configuration(found)
+    if found is None or stored is None:
+        return None  # nothing yet, or a checkpoint that can't be read: `train.config` judges it
+    return Origin(found.parent, stored, goes_on=True)
 
 
-def _read(run: Path) -> Mapping[str, Any]:
+def read_configuration(run: Path) -> Mapping[str, Any]:
+    """The settings of a run directory's config.yaml. Raises ConfigError where it has none."""
     path = run / CONFIG_FILE
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -50,7 +50,7 @@ class DataIdentity:
         return asdict(self)
 
 
-def check_same_data(where: Path, stored: dict[str, Any], here: DataIdentity, allowed: tuple[str, ...]) -> None:
+def check_same_data(where: object, stored: dict[str, Any], here: DataIdentity, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError unless the data is that of the checkpoint at `where`, but for what `resume_changes` allows.
 
     Of several causes the first is named: another share held out and another tokenizer change the text's hash as well.
@@ -70,6 +70,6 @@ def check_same_data(where: Path, stored: dict[str, Any], here: DataIdentity, all
         _refuse(where, "data", "on other text than this run reads: use its own data settings", allowed)
 
 
-def _refuse(where: Path, change: str, sentence: str, allowed: tuple[str, ...]) -> None:
+def _refuse(where: object, change: str, sentence: str, allowed: tuple[str, ...]) -> None:
     if change not in allowed:
         raise ConfigError(f"{where} was trained {sentence}, or resume_changes=[{change}] if it is meant")

@@ -8,7 +8,6 @@ stages of the model, the optimizer, and the checkpoint's tensors. Processes, dev
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -22,7 +21,6 @@ from torch.nn import Parameter
 from fp8moe.data.build import Data, open_data
 from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
-from fp8moe.errors import SpaceError
 from fp8moe.layers.attention.choice import chosen
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import QuantizedWeight, is_expert
@@ -30,7 +28,7 @@ from fp8moe.layers.router import Router
 from fp8moe.model.partition import Stage
 from fp8moe.model.stage import pass_parameters
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
@@ -44,7 +42,6 @@ from fp8moe.train.optimizer.state import Held
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.provenance import commit, versions
 
-SPARE = 1.2  # of a checkpoint's size must be free at start: the new one exists before an old one goes
 logger = logging.getLogger(__name__)
 
 
@@ -90,9 +87,11 @@ class Run:
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
+    path = config.checkpoint.path
     chosen = checkpoint.choose(
         config.resume,
         run_dir,
+        path,
         config.model,
         mesh,
         seed=config.seed,
@@ -138,13 +137,13 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         zero=zero,
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
-            run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
+            checkpoint.root_of(run_dir, path), config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),
     )
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
         _restore(run, *chosen)
-    if run_dir.is_dir():
+    if path is not None or run_dir.is_dir():
         check_space(run)
     return run
 
@@ -243,7 +242,7 @@ def _tensors_of(
     return checkpoint.run_tensors(held, biases, run.loads, run.mesh, take)
 
 
-def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
+def _restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> None:
     held = run.optimizer.held
     checkpoint.load(path, _tensors_of(run, held), run.mesh.world_group)
     if isinstance(run.optimizer, DeepSpeedAdamW):  # what it holds are copies
@@ -257,7 +256,7 @@ def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
 
 
 def check_space(run: Run) -> None:
-    """Raise SpaceError unless the run directory has room for a checkpoint. Collective over all ranks.
+    """Raise ConfigError or SpaceError unless a checkpoint can be written and has room. Collective over all ranks.
 
     What is free counts where rank 0 is: all ranks write to one file system.
     """
@@ -270,13 +269,10 @@ def check_space(run: Run) -> None:
         for one in ranges
         for tensor in one.tensors.values()
     )
-    here = shutil.disk_usage(run.run_dir).free if run.is_first else 0
-    need, free = all_reduce(torch.tensor([mine, here], dtype=torch.float64), run.mesh.world_group).tolist()
-    if free < SPARE * need:
-        raise SpaceError(
-            f"{run.run_dir} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x "
-            f"its {need / 1e9:.2f} GB): free space or name another run_dir"
-        )
+    need = float(all_reduce(torch.tensor([mine], dtype=torch.float64), run.mesh.world_group))
+    refused = gather(checkpoint.refusal(run.saver.root, need) if run.is_first else None, run.mesh.world_group)[0]
+    if refused is not None:
+        raise refused
 
 
 def _copies(run: Run, parameter: Parameter) -> int:
@@ -303,7 +299,7 @@ def start_checkpoint(run: Run) -> None:
     run.saver.start(run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run))
 
 
-def save_checkpoint(run: Run) -> Path:
+def save_checkpoint(run: Run) -> checkpoint.Location:
     """Write a checkpoint of the run's present state and wait for it. Collective over all ranks."""
     start_checkpoint(run)
     run.saver.wait()

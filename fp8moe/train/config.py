@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,7 +28,6 @@ from fp8moe.schedule.build import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
-from fp8moe.train.checkpoint.manifest import MANIFEST_FILE
 from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_run_dir
@@ -70,8 +68,8 @@ class TrainConfig:
     seq_len: int  # tokens that a sequence predicts
     seed: int = 0  # of the initial weights and the order of the data
     run_dir: str | None = None  # None: runs/TIME-NAME
-    # none; auto or required (from run_dir's newest complete checkpoint: auto starts anew without one); or the path of a
-    # run or checkpoint.
+    # none; auto or required (from run_dir's newest complete checkpoint: auto starts anew without one); or the path or
+    # URL of a run or checkpoint.
     resume: str = "none"
     resume_changes: tuple[str, ...] = ()  # what of its data a resumed run may change (`data.identity.CHANGES`)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -192,6 +190,7 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
     if config.optimizer.sharding == "deepspeed":
         check_deepspeed(pp=parallel.pp, dp=dp, background=config.checkpoint.background)
     check_wandb(config.logging)
+    config = dataclasses.replace(config, checkpoint=config.checkpoint.resolved())
     check_run_dir(config.run_dir, config.resume)
     _check_resume(config)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -208,9 +207,12 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def _check_resume(config: TrainConfig) -> None:
+    path = config.checkpoint.path
+    checkpoint.check_root(path, config.run_dir, config.resume)
     readable = checkpoint.readable_state(
         config.resume,
         config.run_dir,
+        path,
         config.model,
         seed=config.seed,
         seq_len=config.seq_len,
@@ -219,8 +221,8 @@ def _check_resume(config: TrainConfig) -> None:
     if readable is None:
         return
     found, state = readable
-    newest = checkpoint.find("auto", config.run_dir)
-    by_name = (Path(config.resume) / MANIFEST_FILE).is_file()  # a checkpoint, not a run of which the newest is meant
+    newest = checkpoint.find("auto", config.run_dir, path)
+    by_name = checkpoint.is_complete(checkpoint.location(config.resume))  # no run, of which the newest is meant
     if (
         by_name
         and newest is not None

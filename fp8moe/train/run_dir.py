@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from fp8moe.errors import ConfigError
+from fp8moe.train.checkpoint.location import location
 
 DEFAULT_PARENT = Path("runs")
 LOGS = "logs"
@@ -36,9 +37,10 @@ def check_run_dir(run_dir: str | None, resume: str) -> None:
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file and must be a directory: use another run_dir")
-    if here or not path.is_dir() or (resume != "none" and path.resolve() in Path(resume).resolve().parents):
+    if here or not path.is_dir():
         return
-    if resume != "none" and path.resolve() == Path(resume).resolve():
+    resumed = None if resume == "none" else location(resume)
+    if isinstance(resumed, Path) and path.resolve() in (resumed.resolve(), *resumed.resolve().parents):
         return
     count = sum(1 for entry in path.iterdir() if entry.name != LOGS)
     if count:

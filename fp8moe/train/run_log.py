@@ -24,6 +24,7 @@ from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
 from fp8moe.train import step_trace
 from fp8moe.train.build import Run
+from fp8moe.train.checkpoint import Location
 from fp8moe.train.memory import in_words, measured_bytes
 from fp8moe.train.metrics import MetricsWriter, StepReport
 from fp8moe.train.step_trace import StepFigures
@@ -76,7 +77,7 @@ class RunLogger:
         """Steps of this attempt so far."""
         return len(self._steps)
 
-    def note_saved(self, checkpoints: Sequence[Path]) -> None:
+    def note_saved(self, checkpoints: Sequence[Location]) -> None:
         """Report checkpoints that have been completed."""
         for path in checkpoints:
             self._log.info("checkpoint %s is complete", path)

@@ -1,8 +1,12 @@
-"""When a run saves checkpoints, and which of them stay."""
+"""When a run saves checkpoints, where, and which of them stay."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
+
+from fp8moe.train.checkpoint.location import location
 
 
 @dataclass(frozen=True)
@@ -11,6 +15,7 @@ class CheckpointConfig:
 
     every: steps between checkpoints (0: none before the end). at_end: one after the last step. keep: how many stay;
     keep_every: those of every so many steps stay as well (0: none). background: written while training goes on.
+    path: the folder that holds them, a path or a URL (None: run_dir/checkpoints).
     """
 
     every: int = 0
@@ -18,6 +23,7 @@ class CheckpointConfig:
     keep: int = 2
     keep_every: int = 0
     background: bool = True
+    path: str | None = None
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -26,6 +32,13 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.keep={self.keep} must be at least 1: use 1 for the newest alone")
         if self.keep_every < 0:
             raise ValueError(f"checkpoint.keep_every={self.keep_every} must be at least 0: use 0 for none")
+
+    def resolved(self) -> CheckpointConfig:
+        """With an absolute path, by which the run is found from any folder."""
+        if self.path is None:
+            return self
+        where = location(self.path)
+        return dataclasses.replace(self, path=str(where.absolute() if isinstance(where, Path) else where))
 
     def stays(self, step: int) -> bool:
         """Whether the checkpoint of that step stays for good."""

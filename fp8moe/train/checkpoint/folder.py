@@ -1,45 +1,48 @@
-"""The folder of a run's checkpoints: how one is written and named when it is whole, which ones stay, which is found.
+"""The folder of a run's checkpoints: how one is written and named when it is whole, which ones stay, how one is loaded.
 
     checkpoints/latest                     the name of the newest
     checkpoints/step-N/state.json          numbers, the model's and the run's configuration: read before anything else
     checkpoints/step-N/rank-R.safetensors  masters, moments, router biases, loads so far (`storage`), and index.json
     checkpoints/step-N/manifest.json       size and hash of all of these (`manifest`), written last
 
-A checkpoint is written as `step-N.tmp`; rank 0 renames it when every file of every rank is on disk, then `latest`
-moves, then old ones are deleted. Blocks are named by their number in the whole model, experts stacked, and what a rank
-holds is handed over as ranges (`pieces`), so that any layout can resume any other. BF16 weights are not saved: they are
-the masters rounded.
+On a local disk a checkpoint is written as `step-N.tmp`; rank 0 renames it when every file of every rank is on disk.
+Behind a URL there is no rename, and the manifest alone makes it count (`files`). Then `latest` moves, then old ones are
+deleted: of those up to this step, since a later one is damaged, or the run would have gone on from it. Blocks are named
+by their number in the whole model, experts stacked, and what a rank holds is handed over as ranges (`pieces`), so that
+any layout can resume any other. BF16 weights are not saved: they are the masters rounded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from fp8moe.errors import ConfigError, DataError
+from fp8moe.errors import ConfigError, DataError, SpaceError
 from fp8moe.train.checkpoint.config import CheckpointConfig
+from fp8moe.train.checkpoint.files import clear, delete, folder_of, write_bytes, writing_problem
+from fp8moe.train.checkpoint.location import Location
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from fp8moe.train.checkpoint.pieces import LoadPlanner, Pieces, SavePlanner
-from fp8moe.train.checkpoint.state import FORMAT, STATE_FILE
-from fp8moe.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter, write_bytes
+from fp8moe.train.checkpoint.state import STATE_FILE
+from fp8moe.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 
 # "... in a single process", which is meant. For good: filters within a block are the process's, not the thread's.
 warnings.filterwarnings("ignore", message=".*assuming the intent is to.*", module="torch.distributed.checkpoint.*")
 STEP_NAME = re.compile(r"step-(\d+)")
 LATEST = "latest"
+SPARE = 1.2  # of a checkpoint's size must be free at start: the new one exists before an old one goes
+logger = logging.getLogger(__name__)
 
 
 def save(
-    root: Path,
+    root: Location,
     step: int,
     state: str,
     tensors: Mapping[str, Tensor | Pieces],
@@ -47,50 +50,46 @@ def save(
     kept: CheckpointConfig,
     is_first: bool,
     group: dist.ProcessGroup | None,
-) -> Path:
+) -> Location:
     """Write `root/step-N`, whose state.json is `state`, and delete what `kept` does not keep. Collective over `group`.
 
     Raises DataError, on every rank, where a file can't be written; what was there before stays.
     """
-    final, scratch = root / f"step-{step}", root / f"step-{step}.tmp"
-    with _one_sentence(final, group):
-        _on_first(is_first, group, lambda: _new_folder(scratch))
-        writer = SafetensorsWriter(scratch)
+    final = folder_of(root / f"step-{step}")
+    written = final.written_as()
+    with _one_sentence(final.where, group):
+        _on_first(is_first, group, lambda: clear(written, first=MANIFEST_FILE))
+        writer = SafetensorsWriter(written)
         dcp.save(
             dict(tensors), storage_writer=writer, planner=SavePlanner(), process_group=group, no_dist=group is None
         )
 
         def publish() -> None:
-            files = writer.files | {STATE_FILE: write_bytes(scratch / STATE_FILE, state.encode())}
-            write_manifest(scratch, files)
-            if final.exists():  # a run that was resumed from before this step saves it again
-                shutil.rmtree(final)
-            _sync(scratch)
-            scratch.rename(final)
-            write_bytes(root / f"{LATEST}.tmp", f"{final.name}\n".encode())
-            (root / f"{LATEST}.tmp").replace(root / LATEST)
-            _sync(root)
-            for old in superseded(complete(root), kept):
-                shutil.rmtree(old, ignore_errors=True)
+            files = writer.files | {STATE_FILE: write_bytes(written, STATE_FILE, state.encode())}
+            write_manifest(written, files)
+            final.publish(written)  # type: ignore[arg-type]
+            folder_of(root).replace(LATEST, f"{final.where.name}\n".encode())
+            for old in superseded(complete(root), kept, step):
+                try:
+                    delete(folder_of(old), last=MANIFEST_FILE)
+                except OSError as error:
+                    logger.warning("the old checkpoint %s can't be deleted (%s)", old, error)
 
         _on_first(is_first, group, publish)
-    return final
+    return final.where
 
 
-def superseded(paths: list[Path], kept: CheckpointConfig) -> list[Path]:
-    """Those of `paths`, oldest first, that are neither among the newest `keep` nor a multiple of `keep_every` steps."""
-    return [path for path in paths[: -kept.keep] if not kept.stays(_step(path))]
+def superseded(paths: Sequence[Location], kept: CheckpointConfig, step: int) -> list[Location]:
+    """Those of `paths`, oldest first, up to `step`, but for the last `keep` and multiples of `keep_every`."""
+    until = [path for path in paths if step_of(path) <= step]
+    return [path for path in until[: -kept.keep] if not kept.stays(step_of(path))]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Location) -> int:
+    """The number in a checkpoint's name."""
     match = STEP_NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
-
-
-def _new_folder(scratch: Path) -> None:
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
 
 
 def _on_first(is_first: bool, group: dist.ProcessGroup | None, work: Callable[[], None]) -> None:
@@ -107,89 +106,62 @@ def _on_first(is_first: bool, group: dist.ProcessGroup | None, work: Callable[[]
         raise outcome[0]
 
 
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
 @contextlib.contextmanager
-def _one_sentence(path: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
+def _one_sentence(path: Location, group: dist.ProcessGroup | None) -> Iterator[None]:
     """Turn what goes wrong while writing into a DataError; torch's CheckpointException derives from BaseException."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"checkpoint {path} can't be written ({error.strerror or error}): free space or name another run_dir; the "
-            "checkpoints before it are as they were"
+            f"checkpoint {path} can't be written ({error.strerror or error}): free space or name another run_dir or "
+            "checkpoint.path; the checkpoints before it are as they were"
         ) from error
     except dcp.api.CheckpointException as failed:
         rank, wrapped = next(iter(failed.failures.items()))
-        reason = str(wrapped[0]) if isinstance(wrapped, tuple) else str(wrapped)
+        cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         raise DataError(
-            f"checkpoint {path} can't be written (rank {rank}: {reason.strip().splitlines()[-1][:200]}): free space or "
-            "name another run_dir; the checkpoints before it are as they were"
+            f"checkpoint {path} can't be written (rank {rank}: {_last_line(cause)}): free space or "
+            "name another run_dir or checkpoint.path; the checkpoints before it are as they were"
         ) from failed
 
 
-def complete(root: Path) -> list[Path]:
+def complete(root: Location) -> list[Location]:
     """Checkpoints below `root` that were finished, oldest first."""
-    if not root.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if is_complete(path)]
+    found = [root / name for name in folder_of(root).names() if STEP_NAME.fullmatch(name)]
+    return [path for path in sorted(found, key=step_of) if is_complete(path)]
 
 
-def is_complete(path: Path) -> bool:
+def is_complete(path: Location) -> bool:
     """Whether a folder is a checkpoint that was finished; whether its bytes are right is `manifest.problems`."""
-    return (path / MANIFEST_FILE).is_file()
+    return folder_of(path).has(MANIFEST_FILE)
 
 
-def candidates(resume: str, run_dir: str | Path | None) -> list[Path]:
-    """The checkpoints that `resume` may go on from, the best first: [] for "none", and for "auto" where there is none.
-
-    A path may be a checkpoint, which is then the only one, or a run directory. Raises ConfigError when it is neither,
-    and for "required" where there is none.
-    """
-    if resume == "none":
-        return []
-    if resume in ("auto", "required"):
-        found = complete(Path(run_dir) / "checkpoints") if run_dir is not None else []
-        if resume == "required" and not found:
-            raise ConfigError(f"resume=required and run_dir={run_dir} holds no complete checkpoint: use resume=auto")
-        return found[::-1]
-    path = Path(resume)
-    if is_complete(path):
-        return [path]
-    if inside := complete(path / "checkpoints"):
-        return inside[::-1]
-    old = path if (path / ".metadata").is_file() else next((path / "checkpoints").glob("step-*/.metadata"), None)
-    if old is not None:
-        raise ConfigError(
-            f"resume={resume} is a checkpoint of format 2 or earlier, without a {MANIFEST_FILE}, and this version "
-            f"reads format {FORMAT}: use the version that wrote it"
+def refusal(root: Location, need: float) -> ConfigError | SpaceError | None:
+    """Why checkpoints of `need` bytes can't be written to `root`, to be raised on all ranks; None where they can."""
+    problem, free = writing_problem(root), folder_of(root).free()
+    if problem is not None:
+        return ConfigError(f"no file can be written to {root} ({problem}): use another run_dir or checkpoint.path")
+    if free < SPARE * need:
+        return SpaceError(
+            f"{root} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x its "
+            f"{need / 1e9:.2f} GB): free space or name another run_dir or checkpoint.path"
         )
-    raise ConfigError(f"resume={resume} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+    return None
 
 
-def find(resume: str, run_dir: str | Path | None) -> Path | None:
-    """The first of `candidates`; None where there is none."""
-    return next(iter(candidates(resume, run_dir)), None)
-
-
-def load(path: Path, tensors: Mapping[str, Tensor | Pieces], group: dist.ProcessGroup | None = None) -> None:
+def load(path: Location, tensors: Mapping[str, Tensor | Pieces], group: dist.ProcessGroup | None = None) -> None:
     """Fill `tensors`, named as they were saved, on any layout of ranks. Collective over `group`. Verify first."""
     try:
         dcp.load(
             dict(tensors),
-            storage_reader=SafetensorsReader(path),
+            storage_reader=SafetensorsReader(folder_of(path)),
             planner=LoadPlanner(),
             process_group=group,
             no_dist=group is None,
         )
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-        raise DataError(f"{path} can't be read ({reason}): resume from another checkpoint") from error
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the names in `folder` are on disk; its files were synchronized when they were closed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise DataError(f"{path} can't be read ({_last_line(error)}): resume from another checkpoint") from error

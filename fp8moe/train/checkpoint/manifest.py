@@ -13,22 +13,23 @@ from pathlib import Path
 
 import xxhash
 
-from fp8moe.train.checkpoint.storage import WrittenFile, write_bytes
+from fp8moe.train.checkpoint.files import Folder, folder_of, read_text, write_bytes
+from fp8moe.train.checkpoint.hashed_file import WrittenFile
+from fp8moe.train.checkpoint.location import Location
 
 MANIFEST_FILE = "manifest.json"
-_CHUNK = 1 << 24
 
 
-def write_manifest(folder: Path, files: Mapping[str, WrittenFile]) -> None:
-    """Write the manifest of `files`, which are on disk."""
+def write_manifest(folder: Folder, files: Mapping[str, WrittenFile]) -> None:
+    """Write the manifest of `files`, which are stored."""
     content = {"files": {name: asdict(files[name]) for name in sorted(files)}}
-    write_bytes(folder / MANIFEST_FILE, json.dumps(content, indent=1).encode() + b"\n")
+    write_bytes(folder, MANIFEST_FILE, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def read_manifest(folder: Path) -> dict[str, WrittenFile]:
+def read_manifest(where: Location) -> dict[str, WrittenFile]:
     """The files that belong to the checkpoint. Raises ValueError, in words, where the manifest is damaged."""
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder_of(where), MANIFEST_FILE))
         files = {
             str(name): WrittenFile(int(file["size"]), str(file["xxh3"])) for name, file in content["files"].items()
         }
@@ -39,29 +40,30 @@ def read_manifest(folder: Path) -> dict[str, WrittenFile]:
     return files
 
 
-def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+def problems(where: Location, share: int = 0, shares: int = 1) -> list[str]:
     """What is wrong with the files of a checkpoint, one sentence a file; this share of them alone, of `shares`."""
     try:
-        files = read_manifest(folder)
+        files = read_manifest(where)
     except ValueError as damaged:
         return [str(damaged)]
-    found = [_problem(folder / name, files[name]) for name in sorted(files)[share::shares]]
+    folder = folder_of(where)
+    found = [_problem(folder, name, files[name]) for name in sorted(files)[share::shares]]
     return [problem for problem in found if problem is not None]
 
 
-def _problem(path: Path, expected: WrittenFile) -> str | None:
+def _problem(folder: Folder, name: str, expected: WrittenFile) -> str | None:
     try:
-        size = path.stat().st_size
+        size = folder.size(name)
         if size != expected.size:
-            return f"{path.name} has {size} bytes and was written with {expected.size}"
+            return f"{name} has {size} bytes and was written with {expected.size}"
         digest = xxhash.xxh3_128()
-        with open(path, "rb") as handle:
-            while chunk := handle.read(_CHUNK):
+        with folder.open(name) as file:
+            while chunk := file.read(folder.chunk):
                 digest.update(chunk)
     except FileNotFoundError:
-        return f"{path.name} is missing"
+        return f"{name} is missing"
     except OSError as error:
-        return f"{path.name} can't be read ({error.strerror})"
+        return f"{name} can't be read ({error.strerror or error})"
     if digest.hexdigest() != expected.xxh3:
-        return f"{path.name} has other bytes than were written (XXH3 {digest.hexdigest()[:8]}, not {expected.xxh3[:8]})"
+        return f"{name} has other bytes than were written (XXH3 {digest.hexdigest()[:8]}, not {expected.xxh3[:8]})"
     return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.folder import save
+from fp8moe.train.checkpoint.location import Location
 from fp8moe.train.checkpoint.pieces import Pieces
 
 Hold = Callable[[Tensor], Tensor]
@@ -31,13 +31,13 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, config: CheckpointConfig, *, is_first: bool, group: dist.ProcessGroup | None
+        self, root: Location, config: CheckpointConfig, *, is_first: bool, group: dist.ProcessGroup | None
     ) -> None:
-        self._root, self._config, self._is_first, self._group = root, config, is_first, group
+        self.root, self._config, self._is_first, self._group = root, config, is_first, group
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._error: BaseException | None = None
-        self._finished: list[Path] = []
+        self._finished: list[Location] = []
 
     def start(self, step: int, state: str, tensors: Callable[[Hold], Tensors]) -> None:
         """Save the run's state as it is now; tensors(hold) gives all of them, each passed through `hold`."""
@@ -57,7 +57,7 @@ class Saver:
         if self._thread is not None:
             self._copied.wait()
 
-    def finished(self) -> list[Path]:
+    def finished(self) -> list[Location]:
         """Checkpoints completed since the last call. Raises what went wrong in the background."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
@@ -85,8 +85,8 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _save(self, step: int, state: str, tensors: Tensors) -> Path:
-        return save(self._root, step, state, tensors, kept=self._config, is_first=self._is_first, group=self._group)
+    def _save(self, step: int, state: str, tensors: Tensors) -> Location:
+        return save(self.root, step, state, tensors, kept=self._config, is_first=self._is_first, group=self._group)
 
 
 def _copied(tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None) -> Tensors:

@@ -10,11 +10,12 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.model.config import ModelConfig
+from fp8moe.train.checkpoint.files import folder_of, read_text
+from fp8moe.train.checkpoint.location import Location
 
 FORMAT = 4  # 1 held the model's configuration in one flat list of fields, 2 torch's pickled index, 3 tensors in shape
 STATE_FILE = "state.json"
@@ -44,20 +45,20 @@ class RunState:
 
 
 def state_text(state: RunState, model: ModelConfig, origin: Mapping[str, Any]) -> str:
-    """What state.json holds: the numbers, the model's configuration, and `origin`, which nothing reads back: the whole
-    configuration, versions, commit."""
+    """What state.json holds: the numbers, the model's configuration, and `origin`: the whole configuration, which a run
+    goes on with that has no other, versions, commit."""
     return json.dumps({"format": FORMAT, **asdict(state), "model": asdict(model), **origin}, indent=1) + "\n"
 
 
 def read_state(
-    path: Path, model: ModelConfig, *, seed: int, seq_len: int, optimizer: str = RunState.optimizer
+    path: Location, model: ModelConfig, *, seed: int, seq_len: int, optimizer: str = RunState.optimizer
 ) -> RunState:
     """Numbers of the checkpoint at `path`.
 
     Raises ConfigError unless its format is this one, and its model, seed, seq_len and optimizer are these.
     """
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder_of(path), STATE_FILE))
         _check_format(path, content["format"])
         numbers = [field.name for field in dataclasses.fields(RunState) if field.name != "data"]
         state = RunState(**{name: content[name] for name in numbers}, data=content.get("data"))
@@ -82,7 +83,7 @@ def read_state(
     return state
 
 
-def _check_format(path: Path, found: int) -> None:
+def _check_format(path: Location, found: int) -> None:
     if found != FORMAT:
         raise ConfigError(
             f"checkpoint format {found} is of {'an earlier' if found < FORMAT else 'a later'} version, which this one "
@@ -99,3 +100,12 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], group: str 
             yield from _differences(there, here, f"{key}.")
         elif there != here and key not in FREE_FIELDS:
             yield key, repr(there), repr(here)
+
+
+def run_configuration(path: Location) -> dict[str, Any] | None:
+    """The whole configuration of the run that wrote the checkpoint at `path`; None where it can't be read."""
+    try:
+        config = json.loads(read_text(folder_of(path), STATE_FILE))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config if isinstance(config, dict) else None

@@ -2,8 +2,9 @@
 
 torch plans who writes which part of which tensor, and who reads it on another layout; this module stores the parts and
 an index in JSON. Nothing is pickled, so that nothing in a checkpoint can run. Each file is hashed from memory as it is
-written. Refused: torch's own file writer, whose index is a pickle, and its Hugging Face writer, which hashes nothing
-and serialises a rank's whole share in memory at once.
+written. Beside the state itself the host holds one tensor while saving (none, where the state lies on the host), and
+`Folder.chunk` bytes or one row of a tensor while loading. Refused: torch's own file writer, whose index is a pickle,
+and its Hugging Face writer, which hashes nothing and serialises a rank's whole share in memory at once.
 
     rank-N.safetensors   the parts that rank N wrote: a whole tensor by its name, a part as name@offset,offset
     index.json           tensor -> dtype, shape, parts: (offsets, sizes, file, name there)
@@ -15,14 +16,12 @@ import dataclasses
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from math import prod
+from typing import Any, BinaryIO
 
 import torch
-import xxhash
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -35,6 +34,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from fp8moe.train.checkpoint.files import Folder, read_text, write_bytes
+from fp8moe.train.checkpoint.hashed_file import WrittenFile
+
 INDEX_FILE = "index.json"
 _NAMES = {  # safetensors' names of the dtypes that a run's state has
     torch.float32: "F32",
@@ -46,63 +48,84 @@ _NAMES = {  # safetensors' names of the dtypes that a run's state has
 }
 
 
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_LONGEST_HEADER = 100_000_000  # as in safetensors' own reader
+
+
 @dataclass(frozen=True)
-class WrittenFile:
-    """Size and XXH3-128 of the bytes that a file was given."""
+class Part:
+    """A tensor that is written to a file: its name there, and where its values come from when it is its turn."""
 
-    size: int
-    xxh3: str
+    name: str
+    dtype: torch.dtype
+    shape: Sequence[int]
+    values: Callable[[], Tensor]
 
-
-class HashedFile:
-    """A file that is hashed as it is written, and on disk when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = open(path, "wb")  # noqa: SIM115
-        self._digest, self._size = xxhash.xxh3_128(), 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._handle.write(data)
-        self._digest.update(data)
-        self._size += len(data)
-
-    def close(self) -> WrittenFile:
-        """Flush, synchronize, close."""
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
-        return WrittenFile(self._size, self._digest.hexdigest())
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
-def write_bytes(path: Path, content: bytes) -> WrittenFile:
-    """A file of `content`, hashed and on disk."""
-    file = HashedFile(path)
-    file.write(content)
-    return file.close()
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
-    """A safetensors file (github.com/huggingface/safetensors, its format section) of CPU tensors, tensor by tensor."""
+def write_safetensors(folder: Folder, name: str, parts: Sequence[Part]) -> WrittenFile:
+    """A safetensors file (github.com/huggingface/safetensors, its format section), of which one tensor at a time is on
+    the host beside those that lie there anyway."""
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for part in parts:
+        start, end = end, end + part.num_bytes
+        header[part.name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file = HashedFile(path)
+    file = folder.create(name)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
-    for tensor in tensors.values():
+    for part in parts:
+        tensor = part.values()
+        assert (tensor.dtype, tuple(tensor.shape)) == (part.dtype, tuple(part.shape)), part.name
         if tensor.numel():
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return file.close()
+
+
+class TensorFile:
+    """A safetensors file that is open for reading: parts of tensors, a bounded number of bytes at a time.
+
+    Raises ValueError or KeyError where its header is none. chunk: bytes read at once, one row at least.
+    """
+
+    def __init__(self, file: BinaryIO, chunk: int) -> None:
+        self._file, self._chunk = file, chunk
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes, where {_LONGEST_HEADER} are the most, is none")
+        self._header, self._start = json.loads(file.read(length)), 8 + length
+
+    def read_into(self, target: Tensor, name: str, box: Sequence[slice]) -> None:
+        """Fill `target` with the part `box` (a slice a dimension, of step 1) of the tensor `name`."""
+        for rows, values in self._pieces(name, box):
+            (target[rows] if box else target).copy_(values)
+
+    def _pieces(self, name: str, box: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the target, their values): the box, cut along its first dimension."""
+        entry = self._header[name]
+        dtype, shape, start = _DTYPES[entry["dtype"]], entry["shape"], self._start + entry["data_offsets"][0]
+        row = prod(shape[1:]) * dtype.itemsize
+        first, last = (box[0].start, box[0].stop) if box else (0, 1)
+        step = max(1, self._chunk // max(1, row))
+        for begin in range(first, last if row else first, step):
+            end = min(last, begin + step)
+            self._file.seek(start + begin * row)
+            content = bytearray((end - begin) * row)
+            if self._file.readinto(content) != len(content):  # type: ignore[attr-defined]
+                raise ValueError(f"it ends within {name}")
+            values = torch.frombuffer(content, dtype=dtype).view([end - begin, *shape[1:]] if box else [])
+            yield slice(begin - first, end - first), values[(slice(None), *box[1:])] if box else values
 
 
 class SafetensorsWriter(StorageWriter):
     """Writes into an existing folder; afterwards `files` are those of all ranks, on the coordinator."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.files: dict[str, WrittenFile] = {}
 
@@ -121,9 +144,8 @@ class SafetensorsWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
-            tensors = {part_name(item): _on_cpu(planner.resolve_data(item)) for item in plan.items}
             file = f"rank-{plan.storage_data}.safetensors"
-            written = write_safetensors(self.folder / file, tensors)
+            written = write_safetensors(self.folder, file, [_part(item, planner) for item in plan.items])
             results = [WriteResult(item.index, written.size, (file, part_name(item), written)) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -137,7 +159,7 @@ class SafetensorsWriter(StorageWriter):
             self.files[file] = written
         index = {name: _entry(name, stored, where) for name, stored in metadata.state_dict_metadata.items()}
         text = json.dumps({"tensors": index}).encode()
-        self.files[INDEX_FILE] = write_bytes(self.folder / INDEX_FILE, text)
+        self.files[INDEX_FILE] = write_bytes(self.folder, INDEX_FILE, text)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -153,9 +175,16 @@ def part_name(item: WriteItem) -> str:
     return f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
 
 
-def _on_cpu(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value.detach().cpu()
+def _part(item: WriteItem, planner: SavePlanner) -> Part:
+    data = item.tensor_data
+    assert data is not None, "a checkpoint holds tensors only"
+
+    def values() -> Tensor:
+        tensor = planner.resolve_data(item)
+        assert isinstance(tensor, Tensor)
+        return tensor.detach()
+
+    return Part(part_name(item), data.properties.dtype, data.chunk.sizes, values)
 
 
 def _entry(name: str, stored: Any, where: Mapping[MetadataIndex, tuple[str, str]]) -> dict[str, Any]:
@@ -167,23 +196,22 @@ def _entry(name: str, stored: Any, where: Mapping[MetadataIndex, tuple[str, str]
     return {"dtype": _NAMES[stored.properties.dtype], "shape": list(stored.size), "parts": parts}
 
 
-def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+def read_index(folder: Folder) -> dict[str, dict[str, Any]]:
     """The entries of index.json by tensor: dtype, shape, parts."""
-    entries: dict[str, dict[str, Any]] = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["tensors"]
+    entries: dict[str, dict[str, Any]] = json.loads(read_text(folder, INDEX_FILE))["tensors"]
     return entries
 
 
 class SafetensorsReader(StorageReader):
     """Reads what a `SafetensorsWriter` wrote, each part of a tensor by itself."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """The folder was given to the constructor."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        dtypes = {name: dtype for dtype, name in _NAMES.items()}
         described: dict[str, Any] = {}
         where: dict[MetadataIndex, tuple[str, str]] = {}
         for name, entry in read_index(self.folder).items():
@@ -192,7 +220,7 @@ class SafetensorsReader(StorageReader):
                 chunk = ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["sizes"]))
                 where[MetadataIndex(name, chunk.offsets)] = (part["file"], part["name"])
                 chunks.append(chunk)
-            properties = TensorProperties(dtype=dtypes[entry["dtype"]])
+            properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
             described[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
         return Metadata(described, storage_data=where)
 
@@ -211,15 +239,15 @@ class SafetensorsReader(StorageReader):
             file, name = self._where[item.storage_index]
             by_file[file].append((item, name))
         for file, items in by_file.items():
-            with safe_open(self.folder / file, framework="pt") as opened:
+            with self.folder.open(file) as handle:
+                opened = TensorFile(handle, self.folder.chunk)
                 for item, name in items:
-                    box = tuple(
+                    box = [
                         slice(start, start + length)
                         for start, length in zip(item.storage_offsets, item.lengths, strict=True)
-                    )
-                    value = opened.get_slice(name)[box] if box else opened.get_tensor(name)
+                    ]
                     target = planner.resolve_tensor(item).detach()
-                    target.copy_(value)
+                    opened.read_into(target, name, box)
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)

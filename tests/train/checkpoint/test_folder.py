@@ -67,6 +67,15 @@ def test_the_oldest_go_by_number_not_by_name(tmp_path: Path) -> None:
     assert checkpoint.complete(tmp_path / "nowhere") == []
 
 
+def test_later_ones_that_were_passed_over_count_for_nothing(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    save(tmp_path, 3, keep=1)  # 4 and 6 are damaged: the run went on from 2
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-3", "step-4", "step-6"]
+    save(tmp_path, 5, keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-4", "step-5", "step-6"]
+
+
 def test_the_newest_complete_one_is_found(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     for step in (9, 10):
@@ -86,7 +95,7 @@ def test_the_newest_complete_one_is_found(tmp_path: Path) -> None:
 
 def test_every_byte_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int | str] = []  # the inode of each file that was synchronized; the new name of a rename
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
 
     def recording_fsync(descriptor: int) -> None:
         calls.append(os.fstat(descriptor).st_ino)
@@ -96,13 +105,21 @@ def test_every_byte_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pyte
         calls.append(Path(target).name)
         return rename(path, target)
 
+    def recording_replace(path: Path, target: Path) -> Path:
+        calls.append(Path(target).name)
+        return replace(path, target)
+
     monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "replace", recording_replace)
     monkeypatch.setattr(Path, "rename", recording_rename)
     final = save(tmp_path, 3)
     files = list(final.iterdir())
     assert {path.name for path in files} == {"state.json", "index.json", "manifest.json", "rank-0.safetensors"}
     before = calls[: calls.index("step-3")]
-    assert {path.stat().st_ino for path in files} <= set(before)
+    assert {path.stat().st_ino for path in (*files, final)} <= set(before), "files, and their names in the folder"
+    root, named = tmp_path.stat().st_ino, calls.index("step-3")
+    assert root in calls[named : calls.index("latest")], "its own name, before latest moves"
+    assert root in calls[calls.index("latest") :]
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from fp8moe.errors import DataError
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint import CheckpointConfig, Saver
 from fp8moe.train.checkpoint import saver as module
+from fp8moe.train.checkpoint.hashed_file import HashedFile
 
 Hold = Callable[[Tensor], Tensor]
 
@@ -78,12 +79,11 @@ def test_a_disk_that_fails_is_one_sentence_and_loses_nothing(tmp_path: Path, mon
     saver, state = saver_at(tmp_path, background=background), torch.zeros(4)
     saver.start(1, "{}", of(state))
     saver.wait()
-    from fp8moe.train.checkpoint import storage
 
     def full(self, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.HashedFile, "write", full)
+    monkeypatch.setattr(HashedFile, "write", full)
     with pytest.raises(DataError, match=r"step-2 can't be written \(.*No space left on device.*\): free space or name"):
         saver.start(2, "{}", of(state))
         saver.wait()

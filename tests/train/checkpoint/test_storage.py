@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from fp8moe.errors import DataError
 from fp8moe.train import checkpoint
-from fp8moe.train.checkpoint import CheckpointConfig
+from fp8moe.train.checkpoint import CheckpointConfig, folder_of
+from fp8moe.train.checkpoint.files import LocalFolder
 from fp8moe.train.checkpoint.manifest import problems, read_manifest
-from fp8moe.train.checkpoint.storage import write_safetensors
+from fp8moe.train.checkpoint.storage import Part, write_safetensors
 
 TENSORS = {
     "master.a": torch.randn(3, 5),
@@ -33,8 +34,14 @@ def saved(root: Path, step: int = 1) -> Path:
     return checkpoint.save(root, step, '{"step": 1}\n', TENSORS, kept=kept, is_first=True, group=None)
 
 
-def test_its_own_library_reads_the_file(tmp_path: Path) -> None:
-    written = write_safetensors(tmp_path / "file.safetensors", TENSORS)
+@pytest.mark.parametrize("chunk", [LocalFolder.chunk, 7])
+def test_its_own_library_reads_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(LocalFolder, "chunk", chunk)
+    written = write_safetensors(
+        folder_of(tmp_path),
+        "file.safetensors",
+        [Part(name, tensor.dtype, tensor.shape, lambda tensor=tensor: tensor) for name, tensor in TENSORS.items()],
+    )
     content = (tmp_path / "file.safetensors").read_bytes()
     assert (written.size, written.xxh3) == (len(content), xxhash.xxh3_128(content).hexdigest())
     read = load_file(tmp_path / "file.safetensors")
