@@ -4,10 +4,11 @@
     resume=auto run_dir=RUN   the same; without a checkpoint in RUN the run starts at step 0
     --from RUN                a new run with fresh weights and RUN's configuration
 
-Typed are: a key that is given, every key of a group that is chosen (model=tiny), and of an experiment the keys that it
-sets to something else than the defaults do. On another number of processes the layout is chosen anew: parallel.dp, and
-parallel.ep and batch.micro_batch where they were chosen or do not fit. Refused: composing from the defaults, as other
-trainers do: a key that was forgotten then makes another run out of the old weights, in silence.
+Typed are: a key that is given, every key of a group that is chosen (model=tiny; of lr_schedule=wsd those that its file
+holds), and of an experiment the keys that it sets to something else than the defaults do. On another number of
+processes the layout is chosen anew: parallel.dp, and parallel.ep and batch.micro_batch where they were chosen or do not
+fit. Refused: composing from the defaults, as other trainers do: a key that was forgotten then makes another run out of
+the old weights, in silence.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from fp8moe.cli.compose import Composed, composed, config_groups, parse, plain_values, tree_of
+from fp8moe.cli.compose import Composed, composed, config_groups, keys_in, parse, plain_values, tree_of
 from fp8moe.errors import ConfigError
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
@@ -120,7 +121,10 @@ def overlaid(
             _put(tree, key, value)
     for override in overrides:
         key = override.key_or_group
-        if key in groups - {"experiment"}:
+        if key == "lr_schedule":
+            for name in keys_in(key, override.value()):
+                _put(tree, f"optimizer.schedule.{name}", _get(typed, f"optimizer.schedule.{name}"))
+        elif key in groups - {"experiment"}:
             tree[key] = typed[key]
         elif key != "experiment":
             _put(tree, key, _get(typed, key))
