@@ -28,6 +28,7 @@ from fp8moe.train.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 _OF_THE_COMMAND = ("resume", "run_dir", "resume_changes")  # of this start alone, never taken from another
+_WEIGHTS = ("init_from", "init_from_ema")  # of the run, not of one like it
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def compose_run(
     if origin is None:
         return composed(typed), None
     tree = overlaid(origin.tree, typed, tree_of([]), settings)
-    tree |= {key: typed[key] for key in _OF_THE_COMMAND}
+    tree |= {key: typed[key] for key in (_OF_THE_COMMAND if origin.goes_on else (*_OF_THE_COMMAND, *_WEIGHTS))}
     if origin.goes_on and typed["run_dir"] is None:
         tree["run_dir"] = str(origin.run)
     _refit(tree, settings, world_size)

@@ -1,15 +1,16 @@
 """The only composition root: makes a `Run`, everything that a step uses, from a resolved `TrainConfig`.
 
 First the checkpoint's numbers, so that a wrong one is refused before anything is built; then the data, this rank's
-stages of the model, the optimizer, and the checkpoint's tensors. Processes, device and run directory come from
-`processes`.
+stages of the model, the optimizer, the average of the weights, and the checkpoint's tensors: all of them where the run
+goes on (`resume`), the weights alone where it begins from them (`init_from`). Processes, device and run directory come
+from `processes`.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -35,10 +36,12 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
+from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import AdamW
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.provenance import commit, versions
+from fp8moe.train.random_state import is_stored, random_state, seed_random, set_random_state
 
 SPARE = 1.2  # of a checkpoint's size must be free at start: the new one exists before an old one goes
 logger = logging.getLogger(__name__)
@@ -48,8 +51,9 @@ logger = logging.getLogger(__name__)
 class Run:
     """The parts and the state of a run on this rank.
 
-    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. loads: tokens that each
-    expert has had in the whole run, by name of those stages' routers.
+    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. ema: the average of its
+    weights, where there is one. loads: tokens that each expert has had in the whole run, by name of those stages'
+    routers.
     """
 
     config: TrainConfig
@@ -66,6 +70,7 @@ class Run:
     optimizer: AdamW
     guard: Guard
     saver: checkpoint.Saver
+    ema: Ema | None
     step: int = 0
     loads: dict[str, Tensor] = field(default_factory=dict)
 
@@ -83,8 +88,14 @@ class Run:
 
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
-    """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
+    """Make the run, from the checkpoint that `resume` names where there is one, else from that of `init_from`.
+
+    Collective over all ranks.
+    """
     chosen = checkpoint.choose(config.resume, run_dir, config.model, mesh, seed=config.seed, seq_len=config.seq_len)
+    weights = None
+    if chosen is None and config.init_from is not None:
+        weights = checkpoint.choose_weights(config.init_from, config.model, mesh, averaged=config.init_from_ema)
     data = open_data(
         config.data,
         seq_len=config.seq_len,
@@ -106,7 +117,9 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         max_tokens=config.micro_batch * config.seq_len,
     )
     stages = stages_of(config)
+    seed_random(config.seed, mesh.rank)
     model = build_model(config, mesh, stages, dispatcher, device)
+    optimizer = AdamW(model, model.main_grads, config.optimizer)
     run = Run(
         config=config,
         mesh=mesh,
@@ -119,15 +132,18 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=AdamW(model, model.main_grads, config.optimizer),
+        optimizer=optimizer,
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
             run_dir / "checkpoints", config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),
+        ema=None if config.ema.decay is None else Ema(masters(optimizer), config.ema.decay),
     )
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
         _restore(run, *chosen)
+    elif weights is not None:
+        _begin_from(run, weights)
     if run_dir.is_dir():
         check_space(run)
     return run
@@ -178,21 +194,64 @@ def tied_embedding(run: Run) -> Tensor | None:
     return main_grad
 
 
-def state_tensors(run: Run, held: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
-    """All tensors that a checkpoint of `run` holds, by canonical name; of each, what `held` takes."""
+def masters(optimizer: AdamW) -> dict[str, Tensor]:
+    """The FP32 masters that this rank holds, or the pieces of them, by canonical name of the parameter."""
+    return {name.removeprefix("master."): t for name, _, t in optimizer.tensors() if name.startswith("master.")}
+
+
+def state_tensors(
+    run: Run,
+    held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    random: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """All tensors that a checkpoint of `run` holds, by canonical name; of each, what `held` takes.
+
+    random: states of random generators, which are copies as they come, since generators do not stand still.
+    """
     biases = {name: router.bias_E for name, router in run.routers().items()}
-    return checkpoint.run_tensors(run.optimizer, biases, run.loads, run.mesh, held)
+    averages = None if run.ema is None else run.ema.tensors()
+    tensors = checkpoint.run_tensors(run.optimizer, biases, run.loads, run.mesh, held, averages)
+    return tensors | dict(random or {})
 
 
 def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
-    checkpoint.load(path, state_tensors(run), run.mesh.world_group)
+    """Go on from a checkpoint. An average that it does not hold begins from the masters; one too many is left alone."""
+    stored, mesh = checkpoint.stored_names(path), run.mesh
+    tensors, random = state_tensors(run), random_state(run.device, mesh.rank)
+    averages = {name for name in tensors if name.startswith("ema.")}
+    if not averages <= stored:
+        logger.info("%s holds no average of the weights: it begins from the masters", path)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in averages}
+    same_ranks = is_stored(random, stored, mesh.world_size)
+    checkpoint.load(path, tensors | random if same_ranks else tensors, mesh.world_group)
+    _refresh(run, restart_average=not averages <= stored)
+    if same_ranks:
+        set_random_state(random, run.device, mesh.rank)
+    else:
+        logger.info("%s holds no random states of %d such ranks: they are seeded anew", path, mesh.world_size)
     run.optimizer.updates = state.updates
-    run.optimizer.write_parameters()
-    quantize_weights(run.model)
     run.sampler.consumed = state.consumed
     run.guard.skipped = state.skipped
     run.step = state.step
     logger.info("resumed from %s after step %d, %d samples consumed", path, state.step, state.consumed)
+
+
+def _begin_from(run: Run, path: Path) -> None:
+    """Take the weights of a checkpoint, or their average, and its router biases; all else is a new run's."""
+    kind = "ema." if run.config.init_from_ema else "master."
+    tensors = {name.replace("master.", kind, 1): tensor for name, tensor in state_tensors(run).items()}
+    taken = {name: tensor for name, tensor in tensors.items() if name.startswith((kind, "bias."))}
+    checkpoint.load(path, taken, run.mesh.world_group)
+    _refresh(run, restart_average=True)
+    logger.info("begins from the weights of %s (%s*)", path, kind)
+
+
+def _refresh(run: Run, *, restart_average: bool) -> None:
+    """Make what is made of the masters, after they were loaded."""
+    run.optimizer.write_parameters()
+    quantize_weights(run.model)
+    if run.ema is not None and restart_average:
+        run.ema.restart()
 
 
 def check_space(run: Run) -> None:
@@ -205,7 +264,10 @@ def check_space(run: Run) -> None:
         return
     stages, mesh = len(run.mesh.replicas), run.mesh
     copies = {True: mesh.edp * stages, False: mesh.dp * stages}  # ranks that hold the same, of which one writes
-    mine = sum(t.numel() * t.element_size() / copies[is_expert(p)] for _, p, t in run.optimizer.tensors())
+    held = [(p, t.numel() * t.element_size()) for _, p, t in run.optimizer.tensors()]
+    if run.ema is not None:
+        held += [(p, 4 * t.numel()) for name, p, t in run.optimizer.tensors() if name.startswith("master.")]
+    mine = sum(size / copies[is_expert(p)] for p, size in held)
     here = shutil.disk_usage(run.run_dir).free if run.is_first else 0
     need, free = all_reduce(torch.tensor([mine, here], dtype=torch.float64), mesh.world_group).tolist()
     if free < SPARE * need:
@@ -227,8 +289,11 @@ def start_checkpoint(run: Run) -> None:
         seq_len=config.seq_len,
         data=run.identity.as_stored(),
     )
+    random = random_state(run.device, run.mesh.rank)  # here: the training draws on while the state is copied
     origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}
-    run.saver.start(run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run))
+    run.saver.start(
+        run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run, random=random)
+    )
 
 
 def save_checkpoint(run: Run) -> Path:

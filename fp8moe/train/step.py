@@ -194,16 +194,20 @@ def reduce(run: Run) -> float:
 
 
 def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: bool) -> None:
-    """Update weights and their FP8 blocks, router biases and the run's loads; only if the step was accepted.
+    """Update weights, FP8 blocks, their average, router biases and the run's loads; only if the step was accepted.
 
     Either way the routers' counts of this step are forgotten.
     """
     run.saver.wait_copied()
+    if run.ema is not None:
+        run.ema.wait_copied()
     if accepted:
         for name, router in run.routers().items():
             run.loads[name] += router.counts_E
         with span("optimizer"):
             run.optimizer.step(lr, grad_norm)
+        if run.ema is not None and run.config.ema.is_due(run.optimizer.updates):
+            run.ema.start_update()
     update_bias(run.model, gamma if accepted else 0.0)
 
 

@@ -2,7 +2,8 @@
 
     checkpoints/latest                     the name of the newest
     checkpoints/step-N/state.json          numbers, the model's and the run's configuration: read before anything else
-    checkpoints/step-N/rank-R.safetensors  masters, moments, router biases, loads so far (`storage`), and index.json
+    checkpoints/step-N/rank-R.safetensors  masters, moments, averages (ema.NAME), router biases, loads so far, random
+                                           states (`storage`), and index.json
     checkpoints/step-N/manifest.json       size and hash of all of these (`manifest`), written last
 
 A checkpoint is written as `step-N.tmp`; rank 0 renames it when every file of every rank is on disk, then `latest`
@@ -31,7 +32,7 @@ from fp8moe.errors import ConfigError, DataError
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from fp8moe.train.checkpoint.state import STATE_FILE
-from fp8moe.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter, write_bytes
+from fp8moe.train.checkpoint.storage import INDEX_FILE, SafetensorsReader, SafetensorsWriter, read_index, write_bytes
 
 # "... in a single process", which is meant. For good: filters within a block are the process's, not the thread's.
 warnings.filterwarnings("ignore", message=".*assuming the intent is to.*", module="torch.distributed.checkpoint.*")
@@ -152,7 +153,12 @@ def candidates(resume: str, run_dir: str | Path | None) -> list[Path]:
         if resume == "required" and not found:
             raise ConfigError(f"resume=required and run_dir={run_dir} holds no complete checkpoint: use resume=auto")
         return found[::-1]
-    path = Path(resume)
+    return checkpoints_at(resume, "resume")
+
+
+def checkpoints_at(name: str, key: str) -> list[Path]:
+    """The complete checkpoints at the path `name`, the newest first. Raises ConfigError, in terms of `key`, of none."""
+    path = Path(name)
     if is_complete(path):
         return [path]
     if inside := complete(path / "checkpoints"):
@@ -160,10 +166,18 @@ def candidates(resume: str, run_dir: str | Path | None) -> list[Path]:
     old = path if (path / ".metadata").is_file() else next((path / "checkpoints").glob("step-*/.metadata"), None)
     if old is not None:
         raise ConfigError(
-            f"resume={resume} is a checkpoint of format 2 or earlier, without a {MANIFEST_FILE}, and this version "
+            f"{key}={name} is a checkpoint of format 2 or earlier, without a {MANIFEST_FILE}, and this version "
             "reads format 3: use the version that wrote it"
         )
-    raise ConfigError(f"resume={resume} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+    raise ConfigError(f"{key}={name} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+
+
+def stored_names(path: Path) -> set[str]:
+    """Names of the tensors that a checkpoint holds. Raises DataError where its index can't be read."""
+    try:
+        return set(read_index(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}/{INDEX_FILE} can't be read ({error!r}): use another checkpoint") from error
 
 
 def find(resume: str, run_dir: str | Path | None) -> Path | None:

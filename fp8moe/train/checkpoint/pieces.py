@@ -21,12 +21,18 @@ def run_tensors(
     loads: Mapping[str, Tensor],
     mesh: Mesh,
     held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    averages: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of a checkpoint by canonical name: the optimizer's, router biases, tokens each expert has had.
 
-    held: what is taken of each of this rank's tensors, a copy for example.
+    held: what is taken of each of this rank's tensors, a copy for example. averages: of the masters (`train.ema`),
+    stored as ema.NAME, the same parts of them as of master.NAME.
     """
-    tensors = {name: _as_stored(held(tensor), parameter, mesh) for name, parameter, tensor in optimizer.tensors()}
+    entries = list(optimizer.tensors())
+    if averages is not None:
+        masters = [(name.removeprefix("master."), p) for name, p, _ in entries if name.startswith("master.")]
+        entries += [(f"ema.{name}", parameter, averages[name]) for name, parameter in masters]
+    tensors = {name: _as_stored(held(tensor), parameter, mesh) for name, parameter, tensor in entries}
     tensors |= {f"bias.{name}": held(bias) for name, bias in biases.items()}
     return tensors | {f"load.{name}": held(load) for name, load in loads.items()}
 

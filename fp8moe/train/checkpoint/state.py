@@ -47,8 +47,9 @@ def state_text(state: RunState, model: ModelConfig, origin: Mapping[str, Any]) -
     return json.dumps({"format": FORMAT, **asdict(state), "model": asdict(model), **origin}, indent=1) + "\n"
 
 
-def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> RunState:
-    """Numbers of the checkpoint at `path`. Raises ConfigError unless its format, model, seed and seq_len are these."""
+def read_state(path: Path, model: ModelConfig, *, seed: int | None = None, seq_len: int | None = None) -> RunState:
+    """Numbers of the checkpoint at `path`. Raises ConfigError unless its format and model, and the seed and seq_len
+    that are given, are these."""
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _check_format(path, content["format"])
@@ -66,7 +67,7 @@ def read_state(path: Path, model: ModelConfig, *, seed: int, seq_len: int) -> Ru
             f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
         )
     for name, here, there in (("seed", seed, state.seed), ("seq_len", seq_len, state.seq_len)):
-        if here != there:
+        if here is not None and here != there:
             raise ConfigError(f"{path} was trained with {name}={there} and this run has {name}={here}: use {there}")
     return state
 

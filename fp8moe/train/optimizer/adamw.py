@@ -14,7 +14,7 @@ updated by a launch of its own, which writes its blocks too.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,11 +116,18 @@ class AdamW:
             adamw_step_quantize(*flat.of(weight), weight.detach(), *both, **settings, power_of_two=power_of_two)
 
     @torch.no_grad()
-    def write_parameters(self) -> None:
-        """Round the masters into the parameters, after masters were loaded; FP8 blocks are `quantize_weights`' then."""
-        for state in self.states.values():
+    def write_parameters(self, source: Mapping[str, Tensor] | None = None) -> None:
+        """Round `source` into the parameters, or the masters; FP8 blocks are `quantize_weights`' then.
+
+        source: FP32 by a parameter's name, in its shape, on any device. Masters stay as they are: an FP32 parameter,
+        its own master, leaves it for `source` until masters are written again.
+        """
+        for name, state in self.states.items():
+            value = state.master if source is None else source[name]
             if state.parameter.dtype != torch.float32:
-                state.parameter.copy_(state.master)
+                state.parameter.copy_(value)
+            else:
+                state.parameter.data = value.to(state.master.device)
 
     def tensors(self) -> Iterator[tuple[str, Parameter, Tensor]]:
         """(canonical name, parameter it belongs to, tensor) of all that a checkpoint must hold."""
