@@ -239,9 +239,9 @@ def _restore(run: Run, path: Path, state: checkpoint.RunState) -> None:
 def _begin_from(run: Run, path: Path) -> None:
     """Take the weights of a checkpoint, or their average, and its router biases; all else is a new run's."""
     kind = "ema." if run.config.init_from_ema else "master."
-    tensors = {name.replace("master.", kind, 1): tensor for name, tensor in state_tensors(run).items()}
-    taken = {name: tensor for name, tensor in tensors.items() if name.startswith((kind, "bias."))}
-    checkpoint.load(path, taken, run.mesh.world_group)
+    taken = {name: tensor for name, tensor in state_tensors(run).items() if name.startswith(("master.", "bias."))}
+    stored = {name.replace("master.", kind, 1): tensor for name, tensor in taken.items()}
+    checkpoint.load(path, stored, run.mesh.world_group)
     _refresh(run, restart_average=True)
     logger.info("begins from the weights of %s (%s*)", path, kind)
 
