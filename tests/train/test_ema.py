@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.train import ema as module
-from fp8moe.train.build import Run, masters, save_checkpoint
+from fp8moe.train.build import Run, masters, save_checkpoint, start_checkpoint
 from fp8moe.train.ema import Ema, EmaConfig
 from fp8moe.train.loop import _validations, averaged_weights, run_to_end
 from fp8moe.train.step import train_step, update
@@ -132,16 +133,40 @@ def test_it_follows_accepted_updates_of_a_run(corpus: list[str]) -> None:
     run = built(configured(corpus, "precision=bf16", "ema.decay=0.5", "ema.every=2"))
     assert run.ema is not None
     expected = {name: master.clone() for name, master in masters(run.optimizer).items()}
-    for step in range(1, 6):
+    for step in range(1, 5):
         train_step(run)
         for name, master in masters(run.optimizer).items():
             if step % 2 == 0:
                 expected[name] += 0.5 * (master - expected[name])
-    update(run, 1e-2, 0.0, float("nan"), accepted=False)
-    update(run, 1e-2, 0.0, float("nan"), accepted=False)
+    update(run, 1e-2, 0.0, float("nan"), accepted=False)  # behind an update of the average, as one is due
     for name, average in run.ema.tensors().items():
         torch.testing.assert_close(average, expected[name], rtol=0, atol=1e-7)
-    assert run.optimizer.updates == 5
+    assert run.optimizer.updates == 4
+
+
+def test_a_step_waits_for_the_copy_and_a_checkpoint_for_the_average(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(configured(corpus, "precision=bf16", "ema.decay=0.5", f"run_dir={tmp_path}"))
+    assert run.ema is not None
+    begun = {name: average.clone() for name, average in run.ema.tensors().items()}
+    told: list[str] = []
+    for owner, name in ((run.ema, "wait_copied"), (run.optimizer, "step"), (run.ema, "start_update")):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, method=method: (told.append(name), method(*a))[1])
+    may_average = threading.Event()
+    run.ema._chunks[-1] = Slow(run.ema._chunks[-1], may_average)
+    train_step(run)
+    assert told == ["wait_copied", "step", "start_update"]
+    start_checkpoint(run)
+    time.sleep(0.3)
+    assert all(torch.equal(run.ema._averages[name], average) for name, average in begun.items())
+    may_average.set()
+    run.saver.wait()
+    saved = load_file(tmp_path / "checkpoints" / "step-1" / "rank-0.safetensors")
+    for name, average in run.ema.tensors().items():
+        assert torch.equal(saved[f"ema.{name}"], average), name
+    assert not torch.equal(saved["ema.head.weight"], begun["head.weight"])
 
 
 def everything(run: Run) -> dict[str, Tensor]:
