@@ -53,7 +53,10 @@ class _Piece:
 
 
 class Ema:
-    """The average of `masters`, FP32 and contiguous, on any device; name -> tensor. Their values change, not they."""
+    """The average of `masters`: name -> tensor, FP32 and contiguous, all on one device, one value or more in all.
+
+    Their values change from update to update; the tensors stay.
+    """
 
     def __init__(self, masters: Mapping[str, Tensor], decay: float, chunk: int = CHUNK) -> None:
         self.decay = decay

@@ -173,6 +173,8 @@ def opening(run: Run) -> str:
         + ("" if run.device.type == "cuda" else "; none on a CPU"),
         f"run directory {run.run_dir}",
     ]
+    if config.init_from is not None and not run.step:
+        lines.append(f"begins from the {'averaged ' if config.init_from_ema else ''}weights of {config.init_from}")
     if run.step:
         lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
     return "\n".join(lines)

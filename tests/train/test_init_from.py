@@ -16,6 +16,7 @@ from fp8moe.errors import ConfigError, DataError
 from fp8moe.train.build import masters, state_tensors
 from fp8moe.train.loop import run_to_end
 from fp8moe.train.run_dir import describe_start
+from fp8moe.train.run_log import opening
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 
@@ -79,10 +80,12 @@ def test_any_layout_begins_from_any_other(corpus: list[str], origin: Path) -> No
 def test_a_run_that_has_a_checkpoint_goes_on_from_it(corpus: list[str], origin: Path, tmp_path: Path) -> None:
     again = ["resume=auto", f"run_dir={tmp_path / 'new'}", f"init_from={origin}", "precision=bf16", "steps=2"]
     first = built(configured(corpus, *again))
+    assert f"begins from the weights of {origin}" in opening(first)
     assert first.step == 0 and torch.equal(masters(first.optimizer)["head.weight"], _head(origin, corpus))
     run_to_end(first, time.perf_counter())
     second = built(configured(corpus, *again, "steps=3"))
     assert second.step == 2 and second.optimizer.updates == 2
+    assert "begins from" not in opening(second) and "resumed after step 2" in opening(second)
     for name, master in masters(second.optimizer).items():
         assert torch.equal(master, masters(first.optimizer)[name]), name
     gone = [*again[:2], f"init_from={tmp_path / 'gone'}", *again[3:], "steps=3"]
