@@ -29,7 +29,7 @@ from benchmarks.pipeline_trials import TIMEOUT, built, configured
 from fp8moe.parallel.collectives import gather, sent_bytes
 from fp8moe.parallel.zero import Zero1
 from fp8moe.profile.spans import Stopwatch
-from fp8moe.train.build import Run
+from fp8moe.train.run import Run
 from fp8moe.train.step import forward_backward, next_batches, reduce, training_schedule
 
 WORDS = ("experiment=quickstart", "precision=bf16", "parallel.ep=1", "batch.sequences=16", "batch.micro_batch=4",

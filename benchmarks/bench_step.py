@@ -29,7 +29,7 @@ from benchmarks.transformers_step import ATTENTION, transformers_step
 if TYPE_CHECKING:
     from fp8moe.data.packing import Batch
     from fp8moe.model.loss import LossCounts
-    from fp8moe.train.build import Run
+    from fp8moe.train.run import Run
 
 PRECISIONS = ("bf16", "fp8", "fp32")
 BASELINE = "bf16"

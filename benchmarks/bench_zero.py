@@ -24,7 +24,7 @@ from benchmarks.harness import Report, make_parser, paired_ratio, parse_argument
 from benchmarks.local_ranks import run_on_ranks
 
 if TYPE_CHECKING:
-    from fp8moe.train.build import Run
+    from fp8moe.train.run import Run
 
 DEEPSPEED = "deepspeed"
 SHARDINGS = ("none", "zero1", DEEPSPEED)

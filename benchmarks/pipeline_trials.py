@@ -25,9 +25,10 @@ from fp8moe.profile.figures import RankFigures, num_microbatches, rank_figures, 
 from fp8moe.profile.spans import Recorder, listening
 from fp8moe.schedule.build import build_schedule
 from fp8moe.schedule.simulate import simulate
-from fp8moe.train.build import Run, build
+from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig, resolve
 from fp8moe.train.processes import mesh_of
+from fp8moe.train.run import Run
 from fp8moe.train.step import train_step
 from fp8moe.train.step_trace import measured_costs
 

@@ -15,7 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from fp8moe.data.packing import Batch
-    from fp8moe.train.build import Run
+    from fp8moe.train.run import Run
 
 ATTENTION = ("eager", "sdpa")
 

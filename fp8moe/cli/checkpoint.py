@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ Verify checkpoints: size and hash of every file against the manifest. Exit code 
   fp8moe verify runs/mine/checkpoints/step-80    one
 """
 INSPECT = """\
-Print what a checkpoint holds: its step and samples, what wrote it, its tensors by kind, its files.
+Print what a checkpoint holds: its step, schedule and samples, what wrote it, its tensors by kind, its files.
 
   fp8moe inspect runs/mine                       the newest of a run
 """
@@ -112,15 +112,42 @@ def _numbers(state: dict[str, Any]) -> list[str]:
     rows = {
         "step": f"{state['step']} of {config.get('steps', 'unknown')}, {state['updates']} updates, "
         f"{state['skipped']} skipped",
-        "samples": f"{state['consumed']}, {tokens:,} tokens of seq_len {state['seq_len']}",
+        "schedule": _schedule(state, config) if "optimizer" in config else "unknown",
+        "samples": f"{state['consumed']}, {tokens:,} tokens of seq_len {state['seq_len']}, in the order of seed "
+        f"{state['seed']}",
+        "data": ", ".join(f"{name} {_short(value)}" for name, value in (state.get("data") or {}).items()) or "unknown",
         "model": f"dim {model['dim']}, {model['num_layers']} layers, {model['experts']['num_experts']} experts, "
         f"vocabulary {model['vocab_size']}",
         "precision": config.get("precision", {}).get("mode", "unknown"),
+        "settings": f"{sum(1 for _ in _leaves(config))} resolved keys" if config else "unknown",
         "processes": str(state.get("world_size", "unknown")),
         "written by": written or "unknown",
         "commit": state.get("commit") or "unknown",
     }
     return [f"  {name:<12} {value}" for name, value in rows.items()]
+
+
+def _schedule(state: dict[str, Any], config: dict[str, Any]) -> str:
+    """Where the run is in its schedule: it has no state but steps and samples, and gives the next learning rate."""
+    from fp8moe.train.lr import LearningRateConfig, Progress, Segment, learning_rate
+
+    stored = config["optimizer"]["schedule"]
+    schedule = LearningRateConfig(**stored | {"phases": tuple(Segment(**phase) for phase in stored["phases"])})
+    at = Progress(state["step"], config["steps"], state["consumed"] * state["seq_len"])
+    return f"{state['step'] / config['steps']:.1%} of the steps, next learning rate {learning_rate(schedule, at):.3e}"
+
+
+def _leaves(config: dict[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield key
+
+
+def _short(value: object) -> str:
+    """A hash by its beginning, another value whole."""
+    return value[:12] if isinstance(value, str) else str(value).lower()
 
 
 def _kinds(index: dict[str, dict[str, Any]]) -> list[str]:

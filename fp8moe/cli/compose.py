@@ -175,6 +175,11 @@ def config_groups() -> set[str]:
     return {path.name for path in CONFIGS.iterdir() if path.is_dir()}
 
 
+def keys_in(group: str, choice: object) -> list[str]:
+    """The keys that a file of a group holds; none where the choice is taken back (~lr_schedule)."""
+    return [] if choice is None else list(yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text()))
+
+
 def _leaves(known: Sequence[str]) -> list[str]:
     # A key below a leaf reaches into a list or an optional group (data.paths.0): hydra checks those.
     return [name for name in known if not any(other.startswith(f"{name}.") for other in known)]

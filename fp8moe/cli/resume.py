@@ -5,10 +5,11 @@
     resume=URL                goes on from the checkpoints there, with the configuration that the newest of them holds
     --from RUN                a new run with fresh weights and RUN's configuration
 
-Typed are: a key that is given, every key of a group that is chosen (model=tiny), and of an experiment the keys that it
-sets to something else than the defaults do. On another number of processes the layout is chosen anew: parallel.dp, and
-parallel.ep and batch.micro_batch where they were chosen or do not fit. Refused: composing from the defaults, as other
-trainers do: a key that was forgotten then makes another run out of the old weights, in silence.
+Typed are: a key that is given, every key of a group that is chosen (model=tiny; of lr_schedule=wsd those that its file
+holds), and of an experiment the keys that it sets to something else than the defaults do. On another number of
+processes the layout is chosen anew: parallel.dp, and parallel.ep and batch.micro_batch where they were chosen or do not
+fit. Refused: composing from the defaults, as other trainers do: a key that was forgotten then makes another run out of
+the old weights, in silence.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 
 import yaml
 
-from fp8moe.cli.compose import Composed, composed, config_groups, parse, plain_values, tree_of
+from fp8moe.cli.compose import Composed, composed, config_groups, keys_in, parse, plain_values, tree_of
 from fp8moe.errors import ConfigError
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 _OF_THE_COMMAND = ("resume", "run_dir", "resume_changes")  # of this start alone, never taken from another
+_WEIGHTS = ("init_from", "init_from_ema")  # of the run, not of one like it
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def compose_run(
     if origin is None:
         return composed(typed), None
     tree = overlaid(origin.tree, typed, tree_of([]), settings)
-    tree |= {key: typed[key] for key in _OF_THE_COMMAND}
+    tree |= {key: typed[key] for key in (_OF_THE_COMMAND if origin.goes_on else (*_OF_THE_COMMAND, *_WEIGHTS))}
     if not origin.goes_on:
         tree["checkpoint"]["path"] = typed["checkpoint"]["path"]  # which holds the other run's
     elif typed["run_dir"] is None and isinstance(origin.run, Path) and (origin.run / CONFIG_FILE).is_file():
@@ -131,7 +133,10 @@ def overlaid(
             _put(tree, key, value)
     for override in overrides:
         key = override.key_or_group
-        if key in groups - {"experiment"}:
+        if key == "lr_schedule":
+            for name in keys_in(key, override.value()):
+                _put(tree, f"optimizer.schedule.{name}", _get(typed, f"optimizer.schedule.{name}"))
+        elif key in groups - {"experiment"}:
             tree[key] = typed[key]
         elif key != "experiment":
             _put(tree, key, _get(typed, key))

@@ -7,15 +7,10 @@ stages of the model, the optimizer, and the checkpoint's tensors. Processes, dev
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from fp8moe.data.build import Data, open_data
@@ -23,12 +18,10 @@ from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
 from fp8moe.layers.attention.choice import chosen
 from fp8moe.layers.dispatch import Dispatcher
-from fp8moe.layers.linear import QuantizedWeight, is_expert
-from fp8moe.layers.router import Router
+from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.model.partition import Stage
 from fp8moe.model.stage import pass_parameters
 from fp8moe.model.transformer import Transformer, init_weights
-from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
@@ -36,57 +29,20 @@ from fp8moe.parallel.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, stages_of
+from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
-from fp8moe.train.optimizer.state import Held
 from fp8moe.train.processes import wait_for_all, writing_group
-from fp8moe.train.provenance import commit, versions
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """The parts and the state of a run on this rank.
-
-    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. zero: what shards the
-    optimizer's state among replicas; None where each keeps it whole. loads: tokens that each expert has had in the
-    whole run, by name of those stages' routers.
-    """
-
-    config: TrainConfig
-    mesh: Mesh
-    device: torch.device
-    run_dir: Path
-    data: Data
-    identity: DataIdentity
-    sampler: Sampler
-    model: Transformer
-    dispatcher: Dispatcher
-    stages: tuple[Stage, ...]
-    links: Links
-    optimizer: Optimizer | DeepSpeedAdamW
-    zero: Zero1 | None
-    guard: Guard
-    saver: checkpoint.Saver
-    step: int = 0
-    loads: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def is_first(self) -> bool:
-        return self.mesh.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for every rank, on the host."""
-        wait_for_all(self.mesh)
-
-    def routers(self) -> dict[str, Router]:
-        """This rank's routers by their canonical names, in the order of the model."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, Router)}
+from fp8moe.train.random_state import seed_random
+from fp8moe.train.run import Run
+from fp8moe.train.run_state import begin_from, check_space, restore
 
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
-    """Make the run, from the checkpoint that `resume` names where there is one. Collective over all ranks."""
+    """Make the run, from the checkpoint that `resume` names where there is one, else from that of `init_from`.
+
+    Collective over all ranks.
+    """
     path = config.checkpoint.path
     chosen = checkpoint.choose(
         config.resume,
@@ -98,6 +54,9 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         seq_len=config.seq_len,
         optimizer=config.optimizer.kind,
     )
+    weights = None
+    if chosen is None and config.init_from is not None:
+        weights = checkpoint.choose_weights(config.init_from, config.model, mesh, averaged=config.init_from_ema)
     data = open_data(
         config.data,
         seq_len=config.seq_len,
@@ -119,8 +78,10 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         max_tokens=config.micro_batch * config.seq_len,
     )
     stages = stages_of(config)
+    seed_random(config.seed, mesh.rank)
     model = build_model(config, mesh, stages, dispatcher, device)
     zero = make_zero(config, mesh, stages, model)
+    optimizer = make_optimizer(config, mesh, model, zero)
     run = Run(
         config=config,
         mesh=mesh,
@@ -133,16 +94,19 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         dispatcher=dispatcher,
         stages=stages,
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
-        optimizer=make_optimizer(config, mesh, model, zero),
+        optimizer=optimizer,
         zero=zero,
         guard=Guard(config.max_skipped_steps),
         saver=checkpoint.Saver(
             checkpoint.root_of(run_dir, path), config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),
+        ema=make_ema(config, optimizer),
     )
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
-        _restore(run, *chosen)
+        restore(run, *chosen)
+    elif weights is not None:
+        begin_from(run, weights)
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run
@@ -228,79 +192,9 @@ def tied_embedding(model: Transformer) -> Parameter:
     return model.embedding.weight
 
 
-def state_tensors(
-    run: Run, take: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> dict[str, Tensor | checkpoint.Pieces]:
-    """All tensors that a checkpoint of `run` holds, by canonical name; of each, what `take` makes."""
-    return _tensors_of(run, run.optimizer.held, take)
-
-
-def _tensors_of(
-    run: Run, held: Mapping[str, list[Held]], take: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> dict[str, Tensor | checkpoint.Pieces]:
-    biases = {name: router.bias_E for name, router in run.routers().items()}
-    return checkpoint.run_tensors(held, biases, run.loads, run.mesh, take)
-
-
-def _restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> None:
-    held = run.optimizer.held
-    checkpoint.load(path, _tensors_of(run, held), run.mesh.world_group)
-    if isinstance(run.optimizer, DeepSpeedAdamW):  # what it holds are copies
-        run.optimizer.load(held)
-    run.optimizer.updates = state.updates
-    run.optimizer.write_parameters()
-    run.sampler.consumed = state.consumed
-    run.guard.skipped = state.skipped
-    run.step = state.step
-    logger.info("resumed from %s after step %d, %d samples consumed", path, state.step, state.consumed)
-
-
-def check_space(run: Run) -> None:
-    """Raise ConfigError or SpaceError unless a checkpoint can be written and has room. Collective over all ranks.
-
-    What is free counts where rank 0 is: all ranks write to one file system.
-    """
-    config = run.config.checkpoint
-    if not config.at_end and config.every == 0:
-        return
-    mine = sum(
-        tensor.numel() * tensor.element_size() / _copies(run, one.parameter)
-        for ranges in run.optimizer.held.values()
-        for one in ranges
-        for tensor in one.tensors.values()
-    )
-    need = float(all_reduce(torch.tensor([mine], dtype=torch.float64), run.mesh.world_group))
-    refused = gather(checkpoint.refusal(run.saver.root, need) if run.is_first else None, run.mesh.world_group)[0]
-    if refused is not None:
-        raise refused
-
-
-def _copies(run: Run, parameter: Parameter) -> int:
-    """Ranks that hold the same range of a parameter, of which one writes it."""
-    mesh, expert = run.mesh, is_expert(parameter)
-    group = mesh.expert_group if expert else mesh.dense_group
-    return 1 if group is None or run.zero is not None else group.size()
-
-
-def start_checkpoint(run: Run) -> None:
-    """Begin to write a checkpoint of the run's present state. Collective over all ranks."""
-    config = run.config
-    state = checkpoint.RunState(
-        step=run.step,
-        updates=run.optimizer.updates,
-        consumed=run.sampler.consumed,
-        skipped=run.guard.skipped,
-        seed=config.seed,
-        seq_len=config.seq_len,
-        optimizer=config.optimizer.kind,
-        data=run.identity.as_stored(),
-    )
-    origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}
-    run.saver.start(run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run))
-
-
-def save_checkpoint(run: Run) -> checkpoint.Location:
-    """Write a checkpoint of the run's present state and wait for it. Collective over all ranks."""
-    start_checkpoint(run)
-    run.saver.wait()
-    return run.saver.finished()[-1]
+def make_ema(config: TrainConfig, optimizer: Optimizer | DeepSpeedAdamW) -> Ema | None:
+    """The average of the masters that this rank holds, where it is asked for."""
+    if config.ema.decay is None:
+        return None
+    assert isinstance(optimizer, Optimizer), "refused by `config.resolve`"
+    return Ema({str(i): master for i, master in enumerate(optimizer.masters())}, config.ema.decay)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ from fp8moe.schedule.build import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
+from fp8moe.train.ema import EmaConfig
 from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_run_dir
@@ -71,6 +72,11 @@ class TrainConfig:
     # none; auto or required (from run_dir's newest complete checkpoint: auto starts anew without one); or the path or
     # URL of a run or checkpoint.
     resume: str = "none"
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    # A run or checkpoint whose weights and router biases a run begins from at step 0, unless `resume` finds one to go
+    # on from. init_from_ema: the average of its weights in their place.
+    init_from: str | None = None
+    init_from_ema: bool = False
     resume_changes: tuple[str, ...] = ()  # what of its data a resumed run may change (`data.identity.CHANGES`)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = 3  # consecutive steps that may be skipped for a loss or gradient that is not finite
@@ -85,6 +91,10 @@ class TrainConfig:
             raise ValueError(f"recompute=[{','.join(self.recompute)}] names one twice: use recompute=[{once}]")
         if unknown := [name for name in self.resume_changes if name not in CHANGES]:
             raise ValueError(f"resume_changes={unknown[0]} is nothing that may change: use {', '.join(CHANGES)}")
+        if self.validation.ema and self.ema.decay is None:
+            raise ValueError("validation.ema=true needs an average and ema.decay is null: use ema.decay=0.999")
+        if self.init_from_ema and self.init_from is None:
+            raise ValueError("init_from_ema=true and init_from is null: name the run, init_from=PATH")
         for name, least in (("steps", 1), ("seq_len", 1), ("max_skipped_steps", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: use {least} or more")
@@ -188,7 +198,12 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
     if config.precision.backend is not None:
         set_backend(config.precision.backend)
     if config.optimizer.sharding == "deepspeed":
-        check_deepspeed(pp=parallel.pp, dp=dp, background=config.checkpoint.background)
+        check_deepspeed(
+            pp=parallel.pp,
+            dp=dp,
+            background=config.checkpoint.background,
+            averaged=config.ema.decay is not None,
+        )
     check_wandb(config.logging)
     config = dataclasses.replace(config, checkpoint=config.checkpoint.resolved())
     check_run_dir(config.run_dir, config.resume)
@@ -219,6 +234,8 @@ def _check_resume(config: TrainConfig) -> None:
         optimizer=config.optimizer.kind,
     )
     if readable is None:
+        if config.init_from is not None:
+            checkpoint.readable_weights(config.init_from, config.model, averaged=config.init_from_ema)
         return
     found, state = readable
     newest = checkpoint.find("auto", config.run_dir, path)

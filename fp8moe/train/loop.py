@@ -5,17 +5,22 @@ Every rank runs this. What only rank 0 does, and what a single process leaves ou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from fp8moe.train.build import Run, build, start_checkpoint
+from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
+from fp8moe.train.ema import Ema
 from fp8moe.train.metrics import StepReport
+from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
+from fp8moe.train.run import Run
 from fp8moe.train.run_dir import describe_start
 from fp8moe.train.run_log import RunLogger, log_file
+from fp8moe.train.run_state import start_checkpoint
 from fp8moe.train.step import forward_passes, train_step
 from fp8moe.train.step_trace import StepTrace
 from fp8moe.train.summary import Summary
@@ -51,20 +56,41 @@ def run_to_end(run: Run, started: float) -> Summary:
                 report = train_step(run, count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps))
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
-            validation = _validate(run)
-            run_logger.note(_save(run, report), validation)
+            validations = _validations(run)
+            run_logger.note(_save(run, report), *validations)
             run_logger.note_saved(run.saver.finished())
         run.saver.wait()
+        if run.ema is not None:
+            run.ema.wait()
         run_logger.note_saved(run.saver.finished())
         return run_logger.finish(trace.figures)
     finally:
         run_logger.close()
 
 
-def _validate(run: Run) -> ValidationReport | None:
-    """The validation loss where one is due."""
+def _validations(run: Run) -> tuple[ValidationReport | None, ValidationReport | None]:
+    """The validation loss where one is due, and that of the average of the weights where it is asked for."""
     if not run.config.validation.is_due(run.step, run.config.steps):
-        return None
+        return None, None
+    report = _validate(run)
+    if run.ema is None or not run.config.validation.ema:
+        return report, None
+    with averaged_weights(run, run.ema):
+        return report, _validate(run)
+
+
+@contextlib.contextmanager
+def averaged_weights(run: Run, ema: Ema) -> Iterator[None]:
+    """While the block runs the model's weights are their average; afterwards the same bits as before.
+
+    Router biases have no average and stay.
+    """
+    assert isinstance(run.optimizer, Optimizer), "DeepSpeed's masters are not averaged"
+    with run.optimizer.reading(list(ema.tensors().values())):
+        yield
+
+
+def _validate(run: Run) -> ValidationReport:
     report = validate(
         lambda batches: forward_passes(run, batches)[0],
         run.data.validation,

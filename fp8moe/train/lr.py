@@ -6,6 +6,10 @@ tokens and the MTP weight falls from 0.3 to 0.1 at 10T. So the learning rate is 
 each with its end and its factor of the peak. Ends are counted in tokens (what the report does, and what survives a
 change of the batch size) or, for short runs, as shares of the whole run, so that `steps=20` keeps the shape.
 
+WSD (warm-up, stable, decay: MiniCPM, arXiv 2404.06395) is a constant and then a fall to zero, for which Hägele et al.
+(arXiv 2405.18392) measured a line and 1-sqrt over the last fifth of a run, 1-sqrt the better: the shapes `linear` and
+`sqrt`. MiniCPM's own exponential fall is left out: it takes a half-life, one constant more.
+
 Pure functions of how far the run is: nothing here has state, and a resumed run needs none restored.
 """
 
@@ -16,15 +20,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+Shape = Literal["constant", "cosine", "linear", "sqrt"]
+
 
 @dataclass(frozen=True)
 class Segment:
     """One part of the learning rate's course: its shape, where it ends (`until`), the rate there over the peak.
 
-    A constant jumps to its factor at once; a cosine falls (or rises) to it from the factor of the segment before.
+    A constant jumps to its factor at once; the others fall (or rise) to it from the factor of the segment before: a
+    cosine, a line, or 1 - sqrt(share of the segment done).
     """
 
-    shape: Literal["constant", "cosine"]
+    shape: Shape
     until: float
     factor: float
 
@@ -118,9 +125,18 @@ def _factor(segments: tuple[Segment, ...], position: float) -> float:
     start, factor = 0.0, 1.0
     for segment in segments:
         if position < segment.until:
-            if segment.shape == "constant":
-                return segment.factor
             done = (position - start) / (segment.until - start)
-            return segment.factor + (factor - segment.factor) * 0.5 * (1.0 + math.cos(math.pi * done))
+            return segment.factor + (factor - segment.factor) * _left(segment.shape, done)
         start, factor = segment.until, segment.factor
     return factor
+
+
+def _left(shape: Shape, done: float) -> float:
+    """The share of a segment's fall that is left when the share `done` of the segment has passed."""
+    if shape == "constant":
+        return 0.0
+    if shape == "linear":
+        return 1.0 - done
+    if shape == "sqrt":
+        return 1.0 - math.sqrt(done)
+    return 0.5 * (1.0 + math.cos(math.pi * done))

@@ -23,10 +23,10 @@ from fp8moe.kernels import backend
 from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
 from fp8moe.train import step_trace
-from fp8moe.train.build import Run
 from fp8moe.train.checkpoint import Location
 from fp8moe.train.memory import in_words, measured_bytes
 from fp8moe.train.metrics import MetricsWriter, StepReport
+from fp8moe.train.run import Run
 from fp8moe.train.step_trace import StepFigures
 from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
 from fp8moe.train.validation import ValidationReport
@@ -69,6 +69,7 @@ class RunLogger:
         self._steps: list[tuple[int, float]] = []  # (tokens, seconds) of each
         self._fp8_shares: tuple[float | None, float | None] = (None, None)
         self._validation: ValidationReport | None = None
+        self._averaged: ValidationReport | None = None
         self._print(opening(run))
         self._print(memory_of_largest_rank(run))
 
@@ -82,19 +83,25 @@ class RunLogger:
         for path in checkpoints:
             self._log.info("checkpoint %s is complete", path)
 
-    def note(self, report: StepReport, validation: ValidationReport | None) -> None:
-        """Report one step, with the validation that followed it, if any."""
+    def note(
+        self, report: StepReport, validation: ValidationReport | None, averaged: ValidationReport | None = None
+    ) -> None:
+        """Report one step, with the validations that followed it, if any: of the weights, and of their average."""
         extra: dict[str, float | None] = {}
         if validation is not None:
             self._validation = validation
             extra = {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+        if averaged is not None:
+            self._averaged = averaged
+            extra |= {"val_loss_ema": averaged.loss, "val_bits_per_byte_ema": averaged.bits_per_byte}
         if self._writer is not None:
             self._writer.write(report, extra)
         self._display.show(report)
         self._log.info("%s", self._display.line(report))
-        if validation is not None:
-            bits = "" if validation.bits_per_byte is None else f", {validation.bits_per_byte:.4f} bits a byte"
-            self._print(f"validation after step {report.step}: loss {validation.loss:.4f}{bits}")
+        for of, scored in (("", validation), (" of the averaged weights", averaged)):
+            if scored is not None:
+                bits = "" if scored.bits_per_byte is None else f", {scored.bits_per_byte:.4f} bits a byte"
+                self._print(f"validation{of} after step {report.step}: loss {scored.loss:.4f}{bits}")
         self._losses.append(report.loss)
         self._steps.append((report.tokens, report.seconds))
         if report.fp8_saturated_share is not None:
@@ -109,6 +116,7 @@ class RunLogger:
         summary = Summary(
             loss=sum(self._losses) / len(self._losses),
             val_loss=validation.loss,
+            val_loss_ema=None if self._averaged is None else self._averaged.loss,
             val_bits_per_byte=validation.bits_per_byte,
             byte_bigram_bits_per_byte=run.data.bigram_bits_per_byte,
             tokens_per_second=sum(tokens for tokens, _ in paced) / sum(seconds for _, seconds in paced),
@@ -169,15 +177,25 @@ def opening(run: Run) -> str:
         f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
         f"{config.precision.mode.value} on {processes} ({run.device.type}): {_pipeline(run)}dp {mesh.dp}, experts over "
         f"ep {mesh.ep}; kernels: {backend.resolve()}",
+        *_averaging(run),
         f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
         formula
         + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
         + ("" if run.device.type == "cuda" else "; none on a CPU"),
         f"run directory {run.run_dir}",
     ]
+    if config.init_from is not None and not run.step:
+        lines.append(f"begins from the {'averaged ' if config.init_from_ema else ''}weights of {config.init_from}")
     if run.step:
         lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
     return "\n".join(lines)
+
+
+def _averaging(run: Run) -> list[str]:
+    """What the average of the weights is and takes; no line where there is none."""
+    if run.ema is None:
+        return []
+    return [f"average of the weights: decay {run.ema.decay}, {run.ema.num_bytes / 1e9:.3g} GB on the host a rank"]
 
 
 def _pipeline(run: Run) -> str:

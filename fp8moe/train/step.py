@@ -43,10 +43,11 @@ from fp8moe.profile.spans import EXPOSED, PhaseLaps, Stopwatch, listening, marki
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
 from fp8moe.train.batch import global_batch, microbatches_of, to_device
-from fp8moe.train.build import Run, tied_embedding
+from fp8moe.train.build import tied_embedding
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
 from fp8moe.train.optimizer import DeepSpeedAdamW
+from fp8moe.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -210,16 +211,20 @@ def reduce(run: Run) -> float:
 
 
 def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: bool) -> None:
-    """Update weights and their FP8 blocks, router biases and the run's loads; only if the step was accepted.
+    """Update weights, FP8 blocks, their average, router biases and the run's loads; only if the step was accepted.
 
     Either way the routers' counts of this step are forgotten.
     """
     run.saver.wait_copied()
+    if run.ema is not None:
+        run.ema.wait_copied()
     if accepted:
         for name, router in run.routers().items():
             run.loads[name] += router.counts_E
         with span("optimizer"):
             run.optimizer.step(lr, grad_norm)
+        if run.ema is not None and run.config.ema.is_due(run.optimizer.updates):
+            run.ema.start_update()
     update_bias(run.model, gamma if accepted else 0.0)
 
 

@@ -32,7 +32,7 @@ from fp8moe.profile.kineto import device_figures, profiling
 from fp8moe.profile.spans import Recorder, Span, listening
 from fp8moe.schedule.build import build_schedule
 from fp8moe.schedule.simulate import Costs, simulate
-from fp8moe.train.build import Run
+from fp8moe.train.run import Run
 
 STEP = 3
 

@@ -22,6 +22,8 @@ from fp8moe.train.step_trace import StepFigures
 class Summary:
     """Figures of a finished run; losses in nats a token. None where there is nothing to measure (no tokenizer, no FP8).
 
+    val_loss_ema: of the average of the weights (validation.ema).
+
     loss: training loss, mean of the last steps. tokens_per_second: over the training steps of this attempt, without
     validation and checkpoints; wall_seconds: of the attempt, start-up included. expert_token_shares: by layer, each
     expert's share of its tokens. trace: figures of the step that profile=true recorded.
@@ -29,6 +31,7 @@ class Summary:
 
     loss: float
     val_loss: float
+    val_loss_ema: float | None
     val_bits_per_byte: float | None
     byte_bigram_bits_per_byte: float | None
     tokens_per_second: float
@@ -64,7 +67,9 @@ def write_summary(summary: Summary, path: Path) -> None:
 def table(summary: Summary) -> str:
     """The summary as the last lines that a run prints."""
     s = summary
+    averaged = [] if s.val_loss_ema is None else [("  averaged weights", f"{s.val_loss_ema:.4f} nats a token")]
     rows = [("training loss", f"{s.loss:.4f} nats a token"), ("validation loss", f"{s.val_loss:.4f} nats a token")]
+    rows += averaged
     if s.val_bits_per_byte is not None and s.byte_bigram_bits_per_byte is not None:
         fewer = 1 - s.val_bits_per_byte / s.byte_bigram_bits_per_byte
         rows += [

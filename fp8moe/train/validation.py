@@ -23,10 +23,12 @@ from fp8moe.train.batch import microbatches_of
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """every: steps between validations (0: at the end only). samples: sequences scored, the same each time."""
+    """every: steps between validations (0: at the end only). samples: sequences scored, the same each time. ema: the
+    average of the weights (`train.ema`) is scored as well."""
 
     every: int = 0
     samples: int = 64
+    ema: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("samples", 1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from tests.train.runs import built, configured, write_corpus
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
-    settings = [*corpus, "steps=3", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=2"]
+    settings = [
+        *corpus,
+        "steps=3",
+        "ema.decay=0.9",
+        "checkpoint.every=1",
+        "checkpoint.keep=1",
+        "checkpoint.keep_every=2",
+    ]
     run_to_end(built(configured(settings, f"run_dir={folder}")), time.perf_counter())
     return folder
 
@@ -43,6 +51,17 @@ def test_what_is_inside(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for words in ("step-3", "3 of 3, 3 updates, 0 skipped", "24, 768 tokens of seq_len 32", "dim 64, 2 layers, 4 exp"):
         assert words in shown
+    for words in (
+        "100.0% of the steps, next learning rate 1.000e-04",
+        "in the order of seed 0",
+        "tokenizer ",
+        "resolved k",
+    ):
+        assert words in shown, words
+    state = json.loads((run / "checkpoints" / "step-3" / "state.json").read_text())
+    assert f"train {state['data']['train'][:12]}," in shown and f"commit       {state['commit'] or 'unknown'}" in shown
+    for words in ("ema          F32", "exp_avg      BF16", "load         I64", "rng          U8            1"):
+        assert words in shown, words
     for words in ("fp8", "torch 2.", "master       F32", "exp_avg_sq   BF16", "bias         F32", "rank-0.safetensors"):
         assert words in shown, words
     (run / "checkpoints" / "step-3" / "index.json").write_text("{")

@@ -64,6 +64,11 @@ def test_the_whole_command_again_is_the_same_run(run: Path) -> None:
     assert other.precision.mode == "fp8" and other.optimizer.schedule.peak == 3e-3 and other.optimizer.beta2 == 0.9
     chosen = resumed(run, "optimizer=adamw", "optimizer.eps=1e-7").optimizer
     assert (chosen.beta2, chosen.eps) == (0.95, 1e-7), "a group that is chosen is taken whole"
+    decaying = resumed(run, "lr_schedule=wsd").optimizer
+    assert [segment.shape for segment in decaying.schedule.phases] == ["constant", "sqrt"]
+    assert replace(decaying, schedule=again.optimizer.schedule) == again.optimizer, "but for the run's peak and warm-up"
+    assert (decaying.schedule.peak, decaying.schedule.warmup_steps) == (1e-2, 10)
+    assert resumed(run, "~lr_schedule").optimizer == again.optimizer
 
 
 def test_the_note_names_every_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from fp8moe.cli.compose import compose
 from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
-from fp8moe.train.build import Run, build
+from fp8moe.train import checkpoint
+from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig, resolve
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.processes import mesh_of
+from fp8moe.train.run import Run
 from fp8moe.train.run_dir import make_run_dir
+from fp8moe.train.run_state import state_tensors
 
 VOCABULARY = 300
 SMALL = (
@@ -59,6 +63,53 @@ def kept(optimizer: Optimizer | DeepSpeedAdamW) -> dict[str, dict[str, Tensor]]:
         name: {kind: tensor.view(one.parameter.shape) for kind, tensor in one.tensors.items()}
         for name, (one,) in optimizer.held.items()
     }
+
+
+def masters(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The masters of an optimizer that shards nothing, by name, in the parameter's shape."""
+    return {name: kinds["master"] for name, kinds in kept(optimizer).items()}
+
+
+def averages(run: Run) -> dict[str, Tensor]:
+    """The average of a run's weights that shards nothing, by name, in the parameter's shape."""
+    assert run.ema is not None and isinstance(run.optimizer, Optimizer)
+    found = run.optimizer.named("ema", list(run.ema.tensors().values()))
+    return {name: one.tensors["ema"].view(one.parameter.shape) for name, (one,) in found.items()}
+
+
+def stored(run: Run) -> dict[str, Tensor]:
+    """Copies of what a checkpoint would hold of this rank, flattened, by name@offset."""
+    ranges = {
+        f"{name}@{offset}": values.flatten().clone()
+        for name, found in state_tensors(run).items()
+        for offset, values in (found.ranges if isinstance(found, checkpoint.Pieces) else ((0, found),))
+    }
+    assert all(len(values) for values in ranges.values())
+    return ranges
+
+
+def joined(ranks: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The logical tensors that the ranges of all ranks make up; ranges that several hold must be equal."""
+    whole: dict[str, Tensor] = {}
+    for ranges in ranks:
+        for key, values in ranges.items():
+            name, offset = key.split("@")
+            start, end = int(offset), int(offset) + len(values)
+            before = whole.get(name, values.new_zeros(0))
+            if len(before) < end:
+                missing = float("nan") if values.is_floating_point() else -1
+                before = torch.cat([before, values.new_full((end - len(before),), missing)])
+            there = before[start:end]
+            is_set = ~torch.isnan(there) if values.is_floating_point() else there >= 0
+            assert torch.equal(there[is_set], values[is_set]), f"{name} differs between ranks"
+            before[start:end] = values
+            whole[name] = before
+    return whole
+
+
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def settled(run: Run) -> dict[str, Tensor]:

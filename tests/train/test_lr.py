@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 import pytest
@@ -78,6 +79,51 @@ def test_shares_keep_the_shape_for_any_number_of_steps() -> None:
         middle = falling[len(falling) // 2]
         assert middle == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi / 2)))
         assert learning_rate(SHARE, Progress(steps, steps, 0)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", ["wsd", "wsd_linear"])
+def test_warm_up_stable_decay_in_closed_form(name: str) -> None:
+    """Hägele et al. (arXiv 2405.18392), equation 1 and its decay functions, on 1,000 steps: 200 of them decay."""
+    settings = [f"lr_schedule={name}", "optimizer.schedule.peak=0.5", "optimizer.schedule.warmup_steps=50"]
+    config = compose(settings).config.optimizer.schedule
+    rates = [learning_rate(config, Progress(step, 1000, 0)) for step in range(1001)]
+    for step, rate in enumerate(rates):
+        decayed = (step - 800) / 200
+        shape = 1 - (decayed**0.5 if name == "wsd" else decayed) if step >= 800 else min(1.0, (step + 1) / 50)
+        assert rate == pytest.approx(0.5 * shape, abs=1e-12), step
+    assert rates[49:801] == [0.5] * 752 and rates[1000] == 0.0
+    fall = [before - after for before, after in pairwise(rates[800:])]
+    if name == "wsd":
+        assert fall == sorted(fall, reverse=True) and fall[0] == pytest.approx(0.5 * 200**-0.5)
+    else:
+        assert fall == pytest.approx([0.5 / 200] * 200)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "sqrt"])
+def test_a_segment_begins_where_the_one_before_ends(shape: Literal["cosine", "linear", "sqrt"]) -> None:
+    segments = (Segment("constant", 100, 0.8), Segment(shape, 200, 0.4), Segment(shape, 300, 0.6))
+    config = LearningRateConfig(peak=10.0, phases=segments, unit="tokens")
+
+    def at(tokens: int) -> float:
+        return learning_rate(config, Progress(10**6, 10**7, tokens))
+
+    assert (at(99), at(100), at(200), at(300), at(10**9)) == pytest.approx((8.0, 8.0, 4.0, 6.0, 6.0))
+    assert at(199) == pytest.approx(4.0, abs=0.05) and at(299) == pytest.approx(6.0, abs=0.05)
+    halves = {"cosine": (6.0, 5.0), "linear": (6.0, 5.0), "sqrt": (8 - 4 * 0.5**0.5, 4 + 2 * 0.5**0.5)}
+    assert (at(150), at(250)) == pytest.approx(halves[shape])
+
+
+def test_a_schedule_of_one_word_keeps_the_peak_and_the_warm_up() -> None:
+    plain = compose(["optimizer=adamw_dsv3"]).config.optimizer
+    for name, shapes in {"cosine": ["cosine"], "constant": ["constant"], "wsd": ["constant", "sqrt"]}.items():
+        chosen = compose(["optimizer=adamw_dsv3", f"lr_schedule={name}"]).config.optimizer
+        schedule = chosen.schedule
+        assert (schedule.peak, schedule.warmup_steps) == (plain.schedule.peak, plain.schedule.warmup_steps)
+        assert [segment.shape for segment in schedule.phases] == shapes and schedule.unit == "share"
+        # Switches in tokens would never be reached in shares.
+        assert (schedule.bias_gamma_until, schedule.mtp_weight_until) == (None, None)
+        assert replace(chosen, schedule=plain.schedule) == plain
+    assert compose(["lr_schedule=cosine"]).config == compose([]).config, "adamw's own is the cosine"
 
 
 def test_without_switches_nothing_switches() -> None:

@@ -15,7 +15,7 @@ from fp8moe.layers.router import Router, Routing, update_bias
 from fp8moe.parallel.buckets import Span
 from fp8moe.profile.spans import Stopwatch
 from fp8moe.schedule.build import build_schedule
-from fp8moe.train.build import Run
+from fp8moe.train.run import Run
 from fp8moe.train.step import Losses, forward_backward, next_batches, reduce
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from fp8moe.train.build import save_checkpoint
+from fp8moe.train.run_state import save_checkpoint
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import built, configured
-from tests.train.test_resume import differing, joined, stored
+from tests.train.runs import built, configured, differing, joined, stored
 
 SETTINGS = ("model.num_layers=4", "batch.sequences=8", "batch.micro_batch=1", "seq_len=16", "precision=bf16")
 ONE = (1, ())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8moe.errors import ConfigError, DataError, SpaceError
-from fp8moe.train import checkpoint
-from fp8moe.train.build import Run, save_checkpoint, state_tensors
+from fp8moe.train import checkpoint, loop
+from fp8moe.train import step as step_module
 from fp8moe.train.loop import run_to_end
+from fp8moe.train.lr import learning_rate
+from fp8moe.train.metrics import StepReport
+from fp8moe.train.run import Run
+from fp8moe.train.run_state import save_checkpoint
+from fp8moe.train.step import train_step
 from fp8moe.train.summary import Summary
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import SMALL, built, configured, kept
+from tests.train.runs import SMALL, built, configured, differing, joined, kept, stored
 
-SAVING = ["checkpoint.every=2", "checkpoint.keep=9", "steps=4"]
+SAVING = ["checkpoint.every=2", "checkpoint.keep=9", "steps=4", "ema.decay=0.9"]
 
 
 def run_once(settings: list[str], world_size: int) -> tuple[Summary, dict[str, Tensor]]:
@@ -32,41 +38,6 @@ def run_once(settings: list[str], world_size: int) -> tuple[Summary, dict[str, T
     run = built(configured(settings, world_size=world_size))
     summary = run_to_end(run, time.perf_counter())
     return summary, stored(run)
-
-
-def stored(run: Run) -> dict[str, Tensor]:
-    """Copies of what a checkpoint would hold of this rank, flattened, by name@offset."""
-    ranges = {
-        f"{name}@{offset}": values.flatten().clone()
-        for name, found in state_tensors(run).items()
-        for offset, values in (found.ranges if isinstance(found, checkpoint.Pieces) else ((0, found),))
-    }
-    assert all(len(values) for values in ranges.values())
-    return ranges
-
-
-def joined(ranks: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The logical tensors that the ranges of all ranks make up; ranges that several hold must be equal."""
-    whole: dict[str, Tensor] = {}
-    for ranges in ranks:
-        for key, values in ranges.items():
-            name, offset = key.split("@")
-            start, end = int(offset), int(offset) + len(values)
-            before = whole.get(name, values.new_zeros(0))
-            if len(before) < end:
-                missing = float("nan") if values.is_floating_point() else -1
-                before = torch.cat([before, values.new_full((end - len(before),), missing)])
-            there = before[start:end]
-            is_set = ~torch.isnan(there) if values.is_floating_point() else there >= 0
-            assert torch.equal(there[is_set], values[is_set]), f"{name} differs between ranks"
-            before[start:end] = values
-            whole[name] = before
-    return whole
-
-
-def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def on_ranks(settings: list[str], world_size: int) -> list[tuple[Summary, dict[str, Tensor]]]:
@@ -218,7 +189,7 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_bit(corpus: list[str], tmp_path: Path) -> None:
-    settings = [*SMALL, *corpus, "checkpoint.every=2", "steps=12"]
+    settings = [*SMALL, *corpus, "checkpoint.every=2", "steps=12", "ema.decay=0.9", "validation.ema=true"]
     command = [sys.executable, "-m", "fp8moe", "train", *settings]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -236,13 +207,95 @@ def test_killed_at_any_moment_it_goes_on_to_the_bit(corpus: list[str], tmp_path:
     done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     one, other = (load_file(run / "checkpoints" / "step-12" / "rank-0.safetensors") for run in (whole, killed))
+    kinds = {name.partition(".")[0] for name in one}
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema", "bias", "load", "rng"}
     assert one.keys() == other.keys() and [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def dies(settings: list[str], world_size: int) -> None:
+    """A run whose ranks are killed after step 3, as soon as the checkpoint of step 2 is complete."""
+
+    def step(run: Run, **options: Any) -> StepReport:
+        report = train_step(run, **options)
+        limit = time.monotonic() + 60
+        while run.step == 3:
+            if checkpoint.complete(run.run_dir / "checkpoints") or time.monotonic() > limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+        return report
+
+    loop.train_step = step  # in this process, which is a test's own
+    run_once(settings, world_size)
+
+
+def test_killed_under_dualpipe_it_goes_on_to_the_bit(corpus: list[str], tmp_path: Path) -> None:
+    settings = [*corpus, *SAVING, "parallel.schedule=dualpipe", "parallel.pp=2"]
+    whole = on_ranks([*settings, f"run_dir={tmp_path / 'whole'}"], 2)
+    killed = [*settings, f"run_dir={tmp_path / 'killed'}"]
+    with pytest.raises(AssertionError, match="died without a result"):
+        run_ranks(dies, 2, killed, 2)
+    assert [path.name for path in checkpoint.complete(tmp_path / "killed" / "checkpoints")] == ["step-2"]
+    for (summary, tensors), (expected, reference) in zip(on_ranks([*killed, "resume=auto"], 2), whole, strict=True):
+        assert {"ema", "bias", "master"} <= {name.partition(".")[0] for name in reference}
+        assert tensors.keys() == reference.keys()
+        assert [name for name in tensors if not torch.equal(tensors[name], reference[name])] == []
+        assert (summary.precision, summary.val_loss) == ("fp8", expected.val_loss)
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+
+
+def draws(settings: list[str], world_size: int) -> list[float]:
+    """The learning rates of a run that draws a factor of it from the global generator in each step."""
+    rates: list[float] = []
+
+    def drawn(*arguments: Any) -> float:
+        rates.append(learning_rate(*arguments) * (0.5 + float(torch.rand(()))))
+        return rates[-1]
+
+    step_module.learning_rate = drawn
+    torch.manual_seed(time.monotonic_ns())  # what a process begins with is chance
+    try:
+        run_once(settings, world_size)
+    finally:
+        step_module.learning_rate = learning_rate
+    return rates
+
+
+def test_random_draws_resume_and_belong_to_a_rank(corpus: list[str], tmp_path: Path) -> None:
+    settings = [*corpus, *SAVING, "precision=bf16"]
+    whole = run_ranks(draws, 2, [*settings, f"run_dir={tmp_path / 'whole'}"], 2)
+    assert set(whole[0]).isdisjoint(whole[1]), "each rank has states of its own"
+    middle = tmp_path / "whole" / "checkpoints" / "step-2"
+    assert {"rng.cpu.0", "rng.cpu.1"} <= checkpoint.stored_names(middle)
+    resumed = run_ranks(draws, 2, [*settings, f"run_dir={tmp_path / 'other'}", f"resume={middle}"], 2)
+    assert resumed == [rates[2:] for rates in whole]
+
+
+def test_random_states_of_other_ranks_are_left(
+    corpus: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = built(configured([*corpus, f"run_dir={tmp_path}"]))
+    seeded = torch.get_rng_state()
+    torch.rand(3)
+    path = save_checkpoint(run)
+    drawn = torch.get_rng_state()
+    caplog.set_level("INFO")
+    built(configured([*corpus, f"resume={path}"]))
+    assert torch.equal(torch.get_rng_state(), drawn) and "random states" not in caplog.text
+    run_ranks(seeded_anew, 2, [*corpus, f"resume={path}"], seeded)
+    built(configured([*corpus, "seed=3"]))
+    assert not torch.equal(torch.get_rng_state(), seeded), "another seed draws otherwise"
+
+
+def seeded_anew(settings: list[str], seeded: Tensor) -> None:
+    run = built(configured(settings, world_size=2))
+    assert torch.equal(torch.get_rng_state(), seeded) == (run.mesh.rank == 0)
+
+
 def test_a_run_starts_only_with_room_for_a_checkpoint(corpus: list[str], tmp_path: Path, monkeypatch) -> None:
-    settings = [*corpus, "steps=1", f"run_dir={tmp_path}"]
+    settings = [*corpus, "steps=1", "ema.decay=0.9", f"run_dir={tmp_path}"]
     run = built(configured(settings))
     size = sum(t.numel() * t.element_size() for kinds in kept(run.optimizer).values() for t in kinds.values())
+    size += 4 * sum(parameter.numel() for parameter in run.model.parameters())  # the average
     usage = shutil.disk_usage(tmp_path)
     for free, enough in ((1.19, False), (1.21, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=int(free * size)))

@@ -15,6 +15,7 @@ from fp8moe.train.summary import Summary, balance, count_of, duration, table, wr
 
 SUMMARY = Summary(
     loss=2.5,
+    val_loss_ema=None,
     val_loss=2.25,
     val_bits_per_byte=1.5,
     byte_bigram_bits_per_byte=2.0,

@@ -1,13 +1,9 @@
 """Checkpoints: written beside the training, complete or absent, verified before anything is loaded, on any layout."""
 
-from fp8moe.train.checkpoint.choose import below as below
-from fp8moe.train.checkpoint.choose import candidates as candidates
-from fp8moe.train.checkpoint.choose import check_root as check_root
 from fp8moe.train.checkpoint.choose import choose as choose
-from fp8moe.train.checkpoint.choose import find as find
-from fp8moe.train.checkpoint.choose import looking_up as looking_up
+from fp8moe.train.checkpoint.choose import choose_weights as choose_weights
 from fp8moe.train.checkpoint.choose import readable_state as readable_state
-from fp8moe.train.checkpoint.choose import root_of as root_of
+from fp8moe.train.checkpoint.choose import readable_weights as readable_weights
 from fp8moe.train.checkpoint.config import CheckpointConfig as CheckpointConfig
 from fp8moe.train.checkpoint.files import folder_of as folder_of
 from fp8moe.train.checkpoint.folder import complete as complete
@@ -15,6 +11,7 @@ from fp8moe.train.checkpoint.folder import is_complete as is_complete
 from fp8moe.train.checkpoint.folder import load as load
 from fp8moe.train.checkpoint.folder import refusal as refusal
 from fp8moe.train.checkpoint.folder import save as save
+from fp8moe.train.checkpoint.folder import stored_names as stored_names
 from fp8moe.train.checkpoint.location import Location as Location
 from fp8moe.train.checkpoint.location import location as location
 from fp8moe.train.checkpoint.manifest import problems as problems
@@ -22,6 +19,12 @@ from fp8moe.train.checkpoint.pieces import Pieces as Pieces
 from fp8moe.train.checkpoint.pieces import logical_shape as logical_shape
 from fp8moe.train.checkpoint.pieces import run_tensors as run_tensors
 from fp8moe.train.checkpoint.saver import Saver as Saver
+from fp8moe.train.checkpoint.search import below as below
+from fp8moe.train.checkpoint.search import candidates as candidates
+from fp8moe.train.checkpoint.search import check_root as check_root
+from fp8moe.train.checkpoint.search import find as find
+from fp8moe.train.checkpoint.search import looking_up as looking_up
+from fp8moe.train.checkpoint.search import root_of as root_of
 from fp8moe.train.checkpoint.state import FREE_FIELDS as FREE_FIELDS
 from fp8moe.train.checkpoint.state import RunState as RunState
 from fp8moe.train.checkpoint.state import read_state as read_state

@@ -1,114 +1,23 @@
-"""Which checkpoints there are for a run, and which one it goes on from: the newest whose bytes are right."""
+"""Which checkpoint a run goes on or begins from: the newest whose bytes are right, and why not a newer one."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.model.config import ModelConfig
 from fp8moe.parallel.collectives import gather
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.train.checkpoint.files import folder_of
-from fp8moe.train.checkpoint.folder import complete, is_complete, step_of
-from fp8moe.train.checkpoint.location import Location, location
-from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, problems
-from fp8moe.train.checkpoint.state import FORMAT, RunState, read_state
+from fp8moe.train.checkpoint.folder import stored_names
+from fp8moe.train.checkpoint.location import Location
+from fp8moe.train.checkpoint.manifest import problems
+from fp8moe.train.checkpoint.search import candidates, checkpoints_at
+from fp8moe.train.checkpoint.state import RunState, read_state
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def looking_up(what: str) -> Iterator[None]:
-    """Raise DataError where the storage refuses."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{what} can't be looked up ({reason}): check its address and the access to it") from error
-
-
-def below(path: Location) -> list[Location]:
-    """The complete checkpoints of `path`, a run directory or the folder of its checkpoints, oldest first."""
-    return complete(path / "checkpoints") or complete(path)
-
-
-def root_of(run_dir: str | Path, path: str | None) -> Location:
-    """Where a run keeps its checkpoints: `path` (`checkpoint.path`), or below its run directory."""
-    return Path(run_dir) / "checkpoints" if path is None else location(path)
-
-
-def _of_run(run_dir: str | Path, path: str | None) -> list[Location]:
-    """A run's complete checkpoints, the newest first: at `path`, and those that it wrote before it was given one."""
-    found = complete(Path(run_dir) / "checkpoints")
-    if path is not None:
-        found += complete(location(path))
-    return sorted(found, key=step_of)[::-1]
-
-
-def candidates(resume: str, run_dir: str | Path | None, path: str | None = None) -> list[Location]:
-    """The checkpoints that `resume` may go on from, the best first: [] for "none", and for "auto" where there is none.
-
-    A path or URL may be a checkpoint, which is then the only one, a run directory or a folder of checkpoints. path:
-    `checkpoint.path`, which holds those of `run_dir`. Raises ConfigError when it is neither, and for "required" where
-    there is none, DataError where it can't be looked up.
-    """
-    with looking_up(f"resume={resume}"):
-        return _candidates(resume, run_dir, path)
-
-
-def _candidates(resume: str, run_dir: str | Path | None, path: str | None) -> list[Location]:
-    if resume == "none":
-        return []
-    if resume in ("auto", "required"):
-        found = [] if run_dir is None else _of_run(run_dir, path)
-        if resume == "required" and not found:
-            raise ConfigError(f"resume=required and run_dir={run_dir} holds no complete checkpoint: use resume=auto")
-        return found
-    where = location(resume)
-    if is_complete(where):
-        return [where]
-    in_place = run_dir is not None and where.resolve() == Path(run_dir).resolve()
-    if inside := (in_place and _of_run(str(run_dir), path)) or below(where)[::-1]:
-        return inside
-    if _is_old(where):
-        raise ConfigError(
-            f"resume={resume} is a checkpoint of format 2 or earlier, without a {MANIFEST_FILE}, and this version "
-            f"reads format {FORMAT}: use the version that wrote it"
-        )
-    raise ConfigError(f"resume={resume} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
-
-
-def _is_old(where: Location) -> bool:
-    """Whether this is a checkpoint of format 2 or earlier, or a run with one."""
-    if folder_of(where).has(".metadata"):
-        return True
-    root = where / "checkpoints"
-    return any(folder_of(root / name).has(".metadata") for name in folder_of(root).names())
-
-
-def find(resume: str, run_dir: str | Path | None, path: str | None = None) -> Location | None:
-    """The first of `candidates`; None where there is none."""
-    return next(iter(candidates(resume, run_dir, path)), None)
-
-
-def check_root(path: str | None, run_dir: str | Path | None, resume: str) -> None:
-    """Raise ConfigError where `checkpoint.path` holds checkpoints and the run that starts does not go on from one."""
-    if path is None or resume in ("auto", "required"):
-        return
-    with looking_up(f"checkpoint.path={path}"):
-        there = complete(location(path))
-    if not there:
-        return
-    root, resumed = location(path).resolve(), candidates(resume, run_dir, path)
-    if not resumed or resumed[0].parent.resolve() != root:
-        raise ConfigError(
-            f"checkpoint.path={path} holds {len(there)} checkpoints and a fresh run needs a folder without: use "
-            "resume=auto to go on, or another checkpoint.path"
-        )
 
 
 def choose(
@@ -128,38 +37,82 @@ def choose(
     the one before it, which is said. Raises ConfigError where the right one is of another run, DataError where none is
     good.
     """
-    found = candidates(resume, run_dir, path)
+    advice = "use resume=none and another run_dir to start anew"
+    found = _whole(f"resume={resume}", candidates(resume, run_dir, path), mesh, advice)
+    if found is None:
+        return None
+    return found, read_state(found, model, seed=seed, seq_len=seq_len, optimizer=optimizer)
+
+
+def choose_weights(init_from: str, model: ModelConfig, mesh: Mesh, *, averaged: bool) -> Location:
+    """The checkpoint whose weights, or their average, a new run of `model` begins from. Collective over all ranks.
+
+    Verified likewise; seed, data and seq_len may be others. Raises ConfigError and DataError as `choose` does.
+    """
+    key = f"init_from={init_from}"
+    path = _whole(key, checkpoints_at(init_from, "init_from"), mesh, "name another run or checkpoint")
+    assert path is not None, "checkpoints_at gives at least one"
+    _check_weights(path, model, averaged)
+    return path
+
+
+def _whole(key: str, found: list[Location], mesh: Mesh, advice: str) -> Location | None:
+    """The first of `found` that is not damaged; None of none. Raises DataError where all are."""
     damaged: list[str] = []
-    for one in found:
-        shares = gather(problems(one, mesh.rank, mesh.world_size), mesh.world_group)
+    for path in found:
+        shares = gather(problems(path, mesh.rank, mesh.world_size), mesh.world_group)
         wrong = [problem for share in shares for problem in share]
         if not wrong:
-            state = read_state(one, model, seed=seed, seq_len=seq_len, optimizer=optimizer)
             if damaged and mesh.rank == 0:
-                print(f"checkpoint {one} is whole: the run goes on from it", file=sys.stderr, flush=True)
-            return one, state
-        damaged.append(f"{one}: {wrong[0]}")
+                print(f"checkpoint {path} is whole: the run goes on from it", file=sys.stderr, flush=True)
+            return path
+        damaged.append(f"{path}: {wrong[0]}")
         logger.warning("damaged checkpoint %s", damaged[-1])
         if mesh.rank == 0:
             print(f"checkpoint {damaged[-1]}; it is damaged and passed over", file=sys.stderr, flush=True)
     if damaged:
         raise DataError(
-            f"none of the {len(found)} checkpoints that resume={resume} may use is whole ({'; '.join(damaged)}): use "
-            "resume=none and another run_dir to start anew"
+            f"none of the {len(found)} checkpoints that {key} may use is whole ({'; '.join(damaged)}): {advice}"
         )
     return None
+
+
+def _check_weights(path: Location, model: ModelConfig, averaged: bool) -> None:
+    read_state(path, model)
+    if averaged and not any(name.startswith("ema.") for name in stored_names(path)):
+        raise ConfigError(
+            f"{path} holds no average of the weights, which init_from_ema=true asks for: use init_from_ema=false"
+        )
 
 
 def readable_state(
     resume: str, run_dir: str | None, path: str | None, model: ModelConfig, *, seed: int, seq_len: int, optimizer: str
 ) -> tuple[Location, RunState] | None:
     """The same before there are processes, by what can be read of the numbers alone; the bytes are verified later."""
+    states = []
+
+    def read(one: Location) -> None:
+        states.append(read_state(one, model, seed=seed, seq_len=seq_len, optimizer=optimizer))
+
+    found = _first_readable(candidates(resume, run_dir, path), read)
+    return None if found is None else (found, states[0])
+
+
+def readable_weights(init_from: str, model: ModelConfig, *, averaged: bool) -> None:
+    """Raise, before there are processes, what `choose_weights` would of the numbers."""
+    _first_readable(checkpoints_at(init_from, "init_from"), lambda path: _check_weights(path, model, averaged))
+
+
+def _first_readable(found: list[Location], read: Callable[[Location], None]) -> Location | None:
+    """The first of `found` that `read` does not refuse with a DataError; None of none. Raises the first where all."""
     failed: DataError | None = None
-    for one in candidates(resume, run_dir, path):
+    for path in found:
         try:
-            return one, read_state(one, model, seed=seed, seq_len=seq_len, optimizer=optimizer)
+            read(path)
         except DataError as error:
             failed = failed or error
+        else:
+            return path
     if failed is not None:
         raise failed
     return None

@@ -2,7 +2,8 @@
 
     checkpoints/latest                     the name of the newest
     checkpoints/step-N/state.json          numbers, the model's and the run's configuration: read before anything else
-    checkpoints/step-N/rank-R.safetensors  masters, moments, router biases, loads so far (`storage`), and index.json
+    checkpoints/step-N/rank-R.safetensors  masters, moments, averages (ema.NAME), router biases, loads so far, random
+                                           states (`storage`), and index.json
     checkpoints/step-N/manifest.json       size and hash of all of these (`manifest`), written last
 
 On a local disk a checkpoint is written as `step-N.tmp`; rank 0 renames it when every file of every rank is on disk.
@@ -31,7 +32,7 @@ from fp8moe.train.checkpoint.location import Location
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from fp8moe.train.checkpoint.pieces import LoadPlanner, Pieces, SavePlanner
 from fp8moe.train.checkpoint.state import STATE_FILE
-from fp8moe.train.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from fp8moe.train.checkpoint.storage import INDEX_FILE, SafetensorsReader, SafetensorsWriter, read_index
 
 # "... in a single process", which is meant. For good: filters within a block are the process's, not the thread's.
 warnings.filterwarnings("ignore", message=".*assuming the intent is to.*", module="torch.distributed.checkpoint.*")
@@ -151,6 +152,14 @@ def refusal(root: Location, need: float) -> ConfigError | SpaceError | None:
             f"{need / 1e9:.2f} GB): free space or name another run_dir or checkpoint.path"
         )
     return None
+
+
+def stored_names(path: Location) -> set[str]:
+    """Names of the tensors that a checkpoint holds. Raises DataError where its index can't be read."""
+    try:
+        return set(read_index(folder_of(path)))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}/{INDEX_FILE} can't be read ({error!r}): use another checkpoint") from error
 
 
 def load(path: Location, tensors: Mapping[str, Tensor | Pieces], group: dist.ProcessGroup | None = None) -> None:

@@ -97,7 +97,7 @@ def _copied(tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None) 
 
     if ready is None:
         return tensors(hold)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(ready.device)  # a thread's own current device is the first one
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         return tensors(hold)

@@ -51,11 +51,16 @@ def state_text(state: RunState, model: ModelConfig, origin: Mapping[str, Any]) -
 
 
 def read_state(
-    path: Location, model: ModelConfig, *, seed: int, seq_len: int, optimizer: str = RunState.optimizer
+    path: Location,
+    model: ModelConfig,
+    *,
+    seed: int | None = None,
+    seq_len: int | None = None,
+    optimizer: str | None = None,
 ) -> RunState:
     """Numbers of the checkpoint at `path`.
 
-    Raises ConfigError unless its format is this one, and its model, seed, seq_len and optimizer are these.
+    Raises ConfigError unless its format and model, and the seed, seq_len and optimizer that are given, are these.
     """
     try:
         content = json.loads(read_text(folder_of(path), STATE_FILE))
@@ -78,7 +83,7 @@ def read_state(
         ("seq_len", seq_len, state.seq_len),
         ("optimizer.kind", optimizer, state.optimizer),
     ):
-        if here != there:
+        if here is not None and here != there:
             raise ConfigError(f"{path} was trained with {name}={there} and this run has {name}={here}: use {there}")
     return state
 

@@ -46,7 +46,7 @@ EXPERTS = "experts"  # DeepSpeed's name for the group of experts' parameters
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_deepspeed(*, pp: int, dp: int, background: bool) -> None:
+def check_deepspeed(*, pp: int, dp: int, background: bool, averaged: bool) -> None:
     """Raise ConfigError unless optimizer.sharding=deepspeed can work with that layout and those checkpoints."""
     wrong = None
     if pp > 1:
@@ -55,6 +55,8 @@ def check_deepspeed(*, pp: int, dp: int, background: bool) -> None:
         wrong = "needs at least 2 data-parallel processes and there is 1: start 2, or use optimizer.sharding=auto"
     elif background:
         wrong = "gathers its state for a checkpoint between steps: use checkpoint.background=false, not true"
+    elif averaged:
+        wrong = "keeps masters that are not averaged: use ema.decay=null, or optimizer.sharding=auto"
     elif importlib.util.find_spec("deepspeed") is None:
         wrong = 'needs the package deepspeed, which is not installed: pip install "fp8moe[deepspeed]"'
     if wrong is not None:

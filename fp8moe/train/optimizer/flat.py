@@ -12,7 +12,8 @@ parameters within either are shards of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -62,10 +63,10 @@ class Optimizer:
             for one in (one for one in zero.buckets if one.grad is grad):
                 one.weight = weights
                 self._groups.append((self._updates(part(one.owned, one.bounds, grad, weights), is_whole=False), one))
-        self.held: dict[str, list[Held]] = {name: [] for name in named.values()}
-        for update in self._all():
-            for held in update.shard.held({"master": update.shard.master, **update.tensors}):
-                self.held[named[held.parameter]].append(held)
+        self._names = named
+        self.held = self._by_name(
+            (update.shard, {"master": update.shard.master, **update.tensors}) for update in self._all()
+        )
 
     def _updates(self, shard: Shard, *, is_whole: bool) -> list[Update]:
         """is_whole: FP8 blocks are written with the update, not behind an all-gather."""
@@ -83,6 +84,22 @@ class Optimizer:
     def _all(self) -> list[Update]:
         return [update for updates, _ in self._groups for update in updates]
 
+    def masters(self) -> list[Tensor]:
+        """The FP32 masters that this rank holds, [n] a shard."""
+        return [update.shard.master for update in self._all()]
+
+    def named(self, kind: str, of_shards: Sequence[Tensor]) -> dict[str, list[Held]]:
+        """Tensors that go with `masters`, one a shard, cut by parameter as `held` is; `kind` is what they are."""
+        shards = (update.shard for update in self._all())
+        return self._by_name((shard, {kind: flat}) for shard, flat in zip(shards, of_shards, strict=True))
+
+    def _by_name(self, shards: Iterable[tuple[Shard, dict[str, Tensor]]]) -> dict[str, list[Held]]:
+        found: dict[str, list[Held]] = {name: [] for name in self._names.values()}
+        for shard, kinds in shards:
+            for held in shard.held(kinds):
+                found[self._names[held.parameter]].append(held)
+        return found
+
     def step(self, lr: float, grad_norm: float) -> None:
         """One update at learning rate `lr`, gradients scaled down to `clip_norm` where `grad_norm` exceeds it.
 
@@ -98,18 +115,36 @@ class Optimizer:
             if bucket is not None and self._zero is not None:
                 self._zero.start_gather(bucket)
 
-    @torch.no_grad()
+    @contextmanager
+    def reading(self, of_shards: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block parameters and FP8 blocks are those of other masters, FP32 on any device, one a shard.
+
+        Afterwards they are the same bits as before, as are the masters. Collective where sharded.
+        """
+        kept = [update.shard.own_masters() for update in self._all()]
+        self._write(of_shards)
+        try:
+            yield
+        finally:
+            self._write([master if own is None else own for master, own in zip(self.masters(), kept, strict=True)])
+
     def write_parameters(self) -> None:
         """Round the masters, after they were loaded, into parameters and FP8 blocks. Collective where sharded."""
+        self._write(self.masters())
+
+    @torch.no_grad()
+    def _write(self, of_shards: Sequence[Tensor]) -> None:
+        values = iter(of_shards)
         for updates, bucket in self._groups:
             for update in updates:
-                update.shard.write()
+                update.shard.write(next(values))
             if bucket is not None and self._zero is not None:
                 self._zero.start_gather(bucket)
+                continue
+            for parameter in {span.parameter for update in updates for span in update.shard.spans} & self._fp8.keys():
+                self._fp8[parameter].quantize()
         if self._zero is not None:
             self._zero.settle()
-        for module in self._fp8.values():
-            module.quantize()
 
 
 def whole_matrices(config: OptimizerConfig) -> Matrices:

@@ -62,14 +62,18 @@ class Shard:
             weight = None if self.weight is None else self.weight[here]
             yield Shard(run, run[0].start, self.grad[here], self.master[here], weight), value
 
-    def write(self) -> None:
-        """Round the masters into the weights; FP32 parameters are views of them."""
-        if self.weight is None:
-            return
+    def own_masters(self) -> Tensor | None:
+        """A copy of the masters where parameters are views of them, which `write` would change; None elsewhere."""
+        return self.master.clone() if any(s.parameter.dtype is torch.float32 for s in self.spans) else None
+
+    def write(self, masters: Tensor) -> None:
+        """Round `masters` [n] into the weights; into the masters themselves where FP32 parameters are views of them."""
         for span in self.spans:
-            if span.parameter.dtype is not torch.float32:
-                values = slice(span.start - self.start, span.stop - self.start)
-                self.weight[values].copy_(self.master[values])
+            values = slice(span.start - self.start, span.stop - self.start)
+            target = self.master if span.parameter.dtype is torch.float32 else self.weight
+            assert target is not None
+            if target is not masters:
+                target[values].copy_(masters[values])
 
     def of(self, parameter: Parameter, flat: Tensor) -> Tensor:
         """The values of a whole `parameter` in a flat buffer of this shard, in its shape."""

@@ -79,7 +79,7 @@ def save(root: checkpoint.Location, step: int, keep: int = 1) -> None:
 def gone_on_from(root: checkpoint.Location, run_dir: Path) -> int:
     """The step that a run would go on from; its bytes and its tensors are right."""
     mesh = build_mesh(1, 1, 1, timeout=timedelta(seconds=60))
-    chosen = checkpoint.choose("auto", run_dir, str(root), MODEL, mesh, seed=3, seq_len=32)
+    chosen = checkpoint.choose("auto", run_dir, str(root), MODEL, mesh, seed=3, seq_len=32, optimizer="adamw")
     assert chosen is not None
     path, state = chosen
     back = full_of(float("nan"))

@@ -15,7 +15,6 @@ from fp8moe.cli.compose import as_yaml
 from fp8moe.cli.resume import compose_run, note
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.train import checkpoint
-from fp8moe.train.build import state_tensors
 from fp8moe.train.checkpoint import CheckpointConfig, folder_of, location
 from fp8moe.train.checkpoint.location import Url
 from fp8moe.train.config import resolve
@@ -23,7 +22,7 @@ from fp8moe.train.loop import run_to_end
 from fp8moe.train.run_dir import describe_start
 from tests.parallel.ranks import TIMEOUT, run_ranks
 from tests.train.checkpoint.store import full_of, url_of
-from tests.train.runs import SMALL, built, configured, write_corpus
+from tests.train.runs import SMALL, built, configured, stored, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +123,7 @@ def test_parts_of_tensors_are_read_in_bounded_pieces(tmp_path: Path, monkeypatch
 def run_once(settings: list[str]) -> tuple[float, dict[str, torch.Tensor]]:
     run = built(configured(settings, world_size=2))
     summary = run_to_end(run, time.perf_counter())
-    local = {name: getattr(t, "_local_tensor", t).clone() for name, t in state_tensors(run).items()}
-    return summary.val_loss, local
+    return summary.val_loss, stored(run)
 
 
 def save_and_load(url: str) -> list[bool]:

@@ -21,10 +21,10 @@ from torch.nn import Parameter
 from fp8moe.errors import ConfigError
 from fp8moe.layers.linear import attach_main_grads, is_expert
 from fp8moe.parallel.mesh import build_mesh
-from fp8moe.train.build import save_checkpoint
 from fp8moe.train.lr import LearningRateConfig, Segment
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, OptimizerConfig
 from fp8moe.train.optimizer import deepspeed as adapter
+from fp8moe.train.run_state import save_checkpoint
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured, kept, settled
@@ -233,6 +233,7 @@ def test_resume_changes_no_bit_and_optimizers_and_layouts_resume_each_other(
             2,
             "gathers its state for a checkpoint between steps: use checkpoint.background=false",
         ),
+        (["ema.decay=0.9"], 2, "keeps masters that are not averaged: use ema.decay=null"),
         (["optimizer.kind=muon"], 2, "needs optimizer.kind=adamw and it is muon: use optimizer.kind=adamw"),
         (["optimizer.moments=bf16"], 2, "needs optimizer.moments=fp32 and it is bf16: use optimizer.moments=fp32"),
     ],

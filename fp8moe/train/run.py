@@ -1,0 +1,67 @@
+"""A run on one rank: its parts, made by `build`, and how far it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp8moe.data.build import Data
+from fp8moe.data.identity import DataIdentity
+from fp8moe.data.sampler import Sampler
+from fp8moe.layers.dispatch import Dispatcher
+from fp8moe.layers.router import Router
+from fp8moe.model.partition import Stage
+from fp8moe.model.transformer import Transformer
+from fp8moe.parallel.links import Links
+from fp8moe.parallel.mesh import Mesh
+from fp8moe.parallel.zero import Zero1
+from fp8moe.train import checkpoint
+from fp8moe.train.config import TrainConfig
+from fp8moe.train.ema import Ema
+from fp8moe.train.guard import Guard
+from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
+from fp8moe.train.processes import wait_for_all
+
+
+@dataclass
+class Run:
+    """The parts and the state of a run on this rank.
+
+    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. zero: what shards the
+    optimizer's state among replicas; None where each keeps it whole. ema: the average of the weights, where there is
+    one. loads: tokens that each expert has had in the whole run, by name of those stages' routers.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    device: torch.device
+    run_dir: Path
+    data: Data
+    identity: DataIdentity
+    sampler: Sampler
+    model: Transformer
+    dispatcher: Dispatcher
+    stages: tuple[Stage, ...]
+    links: Links
+    optimizer: Optimizer | DeepSpeedAdamW
+    zero: Zero1 | None
+    guard: Guard
+    saver: checkpoint.Saver
+    ema: Ema | None
+    step: int = 0
+    loads: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_first(self) -> bool:
+        return self.mesh.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the host."""
+        wait_for_all(self.mesh)
+
+    def routers(self) -> dict[str, Router]:
+        """This rank's routers by their canonical names, in the order of the model."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, Router)}
