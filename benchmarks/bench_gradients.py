@@ -43,7 +43,7 @@ class AtTheEnd:
     def __init__(self, zero: Zero1) -> None:
         self._zero = zero
         self._passed: list[tuple[int, int]] = []
-        self.begin, self.before_forward, self.settle = zero.begin, zero.before_forward, zero.settle
+        self.begin, self.before_forward, self.wait_weights = zero.begin, zero.before_forward, zero.wait_weights
 
     def after_last_wgrad(self, stage: int, position: int) -> None:
         self._passed.append((stage, position))

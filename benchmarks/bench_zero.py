@@ -71,7 +71,7 @@ def one_trial(run: Run, gradients: tuple[torch.Tensor, torch.Tensor]) -> Trial:
     middle = time.perf_counter()
     run.optimizer.step(1e-4, grad_norm)
     if run.zero is not None:
-        run.zero.settle()
+        run.zero.wait_weights()
     seconds = gather((middle - start, time.perf_counter() - middle), run.mesh.world_group)
     return Trial(max(reducing for reducing, _ in seconds), max(updating for _, updating in seconds))
 

@@ -153,7 +153,7 @@ class Zero1:
         one.gathering = self._stream.start(partial(_gather, one), _as_it_is, "weights")
         self._stale |= one.feeds
 
-    def settle(self) -> None:
+    def wait_weights(self) -> None:
         """Wait until all weights are here, FP8 blocks included."""
         for place in sorted(self._stale):
             self._arrive(place)

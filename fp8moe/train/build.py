@@ -57,26 +57,11 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     weights = None
     if chosen is None and config.init_from is not None:
         weights = checkpoint.choose_weights(config.init_from, config.model, mesh, averaged=config.init_from_ema)
-    data = open_data(
-        config.data,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        is_first=mesh.rank == 0,
-        barrier=lambda: wait_for_all(mesh),
-        validation_samples=config.validation.samples,
-    )
+    data = _open_data(config, mesh)
     identity = _data_identity(config, data)
     if chosen is not None and chosen[1].data is not None:
         check_same_data(chosen[0], chosen[1].data, identity, config.resume_changes)
-    dispatcher = make_dispatcher(
-        config.parallel.dispatcher,
-        mesh,
-        config.model.experts.num_experts,
-        chunks=config.parallel.chunks,
-        capacity_factor=config.parallel.capacity_factor,
-        max_imbalance=config.parallel.max_imbalance,
-        max_tokens=config.micro_batch * config.seq_len,
-    )
+    dispatcher = _dispatcher(config, mesh)
     stages = stages_of(config)
     seed_random(config.seed, mesh.rank)
     model = build_model(config, mesh, stages, dispatcher, device)
@@ -110,6 +95,29 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run
+
+
+def _open_data(config: TrainConfig, mesh: Mesh) -> Data:
+    return open_data(
+        config.data,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        is_first=mesh.rank == 0,
+        barrier=lambda: wait_for_all(mesh),
+        validation_samples=config.validation.samples,
+    )
+
+
+def _dispatcher(config: TrainConfig, mesh: Mesh) -> Dispatcher:
+    return make_dispatcher(
+        config.parallel.dispatcher,
+        mesh,
+        config.model.experts.num_experts,
+        chunks=config.parallel.chunks,
+        capacity_factor=config.parallel.capacity_factor,
+        max_imbalance=config.parallel.max_imbalance,
+        max_tokens=config.micro_batch * config.seq_len,
+    )
 
 
 def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:

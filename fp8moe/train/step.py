@@ -71,7 +71,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     run.model.main_grads.zero_()
     observing = count_fp8 and config.precision.mode is Precision.FP8
     if observing and run.zero is not None:
-        run.zero.settle()  # the casts of the weights belong to the update before
+        run.zero.wait_weights()  # the casts of the weights belong to the update before
     with observe_casts() if observing else contextlib.nullcontext() as casts:
         losses = forward_backward(run, batches, counts, mtp_weight(rates, config.model.mtp_weight, at), stopwatch)
     with span("reduce"):

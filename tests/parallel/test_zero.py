@@ -147,7 +147,7 @@ def test_a_forward_waits_for_its_own_weights_and_makes_their_blocks_once(log: Lo
     fresh = model.one.blocks
     zero.before_forward(0, 1)
     assert model.one.blocks is fresh, "once a step"
-    zero.settle()
+    zero.wait_weights()
     assert float(model.two.blocks.scale.max()) == float(model.three.blocks.scale.max()) == pytest.approx(2 / 448)
     assert all(one.gathering is None for one in zero.buckets)
 

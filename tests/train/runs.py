@@ -112,10 +112,10 @@ def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[st
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def settled(run: Run) -> dict[str, Tensor]:
+def weights_of(run: Run) -> dict[str, Tensor]:
     """Copies of this rank's weights, when those of other ranks are here."""
     if run.zero is not None:
-        run.zero.settle()
+        run.zero.wait_weights()
     return {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
 
 

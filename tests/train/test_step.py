@@ -31,14 +31,14 @@ from fp8moe.train.step import (
     worst_violation,
 )
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import built, configured, kept, settled
+from tests.train.runs import built, configured, kept, weights_of
 
 
 def steps(settings: list[str], number: int, world_size: int = 1) -> tuple[list[StepReport], dict[str, Tensor]]:
     """Reports of the first steps of a run, and its weights after them."""
     run = built(configured(settings, world_size=world_size))
     reports = [train_step(run) for _ in range(number)]
-    return reports, settled(run)
+    return reports, weights_of(run)
 
 
 def test_neither_micro_batches_nor_ranks_change_a_step(corpus: list[str]) -> None:
@@ -77,12 +77,12 @@ def test_no_dispatcher_changes_a_step(corpus: list[str], dispatcher: list[str]) 
 
 def overflowing(settings: list[str]) -> str:
     run = built(configured(settings, world_size=4))
-    before = settled(run)
+    before = weights_of(run)
     for router in run.routers().values():
         router.bias_E[:2] = 10.0  # all tokens to two experts
     with pytest.raises(ImbalanceError) as caught:
         train_step(run)
-    after = settled(run)
+    after = weights_of(run)
     assert all(torch.equal(before[name], after[name]) for name in before)
     return str(caught.value)
 

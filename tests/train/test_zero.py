@@ -13,7 +13,7 @@ from fp8moe.model.stage import pass_parameters
 from fp8moe.train.memory import expected_bytes, measured_bytes, replicas_of
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import built, configured, settled
+from tests.train.runs import built, configured, weights_of
 
 SETTINGS = ("model.num_layers=4", "batch.sequences=8", "batch.micro_batch=1", "seq_len=16", "run_dir=null")
 STEPS = 3
@@ -30,7 +30,7 @@ def trained(settings: list[str], world_size: int, steps: int) -> dict[str, Any]:
     """This rank's weights and FP8 codes, what its optimizer holds, and losses and norms, after some steps."""
     run = built(configured(settings, world_size=world_size))
     reports = [train_step(run) for _ in range(steps)]
-    weights = settled(run)
+    weights = weights_of(run)
     for name, module in run.model.named_modules():
         if isinstance(module, QuantizedWeight) and module.recipe.fp8:
             for kind, q in (("rows", module.blocks), ("transposed", module.transposed_blocks)):
@@ -91,7 +91,7 @@ def mirrored(settings: list[str]) -> bool:
     run = built(configured(settings, world_size=2))
     for _ in range(50):
         train_step(run)
-        flat = torch.cat([weight.flatten().float() for weight in settled(run).values()])
+        flat = torch.cat([weight.flatten().float() for weight in weights_of(run).values()])
         both = [torch.empty_like(flat) for _ in range(2)]
         torch.distributed.all_gather(both, flat)
         if not torch.equal(*both):
@@ -120,7 +120,7 @@ def test_gradients_are_final_when_they_are_said_to_be(
 
     class Recorder:
         def begin(self, schedule: Any) -> None: ...
-        def settle(self) -> None: ...
+        def wait_weights(self) -> None: ...
         def before_forward(self, stage: int, position: int) -> None: ...
 
         def after_last_wgrad(self, stage: int, position: int) -> None:

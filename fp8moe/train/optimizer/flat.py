@@ -144,7 +144,7 @@ class Optimizer:
             for parameter in {span.parameter for update in updates for span in update.shard.spans} & self._fp8.keys():
                 self._fp8[parameter].quantize()
         if self._zero is not None:
-            self._zero.settle()
+            self._zero.wait_weights()
 
 
 def whole_matrices(config: OptimizerConfig) -> Matrices:

@@ -27,7 +27,7 @@ from fp8moe.train.optimizer import deepspeed as adapter
 from fp8moe.train.run_state import save_checkpoint
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import built, configured, kept, settled
+from tests.train.runs import built, configured, kept, weights_of
 
 CONFIG = OptimizerConfig(LearningRateConfig(1.0, (Segment("constant", 1.0, 1.0),)), moments="fp32", clip_norm=1e9)
 SETTINGS = ("optimizer.moments=fp32", "checkpoint.background=false")
@@ -61,7 +61,7 @@ def train(settings: list[str], steps: int, save: bool = False) -> Trained:
         numbers.append((report.loss, report.grad_norm))
     if save:
         save_checkpoint(run)
-    weights, state = settled(run), state_of(run.optimizer) if run.zero is None else {}
+    weights, state = weights_of(run), state_of(run.optimizer) if run.zero is None else {}
     for name, parameter in run.model.named_parameters() if state else ():  # what forward reads is the master rounded
         assert torch.equal(parameter.detach(), state[f"master.{name}"].to(parameter.dtype)) and parameter.grad is None
     return Trained(numbers, weights, state)
