@@ -23,6 +23,7 @@ from fp8moe.train.run_log import RunLogger, log_file
 from fp8moe.train.run_state import start_checkpoint
 from fp8moe.train.step import forward_passes, train_step
 from fp8moe.train.step_trace import StepTrace
+from fp8moe.train.stragglers import Stragglers
 from fp8moe.train.summary import Summary
 from fp8moe.train.validation import ValidationReport, validate
 
@@ -49,13 +50,15 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
 
 def run_to_end(run: Run, started: float) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
-    config, run_logger, trace = run.config, RunLogger(run, started), StepTrace(run)
+    config, run_logger, trace, stragglers = run.config, RunLogger(run, started), StepTrace(run), Stragglers(run.mesh)
     try:
         while run.step < config.steps:
             with trace.around(run):
                 report = train_step(run, count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps))
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
+            if (named := stragglers.note(report)) is not None:
+                run_logger.warn(named)
             validations = _validations(run)
             run_logger.note(_save(run, report), *validations)
             run_logger.note_saved(run.saver.finished())

@@ -83,6 +83,11 @@ class RunLogger:
         for path in checkpoints:
             self._log.info("checkpoint %s is complete", path)
 
+    def warn(self, sentence: str) -> None:
+        """Log a warning, and show it."""
+        self._log.warning("%s", sentence)
+        self._display.print(sentence)
+
     def note(
         self, report: StepReport, validation: ValidationReport | None, averaged: ValidationReport | None = None
     ) -> None:
