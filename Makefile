@@ -62,6 +62,10 @@ test: $(SETUP) ## the tests that need no GPU
 test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy and pytest are enough for them)
 	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels tests/layers/attention $(ARGS)
 
+.PHONY: test-faults
+test-faults: $(SETUP) ## faults put into real runs, many trials of each: a table of what was survived and what was lost
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m tests.faults $(ARGS)
+
 .PHONY: bench bench-gpu
 bench: $(SETUP) ## every benchmark on the CPU: tables here, records in runs/bench/
 	@for file in benchmarks/bench_*.py; do \
