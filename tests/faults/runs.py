@@ -39,15 +39,15 @@ class Ranks:
             process.kill()
         self.wait()
 
-    def wait(self) -> list[int | None]:
+    def wait(self, limit: float = LIMIT) -> list[int | None]:
         """Their exit codes; negative for a signal."""
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + limit
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()
-                raise TimeoutError(f"a rank did not end within {LIMIT:g} s")
+                raise TimeoutError(f"a rank did not end within {limit:g} s")
         return [process.exitcode for process in self.processes]
 
 
