@@ -166,8 +166,8 @@ def memory_of_largest_rank(run: Run) -> str:
     """A line on the rank whose weights, gradients and optimizer state take most. Collective over all ranks."""
     of_ranks = gather(measured_bytes(run.model, run.optimizer), run.mesh.world_group)
     rank = max(range(len(of_ranks)), key=lambda i: sum(of_ranks[i].values()))
-    whose = f"rank {rank}, of all the most" if len(of_ranks) > 1 else "this process"
-    return f"memory of {whose}, activations aside: {in_words(of_ranks[rank])}"
+    whose = f"rank {rank}, the largest of all ranks" if len(of_ranks) > 1 else "this process"
+    return f"memory of {whose}, without activations: {in_words(of_ranks[rank])}"
 
 
 def opening(run: Run) -> str:

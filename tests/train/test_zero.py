@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp8moe.layers.linear import QuantizedWeight, main_grad_of
 from fp8moe.model.stage import pass_parameters
+from fp8moe.train.loop import _validations, averaged_weights
 from fp8moe.train.memory import expected_bytes, measured_bytes, replicas_of
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
@@ -163,3 +164,26 @@ def test_memory_is_what_the_formula_says(
         assert (measured["masters"] == 0) == ("precision=fp32" in of) and measured["moments"] > 0
     for kind, (size, there) in total.items():
         assert there == pytest.approx(size, rel=0.01), kind
+
+
+def averaged(settings: list[str], world_size: int) -> tuple[float | None, dict[str, Tensor], dict[str, Tensor]]:
+    """The loss of the averaged weights after two steps, the weights while it was taken, and those after it."""
+    run = built(configured(settings, world_size=world_size))
+    for _ in range(2):
+        train_step(run)
+    assert run.ema is not None
+    with averaged_weights(run, run.ema):
+        inside = weights_of(run)
+    return _validations(run)[1].loss, inside, weights_of(run)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_the_average_of_shards_is_validated_as_that_of_whole_weights(corpus: list[str], precision: str) -> None:
+    settings = [*corpus, *SETTINGS, *DUALPIPE, f"precision={precision}", "ema.decay=0.5", "validation.ema=true",
+                "steps=2"]  # fmt: skip
+    whole, sharded = (run_ranks(averaged, 2, [*settings, f"optimizer.sharding={how}"], 2) for how in ("none", "zero1"))
+    for (loss, inside, after), (their_loss, their_inside, their_after) in zip(whole, sharded, strict=True):
+        assert loss == their_loss
+        assert [name for name in inside if not torch.equal(inside[name], their_inside[name])] == []
+        assert [name for name in after if not torch.equal(after[name], their_after[name])] == []
+        assert not any(torch.equal(inside[name], after[name]) for name in inside if inside[name].dim() > 1)
