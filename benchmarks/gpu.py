@@ -44,7 +44,10 @@ PARTS = (
     Part("bench_grouped_wgrad", CALLS, 40),
 )
 # Not here: those that need the trainer's packages, several processes, or no GPU.
-APART = ("bench_step", "bench_recompute", "bench_pipeline", "bench_dispatch", "bench_checkpoint")
+APART = (
+    *("bench_step", "bench_recompute", "bench_pipeline", "bench_dispatch", "bench_checkpoint", "bench_gradients"),
+    "bench_zero",
+)
 SHOWN = ("throughput", "bandwidth", "time")  # a figure's metric in the last table, the first that a part records
 
 
