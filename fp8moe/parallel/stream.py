@@ -22,13 +22,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from fp8moe.kernels.backend import limit_sms
-from fp8moe.profile.spans import span, waiting
+from fp8moe.profile.spans import COMMUNICATION, span, waiting
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -72,12 +72,12 @@ class Pending(Generic[Value, Result]):
 class Stream:
     """First in, first out; a daemon thread, so that a hung message can't keep a failed process alive."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, name: str = COMMUNICATION) -> None:
         self._queue: queue.SimpleQueue[tuple[Pending[Any, Any], Any]] = queue.SimpleQueue()
         self._device = device
         self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._error: BaseException | None = None
-        threading.Thread(target=self._work, name="communication", daemon=True).start()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def start(
         self,
@@ -169,9 +169,9 @@ _streams: dict[tuple[torch.device, str], Stream] = {}
 os.register_at_fork(after_in_child=_streams.clear)  # a child inherits no threads
 
 
-def communication_stream(device: torch.device, of: Literal["tokens", "replicas"] = "tokens") -> Stream:
-    """A communication stream of this process for `device`: of tokens to experts, or of gradients and weights between
-    replicas, which take long and must not stand in front of tokens."""
-    if (device, of) not in _streams:
-        _streams[device, of] = Stream(device)
-    return _streams[device, of]
+def communication_stream(device: torch.device, name: str = COMMUNICATION) -> Stream:
+    """The stream of this process for `device` by name: COMMUNICATION carries tokens to experts, REPLICAS gradients and
+    weights between replicas, which take long and must not stand in front of tokens."""
+    if (device, name) not in _streams:
+        _streams[device, name] = Stream(device, name)
+    return _streams[device, name]

@@ -35,6 +35,7 @@ from fp8moe.parallel.buckets import Bucket, Matrices, Span, make_buckets, no_mat
 from fp8moe.parallel.collectives import all_gather, all_reduce_in_message, reduce_scatter
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.stream import Pending, communication_stream
+from fp8moe.profile.spans import REPLICAS
 from fp8moe.schedule.action import Schedule
 
 Value = TypeVar("Value")
@@ -86,7 +87,7 @@ class Zero1:
         tied: Parameter | None = None,
     ) -> None:
         self._mesh, self._tied, self._main_grads = mesh, tied, main_grads
-        self._stream = communication_stream(main_grads.dense.device, "replicas")
+        self._stream = communication_stream(main_grads.dense.device, REPLICAS)
         self._quantized = {place: [quantized[p] for p in fed if p in quantized] for place, fed in passes.items()}
         fed_by = defaultdict[Parameter, set[Place]](set)
         for place, fed in passes.items():

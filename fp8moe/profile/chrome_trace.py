@@ -12,9 +12,9 @@ from typing import Any
 
 from fp8moe.profile.figures import kind_of
 from fp8moe.profile.kineto import Kernel
-from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, REPLICAS, Span
 
-THREADS = (COMPUTE, COMMUNICATION)
+THREADS = (COMPUTE, COMMUNICATION, REPLICAS)
 FIRST_STREAM = 100  # thread number of a GPU's stream 0
 
 

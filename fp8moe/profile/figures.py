@@ -77,7 +77,8 @@ def rank_figures(spans: Sequence[Span], window: tuple[float, float]) -> RankFigu
 
 def waits_of(spans: Sequence[Span], *, expert: bool | None = None) -> list[Span]:
     """The compute thread's waits: all, those for messages of its communication thread, or the others."""
-    started = {span.name.removeprefix("message ") for span in spans if kind_of(span.name) == "message"}
+    messages = (span for span in spans if kind_of(span.name) == "message" and span.thread == COMMUNICATION)
+    started = {span.name.removeprefix("message ") for span in messages}
     waits = spans_of(spans, "wait")
     return [span for span in waits if expert is None or (span.name.removeprefix("wait ") in started) == expert]
 

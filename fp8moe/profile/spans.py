@@ -7,7 +7,8 @@ Exposed communication is what the compute thread waits for messages. On a GPU th
 there `waiting` stands between two events of the current stream, and the Stopwatch reads the time between them once the
 step is over, as it does its laps. A host that waits first holds the second event back, so that counts too.
 
-Listeners belong to the process; spans come from its compute and its communication thread. Times are those of
+Listeners belong to the process; spans come from its compute and its two communication threads, that of tokens and that
+of gradients and weights between replicas. Times are those of
 `time.perf_counter`, which all processes of one machine share; `parallel.collectives.clock_offset` gives the difference
 of two machines' clocks.
 """
@@ -25,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
-COMPUTE, COMMUNICATION = "compute", "communication"
+COMPUTE, COMMUNICATION, REPLICAS = "compute", "communication", "replicas"  # names of threads
 EXPOSED = "exposed_communication"
 
 
@@ -142,7 +143,8 @@ class Recorder:
         return time.perf_counter()
 
     def ended(self, name: str, began: float) -> None:
-        thread = COMMUNICATION if threading.current_thread().name == COMMUNICATION else COMPUTE
+        name_of_thread = threading.current_thread().name
+        thread = name_of_thread if name_of_thread in (COMMUNICATION, REPLICAS) else COMPUTE
         self.spans.append(Span(name, thread, began, time.perf_counter()))
 
 

@@ -18,8 +18,9 @@ def test_ranks_are_processes_and_times_count_from_the_first_span_of_any() -> Non
     assert trace["displayTimeUnit"] == "ms"
     events = trace["traceEvents"]
     told = [(e["name"], e["pid"], e["tid"], *e["args"].values()) for e in events if e["ph"] == "M"]
-    threads = {0: [(0, "compute"), (1, "communication")],
-               1: [(0, "compute"), (1, "communication"), (103, "GPU stream 3"), (107, "GPU stream 7")]}  # fmt: skip
+    host = [(0, "compute"), (1, "communication"), (2, "replicas")]
+    threads = {0: host,
+               1: [*host, (103, "GPU stream 3"), (107, "GPU stream 7")]}  # fmt: skip
     assert told == [
         entry
         for pid in (0, 1)

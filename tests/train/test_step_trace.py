@@ -50,11 +50,13 @@ def test_a_traced_step(corpus: list[str], tmp_path: Path) -> None:
         for phase in by_kind["phase"]:
             assert re.fullmatch(r"[FBW] (attn|dispatch|mlp|combine|embed|join|loss)", phase["name"])
             assert phase["tid"] == 0 and sum(holds(action, phase) for action in by_kind["action"]) == 1
-        messages = Counter(e["name"] for e in by_kind["message"])
+        messages = Counter(e["name"] for e in by_kind["message"] if e["tid"] == 1)
         assert len(set(messages.values())) == 1 and set(messages) == {
             f"message {name}" for name in ("counts", "dispatch", "combine", "dispatch backward", "combine backward")
         }
-        assert {e["tid"] for e in by_kind["message"]} == {1}
+        between_replicas = {e["name"] for e in by_kind["message"] if e["tid"] != 1}
+        assert between_replicas == {"message gradients", "message weights"}
+        assert {e["tid"] for e in by_kind["message"]} == {1, 2}
         assert {"data", "reduce", "optimizer"} == {e["name"] for e in by_kind["rest"]}
         assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in slices)
 
