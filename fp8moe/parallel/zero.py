@@ -34,7 +34,7 @@ from fp8moe.layers.linear import MainGrads, QuantizedWeight, is_expert
 from fp8moe.parallel.buckets import Bucket, Matrices, Span, make_buckets, no_matrices
 from fp8moe.parallel.collectives import all_gather, all_reduce_in_message, reduce_scatter
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.parallel.stream import Pending, communication_stream
+from fp8moe.parallel.stream import Pending, Stream, communication_stream
 from fp8moe.profile.spans import REPLICAS
 from fp8moe.schedule.action import Schedule
 
@@ -87,7 +87,6 @@ class Zero1:
         tied: Parameter | None = None,
     ) -> None:
         self._mesh, self._tied, self._main_grads = mesh, tied, main_grads
-        self._stream = communication_stream(main_grads.dense.device, REPLICAS)
         self._quantized = {place: [quantized[p] for p in fed if p in quantized] for place, fed in passes.items()}
         fed_by = defaultdict[Parameter, set[Place]](set)
         for place, fed in passes.items():
@@ -110,6 +109,9 @@ class Zero1:
         self._queue: list[ShardedBucket] = []
         self._unfinished: dict[ShardedBucket, int] = {}
         self._stale: set[Place] = set()
+
+    def _stream(self) -> Stream:
+        return communication_stream(self._main_grads.dense.device, REPLICAS)
 
     def is_sharded(self, grad: Tensor) -> bool:
         """Whether the parameters of this flat buffer have other replicas."""
@@ -135,7 +137,7 @@ class Zero1:
             self._unfinished[one] -= (stage, position) in one.feeds
         while self._queue and not self._unfinished[self._queue[0]]:
             one = self._queue.pop(0)
-            one.reduction = self._stream.start(partial(self._reduce, one), _as_it_is, "gradients")
+            one.reduction = self._stream().start(partial(self._reduce, one), _as_it_is, "gradients")
 
     def finish(self) -> Tensor:
         """Wait for every sum -> FP64 [], the squares of the gradients that this rank owns."""
@@ -151,7 +153,7 @@ class Zero1:
 
     def start_gather(self, one: ShardedBucket) -> None:
         """Send this rank's part of the weights to all, and fetch the others'; FP8 blocks follow when it is needed."""
-        one.gathering = self._stream.start(partial(_gather, one), _as_it_is, "weights")
+        one.gathering = self._stream().start(partial(_gather, one), _as_it_is, "weights")
         self._stale |= one.feeds
 
     def wait_weights(self) -> None:
