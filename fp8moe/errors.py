@@ -44,6 +44,12 @@ class NonFiniteError(RuntimeError):
     exit_code: int = EXIT["nonfinite"]
 
 
+class ReplicaError(RuntimeError):
+    """Ranks that hold the same numbers hold different bits, or one computation done twice gave two results."""
+
+    exit_code: int = EXIT["nonfinite"]
+
+
 class HangError(RuntimeError):
     """A rank made no progress within its timeout. secondary: because another rank had ended before."""
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from fp8moe.errors import NonFiniteError
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
+from fp8moe.train.consistency import check_consistency
 from fp8moe.train.ema import Ema
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.optimizer import Optimizer
@@ -59,6 +60,8 @@ def run_to_end(run: Run, started: float) -> Summary:
                 report = train_step(run, count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps))
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
+            if run.guard.problem is None and config.guard.consistency_is_due(run.step):
+                check_consistency(run)
             validations = _validations(run)
             run_logger.note(_save(run, report), *validations)
             run_logger.note_saved(run.saver.finished())
