@@ -39,7 +39,13 @@ class SpaceError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient stopped being a finite number."""
+    """The loss, a gradient or the state of a run stopped being a finite number, or the loss left its course."""
+
+    exit_code: int = EXIT["nonfinite"]
+
+
+class ReplicaError(RuntimeError):
+    """Ranks that hold the same numbers hold different bits, or one computation done twice gave two results."""
 
     exit_code: int = EXIT["nonfinite"]
 

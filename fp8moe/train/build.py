@@ -81,7 +81,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         links=Links(mesh, timedelta(seconds=config.parallel.startup_timeout)),
         optimizer=optimizer,
         zero=zero,
-        guard=Guard(config.max_skipped_steps),
+        guard=Guard(config.max_skipped_steps, config.guard),
         saver=checkpoint.Saver(
             checkpoint.root_of(run_dir, path), config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),

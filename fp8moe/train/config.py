@@ -29,6 +29,7 @@ from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.ema import EmaConfig
+from fp8moe.train.guard import GuardConfig
 from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_run_dir
@@ -79,7 +80,8 @@ class TrainConfig:
     init_from_ema: bool = False
     resume_changes: tuple[str, ...] = ()  # what of its data a resumed run may change (`data.identity.CHANGES`)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_skipped_steps: int = 3  # consecutive steps that may be skipped for a loss or gradient that is not finite
+    max_skipped_steps: int = 2  # consecutive steps that may be skipped for a loss or gradient that is not finite
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what follows on more of them
     # What backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same bits.
     recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)
     # Record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures.

@@ -8,15 +8,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 
+from fp8moe.errors import NonFiniteError
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
+from fp8moe.train.consistency import check_consistency
 from fp8moe.train.ema import Ema
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
+from fp8moe.train.rollback import ADVICE, roll_back
 from fp8moe.train.run import Run
 from fp8moe.train.run_dir import describe_start
 from fp8moe.train.run_log import RunLogger, log_file
@@ -59,13 +63,19 @@ def run_to_end(run: Run, started: float) -> Summary:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
             if (named := stragglers.note(report)) is not None:
                 run_logger.warn(named)
+            if run.guard.problem is None and config.guard.consistency_is_due(run.step):
+                check_consistency(run)
             validations = _validations(run)
             run_logger.note(_save(run, report), *validations)
             run_logger.note_saved(run.saver.finished())
+            if run.guard.problem is not None:
+                run_logger.note_rollback(roll_back(run))
         run.saver.wait()
         if run.ema is not None:
             run.ema.wait()
         run_logger.note_saved(run.saver.finished())
+        if run.guard.in_a_row:
+            raise NonFiniteError(f"step {run.step}, the run's last, was skipped, so it is not saved: {ADVICE}")
         return run_logger.finish(trace.figures)
     finally:
         run_logger.close()
@@ -73,7 +83,7 @@ def run_to_end(run: Run, started: float) -> Summary:
 
 def _validations(run: Run) -> tuple[ValidationReport | None, ValidationReport | None]:
     """The validation loss where one is due, and that of the average of the weights where it is asked for."""
-    if not run.config.validation.is_due(run.step, run.config.steps):
+    if run.guard.problem is not None or not run.config.validation.is_due(run.step, run.config.steps):
         return None, None
     report = _validate(run)
     if run.ema is None or not run.config.validation.ema:
@@ -103,14 +113,26 @@ def _validate(run: Run) -> ValidationReport:
         micro_batch=run.config.micro_batch,
     )
     run.dispatcher.verify()
+    if not math.isfinite(report.loss):
+        run.guard.problem = f"the validation loss after step {run.step} is {report.loss}"
     return report
 
 
 def _save(run: Run, report: StepReport) -> StepReport:
-    """Begin a checkpoint where one is due -> the report with the seconds that training waited for it."""
-    if not run.config.checkpoint.is_due(run.step, run.config.steps):
+    """Begin a checkpoint where one is due -> the report with the seconds that training waited for it.
+
+    None is written behind a step that was skipped, or of a state that is not finite: it is owed.
+    """
+    guard = run.guard
+    run.save_is_due |= run.config.checkpoint.is_due(run.step, run.config.steps)
+    if not run.save_is_due or guard.in_a_row or guard.problem is not None:
         return report
     start = time.perf_counter()
-    start_checkpoint(run)
+    try:
+        start_checkpoint(run)
+    except NonFiniteError as error:
+        guard.problem = str(error)
+        return report
+    run.save_is_due = False
     spent = dataclasses.replace(report.time, checkpoint=time.perf_counter() - start)
     return dataclasses.replace(report, time=spent)

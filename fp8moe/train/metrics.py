@@ -61,6 +61,7 @@ class StepReport:
     loss, mtp_loss: nats a predicted token of the global batch; aux_loss: balance loss a sequence; the last two are None
     where the model has none. tokens: predicted tokens of the global batch. tokens_per_second: of the whole job; mfu: of
     one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares are None where they were not counted.
+    skipped_samples: the first and the last sample of a skipped step; None of any other.
     """
 
     step: int
@@ -80,6 +81,7 @@ class StepReport:
     seconds: float
     time: StepSeconds
     memory_bytes: int
+    skipped_samples: tuple[int, int] | None = None
 
 
 def finite(value: Any) -> Any:
@@ -113,7 +115,11 @@ class MetricsWriter:
         self._path = path
         self._wandb = _start_wandb(run_dir, config, name, settings) if config.wandb else None
 
-    def write(self, report: StepReport, extra: Mapping[str, float | None]) -> None:
+    def forget_after(self, step: int) -> None:
+        """Remove the records of later steps, which are done again."""
+        _keep_until(self._path, step)
+
+    def write(self, report: StepReport, extra: Mapping[str, Any]) -> None:
         """Log one step; `extra` holds what only some steps have, such as a validation loss."""
         record = finite({**asdict(report), **extra})
         with open(self._path, "a", encoding="utf-8") as file:

@@ -32,7 +32,8 @@ class Run:
 
     step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. zero: what shards the
     optimizer's state among replicas; None where each keeps it whole. ema: the average of the weights, where there is
-    one. loads: tokens that each expert has had in the whole run, by name of those stages' routers.
+    one. save_is_due: a checkpoint is owed for this step, or for one before that was skipped. loads: tokens that each
+    expert has had in the whole run, by name of those stages' routers.
     """
 
     config: TrainConfig
@@ -52,6 +53,7 @@ class Run:
     saver: checkpoint.Saver
     ema: Ema | None
     step: int = 0
+    save_is_due: bool = False
     loads: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -26,6 +26,7 @@ from fp8moe.train import step_trace
 from fp8moe.train.checkpoint import Location
 from fp8moe.train.memory import in_words, measured_bytes
 from fp8moe.train.metrics import MetricsWriter, StepReport
+from fp8moe.train.rollback import Rollback
 from fp8moe.train.run import Run
 from fp8moe.train.step_trace import StepFigures
 from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
@@ -68,6 +69,7 @@ class RunLogger:
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
         self._steps: list[tuple[int, float]] = []  # (tokens, seconds) of each
         self._fp8_shares: tuple[float | None, float | None] = (None, None)
+        self._rolled_back: dict[str, Any] = {}
         self._validation: ValidationReport | None = None
         self._averaged: ValidationReport | None = None
         self._print(opening(run))
@@ -88,14 +90,22 @@ class RunLogger:
         self._log.warning("%s", sentence)
         self._display.print(sentence)
 
+    def note_rollback(self, rollback: Rollback) -> None:
+        """Report a rollback; records of the steps that it undoes go, and the next one says what they were."""
+        self._print(str(rollback))
+        self._losses.clear()
+        self._rolled_back |= {"rolled_back_from": rollback.step, "passed_over": [rollback.first, rollback.stop - 1]}
+        if self._writer is not None:
+            self._writer.forget_after(self._run.step)
+
     def note(
         self, report: StepReport, validation: ValidationReport | None, averaged: ValidationReport | None = None
     ) -> None:
         """Report one step, with the validations that followed it, if any: of the weights, and of their average."""
-        extra: dict[str, float | None] = {}
+        extra, self._rolled_back = self._rolled_back, {}
         if validation is not None:
             self._validation = validation
-            extra = {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+            extra |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
         if averaged is not None:
             self._averaged = averaged
             extra |= {"val_loss_ema": averaged.loss, "val_bits_per_byte_ema": averaged.bits_per_byte}
@@ -107,7 +117,8 @@ class RunLogger:
             if scored is not None:
                 bits = "" if scored.bits_per_byte is None else f", {scored.bits_per_byte:.4f} bits a byte"
                 self._print(f"validation{of} after step {report.step}: loss {scored.loss:.4f}{bits}")
-        self._losses.append(report.loss)
+        if not report.skipped:
+            self._losses.append(report.loss)
         self._steps.append((report.tokens, report.seconds))
         if report.fp8_saturated_share is not None:
             self._fp8_shares = (report.fp8_saturated_share, report.fp8_underflow_share)
@@ -119,7 +130,7 @@ class RunLogger:
         violations, shares = balance(all_loads(run))
         paced = self._steps[1:] or self._steps  # the first step compiles, allocates and opens connections
         summary = Summary(
-            loss=sum(self._losses) / len(self._losses),
+            loss=sum(self._losses) / len(self._losses),  # there is one: the last step was not skipped
             val_loss=validation.loss,
             val_loss_ema=None if self._averaged is None else self._averaged.loss,
             val_bits_per_byte=validation.bits_per_byte,
@@ -132,6 +143,7 @@ class RunLogger:
             fp8_underflow_share=self._fp8_shares[1],
             steps=run.step,
             skipped_steps=run.guard.skipped,
+            rollbacks=run.guard.rollbacks,
             tokens=sum(tokens for tokens, _ in self._steps),
             wall_seconds=time.perf_counter() - self._started,
             world_size=run.mesh.world_size,
@@ -264,7 +276,10 @@ class ProgressDisplay:
             f"grad norm {report.grad_norm:.2f}  lr {report.lr:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
             f"{duration(self.seconds_left())} left"
         )
-        return text + ("  SKIPPED: not finite" if report.skipped else "")
+        if report.skipped_samples is None:
+            return text
+        first, last = report.skipped_samples
+        return f"{text}  SKIPPED, samples {first} to {last}"
 
     def seconds_left(self) -> float:
         """Seconds that the remaining steps take at the pace of the recent ones."""

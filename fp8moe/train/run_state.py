@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fp8moe.errors import NonFiniteError
 from fp8moe.layers.linear import is_expert
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.train import checkpoint
+from fp8moe.train.finite_state import described, not_finite
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.optimizer.state import Held
 from fp8moe.train.provenance import commit, versions
@@ -73,7 +75,7 @@ def restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> 
         logger.info("%s holds no random states of %d such ranks: they are seeded anew", path, mesh.world_size)
     run.optimizer.updates = state.updates
     run.sampler.consumed = state.consumed
-    run.guard.skipped = state.skipped
+    run.guard.skipped, run.guard.in_a_row = state.skipped, state.skipped_in_a_row
     run.step = state.step
     logger.info("resumed from %s after step %d, %d samples consumed", path, state.step, state.consumed)
 
@@ -128,9 +130,24 @@ def _copies(run: Run, parameter: Parameter) -> int:
     return 1 if group is None or run.zero is not None else group.size()
 
 
+def check_finite(run: Run) -> None:
+    """Raise NonFiniteError, on every rank, where a tensor that a checkpoint would hold is not finite. Collective."""
+    tensors = _tensors(run, run.optimizer.held)
+    parts = {
+        name: [values for _, values in one.ranges] if isinstance(one, checkpoint.Pieces) else [one]
+        for name, one in tensors.items()
+    }
+    if wrong := described(gather(not_finite(parts), run.mesh.world_group)):
+        raise NonFiniteError(f"{wrong} after step {run.step}")
+
+
 def start_checkpoint(run: Run) -> None:
-    """Begin to write a checkpoint of the run's present state. Collective over all ranks."""
+    """Begin to write a checkpoint of the run's present state. Collective over all ranks.
+
+    Raises NonFiniteError, and writes nothing, where the state is not finite.
+    """
     config = run.config
+    check_finite(run)
     state = checkpoint.RunState(
         step=run.step,
         updates=run.optimizer.updates,
@@ -139,6 +156,7 @@ def start_checkpoint(run: Run) -> None:
         seed=config.seed,
         seq_len=config.seq_len,
         optimizer=config.optimizer.kind,
+        skipped_in_a_row=run.guard.in_a_row,
         data=run.identity.as_stored(),
     )
     random = random_state(run.device, run.mesh.rank)  # here: the training draws on while the state is copied

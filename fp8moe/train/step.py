@@ -36,7 +36,7 @@ from fp8moe.layers.router import update_bias, violations
 from fp8moe.model.flops import mfu
 from fp8moe.model.loss import LossCounts, LossTally, LossWeights, count_predicted, loss_weights
 from fp8moe.model.stage import StagePasses
-from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
 from fp8moe.parallel.pipeline import Pipeline
 from fp8moe.profile.spans import EXPOSED, PhaseLaps, Stopwatch, listening, marking, span
@@ -44,6 +44,7 @@ from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
 from fp8moe.train.batch import global_batch, microbatches_of, to_device
 from fp8moe.train.build import tied_embedding
+from fp8moe.train.finite_state import described, not_finite
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
 from fp8moe.train.optimizer import DeepSpeedAdamW
@@ -52,11 +53,15 @@ from fp8moe.train.run import Run
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of the global batch: nats a predicted token (the next one; the next but one), balance loss a sequence."""
+    """Losses of the global batch: nats a predicted token (the next one; the next but one), balance loss a sequence.
+
+    wrong_biases: values of router biases, on all ranks, that were not finite.
+    """
 
     main: float
     mtp: float
     balance: float
+    wrong_biases: int = 0
 
 
 def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
@@ -64,6 +69,9 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     config, rates = run.config, run.config.optimizer.schedule
     started, stopwatch = time.perf_counter(), Stopwatch(run.device)
     at = Progress(run.step, config.steps, run.sampler.consumed * config.seq_len)
+    lr, gamma = learning_rate(rates, at), bias_gamma(rates, config.model.router.bias_gamma, at)
+    run.guard.check_rates(run.step + 1, lr, gamma)
+    first_sample = run.sampler.consumed
     with span("data"):
         batches, counts = next_batches(run)
     stopwatch.lap("data")
@@ -79,9 +87,9 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
 
     run.dispatcher.verify()
     violation = worst_violation(run)
-    lr = learning_rate(rates, at)
-    accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm)
-    update(run, lr, bias_gamma(rates, config.model.router.bias_gamma, at), grad_norm, accepted=accepted)
+    wrong = worst_bias(run) if losses.wrong_biases else None
+    accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm, wrong)
+    update(run, lr, gamma, grad_norm, accepted=accepted)
     stopwatch.lap("optimizer")
     run.step += 1
 
@@ -107,6 +115,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
         seconds=seconds,
         time=StepSeconds(laps["data"], laps["forward"], laps["backward"], laps[EXPOSED], laps["optimizer"]),
         memory_bytes=memory_bytes(run.device),
+        skipped_samples=None if accepted else (first_sample, run.sampler.consumed - 1),
     )
 
 
@@ -130,8 +139,15 @@ def forward_backward(
     """
     weights = loss_weights(counts, mtp_weight=mtp_weight, balance_alpha=run.config.model.router.aux_loss_alpha)
     sums = train_passes(run, batches, weights, stopwatch)
-    main, mtp, balance = all_reduce(sums, run.mesh.world_group).tolist()
-    return Losses(main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences)
+    wrong = torch.stack(
+        [(~router.bias_E.isfinite()).sum() for router in run.routers().values()] or [sums.new_zeros(())]
+    )
+    main, mtp, balance, biases = all_reduce(
+        torch.cat([sums, wrong.sum(0, True).double()]), run.mesh.world_group
+    ).tolist()
+    return Losses(
+        main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences, int(biases)
+    )
 
 
 def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, stopwatch: Stopwatch) -> Tensor:
@@ -226,6 +242,12 @@ def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: boo
         if run.ema is not None and run.config.ema.is_due(run.optimizer.updates):
             run.ema.start_update()
     update_bias(run.model, gamma if accepted else 0.0)
+
+
+def worst_bias(run: Run) -> str | None:
+    """A clause on a router's bias that is not finite, and its ranks. Collective over all ranks."""
+    biases = {f"bias.{name}": [router.bias_E] for name, router in run.routers().items()}
+    return described(gather(not_finite(biases), run.mesh.world_group))
 
 
 def worst_violation(run: Run) -> float | None:

@@ -22,7 +22,7 @@ from fp8moe.train.step_trace import StepFigures
 class Summary:
     """Figures of a finished run; losses in nats a token. None where there is nothing to measure (no tokenizer, no FP8).
 
-    val_loss_ema: of the average of the weights (validation.ema).
+    val_loss_ema: of the average of the weights (validation.ema). rollbacks: to a checkpoint, of this attempt.
 
     loss: training loss, mean of the last steps. tokens_per_second: over the training steps of this attempt, without
     validation and checkpoints; wall_seconds: of the attempt, start-up included. expert_token_shares: by layer, each
@@ -48,6 +48,7 @@ class Summary:
     precision: str
     run_dir: str
     trace: StepFigures | None
+    rollbacks: int = 0
 
 
 def balance(loads: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -92,7 +93,9 @@ def table(summary: Summary) -> str:
     if s.fp8_saturated_share is not None and s.fp8_underflow_share is not None:
         rows.append(("FP8 values", f"{s.fp8_saturated_share:.2%} saturated, {s.fp8_underflow_share:.2%} underflowed"))
     if s.skipped_steps:
-        rows.append(("skipped steps", f"{s.skipped_steps}, their loss or gradient was not finite"))
+        rows.append(("skipped steps", f"{s.skipped_steps}, whose numbers were not finite or whose loss was a spike"))
+    if s.rollbacks:
+        rows.append(("rollbacks", f"{s.rollbacks} to a checkpoint"))
     rows.append(("steps", f"{s.steps}, {s.tokens:,} tokens, {duration(s.wall_seconds)}"))
     rows.append(("run directory", s.run_dir))
     width = max(len(name) for name, _ in rows)

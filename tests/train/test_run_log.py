@@ -28,7 +28,9 @@ def test_lines_come_first_last_and_at_their_distance(capsys: pytest.CaptureFixtu
 
 
 def test_a_skipped_step_says_so_and_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ProgressDisplay(8, 0, 1).line(replace(REPORT, skipped=True)).endswith("SKIPPED: not finite")
+    assert (
+        ProgressDisplay(8, 0, 1).line(replace(REPORT, skipped_samples=(8, 15))).endswith("  SKIPPED, samples 8 to 15")
+    )
     silent = ProgressDisplay(8, 0, 1, silent=True)
     silent.show(REPORT)
     silent.print("words")

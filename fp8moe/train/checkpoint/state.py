@@ -31,7 +31,7 @@ class RunState:
     """Numbers of a checkpoint: steps and updates done, samples consumed, steps skipped, the run's seed and seq_len.
 
     data: the identity of its data (`data.identity`); None in checkpoints that were written without. optimizer: whose
-    state it holds.
+    state it holds. skipped_in_a_row: steps skipped since the last that counted; 0 in checkpoints written without.
     """
 
     step: int
@@ -42,6 +42,7 @@ class RunState:
     seq_len: int
     data: dict[str, Any] | None = None
     optimizer: str = "adamw"
+    skipped_in_a_row: int = 0
 
 
 def state_text(state: RunState, model: ModelConfig, origin: Mapping[str, Any]) -> str:
@@ -65,8 +66,9 @@ def read_state(
     try:
         content = json.loads(read_text(folder_of(path), STATE_FILE))
         _check_format(path, content["format"])
-        numbers = [field.name for field in dataclasses.fields(RunState) if field.name != "data"]
-        state = RunState(**{name: content[name] for name in numbers}, data=content.get("data"))
+        later = {"data": None, "skipped_in_a_row": 0}  # a checkpoint of this format may lack them
+        names = [field.name for field in dataclasses.fields(RunState)]
+        state = RunState(**{name: content.get(name, later[name]) if name in later else content[name] for name in names})
         theirs = dict(content["model"])
     except ConfigError:
         raise
