@@ -202,7 +202,7 @@ RULES = [  # between settings, and those whose reason is not plain from the rang
     (["optimizer.beta2=0.999"], r"beta2=0\.999 is too close to 1 for BF16 moments, .* use .*moments=fp32, or .*0\.99 "),
     (["optimizer.beta1=0.9965"], "beta1=0.9965 is too close to 1"),
     (["optimizer=muon", "optimizer.muon_beta=0.9965"], "muon_beta=0.9965 is too close to 1"),
-    (["lr_schedule=cosine", "optimizer.schedule.phases.0.until=1e13"], r"phases\[0\]\.until=1.* is a share .*: use 1\.0"),
+    (["lr_schedule=cosine", "optimizer.schedule.phases.0.until=1e13"], r"phases.0..until=1.* is a share .*: use 1\.0"),
     (["optimizer.schedule.mtp_weight_until=1.5"], r"mtp_weight_until=1\.5 is a share of the run"),
     (["optimizer.schedule.unit=tokens"], r"until=1\.0 counts tokens under unit=tokens .*: use unit=share"),
     (["model.attention.yarn={beta_fast: 1.0}"], r"beta_fast=1\.0 must be above beta_slow=1\.0.*: use 32\.0 and 1\.0"),
