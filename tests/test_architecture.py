@@ -74,6 +74,7 @@ BREAKS = [
     ),
     ("floor", "fp8moe/layers/norm.py", '"""N."""\nfrom fp8moe.errors import DataError\n', "raises plain ValueError"),
     ("floor", "fp8moe/errors.py", '"""E."""\nfrom fp8moe.kernels import fp8\n', "errors imports nothing"),
+    ("floor", "fp8moe/limits.py", '"""L."""\nfrom fp8moe.errors import ConfigError\n', "limits imports nothing"),
     ("floor", "fp8moe/__init__.py", '"""P."""\nimport torch\n', "__init__.py imports nothing, and so not torch"),
     ("floor", "fp8moe/optim/adamw.py", '"""O."""\n', "optim stands on no floor"),
     ("floor", "fp8moe/tools.py", '"""T."""\n', "tools stands on no floor"),

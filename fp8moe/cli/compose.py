@@ -24,13 +24,15 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import fp8moe
+from fp8moe.cli.experiment_file import in_words, read_experiment, refuse_resolvers
 from fp8moe.errors import ConfigError
+from fp8moe.limits import shown
 from fp8moe.train.config import TrainConfig
 
 T = TypeVar("T")
@@ -90,32 +92,33 @@ def tree_of(settings: Sequence[str]) -> dict[str, Any]:
             tempfile.TemporaryDirectory() as folder,
             initialize_config_dir(str(CONFIGS), version_base="1.3"),
         ):
-            names = [_from_file(setting, Path(folder)) for setting in settings]
+            names = [_for_hydra(setting, Path(folder)) for setting in settings]
             words = [f"hydra.searchpath=[file://{folder}]", *names]
             tree = hydra_compose("train", words, return_hydra_config=True)
-            choices = OmegaConf.to_container(tree.hydra.runtime.choices)
+            choices = tree.hydra.runtime.choices
             OmegaConf.set_struct(tree, False)
             del tree["hydra"]
+            refuse_resolvers(OmegaConf.to_container(tree), "")
+            if tree.get("name") is None:
+                tree["name"] = str(choices.get("experiment") or choices["model"]).removeprefix(_FILE)
             plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except yaml.YAMLError as error:  # of hydra's loader, which refuses a key that is given twice
+        raise ConfigError(f"a file of settings can't be read ({in_words(error)}): write each key once") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from error
-    assert isinstance(plain, dict) and isinstance(choices, dict)
-    if plain.get("name") is None:
-        plain["name"] = str(choices.get("experiment") or choices["model"]).removeprefix(_FILE)
+    assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
 
 
-def _from_file(setting: str, folder: Path) -> str:
-    """`setting` for hydra: an experiment that is a file is put into `folder`, where hydra looks for groups too."""
+def _for_hydra(setting: str, folder: Path) -> str:
+    """`setting` as hydra takes it: a file of the user's is put into `folder`, where hydra looks for groups too."""
     override = parse(setting)
+    if override.key_or_group not in config_groups() and override.type is OverrideType.CHANGE:
+        return f"++{setting}"  # adds the group that is null, of which the key is one: attention.yarn
     if override.key_or_group != "experiment" or not _is_file(override.value()):
         return setting
     path = Path(str(override.value())).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"experiment={path} can't be read ({reason}): name a YAML file of settings") from error
+    text = read_experiment(path)
     (folder / "experiment").mkdir(exist_ok=True)
     name = _FILE + path.stem
     (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
@@ -143,31 +146,40 @@ def plain_values(value: Any) -> Any:
 def parse(setting: str) -> Override:
     """One setting as hydra reads it. Raises ConfigError unless it is one."""
     if "=" not in setting and not setting.startswith("~"):
-        raise ConfigError(f"{setting!r} is not a setting: write key=value")
+        raise ConfigError(f"{shown(setting)} is not a setting: write key=value")
     try:
         return OverridesParser.create().parse_override(setting)
     except HydraException as error:
-        raise ConfigError(f"{setting!r} can't be read as key=value: {_first_line(error)}") from error
+        raise ConfigError(f"{shown(setting)} can't be read as key=value: {_first_line(error)}") from error
 
 
 def check(override: Override, known: Sequence[str]) -> None:
     """Raise ConfigError unless `override` gives one value to a key of `known` or chooses a file of a group."""
     key, line = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():
-        raise ConfigError(f"{line!r} gives several values and {key} takes one: write a list as [a,b]")
+        raise ConfigError(
+            f"{shown(line)} gives several values and {key} takes one: write a list as [a,b], or quote text, "
+            f"'{key}=\"a,b\"'"
+        )
+    if override.package is not None:
+        raise ConfigError(f"{shown(line)} would put {key} in another place: leave @{override.package} out")
     if key.startswith("hydra"):
         raise ConfigError(f"{key} is a setting of hydra, which only composes the configuration here: leave it out")
     groups, value = config_groups(), override.value()
-    if key in groups and not (key == "experiment" and _is_file(value)):
-        choices = sorted(path.stem for path in (CONFIGS / key).glob("*.yaml"))
-        if isinstance(value, str) and value not in choices:
-            raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{_nearest(value, choices)}")
-    elif key in groups:
-        return
+    if key in groups:
+        _check_choice(key, value)
     elif key in MOVED and (key not in known or isinstance(value, str)):
         raise ConfigError(f"{key} is now {MOVED[key]}: write {line.replace(key, MOVED[key], 1)}")
     elif key not in known and not any(key.startswith(f"{name}.") for name in _leaves(known)):
         raise unknown_key(key, [*known, *sorted(groups - set(known))])
+
+
+def _check_choice(group: str, value: object) -> None:
+    if isinstance(value, dict) or (value is None and group in ("experiment", "lr_schedule")):
+        return
+    choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    if value not in choices and not (group == "experiment" and _is_file(value)):
+        raise ConfigError(f"{group}={value!s:.60} is not one of {', '.join(choices)}{_nearest(value, choices)}")
 
 
 def config_groups() -> set[str]:
@@ -186,7 +198,8 @@ def _leaves(known: Sequence[str]) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    text = str(error).strip() or str(error.__cause__ or "").strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".").replace("++", "", 1)  # which `_for_hydra` added
 
 
 def to_dataclass(cls: type[T], values: object, path: str = "") -> T:
@@ -242,7 +255,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _show(value: object) -> str:
-    return f"{value!r} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def _value(hint: Any, value: object, path: str) -> object:
@@ -282,7 +295,9 @@ def _family(classes: Sequence[Any], value: object, path: str) -> Any:
 
 def _choice(value: object, choices: tuple[Any, ...], path: str) -> object:
     if value not in choices:
-        raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, choices))}{_nearest(value, choices)}")
+        raise ConfigError(
+            f"{path}={shown(value)} is not one of {', '.join(map(str, choices))}{_nearest(value, choices)}"
+        )
     return value
 
 
@@ -298,7 +313,7 @@ def _scalar(hint: type, value: object, path: str) -> object:
         return value
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
     advice = ""
-    if hint is int and isinstance(value, float):
+    if hint is int and isinstance(value, float) and abs(value) < 1e9:
         advice = f": use {round(value)}"
     elif hint is str:
         advice = f""": quote it, '{path}="{value}"'"""

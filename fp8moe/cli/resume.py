@@ -139,6 +139,7 @@ def overlaid(
         elif key in groups - {"experiment"}:
             tree[key] = typed[key]
         elif key != "experiment":
+            key = _settable(typed, key)
             _put(tree, key, _get(typed, key))
     return tree
 
@@ -179,9 +180,20 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
+def _settable(tree: Mapping[str, Any], key: str) -> str:
+    """`key`, or the list that it reaches into: phases of optimizer.schedule.phases.0.until."""
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        if not isinstance(_get(tree, ".".join(parts[:count])), Mapping):
+            return ".".join(parts[:count])
+    return key
+
+
 def _get(tree: Mapping[str, Any], key: str) -> Any:
     value: Any = tree
     for part in key.split("."):
+        if part not in value:  # taken away: ~steps
+            raise ConfigError(f"{key} must be set: leave ~{key} out")
         value = value[part]
     return value
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import sysconfig
 import tokenize
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fp8moe.errors import ConfigError, DataError
+from fp8moe.limits import Range, check_fields
 
 SOURCES = ("stdlib", "indexed")
 SKIPPED_FOLDERS = frozenset(
@@ -49,7 +49,7 @@ _LINE_CHARS = 1 << 16
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Settings of the training and validation data, checked on construction (raises ConfigError).
+    """Settings of the training and validation data, checked on construction (raises ValueError).
 
     source: "stdlib", the embedded corpus, tokenized on the first run and cached; or "indexed", existing token files.
     paths: prefixes of the token files, without `.bin`/`.idx` (`indexed` only).
@@ -75,6 +75,13 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data",
+            weights=Range(least=0, use="use a finite number >= 0"),
+            validation_share=Range(above=0, most=0.5, use="the default is 0.025"),
+            vocab_size=Range(least=1, most=2**24),
+        )
         if self.source not in SOURCES:
             raise ConfigError(f"data.source={self.source!r} is not a data source: use {' or '.join(SOURCES)}")
         if self.source == "indexed" and not self.paths:
@@ -86,12 +93,6 @@ class DataConfig:
                 "data.source=stdlib takes no data.paths, data.weights or data.validation_paths, "
                 f"got {len(self.paths)}, {len(self.weights)} and {len(self.validation_paths)}: use data.source=indexed"
             )
-        if self.vocab_size < 1:
-            raise ConfigError(f"data.vocab_size={self.vocab_size} must be at least 1")
-        if not 0.0 < self.validation_share <= 0.5:
-            raise ConfigError(
-                f"data.validation_share={self.validation_share} must be above 0 and at most 0.5: the default is 0.025"
-            )
         self._check_weights()
 
     def _check_weights(self) -> None:
@@ -102,9 +103,6 @@ class DataConfig:
                 f"data.weights has {len(self.weights)} entries and data.paths has {len(self.paths)}: "
                 "give one weight a path, or none for equal weights"
             )
-        for path, weight in zip(self.paths, self.weights, strict=True):
-            if not math.isfinite(weight) or weight < 0:
-                raise ConfigError(f"data.weights has {weight} for {path}: a weight is a finite number >= 0")
         if sum(self.weights) == 0:
             raise ConfigError(f"data.weights has {len(self.weights)} entries, all 0: at least one must be above 0")
 

@@ -5,8 +5,8 @@
     Wgrad  dW [N, K] += dy^T @ x                columns of dy and of x, into FP32 `main_grad`
 
 FP8 WGMMA reads K-major operands only, so the weight is kept quantized twice, as it is and transposed: made by
-`quantize_weights` when weights were set, and overwritten by each update of the optimizer. In BF16 and FP32 the same
-three names are plain products.
+`quantize_weights` when weights were set, by `load_state_dict`, and overwritten by each update of the optimizer. In BF16
+and FP32 the same three names are plain products.
 
 Every parameter gets `main_grad`, a view of a flat FP32 buffer in the order of `model.parameters()`, so that one
 collective reduces many parameters and zeroing is one call; it outlives a micro-batch. Linears, norms, the router's gate
@@ -49,6 +49,7 @@ class QuantizedWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=recipe.dtype))
         self.weight.matrix_rows = shape[-2:-1] if matrix_rows is None else matrix_rows  # type: ignore[attr-defined]
         self._blocks: tuple[Fp8Tensor, Fp8Tensor] | None = None
+        self.register_load_state_dict_post_hook(_quantize_loaded)
 
     def quantize(self) -> None:
         """Refresh the FP8 blocks from the weight; nothing to do in BF16 and FP32."""
@@ -68,6 +69,13 @@ class QuantizedWeight(nn.Module):
     def _quantized(self) -> tuple[Fp8Tensor, Fp8Tensor]:
         assert self._blocks is not None, "quantize_weights(model) must run after weights are set and before a forward"
         return self._blocks
+
+
+def _quantize_loaded(module: nn.Module, _: object) -> None:
+    """After `load_state_dict`, however deep in the loaded model: blocks of the weight before would be multiplied."""
+    assert isinstance(module, QuantizedWeight)
+    if not module.weight.is_meta:
+        module.quantize()
 
 
 class Linear(QuantizedWeight):

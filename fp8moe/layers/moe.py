@@ -27,6 +27,7 @@ from fp8moe.layers.operand import Activation, Rows, activation
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
 from fp8moe.layers.router import Router, RouterConfig
+from fp8moe.limits import SIZE, Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class ExpertsConfig:
     num_shared: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.experts.{name}={getattr(self, name)} must be at least 1")
-        if self.num_shared < 0:
-            raise ValueError(f"model.experts.num_shared={self.num_shared} must be at least 0: use 0 for none")
+        check_fields(
+            self,
+            "model.experts",
+            num_experts=Range(least=1, most=2**16),
+            hidden=SIZE,
+            num_shared=Range(least=0, most=1024, use="use 0 for none"),
+        )
 
     def num_parameters(self, dim: int, routed: int) -> int:
         """Parameters of `routed` routed experts and of all shared ones, in a model of `dim` features."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from fp8moe.kernels.route import route, route_backward
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
+from fp8moe.limits import POSITIVE, Range, check_fields
 
 Score = Literal["sigmoid", "softmax", "softmax_topk"]
 GroupScore = Literal["top2_sum", "max"]
@@ -61,12 +62,16 @@ class RouterConfig:
     bias_gamma: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("topk", "num_groups", "top_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.router.{name}={getattr(self, name)} must be at least 1")
-        for name, legal in (("score", get_args(Score)), ("group_score", get_args(GroupScore))):
-            if (given := getattr(self, name)) not in legal:
-                raise ValueError(f"model.router.{name}={given!r} does not exist: use {' or '.join(legal)}")
+        check_fields(
+            self,
+            "model.router",
+            topk=POSITIVE,
+            num_groups=POSITIVE,
+            top_groups=POSITIVE,
+            route_scale=Range(above=0, most=1000),
+            aux_loss_alpha=Range(least=0, most=100, use="use 0 for none"),
+            bias_gamma=Range(least=0, most=1, use="use 0 for none"),
+        )
         if self.score == "softmax_topk" and not self.normalize_topk:
             raise ValueError(
                 "model.router.normalize_topk=false contradicts score=softmax_topk, whose weights sum to 1: "

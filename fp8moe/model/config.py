@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from fp8moe.layers.attention import AttentionConfig
 from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.router import RouterConfig
+from fp8moe.limits import SIZE, Range, check_fields
 
 FP8_MULTIPLE = 16
+MAX_VOCAB = 2**24
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,26 @@ class ModelConfig:
     max_seq_len: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "num_layers", "dense_hidden", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        check_fields(
+            self,
+            "model",
+            vocab_size=Range(least=1, most=MAX_VOCAB),
+            dim=SIZE,
+            num_layers=Range(least=1, most=4096),
+            num_dense_layers=Range(least=0, most=4096, use="use 0 for none"),
+            dense_hidden=SIZE,
+            mtp_depth=Range(least=0, most=1, use="DeepSeek-V3 predicts one more token, use 1"),
+            mtp_weight=Range(least=0, most=100, use="DeepSeek-V3 used 0.3"),
+            norm_eps=Range(above=0, most=1),
+            init_std=Range(above=0, most=100),
+            max_seq_len=Range(least=1, most=2**24),  # to there positions are exact in FP32
+        )
         self._check_multiples()
         self.router.check(self.experts.num_experts)
-        if not 0 <= self.num_dense_layers <= self.num_layers:
+        if self.num_dense_layers > self.num_layers:
             raise ValueError(
-                f"model.num_dense_layers={self.num_dense_layers} must be between 0 and num_layers={self.num_layers}"
-            )
-        if self.mtp_depth not in (0, 1):
-            raise ValueError(
-                f"model.mtp_depth={self.mtp_depth} must be 0 or 1: DeepSeek-V3 predicts one more token, use 1"
+                f"model.num_dense_layers={self.num_dense_layers} must be between 0 and "
+                f"num_layers={self.num_layers}: use {self.num_layers} or less"
             )
 
     def _check_multiples(self) -> None:

@@ -102,11 +102,32 @@ class Transformer(nn.Module):
         return LossSums(main, mtp, balance)
 
     def logits(self, inputs_BS: Tensor) -> Tensor:
-        """Next-token logits [B, S, V] of ids [B, S], in the model's unquantized dtype."""
+        """Next-token logits [B, S, V] of ids [B, S], in the model's unquantized dtype.
+
+        Raises ValueError for a sequence that is too long, and on a CPU for an id outside the vocabulary. On a GPU such
+        an id fails as an assertion of the device: the host doesn't wait for the comparison.
+        """
         assert self.embedding is not None and self.norm is not None and self.head is not None
+        _check_ids(inputs_BS, self.config)
         positions_BS = torch.arange(inputs_BS.shape[1], device=inputs_BS.device).expand_as(inputs_BS)
         hidden_TD, _ = self.run_blocks(self.embedding(inputs_BS.flatten()), self.positions(positions_BS))
         return self.head(self.norm(hidden_TD)).unflatten(0, inputs_BS.shape)
+
+
+def _check_ids(ids_BS: Tensor, c: ModelConfig) -> None:
+    if ids_BS.shape[1] > c.max_seq_len:
+        raise ValueError(
+            f"a sequence of {ids_BS.shape[1]} tokens is longer than model.max_seq_len={c.max_seq_len}: "
+            f"use at most {c.max_seq_len}"
+        )
+    outside_BS = (ids_BS < 0) | (ids_BS >= c.vocab_size)  # a negative index would count from the end, in silence
+    if ids_BS.device.type != "cpu":
+        torch._assert_async(~outside_BS.any(), f"a token id is outside model.vocab_size={c.vocab_size}")
+    elif outside_BS.any():
+        raise ValueError(
+            f"token id {int(ids_BS[outside_BS][0])} is outside the vocabulary, model.vocab_size={c.vocab_size}: "
+            f"use 0 to {c.vocab_size - 1}"
+        )
 
 
 class Mtp(nn.Module):

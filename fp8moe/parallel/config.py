@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fp8moe.limits import COUNT, Range, check_fields
+
+A_YEAR = 365 * 24 * 3600.0
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -34,15 +38,23 @@ class ParallelConfig:
     startup_timeout: float = 900.0  # the same until the first step is done: it compiles kernels and opens connections
 
     def __post_init__(self) -> None:
-        for name in ("timeout", "startup_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"parallel.{name}={getattr(self, name)} seconds must be above 0: use {getattr(type(self), name)}"
-                )
-        for name in ("communication_sms", "chunks", "ranks_per_node", "capacity_factor", "max_imbalance"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"parallel.{name}={value} must be at least 1: use 1 or more")
+        ranks, rows = Range(least=1, most=2**20), Range(least=1, most=1e6)
+        seconds = Range(above=0, most=A_YEAR)
+        check_fields(
+            self,
+            "parallel",
+            pp=ranks,
+            dp=ranks,
+            ep=ranks,
+            communication_sms=Range(least=1, most=1024),
+            layout=COUNT,
+            ranks_per_node=ranks,
+            chunks=Range(least=1, most=1024),
+            capacity_factor=rows,
+            max_imbalance=rows,
+            timeout=seconds,
+            startup_timeout=seconds,
+        )
         if self.capacity_factor is not None and self.max_imbalance is not None:
             raise ValueError(
                 f"parallel.capacity_factor={self.capacity_factor} already bounds what a rank receives: "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.data.packing import Batch
+from fp8moe.limits import Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,16 @@ class BatchConfig:
     increment: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "micro_batch", "ramp_from", "increment"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"batch.{name}={value} must be at least 1: use 1 or more")
+        sequences = Range(least=1, most=2**20)  # the largest known batches have 2^14
+        check_fields(
+            self,
+            "batch",
+            sequences=sequences,
+            micro_batch=sequences,
+            ramp_from=sequences,
+            ramp_samples=Range(least=0, most=2**53),
+            increment=sequences,
+        )
         if self.ramp_from is None:
             return
         if self.ramp_from > self.sequences:

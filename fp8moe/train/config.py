@@ -19,6 +19,7 @@ from fp8moe.data.sources import DataConfig
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, Precision, Recipe, Recompute, Scales
+from fp8moe.limits import COUNT, POSITIVE, Range, check_fields
 from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
 from fp8moe.model.partition import Stage, partition
 from fp8moe.parallel.config import ParallelConfig
@@ -32,7 +33,7 @@ from fp8moe.train.ema import EmaConfig
 from fp8moe.train.guard import GuardConfig
 from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
-from fp8moe.train.run_dir import check_run_dir
+from fp8moe.train.run_dir import check_name, check_run_dir
 from fp8moe.train.validation import ValidationConfig
 
 
@@ -45,6 +46,7 @@ class PrecisionConfig:
     scales: Scales = Scales.RECIPE  # of FP8 tensors: recipe, fp32 or power_of_two (`fp8moe.layers.recipe`)
 
     def __post_init__(self) -> None:
+        check_fields(self, "precision")
         if self.scales is not Scales.RECIPE and self.mode is not Precision.FP8:
             raise ValueError(
                 f"precision.scales={self.scales} concerns FP8 tensors and precision.mode is {self.mode}: use "
@@ -88,6 +90,10 @@ class TrainConfig:
     profile: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(
+            self, "", steps=POSITIVE, seq_len=POSITIVE, seed=Range(least=0, most=2**63 - 1), max_skipped_steps=COUNT
+        )
+        check_name(self.name)
         once = ",".join(dict.fromkeys(self.recompute))
         if once != ",".join(self.recompute):
             raise ValueError(f"recompute=[{','.join(self.recompute)}] names one twice: use recompute=[{once}]")
@@ -97,9 +103,11 @@ class TrainConfig:
             raise ValueError("validation.ema=true needs an average and ema.decay is null: use ema.decay=0.999")
         if self.init_from_ema and self.init_from is None:
             raise ValueError("init_from_ema=true and init_from is null: name the run, init_from=PATH")
-        for name, least in (("steps", 1), ("seq_len", 1), ("max_skipped_steps", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}: use {least} or more")
+        if self.model.attention.backend == "flash" and self.data.document_mask:
+            raise ValueError(
+                "model.attention.backend=flash supports no document mask and data.document_mask is true: use "
+                "model.attention.backend=auto, or data.document_mask=false"
+            )
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}: "

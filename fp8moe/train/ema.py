@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8moe.limits import Range, check_fields
+
 CHUNK = 1 << 22  # values that are copied at once
 
 
@@ -33,10 +35,12 @@ class EmaConfig:
     every: int = 1
 
     def __post_init__(self) -> None:
-        if self.decay is not None and not 0.0 < self.decay < 1.0:
-            raise ValueError(f"ema.decay={self.decay} must be above 0 and below 1: use 0.999, or null for no average")
-        if self.every < 1:
-            raise ValueError(f"ema.every={self.every} must be at least 1: use 1 for every update")
+        check_fields(
+            self,
+            "ema",
+            decay=Range(above=0, below=1, use="use 0.999, or null for no average"),
+            every=Range(least=1, use="use 1 for every update"),
+        )
 
     def is_due(self, updates: int) -> bool:
         """Whether the average is updated after optimizer update number `updates` (from 1)."""

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from fp8moe.limits import Range, check_fields
+
+MOST_TOKENS = 1e18
 Shape = Literal["constant", "cosine", "linear", "sqrt"]
 
 
@@ -36,13 +39,13 @@ class Segment:
     factor: float
 
     def __post_init__(self) -> None:
-        if self.until <= 0:
-            raise ValueError(
-                f"optimizer.schedule.phases: until={self.until} must be above 0, it is where a phase ends: use 1.0 for "
-                "the end of the run under unit=share"
-            )
-        if self.factor < 0:
-            raise ValueError(f"optimizer.schedule.phases: factor={self.factor} must be at least 0: use 0.0 or more")
+        end = "use 1.0 for the end of the run under unit=share"
+        check_fields(
+            self,
+            "optimizer.schedule.phases",
+            until=Range(above=0, most=MOST_TOKENS, use=end),
+            factor=Range(least=0, most=1000),
+        )
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ class LearningRateConfig:
     mtp_weight_after: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.peak <= 0:
-            raise ValueError(f"optimizer.schedule.peak={self.peak} must be above 0: DeepSeek-V3 used 2.2e-4")
-        if self.warmup_steps < 0:
-            raise ValueError(
-                f"optimizer.schedule.warmup_steps={self.warmup_steps} must be at least 0: use 0 for no warm-up"
-            )
+        place = Range(least=0, most=MOST_TOKENS)
+        check_fields(
+            self,
+            "optimizer.schedule",
+            peak=Range(above=0, most=100, use="DeepSeek-V3 used 2.2e-4"),
+            warmup_steps=Range(least=0, use="use 0 for no warm-up"),
+            bias_gamma_until=place,
+            mtp_weight_until=place,
+            mtp_weight_after=Range(least=0, most=100, use="DeepSeek-V3 used 0.1"),
+        )
+        self._check_unit()
         for segment, after in pairwise(self.phases):
             if after.until <= segment.until:
                 raise ValueError(
@@ -81,6 +89,22 @@ class LearningRateConfig:
                 "optimizer.schedule.phases is empty and at least 1 phase is needed: use a constant, "
                 "{shape: constant, until: 1.0, factor: 1.0}"
             )
+
+    def _check_unit(self) -> None:
+        """Shares of a run end at 1; ends in tokens are above 1, so that shares without their unit are noticed."""
+        ends = {f"phases[{i}].until": segment.until for i, segment in enumerate(self.phases)}
+        switches = {name: getattr(self, name) for name in ("bias_gamma_until", "mtp_weight_until")}
+        for name, end in (ends | switches).items():
+            if self.unit == "share" and end is not None and end > 1:
+                raise ValueError(
+                    f"optimizer.schedule.{name}={end} is a share of the run under unit=share and must be at most 1: "
+                    "use 1.0 for the end of the run, or unit=tokens"
+                )
+            if self.unit == "tokens" and name in ends and end <= 1:
+                raise ValueError(
+                    f"optimizer.schedule.{name}={end} counts tokens under unit=tokens and must be above 1: use "
+                    "unit=share for shares of the run"
+                )
 
 
 @dataclass(frozen=True)

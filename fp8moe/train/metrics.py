@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8moe.errors import ConfigError
+from fp8moe.limits import COUNT, POSITIVE, check_fields
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class LoggingConfig:
     wandb_project: str = "fp8moe"
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("fp8_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"logging.{name}={getattr(self, name)} must be at least {least}: use {least} or more")
+        check_fields(self, "logging", every=POSITIVE, fp8_every=COUNT)
 
     def fp8_is_due(self, step: int, steps: int) -> bool:
         """Whether step number `step` (from 1) of `steps` counts what FP8 casts lose; the last always does."""

@@ -16,10 +16,21 @@ import time
 from pathlib import Path
 
 from fp8moe.errors import ConfigError
+from fp8moe.limits import shown
 from fp8moe.train.checkpoint.location import location
 
 DEFAULT_PARENT = Path("runs")
 LOGS = "logs"
+MOST_NAME = 200  # bytes, of the 255 that file systems take, a time and a number beside it
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError unless a run's name can be the end of a folder's name: one part of a path, not too long."""
+    plain = "-".join(part for part in name.replace("\\", "/").split("/") if part.strip(". "))[:MOST_NAME]
+    if name == ".." or name != Path(name).name or "\\" in name or len(name.encode()) > MOST_NAME:
+        raise ConfigError(
+            f"name={shown(name)} must be one part of a path, of at most {MOST_NAME} bytes: use {shown(plain or 'run')}"
+        )
 
 
 def check_run_dir(run_dir: str | None, resume: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fp8moe.data.packing import IGNORED_LABEL, Batch, Dataset
 from fp8moe.data.sampler import rank_slice
+from fp8moe.limits import COUNT, Range, check_fields
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.batch import microbatches_of
@@ -31,11 +32,7 @@ class ValidationConfig:
     ema: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("samples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"validation.{name}={getattr(self, name)} must be at least {least}: use {least} or more"
-                )
+        check_fields(self, "validation", every=COUNT, samples=Range(least=1, most=2**24))
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to validate after step number `step` (from 1) of `steps`; after the last always."""

@@ -105,7 +105,6 @@ def test_the_quickstart_runs_on_one_to_eight_processes() -> None:
         (["foo"], "'foo' is not a setting: write key=value"),
         (["steps=1,2"], r"'steps=1,2' gives several values and steps takes one: write a list as \[a,b\]"),
         (["hydra.run.dir=x"], "hydra.run.dir is a setting of hydra"),
-        (["model.attention.yarn.factor=2"], "model.attention.yarn.factor"),
         (["steps=[1"], r"'steps=\[1' can't be read as key=value"),
         (["steps=${nothing}"], "nothing"),
         (["steps=five"], "steps='five' .* must be a whole number"),

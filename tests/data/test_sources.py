@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fp8moe.cli.command import explain
 from fp8moe.data import sources
 from fp8moe.data.sources import DataConfig, Document, find_files, read_pieces
-from fp8moe.errors import ConfigError, DataError
+from fp8moe.errors import DataError
 
 
 def test_the_default_is_the_embedded_corpus() -> None:
@@ -29,8 +30,14 @@ def test_the_default_is_the_embedded_corpus() -> None:
         ({"paths": ("a",)}, "got 1, 0 and 0"),
         ({"validation_paths": ("a",)}, "got 0, 0 and 1"),
         ({"source": "indexed", "paths": ("a", "b"), "weights": (1.0,)}, "1 entries and data.paths has 2"),
-        ({"source": "indexed", "paths": ("a", "b"), "weights": (1.0, -0.5)}, "-0.5 for b"),
-        ({"source": "indexed", "paths": ("a", "b"), "weights": (1.0, float("nan"))}, "nan for b"),
+        (
+            {"source": "indexed", "paths": ("a", "b"), "weights": (1.0, -0.5)},
+            r"data.weights\[1\]=-0.5 must be at least 0",
+        ),
+        (
+            {"source": "indexed", "paths": ("a", "b"), "weights": (1.0, float("nan"))},
+            r"data.weights\[1\]=nan must be a number",
+        ),
         ({"source": "indexed", "paths": ("a", "b"), "weights": (0.0, 0.0)}, "2 entries, all 0"),
         ({"validation_share": 0.0}, "=0.0 must be above 0 and at most 0.5"),
         ({"validation_share": 0.6}, "=0.6 must be above 0 and at most 0.5"),
@@ -38,9 +45,9 @@ def test_the_default_is_the_embedded_corpus() -> None:
     ],
 )
 def test_impossible_settings(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         DataConfig(**settings)  # type: ignore[arg-type]
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert explain(caught.value).code == 2 and "\n" not in str(caught.value)
 
 
 def test_the_default_settings_are_those_of_the_configuration_file() -> None:

@@ -67,6 +67,20 @@ def test_weights_are_quantized_when_told_and_not_before() -> None:
     assert torch.equal(linear(x), 2 * before)
 
 
+def test_blocks_follow_a_loaded_state() -> None:
+    """Blocks are of the loaded weight, forward and transposed, also where the module is deep inside a model."""
+    loaded, other = build(128, 64, Precision.FP8), build(128, 64, Precision.FP8)
+    with torch.no_grad():
+        other.weight.mul_(2).add_(0.1)
+    quantize_weights(other)
+    x, dy = tensors(loaded, 16)
+    model = nn.Sequential(nn.Sequential(loaded))
+    model.load_state_dict({"0.0.weight": other.weight.detach()})
+    assert torch.equal(model(x), other(x))
+    (dx,) = torch.autograd.grad(loaded(x), x, dy)
+    assert torch.equal(dx, torch.autograd.grad(other(x), x, dy)[0])
+
+
 def test_an_unquantized_weight_is_refused() -> None:
     linear = Linear(128, 64, Recipe(Precision.FP8))
     with pytest.raises(AssertionError, match="quantize_weights"):

@@ -105,8 +105,8 @@ EXPERTS_CONFIG = ExpertsConfig(num_experts=4, hidden=48, num_shared=2)
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"num_experts": 0}, r"^model\.experts\.num_experts=0 must be at least 1$"),
-    ({"hidden": 0}, r"^model\.experts\.hidden=0 must be at least 1$"),
+    ({"num_experts": 0}, r"^model\.experts\.num_experts=0 must be at least 1: use 1 or more$"),
+    ({"hidden": 0}, r"^model\.experts\.hidden=0 must be at least 1: use 1 or more$"),
     ({"num_shared": -1}, r"model\.experts\.num_shared=-1 must be at least 0: use 0 for none"),
 ])  # fmt: skip
 def test_impossible_configurations_are_refused(change: dict[str, Any], words: str) -> None:

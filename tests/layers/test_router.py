@@ -218,8 +218,9 @@ def test_choice_is_by_biased_scores_and_forced_balance_goes_round() -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    *(({name: 0}, rf"^model\.router\.{name}=0 must be at least 1$") for name in ("topk", "num_groups", "top_groups")),
-    ({"score": "tanh"}, r"model\.router\.score='tanh' does not exist: use sigmoid or softmax or softmax_topk$"),
+    *(({name: 0}, rf"^model\.router\.{name}=0 must be at least 1: use 1 or more$")
+      for name in ("topk", "num_groups", "top_groups")),
+    ({"score": "tanh"}, r"model\.router\.score='tanh' does not exist: use sigmoid, softmax or softmax_topk$"),
     ({"group_score": "sum"}, r"model\.router\.group_score='sum' does not exist: use top2_sum or max$"),
     ({"score": "softmax_topk", "normalize_topk": False}, r"normalize_topk=false contradicts score=softmax_topk"),
     ({"top_groups": 5}, r"model\.router\.top_groups=5 exceeds num_groups=4: use at most 4"),

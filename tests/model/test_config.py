@@ -24,9 +24,9 @@ from tests.model.shapes import changed
         ({"num_heads": 1, "v_dim": 24}, r"model.attention.num_heads \* \(nope_dim \+ v_dim\)=40 "),
         ({"num_groups": 3, "top_groups": 1}, "model.router.num_groups=3 does not divide num_experts=8: use 2"),
         ({"num_dense_layers": 4}, "model.num_dense_layers=4 must be between 0 and num_layers=3"),
-        ({"num_dense_layers": -1}, "model.num_dense_layers=-1 must be between 0 and num_layers=3"),
-        ({"mtp_depth": 2}, "model.mtp_depth=2 must be 0 or 1: .* use 1"),
-        *(({name: 0}, f"^model.{name}=0 must be at least 1$")
+        ({"num_dense_layers": -1}, "model.num_dense_layers=-1 must be at least 0: use 0 for none"),
+        ({"mtp_depth": 2}, "model.mtp_depth=2 must be at least 0 and at most 1: use 1"),
+        *(({name: 0}, f"^model.{name}=0 must be at least 1: use 1 or more$")
           for name in ("vocab_size", "dim", "num_layers", "dense_hidden", "max_seq_len")),
     ],
 )  # fmt: skip

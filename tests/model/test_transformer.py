@@ -112,3 +112,22 @@ def test_the_balance_loss_of_training_has_the_mtp_modules_too() -> None:
         assert float(module) > 0
         assert float(model(batch).balance) == pytest.approx(float(blocks) + float(module), rel=1e-6)
         assert float(model.eval()(batch).balance) == pytest.approx(float(blocks), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ([[0, 1, 2, BASE.vocab_size]], rf"token id {BASE.vocab_size} is outside .*: use 0 to {BASE.vocab_size - 1}$"),
+        ([[0, -1]], "token id -1 is outside the vocabulary"),
+        (
+            [[0] * (BASE.max_seq_len + 1)],
+            rf"of {BASE.max_seq_len + 1} tokens is longer .*: use at most {BASE.max_seq_len}$",
+        ),
+    ],
+)
+def test_ids_and_lengths_that_the_model_does_not_have(ids: list[list[int]], says: str) -> None:
+    model = Transformer(BASE, Recipe(Precision.FP32), LocalDispatcher(BASE.experts.num_experts))
+    init_weights(model, seed=0)
+    with pytest.raises(ValueError, match=says):
+        model.logits(torch.tensor(ids))
+    assert model.logits(torch.tensor([[BASE.vocab_size - 1] * BASE.max_seq_len])).isfinite().all()

@@ -43,7 +43,7 @@ ALONE = [  # settings of one process, and what the refusal says
     (["recompute=[norms]"], "recompute.0.='norms' is not one of norm, mla_up, swiglu: did you mean norm?"),
     (["recompute=[norm,swiglu,norm]"], r"\[norm,swiglu,norm\] names one twice: use recompute=\[norm,swiglu\]"),
     (["seed=-1"], "seed=-1 must be at least 0"),
-    (["parallel.timeout=0"], "parallel.timeout=0.0 seconds must be above 0"),
+    (["parallel.timeout=0"], "parallel.timeout=0.0 must be above 0"),
     (["parallel.chunks=0"], "parallel.chunks=0 must be at least 1"),
     (["parallel.capacity_factor=0.5"], "parallel.capacity_factor=0.5 must be at least 1"),
     (["parallel.capacity_factor=2", "parallel.max_imbalance=3"], "use parallel.max_imbalance=null, not 3.0"),

@@ -144,7 +144,10 @@ def test_without_switches_nothing_switches() -> None:
         (lambda: LearningRateConfig(peak=1.0, phases=SHARE.phases, warmup_steps=-1), "warmup_steps=-1"),
         (lambda: Segment("cosine", 0.0, 1.0), "until=0.0 must be above 0"),
         (lambda: Segment("cosine", 1.0, -0.1), "factor=-0.1"),
-        (lambda: LearningRateConfig(1.0, (SEGMENTS[0], SEGMENTS[0])), "one ends at 100 and the next at 100"),
+        (
+            lambda: LearningRateConfig(1.0, (SEGMENTS[0], SEGMENTS[0]), unit="tokens"),
+            "one ends at 100 and the next at 100",
+        ),
     ],
 )
 def test_impossible_segments(build, says) -> None:  # type: ignore[no-untyped-def]

@@ -160,7 +160,7 @@ def test_which_parameters_of_the_model_are_muons() -> None:
     [
         ({"kind": "sgd"}, "optimizer.kind='sgd' does not exist: use adamw or muon"),
         ({"adjust": "none"}, "optimizer.adjust='none' does not exist: use match_rms_adamw or original"),
-        ({"ns_steps": 0}, "optimizer.ns_steps=0 must be at least 1: use 5"),
+        ({"ns_steps": 0}, "optimizer.ns_steps=0 must be at least 1: use 1 or more"),
         ({"muon_beta": 1.0}, "optimizer.muon_beta=1.0 must be at least 0 and below 1: Muon's author used 0.95"),
     ],
 )

@@ -36,6 +36,7 @@ from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.attention.blocked import blocked_attention
 from fp8moe.layers.operand import Activation, Operand
 from fp8moe.layers.recompute import SavedTensor
+from fp8moe.limits import Range, check_fields
 
 if TYPE_CHECKING:  # FlexAttention takes a second to import
     from torch.nn.attention.flex_attention import BlockMask
@@ -58,8 +59,21 @@ class YarnConfig:
     mscale_all: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"model.attention.yarn.factor={self.factor} would shorten the context: use 1 or more")
+        check_fields(
+            self,
+            "model.attention.yarn",
+            factor=Range(least=1, most=2**24, use="use 1 or more, less would shorten the context"),
+            original_max_seq_len=Range(least=1, most=2**24),
+            beta_slow=Range(above=0, most=1e6),
+            beta_fast=Range(above=0, most=1e6),
+            mscale=Range(least=0, most=100),
+            mscale_all=Range(least=0, most=100),
+        )
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"model.attention.yarn.beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}, the ramp "
+                "goes from few rotations to many: use 32.0 and 1.0"
+            )
 
     @staticmethod
     def _attention_scale(factor: float, mscale: float) -> float:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fp8moe.layers.attention.choice import SETTINGS, Heads, choose, chosen, machine_of
+from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
 from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
 from fp8moe.layers.linear import Linear
@@ -24,6 +24,7 @@ from fp8moe.layers.norm import Feeds, RMSNorm
 from fp8moe.layers.operand import Rows, recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
+from fp8moe.limits import SIZE, Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,20 @@ class MlaConfig:
     kind: Literal["mla"] = "mla"
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.attention.{name}={getattr(self, name)} must be at least 1")
-        if self.q_lora_rank < 0:
-            raise ValueError(f"model.attention.q_lora_rank={self.q_lora_rank} must be at least 0: use 0 for none")
+        check_fields(
+            self,
+            "model.attention",
+            num_heads=SIZE,
+            kv_lora_rank=SIZE,
+            nope_dim=SIZE,
+            rope_dim=SIZE,
+            v_dim=SIZE,
+            q_lora_rank=Range(least=0, most=2**20, use="use 0 for none"),
+            rope_theta=Range(above=1, most=1e12),  # at 1 every pair turns alike
+        )
         if self.rope_dim % 2:
             raise ValueError(
                 f"model.attention.rope_dim={self.rope_dim} must be even, to rotate pairs: use {self.rope_dim + 1}"
-            )
-        if self.backend not in SETTINGS:
-            raise ValueError(
-                f"model.attention.backend={self.backend!r} is not a back end: use {', '.join(SETTINGS[:-1])} or "
-                f"{SETTINGS[-1]}"
             )
 
     @property

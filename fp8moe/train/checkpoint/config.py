@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp8moe.limits import Range, check_fields
 from fp8moe.train.checkpoint.location import location
 
 
@@ -26,12 +27,13 @@ class CheckpointConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"checkpoint.every={self.every} must be at least 0: use 0 for none before the end")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1: use 1 for the newest alone")
-        if self.keep_every < 0:
-            raise ValueError(f"checkpoint.keep_every={self.keep_every} must be at least 0: use 0 for none")
+        check_fields(
+            self,
+            "checkpoint",
+            every=Range(least=0, use="use 0 for none before the end"),
+            keep=Range(least=1, use="use 1 for the newest alone"),
+            keep_every=Range(least=0, use="use 0 for none"),
+        )
 
     def resolved(self) -> CheckpointConfig:
         """With an absolute path, by which the run is found from any folder."""

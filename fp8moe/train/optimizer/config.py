@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from fp8moe.limits import Range, check_fields
 from fp8moe.train.lr import LearningRateConfig
 
+# Above it a moment in BF16 (8 bits, rounded to nearest) never falls when gradients vanish. The largest relative step
+# between neighbours is from 1 + 2^-7 down to 1, and beta x 129/128 rounds to 1 where 129/128 x (1 - beta) is at least
+# half of that step, 2^-8: where 1 - beta >= 1/258 (a tie goes to the even 1). A larger beta stays at 129/128 for good.
+MOST_BF16_BETA = 1 - 1 / 258
 Kind = Literal["adamw", "muon"]
 Sharding = Literal["auto", "none", "zero1", "deepspeed"]
 Adjust = Literal["match_rms_adamw", "original"]
@@ -39,6 +44,17 @@ class OptimizerConfig:
     adjust: Adjust = "match_rms_adamw"
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "optimizer",
+            beta1=Range(least=0, below=1, use="DeepSeek-V3 used 0.9"),
+            beta2=Range(least=0, below=1, use="DeepSeek-V3 used 0.95"),
+            eps=Range(above=0, most=1),
+            weight_decay=Range(least=0, most=100, use="use 0 for none"),
+            clip_norm=Range(above=0, most=1e30),  # large ones switch clipping off
+            muon_beta=Range(least=0, below=1, use="Muon's author used 0.95"),
+            ns_steps=Range(least=1, most=100),
+        )
         for name, needed in (("moments", "fp32"), ("kind", "adamw")):
             given = getattr(self, name)
             if self.sharding == "deepspeed" and given != needed:
@@ -46,29 +62,18 @@ class OptimizerConfig:
                     f"optimizer.sharding=deepspeed needs optimizer.{name}={needed} and it is {given}: use "
                     f"optimizer.{name}={needed}, or optimizer.sharding=auto"
                 )
-        if self.sharding == "deepspeed" and self.moments != "fp32":
-            raise ValueError(
-                f"optimizer.sharding=deepspeed keeps FP32 moments and optimizer.moments={self.moments}: use "
-                "optimizer.moments=fp32, or optimizer.sharding=auto"
-            )
-        if self.weight_decay < 0.0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be at least 0: use 0 for none")
-        for name, source in (("beta1", "DeepSeek-V3"), ("beta2", "DeepSeek-V3"), ("muon_beta", "Muon's author")):
-            if not 0.0 <= getattr(self, name) < 1.0:
+        self._check_rounding()
+
+    def _check_rounding(self) -> None:
+        if self.moments == "fp32":
+            return
+        for name in ("beta1", "beta2", *(["muon_beta"] if self.kind == "muon" else [])):
+            if (beta := getattr(self, name)) > MOST_BF16_BETA:
                 raise ValueError(
-                    f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1: {source} used "
-                    f"{getattr(type(self), name)}"
+                    f"optimizer.{name}={beta} is too close to 1 for BF16 moments, of which {1 - beta:.2g} is rounded "
+                    f"away, so that they never fall: use optimizer.moments=fp32, or optimizer.{name}=0.99 "
+                    f"(at most {MOST_BF16_BETA:.5f})"
                 )
-        for name in ("eps", "clip_norm"):
-            if getattr(self, name) <= 0.0:
-                raise ValueError(
-                    f"optimizer.{name}={getattr(self, name)} must be above 0: use {getattr(type(self), name)}"
-                )
-        for name, legal in (("kind", get_args(Kind)), ("adjust", get_args(Adjust))):
-            if (given := getattr(self, name)) not in legal:
-                raise ValueError(f"optimizer.{name}={given!r} does not exist: use {' or '.join(legal)}")
-        if self.ns_steps < 1:
-            raise ValueError(f"optimizer.ns_steps={self.ns_steps} must be at least 1: use {type(self).ns_steps}")
 
     def grad_scale(self, grad_norm: float) -> float:
         """What gradients of the global norm `grad_norm` are multiplied by, so that it is at most `clip_norm`."""

@@ -70,7 +70,7 @@ def test_positions_have_the_rotations_and_the_mask_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    *(({name: 0}, rf"^model\.attention\.{name}=0 must be at least 1$")
+    *(({name: 0}, rf"^model\.attention\.{name}=0 must be at least 1: use 1 or more$")
       for name in ("num_heads", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim")),
     ({"q_lora_rank": -1}, r"model\.attention\.q_lora_rank=-1 must be at least 0: use 0 for none"),
     ({"rope_dim": 15}, r"model\.attention\.rope_dim=15 must be even, to rotate pairs: use 16"),
