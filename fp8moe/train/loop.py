@@ -10,17 +10,19 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.ema import Ema
-from fp8moe.train.metrics import StepReport
 from fp8moe.train.optimizer import Optimizer
-from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
+from fp8moe.train.preempt import Preemption
+from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes, release_run_dir
 from fp8moe.train.run import Run
 from fp8moe.train.run_dir import describe_start
+from fp8moe.train.run_lock import released
 from fp8moe.train.run_log import RunLogger, log_file
-from fp8moe.train.run_state import start_checkpoint
+from fp8moe.train.run_state import save_and_stop, save_point, start_checkpoint
 from fp8moe.train.step import forward_passes, train_step
 from fp8moe.train.step_trace import StepTrace
 from fp8moe.train.summary import Summary
@@ -32,12 +34,15 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary:
     """Run a resolved `config` to its end. Collective over all ranks; `as_yaml` gives config.yaml's text."""
     started = time.perf_counter()
-    device = choose_device(config)
-    with processes(config, device) as mesh:
+    device, preemption = choose_device(config), Preemption()
+    with preemption.watching(), processes(config, device) as mesh:
+        preemption.join(mesh)
         run_dir = claim_run_dir(config, mesh)
-        with log_file(run_dir, mesh.rank):
+        preemption.on_end.append(partial(release_run_dir, run_dir, mesh))
+        with released(run_dir), log_file(run_dir, mesh.rank):
             try:
                 run = build(config, mesh, device, run_dir)
+                run.preemption = preemption
                 if run.is_first:
                     tokenizer = run.data.tokenizer
                     describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
@@ -50,22 +55,40 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
 def run_to_end(run: Run, started: float) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
     config, run_logger, trace = run.config, RunLogger(run, started), StepTrace(run)
+    run.point, preemption, waited = save_point(run), run.preemption, 0.0
+    preemption.saves(partial(_step_of, run), partial(_stop, run, run_logger, run.step))
     try:
         while run.step < config.steps:
+            preemption.stop_here()
             with trace.around(run):
                 report = train_step(run, count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps))
+            report = dataclasses.replace(report, time=dataclasses.replace(report.time, checkpoint=waited))
+            run_logger.expect(report)
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
-            validations = _validations(run)
-            run_logger.note(_save(run, report), *validations)
+            run_logger.note(report, *_validations(run))
+            waited = _save(run)
             run_logger.note_saved(run.saver.finished())
-        run.saver.wait()
-        if run.ema is not None:
-            run.ema.wait()
-        run_logger.note_saved(run.saver.finished())
-        return run_logger.finish(trace.figures)
+        with preemption.changing():
+            run.saver.wait()
+            if run.ema is not None:
+                run.ema.wait()
+            run_logger.note_saved(run.saver.finished())
+            preemption.finish()
+            return run_logger.finish(trace.figures)
     finally:
         run_logger.close()
+
+
+def _step_of(run: Run) -> int:
+    assert run.point is not None
+    return run.point.state.step
+
+
+def _stop(run: Run, run_logger: RunLogger, first: int) -> str:
+    """Save a preempted run as it was at the end of its last step, whose line is written before."""
+    run_logger.write_expected(_step_of(run))
+    return save_and_stop(run, first)
 
 
 def _validations(run: Run) -> tuple[ValidationReport | None, ValidationReport | None]:
@@ -86,7 +109,7 @@ def averaged_weights(run: Run, ema: Ema) -> Iterator[None]:
     Router biases have no average and stay.
     """
     assert isinstance(run.optimizer, Optimizer), "DeepSpeed's masters are not averaged"
-    with run.optimizer.reading(list(ema.tensors().values())):
+    with run.preemption.changing(), run.optimizer.reading(list(ema.tensors().values())):
         yield
 
 
@@ -103,11 +126,11 @@ def _validate(run: Run) -> ValidationReport:
     return report
 
 
-def _save(run: Run, report: StepReport) -> StepReport:
-    """Begin a checkpoint where one is due -> the report with the seconds that training waited for it."""
+def _save(run: Run) -> float:
+    """Begin a checkpoint where one is due -> seconds that training waited for it."""
     if not run.config.checkpoint.is_due(run.step, run.config.steps):
-        return report
+        return 0.0
     start = time.perf_counter()
-    start_checkpoint(run)
-    spent = dataclasses.replace(report.time, checkpoint=time.perf_counter() - start)
-    return dataclasses.replace(report, time=spent)
+    with run.preemption.changing():
+        start_checkpoint(run)
+    return time.perf_counter() - start

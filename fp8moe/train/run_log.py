@@ -11,9 +11,10 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fp8moe.train.summary import Summary, balance, count_of, duration, table, wr
 from fp8moe.train.validation import ValidationReport
 
 LOSS_STEPS = 10  # the summary's training loss is the mean of so many last steps
+REPORT_SECONDS = 2.0  # a step is reported no later than this after its update
 PACE_STEPS = 20  # the time left is estimated from so many last steps
 
 
@@ -65,6 +67,8 @@ class RunLogger:
             else None
         )
         self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
+        self._expected: StepReport | None = None  # of a step whose line is not written yet
+        self._written, self._writing = run.step, threading.Lock()  # the step of the last line
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
         self._steps: list[tuple[int, float]] = []  # (tokens, seconds) of each
         self._fp8_shares: tuple[float | None, float | None] = (None, None)
@@ -83,10 +87,31 @@ class RunLogger:
         for path in checkpoints:
             self._log.info("checkpoint %s is complete", path)
 
+    def expect(self, report: StepReport) -> None:
+        """A step was done that `note` will report."""
+        self._expected = report
+
+    def write_expected(self, step: int) -> None:
+        """Write the line of `step` if `note` has not; for another thread, in which a run is stopped between the two."""
+        deadline = time.monotonic() + REPORT_SECONDS
+        while (self._expected is None or self._expected.step < step) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._expected is not None and self._expected.step == step:
+            self._write(self._expected, {})
+
+    def _write(self, report: StepReport, extra: Mapping[str, float | None]) -> None:
+        with self._writing:
+            if self._writer is not None and report.step > self._written:
+                self._writer.write(report, extra)
+                self._written = report.step
+
     def note(
         self, report: StepReport, validation: ValidationReport | None, averaged: ValidationReport | None = None
     ) -> None:
-        """Report one step, with the validations that followed it, if any: of the weights, and of their average."""
+        """Report one step, with the validations that followed it, if any: of the weights, and of their average.
+
+        Its line is written before a checkpoint of the step is begun, so that no checkpoint is without it.
+        """
         extra: dict[str, float | None] = {}
         if validation is not None:
             self._validation = validation
@@ -94,8 +119,7 @@ class RunLogger:
         if averaged is not None:
             self._averaged = averaged
             extra |= {"val_loss_ema": averaged.loss, "val_bits_per_byte_ema": averaged.bits_per_byte}
-        if self._writer is not None:
-            self._writer.write(report, extra)
+        self._write(report, extra)
         self._display.show(report)
         self._log.info("%s", self._display.line(report))
         for of, scored in (("", validation), (" of the averaged weights", averaged)):

@@ -18,7 +18,7 @@ from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.optimizer.state import Held
 from fp8moe.train.provenance import commit, versions
 from fp8moe.train.random_state import is_stored, random_state, set_random_state
-from fp8moe.train.run import Run
+from fp8moe.train.run import Run, SavePoint
 
 logger = logging.getLogger(__name__)
 
@@ -128,24 +128,49 @@ def _copies(run: Run, parameter: Parameter) -> int:
     return 1 if group is None or run.zero is not None else group.size()
 
 
-def start_checkpoint(run: Run) -> None:
-    """Begin to write a checkpoint of the run's present state. Collective over all ranks."""
-    config = run.config
+def save_point(run: Run) -> SavePoint:
+    """The end of the step just done, from which a checkpoint may be written until the next update."""
     state = checkpoint.RunState(
         step=run.step,
         updates=run.optimizer.updates,
         consumed=run.sampler.consumed,
         skipped=run.guard.skipped,
-        seed=config.seed,
-        seq_len=config.seq_len,
-        optimizer=config.optimizer.kind,
+        seed=run.config.seed,
+        seq_len=run.config.seq_len,
+        optimizer=run.config.optimizer.kind,
         data=run.identity.as_stored(),
     )
-    random = random_state(run.device, run.mesh.rank)  # here: the training draws on while the state is copied
+    ready = torch.cuda.current_stream().record_event() if run.device.type == "cuda" else None
+    return SavePoint(state, random_state(run.device, run.mesh.rank), ready)
+
+
+def start_checkpoint(run: Run, point: SavePoint | None = None) -> None:
+    """Begin to write a checkpoint of the run's present state, or as it was at `point`. Collective over all ranks."""
+    config, at = run.config, point or save_point(run)
     origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}
     run.saver.start(
-        run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run, random=random)
+        at.state.step,
+        checkpoint.state_text(at.state, config.model, origin),
+        partial(state_tensors, run, random=at.random),
+        None if point is None else point.ready,
     )
+
+
+def save_and_stop(run: Run, first: int) -> str:
+    """Write a checkpoint of `run.point` unless there is one, and wait for it -> what was done, in words.
+
+    first: the step that this start of the run began after. Collective over all ranks.
+    """
+    assert run.point is not None
+    config, step = run.config.checkpoint, run.point.state.step
+    if not config.at_end and config.every == 0:
+        return f"nothing is saved of step {step}, as checkpoint.every=0 and checkpoint.at_end=false ask"
+    if step not in (first, run.saver.newest):
+        start_checkpoint(run, run.point)
+    run.saver.wait()
+    if run.saver.newest is None:
+        return f"no step was done since step {first}"
+    return f"step {run.saver.newest} is saved, resume={run.run_dir} goes on"
 
 
 def save_checkpoint(run: Run) -> checkpoint.Location:
