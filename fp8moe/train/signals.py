@@ -67,7 +67,7 @@ def handled_signals() -> Signals | None:
 
 @contextlib.contextmanager
 def handling_signals(end: Callable[[Exception], None]) -> Iterator[None]:
-    """Within the block a signal ends the process by `end`, the state of a run that is under way saved. Main thread."""
+    """Within the block a signal ends the process by `end`, with the state of a running run saved. Main thread."""
     _handled.append(Signals(end))
     try:
         yield
