@@ -2,8 +2,8 @@
 
 A command is a function `(argv) -> exit code` of a module of `fp8moe.cli`, imported only when it runs; `fp8moe --help`
 loads no torch. An exception of a command ends here as one sentence on stderr and an exit code: 2 configuration,
-3 data, 4 out of memory, 5 non-finite, 6 hang, 7 no space on disk, 130 interrupted, 1 anything else (a defect of this
-program, shown with its traceback).
+3 data, 4 out of memory, 5 non-finite, 6 hang, 7 no space on disk, 75 preempted, 130 interrupted, 1 anything else (a
+defect of this program, shown with its traceback).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ EXIT: dict[str, int] = {
     "nonfinite": 5,
     "hang": 6,
     "space": 7,
+    "preempted": 75,  # EX_TEMPFAIL of sysexits.h: begin again later
 }
 
 # Parts of the messages, lower case, by which gloo and NCCL report a lost peer: they raise RuntimeErrors without codes.
@@ -36,6 +37,13 @@ class SpaceError(RuntimeError):
     """A disk has less free space than a run will need."""
 
     exit_code: int = EXIT["space"]
+
+
+class PreemptedError(RuntimeError):
+    """A signal ended the run early, its state saved: starting it again goes on. All ranks say the same sentence."""
+
+    exit_code: int = EXIT["preempted"]
+    shared = True
 
 
 class NonFiniteError(RuntimeError):

@@ -23,9 +23,15 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Expert groups change size each step; segments that grow keep the caching allocator from fragmenting on them.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
+# A run that goes on by itself is started again up to three times; one that was preempted ends at once each time.
+RESTARTS=0
+for word in "$@"; do
+  case $word in resume=auto | resume=required) RESTARTS=3 ;; esac
+done
+
 # USR1 is Slurm's warning before the time limit; unless torchrun is told to forward it, it dies and leaves its ranks.
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NNODES" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" --nproc-per-node "${NPROC:-gpu}" \
   --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-  --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
+  --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --max-restarts "$RESTARTS" \
   -m fp8moe train "$@"

@@ -234,7 +234,8 @@ def test_torchrun_on_one_node(tmp_path, python):
     assert done.returncode == 0, done.stderr
     assert line == (
         "host: -m torch.distributed.run --nnodes 1 --node-rank 0 --nproc-per-node 4 --master-addr 127.0.0.1"
-        " --master-port 29500 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -m fp8moe train seed=1 run_dir=a b [OMP=1]"
+        " --master-port 29500 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --max-restarts 0"
+        " -m fp8moe train seed=1 run_dir=a b [OMP=1]"
     )
 
 
@@ -265,13 +266,23 @@ def test_slurm_starts_torchrun_on_every_node_and_warns_before_the_limit(tmp_path
     done = run(script, tmp_path, LOG=str(log), PYTHON=str(python), PATH=path, SLURM_JOB_ID="123456", **slurm)
     assert done.returncode == 0, done.stderr
     assert "--nnodes 2 --node-rank 1 --nproc-per-node gpu --master-addr n7 --master-port 23456" in log.read_text()
+    (bin_ / "scontrol").write_text('#!/usr/bin/env bash\necho "$@" >> "$LOG"\n')
+    (bin_ / "srun").write_text("#!/usr/bin/env bash\nexit 1\n")
+    for preempted in (False, True):  # only then it is queued again
+        run_dir = tmp_path / f"run {preempted}"
+        run_dir.mkdir()
+        (run_dir / ("preempted" if preempted else "starts.jsonl")).touch()
+        log.write_text("")
+        words = [*script, f"run_dir={run_dir}", "resume=auto"]
+        done = run(words, tmp_path, LOG=str(log), PYTHON=str(python), PATH=path, SLURM_JOB_ID="123456", **slurm)
+        assert (done.returncode, "requeue 123456" in log.read_text()) == (1, preempted), done.stderr
     assert "#SBATCH --signal=USR1@300" in (ROOT / "launch" / "slurm.sbatch").read_text()
 
 
 def test_the_installed_torchrun_knows_every_option_of_the_launcher():
     done = run([sys.executable, "-m", "torch.distributed.run", "--help"], ROOT)
     options = re.findall(r"(?<=\s)--[a-z-]+", (ROOT / "launch" / "torchrun.sh").read_text())
-    assert len(options) == 6
+    assert len(options) == 7
     assert [option for option in options if f"{option} " not in done.stdout] == []
 
 

@@ -71,7 +71,8 @@ def explain(error: BaseException) -> Failure:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         secondary = bool(getattr(error, "secondary", False))
-        return Failure(code, text, secondary=secondary, shared=isinstance(error, ValueError))
+        shared = bool(getattr(error, "shared", isinstance(error, ValueError)))
+        return Failure(code, text, secondary=secondary, shared=shared)
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return Failure(EXIT["memory"], f"out of memory ({_first_sentence(text)}): lower batch.micro_batch or seq_len")
     if isinstance(error, RuntimeError):

@@ -19,6 +19,7 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from fp8moe.cli.command import Failure
-from fp8moe.errors import ConfigError
+from fp8moe.errors import EXIT, ConfigError
+from fp8moe.train.signals import SIGNALS
 
 LAUNCHED = "FP8MOE_LAUNCHED"  # set for the workers of `launch`, which prints their failure
 DEFAULT_PROCESSES = 4
-RENDEZVOUS_SECONDS = 300
+SCRATCH, OWNER = "fp8moe-launch-", "owner.json"  # the temporary folder's name begins so, and holds this file
 
 
 def is_worker() -> bool:
@@ -55,25 +57,28 @@ def count_processes(text: str) -> int:
 def launch(arguments: Sequence[str], num_processes: int) -> int:
     """Run `python -m fp8moe ARGUMENTS` on `num_processes` ranks of this machine; the exit code of the rank that failed.
 
-    Its message is printed last, on stderr. SIGINT, SIGTERM and SIGHUP end the workers first and give 128 + the signal.
+    Its message is printed last, on stderr. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the workers, which save
+    the run and end with 75; where they could not, the code is 128 + the signal.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from fp8moe.cli import loopback
+
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the last line says it
-    with tempfile.TemporaryDirectory(prefix="fp8moe-launch-") as folder, _environment(num_processes, folder):
+    loopback.register()
+    with _scratch() as folder, _environment(num_processes, folder):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=num_processes,
             run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            rdzv_configs={"timeout": RENDEZVOUS_SECONDS},
-            local_addr="localhost",
+            rdzv_backend=loopback.NAME,
             max_restarts=0,
+            monitor_interval=0.1,
+            signals_to_handle=",".join(one.name for one in SIGNALS),
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
@@ -82,11 +87,37 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             code, sentence = _cause(error.failures, Path(folder))
         except SignalException as stopped:
             code, sentence = 128 + stopped.sigval.value, f"stopped by {stopped.sigval.name}, workers included"
+            if said := _preempted(Path(folder), num_processes):
+                code, sentence = EXIT["preempted"], said
         else:
             return 0
     sys.stdout.flush()
     print(f"fp8moe: {sentence}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A temporary folder; those of launchers that were killed are removed."""
+    from fp8moe.parallel.hang import process_state, this_process
+
+    mine = this_process()
+    for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            owner = json.loads(old.read_text())
+            if owner["host"] == mine["host"] is not None and process_state(owner["pid"])[1] != owner["started"]:
+                shutil.rmtree(old.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
+        (Path(folder) / OWNER).write_text(json.dumps(mine))
+        yield folder
+
+
+def _preempted(folder: Path, num_processes: int) -> str | None:
+    """What the workers said in their error files, if all were preempted."""
+    said = [json.loads(path.read_text())["message"] for path in folder.rglob("error.json")]
+    if len(said) == num_processes and all(one["errorCode"] == EXIT["preempted"] for one in said):
+        return str(said[0]["message"])
+    return None
 
 
 @contextlib.contextmanager
@@ -96,8 +127,9 @@ def _environment(num_processes: int, notes: str) -> Iterator[None]:
     threads = str(max(1, (os.cpu_count() or 1) // num_processes))
     defaults = {LAUNCHED: "1", NOTES: notes, "OMP_NUM_THREADS": threads}
     if sys.platform == "linux":
-        # gloo looks its address up by the host's name, which many laptops and containers can't resolve.
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+        # gloo looks its address up by the host's name, which many laptops and containers can't resolve; and all ranks
+        # are here, so nothing listens to other machines.
+        defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     mine = {key: value for key, value in defaults.items() if key not in os.environ}
     os.environ.update(mine)
     try:
@@ -171,11 +203,8 @@ def report(failure: Failure) -> None:
 
 
 def die_with_launcher() -> None:
-    """Under an elastic agent: end together with it, on Ctrl-C and when it is killed."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once and without a message: the launcher prints one
-    if sys.platform != "linux":
+    """Under an elastic agent: end together with it when it is killed."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     parent = os.getppid()
     set_parent_death_signal = 1

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from fp8moe.cli.command import Parser, explain, make_parser, parse
 from fp8moe.cli.launch import LAUNCHED, count_processes, die_with_launcher, is_worker, launch, report
 from fp8moe.errors import EXIT, ConfigError
+from fp8moe.train.signals import handling_signals
 
 DESCRIPTION = """\
 Train a model. Settings are key=value, groups included: model=tiny precision=bf16 parallel.ep=2 steps=100
@@ -42,6 +44,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code; a worker that fails ends its process with the failure's code."""
     if is_worker():
         return _work(argv)
+    with handling_signals(_end):
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    """The run in this process, or the launcher of its workers."""
     arguments = parse(command_parser(), argv)
     from fp8moe.cli.compose import as_yaml
     from fp8moe.cli.resume import compose_run, note
@@ -67,6 +75,11 @@ def main(argv: Sequence[str]) -> int:
 def _work(argv: Sequence[str]) -> int:
     """One rank of the run. A failure is written for the launcher and printed once; it ends the process at once."""
     die_with_launcher()
+    with handling_signals(_end):
+        return _rank(argv)
+
+
+def _rank(argv: Sequence[str]) -> int:
     try:
         arguments = parse(command_parser(), argv)
         if arguments.nproc is not None:
@@ -86,15 +99,22 @@ def _work(argv: Sequence[str]) -> int:
         if is_first and LAUNCHED not in os.environ and (sentence := note(origin, config)):
             print(sentence, flush=True)
         train(config, as_yaml)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one
     except Exception as error:
-        failure = explain(error)
-        report(failure)
-        if failure.code == EXIT["hang"]:
-            from fp8moe.parallel import hang
-
-            hang.end_frozen()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(failure.code)  # an ordinary exit would wait for collectives that other ranks never join
+        _end(error)
     return 0
+
+
+def _end(error: Exception) -> None:
+    """Report `error` and end this process at once: an ordinary exit would wait for collectives that no rank joins."""
+    failure = explain(error)
+    report(failure)
+    if failure.code == EXIT["hang"]:
+        from fp8moe.parallel import hang
+
+        hang.end_frozen()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure.code)

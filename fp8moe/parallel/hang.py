@@ -61,7 +61,7 @@ class _Detector:
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     heartbeat: int = 0
-    process: dict[str, Any] = field(default_factory=lambda: _this_process())
+    process: dict[str, Any] = field(default_factory=lambda: this_process())
     report_after: float = float("inf")  # seconds
     pending: dict[int, PendingCollective] = field(default_factory=dict)  # by id: collectives that have not ended
 
@@ -142,9 +142,9 @@ def stop() -> None:
 def end_frozen() -> None:
     """Kill the processes of this machine that a failed collective found silent, where a signal has stopped them."""
     if _current:
-        host = _this_process()["host"]
+        host = this_process()["host"]
         for rank, process in _current[0].silent.items():
-            if process["host"] == host and _state(process["pid"]) == ("T", process["started"]):
+            if process["host"] == host and process_state(process["pid"]) == ("T", process["started"]):
                 logger.error("rank %d, process %d, was stopped by a signal and is killed", rank, process["pid"])
                 os.kill(process["pid"], signal.SIGKILL)
 
@@ -156,15 +156,15 @@ def machine_id() -> str:
     return boot.read_text().strip() if boot.exists() else os.uname().nodename
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     """What tells this process from any other, here and later: machine, process namespace, number and start time."""
     if sys.platform != "linux":
         return {"host": None, "pid": os.getpid(), "started": None}
     host = machine_id() + os.readlink("/proc/self/ns/pid")
-    return {"host": host, "pid": os.getpid(), "started": _state(os.getpid())[1]}
+    return {"host": host, "pid": os.getpid(), "started": process_state(os.getpid())[1]}
 
 
-def _state(pid: int) -> tuple[str, str]:
+def process_state(pid: int) -> tuple[str, str]:
     """A process's state (T: stopped) and start time from Linux's /proc; "" where there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

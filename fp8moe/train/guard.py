@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8moe.errors import NonFiniteError
+from fp8moe.limits import COUNT, Range, check_fields
 
 WINDOW = 128  # losses that a spike is judged by
 LEAST_DEVIATION = 1e-3  # of their mean: with a constant loss the smallest change would be a spike
@@ -40,13 +41,13 @@ class GuardConfig:
     consistency_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_rollbacks", 1), ("consistency_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"guard.{name}={getattr(self, name)} must be at least {least}: use {least} or more")
-        if self.spike_sigma is not None and not 0.0 < self.spike_sigma < math.inf:
-            raise ValueError(
-                f"guard.spike_sigma={self.spike_sigma} must be above 0 and finite: use 6.0, or null to look for none"
-            )
+        check_fields(
+            self,
+            "guard",
+            max_rollbacks=Range(least=1),
+            spike_sigma=Range(above=0, use="use 6.0, or null to look for none"),
+            consistency_every=COUNT,
+        )
 
     def consistency_is_due(self, step: int) -> bool:
         """Whether replicas are compared after step number `step` (from 1)."""

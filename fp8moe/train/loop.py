@@ -11,20 +11,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from fp8moe.errors import NonFiniteError
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.consistency import check_consistency
 from fp8moe.train.ema import Ema
-from fp8moe.train.metrics import StepReport
 from fp8moe.train.optimizer import Optimizer
-from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
+from fp8moe.train.preempt import Preemption
+from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes, release_run_dir
 from fp8moe.train.rollback import ADVICE, roll_back
 from fp8moe.train.run import Run
 from fp8moe.train.run_dir import describe_start
+from fp8moe.train.run_lock import released
 from fp8moe.train.run_log import RunLogger, log_file
-from fp8moe.train.run_state import start_checkpoint
+from fp8moe.train.run_state import save_and_stop, save_point, start_checkpoint
 from fp8moe.train.step import forward_passes, train_step
 from fp8moe.train.step_trace import StepTrace
 from fp8moe.train.stragglers import Stragglers
@@ -37,12 +39,15 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary:
     """Run a resolved `config` to its end. Collective over all ranks; `as_yaml` gives config.yaml's text."""
     started = time.perf_counter()
-    device = choose_device(config)
-    with processes(config, device) as mesh:
+    device, preemption = choose_device(config), Preemption()
+    with preemption.watching(), processes(config, device) as mesh:
+        preemption.join(mesh)
         run_dir = claim_run_dir(config, mesh)
-        with log_file(run_dir, mesh.rank):
+        preemption.on_end.append(partial(release_run_dir, run_dir, mesh))
+        with released(run_dir), log_file(run_dir, mesh.rank):
             try:
                 run = build(config, mesh, device, run_dir)
+                run.preemption = preemption
                 if run.is_first:
                     tokenizer = run.data.tokenizer
                     describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
@@ -55,30 +60,50 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
 def run_to_end(run: Run, started: float) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
     config, run_logger, trace, stragglers = run.config, RunLogger(run, started), StepTrace(run), Stragglers(run.mesh)
+    run.point, preemption, waited = save_point(run), run.preemption, 0.0
+    preemption.saves(partial(_step_of, run), partial(_stop, run, run_logger, run.step))
     try:
         while run.step < config.steps:
+            preemption.stop_here()
             with trace.around(run):
                 report = train_step(run, count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps))
+            report = dataclasses.replace(report, time=dataclasses.replace(report.time, checkpoint=waited))
+            run_logger.expect(report)
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
             if (named := stragglers.note(report)) is not None:
                 run_logger.warn(named)
             if run.guard.problem is None and config.guard.consistency_is_due(run.step):
                 check_consistency(run)
-            validations = _validations(run)
-            run_logger.note(_save(run, report), *validations)
+            run_logger.note(report, *_validations(run))
+            waited = _save(run)
             run_logger.note_saved(run.saver.finished())
             if run.guard.problem is not None:
-                run_logger.note_rollback(roll_back(run))
-        run.saver.wait()
-        if run.ema is not None:
-            run.ema.wait()
-        run_logger.note_saved(run.saver.finished())
-        if run.guard.in_a_row:
-            raise NonFiniteError(f"step {run.step}, the run's last, was skipped, so it is not saved: {ADVICE}")
-        return run_logger.finish(trace.figures)
+                with preemption.changing():
+                    run_logger.note_rollback(roll_back(run))
+                    run.point = save_point(run)
+        with preemption.changing():
+            run.saver.wait()
+            if run.ema is not None:
+                run.ema.wait()
+            run_logger.note_saved(run.saver.finished())
+            if run.guard.in_a_row:
+                raise NonFiniteError(f"step {run.step}, the run's last, was skipped, so it is not saved: {ADVICE}")
+            preemption.finish()
+            return run_logger.finish(trace.figures)
     finally:
         run_logger.close()
+
+
+def _step_of(run: Run) -> int:
+    assert run.point is not None
+    return run.point.state.step
+
+
+def _stop(run: Run, run_logger: RunLogger, first: int) -> str:
+    """Save a preempted run as it was at the end of its last step, whose line is written before."""
+    run_logger.write_expected(_step_of(run))
+    return save_and_stop(run, first)
 
 
 def _validations(run: Run) -> tuple[ValidationReport | None, ValidationReport | None]:
@@ -99,7 +124,7 @@ def averaged_weights(run: Run, ema: Ema) -> Iterator[None]:
     Router biases have no average and stay.
     """
     assert isinstance(run.optimizer, Optimizer), "DeepSpeed's masters are not averaged"
-    with run.optimizer.reading(list(ema.tensors().values())):
+    with run.preemption.changing(), run.optimizer.reading(list(ema.tensors().values())):
         yield
 
 
@@ -118,21 +143,21 @@ def _validate(run: Run) -> ValidationReport:
     return report
 
 
-def _save(run: Run, report: StepReport) -> StepReport:
-    """Begin a checkpoint where one is due -> the report with the seconds that training waited for it.
+def _save(run: Run) -> float:
+    """Begin a checkpoint where one is due -> seconds that training waited for it.
 
     None is written behind a step that was skipped, or of a state that is not finite: it is owed.
     """
     guard = run.guard
     run.save_is_due |= run.config.checkpoint.is_due(run.step, run.config.steps)
     if not run.save_is_due or guard.in_a_row or guard.problem is not None:
-        return report
+        return 0.0
     start = time.perf_counter()
     try:
-        start_checkpoint(run)
+        with run.preemption.changing():
+            start_checkpoint(run)
     except NonFiniteError as error:
         guard.problem = str(error)
-        return report
+        return 0.0
     run.save_is_due = False
-    spent = dataclasses.replace(report.time, checkpoint=time.perf_counter() - start)
-    return dataclasses.replace(report, time=spent)
+    return time.perf_counter() - start

@@ -43,7 +43,11 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of a step on this rank, by part; `exposed_communication` is what compute waited for messages."""
+    """Seconds of a step on this rank, by part.
+
+    exposed_communication: what compute waited for messages. checkpoint: what training waited for the checkpoint of the
+    step before, since the line of a step is written before its own.
+    """
 
     data: float
     forward: float

@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fp8moe.errors import PreemptedError
 from fp8moe.parallel import hang
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
 from fp8moe.schedule.build import FOLDED
 from fp8moe.train.config import TrainConfig
-from fp8moe.train.run_dir import make_run_dir
+from fp8moe.train.run_dir import PREEMPTED, claim, make_run_dir, mark_preempted
+from fp8moe.train.run_lock import release
 
 WRITING_TIMEOUT = timedelta(minutes=30)  # the slowest rank's share of a checkpoint, on the slowest storage
 REPORT_AFTER = 0.8  # share of the timeout after which a collective that has not ended is reported
@@ -92,12 +94,21 @@ def writing_group(mesh: Mesh) -> dist.ProcessGroup | None:
 
 
 def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
-    """The run directory, made by rank 0; an error there is raised on all ranks. Collective over all ranks."""
+    """The run directory, made and locked by rank 0; an error there is raised on all ranks. Collective over all ranks.
+
+    A worker that torchrun's agent has started again after a preemption ends as the one before: the agent does not know
+    why that one ended.
+    """
     answer: list[Path | Exception | None] = [None]
     if mesh.rank == 0:
         try:
-            answer[0] = make_run_dir(config.run_dir, config.name, config.resume)
-        except (ValueError, OSError) as error:
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            if restarted and config.run_dir is not None and (Path(config.run_dir) / PREEMPTED).exists():
+                raise PreemptedError(f"{config.run_dir} was preempted: it is not started again in this allocation")
+            run_dir = make_run_dir(config.run_dir, config.name, config.resume)
+            claim(run_dir, config.resume)
+            answer[0] = run_dir
+        except (ValueError, OSError, PreemptedError) as error:
             answer[0] = error
     if mesh.world_size > 1:
         dist.broadcast_object_list(answer, src=0)
@@ -107,6 +118,14 @@ def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
         raise answer[0]
     assert answer[0] is not None
     return answer[0]
+
+
+def release_run_dir(run_dir: Path, mesh: Mesh, error: Exception) -> None:
+    """What rank 0 leaves in the run directory when a signal ends the run, by what that gave; its lock is removed."""
+    if mesh.rank == 0:
+        if isinstance(error, PreemptedError):
+            mark_preempted(run_dir, str(error))
+        release(run_dir)
 
 
 def end_startup(mesh: Mesh, links: Links, seconds: float) -> None:

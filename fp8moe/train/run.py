@@ -23,7 +23,20 @@ from fp8moe.train.config import TrainConfig
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
+from fp8moe.train.preempt import Preemption
 from fp8moe.train.processes import wait_for_all
+
+
+@dataclass(frozen=True)
+class SavePoint:
+    """What of a run's state changes before the update does, as it was at the end of a step: numbers, random states.
+
+    ready: on a GPU, when the update of that step has run.
+    """
+
+    state: checkpoint.RunState
+    random: dict[str, Tensor]
+    ready: torch.cuda.Event | None
 
 
 @dataclass
@@ -33,7 +46,8 @@ class Run:
     step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. zero: what shards the
     optimizer's state among replicas; None where each keeps it whole. ema: the average of the weights, where there is
     one. save_is_due: a checkpoint is owed for this step, or for one before that was skipped. loads: tokens that each
-    expert has had in the whole run, by name of those stages' routers.
+    expert has had in the whole run, by name of those stages' routers. point: the end of the last step, which a
+    preempted run saves.
     """
 
     config: TrainConfig
@@ -55,6 +69,8 @@ class Run:
     step: int = 0
     save_is_due: bool = False
     loads: dict[str, Tensor] = field(default_factory=dict)
+    preemption: Preemption = field(default_factory=Preemption)
+    point: SavePoint | None = None
 
     @property
     def is_first(self) -> bool:

@@ -1,6 +1,7 @@
 """The run directory: made by rank 0, one a run, never overwritten.
 
     config.yaml  config-STEP.yaml  tokenizer.json  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
+    lock (while a run writes here)  preempted (what was saved, if a signal ended the run)  starts.jsonl
 
 It is self-contained: a run that goes on takes its configuration from there, and whoever decodes its tokens the
 tokenizer. config.yaml is that of the newest start, config-STEP.yaml that of the start after so many steps.
@@ -11,16 +12,25 @@ because another run may have taken the directory in between.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
 from fp8moe.train.checkpoint.location import location
+from fp8moe.train.run_lock import LOCK_FILE, acquire, check_unlocked, release
 
 DEFAULT_PARENT = Path("runs")
 LOGS = "logs"
+METRICS = "metrics.jsonl"
+PREEMPTED = "preempted"  # for launch scripts, to which torchrun does not pass exit code 75 on
+STARTS = "starts.jsonl"
+MAX_STARTS = 3  # starts in a row that may make no new step
+_OF_A_START = {LOGS, LOCK_FILE, PREEMPTED, STARTS}  # what a start that failed leaves
 MOST_NAME = 200  # bytes, of the 255 that file systems take, a time and a number beside it
 
 
@@ -38,7 +48,7 @@ def check_run_dir(run_dir: str | None, resume: str) -> None:
 
     A fresh run (`resume=none`, or from a checkpoint elsewhere) needs a new or empty directory; `resume=auto` goes on in
     the one it is given, or starts in it when it is empty. A directory with nothing but logs, of a start that failed,
-    counts as empty.
+    counts as empty. Nothing may write where a run of this machine is alive.
     """
     here = resume in ("auto", "required")
     if run_dir is None:
@@ -48,12 +58,13 @@ def check_run_dir(run_dir: str | None, resume: str) -> None:
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file and must be a directory: use another run_dir")
+    check_unlocked(path)
     if here or not path.is_dir():
         return
     resumed = None if resume == "none" else location(resume)
     if isinstance(resumed, Path) and path.resolve() in (resumed.resolve(), *resumed.resolve().parents):
         return
-    count = sum(1 for entry in path.iterdir() if entry.name != LOGS)
+    count = sum(1 for entry in path.iterdir() if entry.name not in _OF_A_START)
     if count:
         raise ConfigError(
             f"run_dir={run_dir} holds {count} entries and a fresh run needs an empty directory: use resume=auto to go "
@@ -71,6 +82,55 @@ def make_run_dir(run_dir: str | None, name: str, resume: str) -> Path:
         path = _new_directory(DEFAULT_PARENT, f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
     (path / LOGS).mkdir(exist_ok=True)
     return path
+
+
+def claim(run_dir: Path, resume: str) -> None:
+    """Lock the directory and count the start. Raises ConfigError where a live run has it, or by `count_start`."""
+    acquire(run_dir)
+    try:
+        count_start(run_dir, refuse=resume != "none")
+    except BaseException:
+        release(run_dir)
+        raise
+
+
+def count_start(path: Path, *, refuse: bool) -> None:
+    """Note that a run starts here, and at which step the last one ended.
+
+    Raises ConfigError, if asked to, where the last MAX_STARTS starts have made no new step: a further one would fail as
+    they did. One that a signal ended does not count.
+    """
+    starts = path / STARTS
+    before = _json_lines(starts)
+    if (path / PREEMPTED).exists():
+        (path / PREEMPTED).unlink()
+        before = before[:-1]
+    reached = [int(line["step"]) for line in (*before, *_json_lines(path / METRICS)) if "step" in line]
+    step = max(reached, default=0)
+    if refuse and len(before) >= MAX_STARTS and all(int(line["step"]) >= step for line in before[-MAX_STARTS:]):
+        raise ConfigError(
+            f"{path} was started {MAX_STARTS} times since it last made a new step, step {step}: see why in its logs; "
+            f"to start it again delete {starts}"
+        )
+    lines = [*before[-MAX_STARTS:], {"start": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step}]
+    scratch = starts.with_suffix(".tmp")
+    scratch.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    scratch.replace(starts)
+
+
+def mark_preempted(run_dir: Path, sentence: str) -> None:
+    """Leave word for launch scripts that a signal ended the run, and how: it is to be started again."""
+    (run_dir / PREEMPTED).write_text(f"{sentence}\n", encoding="utf-8")
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that are whole; none where there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last line of a run that was killed
+            found.append(json.loads(line))
+    return found
 
 
 def describe_start(run_dir: Path, step: int, config: str, tokenizer: Path | None) -> None:

@@ -11,28 +11,28 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fp8moe.kernels import backend
-from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
 from fp8moe.train import step_trace
 from fp8moe.train.checkpoint import Location
-from fp8moe.train.memory import in_words, measured_bytes
 from fp8moe.train.metrics import MetricsWriter, StepReport
+from fp8moe.train.opening import memory_of_largest_rank, opening
 from fp8moe.train.rollback import Rollback
 from fp8moe.train.run import Run
 from fp8moe.train.step_trace import StepFigures
-from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
+from fp8moe.train.summary import Summary, balance, duration, table, write_summary
 from fp8moe.train.validation import ValidationReport
 
 LOSS_STEPS = 10  # the summary's training loss is the mean of so many last steps
+REPORT_SECONDS = 2.0  # a step is reported no later than this after its update
 PACE_STEPS = 20  # the time left is estimated from so many last steps
 
 
@@ -66,6 +66,8 @@ class RunLogger:
             else None
         )
         self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
+        self._expected: StepReport | None = None  # of a step whose line is not written yet
+        self._written, self._writing = run.step, threading.Lock()  # the step of the last line
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
         self._steps: list[tuple[int, float]] = []  # (tokens, seconds) of each
         self._fp8_shares: tuple[float | None, float | None] = (None, None)
@@ -97,11 +99,34 @@ class RunLogger:
         self._rolled_back |= {"rolled_back_from": rollback.step, "passed_over": [rollback.first, rollback.stop - 1]}
         if self._writer is not None:
             self._writer.forget_after(self._run.step)
+        with self._writing:
+            self._expected, self._written = None, self._run.step
+
+    def expect(self, report: StepReport) -> None:
+        """A step was done that `note` will report."""
+        self._expected = report
+
+    def write_expected(self, step: int) -> None:
+        """Write the line of `step` if `note` has not; for another thread, in which a run is stopped between the two."""
+        deadline = time.monotonic() + REPORT_SECONDS
+        while (self._expected is None or self._expected.step < step) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._expected is not None and self._expected.step == step:
+            self._write(self._expected, {})
+
+    def _write(self, report: StepReport, extra: Mapping[str, float | None]) -> None:
+        with self._writing:
+            if self._writer is not None and report.step > self._written:
+                self._writer.write(report, extra)
+                self._written = report.step
 
     def note(
         self, report: StepReport, validation: ValidationReport | None, averaged: ValidationReport | None = None
     ) -> None:
-        """Report one step, with the validations that followed it, if any: of the weights, and of their average."""
+        """Report one step, with the validations that followed it, if any: of the weights, and of their average.
+
+        Its line is written before a checkpoint of the step is begun, so that no checkpoint is without it.
+        """
         extra, self._rolled_back = self._rolled_back, {}
         if validation is not None:
             self._validation = validation
@@ -109,8 +134,7 @@ class RunLogger:
         if averaged is not None:
             self._averaged = averaged
             extra |= {"val_loss_ema": averaged.loss, "val_bits_per_byte_ema": averaged.bits_per_byte}
-        if self._writer is not None:
-            self._writer.write(report, extra)
+        self._write(report, extra)
         self._display.show(report)
         self._log.info("%s", self._display.line(report))
         for of, scored in (("", validation), (" of the averaged weights", averaged)):
@@ -174,56 +198,6 @@ class RunLogger:
             self._log.info("%s", line)
 
 
-def memory_of_largest_rank(run: Run) -> str:
-    """A line on the rank whose weights, gradients and optimizer state take most. Collective over all ranks."""
-    of_ranks = gather(measured_bytes(run.model, run.optimizer), run.mesh.world_group)
-    rank = max(range(len(of_ranks)), key=lambda i: sum(of_ranks[i].values()))
-    whose = f"rank {rank}, the largest of all ranks" if len(of_ranks) > 1 else "this process"
-    return f"memory of {whose}, without activations: {in_words(of_ranks[rank])}"
-
-
-def opening(run: Run) -> str:
-    """The lines that begin a run: the model, the processes, the batch, the formula of MFU, the run directory."""
-    config, mesh = run.config, run.mesh
-    counts = count_parameters(config.model)
-    flops = flops_per_token(config.model, config.seq_len)
-    mtp = f" and {_short(counts.mtp)} in the MTP module" if counts.mtp else ""
-    processes = count_of(mesh.world_size, "process", "processes")
-    formula = f"mfu = tokens/s/GPU x {_short(flops)} FLOP/token (forward and backward, causal, active parameters) / "
-    lines = [
-        f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
-        f"{config.precision.mode.value} on {processes} ({run.device.type}): {_pipeline(run)}dp {mesh.dp}, experts over "
-        f"ep {mesh.ep}; kernels: {backend.resolve()}",
-        *_averaging(run),
-        f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
-        formula
-        + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
-        + ("" if run.device.type == "cuda" else "; none on a CPU"),
-        f"run directory {run.run_dir}",
-    ]
-    if config.init_from is not None and not run.step:
-        lines.append(f"begins from the {'averaged ' if config.init_from_ema else ''}weights of {config.init_from}")
-    if run.step:
-        lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
-    return "\n".join(lines)
-
-
-def _averaging(run: Run) -> list[str]:
-    """What the average of the weights is and takes; no line where there is none."""
-    if run.ema is None:
-        return []
-    return [f"average of the weights: decay {run.ema.decay}, {run.ema.num_bytes / 1e9:.3g} GB on the host a rank"]
-
-
-def _pipeline(run: Run) -> str:
-    """Schedule and blocks of each stage; empty for a run without a pipeline."""
-    parallel = run.config.parallel
-    if parallel.pp == 1 and len(run.stages) == 1:
-        return ""
-    blocks = ",".join(str(stage.num_layers) for stage in run.stages)
-    return f"{parallel.schedule} over pp {parallel.pp} (blocks {blocks}), "
-
-
 def all_loads(run: Run) -> dict[str, Tensor]:
     """Tokens that each expert has had, by router name, of all stages in the order of the model. Collective over pp."""
     loads = {name: load.cpu() for part in gather(run.loads, run.mesh.pp_group) for name, load in part.items()}
@@ -233,13 +207,6 @@ def all_loads(run: Run) -> dict[str, Tensor]:
 def _block_number(name: str) -> tuple[bool, int]:
     _, number, *_ = name.split(".")
     return (False, int(number)) if number.isdigit() else (True, 0)  # the MTP module's block is the last
-
-
-def _short(number: float) -> str:
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
-            return f"{number / limit:.3g} {unit}"
-    return f"{number:.0f}"
 
 
 class ProgressDisplay:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -20,7 +21,7 @@ from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.optimizer.state import Held
 from fp8moe.train.provenance import commit, versions
 from fp8moe.train.random_state import is_stored, random_state, set_random_state
-from fp8moe.train.run import Run
+from fp8moe.train.run import Run, SavePoint
 
 logger = logging.getLogger(__name__)
 
@@ -130,40 +131,75 @@ def _copies(run: Run, parameter: Parameter) -> int:
     return 1 if group is None or run.zero is not None else group.size()
 
 
-def check_finite(run: Run) -> None:
-    """Raise NonFiniteError, on every rank, where a tensor that a checkpoint would hold is not finite. Collective."""
+def check_finite(run: Run, group: dist.ProcessGroup | None) -> None:
+    """Raise NonFiniteError, on every rank, where a tensor that a checkpoint would hold is not finite.
+
+    Collective over `group`, of all ranks.
+    """
     tensors = _tensors(run, run.optimizer.held)
     parts = {
         name: [values for _, values in one.ranges] if isinstance(one, checkpoint.Pieces) else [one]
         for name, one in tensors.items()
     }
-    if wrong := described(gather(not_finite(parts), run.mesh.world_group)):
+    if wrong := described(gather(not_finite(parts), group)):
         raise NonFiniteError(f"{wrong} after step {run.step}")
 
 
-def start_checkpoint(run: Run) -> None:
-    """Begin to write a checkpoint of the run's present state. Collective over all ranks.
-
-    Raises NonFiniteError, and writes nothing, where the state is not finite.
-    """
-    config = run.config
-    check_finite(run)
+def save_point(run: Run) -> SavePoint:
+    """The end of the step just done, from which a checkpoint may be written until the next update."""
     state = checkpoint.RunState(
         step=run.step,
         updates=run.optimizer.updates,
         consumed=run.sampler.consumed,
         skipped=run.guard.skipped,
-        seed=config.seed,
-        seq_len=config.seq_len,
-        optimizer=config.optimizer.kind,
+        seed=run.config.seed,
+        seq_len=run.config.seq_len,
+        optimizer=run.config.optimizer.kind,
         skipped_in_a_row=run.guard.in_a_row,
         data=run.identity.as_stored(),
     )
-    random = random_state(run.device, run.mesh.rank)  # here: the training draws on while the state is copied
+    ready = torch.cuda.current_stream().record_event() if run.device.type == "cuda" else None
+    return SavePoint(state, random_state(run.device, run.mesh.rank), ready)
+
+
+def start_checkpoint(run: Run, point: SavePoint | None = None) -> None:
+    """Begin to write a checkpoint of the run's present state, or as it was at `point`. Collective over all ranks.
+
+    Raises NonFiniteError, and writes nothing, where the state is not finite. With a `point` nothing but the saver's
+    group is used, since the training may stand within a collective of any other.
+    """
+    config, at = run.config, point or save_point(run)
+    if point is None:
+        check_finite(run, run.mesh.world_group)
+    else:
+        run.saver.wait()
+        check_finite(run, run.saver.group)
     origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}
     run.saver.start(
-        run.step, checkpoint.state_text(state, config.model, origin), partial(state_tensors, run, random=random)
+        at.state.step,
+        checkpoint.state_text(at.state, config.model, origin),
+        partial(state_tensors, run, random=at.random),
+        None if point is None else point.ready,
     )
+
+
+def save_and_stop(run: Run, first: int) -> str:
+    """Write a checkpoint of `run.point` unless there is one, and wait for it -> what was done, in words.
+
+    first: the step that this start of the run began after. Collective over all ranks.
+    """
+    assert run.point is not None
+    config, step = run.config.checkpoint, run.point.state.step
+    if not config.at_end and config.every == 0:
+        return f"nothing is saved of step {step}, as checkpoint.every=0 and checkpoint.at_end=false ask"
+    if run.point.state.skipped_in_a_row:
+        return f"nothing is saved of step {step}, which was skipped; resume={run.run_dir} goes on from before it"
+    if step not in (first, run.saver.newest):
+        start_checkpoint(run, run.point)
+    run.saver.wait()
+    if run.saver.newest is None:
+        return f"no step was done since step {first}"
+    return f"step {run.saver.newest} is saved, resume={run.run_dir} goes on"
 
 
 def save_checkpoint(run: Run) -> checkpoint.Location:

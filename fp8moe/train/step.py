@@ -49,6 +49,7 @@ from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
 from fp8moe.train.optimizer import DeepSpeedAdamW
 from fp8moe.train.run import Run
+from fp8moe.train.run_state import save_point
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     violation = worst_violation(run)
     wrong = worst_bias(run) if losses.wrong_biases else None
     accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm, wrong)
-    update(run, lr, gamma, grad_norm, accepted=accepted)
-    stopwatch.lap("optimizer")
-    run.step += 1
+    with run.preemption.changing():
+        update(run, lr, gamma, grad_norm, accepted=accepted)
+        stopwatch.lap("optimizer")
+        run.step += 1
+        run.point = save_point(run)
 
     laps, seconds = stopwatch.read(), time.perf_counter() - started
     saturated, underflow = cast_shares(run, casts)

@@ -14,8 +14,8 @@ from fp8moe.cli.compose import as_yaml
 from fp8moe.cli.resume import compose_run
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.train.loop import run_to_end
+from fp8moe.train.opening import opening
 from fp8moe.train.run_dir import describe_start
-from fp8moe.train.run_log import opening
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured, differing, joined, masters, stored
 

@@ -30,7 +30,13 @@ PROMISED = (
 
 
 def test_a_run_from_settings_to_summary(corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["steps=40", "batch.micro_batch=8", "optimizer.schedule.peak=1e-2", "validation.every=20"]
+    settings = [
+        "steps=40",
+        "batch.micro_batch=8",
+        "optimizer.schedule.peak=1e-2",
+        "validation.every=20",
+        "checkpoint.every=39",
+    ]
     config = configured(corpus, *settings, f"run_dir={tmp_path}")
     summary = train(config, as_yaml)
     shown = capsys.readouterr().out
@@ -45,7 +51,7 @@ def test_a_run_from_settings_to_summary(corpus: list[str], tmp_path: Path, capsy
     assert [record["step"] for record in records if "val_loss" in record] == [20, 40]
     assert records[-1]["fp8_saturated_share"] == 0.0 and records[0]["fp8_saturated_share"] is None
     assert sum(record["loss"] for record in records[-5:]) < 0.5 * sum(record["loss"] for record in records[:5])
-    assert records[-1]["time"]["checkpoint"] > 0
+    assert records[-1]["time"]["checkpoint"] > 0 == records[-2]["time"]["checkpoint"]  # of the step before
     assert to_dataclass(TrainConfig, yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
     assert "run directory" in shown and "mfu = tokens/s/GPU x" in shown and str(tmp_path) in shown
     assert table(summary) in shown

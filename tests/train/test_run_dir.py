@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fp8moe.errors import ConfigError
-from fp8moe.train.run_dir import check_run_dir, make_run_dir
+from fp8moe.train.run_dir import check_run_dir, claim, count_start, make_run_dir, mark_preempted
+from fp8moe.train.run_lock import release
 
 
 def test_a_fresh_run_needs_an_empty_directory(tmp_path: Path) -> None:
@@ -56,3 +57,30 @@ def test_default_names_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
     made = [make_run_dir(None, "name", "none") for _ in range(3)]
     assert [path.as_posix() for path in made] == [f"runs/20260101-000000-name{end}" for end in ("", "-2", "-3")]
+
+
+def test_a_fourth_start_without_a_new_step_is_refused(tmp_path: Path) -> None:
+    def reach(step: int) -> None:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n{{"st')
+
+    for _ in range(3):
+        count_start(tmp_path, refuse=True)
+    with pytest.raises(ConfigError, match=r"was started 3 times since it last made a new step, step 0: .* delete .*st"):
+        claim(tmp_path, "auto")
+    assert not (tmp_path / "lock").exists()
+    count_start(tmp_path, refuse=False)  # a fresh run, which no script starts again
+    reach(5)
+    for _ in range(3):  # the first of them finds new steps
+        count_start(tmp_path, refuse=True)
+        reach(3)  # resumed before the last step: none is new
+    for _ in range(5):  # preempted: not counted
+        mark_preempted(tmp_path, "stopped")
+        count_start(tmp_path, refuse=True)
+        assert not (tmp_path / "preempted").exists()
+    with pytest.raises(ConfigError, match="new step, step 5"):
+        count_start(tmp_path, refuse=True)
+    reach(6)
+    claim(tmp_path, "auto")
+    assert (tmp_path / "lock").exists()
+    release(tmp_path)
+    check_run_dir(str(tmp_path), "auto")

@@ -33,21 +33,28 @@ class Saver:
     def __init__(
         self, root: Location, config: CheckpointConfig, *, is_first: bool, group: dist.ProcessGroup | None
     ) -> None:
-        self.root, self._config, self._is_first, self._group = root, config, is_first, group
+        self.root, self._config, self._is_first, self.group = root, config, is_first, group
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._error: BaseException | None = None
         self._finished: list[Location] = []
+        self.newest: int | None = None  # the step of the last one that was started
 
-    def start(self, step: int, state: str, tensors: Callable[[Hold], Tensors]) -> None:
-        """Save the run's state as it is now; tensors(hold) gives all of them, each passed through `hold`."""
+    def start(
+        self, step: int, state: str, tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None = None
+    ) -> None:
+        """Save the run's state as it is now; tensors(hold) gives all of them, each passed through `hold`.
+
+        ready: on a GPU, when the state was as it is now, where work that does not end may have been enqueued since.
+        """
         self.wait()
-        if not self._config.background:
+        self.newest = step
+        if not self._config.background and ready is None:
             self._finished.append(self._save(step, state, tensors(lambda tensor: tensor)))
             return
         self._copied.clear()
-        ready = torch.cuda.Event() if torch.cuda.is_available() else None
-        if ready is not None:
+        if ready is None and torch.cuda.is_available():
+            ready = torch.cuda.Event()
             ready.record()
         self._thread = threading.Thread(target=self._run, args=(step, state, tensors, ready), daemon=True)
         self._thread.start()
@@ -86,7 +93,7 @@ class Saver:
             self._error = error
 
     def _save(self, step: int, state: str, tensors: Tensors) -> Location:
-        return save(self.root, step, state, tensors, kept=self._config, is_first=self._is_first, group=self._group)
+        return save(self.root, step, state, tensors, kept=self._config, is_first=self._is_first, group=self.group)
 
 
 def _copied(tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None) -> Tensors:

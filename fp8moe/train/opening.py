@@ -1,0 +1,67 @@
+"""The lines that begin a run: what is trained, on what, and what its largest rank holds."""
+
+from __future__ import annotations
+
+from fp8moe.kernels import backend
+from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
+from fp8moe.parallel.collectives import gather
+from fp8moe.train.memory import in_words, measured_bytes
+from fp8moe.train.run import Run
+from fp8moe.train.summary import count_of
+
+
+def memory_of_largest_rank(run: Run) -> str:
+    """A line on the rank whose weights, gradients and optimizer state take most. Collective over all ranks."""
+    of_ranks = gather(measured_bytes(run.model, run.optimizer), run.mesh.world_group)
+    rank = max(range(len(of_ranks)), key=lambda i: sum(of_ranks[i].values()))
+    whose = f"rank {rank}, the largest of all ranks" if len(of_ranks) > 1 else "this process"
+    return f"memory of {whose}, without activations: {in_words(of_ranks[rank])}"
+
+
+def opening(run: Run) -> str:
+    """The lines that begin a run: the model, the processes, the batch, the formula of MFU, the run directory."""
+    config, mesh = run.config, run.mesh
+    counts = count_parameters(config.model)
+    flops = flops_per_token(config.model, config.seq_len)
+    mtp = f" and {_short(counts.mtp)} in the MTP module" if counts.mtp else ""
+    processes = count_of(mesh.world_size, "process", "processes")
+    formula = f"mfu = tokens/s/GPU x {_short(flops)} FLOP/token (forward and backward, causal, active parameters) / "
+    lines = [
+        f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
+        f"{config.precision.mode.value} on {processes} ({run.device.type}): {_pipeline(run)}dp {mesh.dp}, experts over "
+        f"ep {mesh.ep}; kernels: {backend.resolve()}",
+        *_averaging(run),
+        f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
+        formula
+        + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
+        + ("" if run.device.type == "cuda" else "; none on a CPU"),
+        f"run directory {run.run_dir}",
+    ]
+    if config.init_from is not None and not run.step:
+        lines.append(f"begins from the {'averaged ' if config.init_from_ema else ''}weights of {config.init_from}")
+    if run.step:
+        lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
+    return "\n".join(lines)
+
+
+def _averaging(run: Run) -> list[str]:
+    """What the average of the weights is and takes; no line where there is none."""
+    if run.ema is None:
+        return []
+    return [f"average of the weights: decay {run.ema.decay}, {run.ema.num_bytes / 1e9:.3g} GB on the host a rank"]
+
+
+def _pipeline(run: Run) -> str:
+    """Schedule and blocks of each stage; empty for a run without a pipeline."""
+    parallel = run.config.parallel
+    if parallel.pp == 1 and len(run.stages) == 1:
+        return ""
+    blocks = ",".join(str(stage.num_layers) for stage in run.stages)
+    return f"{parallel.schedule} over pp {parallel.pp} (blocks {blocks}), "
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.0f}"
