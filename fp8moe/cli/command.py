@@ -3,7 +3,8 @@
 A mistake on the command line is a ConfigError of one sentence: the parser raises it in place of argparse's usage text.
 
 Most failures carry their exit code (`fp8moe.errors`). The others are classified here: a plain `ValueError` is a
-configuration that can't work, a failed allocation is memory, a collective that timed out is a hang. A collective that
+configuration that can't work, a failed allocation is memory, an OSError that names a file is data or a full disk, a
+collective that timed out is a hang. A collective that
 failed because a peer closed its connection is SECONDARY: the peer is the cause, and its own error is reported first.
 Anything else is a defect of this program and is shown with its traceback.
 """
@@ -11,6 +12,7 @@ Anything else is a defect of this program and is shown with its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import traceback
 from collections.abc import Sequence
@@ -84,6 +86,10 @@ def explain(error: BaseException) -> Failure:
         if collective and any(word in words for word in TIMEOUT_WORDS):
             sentence = f"a message did not arrive within parallel.timeout ({_first_sentence(text)}): a rank hangs"
             return Failure(EXIT["hang"], sentence)
+    if isinstance(error, OSError) and error.filename is not None:
+        reason = error.strerror or type(error).__name__
+        code = EXIT["space"] if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT["data"]
+        return Failure(code, f"{error.filename}: {reason}: check the path, its access and its disk")
     if isinstance(error, ValueError):
         return Failure(EXIT["configuration"], text, shared=True)
     return Failure(1, f"{type(error).__name__}: {text}", "".join(traceback.format_exception(error)))
