@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from fp8moe.errors import EXIT, LOST_PEER_PHRASES, ConfigError
+from fp8moe.errors import EXIT, LOST_PEER_PHRASES, ConfigError, SpaceError, is_out_of_memory
 
 # Parts of the messages of gloo, NCCL and the store, lower case: they raise RuntimeErrors that have no codes.
 COLLECTIVE_WORDS = ("gloo", "nccl", "store", "process group", "recv operation", "send operation", "barrier")
@@ -73,8 +73,9 @@ def explain(error: BaseException) -> Failure:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         secondary = bool(getattr(error, "secondary", False))
-        return Failure(code, text, secondary=secondary, shared=isinstance(error, ValueError))
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        shared = isinstance(error, ValueError | SpaceError)
+        return Failure(code, text, secondary=secondary, shared=shared)
+    if is_out_of_memory(error):
         return Failure(EXIT["memory"], f"out of memory ({_first_sentence(text)}): lower batch.micro_batch or seq_len")
     if isinstance(error, RuntimeError):
         words = text.lower()
@@ -93,13 +94,6 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, ValueError):
         return Failure(EXIT["configuration"], text, shared=True)
     return Failure(1, f"{type(error).__name__}: {text}", "".join(traceback.format_exception(error)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name: this module must not load torch for `fp8moe schedule --help`.
-    if type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _first_sentence(text: str) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.ema import Ema
+from fp8moe.train.garbage import collect_if_due, no_collection_within_steps
+from fp8moe.train.memory import out_of_memory_in_words
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes
@@ -41,7 +43,8 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
                 if run.is_first:
                     tokenizer = run.data.tokenizer
                     describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
-                return run_to_end(run, started)
+                with out_of_memory_in_words(run), no_collection_within_steps():
+                    return run_to_end(run, started)
             except Exception:
                 logger.exception("rank %d ends here", mesh.rank)
                 raise
@@ -58,11 +61,12 @@ def run_to_end(run: Run, started: float) -> Summary:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
             validations = _validations(run)
             run_logger.note(_save(run, report), *validations)
-            run_logger.note_saved(run.saver.finished())
-        run.saver.wait()
+            collect_if_due(run.step)
+            run_logger.note_saved(run.saver.finished(), run.saver.failures())
+        run.saver.close()
         if run.ema is not None:
             run.ema.wait()
-        run_logger.note_saved(run.saver.finished())
+        run_logger.note_saved(run.saver.finished(), run.saver.failures())
         return run_logger.finish(trace.figures)
     finally:
         run_logger.close()

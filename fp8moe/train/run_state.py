@@ -151,5 +151,5 @@ def start_checkpoint(run: Run) -> None:
 def save_checkpoint(run: Run) -> checkpoint.Location:
     """Write a checkpoint of the run's present state and wait for it. Collective over all ranks."""
     start_checkpoint(run)
-    run.saver.wait()
+    run.saver.close()
     return run.saver.finished()[-1]

@@ -10,6 +10,7 @@ cut off meanwhile kills the process without a sentence, for 12 instead of 9 GB/s
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -133,5 +134,7 @@ def writing_problem(where: Location) -> str | None:
         if not folder.names():
             folder.remove_itself()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.remove(".writable")
         return error.strerror or str(error)
     return None
