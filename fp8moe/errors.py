@@ -68,6 +68,19 @@ class HangError(RuntimeError):
         self.secondary = secondary
 
 
+class OutOfMemoryError(RuntimeError):
+    """A rank's memory ran out; the message says what it held."""
+
+    exit_code: int = EXIT["memory"]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a failed allocation, of Python or of torch: by name, since this module loads no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 class ImbalanceError(RuntimeError):
     """One rank's experts were chosen by more tokens than the configured bound allows."""
 

@@ -3,7 +3,8 @@
 A mistake on the command line is a ConfigError of one sentence: the parser raises it in place of argparse's usage text.
 
 Most failures carry their exit code (`fp8moe.errors`). The others are classified here: a plain `ValueError` is a
-configuration that can't work, a failed allocation is memory, a collective that timed out is a hang. A collective that
+configuration that can't work, a failed allocation is memory, an OSError that names a file is data or a full disk, a
+collective that timed out is a hang. A collective that
 failed because a peer closed its connection is SECONDARY: the peer is the cause, and its own error is reported first.
 Anything else is a defect of this program and is shown with its traceback.
 """
@@ -11,13 +12,14 @@ Anything else is a defect of this program and is shown with its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from fp8moe.errors import EXIT, LOST_PEER_PHRASES, ConfigError
+from fp8moe.errors import EXIT, LOST_PEER_PHRASES, ConfigError, SpaceError, is_out_of_memory
 
 # Parts of the messages of gloo, NCCL and the store, lower case: they raise RuntimeErrors that have no codes.
 COLLECTIVE_WORDS = ("gloo", "nccl", "store", "process group", "recv operation", "send operation", "barrier")
@@ -71,9 +73,9 @@ def explain(error: BaseException) -> Failure:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         secondary = bool(getattr(error, "secondary", False))
-        shared = bool(getattr(error, "shared", isinstance(error, ValueError)))
+        shared = bool(getattr(error, "shared", isinstance(error, ValueError | SpaceError)))
         return Failure(code, text, secondary=secondary, shared=shared)
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Failure(EXIT["memory"], f"out of memory ({_first_sentence(text)}): lower batch.micro_batch or seq_len")
     if isinstance(error, RuntimeError):
         words = text.lower()
@@ -85,16 +87,13 @@ def explain(error: BaseException) -> Failure:
         if collective and any(word in words for word in TIMEOUT_WORDS):
             sentence = f"a message did not arrive within parallel.timeout ({_first_sentence(text)}): a rank hangs"
             return Failure(EXIT["hang"], sentence)
+    if isinstance(error, OSError) and error.filename is not None:
+        reason = error.strerror or type(error).__name__
+        code = EXIT["space"] if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT["data"]
+        return Failure(code, f"{error.filename}: {reason}: check the path, its access and its disk")
     if isinstance(error, ValueError):
         return Failure(EXIT["configuration"], text, shared=True)
     return Failure(1, f"{type(error).__name__}: {text}", "".join(traceback.format_exception(error)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name: this module must not load torch for `fp8moe schedule --help`.
-    if type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _first_sentence(text: str) -> str:

@@ -7,29 +7,32 @@ on pieces taken evenly from all inputs; then the inputs are read a second time a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.data.durable import make_folder, unwritable
 from fp8moe.data.indexed import IndexedWriter
-from fp8moe.data.sources import find_files, read_pieces
+from fp8moe.data.sources import find_files, is_inside_run, read_pieces
 from fp8moe.data.tokenizer import (
     encode_pieces,
     end_of_text_id,
     load_tokenizer,
     num_ids,
-    save_tokenizer,
     train_tokenizer,
 )
-from fp8moe.errors import ConfigError, DataError
+from fp8moe.errors import ConfigError, DataError, SpaceError
 
 ENDINGS = (".bin", ".idx", ".tokenizer.json")
 TRAINING_SAMPLE_BYTES = 64 << 20
+RUN_SHARE = 16
 
 
 def command_parser() -> Parser:
@@ -67,18 +70,13 @@ def command_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit code (0, 2 configuration, 3 data)."""
+    """Runs the command; returns its exit code (0, 2 configuration, 3 data, 7 no space)."""
     try:
         options = parse(command_parser(), argv)
         _run(options)
-    except (ConfigError, DataError) as error:
-        print(f"fp8moe tokenize: {error}", file=sys.stderr)
+    except (ConfigError, DataError, SpaceError) as error:
+        print(f"fp8moe tokenize: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        print(
-            f"fp8moe tokenize: {error.filename or argv}: {error.strerror or error}: use another path", file=sys.stderr
-        )
-        return DataError.exit_code
     return 0
 
 
@@ -88,17 +86,39 @@ def _run(options: argparse.Namespace) -> None:
     if taken and not options.force:
         raise ConfigError(f"{taken[0]} exists and would be replaced: use another --output or add --force")
     files = find_files(options.input)
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     if options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
     else:
         tokenizer = train_tokenizer(_training_sample(files, options.json_key), options.vocab_size)
     end = end_of_text_id(tokenizer, options.end_of_text)
-    documents, tokens, num_bytes = _encode(files, options, tokenizer, end)
+    with _output_folder(options.output):
+        documents, tokens, num_bytes = _encode(files, options, tokenizer, end)
     print(
         f"{options.output}.bin: {documents} documents from {len(files)} files, {tokens} tokens, "
         f"{num_bytes / (tokens - documents):.3f} bytes/token, vocabulary {num_ids(tokenizer)}"
     )
+
+
+@contextlib.contextmanager
+def _output_folder(prefix: str) -> Iterator[None]:
+    """Make the folder of the output; it goes again if the block fails, and an error of its disk is one sentence."""
+    folder, made = Path(prefix).absolute().parent, []
+    try:
+        made = make_folder(folder)
+        yield
+    except BaseException as error:
+        for one in made:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+        if isinstance(error, OSError):
+            raise unwritable(error.filename or prefix, error, _advice(folder)) from error
+        raise
+
+
+def _advice(folder: Path) -> str:
+    existing = next(one for one in (folder, *folder.parents) if one.is_dir())
+    free = shutil.disk_usage(existing).free / 1e9
+    return f"nothing was written, {free:.2f} GB are free there; use another --output"
 
 
 def _set_workers(workers: int | None) -> None:
@@ -112,10 +132,22 @@ def _set_workers(workers: int | None) -> None:
 
 
 def _training_sample(files: list[Path], json_key: str) -> Iterator[str]:
-    """Every n-th piece of the input, with n chosen so that the pieces have about TRAINING_SAMPLE_BYTES in all."""
+    """Every n-th piece of the input, with n chosen so that the pieces have about TRAINING_SAMPLE_BYTES in all.
+
+    Of the pieces of a long run without white space every RUN_SHARE-th: a merge is counted in each piece that has the
+    pair, and pieces of thousands of characters have nearly all pairs.
+    """
     every = 1 + sum(file.stat().st_size for file in files) // TRAINING_SAMPLE_BYTES
-    pieces = (text for file in files for text, _ in read_pieces(file, json_key))
+    pieces = _thinned(text for file in files for text, _ in read_pieces(file, json_key))
     return (text for number, text in enumerate(pieces) if number % every == 0)
+
+
+def _thinned(pieces: Iterable[str]) -> Iterator[str]:
+    inside = 0
+    for piece in pieces:
+        inside = inside + 1 if is_inside_run(piece) else 0
+        if inside % RUN_SHARE in (0, 1):  # 0: not inside a run
+            yield piece
 
 
 def _encode(files: list[Path], options: argparse.Namespace, tokenizer: Tokenizer, end: int) -> tuple[int, int, int]:
@@ -145,7 +177,7 @@ def _encode(files: list[Path], options: argparse.Namespace, tokenizer: Tokenizer
             raise DataError(
                 f"the {len(files)} input files have 0 documents with text: nothing was written, give files with text"
             )
-        save_tokenizer(tokenizer, options.output + ".tokenizer.json")
+        writer.add(".tokenizer.json", tokenizer.to_str(pretty=True))
     return writer.num_documents, writer.num_tokens, num_bytes
 
 

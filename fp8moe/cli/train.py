@@ -53,6 +53,7 @@ def _run(argv: Sequence[str]) -> int:
     arguments = parse(command_parser(), argv)
     from fp8moe.cli.compose import as_yaml
     from fp8moe.cli.resume import compose_run, note
+    from fp8moe.data.check import check_files
     from fp8moe.train.config import resolve
 
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
@@ -61,6 +62,7 @@ def _run(argv: Sequence[str]) -> int:
         print(composed.text, end="")
         return 0
     config = resolve(composed.config, num_processes or 1)
+    check_files(config.data)
     if sentence := note(origin, config):
         print(sentence, flush=True)
     if num_processes is not None:
@@ -86,6 +88,7 @@ def _rank(argv: Sequence[str]) -> int:
             raise ConfigError(f"--nproc={arguments.nproc} starts processes and RANK is set: leave --nproc out")
         from fp8moe.cli.compose import as_yaml
         from fp8moe.cli.resume import compose_run, note
+        from fp8moe.data.check import check_files
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
 
@@ -96,8 +99,10 @@ def _rank(argv: Sequence[str]) -> int:
                 print(composed.text, end="")
             return 0
         config = resolve(composed.config, world_size)
-        if is_first and LAUNCHED not in os.environ and (sentence := note(origin, config)):
-            print(sentence, flush=True)
+        if LAUNCHED not in os.environ:  # else the launcher did
+            check_files(config.data)
+            if is_first and (sentence := note(origin, config)):
+                print(sentence, flush=True)
         train(config, as_yaml)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8moe.data import sources
-from fp8moe.data.cache import built_folder, cache_root, key_of
+from fp8moe.data.cache import built_folder, cache_root, key_of, read_number
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.packing import IGNORED_LABEL, Batch, Dataset, PackedDataset, every_document, split_documents
 from fp8moe.data.sampler import BlendedDataset
@@ -235,7 +235,7 @@ def _assemble(
         figure = bigram_bits_per_byte(train, validation, strings, validation_samples=validation_samples)
         (folder / "bits_per_byte.json").write_text(json.dumps(figure))
 
-    bigram = json.loads((built_folder(root, f"bigram-{key}", build) / "bits_per_byte.json").read_text())
+    bigram = read_number(built_folder(root, f"bigram-{key}", build) / "bits_per_byte.json")
     token_bytes = torch.tensor([len(string) for string in strings], dtype=torch.int64)
     info = TokenizerInfo(tokenizer_path, num_ids(tokenizer), end)
     return Data(train, validation, config.vocab_size, info, token_bytes, bigram)

@@ -18,7 +18,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fp8moe.errors import DataError
+from fp8moe.data.durable import FULL, make_folder, sync, unwritable
+from fp8moe.errors import DataError, SpaceError
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -33,15 +34,6 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def sync(path: Path) -> None:
-    """Flushes a file to disk: after a crash, a renamed file must have its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "a") as handle:
@@ -51,12 +43,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def built_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `root/name`, made by `build(empty folder)` if it does not exist. Raises DataError at a write error."""
+    """The folder `root/name`, made by `build(empty folder)` if it does not exist.
+
+    Raises DataError where the cache can't be read or written, SpaceError where its disk is full.
+    """
     final = root / name
-    if final.is_dir():
-        return final
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        if final.is_dir():
+            return final
+        make_folder(root)
         with _locked(root / f".{name}.lock"):
             if final.is_dir():
                 return final
@@ -64,17 +59,30 @@ def built_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
             scratch.mkdir()
             try:
                 build(scratch)
-                for path in scratch.iterdir():
+                for path in (*scratch.iterdir(), scratch):
                     sync(path)
                 _publish(scratch, final)
+                sync(root)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise DataError(
-            f"the data cache {root} can't be written ({error.strerror or error}): "
-            "free some space or set data.cache_dir to another folder"
-        ) from error
+        raise _unwritable(root, error) from error
     return final
+
+
+def read_number(path: Path) -> float:
+    """The number in a JSON file of the cache. Raises DataError."""
+    try:
+        return float(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"the cached {path} can't be read ({error}): delete {path.parent}") from error
+
+
+def _unwritable(root: Path, error: OSError) -> DataError | SpaceError:
+    advice = "free some space or set data.cache_dir to another folder"
+    if error.errno in FULL:
+        advice = f"{shutil.disk_usage(root).free / 1e9:.2f} GB are free: {advice}"
+    return unwritable(f"the data cache {root}", error, advice)
 
 
 def _publish(scratch: Path, final: Path) -> None:

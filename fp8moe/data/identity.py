@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fp8moe.data.durable import unreadable
 from fp8moe.errors import ConfigError
 
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
@@ -18,14 +19,20 @@ CHANGES = ("data", "tokenizer", "document_mask", "validation_share")  # what `re
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's size and of 64 blocks of 64 KiB spread evenly over it, the first and the last included."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as handle:
-        for block in range(BLOCKS):
-            start = max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1)
-            handle.seek(start)
-            digest.update(handle.read(BLOCK_BYTES))
+    """SHA-256 of a file's size and of 64 blocks of 64 KiB spread evenly over it, the first and the last included.
+
+    Raises DataError where it can't be read.
+    """
+    try:
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with open(path, "rb") as handle:
+            for block in range(BLOCKS):
+                start = max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1)
+                handle.seek(start)
+                digest.update(handle.read(BLOCK_BYTES))
+    except OSError as error:
+        raise unreadable(path, error) from error
     return digest.hexdigest()
 
 

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8moe.data.cache import sync
+from fp8moe.data.durable import scratch_name, sync, unreadable
 from fp8moe.data.identity import content_hash
 from fp8moe.errors import DataError
 
@@ -50,8 +50,9 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 class IndexedWriter:
     """Context manager that writes PREFIX.bin and PREFIX.idx: `write(ids)` any number of times, then `end_document()`.
 
-    Both files get their names only when the block ends without an exception; until then, and after a failure, earlier
-    files of these names stay. The index is renamed last, because a .bin without an index is never read.
+    The files, and those that `add` writes, get their names only when the block ends without an exception; until then,
+    and after a failure such as a full disk, earlier files of these names stay. The index is renamed last, because a
+    .bin without an index is never read.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
@@ -61,16 +62,12 @@ class IndexedWriter:
         self._vocab_size = vocab_size
         self._lengths = array("q")
         self._open_length = 0
-        self._scratch = {ending: self._scratch_path(ending) for ending in (".bin", ".idx")}
+        self._scratch = {ending: scratch_name(Path(self.prefix + ending)) for ending in (".bin", ".idx")}
         self._bin: BinaryIO | None = None
 
     @property
     def num_documents(self) -> int:
         return len(self._lengths)
-
-    def _scratch_path(self, ending: str) -> Path:
-        final = Path(self.prefix + ending)
-        return final.with_name(f".{final.name}.{os.getpid()}")
 
     def __enter__(self) -> IndexedWriter:
         self._bin = open(self._scratch[".bin"], "wb")
@@ -88,6 +85,12 @@ class IndexedWriter:
         self._open_length += ids.size
         self.num_tokens += ids.size
 
+    def add(self, ending: str, text: str) -> None:
+        """Writes PREFIX + `ending` as well, in UTF-8."""
+        scratch = scratch_name(Path(self.prefix + ending))
+        self._scratch = {ending: scratch, **self._scratch}
+        scratch.write_text(text, encoding="utf-8")
+
     def end_document(self) -> None:
         """Ends the open document; an empty one is dropped. Raises DataError above the format's 2^31 - 1 tokens."""
         if self._open_length > _MAX_SEQUENCE:
@@ -103,8 +106,8 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._bin is not None
-        self._bin.close()
         try:
+            self._bin.close()
             if kind is None:
                 assert self._open_length == 0, "end_document() was not called"
                 self._write_index()
@@ -130,6 +133,7 @@ class IndexedWriter:
         Path(self.prefix + ".idx").unlink(missing_ok=True)  # an old index must never be read with a new .bin
         for ending, path in self._scratch.items():
             path.replace(self.prefix + ending)
+        sync(Path(self.prefix).parent)
 
 
 class IndexedDataset:
@@ -146,6 +150,12 @@ class IndexedDataset:
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
         self.bin_path, self.idx_path = Path(self.prefix + ".bin"), Path(self.prefix + ".idx")
+        try:
+            self._open()
+        except OSError as error:
+            raise unreadable(error.filename or f"{self.prefix}.bin or .idx", error) from error
+
+    def _open(self) -> None:
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise DataError(
@@ -178,7 +188,7 @@ class IndexedDataset:
         return digest.hexdigest()
 
     def content(self) -> str:
-        """A hash of content alone, whatever the path: equal for copies of the files."""
+        """A hash of content alone, whatever the path: equal for copies of the files. Raises DataError."""
         return f"{content_hash(self.idx_path)}-{content_hash(self.bin_path)}"
 
     def check_vocabulary(self, vocab_size: int) -> None:

@@ -174,8 +174,11 @@ class PackedDataset:
 
         folder = built_folder(self._cache, f"order-{self.fingerprint}-{epoch}", build)
         try:
+            # np.load refuses pickles unless it is told otherwise.
             index = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _INDEX_ARRAYS}
             sizes = [len(index[name]) for name in _INDEX_ARRAYS]
+            if any(values.dtype != np.int64 or values.ndim != 1 for values in index.values()):
+                raise ValueError("its arrays are not int64")
         except (OSError, ValueError, EOFError, TypeError) as error:
             raise DataError(f"the cached sample order {folder} can't be read ({error}): delete that folder") from error
         if sizes != [len(self._lengths), len(self), len(self), len(self)]:
@@ -190,20 +193,30 @@ class PackedDataset:
         assert sample_id >= 0
         epoch, within = divmod(sample_id, len(self))
         index = self._index(epoch)
-        number = int(index["shuffle"][within])
-        place, offset = int(index["first"][number]), int(index["offset"][number])
+        number = self._entry(index["shuffle"], within)
+        place, offset = self._entry(index["first"], number), self._entry(index["offset"], number)
         tokens = np.empty(self._seq_len + 1, dtype=np.int64)
         starts, filled = [], 0
         while filled < len(tokens):
-            document = int(index["documents"][place])
-            begin = int(self._source.document_offsets[self._documents[document]]) + offset
+            document = self._entry(index["documents"], place)
+            begin = int(self._source.document_offsets[self._entry(self._documents, document)]) + offset
             count = min(int(self._lengths[document]) - offset, len(tokens) - filled)
+            if offset < 0 or count < 1:
+                raise self._damaged()
             piece = self._source.tokens[begin : begin + count]
             self._source.check_ids(piece, begin, self._vocab_size)
             tokens[filled : filled + count] = piece
             starts.append(filled)
             filled, place, offset = filled + count, place + 1, 0
         return Window(tokens, np.array(starts, dtype=np.int64))
+
+    def _entry(self, values: NDArray[np.int64], place: int) -> int:
+        if not 0 <= place < len(values):
+            raise self._damaged()
+        return int(values[place])
+
+    def _damaged(self) -> DataError:
+        return DataError(f"the cached sample order of {self._source.prefix} is damaged: delete {self._cache}")
 
     def batch(self, sample_ids: Sequence[int]) -> Batch:
         """The samples `sample_ids`, in that order."""

@@ -14,10 +14,13 @@ they make up the wanted share of the BYTES. A threshold on the hash was refused:
 by chance. A file larger than a quarter of the wanted bytes is skipped, or the largest (0.7 MB of help topics) would be
 most of the validation set.
 
-**Text files** are read as a stream of pieces (text, ends its document) and at most one piece is in memory. A `.jsonl`
-file holds one document a line, each one piece. Any other file is one document, cut at line ends about every million
-characters, so a file may be larger than memory. Text is kept byte for byte: no newline is translated, nothing is
-normalized, and text that is not UTF-8 is an error that names the place.
+**Text files** are read as a stream of pieces (text, ends its document), and at most a million characters, or one JSON
+line, are in memory. A `.jsonl` file holds one document a line. Any other file is one document, cut at line ends about
+every million characters, so a file may be larger than memory. A run of more than 4,096 characters without white space,
+or of white space alone, is cut after each 4,096, since BPE takes quadratic time in the length of a run: the ids of
+such text differ from those of the uncut text at the cuts, its bytes do not; no other text is concerned. Text is kept
+byte for byte: no newline is translated, nothing is normalized, and text that is not UTF-8 is an error that names the
+place.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -33,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from fp8moe.data.durable import unreadable
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.limits import Range, check_fields
 
@@ -45,6 +50,9 @@ TEXT_ENDINGS = (".txt", ".text", ".md")
 JSON_ENDINGS = (".jsonl", ".ndjson")
 PIECE_CHARS = 1 << 20
 _LINE_CHARS = 1 << 16
+RUN_CHARS = 4096
+_RUN = re.compile(rf"\S{{{RUN_CHARS}}}|\s{{{RUN_CHARS}}}")
+_LONG_RUN = re.compile(rf"\S{{{RUN_CHARS}}}(?=\S)|\s{{{RUN_CHARS}}}(?=\s)")
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,14 @@ def _is_kept(name: str) -> bool:
 
 
 def read_source(path: Path) -> str | None:
-    """The text of a Python file in the encoding it declares; None when it can't be decoded that way."""
-    raw = path.read_bytes()
+    """The text of a Python file in the encoding it declares; None when it can't be decoded that way.
+
+    Raises DataError where the file can't be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
         return raw.decode(encoding)
@@ -190,21 +204,39 @@ def content_key(documents: list[Document]) -> str:
 
 
 def find_files(inputs: Iterable[str]) -> list[Path]:
-    """The files in `inputs`, and those with a known ending below the folders in `inputs` (sorted), each file once."""
+    """The files in `inputs`, and those with a known ending below the folders in `inputs` (sorted), each file once.
+
+    Raises DataError where one does not exist, or a folder below can't be listed: its text would be missing silently.
+    """
     found: dict[Path, None] = {}
     for name in inputs:
         path = Path(name)
-        if path.is_dir():
-            known = (file for file in path.rglob("*") if file.suffix.lower() in TEXT_ENDINGS + JSON_ENDINGS)
-            found.update(dict.fromkeys(sorted(file for file in known if file.is_file())))
-        elif path.is_file():
-            found[path] = None
-        else:
-            raise DataError(f"{name} does not exist: give text files, .jsonl files or folders of them")
+        try:
+            if path.is_dir():
+                found.update(dict.fromkeys(sorted(_known_below(path))))
+            elif path.is_file():
+                found[path] = None
+            else:
+                raise DataError(f"{name} does not exist: give text files, .jsonl files or folders of them")
+        except OSError as error:
+            raise unreadable(error.filename or name, error) from error
     if not found:
         endings = ", ".join(TEXT_ENDINGS + JSON_ENDINGS)
         raise DataError(f"0 files found in {', '.join(map(str, inputs))}: a folder must hold files ending in {endings}")
     return list(found)
+
+
+def _known_below(root: Path) -> Iterator[Path]:
+    """Files with a known ending below `root`; links to folders are not followed. Raises OSError."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(root, onerror=refuse):
+        for name in names:
+            file = Path(folder, name)
+            if file.suffix.lower() in TEXT_ENDINGS + JSON_ENDINGS and file.is_file():
+                yield file
 
 
 def read_pieces(path: Path, json_key: str = "text") -> Iterator[tuple[str, bool]]:
@@ -218,7 +250,7 @@ def read_pieces(path: Path, json_key: str = "text") -> Iterator[tuple[str, bool]
         byte = error.object[error.start]
         raise DataError(f"{path} is not UTF-8 text (byte 0x{byte:02x}, {error.reason}): convert it to UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def _text_document(handle: TextIO) -> Iterator[tuple[str, bool]]:
@@ -227,10 +259,24 @@ def _text_document(handle: TextIO) -> Iterator[tuple[str, bool]]:
     while piece := handle.read(PIECE_CHARS):
         piece += "" if piece.endswith("\n") else handle.readline(_LINE_CHARS)
         if previous:
-            yield previous, False
+            yield from _cut(previous, False)
         previous = piece
     if previous:
-        yield previous, True
+        yield from _cut(previous, True)
+
+
+def _cut(text: str, ends: bool) -> Iterator[tuple[str, bool]]:
+    """The text in pieces, cut after every RUN_CHARS of a run without white space, or of nothing else."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()], False
+        start = run.end()
+    yield text[start:], ends
+
+
+def is_inside_run(piece: str) -> bool:
+    """Whether a piece is from within a long run."""
+    return _RUN.fullmatch(piece) is not None
 
 
 def _json_documents(handle: TextIO, path: Path, json_key: str) -> Iterator[tuple[str, bool]]:
@@ -243,8 +289,11 @@ def _json_documents(handle: TextIO, path: Path, json_key: str) -> Iterator[tuple
             raise DataError(
                 f"{path} line {number} is not JSON ({error.msg} at column {error.colno}): write one JSON object a line"
             ) from error
+        except (RecursionError, ValueError) as error:  # nested too deep; a number of more than 4,300 digits
+            raise DataError(f"{path} line {number} can't be read as JSON ({error}): remove that line") from error
         if not isinstance(record, dict) or json_key not in record:
             keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+            keys = keys if len(keys) <= 200 else f"{keys[:200]}..."
             raise DataError(f"{path} line {number} has no key {json_key!r}, it has {keys or 'none'}: use --json-key")
         text = record[json_key]
         if not isinstance(text, str):
@@ -258,4 +307,4 @@ def _json_documents(handle: TextIO, path: Path, json_key: str) -> Iterator[tuple
                 f"{path} line {number}: character {error.start} is half of a surrogate pair: remove it or write both"
             ) from error
         if text:
-            yield text, True
+            yield from _cut(text, True)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fp8moe.data.durable import is_file, unreadable, write_text
 from fp8moe.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,6 +33,8 @@ SPECIAL_TOKENS = (END_OF_TEXT, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)
 # The end-of-text token of published byte-level tokenizers, most specific name first.
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MAX_VOCAB_SIZE = 1 << 20  # four times that of the largest published tokenizers
+MAX_IDS = 1 << 31  # of a token file's int32
 _BATCH_CHARS = 4 << 20
 
 
@@ -49,6 +52,8 @@ class TokenizerInfo:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE of at most `vocab_size` tokens (fewer when `texts` have too few pairs of tokens)."""
+    if vocab_size > MAX_VOCAB_SIZE:  # for which the library would reserve memory, and end the process
+        raise ConfigError(f"vocab_size={vocab_size} is more than can be trained: use at most {MAX_VOCAB_SIZE}")
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
             f"vocab_size={vocab_size} is too small: a byte-level vocabulary has 256 bytes and {len(SPECIAL_TOKENS)} "
@@ -68,27 +73,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer.json. Raises DataError when it is missing, broken, or not byte-level."""
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist: a tokenizer is one tokenizer.json file")
+    """Reads a tokenizer.json. Raises DataError when it is missing, unreadable, broken, or not byte-level."""
+    text = _read(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer.json that the tokenizers library can read ({error})") from error
+        tokenizer = Tokenizer.from_str(text.decode())
+    except BaseException as error:  # the library raises bare Exception, and its panics derive from BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is not a tokenizer.json that the tokenizers library can read ({reason})") from error
+    if not tokenizer.get_vocab_size():
+        raise DataError(f"{path} has a vocabulary of 0 tokens: a tokenizer needs at least 1")
+    if num_ids(tokenizer) > MAX_IDS:
+        raise DataError(f"{path} has ids up to {num_ids(tokenizer) - 1} and token files hold ids below {MAX_IDS}")
     if not _is_byte_level(json.loads(tokenizer.to_str()).get("decoder")):
         raise DataError(f"{path} is not a byte-level tokenizer (its decoder is not ByteLevel): use a byte-level BPE")
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
-    """Writes a tokenizer.json under a temporary name and renames it, so that no reader sees half a file."""
-    final = Path(path)
-    scratch = final.with_name(f".{final.name}.{os.getpid()}")
+def _read(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a tokenizer.json. Raises DataError."""
+    if not is_file(Path(path)):
+        raise DataError(f"{path} does not exist: a tokenizer is one tokenizer.json file")
     try:
-        scratch.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        scratch.replace(final)
-    finally:
-        scratch.unlink(missing_ok=True)
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
+    """Writes a tokenizer.json, whole or not at all. Raises OSError."""
+    write_text(Path(path), tokenizer.to_str(pretty=True))
 
 
 def _is_byte_level(decoder: dict[str, object] | None) -> bool:
@@ -184,15 +199,13 @@ def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a tokenizer.json. Raises DataError when it does not exist."""
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist: a tokenizer is one tokenizer.json file")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a tokenizer.json. Raises DataError when it can't be read."""
+    return hashlib.sha256(_read(path)).hexdigest()
 
 
 def tokenizer_beside(prefixes: Sequence[str]) -> Path | None:
     """PREFIX.tokenizer.json of the token files `prefixes`; None when none has one. Raises DataError if two differ."""
-    present = [path for path in (Path(f"{prefix}.tokenizer.json") for prefix in prefixes) if path.is_file()]
+    present = [path for path in (Path(f"{prefix}.tokenizer.json") for prefix in prefixes) if is_file(path)]
     for path in present[1:]:
         if file_hash(path) != file_hash(present[0]):
             raise DataError(

@@ -18,6 +18,8 @@ from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.consistency import check_consistency
 from fp8moe.train.ema import Ema
+from fp8moe.train.garbage import collect_if_due, no_collection_within_steps
+from fp8moe.train.memory import out_of_memory_in_words
 from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.preempt import Preemption
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes, release_run_dir
@@ -51,7 +53,8 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
                 if run.is_first:
                     tokenizer = run.data.tokenizer
                     describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
-                return run_to_end(run, started)
+                with out_of_memory_in_words(run), no_collection_within_steps():
+                    return run_to_end(run, started)
             except Exception:
                 logger.exception("rank %d ends here", mesh.rank)
                 raise
@@ -77,16 +80,17 @@ def run_to_end(run: Run, started: float) -> Summary:
                 check_consistency(run)
             run_logger.note(report, *_validations(run))
             waited = _save(run)
-            run_logger.note_saved(run.saver.finished())
+            collect_if_due(run.step)
+            run_logger.note_saved(run.saver.finished(), run.saver.failures())
             if run.guard.problem is not None:
                 with preemption.changing():
                     run_logger.note_rollback(roll_back(run))
                     run.point = save_point(run)
         with preemption.changing():
-            run.saver.wait()
+            run.saver.close()
             if run.ema is not None:
                 run.ema.wait()
-            run_logger.note_saved(run.saver.finished())
+            run_logger.note_saved(run.saver.finished(), run.saver.failures())
             if run.guard.in_a_row:
                 raise NonFiniteError(f"step {run.step}, the run's last, was skipped, so it is not saved: {ADVICE}")
             preemption.finish()

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fp8moe.data.durable import write_text
 from fp8moe.errors import ConfigError
 from fp8moe.limits import COUNT, POSITIVE, check_fields
 
@@ -148,9 +149,7 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # the last line of a run that was killed while writing it
             continue
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _start_wandb(run_dir: Path, config: LoggingConfig, name: str, settings: Mapping[str, Any]) -> Any:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from fp8moe.data.durable import copy_file, make_folder, sync, write_text
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
 from fp8moe.train.checkpoint.location import location
@@ -77,7 +77,7 @@ def make_run_dir(run_dir: str | None, name: str, resume: str) -> Path:
     if run_dir is not None:
         check_run_dir(run_dir, resume)
         path = Path(run_dir)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     else:
         path = _new_directory(DEFAULT_PARENT, f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
     (path / LOGS).mkdir(exist_ok=True)
@@ -136,9 +136,9 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 def describe_start(run_dir: Path, step: int, config: str, tokenizer: Path | None) -> None:
     """Write what a start after `step` steps was configured with (`config`, YAML), and keep a copy of its tokenizer."""
     for name in (f"config-{step}.yaml", "config.yaml"):
-        (run_dir / name).write_text(config, encoding="utf-8")
+        write_text(run_dir / name, config)
     if tokenizer is not None and not _same_file(tokenizer, run_dir / "tokenizer.json"):
-        shutil.copyfile(tokenizer, run_dir / "tokenizer.json")
+        copy_file(tokenizer, run_dir / "tokenizer.json")
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -150,7 +150,9 @@ def _new_directory(parent: Path, name: str) -> Path:
     while True:
         path = parent / (name if number == 1 else f"{name}-{number}")
         try:
-            path.mkdir(parents=True)
+            make_folder(parent)
+            path.mkdir()
+            sync(parent)
             return path
         except FileExistsError:
             number += 1

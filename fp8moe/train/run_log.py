@@ -82,8 +82,10 @@ class RunLogger:
         """Steps of this attempt so far."""
         return len(self._steps)
 
-    def note_saved(self, checkpoints: Sequence[Location]) -> None:
-        """Report checkpoints that have been completed."""
+    def note_saved(self, checkpoints: Sequence[Location], failures: Sequence[Exception] = ()) -> None:
+        """Report checkpoints that have been completed, and those that training goes on without."""
+        for error in failures:
+            self._print(f"{error}; training goes on without it (checkpoint.on_failure=continue)")
         for path in checkpoints:
             self._log.info("checkpoint %s is complete", path)
 

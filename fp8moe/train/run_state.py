@@ -196,7 +196,7 @@ def save_and_stop(run: Run, first: int) -> str:
         return f"nothing is saved of step {step}, which was skipped; resume={run.run_dir} goes on from before it"
     if step not in (first, run.saver.newest):
         start_checkpoint(run, run.point)
-    run.saver.wait()
+    run.saver.close()
     if run.saver.newest is None:
         return f"no step was done since step {first}"
     return f"step {run.saver.newest} is saved, resume={run.run_dir} goes on"
@@ -205,5 +205,5 @@ def save_and_stop(run: Run, first: int) -> str:
 def save_checkpoint(run: Run) -> checkpoint.Location:
     """Write a checkpoint of the run's present state and wait for it. Collective over all ranks."""
     start_checkpoint(run)
-    run.saver.wait()
+    run.saver.close()
     return run.saver.finished()[-1]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fp8moe.data.durable import write_text
 from fp8moe.layers.router import max_violation
 from fp8moe.train.metrics import finite
 from fp8moe.train.step_trace import StepFigures
@@ -60,9 +61,7 @@ def balance(loads: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, li
 
 def write_summary(summary: Summary, path: Path) -> None:
     """Write it as JSON; the file is either complete or absent."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(finite(asdict(summary)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(finite(asdict(summary)), indent=1, allow_nan=False) + "\n")
 
 
 def table(summary: Summary) -> str:

@@ -111,7 +111,7 @@ def test_a_failure_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
         (["--input", "{in}", "--tokenizer", "{in}/b.txt"], 3, "is not a tokenizer.json"),
         (["--input", "{in}", "--end-of-text", "<end>"], 3, "no end-of-text token '<end>'"),
         (["--input", "{in}", "--workers", "0"], 2, "--workers 0"),
-        (["--input", "{in}", "--output", "{in}/b.txt/x"], 3, "b.txt: File exists"),
+        (["--input", "{in}", "--output", "{in}/b.txt/x"], 3, "b.txt can't be written (File exists)"),
     ],
 )
 def test_bad_input_is_one_sentence(

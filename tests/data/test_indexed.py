@@ -216,12 +216,13 @@ def test_no_index_is_ever_beside_tokens_of_another_version(tmp_path: Path, monke
     states, flushed = [], []
     real = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, to: states.append(sorted(os.listdir(tmp_path))) or real(self, to))
-    monkeypatch.setattr(indexed, "sync", lambda path: flushed.append((path.name.split(".")[2], len(states))))
+    monkeypatch.setattr(indexed, "sync", lambda path: flushed.append((path.name.split(".")[2:3], len(states))))
     with IndexedWriter(tmp_path / "x", 100) as writer:
         writer.write(np.array([2]))
         writer.end_document()
     assert len(states) == 2 and not any("x.idx" in names for names in states)
-    assert flushed == [("bin", 0), ("idx", 0)]  # both before the first rename
+    assert flushed[:2] == [(["bin"], 0), (["idx"], 0)]  # both before the first rename
+    assert [renames for _, renames in flushed[2:]] == [2], "the names, after both"
 
 
 def test_ids_past_the_vocabulary_are_found_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fp8moe.limits import Range, check_fields
 from fp8moe.train.checkpoint.location import location
@@ -17,6 +18,9 @@ class CheckpointConfig:
     every: steps between checkpoints (0: none before the end). at_end: one after the last step. keep: how many stay;
     keep_every: those of every so many steps stay as well (0: none). background: written while training goes on.
     path: the folder that holds them, a path or a URL (None: run_dir/checkpoints).
+    on_failure: what follows where one can't be written: "stop" ends the run, by default, since training that nothing
+    keeps is lost by the next fault; "continue" says so and tries again when the next is due, and only the last one's
+    failure ends the run.
     """
 
     every: int = 0
@@ -25,6 +29,7 @@ class CheckpointConfig:
     keep_every: int = 0
     background: bool = True
     path: str | None = None
+    on_failure: Literal["stop", "continue"] = "stop"
 
     def __post_init__(self) -> None:
         check_fields(

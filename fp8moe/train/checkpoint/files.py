@@ -10,11 +10,12 @@ cut off meanwhile kills the process without a sentence, for 12 instead of 9 GB/s
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 from pathlib import Path
 from typing import BinaryIO
 
+from fp8moe.data.durable import make_folder, sync
 from fp8moe.train.checkpoint.hashed_file import HashedFile, WrittenFile
 from fp8moe.train.checkpoint.location import Location, Url
 from fp8moe.train.checkpoint.remote import RemoteFolder
@@ -61,7 +62,7 @@ class LocalFolder:
 
     def make(self) -> None:
         """Make it, unless it exists."""
-        self._path.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path)
 
     def remove_itself(self) -> None:
         """Delete it; it is empty."""
@@ -86,11 +87,7 @@ class LocalFolder:
 
     def sync(self) -> None:
         """Wait until the names in it are on disk; its files were synchronized when they were closed."""
-        descriptor = os.open(self._path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(self._path)
 
 
 Folder = LocalFolder | RemoteFolder
@@ -137,5 +134,7 @@ def writing_problem(where: Location) -> str | None:
         if not folder.names():
             folder.remove_itself()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.remove(".writable")
         return error.strerror or str(error)
     return None

@@ -25,9 +25,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from fp8moe.data.durable import unwritable
 from fp8moe.errors import ConfigError, DataError, SpaceError
 from fp8moe.train.checkpoint.config import CheckpointConfig
-from fp8moe.train.checkpoint.files import clear, delete, folder_of, write_bytes, writing_problem
+from fp8moe.train.checkpoint.files import Folder, clear, delete, folder_of, write_bytes, writing_problem
 from fp8moe.train.checkpoint.location import Location
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from fp8moe.train.checkpoint.pieces import LoadPlanner, Pieces, SavePlanner
@@ -54,11 +55,12 @@ def save(
 ) -> Location:
     """Write `root/step-N`, whose state.json is `state`, and delete what `kept` does not keep. Collective over `group`.
 
-    Raises DataError, on every rank, where a file can't be written; what was there before stays.
+    Raises SpaceError, on every rank, where the disk is full, DataError where a file can't be written otherwise;
+    what was there before stays, and what was written goes.
     """
     final = folder_of(root / f"step-{step}")
     written = final.written_as()
-    with _one_sentence(final.where, group):
+    with _one_sentence(final.where), _removed_on_error(written, is_first):
         _on_first(is_first, group, lambda: clear(written, first=MANIFEST_FILE))
         writer = SafetensorsWriter(written)
         dcp.save(
@@ -112,22 +114,32 @@ def _last_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _one_sentence(path: Location, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Turn what goes wrong while writing into a DataError; torch's CheckpointException derives from BaseException."""
+def _one_sentence(path: Location) -> Iterator[None]:
+    """Turn what goes wrong while writing into a SpaceError or a DataError; torch's CheckpointException derives from
+    BaseException."""
+    advice = "free space or name another run_dir or checkpoint.path; the checkpoints before it are as they were"
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"checkpoint {path} can't be written ({error.strerror or error}): free space or name another run_dir or "
-            "checkpoint.path; the checkpoints before it are as they were"
-        ) from error
+        raise unwritable(f"checkpoint {path}", error, advice) from error
     except dcp.api.CheckpointException as failed:
         rank, wrapped = next(iter(failed.failures.items()))
         cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-        raise DataError(
-            f"checkpoint {path} can't be written (rank {rank}: {_last_line(cause)}): free space or "
-            "name another run_dir or checkpoint.path; the checkpoints before it are as they were"
-        ) from failed
+        number = cause.errno if isinstance(cause, OSError) else None
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else _last_line(cause)
+        raise unwritable(f"checkpoint {path}", OSError(number, f"rank {rank}: {reason}"), advice) from failed
+
+
+@contextlib.contextmanager
+def _removed_on_error(written: Folder, is_first: bool) -> Iterator[None]:
+    """Delete what a save that failed has written, unless it is whole: it would keep the disk full."""
+    try:
+        yield
+    except (OSError, dcp.api.CheckpointException):
+        with contextlib.suppress(OSError):
+            if is_first and not written.has(MANIFEST_FILE):
+                delete(written, last=MANIFEST_FILE)
+        raise
 
 
 def complete(root: Location) -> list[Location]:

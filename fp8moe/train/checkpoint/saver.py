@@ -3,7 +3,8 @@
 `start` returns at once. A thread copies the state to the host; the optimizer waits for that copy (`wait_copied`), since
 until it the state does not change. Then the thread writes, in a process group of its own, so that its collectives never
 meet the training's. One checkpoint is in flight: the next start waits for it. What went wrong in the thread is raised
-by the next call, on every rank, because the write itself is collective.
+by the next call, on every rank, because the write itself is collective; under `on_failure=continue` a disk that refuses
+is reported instead, and raised by `close` if the newest checkpoint failed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fp8moe.errors import DataError, SpaceError
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.folder import save
 from fp8moe.train.checkpoint.location import Location
@@ -39,6 +41,8 @@ class Saver:
         self._error: BaseException | None = None
         self._finished: list[Location] = []
         self.newest: int | None = None  # the step of the last one that was started
+        self._failures: list[DataError | SpaceError] = []
+        self._newest_failed: DataError | SpaceError | None = None
 
     def start(
         self, step: int, state: str, tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None = None
@@ -50,7 +54,7 @@ class Saver:
         self.wait()
         self.newest = step
         if not self._config.background and ready is None:
-            self._finished.append(self._save(step, state, tensors(lambda tensor: tensor)))
+            self._save(step, state, tensors(lambda tensor: tensor))
             return
         self._copied.clear()
         if ready is None and torch.cuda.is_available():
@@ -71,6 +75,17 @@ class Saver:
         paths, self._finished = self._finished, []
         return paths
 
+    def failures(self) -> list[DataError | SpaceError]:
+        """What went wrong since the last call, under `on_failure=continue`."""
+        errors, self._failures = self._failures, []
+        return errors
+
+    def close(self) -> None:
+        """Wait for the checkpoint in flight. Raises what went wrong with the newest."""
+        self.wait()
+        if self._newest_failed is not None:
+            raise self._newest_failed
+
     def wait(self) -> None:
         """Wait for the checkpoint in flight. Raises what went wrong."""
         if self._thread is None:
@@ -87,13 +102,22 @@ class Saver:
                 copies = _copied(tensors, ready)
             finally:
                 self._copied.set()
-            path = self._save(step, state, copies)
-            self._finished.append(path)  # the list is looked up afterwards: `finished` may have taken the one before
+            self._save(step, state, copies)
         except BaseException as error:
             self._error = error
 
-    def _save(self, step: int, state: str, tensors: Tensors) -> Location:
-        return save(self.root, step, state, tensors, kept=self._config, is_first=self._is_first, group=self.group)
+    def _save(self, step: int, state: str, tensors: Tensors) -> None:
+        kept, first, group = self._config, self._is_first, self.group
+        try:
+            path = save(self.root, step, state, tensors, kept=kept, is_first=first, group=group)
+        except (DataError, SpaceError) as error:
+            if kept.on_failure == "stop":
+                raise
+            self.newest, self._newest_failed = None, error
+            self._failures.append(error)
+        else:
+            self._newest_failed = None
+            self._finished.append(path)  # the list is looked up afterwards: `finished` may have taken the one before
 
 
 def _copied(tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None) -> Tensors:

@@ -145,7 +145,13 @@ class SafetensorsWriter(StorageWriter):
         results: list[WriteResult] = []
         if plan.items:
             file = f"rank-{plan.storage_data}.safetensors"
-            written = write_safetensors(self.folder, file, [_part(item, planner) for item in plan.items])
+            parts = [_part(item, planner) for item in plan.items]
+            try:
+                written = write_safetensors(self.folder, file, parts)
+            except OSError as error:
+                need, free = sum(part.num_bytes for part in parts) / 1e9, self.folder.free() / 1e9
+                reason = f"{error.strerror or error}; {file} needs {need:.3g} GB and {free:.3g} GB are free"
+                raise OSError(error.errno, reason) from error
             results = [WriteResult(item.index, written.size, (file, part_name(item), written)) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from fp8moe.__main__ import main
-from fp8moe.train.checkpoint.hashed_file import HashedFile
+from fp8moe.train.checkpoint.hashed_file import HashedFile, WrittenFile
+from fp8moe.train.metrics import StepReport
+from fp8moe.train.run import Run
+from fp8moe.train.step import train_step
 from tests.train.runs import SMALL, write_corpus
 
 
@@ -142,7 +145,7 @@ def test_where_nothing_can_be_written(corpus: list[str], tmp_path: Path, capsys)
 
 
 def test_a_disk_without_room(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """At start: exit code 7; while a checkpoint is written: 3. What was there stays."""
+    """Exit code 7, at start and while a checkpoint is written. What was there stays, and nothing else."""
     before = bytes_of(run / "checkpoints")
     usage = shutil.disk_usage(run)
     with monkeypatch.context() as patch:
@@ -160,7 +163,43 @@ def test_a_disk_without_room(run: Path, monkeypatch: pytest.MonkeyPatch, capsys)
 
     monkeypatch.setattr(HashedFile, "write", until_full)
     code, sentence = refused([f"resume={run}", "steps=3"], capsys)
-    assert code == 3 and sentence.startswith(f"checkpoint {run / 'checkpoints' / 'step-3'} can't be written (rank 0: ")
-    assert "No space left on device" in sentence and sentence.endswith("the checkpoints before it are as they were")
+    assert code == 7 and sentence.startswith(f"checkpoint {run / 'checkpoints' / 'step-3'} can't be written (rank 0: ")
+    assert (
+        "(rank 0: No space left on device; rank-0.safetensors needs 0.00" in sentence and " GB are free): " in sentence
+    )
+    assert sentence.endswith("the checkpoints before it are as they were")
+    assert bytes_of(run / "checkpoints") == before and not (run / "checkpoints" / "step-3.tmp").exists()
+
+
+def test_training_goes_on_without_a_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """on_failure=continue: those of steps 3 and 4 fail and are said, that of step 5 is there; the last must be."""
+    close = HashedFile.close
+    full = [False]
+
+    def until_freed(self: HashedFile) -> WrittenFile:
+        if full[0]:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return close(self)
+
+    def step(run_: Run, **words: object) -> StepReport:
+        run_.saver.wait()
+        full[0] = run_.step < 4 or run_.step == 6  # of the steps done
+        return train_step(run_, **words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HashedFile, "close", until_freed)
+    monkeypatch.setattr("fp8moe.train.loop.train_step", step)
+    words = [f"resume={run}", "checkpoint.on_failure=continue", "checkpoint.keep=9"]
+    before = bytes_of(run / "checkpoints")
+    before.pop("latest")
+    assert main(["train", *words, "steps=5"]) == 0
+    told = capsys.readouterr().out
+    for number in (3, 4):
+        place = run / "checkpoints" / f"step-{number}"
+        assert f"checkpoint {place} can't be written (rank 0: Disk quota exceeded; " in told
+        assert not place.exists() and not place.with_name(f"{place.name}.tmp").exists()
+    assert told.count("training goes on without it (checkpoint.on_failure=continue)") == 2
     left = bytes_of(run / "checkpoints")
-    assert {name: content for name, content in left.items() if not name.startswith("step-3.tmp")} == before
+    assert left.items() >= before.items() and left["latest"] == b"step-5\n"
+    code, sentence = refused([*words, "steps=7"], capsys)
+    assert code == 7 and "step-7 can't be written (rank 0: Disk quota exceeded" in sentence
+    assert (run / "checkpoints" / "latest").read_text() == "step-6\n" and not (run / "summary.json.tmp").exists()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fp8moe.cli.compose import compose
-from fp8moe.errors import DataError
+from fp8moe.errors import DataError, SpaceError
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint import CheckpointConfig, RunState, location
@@ -116,7 +116,7 @@ def test_a_good_checkpoint_is_always_found(tmp_path: Path, monkeypatch: pytest.M
             interruption = Interruption(patch, at, error, midway=midway)
             try:
                 save(root, 3)
-            except (Killed, DataError) as raised:
+            except (Killed, DataError, SpaceError) as raised:
                 assert isinstance(error, Killed) or str(error.args[1]) in str(raised)
         steps.add(step := gone_on_from(root, tmp_path / "nowhere"))
         assert step in (2, 3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.errors import DataError
+from fp8moe.errors import SpaceError
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint import CheckpointConfig, Saver
 from fp8moe.train.checkpoint import saver as module
@@ -84,7 +84,9 @@ def test_a_disk_that_fails_is_one_sentence_and_loses_nothing(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(HashedFile, "write", full)
-    with pytest.raises(DataError, match=r"step-2 can't be written \(.*No space left on device.*\): free space or name"):
+    with pytest.raises(
+        SpaceError, match=r"step-2 can't be written \(.*No space left on device.*\): free space or name"
+    ):
         saver.start(2, "{}", of(state))
         saver.wait()
     monkeypatch.undo()
