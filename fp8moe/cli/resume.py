@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ from fp8moe.train.config import TrainConfig
 CONFIG_FILE = "config.yaml"
 _OF_THE_COMMAND = ("resume", "run_dir", "resume_changes")  # of this start alone, never taken from another
 _WEIGHTS = ("init_from", "init_from_ema")  # of the run, not of one like it
+
+
+# What every version's configuration of a run has: fields without a default.
+_NEEDED = tuple(one.name for one in fields(TrainConfig) if one.default is MISSING and one.default_factory is MISSING)
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def read_configuration(run: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path} can't be read ({reason}): name a run directory with its {CONFIG_FILE}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no settings: name a run directory with its {CONFIG_FILE}")
+    if missing := [name for name in _NEEDED if name not in tree]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}: name a run directory with a whole {CONFIG_FILE}")
     return tree
 
 
