@@ -119,6 +119,8 @@ def test_a_pipelines_checkpoint_is_everyones(corpus: list[str], tmp_path: Path, 
     for summary, _ in on_ranks([*cut, "steps=6", f"run_dir={tmp_path / 'cut'}", "resume=auto"], pp):
         assert summary.val_loss == pytest.approx(whole.val_loss, rel=1e-5)
         assert list(summary.expert_token_shares) == list(whole.expert_token_shares)
+    (step, loss, *_), (same_step, their_loss, *_) = told(tmp_path / "on")[0], told(tmp_path / "cut")[4]
+    assert step == same_step == 5 and loss == pytest.approx(their_loss, rel=1e-6), "the first loss on another layout"
 
 
 def test_old_checkpoints_go_and_the_newest_is_found(corpus: list[str], tmp_path: Path) -> None:
