@@ -38,8 +38,9 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """Every file but the logs."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "logs")
+    """Every file but the logs and the list of starts."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.name != "starts.jsonl")
+    files = (path for path in kept if path.parent.name != "logs")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
