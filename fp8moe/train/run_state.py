@@ -132,11 +132,13 @@ def _copies(run: Run, parameter: Parameter) -> int:
 
 
 def check_finite(run: Run, group: dist.ProcessGroup | None) -> None:
-    """Raise NonFiniteError, on every rank, where a tensor that a checkpoint would hold is not finite.
+    """Raise NonFiniteError, on every rank, where a master, a moment or a router bias is not finite.
 
+    The average of the weights is left out: it is still being taken beside the training, and of finite masters.
     Collective over `group`, of all ranks.
     """
-    tensors = _tensors(run, run.optimizer.held)
+    biases = {name: router.bias_E for name, router in run.routers().items()}
+    tensors = checkpoint.run_tensors(run.optimizer.held, biases, {}, run.mesh)
     parts = {
         name: [values for _, values in one.ranges] if isinstance(one, checkpoint.Pieces) else [one]
         for name, one in tensors.items()

@@ -48,7 +48,9 @@ def test_yarn_scales_as_published() -> None:
 
 
 def test_a_factor_that_shortens_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.attention\.yarn\.factor=0\.5 must be at least 1: use 1 or more, less would shorten"):
+    with pytest.raises(
+        ValueError, match=r"model\.attention\.yarn\.factor=0\.5 must be at least 1: use 1 or more, less would shorten"
+    ):
         YarnConfig(factor=0.5)
 
 
