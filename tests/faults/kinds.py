@@ -155,5 +155,5 @@ def soaked(rng: random.Random, folder: Path, corpus: list[str]) -> str | None:
 FAULTS = (
     Fault("a rank killed around a save", killed_around_a_save, 100, 2),
     Fault("the newest checkpoint damaged", corrupted, 100, 20),
-    Fault("a soak of 1,000 steps", soaked, 1, 0),
+    Fault("a soak of a thousand steps", soaked, 1, 0),
 )
