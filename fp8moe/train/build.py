@@ -22,6 +22,7 @@ from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.model.partition import Stage
 from fp8moe.model.stage import pass_parameters
 from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.parallel.collectives import gather
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
@@ -87,6 +88,7 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         ),
         ema=make_ema(config, optimizer),
     )
+    run.shapes = _logical_shapes(model, mesh)
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
         restore(run, *chosen)
@@ -95,6 +97,12 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run
+
+
+def _logical_shapes(model: Transformer, mesh: Mesh) -> dict[str, list[int]]:
+    """The shape of every parameter of the whole model with all experts, by name. Collective over all ranks."""
+    mine = {name: checkpoint.logical_shape(parameter, mesh) for name, parameter in model.named_parameters()}
+    return {name: shape for of_rank in gather(mine, mesh.world_group) for name, shape in of_rank.items()}
 
 
 def _open_data(config: TrainConfig, mesh: Mesh) -> Data:

@@ -47,7 +47,7 @@ class Run:
     optimizer's state among replicas; None where each keeps it whole. ema: the average of the weights, where there is
     one. save_is_due: a checkpoint is owed for this step, or for one before that was skipped. loads: tokens that each
     expert has had in the whole run, by name of those stages' routers. point: the end of the last step, which a
-    preempted run saves.
+    preempted run saves. shapes: of all parameters of the whole model, with all experts, for checkpoints.
     """
 
     config: TrainConfig
@@ -71,6 +71,7 @@ class Run:
     loads: dict[str, Tensor] = field(default_factory=dict)
     preemption: Preemption = field(default_factory=Preemption)
     point: SavePoint | None = None
+    shapes: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:

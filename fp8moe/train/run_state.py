@@ -176,7 +176,13 @@ def start_checkpoint(run: Run, point: SavePoint | None = None) -> None:
     else:
         run.saver.wait()
         check_finite(run, run.saver.group)
-    origin = {"config": asdict(config), "versions": versions(), "commit": commit(), "world_size": run.mesh.world_size}
+    origin = {
+        "config": asdict(config),
+        "versions": versions(),
+        "commit": commit(),
+        "world_size": run.mesh.world_size,
+        "shapes": run.shapes,
+    }
     run.saver.start(
         at.state.step,
         checkpoint.state_text(at.state, config.model, origin),

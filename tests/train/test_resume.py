@@ -100,6 +100,8 @@ def test_any_layout_resumes_any_other(corpus: list[str], tmp_path: Path, optimiz
     alone = joined([stored(built(configured([*settings, f"resume={path}", "steps=9"])))])
     assert differing(joined(tensors for _, tensors in saved), alone) == []
     assert not any(tensor.isnan().any() for tensor in alone.values())
+    stacked = json.loads((path / "state.json").read_text())["shapes"]["blocks.1.moe.experts.down.weight"]
+    assert stacked == [4, 64, 32], "all experts, of which a rank held two"
 
 
 PIPELINES = [("1f1b", 2), ("dualpipe", 2), ("dualpipev", 1)]
@@ -114,6 +116,9 @@ def test_a_pipelines_checkpoint_is_everyones(corpus: list[str], tmp_path: Path, 
     alone = joined([stored(built(configured([*settings, f"resume={path}", "steps=9"])))])
     assert differing(joined(tensors for _, tensors in saved), alone) == []
     assert {summary.val_loss for summary, _ in saved} == {saved[0][0].val_loss}
+    shapes = json.loads((path / "state.json").read_text())["shapes"]
+    whole_model = built(configured([*settings, "run_dir=null"])).model
+    assert shapes == {name: list(parameter.shape) for name, parameter in whole_model.named_parameters()}
 
     whole, _ = run_once([*settings, "steps=6", f"run_dir={tmp_path / 'on'}", f"resume={path}"], 1)
     for summary, _ in on_ranks([*cut, "steps=6", f"run_dir={tmp_path / 'cut'}", "resume=auto"], pp):
