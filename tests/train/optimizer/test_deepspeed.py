@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from fp8moe.errors import ConfigError
@@ -28,6 +28,7 @@ from fp8moe.train.run_state import save_checkpoint
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured, kept, weights_of
+from tests.train.test_optimizer import parameters
 
 CONFIG = OptimizerConfig(LearningRateConfig(1.0, (Segment("constant", 1.0, 1.0),)), moments="fp32", clip_norm=1e9)
 SETTINGS = ("optimizer.moments=fp32", "checkpoint.background=false")
@@ -104,21 +105,11 @@ def test_training_equals_the_unsharded_optimizer(
         assert distance(ours, theirs, "master.") < bound
 
 
-def toy(dtype: torch.dtype) -> nn.ParameterDict:
-    """A matrix, an expert's and a norm, of odd sizes, the expert in between."""
-    generator = torch.Generator().manual_seed(0)
-    made = nn.ParameterDict()
-    for name, shape in (("matrix", (8, 17)), ("experts", (2, 4, 8)), ("norm", (15,)), ("head", (3, 5))):
-        made[name] = Parameter(torch.randn(shape, generator=generator).to(dtype))
-    made["experts"].is_expert = True  # type: ignore[attr-defined]
-    return made
-
-
 def update_toy(dtype: torch.dtype, world_size: int, ep: int, clip_norm: float, bucket: int) -> dict[str, Any]:
     """Three updates of the toy, a step that is not finite and left out in between; what an oracle needs to follow."""
     adapter.BUCKET = bucket
     mesh = build_mesh(1, world_size, ep, timeout=timedelta(seconds=60))
-    model = toy(dtype)
+    model = parameters(dtype)
     optimizer = DeepSpeedAdamW(model, attach_main_grads(model), dataclasses.replace(CONFIG, clip_norm=clip_norm), mesh)
     torch.stack([parameter.float().sum() for parameter in model.values()]).sum().backward()
     assert not optimizer._zero.ready_for_gradients, "DeepSpeed's hooks took part in a backward"
@@ -148,7 +139,7 @@ def test_update_equals_torch_on_summed_gradients(
     package: None, world_size: int, ep: int, dtype: torch.dtype, clip_norm: float, bucket: int
 ) -> None:
     ranks = run_ranks(update_toy, world_size, dtype, world_size, ep, clip_norm, bucket)
-    kinds = toy(dtype)
+    kinds = parameters(dtype)
     for rank, found in enumerate(ranks):
         oracle = {name: Parameter(p.detach().double()) for name, p in kinds.items()}
         adamw = torch.optim.AdamW(
