@@ -55,7 +55,10 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
     from fp8moe.train.config import resolve
+    from fp8moe.train.rendezvous import place
 
+    if arguments.nproc is None:
+        place(os.environ)
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
     composed, origin = compose_run(arguments.settings, num_processes or 1, arguments.from_run)
     if arguments.cfg:
@@ -91,8 +94,10 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.data.check import check_files
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
+        from fp8moe.train.rendezvous import place
 
-        world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ["RANK"]) == 0
+        here = place(os.environ)
+        world_size, is_first = here.world_size, here.rank == 0
         composed, origin = compose_run(arguments.settings, world_size, arguments.from_run)
         if arguments.cfg:
             if is_first:
