@@ -54,6 +54,7 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.cli.compose import as_yaml
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
+    from fp8moe.plan.machine_memory import check_fits
     from fp8moe.train.config import resolve
     from fp8moe.train.rendezvous import place
 
@@ -65,6 +66,7 @@ def _run(argv: Sequence[str]) -> int:
         print(composed.text, end="")
         return 0
     config = resolve(composed.config, num_processes or 1)
+    check_fits(config, num_processes or 1)
     check_files(config.data)
     if sentence := note(origin, config):
         print(sentence, flush=True)
@@ -92,6 +94,7 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.cli.compose import as_yaml
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
+        from fp8moe.plan.machine_memory import check_fits
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
         from fp8moe.train.rendezvous import place
@@ -105,6 +108,7 @@ def _rank(argv: Sequence[str]) -> int:
             return 0
         config = resolve(composed.config, world_size)
         if LAUNCHED not in os.environ:  # else the launcher did
+            check_fits(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             check_files(config.data)
             if is_first and (sentence := note(origin, config)):
                 print(sentence, flush=True)
