@@ -60,12 +60,12 @@ class RunLogger:
         config = run.config
         self._run, self._started = run, started
         self._log = logging.getLogger(__name__)
+        self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
         self._writer = (
-            MetricsWriter(run.run_dir, config.logging, config.name, dataclasses.asdict(config), run.step)
+            MetricsWriter(run.run_dir, config.logging, config.name, dataclasses.asdict(config), run.step, self.warn)
             if run.is_first
             else None
         )
-        self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
         self._expected: StepReport | None = None  # of a step whose line is not written yet
         self._written, self._writing = run.step, threading.Lock()  # the step of the last line
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)

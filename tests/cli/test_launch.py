@@ -243,6 +243,7 @@ def test_the_configuration_is_printed_once(monkeypatch: pytest.MonkeyPatch, caps
         assert main(["train", *words]) == 0
         assert capsys.readouterr().out.count("\nsteps: ") == 1
     for rank, times in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
         assert main(["train", "--cfg", "job"]) == 0
         assert capsys.readouterr().out.count("\nsteps: ") == times

@@ -1,11 +1,9 @@
-"""metrics.jsonl line by line, what a resumed run keeps of it, and wandb only when asked."""
+"""metrics.jsonl line by line, what a resumed run keeps of it, and a wandb that is not installed."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,41 +69,6 @@ def test_numbers_that_json_has_no_word_for() -> None:
         "d": "inf",
         "e": [None, 2],
     }
-
-
-def test_wandb_is_imported_when_asked_and_offline_without_a_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, Any]] = []
-    run = types.SimpleNamespace(
-        log=lambda record, step: calls.append(("log", (step, record))),
-        finish=lambda exit_code: calls.append(("finish", exit_code)),
-        summary={},
-    )
-
-    def init(**settings: Any) -> Any:
-        calls.append(("init", settings))
-        return run
-
-    fake = types.ModuleType("wandb")
-    fake.init = init  # type: ignore[attr-defined]
-    fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0).close()
-    assert calls == []
-    writer = MetricsWriter(tmp_path, LoggingConfig(wandb=True), "name", {"seed": 1}, after_step=0)
-    writer.write(REPORT, {"val_loss": 3.0})
-    writer.close({"steps": 1})
-    assert [name for name, _ in calls] == ["init", "log", "finish"]
-    assert calls[0][1]["mode"] == "offline" and calls[0][1]["config"] == {"seed": 1}
-    step, record = calls[1][1]
-    assert step == 1 and record["time/forward"] == 0.5 and record["val_loss"] == 3.0
-    assert run.summary == {"steps": 1} and calls[2][1] == 0
-    MetricsWriter(tmp_path, LoggingConfig(wandb=True), "name", {}, after_step=0).close()
-    assert calls[-1] == ("finish", 1)  # without a summary it failed
 
 
 def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
