@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -160,7 +161,7 @@ def _refused(folder: Path, words: list[str], codes: tuple[int, ...], what: str, 
     said = ranks.said()
     if code not in codes:
         return f"{what}: exit code {code}: {said[-300:]!r}"
-    if said.count("\n") != 1 or not said.startswith("fp8moe: ") or len(said) > LONGEST:
+    if said.count("\n") != 1 or not re.match("fp8moe( tokenize)?: ", said) or len(said) > LONGEST:
         return f"{what}: no sentence: {said[:300]!r}"
     written = {str(path.relative_to(work)) for path in work.rglob("*")} - left
     written |= {path.name for path in scratch.rglob("*")}
