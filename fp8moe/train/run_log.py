@@ -39,7 +39,7 @@ PACE_STEPS = 20  # the time left is estimated from so many last steps
 class LogFile(logging.FileHandler):
     """A log file that never ends a run: lines that a full disk has no room for are lost."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  its name in the library
+    def handleError(self, record: logging.LogRecord) -> None:
         """Pass over a line that can't be written."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)

@@ -8,8 +8,6 @@ Ends with 1 where something was lost.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import random
 import shutil
 import sys

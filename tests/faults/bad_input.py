@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import random
 import re
@@ -13,8 +12,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fp8moe.cli.compose import config_groups, keys_of
 from fp8moe.errors import EXIT

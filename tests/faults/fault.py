@@ -12,7 +12,7 @@ Trial = Callable[[random.Random, Path, list[str]], str | None]
 
 @dataclass(frozen=True)
 class Fault:
-    """trial(random, folder, corpus) -> what was lost, None where nothing was; raises NotHereError where it can't be made.
+    """trial(random, folder, corpus) -> what was lost, None where nothing was; NotHereError where it can't be made.
 
     kind: its name on the command line. trials, short: how many in each form.
     """

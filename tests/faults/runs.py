@@ -1,4 +1,4 @@
-"""Real processes of `fp8moe train` on a small run, forked from this warm one, whose state at the end can be compared."""
+"""Real processes of `fp8moe train` on a small run, forked from this warm one; their ends can be compared bit by bit."""
 
 from __future__ import annotations
 
@@ -70,17 +70,13 @@ class Ranks:
         return next((line for line in reversed(self.said(rank).splitlines()) if line.strip()), "")
 
 
-def start(
-    settings: Sequence[str], world_size: int, folder: Path, change: Callable[[int], None] | None = None
-) -> Ranks:
+def start(settings: Sequence[str], world_size: int, folder: Path, change: Callable[[int], None] | None = None) -> Ranks:
     """Start a run's ranks with `settings` over SETTINGS. change(rank) plants what a trial needs, in the rank."""
     words = ["train", *SETTINGS, *settings]
     return forked(words, world_size, folder, change)
 
 
-def forked(
-    words: Sequence[str], world_size: int, folder: Path, change: Callable[[int], None] | None = None
-) -> Ranks:
+def forked(words: Sequence[str], world_size: int, folder: Path, change: Callable[[int], None] | None = None) -> Ranks:
     """`fp8moe WORDS` in `world_size` processes as a launcher starts them; of one, as a single process."""
     folder.mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -174,9 +170,7 @@ def undisturbed(corpus: list[str], world_size: int, folder: Path, *more: str, li
     return _undisturbed[key]
 
 
-def went_on(
-    settings: Sequence[str], world_size: int, folder: Path, run_dir: Path, expected: Undisturbed
-) -> str | None:
+def went_on(settings: Sequence[str], world_size: int, folder: Path, run_dir: Path, expected: Undisturbed) -> str | None:
     """Start the run again and compare its end with that of the undisturbed one -> what was lost."""
     ranks = start([*settings, f"run_dir={run_dir}"], world_size, folder)
     codes = ranks.wait()
