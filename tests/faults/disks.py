@@ -114,8 +114,8 @@ def disk_full(rng: random.Random, folder: Path, corpus: list[str]) -> str | None
         whole = newest(run_dir)
         assert whole is not None
         size = sum(file.stat().st_size for file in whole.iterdir())
-        # Half of the time the tensors fit, and one of the small files behind them does not.
-        left = rng.choice((rng.randrange(size), size - rng.randrange(1 << 16)))
+        # The tensors do not fit; or they do, and a small file behind them does not; or not even a line of a log does.
+        left = rng.choice((rng.randrange(size), size - rng.randrange(1 << 16), rng.randrange(1 << 13)))
         ballast = fill(disk, left)
         codes = ranks.wait()
         if EXIT["space"] not in codes or not set(codes) <= {EXIT["space"], 1}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_the_table_tells_a_loss(tmp_path: Path) -> None:
     assert outcome.lost == ["trial 1: a step"] and outcome.row.split()[2:4] == ["2", "1"]
     assert outcome.row.endswith("trial 1: a step (1 in all)")
     assert Outcome("none", 3).row.endswith("nothing")
+    assert put(Fault("late", "late", trial, 4, 2), 4, 0, tmp_path, [], time.monotonic() - 1).trials == 0
 
 
 def test_a_fault_that_cannot_be_made_is_said(tmp_path: Path) -> None:
