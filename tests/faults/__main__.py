@@ -38,6 +38,8 @@ def put(fault: Fault, trials: int, seed: int, folder: Path, corpus: list[str], d
         except NotHereError as reason:
             outcome.skipped = str(reason)
             break
+        except TimeoutError as error:
+            lost = str(error)
         outcome.trials += 1
         if lost is not None:
             outcome.lost.append(f"trial {number}: {lost}")
