@@ -8,6 +8,7 @@ a run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -141,11 +142,26 @@ class MetricsWriter:
         """Remove the records of later steps, which are done again."""
         _keep_until(self._path, step)
 
+    _unwritten = ""  # lines that the disk had no room for
+
+    def _append(self, line: str) -> None:
+        """Write a line; one that can't be written waits for the next: what a full disk means the checkpoints decide."""
+        text, size = self._unwritten + line, self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(text)
+            self._unwritten = ""
+        except OSError as error:
+            if not self._unwritten:
+                logging.getLogger(__name__).warning("%s can't be written (%s)", self._path, error.strerror)
+            self._unwritten = text
+            with contextlib.suppress(OSError):  # half of it may be there
+                os.truncate(self._path, size)
+
     def write(self, report: StepReport, extra: Mapping[str, Any]) -> None:
         """Log one step; `extra` holds what only some steps have, such as a validation loss."""
         record = finite({**asdict(report), **extra})
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._append(json.dumps(record, allow_nan=False) + "\n")
         if self._wandb is not None:
             flat = {key: value for key, value in record.items() if key != "time"}
             flat |= {f"time/{key}": value for key, value in record["time"].items()}

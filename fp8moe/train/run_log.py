@@ -36,10 +36,24 @@ REPORT_SECONDS = 2.0  # a step is reported no later than this after its update
 PACE_STEPS = 20  # the time left is estimated from so many last steps
 
 
+class LogFile(logging.FileHandler):
+    """A log file that never ends a run: lines that a full disk has no room for are lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass over a line that can't be written."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, whatever it has not written."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def log_file(run_dir: Path, rank: int) -> Iterator[None]:
     """Write this rank's log messages and warnings to `run_dir/logs/rank-N.log` while the block runs."""
-    handler = logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    handler = LogFile(run_dir / "logs" / f"rank-{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("fp8moe")
     root.addHandler(handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,24 @@ def test_a_line_has_what_is_promised(tmp_path: Path) -> None:
     assert one["loss"] == 5.0 and one["mfu"] is None
     assert (two["loss"], two["grad_norm"], two["val_loss"]) == (None, None, 4.0)
     writer.close()
+
+
+def test_lines_of_a_full_disk_are_written_later(tmp_path: Path) -> None:
+    """A limit in the middle of the second line: nothing of it stays, and it comes with the third."""
+    writer = MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0)
+    writer.write(REPORT, {})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        writer.write(replace(REPORT, step=2), {})
+        writer.write(replace(REPORT, step=3), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    for step in (4, 5):
+        writer.write(replace(REPORT, step=step), {})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
