@@ -19,6 +19,7 @@ from fp8moe.train import checkpoint
 from fp8moe.train.finite_state import described, not_finite
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.optimizer.state import Held
+from fp8moe.train.perturbation import perturb
 from fp8moe.train.provenance import commit, versions
 from fp8moe.train.random_state import is_stored, random_state, set_random_state
 from fp8moe.train.run import Run, SavePoint
@@ -92,6 +93,14 @@ def begin_from(run: Run, path: checkpoint.Location) -> None:
     checkpoint.load(path, stored, run.mesh.world_group)
     _refresh(run, held, restart_average=True)
     logger.info("begins from the weights of %s (%s*)", path, kind)
+
+
+def perturb_weights(run: Run, size: float) -> None:
+    """Multiply each weight by 1 + size or 1 - size (`perturbation`). Collective over all ranks."""
+    held = run.optimizer.held
+    perturb(held, size, seed=run.config.seed, ep_rank=run.mesh.ep_rank)
+    _refresh(run, held, restart_average=True)
+    logger.info("each initial weight was changed by %g of it", size)
 
 
 def _refresh(run: Run, held: Mapping[str, list[Held]], *, restart_average: bool) -> None:
