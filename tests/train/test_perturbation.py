@@ -34,10 +34,12 @@ def test_each_weight_moves_by_its_share_and_nothing_else(corpus: list[str], prec
         assert torch.allclose(change.abs(), torch.full_like(change, SIZE), rtol=1e-3), name
         up, count = int((change > 0).sum()), len(change)
         assert abs(up - count / 2) < 4 * count**0.5 / 2 + 1, f"{name}: {up} of {count} went up"
-    coins = [(other[name] > plain[name])[:32] for name in moved if name.startswith("master.")]
-    assert len({tuple(coin.tolist()) for coin in coins}) == len(coins), "two parameters have the same coins"
-    experts = other["master.blocks.1.moe.experts.gate_up.weight"] > plain["master.blocks.1.moe.experts.gate_up.weight"]
-    assert len({tuple(row) for row in experts.view(4, -1)[:, :64].tolist()}) == 4, "two experts have"
+    coins = {name: other[name] / plain[name] > 1 for name in moved if name.startswith("master.")}
+    assert len({tuple(coin[:32].tolist()) for coin in coins.values()}) == len(coins), (
+        "two parameters have the same coins"
+    )
+    experts = coins["master.blocks.1.moe.experts.gate_up.weight"].view(4, -1)
+    assert len({tuple(row) for row in experts[:, :64].tolist()}) == 4, "two experts have"
 
 
 def test_weights_and_blocks_are_the_masters_rounded(corpus: list[str]) -> None:
