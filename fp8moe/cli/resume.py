@@ -30,7 +30,7 @@ from fp8moe.train.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 _OF_THE_COMMAND = ("resume", "run_dir", "resume_changes")  # of this start alone, never taken from another
-_WEIGHTS = ("init_from", "init_from_ema")  # of the run, not of one like it
+_WEIGHTS = ("init_from", "init_from_ema", "init_perturbation")  # of the run, not of one like it
 
 
 # What every version's configuration of a run has: fields without a default.
