@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
