@@ -4,6 +4,7 @@
 #   VENV=                (empty, or none) use PYTHON as it is, a container's own for example, and install nothing
 #   PINS=cpu             constraints/cpu.txt or cuda.txt; without it the latter where there is a GPU
 #   ARGS="key=value"     handed on: to `fp8moe train`, to pytest, or to every benchmark
+#   WORKERS=2            files that `make test` runs at once
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,6 +15,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 NPROC ?= auto
 BENCH_OUT ?= runs/bench
 TRITON ?= 3.6.0 3.7.1 3.8.0
@@ -43,7 +45,7 @@ endif
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@sed -n '3,6s/^# //p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '3,7s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: setup
 setup: $(SETUP) ## make .venv when it is missing or older than its pins
@@ -56,7 +58,7 @@ train: $(SETUP) ## train the main job on the embedded corpus: 4 processes on CPU
 # One thread a process: the tests start processes of their own, and two cores thrash when each takes both.
 .PHONY: test
 test: $(SETUP) ## the tests that need no GPU
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy and pytest are enough for them)
