@@ -15,7 +15,9 @@ ALPHA = tl.constexpr(SPECIFIED_ALPHA)
 @triton.jit
 def clamped(gate, up, LIMIT: tl.constexpr):
     """gate up to LIMIT and up within +-LIMIT; a NaN stays one."""
-    return tl.where(gate > LIMIT, LIMIT, gate), tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return gate, tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -32,8 +34,9 @@ def activated(gate, up, LIMIT: tl.constexpr):
 @triton.jit
 def differentiate_clamped(gate, up, dy, LIMIT: tl.constexpr):
     """`differentiate` with a limit; where a clamp took a value, no gradient passes."""
-    stopped, held = gate > LIMIT, (up > LIMIT) | (up < -LIMIT)  # a NaN is neither
-    gate, up = clamped(gate, up, LIMIT)
+    inside, within = clamped(gate, up, LIMIT)
+    stopped, held = gate - inside > 0.0, tl.abs(up - within) > 0.0  # a NaN is neither
+    gate, up = inside, within
     sigma = encode.sigmoid(gate * ALPHA)
     upstream = dy * sigma
     d_up, factor = upstream * gate, up + 1.0
