@@ -207,6 +207,8 @@ class GroupedQueryAttention(nn.Module):
         is_product_kept = c.qk_norm == "full" or (c.qk_norm == "none" and c.clip_qkv is not None)
         if not is_product_kept:
             v = v.contiguous()
+        if c.qk_norm == "head":  # rows of heads are copies, or one key head alone would keep the whole product
+            q, k = q.contiguous(), k.contiguous()
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if c.clip_qkv is not None:
