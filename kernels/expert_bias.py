@@ -42,7 +42,9 @@ def expert_bias_dgrad(dy: Rows, bias: Tensor, group_offsets: Tensor, d_weights: 
     )
 
 
-def expert_bias_wgrad(dy_columns: Rows, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None) -> None:
+def expert_bias_wgrad(
+    dy_columns: Rows, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None
+) -> None:
     """main_grad [E, N] FP32 += for each group the sum over its rows of weights [R] x dy.
 
     dy_columns: FP8 columns [N, R], groups on multiples of 128, or dy [R, N] BF16 or FP32 and groups anywhere. A group

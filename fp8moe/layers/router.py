@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fp8moe.kernels.gemm import wgrad
 from fp8moe.kernels.route import route, route_backward
-from fp8moe.layers.bias import make_bias
+from fp8moe.layers.bias import add_total, make_bias
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
@@ -112,7 +112,10 @@ class Routing:
 
 
 class Router(nn.Module):
-    """`weight` [E, D], maybe `gate_bias` [E]; buffers `bias_E` (FP32) and `counts_E` (int64 loads since the last bias update)."""
+    """`weight` [E, D], `gate_bias` [E] where it has one; buffers `bias_E` (FP32) and `counts_E` (int64).
+
+    The counts are loads since the last update of `bias_E`.
+    """
 
     bias_E: Tensor
     counts_E: Tensor
@@ -165,7 +168,7 @@ class _RouterFunction(torch.autograd.Function):
         )  # fmt: skip
         if gate_bias is not None:
             total_E = d_logits_TE.sum(0)
-            submit(lambda: main_grad_of(gate_bias).add_(total_E))
+            submit(lambda: add_total(main_grad_of(gate_bias), total_E))
         by_parts = on_tensor_cores(weight_ED)
         d_logits = split_bf16(d_logits_TE) if by_parts else d_logits_TE.unsqueeze(0)
         submit(lambda: gate_wgrad(d_logits, recall(), weight_ED.main_grad))

@@ -72,9 +72,7 @@ def dgrad_kernel(
 
 
 @triton.jit
-def sum_rows_kernel(
-    dy, weights, offsets, main_grad, N, stride_m, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def sum_rows_kernel(dy, weights, offsets, main_grad, N, stride_m, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """main_grad [E, N] += dy [rows of e, N] x weights, summed."""
     num_n = tl.cdiv(N, BLOCK_N)
     e = tl.program_id(0) // num_n
@@ -93,27 +91,27 @@ def sum_rows_kernel(
         tl.store(into, tl.load(into, mask=n < N, other=0.0) + tl.sum(total, axis=0), mask=n < N)
 
 
-@triton.jit(do_not_specialize=["R", "scale_stride_m"])
+@triton.jit(do_not_specialize=["scale_stride_m"])
 def sum_columns_kernel(
-    codes, scales, weights, offsets, main_grad, R, N, stride_n, stride_m, scale_stride_n, scale_stride_m,
+    codes, scales, weights, offsets, main_grad, N, stride_n, stride_m, scale_stride_n, scale_stride_m,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The same of FP8 columns [N, R], a tile of 128 tokens at a time."""
+    """The same of FP8 columns [N, R], a tile of 128 tokens at a time: groups are whole tiles."""
     num_n = tl.cdiv(N, BLOCK_N)
     e = tl.program_id(0) // num_n
     n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    start, end = tl.load(offsets + e), tl.load(offsets + e + 1)
+    start, end = tl.load(offsets + e) // encode.TILE, tl.load(offsets + e + 1) // encode.TILE
     if start < end:
         total = tl.zeros((BLOCK_N, encode.TILE), tl.float32)
         far = n.to(tl.int64)
-        for tile in range(start // encode.TILE, tl.cdiv(end, encode.TILE)):
-            m = tile * encode.TILE + tl.arange(0, encode.TILE)
-            where = codes + far[:, None] * stride_n + m.to(tl.int64)[None, :] * stride_m
-            value = tl.load(where, mask=(n < N)[:, None] & (m < R)[None, :], other=0.0).to(tl.float32)
+        for tile in range(start, end):
+            m = tl.cast(tile, tl.int64) * encode.TILE + tl.arange(0, encode.TILE)
+            where = codes + far[:, None] * stride_n + m[None, :] * stride_m
+            value = tl.load(where, mask=(n < N)[:, None], other=0.0).to(tl.float32)
             scale = scales + far * scale_stride_n + tl.cast(tile, tl.int64) * scale_stride_m
             value *= tl.load(scale, mask=n < N, other=0.0)[:, None]
             if weights is not None:
-                value *= tl.load(weights + m, mask=m < R, other=0.0)[None, :]
+                value *= tl.load(weights + m)[None, :]
             total += value
         into = main_grad + e.to(tl.int64) * N + n
         tl.store(into, tl.load(into, mask=n < N, other=0.0) + tl.sum(total, axis=1), mask=n < N)
@@ -137,9 +135,7 @@ def expert_bias_dgrad_fp8(dy: Fp8Tensor, bias: Tensor, group_offsets: Tensor, d_
     _launch_dgrad(last_dim_contiguous(dy.data), dy.scale, bias, group_offsets, d_weights)
 
 
-def _launch_dgrad(
-    data: Tensor, scale: Tensor | None, bias: Tensor, group_offsets: Tensor, d_weights: Tensor
-) -> None:
+def _launch_dgrad(data: Tensor, scale: Tensor | None, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
     r, n = data.shape
     if data.numel() and len(bias):
         launch(
@@ -164,11 +160,11 @@ def expert_bias_wgrad(dy: Tensor, group_offsets: Tensor, main_grad: Tensor, weig
 def expert_bias_wgrad_fp8(
     dy_columns: Fp8Tensor, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None
 ) -> None:
-    (e, n), r = main_grad.shape, dy_columns.shape[1]
-    if main_grad.numel() and r:
+    e, n = main_grad.shape
+    if main_grad.numel() and dy_columns.shape[1]:
         launch(
             sum_columns_kernel, (e * ceil_div(n, FP8_COLUMNS),),
-            dy_columns.data, dy_columns.scale, _contiguous(weights), group_offsets.contiguous(), main_grad, r, n,
+            dy_columns.data, dy_columns.scale, _contiguous(weights), group_offsets.contiguous(), main_grad, n,
             *dy_columns.data.stride(), *dy_columns.scale.stride(), BLOCK_N=FP8_COLUMNS, num_warps=NUM_WARPS,
         )  # fmt: skip
 

@@ -119,9 +119,7 @@ def clamped_cases() -> Iterator[Case]:
     yield "triton expert_bias_wgrad fp8", summed
 
 
-def _there_and_back(
-    ops: Any, dy: Tensor, gate_up: Tensor, weights: Tensor | None, limit: float | None = None
-) -> None:
+def _there_and_back(ops: Any, dy: Tensor, gate_up: Tensor, weights: Tensor | None, limit: float | None = None) -> None:
     ops.silu_mul(gate_up, weights, limit=limit)
     ops.silu_mul_backward(dy, gate_up, weights, limit=limit)
 

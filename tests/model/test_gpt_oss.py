@@ -1,4 +1,4 @@
-"""GPT-OSS against `transformers`: same weights, same logits, same gradients, in shapes that differ from the released."""
+"""GPT-OSS against `transformers`: same weights, same logits, same gradients, in shapes unlike the released."""
 
 from __future__ import annotations
 

@@ -93,7 +93,10 @@ class _BlockedAttention(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.softmax = scale, _Softmax(q.shape[2], mask_BSS, window, None if sinks is None else sinks.detach())
+        ctx.scale, ctx.softmax = (
+            scale,
+            _Softmax(q.shape[2], mask_BSS, window, None if sinks is None else sinks.detach()),
+        )
         values = _heads_first(v)
         queries, keys = _heads_first(q).float() * scale, _heads_first(k).float()
         out = torch.empty_like(values)

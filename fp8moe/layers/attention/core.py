@@ -199,9 +199,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: None, *, window:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: BlockMask, *, sinks: Tensor | None = None
-) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: BlockMask, *, sinks: Tensor | None = None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by FlexAttention, compiled: as it is written it would keep every score."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     flex = functools.partial(_compiled_flex_attention(), block_mask=blocks, scale=scale)

@@ -133,14 +133,14 @@ class GqaConfig:
     def kept_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that one layer keeps for its backward, beside its input.
 
-        Always q, k, v, attention's output (E5M6 under FP8, with sinks also what they multiply) and its log-sum-exp. With norms also what they norm and the
-        1/rms of each row; with clipping what is clipped.
+        Always q, k, v, attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the
+        1/rms of each row; with clipping what is clipped; with sinks what they multiply, and by what.
         """
         wide = recipe.dtype.itemsize
         saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
         total = wide * (self.queries + 2 * self.keys) + saved_output * self.queries + 4.0 * self.num_heads
         if self.sinks:
-            total += 4 * self.num_heads + (wide * self.queries if recipe.fp8 else 0)
+            total += wide * self.queries + 4 * self.num_heads
         if self.qk_norm != "none":
             total += wide * (self.queries + self.keys)
             total += 4 * (self.num_heads + self.num_kv_heads if self.qk_norm == "head" else 2)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8moe.layers.bias import add_total
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
@@ -46,7 +47,7 @@ class _WidenedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         sinks, (gradient,) = ctx.sinks, grads
-        submit(lambda: main_grad_of(sinks).add_(gradient))
+        submit(lambda: add_total(main_grad_of(sinks), gradient))
 
 
 class _SinksFunction(torch.autograd.Function):
