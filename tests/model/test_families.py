@@ -83,6 +83,20 @@ def ours_of(c: ModelConfig) -> Transformer:
     return model
 
 
+def test_biases_begin_at_zero_and_norms_at_one() -> None:
+    config = changed(GLM, qk_norm="head", o_bias=True)
+    model = Transformer(config, Recipe(Precision.BF16), LocalDispatcher(config.experts.num_experts))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    init_weights(model, 0)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("_bias")}
+    assert len(biases) == 6 and not any(p.any() for p in biases.values())
+    gains = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
+    assert len(gains) == 13 and all(torch.equal(gain, torch.ones_like(gain)) for gain in gains)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def compare(ours: Transformer, theirs: Any, names_of: Any) -> None:
     config = ours.config
     batch = tokens(config.vocab_size)
