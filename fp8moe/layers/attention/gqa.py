@@ -6,10 +6,9 @@ features or over all heads', and everything may be clipped. A head is [features 
 `mla`: a released model that rotates the halves of a head's first features has the rows of q and k permuted on the way
 in and out, which changes no bit.
 
-Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Under recomputation (`mla_up`) q, k and v
-are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
-needs anyway. What lives on is as little as there can be: values are copied out of the product where nothing else keeps
-it.
+Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Under recomputation (`mla_up`) q, k and
+v are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
+needs anyway. Values are copied out of the product where nothing else keeps it alive.
 
 Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads of queries, G of keys and values.
 """
@@ -227,7 +226,6 @@ class GroupedQueryAttention(nn.Module):
         q, k = (rotated_queries(x, positions.cos, positions.sin) for x in (q, k))
         q, k, v = (x.unflatten(0, (positions.num_sequences, -1)) for x in (q, k, v))
         return q, k, v
-
 
     def _heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """The same from the layer's input, recast or recalled: casts and products repeated, without autograd."""
