@@ -1,4 +1,4 @@
-"""Families of models against `transformers`: same weights, same logits, same gradients. DeepSeek-V3: test_transformer."""
+"""Families of models against `transformers`: same weights, logits, gradients. DeepSeek-V3 is in test_transformer."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ GROUPED: dict[str, dict[str, tuple[ModelConfig, dict[str, Any]]]] = {
         "clipped": (changed(OLMOE, clip_qkv=0.7), {}),
         "grouped, clipped a little": (changed(OLMOE, num_kv_heads=2, clip_qkv=2.0), {}),
         "renormalised, biases": (changed(OLMOE, normalize_topk=True, qkv_bias=True, o_bias=True), {}),
-        "three heads, one expert a token": (changed(OLMOE, dim=96, num_heads=3, num_kv_heads=3, head_dim=32, rope_dim=32,
-                                                    topk=1), {}),
+        "three heads, one expert": (
+            changed(OLMOE, dim=96, num_heads=3, num_kv_heads=3, head_dim=32, rope_dim=32, topk=1), {}
+        ),
     },
 }  # fmt: skip
 
@@ -81,6 +82,20 @@ def ours_of(c: ModelConfig) -> Transformer:
             if name.endswith("bias_E"):
                 buffer.zero_()
     return model
+
+
+def test_biases_begin_at_zero_and_norms_at_one() -> None:
+    config = changed(GLM, qk_norm="head", o_bias=True)
+    model = Transformer(config, Recipe(Precision.BF16), LocalDispatcher(config.experts.num_experts))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    init_weights(model, 0)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("_bias")}
+    assert len(biases) == 6 and not any(p.any() for p in biases.values())
+    gains = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
+    assert len(gains) == 13 and all(torch.equal(gain, torch.ones_like(gain)) for gain in gains)
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def compare(ours: Transformer, theirs: Any, names_of: Any) -> None:

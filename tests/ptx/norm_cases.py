@@ -22,6 +22,7 @@ EPS = 1e-6
 WRITTEN: dict[str, tuple[bool, dict[str, bool]]] = {  # what stands in the table: with a residual, asked for
     "residual tensor and rows pow2": (True, {"rows": True, "power_of_two": True}),
     "tensor": (False, {}),
+    "tensor of heads D128": (False, {}),
     "rows": (False, {"tensor": False, "rows": True}),
     "rows of a latent D1536": (False, {"tensor": False, "rows": True}),
     "rows of a latent D512": (False, {"tensor": False, "rows": True}),
@@ -117,7 +118,7 @@ def cases() -> Iterator[Case]:
         for label in WRITTEN:
             if dtype is torch.bfloat16 or not label.endswith("D16384"):
                 yield f"triton rms_norm {kind} {label}", partial(forward, label=label, dtype=dtype)
-        for label in ("", " residual", " D1536", " D512", *([" D16384"] if dtype is torch.bfloat16 else [])):
+        for label in ("", " residual", " D1536", " D512", " D128", *([" D16384"] if dtype is torch.bfloat16 else [])):
             yield f"triton rms_norm_backward {kind}{label}", partial(backward, label=label, dtype=dtype)
         for power_of_two in (False, True):
             label = f"{kind} {'pow2' if power_of_two else 'fp32scale'}"

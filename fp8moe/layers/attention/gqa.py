@@ -6,15 +6,16 @@ features or over all heads', and everything may be clipped. A head is [features 
 `mla`: a released model that rotates the halves of a head's first features has the rows of q and k permuted on the way
 in and out, which changes no bit.
 
-Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Recomputation's `mla_up` has nothing to
-repeat here, queries and keys come from no latent: q, k and v are kept. What else lives on is as little as there can be:
-values are copied out of the qkv product where nothing else keeps it.
+Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Under recomputation (`mla_up`) q, k and
+v are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
+needs anyway. Values are copied out of the product where nothing else keeps it alive.
 
 Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads of queries, G of keys and values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,8 +28,9 @@ from fp8moe.layers.attention.sinks import make_sinks, widened
 from fp8moe.layers.bias import add_bias, make_bias
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.recipe import Precision, Recipe
-from fp8moe.layers.recompute import Recallable, capture_saved
+from fp8moe.layers.operand import recast
+from fp8moe.layers.recipe import Precision, Recipe, Recompute
+from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
 
 
@@ -133,12 +135,17 @@ class GqaConfig:
     def kept_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that one layer keeps for its backward, beside its input.
 
-        Always q, k, v, attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the
-        1/rms of each row; with clipping what is clipped; with sinks what they multiply, and by what.
+        Always attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the 1/rms of
+        each row; with clipping what is clipped; with sinks what they multiply, and by what. Without recomputation also
+        q, k, v; values that lie in a product which a norm over all heads keeps live on.
         """
         wide = recipe.dtype.itemsize
         saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
-        total = wide * (self.queries + 2 * self.keys) + saved_output * self.queries + 4.0 * self.num_heads
+        total = saved_output * self.queries + 4.0 * self.num_heads
+        if Recompute.MLA_UP not in recipe.recompute:
+            total += wide * (self.queries + 2 * self.keys)
+        elif self.qk_norm == "full" and self.clip_qkv is None:
+            total += wide * self.keys
         if self.sinks:
             total += wide * self.queries + 4 * self.num_heads
         if self.qk_norm != "none":
@@ -188,8 +195,8 @@ class GroupedQueryAttention(nn.Module):
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
-        c = self.config
-        qkv_TN = self.qkv(x_TD)
+        c, x = self.config, kept(x_TD)
+        qkv_TN = self.qkv(x)
         if self.qkv_bias is not None:
             qkv_TN = add_bias(qkv_TN, self.qkv_bias)
         qkv = self._heads(qkv_TN, positions)
@@ -197,6 +204,8 @@ class GroupedQueryAttention(nn.Module):
         choice, sinks = chosen(c.backend, heads, qkv_TN.device), None if self.sinks is None else widened(self.sinks)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)
+        if Recompute.MLA_UP in self.recipe.recompute:
+            recompute_saved(captured, qkv, self._heads_again(x, positions))
         if self.recipe.precision is Precision.FP8:
             power_of_two = self.recipe.power_of_two(True)
             y_TD = self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output, power_of_two=power_of_two))
@@ -221,6 +230,18 @@ class GroupedQueryAttention(nn.Module):
         q, k = (rotated_queries(x, positions.cos, positions.sin) for x in (q, k))
         q, k, v = (x.unflatten(0, (positions.num_sequences, -1)) for x in (q, k, v))
         return q, k, v
+
+    def _heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """The same from the layer's input, recast or recalled: casts and products repeated, without autograd."""
+        rows = recast(x, self.recipe)
+
+        def again() -> tuple[Tensor, Tensor, Tensor]:
+            qkv_TN = self.qkv.fprop(rows())
+            if self.qkv_bias is not None:
+                qkv_TN += self.qkv_bias
+            return self._heads(qkv_TN, positions)
+
+        return again
 
 
 def _normed(norm: RMSNorm, x_TN: Tensor) -> Tensor:

@@ -25,17 +25,18 @@ from fp8moe.layers.phase import DeferredWgrads
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe
 from fp8moe.layers.recompute import kept
 
-CONFIG = GqaConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope_dim=8)
+CONFIG = GqaConfig(num_heads=4, num_kv_heads=2, head_dim=32, rope_dim=16)
 EVERYTHING = replace(CONFIG, qk_norm="head", qkv_bias=True, o_bias=True, clip_qkv=0.8)
-FULL = replace(EVERYTHING, num_heads=6, num_kv_heads=3, rope_dim=16, qk_norm="full")
+FULL = replace(EVERYTHING, num_heads=8, num_kv_heads=4, head_dim=16, qk_norm="full")
 DIM, B, S, EPS = 64, 2, 32, 1e-5
 FP32 = Recipe(Precision.FP32)
 CASES = {
     "plain": CONFIG,
     "everything": EVERYTHING,
     "full norm": FULL,
+    "full norm, not clipped": replace(FULL, clip_qkv=None),
     "one key head": replace(CONFIG, num_kv_heads=1, qk_norm="head"),
-    "a key head each": replace(CONFIG, num_kv_heads=4, rope_dim=16, qkv_bias=True),
+    "a key head each": replace(CONFIG, num_kv_heads=4, rope_dim=32, qkv_bias=True),
 }
 
 
@@ -128,9 +129,9 @@ def test_fp8_is_near_fp32(case: str) -> None:
 
 def test_yarn_turns_pairs_slower_and_scales_scores() -> None:
     yarn = YarnConfig(factor=40.0)
-    assert replace(CONFIG, yarn=yarn).softmax_scale == pytest.approx(16**-0.5 * yarn.softmax_factor)
+    assert replace(CONFIG, yarn=yarn).softmax_scale == pytest.approx(32**-0.5 * yarn.softmax_factor)
     plain, long = CONFIG.positions(arange()), replace(CONFIG, yarn=yarn).positions(arange())
-    assert plain.cos.shape == long.cos.shape == (B * S, 4) and not torch.equal(plain.cos, long.cos)
+    assert plain.cos.shape == long.cos.shape == (B * S, 8) and not torch.equal(plain.cos, long.cos)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -138,8 +139,8 @@ def test_yarn_turns_pairs_slower_and_scales_scores() -> None:
       for name in ("num_heads", "num_kv_heads", "head_dim", "rope_dim")),
     ({"num_kv_heads": 3}, r"^model\.attention\.num_kv_heads=3 does not divide num_heads=4: use 2$"),
     ({"num_kv_heads": 8}, r"num_kv_heads=8 does not divide num_heads=4: use 4"),
-    ({"rope_dim": 7}, r"^model\.attention\.rope_dim=7 must be even, to rotate pairs, and at most head_dim=16: use 8$"),
-    ({"rope_dim": 18}, r"rope_dim=18 must be even, .*: use 16"),
+    ({"rope_dim": 7}, r"^model\.attention\.rope_dim=7 must be even, to rotate pairs, and at most head_dim=32: use 8$"),
+    ({"rope_dim": 34}, r"rope_dim=34 must be even, .*: use 32"),
     ({"head_dim": 9, "rope_dim": 9}, r"rope_dim=9 must be even, .*: use 8"),
     ({"qk_norm": "heads"}, r"qk_norm='heads' does not exist: use none, head or full"),
     ({"clip_qkv": 0.0}, r"clip_qkv=0\.0 must be above 0: use null for none"),
@@ -169,7 +170,7 @@ def test_parameters_and_linears_are_those_of_the_built_layer(case: str) -> None:
 
 
 def test_core_flops_count_the_keys_that_are_seen() -> None:
-    each = 2 * 4 * 2 * 16  # of a key: heads x features, scores and values
+    each = 2 * 4 * 2 * 32  # of a key: heads x features, scores and values
     assert CONFIG.core_flops(100, causal=False, layer=0) == 100 * each
     assert CONFIG.core_flops(100, causal=True, layer=0) == 50 * each
     windowed = replace(CONFIG, window=8, window_layers="odd")
@@ -196,6 +197,35 @@ def test_kept_bytes_are_those_of_a_forward(case: str, precision: Precision, reco
     assert tracked.live_bytes() - y.untyped_storage().nbytes() == pytest.approx(
         B * S * config.kept_bytes(recipe), rel=0.01
     )
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("case", CASES)
+def test_recomputed_heads_are_freed_and_change_no_bit(
+    case: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = CASES[case], []
+    made: list[StorageWeakRef] = []
+    heads = GroupedQueryAttention._heads
+
+    def watched(self: GroupedQueryAttention, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = heads(self, *inputs)
+        made.extend(StorageWeakRef(t.untyped_storage()) for t in qkv[:2])
+        return qkv
+
+    monkeypatch.setattr(GroupedQueryAttention, "_heads", watched)
+    for recompute in (frozenset(), FULL_RECOMPUTE):
+        attention = build(config, Recipe(precision, recompute))
+        made.clear()
+        x = torch.randn(B * S, DIM).to(precision.dtype).requires_grad_()
+        y = attention(x, config.positions(arange()))
+        assert [ref.expired() for ref in made] == [bool(recompute)] * 2
+        y.square().sum().backward(retain_graph=True)
+        assert len(made) == (4 if recompute else 2)
+        assert not recompute or all(ref.expired() for ref in made), "what backward made is released after its use"
+        assert x.grad is not None
+        found.append([y.detach(), x.grad, *(main_grad_of(p).clone() for p in attention.parameters())])
+    assert all(torch.equal(kept_, again) for kept_, again in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("precision, alive", [(Precision.BF16, True), (Precision.FP8, False)])
@@ -230,5 +260,5 @@ def test_weight_and_bias_gradients_wait_for_their_turn() -> None:
 
 
 def test_a_group_of_queries_is_told_to_the_kernel() -> None:
-    assert CONFIG.heads(FP32, masked=True) == Heads(16, 16, torch.float32, True, 2)
-    assert str(CONFIG.heads(FP32, masked=False)) == "16/16 heads, 2 queries a key, causal"
+    assert CONFIG.heads(FP32, masked=True) == Heads(32, 32, torch.float32, True, 2)
+    assert str(CONFIG.heads(FP32, masked=False)) == "32/32 heads, 2 queries a key, causal"
