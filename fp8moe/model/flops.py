@@ -32,7 +32,8 @@ def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
     if c.is_dense(layer):
         return attention + 3 * c.dim * c.dense_hidden + norms
     routed = c.router.topk if active else c.experts.num_experts
-    return attention + c.experts.num_parameters(c.dim, routed) + c.experts.num_experts * c.dim + norms
+    gate = c.experts.num_experts * (c.dim + c.router.gate_bias)
+    return attention + c.experts.num_parameters(c.dim, routed) + gate + norms
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
@@ -47,7 +48,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:
     """Forward and backward FLOPs of the main model, a token, at sequences of `seq_len` tokens."""
-    attention = config.num_layers * config.attention.core_flops(seq_len, causal=causal)
+    layers = range(config.num_layers)
+    attention = sum(config.attention.core_flops(seq_len, causal=causal, layer=layer) for layer in layers)
     return FORWARD_AND_BACKWARD * (2.0 * count_parameters(config).active + attention)
 
 

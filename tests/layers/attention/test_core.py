@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend
 from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import BACKENDS, attend, document_mask, keep_in_e5m6
+from fp8moe.layers.attention.core import BACKENDS, attend, keep_in_e5m6
+from fp8moe.layers.attention.masks import document_mask
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig, Positions
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.operand import Activation
@@ -150,7 +151,7 @@ def test_what_is_not_the_output_is_left_alone() -> None:
 def layer() -> tuple[LatentAttention, Tensor, Positions]:
     torch.manual_seed(0)
     config = MlaConfig(num_heads=H, q_lora_rank=32, kv_lora_rank=32, nope_dim=16, rope_dim=16, v_dim=V)
-    attention = config.build(64, Recipe(Precision.FP8), norm_eps=1e-6)
+    attention = config.build(64, Recipe(Precision.FP8), norm_eps=1e-6, layer=0)
     for parameter in attention.parameters():
         nn.init.normal_(parameter, std=0.2)
     attach_main_grads(attention)

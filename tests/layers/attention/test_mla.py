@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.live_memory import TrackStorages
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import Positions, YarnConfig, document_mask
+from fp8moe.layers.attention.core import Positions, YarnConfig
+from fp8moe.layers.attention.masks import document_mask
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig
 from fp8moe.layers.linear import Linear, attach_main_grads, quantize_weights
 from fp8moe.layers.norm import RMSNorm
@@ -33,7 +34,7 @@ FP32 = Recipe(Precision.FP32)
 
 def build(config: MlaConfig = CONFIG, recipe: Recipe = FP32) -> LatentAttention:
     torch.manual_seed(0)
-    attention = config.build(DIM, recipe, norm_eps=EPS)
+    attention = config.build(DIM, recipe, norm_eps=1e-3, layer=0)  # the model's, not the latents'
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     attach_main_grads(attention)
@@ -103,12 +104,14 @@ def test_parameters_and_linears_are_those_of_the_built_layer(config: MlaConfig) 
     assert config.num_parameters(DIM) == sum(p.numel() for p in attention.parameters())
     norms = [module for module in attention.modules() if isinstance(module, RMSNorm)]
     assert {norm.eps for norm in norms} == {EPS} and len(norms) == (2 if config.q_lora_rank else 1)
+    own = build(replace(config, norm_eps=1e-2))
+    assert {module.eps for module in own.modules() if isinstance(module, RMSNorm)} == {1e-2}
 
 
 def test_core_flops_are_two_a_multiply_add_over_the_keys() -> None:
     products = 3 * 100 * 48 + 3 * 100 * 64  # heads x keys x features: scores, then values
-    assert UNEQUAL.core_flops(100, causal=False) == 2 * products
-    assert UNEQUAL.core_flops(100, causal=True) == products
+    assert UNEQUAL.core_flops(100, causal=False, layer=0) == 2 * products
+    assert UNEQUAL.core_flops(100, causal=True, layer=3) == products
 
 
 @pytest.mark.parametrize("precision", list(Precision))
