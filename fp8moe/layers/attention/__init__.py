@@ -6,8 +6,9 @@ add one, write its module with these methods and add its configuration to `Atten
 """
 
 from fp8moe.layers.attention.core import Positions
+from fp8moe.layers.attention.gqa import GqaConfig
 from fp8moe.layers.attention.mla import MlaConfig
 
-AttentionConfig = MlaConfig  # with a second family: MlaConfig | GqaConfig
+AttentionConfig = MlaConfig | GqaConfig
 
-__all__ = ["AttentionConfig", "MlaConfig", "Positions"]
+__all__ = ["AttentionConfig", "GqaConfig", "MlaConfig", "Positions"]
