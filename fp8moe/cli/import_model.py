@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fp8moe.interop.hf_model import HfModel
 
 DESCRIPTION = """\
-Make a run directory of a Hugging Face directory (config.json, safetensors in BF16, FP16, FP32 or block FP8): config.yaml,
-tokenizer.json, FP32 weights in checkpoints/step-0. Nothing that is read is executed, nothing is overwritten.
+Make a run directory (config.yaml, tokenizer.json, FP32 weights in checkpoints/step-0) of a Hugging Face directory:
+config.json and safetensors in BF16, FP16, FP32 or block FP8. Nothing that is read is executed, nothing is overwritten.
 
   fp8moe import models/moonlight runs/moonlight
   fp8moe train --from runs/moonlight init_from=runs/moonlight data=indexed data.paths=[tokens/mine] steps=1000

@@ -93,13 +93,15 @@ class HfDirectory:
             )
         scale = self.entries.get(name + SCALE)
         if scale is None:
-            raise DataError(f"{self.folder / entry.file}: {name} is FP8 and {name + SCALE} is missing: download it again")
+            raise DataError(
+                f"{self.folder / entry.file}: {name} is FP8 and {name + SCALE} is missing: download it again"
+            )
         *leading, n, k = entry.shape if len(entry.shape) > 1 else (1, *entry.shape)
         grid = (*leading, -(-n // BLOCK), -(-k // BLOCK))
         if scale.shape != grid or scale.dtype not in _PLAIN:
             raise DataError(
-                f"{self.folder / scale.file}: {name + SCALE} is {scale.dtype} {list(scale.shape)} and {list(entry.shape)} "
-                f"in blocks of {BLOCK} needs F32 {list(grid)}: use a checkpoint of {BLOCK}x{BLOCK} blocks"
+                f"{self.folder / scale.file}: {name + SCALE} is {scale.dtype} {list(scale.shape)} and "
+                f"{list(entry.shape)} in blocks of {BLOCK} needs F32 {list(grid)}: use a checkpoint of {BLOCK}x{BLOCK} blocks"
             )
 
     def _slice(self, name: str) -> Any:
@@ -126,7 +128,7 @@ class HfDirectory:
 
 
 def dequantized(codes: Tensor, scale: Tensor, skipped: int = 0) -> Tensor:
-    """codes [n, K] E4M3, scale FP32 by blocks -> FP32 [n, K]; `skipped` rows of the first block lie before the codes."""
+    """codes [n, K] E4M3, scale FP32 by blocks -> FP32 [n, K]; skipped: rows of the first block before the codes."""
     by_row = scale.repeat_interleave(BLOCK, dim=0)[skipped : skipped + len(codes)]
     out = codes.to(torch.float32)
     for block in range(scale.shape[1]):

@@ -7,12 +7,14 @@ here executes a file.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
 
 import yaml
 
-from fp8moe.data.tokenizer import load_tokenizer, num_ids
+from fp8moe.data.tokenizer import end_of_text_id, load_tokenizer, num_ids
 from fp8moe.errors import DataError
 from fp8moe.interop.families import read_json
 from fp8moe.interop.hf_dir import is_hf_directory
@@ -89,3 +91,13 @@ def _init_from(run: Path) -> Path | None:
         return None
     path = Path(name)
     return path.absolute().parent.parent if path.name.startswith("step-") else path
+
+
+def write_own(tokenizer: Path, folder: Path) -> None:
+    """A tokenizer made here, unchanged, and the tokenizer_config.json by which readers take it as it is."""
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    loaded = load_tokenizer(tokenizer)
+    with contextlib.suppress(DataError):
+        content["eos_token"] = loaded.id_to_token(end_of_text_id(loaded))
+    (folder / "tokenizer_config.json").write_text(f"{json.dumps(content, indent=2)}\n", encoding="utf-8")

@@ -37,8 +37,10 @@ CONFIGS: dict[str, Any] = {
         **V3 | dict(n_group=1, topk_group=1, num_attention_heads=3, num_key_value_heads=3, qk_nope_head_dim=32)
     ),
     "v3, eight groups, not normalised": DeepseekV3Config(
-        **V3 | dict(n_group=8, topk_group=4, n_routed_experts=16, num_experts_per_tok=8, norm_topk_prob=False,
-                    rms_norm_eps=1e-5)
+        **V3
+        | dict(
+            n_group=8, topk_group=4, n_routed_experts=16, num_experts_per_tok=8, norm_topk_prob=False, rms_norm_eps=1e-5
+        )
     ),  # fmt: skip
     "v2, greedy": DeepseekV2Config(**V2),
     "v2, yarn, no query latent": DeepseekV2Config(**V2 | dict(q_lora_rank=None, rope_parameters=YARN)),
@@ -46,8 +48,10 @@ CONFIGS: dict[str, Any] = {
         **V2 | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=4.0)
     ),
     "v2, two shared, three heads": DeepseekV2Config(
-        **V2 | dict(n_shared_experts=2, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
-                    first_k_dense_replace=0)
+        **V2
+        | dict(
+            n_shared_experts=2, hidden_size=48, num_attention_heads=3, num_key_value_heads=3, first_k_dense_replace=0
+        )
     ),  # fmt: skip
 }
 # Sizes with several blocks of 128, the last of which are short.
@@ -111,8 +115,9 @@ def with_mtp(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
 
     extra = {name.replace(last, prefix): like(tensor) for name, tensor in tensors.items() if name.startswith(last)}
     norm, embedding = tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
+    wide = norm.new_empty(len(norm), 2 * len(norm))
     extra |= {f"{prefix}{name}.weight": like(norm) for name in ("enorm", "hnorm", "shared_head.norm")}
-    extra[f"{prefix}eh_proj.weight"] = like(torch.cat([embedding[: len(norm)]] * 2, dim=1))
+    extra[f"{prefix}eh_proj.weight"] = like(wide)
     extra[f"{prefix}embed_tokens.weight"] = embedding.clone()
     extra[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     return dict(tensors) | extra
