@@ -12,7 +12,8 @@ from typing import Any
 from fp8moe.errors import ConfigError
 from fp8moe.interop.config_json import Keys
 from fp8moe.interop.family import Family
-from fp8moe.interop.names import Parameter, Source, experts, matrix, vector
+from fp8moe.interop.mlp_names import copies, ends, mlp, mtp, norms
+from fp8moe.interop.names import Parameter, matrix, vector
 from fp8moe.interop.rope import read_rope, write_rope
 from fp8moe.layers.attention import MlaConfig
 from fp8moe.layers.moe import ExpertsConfig
@@ -46,8 +47,9 @@ def _read(keys: Keys, router: RouterConfig, num_shared: int) -> ModelConfig:
         v_dim=keys.whole("v_head_dim"),
         rope_theta=theta,
         yarn=yarn,
+        norm_eps=LATENT_EPS,
     )
-    mtp = keys.whole("num_nextn_predict_layers", keys.whole("num_mtp_layers", 0))
+    modules = keys.whole("num_nextn_predict_layers", keys.whole("num_mtp_layers", 0))
     config = ModelConfig(
         vocab_size=keys.whole("vocab_size"),
         dim=keys.whole("hidden_size"),
@@ -57,7 +59,7 @@ def _read(keys: Keys, router: RouterConfig, num_shared: int) -> ModelConfig:
         attention=attention,
         router=router,
         experts=ExpertsConfig(keys.whole("n_routed_experts"), keys.whole("moe_intermediate_size"), num_shared),
-        mtp_depth=min(1, mtp),
+        mtp_depth=min(1, modules),
         norm_eps=float(keys.number("rms_norm_eps", 1e-6)),
         init_std=float(keys.number("initializer_range", 0.02)),
         max_seq_len=max_position,
@@ -122,10 +124,11 @@ def _write(c: ModelConfig, family: str) -> dict[str, Any]:
     a, r, e = c.attention, c.router, c.experts
     if not isinstance(a, MlaConfig):
         raise ConfigError(f"model.attention.kind={a.kind} is none of {family}, which has mla: export another family")
-    eps = getattr(a, "norm_eps", LATENT_EPS)
-    if eps != LATENT_EPS:
-        raise ConfigError(f"model.attention.norm_eps={eps} can't be said in {family}, whose latent norms have 1e-6")
-    if getattr(c, "dense_layers", ()):
+    if a.norm_eps != LATENT_EPS:
+        raise ConfigError(
+            f"model.attention.norm_eps={a.norm_eps} can't be said in {family}, whose latent norms have 1e-6"
+        )
+    if c.dense_layers:
         raise ConfigError(f"model.dense_layers={c.dense_layers} can't be said in {family}: the first layers are dense")
     if not e.num_shared:
         raise ConfigError(f"model.experts.num_shared=0 can't be said in {family}, which has shared experts: use 1")
@@ -192,31 +195,15 @@ def write_v2(c: ModelConfig) -> dict[str, Any]:
 
 def parameters(c: ModelConfig, fused: bool) -> list[Parameter]:
     """The name map of a model without or with an MTP module."""
-    found = [
-        matrix("embedding.weight", [("model.embed_tokens.weight", c.vocab_size)], c.dim, linear=False),
-        *(one for i in range(c.num_layers) for one in _block(c, i, f"blocks.{i}", f"model.layers.{i}", fused)),
-        vector("norm.weight", "model.norm.weight", c.dim),
-        matrix("head.weight", [("lm_head.weight", c.vocab_size)], c.dim, linear=False),
-    ]
-    if c.mtp_depth:
-        layer = f"model.layers.{c.num_layers}"
-        found += [
-            vector("mtp.hidden_norm.weight", f"{layer}.hnorm.weight", c.dim),
-            vector("mtp.embedding_norm.weight", f"{layer}.enorm.weight", c.dim),
-            matrix("mtp.join.weight", [(f"{layer}.eh_proj.weight", c.dim)], 2 * c.dim),
-            *_block(c, c.num_layers, "mtp.block", layer, fused),
-            vector("mtp.final_norm.weight", f"{layer}.shared_head.norm.weight", c.dim),
-        ]
-    return found
+    first, last = ends(c)
+    blocks = [one for i in range(c.num_layers) for one in _block(c, i, f"blocks.{i}", fused)]
+    return [*first, *blocks, *last, *(mtp(c, _block(c, c.num_layers, "mtp.block", fused)) if c.mtp_depth else [])]
 
 
-def _block(c: ModelConfig, number: int, ours: str, theirs: str, fused: bool) -> list[Parameter]:
-    return [
-        vector(f"{ours}.attn_norm.weight", f"{theirs}.input_layernorm.weight", c.dim),
-        *_attention(c, f"{ours}.attn", f"{theirs}.self_attn"),
-        vector(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight", c.dim),
-        *_mlp(c, number, ours, f"{theirs}.mlp", fused),
-    ]
+def _block(c: ModelConfig, number: int, ours: str, fused: bool) -> list[Parameter]:
+    theirs = f"model.layers.{number}"
+    attention = _attention(c, f"{ours}.attn", f"{theirs}.self_attn")
+    return [*norms(c, ours, theirs), *attention, *mlp(c, number, ours, f"{theirs}.mlp", fused)]
 
 
 def _attention(c: ModelConfig, ours: str, theirs: str) -> list[Parameter]:
@@ -238,48 +225,6 @@ def _attention(c: ModelConfig, ours: str, theirs: str) -> list[Parameter]:
         matrix(f"{ours}.kv_b.weight", [(f"{theirs}.kv_b_proj.weight", up)], a.kv_lora_rank),
         matrix(f"{ours}.o.weight", [(f"{theirs}.o_proj.weight", c.dim)], a.num_heads * a.v_dim),
     ]
-
-
-def _dense(ours: str, theirs: str, dim: int, hidden: int) -> list[Parameter]:
-    gate, up = f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"
-    return [
-        matrix(f"{ours}.gate_up.weight", [(gate, hidden), (up, hidden)], dim),
-        matrix(f"{ours}.down.weight", [(f"{theirs}.down_proj.weight", dim)], hidden),
-    ]
-
-
-def _mlp(c: ModelConfig, number: int, block: str, theirs: str, fused: bool) -> list[Parameter]:
-    if c.is_dense(number):
-        return _dense(f"{block}.mlp", theirs, c.dim, c.dense_hidden)
-    e, ours = c.experts, f"{block}.moe"
-    n, hidden = e.num_experts, e.hidden
-    bias = (Source(f"{theirs}.gate.e_score_correction_bias", (n,), n),) if c.router.score == "sigmoid" else ()
-
-    def one(name: str, rows: int) -> Any:
-        return lambda i: [(f"{theirs}.experts.{i}.{name}_proj.weight", rows)]
-
-    def gate_up(i: int) -> list[tuple[str, int]]:
-        return [*one("gate", hidden)(i), *one("up", hidden)(i)]
-
-    names = [f"{theirs}.experts.{name}_proj" if fused else None for name in ("gate_up", "down")]
-    return [
-        matrix(f"{ours}.router.weight", [(f"{theirs}.gate.weight", n)], c.dim, linear=False),
-        Parameter(f"{ours}.router", (n,), bias, is_bias=True),
-        experts(f"{ours}.experts.gate_up.weight", n, c.dim, gate_up, names[0]),
-        experts(f"{ours}.experts.down.weight", n, hidden, one("down", c.dim), names[1]),
-        *_dense(f"{ours}.shared", f"{theirs}.shared_experts", c.dim, e.num_shared * hidden),
-    ]
-
-
-def copies(c: ModelConfig) -> dict[str, str]:
-    """MTP's embedding and head, which are the model's own."""
-    if not c.mtp_depth:
-        return {}
-    layer = f"model.layers.{c.num_layers}"
-    return {
-        f"{layer}.embed_tokens.weight": "model.embed_tokens.weight",
-        f"{layer}.shared_head.head.weight": "lm_head.weight",
-    }
 
 
 V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, parameters, copies)

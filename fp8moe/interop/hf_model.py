@@ -20,7 +20,7 @@ from torch import Tensor
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.interop.families import read_config
 from fp8moe.interop.family import Family, mtp_layer
-from fp8moe.interop.hf_dir import HfDirectory
+from fp8moe.interop.hf_dir import HfDirectory, is_hf_directory
 from fp8moe.interop.names import Parameter, Source
 from fp8moe.model.config import ModelConfig
 from fp8moe.train.checkpoint import Pieces
@@ -105,6 +105,13 @@ class HfModel:
             raise ConfigError(
                 f"init_from={self.directory.folder} has model.{key}={there} and this run has {here}: use {there}"
             )
+
+
+def open_released(name: str, model: ModelConfig) -> HfModel | None:
+    """The released model at a path, its MTP module where `model` has one; None where there is no such directory."""
+    if "://" in name or not is_hf_directory(Path(name)):
+        return None
+    return open_model(Path(name), "keep" if model.mtp_depth else "drop")
 
 
 def open_model(folder: Path, mtp: Mtp = "auto") -> HfModel:

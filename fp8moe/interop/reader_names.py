@@ -97,7 +97,7 @@ def _grouped(c: Mapping[str, Any], name: str) -> Iterator[tuple[str, Shape]]:
     kind = c["model_type"]
     for one, rows in (("q", q), ("k", kv), ("v", kv)):
         yield f"{name}.{one}_proj.weight", (rows, d)
-        if c.get("attention_bias"):
+        if c.get("attention_bias") and kind != "olmoe":
             yield f"{name}.{one}_proj.bias", (rows,)
     yield f"{name}.o_proj.weight", (d, q)
     if c.get("attention_bias") and kind == "gpt_oss":
@@ -124,7 +124,7 @@ def _mlp(c: Mapping[str, Any], layer: int, name: str) -> Iterator[tuple[str, Sha
     if kind == "gpt_oss":
         yield from _gpt_oss(c, name)
         return
-    num = c.get("n_routed_experts") or c.get("num_experts")
+    num = c["n_routed_experts"] if "n_routed_experts" in c else c["num_experts"]
     hidden = c["intermediate_size"] if kind == "olmoe" else c["moe_intermediate_size"]
     yield f"{name}.gate.weight", (num, d)
     if c.get("topk_method") == "noaux_tc" or kind == "glm4_moe":

@@ -29,7 +29,7 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
-from fp8moe.train.config import TrainConfig, stages_of
+from fp8moe.train.config import TrainConfig, foreign_weights, stages_of
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
@@ -39,10 +39,16 @@ from fp8moe.train.run import Run
 from fp8moe.train.run_state import begin_from, check_space, restore
 
 
-def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
+def build(
+    config: TrainConfig,
+    mesh: Mesh,
+    device: torch.device,
+    run_dir: Path,
+    foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
+) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one, else from that of `init_from`.
 
-    Collective over all ranks.
+    foreign: opens weights of `init_from` that are no checkpoint's. Collective over all ranks.
     """
     path = config.checkpoint.path
     chosen = checkpoint.choose(
@@ -55,9 +61,11 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         seq_len=config.seq_len,
         optimizer=config.optimizer.kind,
     )
-    weights = None
+    weights: checkpoint.Location | checkpoint.ForeignWeights | None = None
     if chosen is None and config.init_from is not None:
-        weights = checkpoint.choose_weights(config.init_from, config.model, mesh, averaged=config.init_from_ema)
+        weights = foreign_weights(config, foreign)
+        if weights is None:
+            weights = checkpoint.choose_weights(config.init_from, config.model, mesh, averaged=config.init_from_ema)
     data = _open_data(config, mesh)
     identity = _data_identity(config, data)
     if chosen is not None and chosen[1].data is not None:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
 
 from fp8moe.cli.compose import to_dataclass
 from fp8moe.layers.dispatch import LocalDispatcher
@@ -53,6 +60,48 @@ CONFIGS: dict[str, Any] = {
             n_shared_experts=2, hidden_size=48, num_attention_heads=3, num_key_value_heads=3, first_k_dense_replace=0
         )
     ),  # fmt: skip
+}
+# Families with grouped-query attention.
+GROUPED = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+    num_key_value_heads=2, num_experts_per_tok=3, max_position_embeddings=64, attn_implementation="eager",
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+QWEN3 = GROUPED | dict(num_experts=8, moe_intermediate_size=48)
+GLM4 = GROUPED | dict(n_routed_experts=8, moe_intermediate_size=48, num_key_value_heads=2)
+OLMOE = {key: value for key, value in GROUPED.items() if key != "head_dim"} | dict(num_experts=8, intermediate_size=48)
+HALF = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
+CONFIGS |= {
+    "qwen3": Qwen3MoeConfig(**QWEN3 | dict(norm_topk_prob=True)),
+    "qwen3, dense every second, biases": Qwen3MoeConfig(**QWEN3 | dict(decoder_sparse_step=2, attention_bias=True)),
+    "qwen3, three heads, dense in the middle": Qwen3MoeConfig(
+        **QWEN3 | dict(num_attention_heads=3, num_key_value_heads=1, head_dim=32, mlp_only_layers=[1])
+    ),
+    "qwen3, yarn": Qwen3MoeConfig(
+        **QWEN3
+        | dict(
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        )
+    ),
+    "glm4": Glm4MoeConfig(**GLM4),
+    "glm4, biases, norms, half rotated": Glm4MoeConfig(
+        **GLM4 | dict(attention_bias=True, use_qk_norm=True, rope_parameters=HALF, num_key_value_heads=1)
+    ),
+    "glm4, groups, two shared": Glm4MoeConfig(
+        **GLM4 | dict(n_group=4, topk_group=2, n_shared_experts=2, routed_scaling_factor=1.5, norm_topk_prob=False)
+    ),
+    "glm4, whole heads rotated": Glm4MoeConfig(
+        **GLM4 | dict(rope_parameters=HALF | {"partial_rotary_factor": 1.0}, first_k_dense_replace=2)
+    ),
+    "olmoe": OlmoeConfig(**OLMOE),
+    "olmoe, clipped": OlmoeConfig(**OLMOE | dict(clip_qkv=0.3)),
+    "olmoe, biases, normalised": OlmoeConfig(**OLMOE | dict(attention_bias=True, norm_topk_prob=True)),
+    "olmoe, all heads": OlmoeConfig(**OLMOE | dict(num_key_value_heads=4, rms_norm_eps=1e-6)),
 }
 # Sizes with several blocks of 128, the last of which are short.
 WIDE = DeepseekV3Config(**V3 | dict(hidden_size=192, intermediate_size=208, kv_lora_rank=144, num_hidden_layers=2))
@@ -161,7 +210,8 @@ def imported(run: Path, precision: Precision = Precision.FP32) -> Transformer:
         files |= load_file(file)
     state = {}
     for name, entry in json.loads((path / "index.json").read_text())["tensors"].items():
-        state[name] = torch.cat([files[part["name"]] for part in entry["parts"]])
+        if name.startswith(("master.", "bias.")):
+            state[name] = torch.cat([files[part["name"]] for part in entry["parts"]])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state.pop(f"master.{name}").view(parameter.shape))

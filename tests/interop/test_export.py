@@ -35,7 +35,13 @@ def same_bits(one: Path, other: Path) -> None:
         assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
 
 
-@pytest.mark.parametrize("name", ["v3", "v3, yarn, no query latent", "v2, groups", "v2, two shared, three heads"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("v3", "v3, yarn, no query latent", "v2, groups", "qwen3, three heads, dense in the middle"),
+        *("glm4, biases, norms, half rotated", "olmoe"),
+    ],
+)
 def test_fp32_comes_back_bit_equal_and_loads_in_transformers(name, tmp_path):
     theirs = released.write(released.CONFIGS[name], tmp_path / "hf")
     take([str(tmp_path / "hf"), str(tmp_path / "run")])
