@@ -90,9 +90,9 @@ def backward(machine: Machine, label: str, dtype: torch.dtype) -> None:
 
 
 def heads(machine: Machine, name: str, dtype: torch.dtype) -> None:
-    """Few and many heads, a rotary part that is no power of two wide."""
+    """Few and many heads, a rotary part that is no power of two wide, and one that is the whole head."""
     for t, h, nope, half, v in (
-        ((2, 40, 32, 16, 48), (3, 5, 16, 3, 16)) if not machine.count else ((2, 32, 128, 32, 128),)
+        ((2, 40, 32, 16, 48), (3, 5, 16, 3, 16), (2, 6, 0, 8, 16)) if not machine.count else ((2, 32, 128, 32, 128),)
     ):
         angles = torch.randn(t, half), torch.randn(t, half)
         q, kv = torch.randn(t, h, nope + 2 * half).to(dtype), torch.randn(t, h, nope + v).to(dtype)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
 from fp8moe.layers.attention.rotary import rotated_queries
+from fp8moe.layers.attention.sinks import make_sinks, widened
 from fp8moe.layers.bias import add_bias, make_bias
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
@@ -132,12 +133,14 @@ class GqaConfig:
     def kept_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that one layer keeps for its backward, beside its input.
 
-        Always q, k, v, attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the
+        Always q, k, v, attention's output (E5M6 under FP8, with sinks also what they multiply) and its log-sum-exp. With norms also what they norm and the
         1/rms of each row; with clipping what is clipped.
         """
         wide = recipe.dtype.itemsize
         saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
         total = wide * (self.queries + 2 * self.keys) + saved_output * self.queries + 4.0 * self.num_heads
+        if self.sinks:
+            total += 4 * self.num_heads + (wide * self.queries if recipe.fp8 else 0)
         if self.qk_norm != "none":
             total += wide * (self.queries + self.keys)
             total += 4 * (self.num_heads + self.num_kv_heads if self.qk_norm == "head" else 2)
@@ -150,28 +153,27 @@ class GqaConfig:
         cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)
         return Positions(len(positions_BS), cos, sin, documents_BS)
 
-    def heads(self, recipe: Recipe, *, masked: bool) -> Heads:
-        """What attention's kernels must take; masked: documents are kept apart."""
-        return Heads(self.head_dim, self.head_dim, recipe.dtype, masked, self.num_heads // self.num_kv_heads)
+    def heads(self, recipe: Recipe, *, masked: bool, layer: int | None = None) -> Heads:
+        """What attention's kernels must take in block number `layer` (None: in one of those with a window, if any are).
+
+        masked: documents are kept apart.
+        """
+        window = self.window if layer is None else self.window_of(layer)
+        group = self.num_heads // self.num_kv_heads
+        return Heads(self.head_dim, self.head_dim, recipe.dtype, masked, group, window, self.sinks)
 
     def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> GroupedQueryAttention:
-        """The layer of block number `layer`, in a model of `dim` features. ValueError for what no kernel computes."""
-        for name in ("window", "sinks"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"model.attention.{name}={getattr(self, name)} is computed by none of attention's kernels: "
-                    f"use {'null' if name == 'window' else 'false'}"
-                )
-        return GroupedQueryAttention(self, dim, recipe, norm_eps=norm_eps)
+        """The layer of block number `layer`, in a model of `dim` features."""
+        return GroupedQueryAttention(self, dim, recipe, norm_eps=norm_eps, layer=layer)
 
 
 class GroupedQueryAttention(nn.Module):
     """x [T, D] -> [T, D]."""
 
-    def __init__(self, config: GqaConfig, dim: int, recipe: Recipe, *, norm_eps: float) -> None:
+    def __init__(self, config: GqaConfig, dim: int, recipe: Recipe, *, norm_eps: float, layer: int = 0) -> None:
         super().__init__()
         c = self.config = config
-        self.recipe = recipe
+        self.recipe, self.layer, self.window = recipe, layer, config.window_of(layer)
         rows = (c.queries, c.keys, c.keys)
         self.qkv = Linear(dim, sum(rows), recipe, matrix_rows=rows)
         self.qkv_bias = make_bias(sum(rows), recipe) if c.qkv_bias else None
@@ -180,8 +182,9 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(widths[1], recipe, eps=norm_eps) if widths else None
         self.o = Linear(c.queries, dim, recipe)
         self.o_bias = make_bias(dim, recipe) if c.o_bias else None
+        self.sinks = make_sinks(c.num_heads, recipe) if c.sinks else None
         if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward
-            heads = c.heads(recipe, masked=False)
+            heads = c.heads(recipe, masked=False, layer=layer)
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
@@ -190,9 +193,10 @@ class GroupedQueryAttention(nn.Module):
         if self.qkv_bias is not None:
             qkv_TN = add_bias(qkv_TN, self.qkv_bias)
         qkv = self._heads(qkv_TN, positions)
-        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents_BS is not None), qkv_TN.device)
+        heads = c.heads(self.recipe, masked=positions.documents_BS is not None, layer=self.layer)
+        choice, sinks = chosen(c.backend, heads, qkv_TN.device), None if self.sinks is None else widened(self.sinks)
         with capture_saved() as captured:
-            out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
+            out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)
         if self.recipe.precision is Precision.FP8:
             power_of_two = self.recipe.power_of_two(True)
             y_TD = self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output, power_of_two=power_of_two))
