@@ -81,12 +81,15 @@ def _kept(path: Any) -> Path | None:
 
 
 def _export(stored: Any, model: ModelConfig, output: Any, reader: Any, kept: Path | None) -> Export:
+    from fp8moe.errors import ConfigError
     from fp8moe.interop.export_hf import Export
     from fp8moe.interop.families import family_for, read_json
     from fp8moe.interop.precision import plan_fp8
 
     before = None if kept is None else read_json(kept / "config.json").get("model_type")
     family = family_for(model, before)
+    if output == "fp8" and not family.has_fp8:
+        raise ConfigError(f"--precision fp8 and the readers of {family.model_type} have no block FP8: use bf16")
     scales = stored.state.get("config", {}).get("precision", {}).get("scales", "recipe")
     export = Export(stored, family, model, output, None, power_of_two=scales == "power_of_two")
     return replace(export, plan=plan_fp8(export.parameters(), reader)) if output == "fp8" else export

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fp8moe.data.durable import unwritable, write_text
+from fp8moe.data.durable import scratch_name, unwritable, write_text
 from fp8moe.errors import DataError, SpaceError
 from fp8moe.interop.family import Family
 from fp8moe.interop.hf_dir import BLOCK, INDEX, SCALE
@@ -69,7 +69,7 @@ def write_directory(export: Export, out: Path, files: Mapping[str, str], keep: C
     _check_lengths(export)
     parts = list(_parts(export))
     total = sum(part.num_bytes for part in parts)
-    scratch = out.with_name(f".{out.name}.partial")
+    scratch = scratch_name(out)
     try:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(scratch.parent).free) < total:
@@ -83,7 +83,7 @@ def write_directory(export: Export, out: Path, files: Mapping[str, str], keep: C
         for name, text in files.items():
             write_text(scratch / name, text)
         _write_shards(parts, total, scratch)
-        check_directory(scratch)
+        check_directory(scratch, out)
         if out.exists():
             out.rmdir()
         scratch.rename(out)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fp8moe.errors import ConfigError, DataError
-from fp8moe.interop import deepseek, grouped
+from fp8moe.interop import deepseek, gpt_oss, grouped
 from fp8moe.interop.config_json import Keys
 from fp8moe.interop.family import Family
 from fp8moe.model.config import ModelConfig
 
-_ALL = (deepseek.V3, deepseek.V2, deepseek.KIMI_K2, grouped.QWEN3, grouped.GLM4, grouped.OLMOE)
+_ALL = (deepseek.V3, deepseek.V2, deepseek.KIMI_K2, grouped.QWEN3, grouped.GLM4, grouped.OLMOE, gpt_oss.GPT_OSS)
 FAMILIES: dict[str, Family] = {one.model_type: one for one in _ALL}
 
 

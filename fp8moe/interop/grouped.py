@@ -21,8 +21,11 @@ from fp8moe.layers.router import RouterConfig
 from fp8moe.model.config import ModelConfig
 
 
-def _read(keys: Keys, attention: dict[str, Any], router: RouterConfig, **more: Any) -> ModelConfig:
-    """What the three share. attention: fields of GqaConfig that they do not."""
+def _read(
+    keys: Keys, attention: dict[str, Any], router: RouterConfig, *, theta: float, rotary: float, **more: Any
+) -> ModelConfig:
+    """What the three share. attention: fields of GqaConfig that they do not; theta, rotary: the base of the rotation
+    and the share of a head that it turns, where the file has none."""
     keys.only("hidden_act", ("silu",), "another activation of the experts")
     keys.only("attention_dropout", (0.0, 0), "dropout of attention")
     keys.only("tie_word_embeddings", (False,), "the tie of embedding and head")
@@ -30,15 +33,15 @@ def _read(keys: Keys, attention: dict[str, Any], router: RouterConfig, **more: A
     dim, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     size = keys.whole("head_dim", dim // heads)
     share = dict(keys.take("rope_parameters", {})).get("partial_rotary_factor")
-    share = keys.number("partial_rotary_factor", attention.pop("rotary_share")) if share is None else share
+    share = keys.number("partial_rotary_factor", rotary) if share is None else share
     max_position = keys.whole("max_position_embeddings")
-    theta, yarn = read_rope(keys, theta=attention.pop("theta"), max_position=max_position)
+    base, yarn = read_rope(keys, theta=theta, max_position=max_position)
     own = GqaConfig(
         num_heads=heads,
         num_kv_heads=keys.whole("num_key_value_heads", heads),
         head_dim=size,
         rope_dim=int(size * share),
-        rope_theta=theta,
+        rope_theta=base,
         yarn=yarn,
         **attention,
     )
@@ -58,10 +61,16 @@ def _read(keys: Keys, attention: dict[str, Any], router: RouterConfig, **more: A
     return config
 
 
+def _num_experts(keys: Keys) -> int:
+    """Of the released files' key, or of the one that transformers 5 writes."""
+    newer = keys.whole("num_local_experts", None)
+    return int(keys.whole("num_experts") if newer is None else newer)
+
+
 def read_qwen3(keys: Keys) -> ModelConfig:
     """Qwen3-MoE: heads' norms, softmax over all experts, dense layers by two keys."""
     has_bias = bool(keys.take("attention_bias", False))
-    attention = {"qk_norm": "head", "qkv_bias": has_bias, "o_bias": has_bias, "rotary_share": 1.0, "theta": 1e6}
+    attention = {"qk_norm": "head", "qkv_bias": has_bias, "o_bias": has_bias}
     router = RouterConfig(
         score="softmax",
         topk=keys.whole("num_experts_per_tok", 8),
@@ -73,9 +82,11 @@ def read_qwen3(keys: Keys) -> ModelConfig:
     listed = set(keys.take("mlp_only_layers", ()))
     dense = [layer for layer in range(layers) if layer in listed or (layer + 1) % step]
     first = next(i for i in range(layers + 1) if i == layers or i not in dense)
-    experts = ExpertsConfig(keys.whole("num_experts"), keys.whole("moe_intermediate_size"), 0)
+    experts = ExpertsConfig(_num_experts(keys), keys.whole("moe_intermediate_size"), 0)
     further = tuple(layer for layer in dense if layer > first)
-    return _read(keys, attention, router, experts=experts, num_dense_layers=first, dense_layers=further)
+    return _read(
+        keys, attention, router, theta=1e6, rotary=1.0, experts=experts, num_dense_layers=first, dense_layers=further
+    )
 
 
 def read_glm4(keys: Keys) -> ModelConfig:
@@ -83,8 +94,6 @@ def read_glm4(keys: Keys) -> ModelConfig:
     attention = {
         "qk_norm": "head" if keys.take("use_qk_norm", False) else "none",
         "qkv_bias": bool(keys.take("attention_bias", False)),
-        "rotary_share": 0.5,
-        "theta": 1e6,
     }
     router = RouterConfig(
         score="sigmoid",
@@ -99,7 +108,7 @@ def read_glm4(keys: Keys) -> ModelConfig:
         keys.whole("n_routed_experts"), keys.whole("moe_intermediate_size"), keys.whole("n_shared_experts")
     )
     dense = min(keys.whole("num_hidden_layers"), keys.whole("first_k_dense_replace", 1))
-    config = _read(keys, attention, router, experts=experts, num_dense_layers=dense)
+    config = _read(keys, attention, router, theta=1e6, rotary=0.5, experts=experts, num_dense_layers=dense)
     return replace(config, mtp_depth=min(1, modules))
 
 
@@ -112,8 +121,6 @@ def read_olmoe(keys: Keys) -> ModelConfig:
         "qkv_bias": has_bias,
         "o_bias": has_bias,
         "clip_qkv": None if clip is None else float(clip),
-        "rotary_share": 1.0,
-        "theta": 1e4,
     }
     router = RouterConfig(
         score="softmax",
@@ -122,8 +129,8 @@ def read_olmoe(keys: Keys) -> ModelConfig:
         aux_loss_alpha=float(keys.number("router_aux_loss_coef", 0.01)),
         bias_gamma=0.0,
     )
-    experts = ExpertsConfig(keys.whole("num_experts"), keys.whole("intermediate_size"), 0)
-    return _read(keys, attention, router, experts=experts, num_dense_layers=0)
+    experts = ExpertsConfig(_num_experts(keys), keys.whole("intermediate_size"), 0)
+    return _read(keys, attention, router, theta=1e4, rotary=1.0, experts=experts, num_dense_layers=0)
 
 
 def _write(c: ModelConfig, family: str, score: str, **fields: Any) -> dict[str, Any]:

@@ -34,7 +34,8 @@ Mtp = Literal["auto", "keep", "drop"]
 class HfModel:
     """What `open_model` gives: the model, the directory, its config.json, parameters by the names a checkpoint has.
 
-    left_out: tensors that are not used, with the reason. notes: what the user should know.
+    left_out: tensors that are not used, with the reason. copies: those that must equal a used one, by its name; compared
+    when that is read. notes: what the user should know.
     """
 
     family: Family
@@ -43,6 +44,7 @@ class HfModel:
     values: Mapping[str, Any]
     parameters: dict[str, Parameter]
     left_out: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def fill(self, name: str, first: int, out: Tensor) -> None:
@@ -72,7 +74,14 @@ class HfModel:
     def _rows(self, source: Source, first: int, stop: int) -> Tensor:
         """Rows [first, stop) of what a source gives, FP32 [n, K] or [n]."""
         if source.is_plain:
-            return self.directory.rows(source.name, first, stop, source.expert)
+            values = self.directory.rows(source.name, first, stop, source.expert)
+            copy = self.copies.get(source.name)
+            if copy is not None and not torch.equal(values, self.directory.rows(copy, first, stop)):
+                raise DataError(
+                    f"{self.directory.folder}: {copy} differs from {source.name}, which the MTP module shares here, and "
+                    "would be lost: leave the module out, with --mtp drop or model.mtp_depth=0"
+                )
+            return values
         shape = source.shape if source.expert is None else source.shape[1:]
         whole = self.directory.rows(source.name, 0, shape[0], source.expert)
         whole = whole.T if source.transposed else whole
@@ -173,7 +182,7 @@ def _account(model: HfModel) -> None:
         elif layer is not None and layer >= model.config.num_layers + model.config.mtp_depth:
             model.left_out[name] = f"the MTP module of layer {layer}"
         elif name in copies:
-            _check_copy(model, name, copies[name])
+            model.copies[copies[name]] = name
             model.left_out[name] = f"a copy of {copies[name]}"
         else:
             unknown.append(name)
@@ -181,18 +190,4 @@ def _account(model: HfModel) -> None:
         raise DataError(
             f"{directory.folder} holds {len(unknown)} tensors that {model.family.model_type} has no place for, the first "
             f"is {unknown[0]}: what they do would be lost"
-        )
-
-
-def _check_copy(model: HfModel, name: str, original: str) -> None:
-    directory = model.directory
-    shape = directory.entries[original].shape
-    equal = directory.entries[name].shape == shape
-    for first in range(0, shape[0], max(1, CHUNK // shape[1])):
-        stop = min(shape[0], first + max(1, CHUNK // shape[1]))
-        equal = equal and torch.equal(directory.rows(name, first, stop), directory.rows(original, first, stop))
-    if not equal:
-        raise DataError(
-            f"{directory.folder}: {name} differs from {original}, which the MTP module shares here, and would be lost: "
-            "leave the module out, --mtp drop"
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp8moe.data.durable import copy_file, unwritable, write_text
+from fp8moe.data.durable import copy_file, scratch_name, unwritable, write_text
 from fp8moe.errors import ConfigError, SpaceError
 from fp8moe.interop.hf_model import CHUNK, HfModel
 from fp8moe.interop.names import Parameter
@@ -40,7 +40,7 @@ def write_run(model: HfModel, out: Path, config: TrainConfig, text: str, tokeniz
     """Write the run directory `out`. text: `config` as YAML. Raises ConfigError, DataError and SpaceError."""
     check_empty(out)
     need = 4 * sum(one.length for one in model.parameters.values())
-    scratch = out.with_name(f".{out.name}.partial")
+    scratch = scratch_name(out)
     try:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(scratch.parent).free

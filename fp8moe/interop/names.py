@@ -66,7 +66,7 @@ class Source:
 class Parameter:
     """A canonical parameter, or the balancing bias of a router: its shape with all experts, and its sources.
 
-    linear: a weight that FP8 training multiplies in FP8. Without sources it is zeros (the bias of a router without).
+    linear: a weight that FP8 training multiplies in FP8. is_flat: its last dimension counts as rows. Without sources it is zeros (the bias of a router without).
     """
 
     name: str
@@ -74,10 +74,11 @@ class Parameter:
     sources: tuple[Source, ...]
     linear: bool = False
     is_bias: bool = False
+    is_flat: bool = False
 
     @property
     def columns(self) -> int:
-        return self.shape[-1] if len(self.shape) > 1 else 1
+        return 1 if len(self.shape) == 1 or self.is_flat else self.shape[-1]
 
     @property
     def length(self) -> int:

@@ -34,11 +34,11 @@ DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 _NEVER_FP8 = ("embed_tokens", "lm_head", "shared_head.head", "eh_proj", "mlp.gate", "mlp.router")
 
 
-def check_directory(folder: Path) -> None:
-    """Raise DataError with the first rule that a directory breaks, and how many it does."""
+def check_directory(folder: Path, name: object) -> None:
+    """Raise DataError with the first rule that a directory breaks, and how many it does; `name` is what it is called."""
     broken = list(broken_rules(folder))
     if broken:
-        raise DataError(f"{folder} breaks {len(broken)} rules of its readers, the first: {broken[0]}")
+        raise DataError(f"{name} breaks {len(broken)} rules of its readers, the first: {broken[0]}")
 
 
 def broken_rules(folder: Path) -> Iterator[str]:

@@ -28,6 +28,7 @@ def read_rope(keys: Keys, *, theta: float, max_position: int) -> tuple[float, Ya
             f"{rope.where}: rope_type={kind!r} is not supported, its scaling of positions would be lost: use "
             f"{' or '.join(_PLAIN)}"
         )
+    all_dim = float(rope.number("mscale_all_dim", 0.0))
     original = rope.whole("original_max_position_embeddings", max_position)
     factor = rope.number("factor", max_position / original)
     yarn = YarnConfig(
@@ -35,21 +36,12 @@ def read_rope(keys: Keys, *, theta: float, max_position: int) -> tuple[float, Ya
         original_max_seq_len=original,
         beta_slow=float(rope.number("beta_slow", 1.0)),
         beta_fast=float(rope.number("beta_fast", 32.0)),
-        mscale=float(rope.number("mscale", 0.0)),
-        mscale_all=float(rope.number("mscale_all_dim", 0.0)),
-        **_truncate(rope),
+        mscale=float(rope.number("mscale", 0.0 if all_dim else 1.0)),  # without mscale_all_dim it has no effect
+        mscale_all=all_dim,
+        truncate=bool(rope.take("truncate", True)),
     )
     rope.finish()
     return base, yarn if kind == "yarn" else None
-
-
-def _truncate(rope: Keys) -> dict[str, bool]:
-    value = rope.take("truncate", True)
-    if "truncate" in YarnConfig.__dataclass_fields__:
-        return {"truncate": bool(value)}
-    if value is not True:
-        raise ConfigError(f"{rope.where}: truncate={value!r} is not supported, exact ramp ends would be lost: use true")
-    return {}
 
 
 def write_rope(theta: float, yarn: YarnConfig | None) -> dict[str, Any]:
@@ -64,10 +56,8 @@ def write_rope(theta: float, yarn: YarnConfig | None) -> dict[str, Any]:
         "beta_slow": yarn.beta_slow,
         "beta_fast": yarn.beta_fast,
     }
-    if yarn.mscale:
-        scaling["mscale"] = yarn.mscale
     if yarn.mscale_all:
-        scaling["mscale_all_dim"] = yarn.mscale_all
-    if not getattr(yarn, "truncate", True):
+        scaling |= {"mscale": yarn.mscale or None, "mscale_all_dim": yarn.mscale_all}
+    if not yarn.truncate:
         scaling["truncate"] = False
     return {"rope_theta": theta, "rope_scaling": scaling}

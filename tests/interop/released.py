@@ -15,6 +15,7 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeConfig,
+    GptOssConfig,
     OlmoeConfig,
     Qwen3MoeConfig,
 )
@@ -70,6 +71,12 @@ GROUPED = dict(
 QWEN3 = GROUPED | dict(num_experts=8, moe_intermediate_size=48)
 GLM4 = GROUPED | dict(n_routed_experts=8, moe_intermediate_size=48, num_key_value_heads=2)
 OLMOE = {key: value for key, value in GROUPED.items() if key != "head_dim"} | dict(num_experts=8, intermediate_size=48)
+GPT_OSS = GROUPED | dict(
+    num_local_experts=8, intermediate_size=48, sliding_window=8, experts_implementation="eager",
+    rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
+)  # fmt: skip
+OSS_YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "truncate": False}  # fmt: skip
 HALF = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
 CONFIGS |= {
     "qwen3": Qwen3MoeConfig(**QWEN3 | dict(norm_topk_prob=True)),
@@ -101,6 +108,14 @@ CONFIGS |= {
     "olmoe": OlmoeConfig(**OLMOE),
     "olmoe, clipped": OlmoeConfig(**OLMOE | dict(clip_qkv=0.3)),
     "olmoe, biases, normalised": OlmoeConfig(**OLMOE | dict(attention_bias=True, norm_topk_prob=True)),
+    "gpt_oss": GptOssConfig(**GPT_OSS),
+    "gpt_oss, yarn, three heads": GptOssConfig(
+        **GPT_OSS | dict(rope_parameters=OSS_YARN, num_attention_heads=3, num_key_value_heads=1, head_dim=32)
+    ),
+    "gpt_oss, windows in all layers": GptOssConfig(**GPT_OSS | dict(layer_types=["sliding_attention"] * 3)),
+    "gpt_oss, one expert a token": GptOssConfig(
+        **GPT_OSS | dict(num_experts_per_tok=1, swiglu_limit=0.05, layer_types=["full_attention"] * 3)
+    ),
     "olmoe, all heads": OlmoeConfig(**OLMOE | dict(num_key_value_heads=4, rms_norm_eps=1e-6)),
 }
 # Sizes with several blocks of 128, the last of which are short.
