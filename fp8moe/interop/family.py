@@ -18,7 +18,8 @@ class Family:
     read: config.json -> the model, with as many MTP modules as it announces (0 or 1). write: the way back, without the
     keys that all families share; raises ConfigError where the model has what the family can't say. parameters: the name
     map; `fused`: with the experts of a layer in one tensor, as models of transformers hold them. copies: further names
-    under which an export holds a parameter (MTP's embedding and head), by the name it holds it under first. has_fp8: its readers take block FP8.
+    under which an export holds a parameter (MTP's embedding and head), by the name it holds it under first. has_fp8:
+    whether its readers take block FP8.
     """
 
     model_type: str

@@ -92,8 +92,8 @@ def _window_layers(keys: Keys, kinds: list[str]) -> Any:
     if set(kinds) == {_KINDS[False]}:
         return None
     raise ConfigError(
-        f"{keys.where}: layer_types={kinds!r:.80} is not supported, windows in other layers would be lost: use the window "
-        "in all, the even, the odd or no layers"
+        f"{keys.where}: layer_types={kinds!r:.80} is not supported, windows in other layers would be lost: use a "
+        "window in all, the even, the odd or no layers"
     )
 
 

@@ -134,7 +134,7 @@ def read_olmoe(keys: Keys) -> ModelConfig:
 
 
 def _write(c: ModelConfig, family: str, score: str, **fields: Any) -> dict[str, Any]:
-    """The keys that the three share. fields: what GqaConfig must have. Raises ConfigError where the family has no key."""
+    """The keys that the three share. fields: what GqaConfig must have. Raises ConfigError where it has not."""
     a, r = c.attention, c.router
     if not isinstance(a, GqaConfig):
         raise ConfigError(f"model.attention.kind={a.kind} is none of {family}, which has gqa: export another family")

@@ -1,7 +1,7 @@
 """A Hugging Face directory, read lazily: headers of all shards first, then tensors by rows, as FP32 values.
 
 The safetensors library checks a header against its file's length, so a file that is cut off is found before anything is
-read. Files are mapped; a mapping is dropped after 256 MB were read through it, so that what was read does not stay in
+read. Files are mapped; a mapping is dropped after 64 MB were read through it, so that what was read does not stay in
 memory. Block FP8: `NAME_scale_inv` beside `NAME` [N, K] holds FP32 [ceil(N/128), ceil(K/128)], blocks at the edges may
 be short. Pickles (.bin, .pt) are refused: loading one runs what it says.
 """
@@ -23,7 +23,7 @@ from fp8moe.interop.families import read_json
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
 BLOCK = 128
-MAPPED = 1 << 28  # bytes read through a mapping before it is dropped
+MAPPED = 1 << 26  # bytes read through a mapping before it is dropped
 _PLAIN = {"F32": 4, "BF16": 2, "F16": 2}
 _CODES = "F8_E4M3"
 
@@ -101,7 +101,7 @@ class HfDirectory:
         if scale.shape != grid or scale.dtype not in _PLAIN:
             raise DataError(
                 f"{self.folder / scale.file}: {name + SCALE} is {scale.dtype} {list(scale.shape)} and "
-                f"{list(entry.shape)} in blocks of {BLOCK} needs F32 {list(grid)}: use a checkpoint of {BLOCK}x{BLOCK} blocks"
+                f"{list(entry.shape)} in blocks of {BLOCK} needs F32 {list(grid)}: use blocks of {BLOCK}x{BLOCK}"
             )
 
     def _slice(self, name: str) -> Any:

@@ -2,8 +2,8 @@
 
 All checks come when it is opened, from the shards' headers: each parameter has its sources in the right shape, each
 tensor is used or named in `left_out` with the reason, and none is unknown. Values come by ranges of the flattened
-parameter, as a rank of any layout holds them, so nobody reads what it does not keep; at most 64 MB or one row is read at
-once, or one matrix where its rows are to be reordered.
+parameter, as a rank of any layout holds them, so nobody reads what it does not keep; at most 64 MB or one row is read
+at once, or one matrix where its rows are to be reordered.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Mtp = Literal["auto", "keep", "drop"]
 class HfModel:
     """What `open_model` gives: the model, the directory, its config.json, parameters by the names a checkpoint has.
 
-    left_out: tensors that are not used, with the reason. copies: those that must equal a used one, by its name; compared
-    when that is read. notes: what the user should know.
+    left_out: tensors that are not used, with the reason. copies: those that must equal a used one, by its name, and are
+    compared when that is read. notes: what the user should know.
     """
 
     family: Family
@@ -78,8 +78,8 @@ class HfModel:
             copy = self.copies.get(source.name)
             if copy is not None and not torch.equal(values, self.directory.rows(copy, first, stop)):
                 raise DataError(
-                    f"{self.directory.folder}: {copy} differs from {source.name}, which the MTP module shares here, and "
-                    "would be lost: leave the module out, with --mtp drop or model.mtp_depth=0"
+                    f"{self.directory.folder}: {copy} differs from {source.name}, which the MTP module shares here, "
+                    "and would be lost: leave the module out, with --mtp drop or model.mtp_depth=0"
                 )
             return values
         shape = source.shape if source.expert is None else source.shape[1:]
@@ -188,6 +188,6 @@ def _account(model: HfModel) -> None:
             unknown.append(name)
     if unknown:
         raise DataError(
-            f"{directory.folder} holds {len(unknown)} tensors that {model.family.model_type} has no place for, the first "
-            f"is {unknown[0]}: what they do would be lost"
+            f"{directory.folder} holds {len(unknown)} tensors that {model.family.model_type} has no place for, the "
+            f"first is {unknown[0]}: what they do would be lost"
         )

@@ -1,4 +1,4 @@
-"""A released model as a run directory: config.yaml, tokenizer.json, FP32 masters and router biases in checkpoints/step-0.
+"""A released model as a run directory: config.yaml, tokenizer.json, FP32 masters and router biases in step-0.
 
 It is written beside its place and renamed, so that it is whole or absent. Values are read, widened and written in parts
 of at most 64 MB, or of one matrix where rows are reordered: the host holds a part, its source and the headers, whatever
@@ -27,7 +27,7 @@ from fp8moe.train.checkpoint.storage import Part
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.provenance import commit, versions
 
-MOST_MEMORY = 1 << 30  # bytes of host memory beside the largest tensor: torch, headers, a mapping, parts
+MOST_MEMORY = 1 << 28  # bytes of host memory beside the largest tensor: a part, its source, a mapping, headers
 
 
 def check_empty(out: Path) -> None:
@@ -46,8 +46,8 @@ def write_run(model: HfModel, out: Path, config: TrainConfig, text: str, tokeniz
         free = shutil.disk_usage(scratch.parent).free
         if free < need:
             raise SpaceError(
-                f"{out.parent} has {free / 1e9:.2f} GB free and the masters need {need / 1e9:.2f} GB: free space or name "
-                "another directory"
+                f"{out.parent} has {free / 1e9:.2f} GB free and the masters need {need / 1e9:.2f} GB: free space or "
+                "name another directory"
             )
         shutil.rmtree(scratch, ignore_errors=True)
         keep(model.directory.folder, scratch / KEPT)

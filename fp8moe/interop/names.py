@@ -66,7 +66,8 @@ class Source:
 class Parameter:
     """A canonical parameter, or the balancing bias of a router: its shape with all experts, and its sources.
 
-    linear: a weight that FP8 training multiplies in FP8. is_flat: its last dimension counts as rows. Without sources it is zeros (the bias of a router without).
+    linear: a weight that FP8 training multiplies in FP8. is_flat: its last dimension counts as rows.
+    Without sources it is zeros (the bias of a router without).
     """
 
     name: str

@@ -7,8 +7,8 @@ vllm (and SGLang)   both multiply activations in tiles of 128, so K must be a mu
 transformers        finds the size of a block from the grid of scales, so both widths must be multiples of 128
 
 Embedding, head, gate, norms and MTP's `eh_proj` are never FP8. A tensor is quantized by itself; its blocks are those of
-the joined weight that training multiplies where it starts and ends at multiples of 128 rows of it. Where not, `reblocked`
-names it: its codes differ from those of the training.
+the joined weight that training multiplies where it starts and ends at multiples of 128 rows of it. Where not,
+`reblocked` names it: its codes differ from those of the training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MERGED = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("q_proj
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """fp8: names of weights in FP8. kept: modules that stay BF16, by the reason. reblocked: names of weights in FP8 whose
-    blocks are not those of the training."""
+    """fp8: names of weights in FP8. kept: modules that stay BF16, by the reason. reblocked: names of weights in FP8
+    whose blocks are not those of the training."""
 
     fp8: frozenset[str]
     kept: dict[str, str]

@@ -2,8 +2,8 @@
 
 Written from the loaders, not from our name maps, so that one checks the other: vLLM 0.33
 (vllm/model_executor/models/deepseek_v2.py, deepseek_mtp.py, qwen3_moe.py, glm4_moe.py, glm4_moe_mtp.py, olmoe.py) and
-SGLang 0.5.23 (python/sglang/srt/models/, files of the same names). Both have a parameter for every tensor named here and
-raise KeyError, or pass over it in silence, at any other.
+SGLang 0.5.23 (python/sglang/srt/models/, files of the same names). Both have a parameter for every tensor named here
+and raise KeyError, or pass over it in silence, at any other.
 """
 
 from __future__ import annotations

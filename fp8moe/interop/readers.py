@@ -3,8 +3,8 @@
 From vLLM 0.33: layers/quantization/fp8.py (Fp8Config.from_config, Fp8MoEMethod.create_weights), layers/quantization/
 utils/fp8_utils.py (validate_fp8_block_shape, per_token_group_quant_fp8), utils/quant_utils.py (is_layer_skipped); from
 SGLang 0.5.23: srt/layers/quantization/fp8.py and fp8_utils.py, which agree with them. Names and shapes are in
-`reader_names`. What breaks a rule is loaded wrongly, or not at all and without a word; so a key that has a default there
-must be written.
+`reader_names`. What breaks a rule is loaded wrongly, or not at all and without a word; so a key that has a default
+there must be written.
 
     config     keys that are read are there, those with a silent default too; rotation by rope_theta
     names      every tensor that is looked for, in its shape, and no other
@@ -35,7 +35,7 @@ _NEVER_FP8 = ("embed_tokens", "lm_head", "shared_head.head", "eh_proj", "mlp.gat
 
 
 def check_directory(folder: Path, name: object) -> None:
-    """Raise DataError with the first rule that a directory breaks, and how many it does; `name` is what it is called."""
+    """Raise DataError with the first rule that a directory, which is called `name`, breaks, and their number."""
     broken = list(broken_rules(folder))
     if broken:
         raise DataError(f"{name} breaks {len(broken)} rules of its readers, the first: {broken[0]}")
@@ -70,9 +70,9 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         f"config.json lacks {key}, for which readers have a silent default" for key in silent if key not in config
     )
-    has_bias = config.get("topk_method") == "noaux_tc"
-    if family == "mla" and has_bias != (config.get("scoring_func") == "sigmoid"):
-        yield f"config.json: topk_method={config.get('topk_method')} contradicts scoring_func={config.get('scoring_func')}"
+    method, score = config.get("topk_method"), config.get("scoring_func")
+    if family == "mla" and (method == "noaux_tc") != (score == "sigmoid"):
+        yield f"config.json: topk_method={method} contradicts scoring_func={score}"
     if config.get("torch_dtype") not in DTYPES:
         yield f"config.json: torch_dtype={config.get('torch_dtype')!r} is none of {', '.join(DTYPES)}"
     quantization = config.get("quantization_config")

@@ -52,8 +52,8 @@ def usable(folder: Path, vocab_size: int) -> tuple[Path | None, str]:
         return None, f"{error}; copied and not used"
     if size > vocab_size:
         raise DataError(
-            f"{path} has ids up to {size - 1} and the model's vocabulary has {vocab_size} entries: use the tokenizer that "
-            "was released with the model"
+            f"{path} has ids up to {size - 1} and the model's vocabulary has {vocab_size} entries: use the tokenizer "
+            "that was released with the model"
         )
     return path, f"{TOKENIZER} of {size} ids is taken along"
 
@@ -66,7 +66,7 @@ def keep(source: Path, target: Path) -> None:
 
 
 def kept_by(run: Path) -> Path | None:
-    """The folder of the released model's files that a run has, or the run or directory that it began from; else None."""
+    """The folder of the released model's files that a run, or what it began from, has; None without."""
     seen = set()
     while run.resolve() not in seen:
         seen.add(run.resolve())

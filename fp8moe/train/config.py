@@ -187,9 +187,8 @@ def resolve(
 ) -> TrainConfig:
     """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
 
-    foreign: opens weights of `init_from` that are no checkpoint's. The kernels' back end is chosen here too, so that one
-    that can't run is refused before anything starts. Raises
-    ValueError or ConfigError. Starts nothing and writes nothing.
+    foreign: opens weights of `init_from` that are no checkpoint's. The kernels' back end is chosen here too, so that
+    one that can't run is refused before anything starts. Raises ValueError or ConfigError. Starts and writes nothing.
     """
     parallel = config.parallel
     experts = config.model.experts.num_experts

@@ -49,7 +49,7 @@ CONFIGS: dict[str, Any] = {
         | dict(
             n_group=8, topk_group=4, n_routed_experts=16, num_experts_per_tok=8, norm_topk_prob=False, rms_norm_eps=1e-5
         )
-    ),  # fmt: skip
+    ),
     "v2, greedy": DeepseekV2Config(**V2),
     "v2, yarn, no query latent": DeepseekV2Config(**V2 | dict(q_lora_rank=None, rope_parameters=YARN)),
     "v2, groups": DeepseekV2Config(
@@ -60,7 +60,7 @@ CONFIGS: dict[str, Any] = {
         | dict(
             n_shared_experts=2, hidden_size=48, num_attention_heads=3, num_key_value_heads=3, first_k_dense_replace=0
         )
-    ),  # fmt: skip
+    ),
 }
 # Families with grouped-query attention.
 GROUPED = dict(

@@ -1,7 +1,7 @@
 """Weights that no checkpoint of ours holds: what a run needs of them to begin from them.
 
-Reading released models lives on a floor above this one (`interop`), so the command hands its opener down: `init_from` is
-given to it first, and what it does not know is a run or a checkpoint.
+Reading released models lives on a floor above this one (`interop`), so the command hands its opener down: `init_from`
+is given to it first, and what it does not know is a run or a checkpoint.
 """
 
 from __future__ import annotations
