@@ -54,6 +54,7 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.cli.compose import as_yaml
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
+    from fp8moe.interop.hf_model import open_released
     from fp8moe.plan.machine_memory import check_fits
     from fp8moe.train.config import resolve
     from fp8moe.train.rendezvous import place
@@ -65,7 +66,7 @@ def _run(argv: Sequence[str]) -> int:
     if arguments.cfg:
         print(composed.text, end="")
         return 0
-    config = resolve(composed.config, num_processes or 1)
+    config = resolve(composed.config, num_processes or 1, open_released)
     check_fits(config, num_processes or 1)
     check_files(config.data)
     if sentence := note(origin, config):
@@ -75,7 +76,7 @@ def _run(argv: Sequence[str]) -> int:
         return launch(["train", *from_run, *arguments.settings], num_processes)
     from fp8moe.train.loop import train
 
-    train(config, as_yaml)
+    train(config, as_yaml, open_released)
     return 0
 
 
@@ -94,6 +95,7 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.cli.compose import as_yaml
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
+        from fp8moe.interop.hf_model import open_released
         from fp8moe.plan.machine_memory import check_fits
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
@@ -106,13 +108,13 @@ def _rank(argv: Sequence[str]) -> int:
             if is_first:
                 print(composed.text, end="")
             return 0
-        config = resolve(composed.config, world_size)
+        config = resolve(composed.config, world_size, open_released)
         if LAUNCHED not in os.environ:  # else the launcher did
             check_fits(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             check_files(config.data)
             if is_first and (sentence := note(origin, config)):
                 print(sentence, flush=True)
-        train(config, as_yaml)
+        train(config, as_yaml, open_released)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one
     except Exception as error:

@@ -29,7 +29,7 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
-from fp8moe.train.config import TrainConfig, stages_of
+from fp8moe.train.config import TrainConfig, foreign_weights, stages_of
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
@@ -39,25 +39,20 @@ from fp8moe.train.run import Run
 from fp8moe.train.run_state import begin_from, check_space, perturb_weights, restore
 
 
-def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
+def build(
+    config: TrainConfig,
+    mesh: Mesh,
+    device: torch.device,
+    run_dir: Path,
+    foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
+) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one, else from that of `init_from`.
 
-    Collective over all ranks.
+    foreign: opens weights that are no checkpoint's. Collective over all ranks.
     """
     path = config.checkpoint.path
-    chosen = checkpoint.choose(
-        config.resume,
-        run_dir,
-        path,
-        config.model,
-        mesh,
-        seed=config.seed,
-        seq_len=config.seq_len,
-        optimizer=config.optimizer.kind,
-    )
-    weights = None
-    if chosen is None and config.init_from is not None:
-        weights = checkpoint.choose_weights(config.init_from, config.model, mesh, averaged=config.init_from_ema)
+    chosen = _chosen(config, mesh, run_dir)
+    weights = _weights(config, mesh, foreign) if chosen is None else None
     data = _open_data(config, mesh)
     identity = _data_identity(config, data)
     if chosen is not None and chosen[1].data is not None:
@@ -99,6 +94,32 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run
+
+
+def _chosen(config: TrainConfig, mesh: Mesh, run_dir: Path) -> tuple[checkpoint.Location, checkpoint.RunState] | None:
+    """The checkpoint that `resume` names and its numbers; None without. Collective over all ranks."""
+    return checkpoint.choose(
+        config.resume,
+        run_dir,
+        config.checkpoint.path,
+        config.model,
+        mesh,
+        seed=config.seed,
+        seq_len=config.seq_len,
+        optimizer=config.optimizer.kind,
+    )
+
+
+def _weights(
+    config: TrainConfig, mesh: Mesh, foreign: checkpoint.OpenForeign
+) -> checkpoint.Location | checkpoint.ForeignWeights | None:
+    """What `init_from` names; None where it is not set. Collective over all ranks."""
+    if config.init_from is None:
+        return None
+    found = foreign_weights(config, foreign)
+    if found is not None:
+        return found
+    return checkpoint.choose_weights(config.init_from, config.model, mesh, averaged=config.init_from_ema)
 
 
 def _logical_shapes(model: Transformer, mesh: Mesh) -> dict[str, list[int]]:

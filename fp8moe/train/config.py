@@ -190,11 +190,13 @@ def _check_tokens(micro_batch: int, seq_len: int) -> None:
         )
 
 
-def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
+def resolve(
+    config: TrainConfig, world_size: int, foreign: checkpoint.OpenForeign = checkpoint.no_foreign
+) -> TrainConfig:
     """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
 
-    The kernels' back end is chosen here too, so that one that can't run is refused before anything starts. Raises
-    ValueError or ConfigError. Starts nothing and writes nothing.
+    foreign: opens weights of `init_from` that are no checkpoint's. The kernels' back end is chosen here too, so that
+    one that can't run is refused before anything starts. Raises ValueError or ConfigError. Starts and writes nothing.
     """
     parallel = config.parallel
     experts = config.model.experts.num_experts
@@ -225,7 +227,7 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
     check_wandb(config.logging)
     config = dataclasses.replace(config, checkpoint=config.checkpoint.resolved())
     check_run_dir(config.run_dir, config.resume)
-    _check_resume(config)
+    _check_resume(config, foreign)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda needs at least 1 CUDA device and torch sees 0: use device=cpu")
     ep = math.gcd(dp, experts) if ep is None else ep
@@ -239,7 +241,17 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
     return dataclasses.replace(config, parallel=filled, batch=batch)
 
 
-def _check_resume(config: TrainConfig) -> None:
+def foreign_weights(config: TrainConfig, foreign: checkpoint.OpenForeign) -> checkpoint.ForeignWeights | None:
+    """The weights of `init_from` where they are no checkpoint's. Raises ConfigError where they are of another model."""
+    weights = None if config.init_from is None else foreign(config.init_from, config.model)
+    if weights is not None:
+        weights.check(config.model)
+        if config.init_from_ema:
+            raise ConfigError(f"init_from={config.init_from} holds no average of weights: use init_from_ema=false")
+    return weights
+
+
+def _check_resume(config: TrainConfig, foreign: checkpoint.OpenForeign) -> None:
     path = config.checkpoint.path
     checkpoint.check_root(path, config.run_dir, config.resume)
     readable = checkpoint.readable_state(
@@ -252,7 +264,7 @@ def _check_resume(config: TrainConfig) -> None:
         optimizer=config.optimizer.kind,
     )
     if readable is None:
-        if config.init_from is not None:
+        if config.init_from is not None and foreign_weights(config, foreign) is None:
             checkpoint.readable_weights(config.init_from, config.model, averaged=config.init_from_ema)
         return
     found, state = readable

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from fp8moe.errors import NonFiniteError
+from fp8moe.train import checkpoint
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.consistency import check_consistency
@@ -38,8 +39,15 @@ from fp8moe.train.validation import ValidationReport, validate
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary:
-    """Run a resolved `config` to its end. Collective over all ranks; `as_yaml` gives config.yaml's text."""
+def train(
+    config: TrainConfig,
+    as_yaml: Callable[[TrainConfig], str],
+    foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
+) -> Summary:
+    """Run a resolved `config` to its end. Collective over all ranks.
+
+    as_yaml: gives config.yaml's text. foreign: opens weights of `init_from` that are no checkpoint's.
+    """
     started = time.perf_counter()
     device, preemption = choose_device(config), Preemption()
     with preemption.watching(), processes(config, device) as mesh:
@@ -48,7 +56,7 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
         preemption.on_end.append(partial(release_run_dir, run_dir, mesh))
         with released(run_dir), log_file(run_dir, mesh.rank):
             try:
-                run = build(config, mesh, device, run_dir)
+                run = build(config, mesh, device, run_dir, foreign)
                 run.preemption = preemption
                 if run.is_first:
                     tokenizer = run.data.tokenizer

@@ -79,17 +79,20 @@ def restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> 
     logger.info("resumed from %s after step %d, %d samples consumed", path, state.step, state.consumed)
 
 
-def begin_from(run: Run, path: checkpoint.Location) -> None:
-    """Take the weights of a checkpoint, or their average, and its router biases; all else is a new run's.
+def begin_from(run: Run, path: checkpoint.Location | checkpoint.ForeignWeights) -> None:
+    """Take the weights of a checkpoint, or their average, or other weights, with router biases; all else is new.
 
     Collective over all ranks.
     """
     kind, held = "ema." if run.config.init_from_ema else "master.", run.optimizer.held
     taken = {name: tensor for name, tensor in _tensors(run, held).items() if name.startswith(("master.", "bias."))}
     stored = {name.replace("master.", kind, 1): tensor for name, tensor in taken.items()}
-    checkpoint.load(path, stored, run.mesh.world_group)
+    if isinstance(path, checkpoint.Location):
+        checkpoint.load(path, stored, run.mesh.world_group)
+    else:
+        path.load(stored)
     _refresh(run, held, restart_average=True)
-    logger.info("begins from the weights of %s (%s*)", path, kind)
+    logger.info("begins from the weights of %s (%s*)", run.config.init_from, kind)
 
 
 def perturb_weights(run: Run, size: float) -> None:

@@ -12,6 +12,9 @@ from fp8moe.train.checkpoint.folder import load as load
 from fp8moe.train.checkpoint.folder import refusal as refusal
 from fp8moe.train.checkpoint.folder import save as save
 from fp8moe.train.checkpoint.folder import stored_names as stored_names
+from fp8moe.train.checkpoint.foreign import ForeignWeights as ForeignWeights
+from fp8moe.train.checkpoint.foreign import OpenForeign as OpenForeign
+from fp8moe.train.checkpoint.foreign import no_foreign as no_foreign
 from fp8moe.train.checkpoint.location import Location as Location
 from fp8moe.train.checkpoint.location import location as location
 from fp8moe.train.checkpoint.manifest import problems as problems

@@ -75,7 +75,7 @@ def read_state(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
     ours = json.loads(json.dumps(asdict(model)))
-    differing = [f"model.{key}={there} there and {here} here" for key, there, here in _differences(theirs, ours)]
+    differing = [f"model.{key}={there} there and {here} here" for key, there, here in differences(theirs, ours)]
     if differing:
         raise ConfigError(
             f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
@@ -106,20 +106,18 @@ def _completed(theirs: Mapping[str, Any], ours: Any) -> dict[str, Any]:
         here = getattr(ours, field.name)
         if dataclasses.is_dataclass(here) and isinstance(found.get(field.name), dict):
             inner = dict(found[field.name])
-            if inner.get("kind") == "mla" and "norm_eps" in found:
-                inner.setdefault("norm_eps", found["norm_eps"])  # latents had the model's
             found[field.name] = _completed(inner, here)
         elif field.default is not dataclasses.MISSING:
             found.setdefault(field.name, json.loads(json.dumps(field.default)))
     return found
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, str, str]]:
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted key, their value, our value) of every field that differs and is not free, in order of the keys."""
     for name in sorted(theirs.keys() | ours.keys()):
         key, there, here = f"{group}{name}", theirs.get(name), ours.get(name)
         if isinstance(there, dict) and isinstance(here, dict):
-            yield from _differences(there, here, f"{key}.")
+            yield from differences(there, here, f"{key}.")
         elif there != here and key not in FREE_FIELDS:
             yield key, repr(there), repr(here)
 

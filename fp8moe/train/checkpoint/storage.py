@@ -38,16 +38,15 @@ from fp8moe.train.checkpoint.files import Folder, read_text, space_in_words, wri
 from fp8moe.train.checkpoint.hashed_file import WrittenFile
 
 INDEX_FILE = "index.json"
-_NAMES = {  # safetensors' names of the dtypes that a run's state has
+_NAMES = {  # safetensors' names of the dtypes that a run's state and an exported model have
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float64: "F64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
-
-
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _LONGEST_HEADER = 100_000_000  # as in safetensors' own reader
 
@@ -66,10 +65,17 @@ class Part:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(folder: Folder, name: str, parts: Sequence[Part]) -> WrittenFile:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Safetensors' name of a dtype."""
+    return _NAMES[dtype]
+
+
+def write_safetensors(
+    folder: Folder, name: str, parts: Sequence[Part], metadata: Mapping[str, str] | None = None
+) -> WrittenFile:
     """A safetensors file (github.com/huggingface/safetensors, its format section), of which one tensor at a time is on
-    the host beside those that lie there anyway."""
-    header: dict[str, Any] = {}
+    the host beside those that lie there anyway. metadata: text in its header."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for part in parts:
         start, end = end, end + part.num_bytes

@@ -1,0 +1,150 @@
+"""`fp8moe export CHECKPOINT OUT`: a checkpoint as a Hugging Face directory, for vLLM, SGLang and transformers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fp8moe.cli.command import make_parser, parse
+
+if TYPE_CHECKING:
+    from fp8moe.interop.export_hf import Export
+    from fp8moe.model.config import ModelConfig
+
+DESCRIPTION = """\
+Write a checkpoint as a Hugging Face directory: config.json, safetensors with an index, tokenizer files, a model card. A
+run directory stands for its newest checkpoint. The rules of vLLM's and SGLang's loaders are checked before it counts.
+
+  fp8moe export runs/mine out/mine --precision bf16
+  fp8moe export runs/mine out/mine-fp8 --precision fp8 --ema
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `fp8moe export`."""
+    parser = make_parser("export", DESCRIPTION)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run directory: its newest")
+    parser.add_argument("out", metavar="OUT", help="the directory that is made")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp8", "fp32"], default="bf16", help="of the weights; default bf16"
+    )
+    parser.add_argument("--ema", action="store_true", help="the average of the weights in their place")
+    parser.add_argument("--mtp", choices=["keep", "drop"], default="keep", help="the MTP module; default keep")
+    parser.add_argument(
+        "--for",
+        dest="reader",
+        choices=["vllm", "transformers"],
+        default="vllm",
+        help="whose rules decide what is FP8; default vllm, which are SGLang's too",
+    )
+    arguments = parse(parser, argv)
+    from fp8moe.cli.checkpoint import found
+    from fp8moe.interop.card import model_card
+    from fp8moe.interop.export_hf import config_of, write_directory
+    from fp8moe.interop.import_run import check_empty
+    from fp8moe.interop.stored import Stored
+
+    out = Path(arguments.out)
+    check_empty(out)
+    path = found(arguments.checkpoint)[-1]
+    stored = Stored(path, averaged=arguments.ema)
+    model = _model_of(stored.state)
+    kept = _kept(path)
+    if arguments.mtp == "drop":
+        model = replace(model, mtp_depth=0)
+    export = _export(stored, model, arguments.precision, arguments.reader, kept)
+    said = _said(export, arguments.reader, averaged=arguments.ema)
+    ids = _ids(kept, path, model)
+    files = {"config.json": f"{json.dumps(config_of(export, ids), indent=2)}\n", "README.md": ""}
+    files |= {"README.md": model_card(export, out.resolve().name, said)} | _generation(kept, ids)
+    size = write_directory(export, out, files, lambda folder: _copy(kept, path, folder))
+    print("\n".join([f"{out}: {export.family.model_type}, {size / 1e9:.3f} GB in {export.output}", *said]))
+    return 0
+
+
+def _model_of(state: dict[str, Any]) -> ModelConfig:
+    from fp8moe.cli.compose import to_dataclass
+    from fp8moe.model.config import ModelConfig
+
+    return to_dataclass(ModelConfig, state["model"], "model")
+
+
+def _kept(path: Any) -> Path | None:
+    """The released model's files that the run of a checkpoint began with."""
+    from fp8moe.interop.tokenizer_files import kept_by
+
+    return kept_by(path.absolute().parent.parent) if isinstance(path, Path) else None
+
+
+def _export(stored: Any, model: ModelConfig, output: Any, reader: Any, kept: Path | None) -> Export:
+    from fp8moe.errors import ConfigError
+    from fp8moe.interop.export_hf import Export
+    from fp8moe.interop.families import family_for, read_json
+    from fp8moe.interop.precision import plan_fp8
+
+    before = None if kept is None else read_json(kept / "config.json").get("model_type")
+    family = family_for(model, before)
+    if output == "fp8" and not family.has_fp8:
+        raise ConfigError(f"--precision fp8 and the readers of {family.model_type} have no block FP8: use bf16")
+    scales = stored.state.get("config", {}).get("precision", {}).get("scales", "recipe")
+    export = Export(stored, family, model, output, None, power_of_two=scales == "power_of_two")
+    return replace(export, plan=plan_fp8(export.parameters(), reader)) if output == "fp8" else export
+
+
+def _said(export: Export, reader: str, *, averaged: bool) -> list[str]:
+    """Sentences on what is written."""
+    said = ["the average of the weights"] if averaged else []
+    said += [f"the MTP module as layer {export.config.num_layers}"] if export.config.mtp_depth else []
+    if export.plan is None:
+        return said
+    said.append(f"for {reader}: {len(export.plan.fp8)} weights in FP8, blocks of 128x128")
+    for reason, count in Counter(r for r in export.plan.kept.values() if r != "never FP8").items():
+        names = [name for name, one in export.plan.kept.items() if one == reason]
+        said.append(f"{count} stay BF16, {names[0]} the first: {reason}")
+    if export.plan.reblocked:
+        said.append(
+            f"{len(export.plan.reblocked)} weights have blocks of their own, not the training's, since they were "
+            f"joined at no multiple of 128: {', '.join(export.plan.reblocked)}"
+        )
+    return said
+
+
+def _ids(kept: Path | None, path: Any, model: ModelConfig) -> dict[str, Any]:
+    """Ids of special tokens: the released model's, or the tokenizer's."""
+    from fp8moe.data.tokenizer import end_of_text_id, load_tokenizer
+    from fp8moe.errors import DataError
+    from fp8moe.interop.families import read_json
+
+    if kept is not None:
+        return {key: value for key, value in read_json(kept / "config.json").items() if key.endswith("_token_id")}
+    own = path.parent.parent / "tokenizer.json"
+    if not isinstance(own, Path) or not own.is_file():
+        return {}
+    try:
+        return {"eos_token_id": end_of_text_id(load_tokenizer(own))}
+    except DataError:
+        return {}
+
+
+def _generation(kept: Path | None, ids: dict[str, Any]) -> dict[str, str]:
+    """generation_config.json, where the released model has none."""
+    if kept is not None and (kept / "generation_config.json").is_file():
+        return {}
+    content = {"_from_model_config": True, **{key: value for key, value in ids.items() if value is not None}}
+    return {"generation_config.json": f"{json.dumps(content, indent=2)}\n"}
+
+
+def _copy(kept: Path | None, path: Any, folder: Path) -> None:
+    """The tokenizer's files, unchanged; those of a tokenizer made here, with what readers need beside it."""
+    from fp8moe.interop.tokenizer_files import keep, write_own
+
+    if kept is not None:
+        keep(kept, folder)
+        return
+    own = path.parent.parent / "tokenizer.json"
+    if isinstance(own, Path) and own.is_file():
+        write_own(own, folder)

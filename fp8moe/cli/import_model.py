@@ -1,0 +1,71 @@
+"""`fp8moe import HF_DIR OUT`: a released model becomes a run directory, from whose weights a run begins."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8moe.cli.command import make_parser, parse
+
+if TYPE_CHECKING:
+    from fp8moe.cli.compose import Composed
+    from fp8moe.interop.hf_model import HfModel
+
+DESCRIPTION = """\
+Make a run directory (config.yaml, tokenizer.json, FP32 weights in checkpoints/step-0) of a Hugging Face directory:
+config.json and safetensors in BF16, FP16, FP32 or block FP8. Nothing that is read is executed, nothing is overwritten.
+
+  fp8moe import models/moonlight runs/moonlight
+  fp8moe train --from runs/moonlight init_from=runs/moonlight data=indexed data.paths=[tokens/mine] steps=1000
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `fp8moe import`."""
+    parser = make_parser("import", DESCRIPTION)
+    parser.add_argument("directory", metavar="HF_DIR", help="config.json and safetensors of a released model")
+    parser.add_argument("out", metavar="OUT", help="the run directory that is made")
+    parser.add_argument(
+        "--mtp", choices=["auto", "keep", "drop"], default="auto", help="its MTP module; auto: kept where it is there"
+    )
+    arguments = parse(parser, argv)
+    from fp8moe.interop.hf_model import open_model
+    from fp8moe.interop.import_run import check_empty, write_run
+    from fp8moe.interop.tokenizer_files import usable
+
+    folder, out = Path(arguments.directory), Path(arguments.out)
+    check_empty(out)
+    model = open_model(folder, arguments.mtp)
+    tokenizer, sentence = usable(folder, model.config.vocab_size)
+    composed = _configuration(model, None if tokenizer is None else out.absolute() / tokenizer.name)
+    write_run(model, out, composed.config, composed.text, tokenizer)
+    print("\n".join([*_described(model), sentence, f"{out} holds it: fp8moe train --from {out} init_from={out}"]))
+    return 0
+
+
+def _configuration(model: HfModel, tokenizer: Path | None) -> Composed:
+    """The defaults of a run with this model, on the embedded corpus until it is given another."""
+    from fp8moe.cli.compose import composed, plain_values, tree_of
+
+    tree = tree_of([])
+    tree["model"] = plain_values(asdict(model.config))
+    tree["name"] = model.directory.folder.resolve().name or "imported"
+    tree["seq_len"] = min(4096, model.config.max_seq_len)
+    tree["data"] |= {"vocab_size": model.config.vocab_size, "tokenizer": None if tokenizer is None else str(tokenizer)}
+    return composed(tree)
+
+
+def _described(model: HfModel) -> list[str]:
+    parameters = [one for one in model.parameters.values() if not one.is_bias]
+    formats = Counter(one.dtype for name, one in model.directory.entries.items() if not model.directory.is_scale(name))
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in sorted(formats.items()))
+    lines = [
+        f"{model.family.model_type}: {sum(one.length for one in parameters) / 1e9:.3f} billion parameters in "
+        f"{len(parameters)} tensors, of {len(model.directory.entries)} in the files ({kinds})"
+    ]
+    reasons = Counter(model.left_out.values())
+    lines += [f"left out: {count} tensors, {reason}" for reason, count in reasons.items()]
+    return [*lines, *model.notes]
