@@ -48,8 +48,8 @@ def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch)
 
     Per block what `_block_bytes` says; for the head its input, the input's 1/rms and the gradient of its norm's output,
     which the losses' forward leaves for their backward; for the MTP module the same again, the next token's embedding
-    (the hidden state that it is joined with is the head's input, counted there), the 1/rms of both and their norms'
-    outputs unless those are recomputed. While the losses run there is also a chunk of logits, however many
+    and the final norm's output that it is joined with, the 1/rms of both and their norms' outputs unless those are
+    recomputed. While the losses run there is also a chunk of logits, however many
     micro-batches are kept: `model.head_loss`.
     """
     c, wide = config, sizes.recipe.dtype.itemsize
@@ -57,7 +57,7 @@ def stage_activation_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch)
     blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
     per_token = sum(_block_bytes(c, layer, sizes.recipe) for layer in blocks)
     per_token += (stage.head + stage.mtp) * (wide * 2 * c.dim + INVERSE_RMS)
-    per_token += stage.mtp * (wide * c.dim + 2 * normed)
+    per_token += stage.mtp * (wide * 2 * c.dim + 2 * normed)
     return per_token * sizes.tokens
 
 

@@ -2,9 +2,9 @@
 
 The passes form a chain. Each takes its input from the pass before it and, going back, its gradient from the pass
 behind it, when its phase asks; the pipeline stands at both ends of the chain. On the last stage the chain is: its
-blocks, then, while training with MTP, the module's entrance and its block, then the losses. The hidden state that
-leaves the last block goes two ways, into the shared head and into the MTP module; its gradient is the sum of both,
-taken at the entrance.
+blocks, then, while training with MTP, the module's entrance and its block, then the losses. The final norm of the last
+block's hidden state goes two ways, into the shared head and into the MTP module, so the entrance makes it; its gradient
+is the sum of both.
 
 Legend: T tokens, D model, B sequences, S tokens of a sequence.
 """
@@ -69,8 +69,7 @@ class StagePasses:
         if here.head:
             entrance = None
             if model.mtp is not None and model.training:
-                assert model.embedding is not None
-                entrance = MtpEntrancePass(model.mtp, model.embedding, before(), next_ids(batch))
+                entrance = MtpEntrancePass(model, before(), next_ids(batch))
                 passes.append(entrance)
                 add_block(model.mtp.block)
             passes.append(LossPass(model, before(), batch.labels_BS, self._weights, self._tally, entrance=entrance))
@@ -88,13 +87,14 @@ def pass_parameters(model: Transformer, stage: Stage) -> list[tuple[Parameter, .
     passes += [tuple(model.block(layer).parameters()) for layer in stage.layers]
     if stage.head:
         assert model.norm is not None and model.head is not None
-        losses = [*model.norm.parameters(), *model.head.parameters()]
-        if model.mtp is not None:
+        norm, head = tuple(model.norm.parameters()), tuple(model.head.parameters())
+        if model.mtp is None:
+            passes.append((*norm, *head))
+        else:
             mtp = model.mtp
-            entrance = [p for part in (mtp.hidden_norm, mtp.embedding_norm, mtp.join) for p in part.parameters()]
-            passes += [(*entrance, *embedding), tuple(mtp.block.parameters())]
-            losses += mtp.final_norm.parameters()
-        passes.append(tuple(losses))
+            entrance = [p for part in (mtp.embedding_norm, mtp.hidden_norm, mtp.join) for p in part.parameters()]
+            passes += [(*norm, *entrance, *embedding), tuple(mtp.block.parameters())]
+            passes.append((*head, *mtp.final_norm.parameters()))
     return passes
 
 
@@ -173,39 +173,52 @@ class EmbeddingPass(_OnePhase):
 
 
 class MtpEntrancePass(_OnePhase):
-    """The last block's hidden state and the next token's embedding, joined: the input of the MTP module's block."""
+    """The last hidden state behind the final norm, for the head, and joined with the next token's embedding, for the
+    MTP module's block."""
 
     name = "join"
     input_gradient: Tensor
-    head_gradient: Tensor  # of the hidden state, from the main head; the losses' backward leaves it here
+    normed_TD: Tensor  # for the main head; the losses' forward takes it
+    normed_gradient: Tensor | None  # from the main head; the losses' backward leaves it here
 
-    def __init__(self, mtp: Mtp, embedding: Embedding, source: Callable[[], Tensor], next_ids_T: Tensor) -> None:
+    def __init__(self, model: Transformer, source: Callable[[], Tensor], next_ids_T: Tensor) -> None:
         super().__init__()
-        self._mtp, self._embedding, self._source, self._next_ids_T = mtp, embedding, source, next_ids_T
+        self._model, self._source, self._next_ids_T = model, source, next_ids_T
 
     def _forward(self) -> None:
-        def join(hidden_TD: Tensor) -> tuple[tuple[Tensor], None]:
-            return (self._mtp.enter(hidden_TD, self._embedding(self._next_ids_T)),), None
+        model = self._model
+        assert model.norm is not None and model.mtp is not None and model.embedding is not None
+        norm, mtp, embedding = model.norm, model.mtp, model.embedding
 
-        self.hidden_TD = self._source()
-        self._graph, _ = run_detached(join, self.hidden_TD, wgrads=self._wgrads)
+        def join(hidden_TD: Tensor) -> tuple[tuple[Tensor, Tensor], None]:
+            normed_TD = norm(hidden_TD).tensor
+            return (normed_TD, mtp.enter(normed_TD, embedding(self._next_ids_T))), None
+
+        self._graph, _ = run_detached(join, self._source(), wgrads=self._wgrads)
+        self.normed_TD, self._joined_TD = self._graph.take()
+
+    @property
+    def output(self) -> Tensor:
+        joined_TD = self._joined_TD
+        del self._joined_TD
+        return joined_TD
 
     def _backward(self) -> None:
-        (d_hidden_TD,) = self._graph.backward(self._gradient())
+        (d_hidden_TD,) = self._graph.backward(self.normed_gradient, self._gradient())
         assert d_hidden_TD is not None
-        self.input_gradient = self.head_gradient + d_hidden_TD
+        self.input_gradient = d_hidden_TD
 
 
 class LossPass(_OnePhase):
     """Norm, head and cross entropy, of the main model and of the MTP module behind `entrance` where there is one.
 
     The forward computes the gradients of head and cross entropy with their values, as `model.head_loss` says, and keeps
-    that of each norm's output until the backward. Under `torch.no_grad` it computes values alone.
+    those of the norms' outputs until the backward. Under `torch.no_grad` it computes values alone.
     """
 
     name = "loss"
     input_gradient: Tensor
-    _gradients: tuple[Tensor | None, ...]  # of each norm's output
+    _gradient_here: Tensor | None  # of the output of the norm that this pass computes
 
     def __init__(
         self,
@@ -221,27 +234,31 @@ class LossPass(_OnePhase):
         self._model, self._source, self._labels_BS, self._entrance = model, source, labels_BS, entrance
         self._weights, self._tally = weights, tally
 
-    def _norms(self, hidden_TD: Tensor, mtp_TD: Tensor | None = None) -> tuple[tuple[Tensor, ...], None]:
-        model = self._model
-        assert model.norm is not None
-        normed_TD = model.norm(hidden_TD).tensor
-        if mtp_TD is None:
-            return (normed_TD,), None
-        assert model.mtp is not None
-        return (normed_TD, model.mtp.leave(mtp_TD).tensor), None
+    def _norm(self, hidden_TD: Tensor) -> tuple[tuple[Tensor], None]:
+        """The norm before the shared head: the MTP module's where there is one, which needs the main model's before."""
+        norm = self._model.norm if self._entrance is None else self._mtp.leave
+        assert norm is not None
+        return (norm(hidden_TD).tensor,), None
+
+    @property
+    def _mtp(self) -> Mtp:
+        assert self._model.mtp is not None
+        return self._model.mtp
 
     def _forward(self) -> None:
-        inputs = [self._source()] if self._entrance is None else [self._entrance.hidden_TD, self._source()]
-        self._graph, _ = run_detached(self._norms, *inputs, wgrads=self._wgrads)
-        normed = list(self._graph.take())
-        wanted = [(self._labels_BS, self._weights.main), (mtp_labels(self._labels_BS), self._weights.mtp)][
-            : len(normed)
-        ]
-        results: list[tuple[Tensor, Tensor | None]] = []
-        while normed:  # the MTP module's first, whose gradients come first under autograd; each is then let go
-            results.append(self._head_loss(normed.pop(), *wanted.pop()))
-        losses, self._gradients = zip(*reversed(results), strict=True)
-        self._tally.add_losses(*losses)
+        self._graph, _ = run_detached(self._norm, self._source(), wgrads=self._wgrads)
+        main, mtp = (self._labels_BS, self._weights.main), (mtp_labels(self._labels_BS), self._weights.mtp)
+        (normed_TD,) = self._graph.take()
+        if self._entrance is None:
+            loss, self._gradient_here = self._head_loss(normed_TD, *main)
+            self._tally.add_losses(loss)
+            return
+        # The module's first, whose gradients come first under autograd.
+        mtp_loss, self._gradient_here = self._head_loss(normed_TD, *mtp)
+        del normed_TD
+        loss, self._entrance.normed_gradient = self._head_loss(self._entrance.normed_TD, *main)
+        del self._entrance.normed_TD
+        self._tally.add_losses(loss, mtp_loss)
 
     def _head_loss(self, normed_TD: Tensor, labels_BS: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
         head = self._model.head
@@ -258,12 +275,7 @@ class LossPass(_OnePhase):
         raise AssertionError("nothing comes after the losses")
 
     def _backward(self) -> None:
-        gradients, self._gradients = self._gradients, ()
-        grads = self._graph.backward(*gradients)
-        last = grads[-1]
-        assert last is not None
-        self.input_gradient = last
-        if self._entrance is not None:
-            head_gradient = grads[0]
-            assert head_gradient is not None
-            self._entrance.head_gradient = head_gradient
+        gradient, self._gradient_here = self._gradient_here, None
+        (d_hidden_TD,) = self._graph.backward(gradient)
+        assert d_hidden_TD is not None
+        self.input_gradient = d_hidden_TD

@@ -96,10 +96,11 @@ class Transformer(nn.Module):
         positions = self.positions(batch.positions_BS, batch.documents_BS)
         labels_BS = batch.labels_BS
         hidden_TD, balance = self.run_blocks(self.embedding(batch.inputs_BS.flatten()), positions)
-        main = head_loss_sum(self.head, self.norm(hidden_TD), labels_BS.flatten())
+        normed = self.norm(hidden_TD)
+        main = head_loss_sum(self.head, normed, labels_BS.flatten())
         mtp = torch.zeros_like(main)
         if self.mtp is not None and self.training:
-            mtp_TD, mtp_balance = self.mtp(hidden_TD, self.embedding(next_ids(batch)), positions)
+            mtp_TD, mtp_balance = self.mtp(normed.tensor, self.embedding(next_ids(batch)), positions)
             mtp = head_loss_sum(self.head, mtp_TD, mtp_labels(labels_BS).flatten())
             balance = balance + mtp_balance
         return LossSums(main, mtp, balance)
@@ -138,9 +139,10 @@ class Mtp(nn.Module):
 
     (hidden [T, D], embedding of the next token [T, D]) -> hidden for the shared head [T, D], balance loss.
 
-    At position i the module sees the main model's last hidden state of i and the embedding of token i+1, each normed,
-    joins them by one projection, runs one more block, and predicts token i+2 through the shared head. Embedding and
-    head are the main model's own. The hidden state is taken before the main model's final norm: the module norms it.
+    At position i the module sees the main model's last hidden state of i, behind its final norm, and the embedding of
+    token i+1; it norms both, joins them by one projection, runs one more block, and predicts token i+2 through the
+    shared head. Embedding and head are the main model's own. The report joins [hidden, embedding] and does not say
+    whether the final norm comes before; the released weights are for [embedding, hidden] behind it, and so is this.
     """
 
     def __init__(self, config: ModelConfig, recipe: Recipe, dispatcher: Dispatcher) -> None:
@@ -157,8 +159,8 @@ class Mtp(nn.Module):
         return self.leave(x_TD), balance_loss
 
     def enter(self, hidden_TD: Tensor, next_TD: Tensor) -> Tensor:
-        """What the block works on."""
-        normed = self.hidden_norm(hidden_TD), self.embedding_norm(next_TD)
+        """What the block works on, of the hidden state behind the main model's final norm."""
+        normed = self.embedding_norm(next_TD), self.hidden_norm(hidden_TD)
         recalls = [part.recall for part in normed]
         joined = torch.cat([part.tensor for part in normed], dim=-1)
         return self.join(Recallable(joined, lambda: torch.cat([recall() for recall in recalls], dim=-1)))

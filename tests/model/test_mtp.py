@@ -1,6 +1,6 @@
 """The MTP module by its formula, with norms that all differ: values and gradients in FP32.
 
-    x = W [norm(h) * a ; norm(e) * b]        hidden state first, then the next token's embedding
+    x = W [norm(e) * b ; norm(h) * a]        the next token's embedding first, then the hidden state
     logits = head(norm(block(x)) * c)
 
 The block, its final norm and the head are `transformers`' DeepSeek-V3 of one layer, whose input is x.
@@ -68,7 +68,7 @@ def test_the_module_is_its_formula(recompute: frozenset[Recompute]) -> None:
     theirs = [t.clone().requires_grad_() for t in (hidden, embedded)]
     names = ("hidden_norm.weight", "embedding_norm.weight", "join.weight")
     a, b, join = (mtp.get_parameter(name).detach().clone().requires_grad_() for name in names)
-    joined = torch.cat([normed(theirs[0], a), normed(theirs[1], b)], -1) @ join.T
+    joined = torch.cat([normed(theirs[1], b), normed(theirs[0], a)], -1) @ join.T
     expected = oracle(inputs_embeds=joined.unflatten(0, (B, S))).logits.flatten(0, 1)
     expected.backward(dy)
 
@@ -92,7 +92,7 @@ def batch() -> Tokens:
 
 
 def test_the_module_gets_the_last_hidden_state_and_the_next_tokens() -> None:
-    """Its loss in the whole model: hidden states before the final norm, embeddings of i+1, labels of i+2."""
+    """Its loss in the whole model: hidden states behind the final norm, embeddings of i+1, labels of i+2."""
     model, mtp, _ = build(NOTHING)
     assert model.embedding is not None and model.head is not None
     made = batch()
@@ -100,7 +100,9 @@ def test_the_module_gets_the_last_hidden_state_and_the_next_tokens() -> None:
     positions = model.positions(made.positions_BS)
     hidden, balance = model.run_blocks(model.embedding(made.inputs_BS.flatten()), positions)
     following = torch.cat([made.inputs_BS[:, 1:], made.labels_BS[:, -1:].clamp(min=0)], 1)
-    out, mtp_balance = mtp(hidden, model.embedding.weight[following].flatten(0, 1), positions)
+    assert model.norm is not None
+    behind = normed(hidden, model.norm.weight)
+    out, mtp_balance = mtp(behind, model.embedding.weight[following].flatten(0, 1), positions)
     log_probabilities = model.head(out).log_softmax(-1).unflatten(0, (B, S))
     terms = [
         -log_probabilities[b, i, made.labels_BS[b, i + 1]]

@@ -51,7 +51,7 @@ def test_the_joined_norms_of_mtp_come_back_in_their_order(recompute: frozenset[R
     torch.manual_seed(0)
     hidden, embedded, dy = torch.randn(3, B * S, CONFIG.dim)
     model.mtp.enter(hidden, embedded).backward(dy)
-    normed = [torch.nn.functional.rms_norm(x, x.shape[1:], eps=CONFIG.norm_eps) for x in (hidden, embedded)]
+    normed = [torch.nn.functional.rms_norm(x, x.shape[1:], eps=CONFIG.norm_eps) for x in (embedded, hidden)]
     torch.testing.assert_close(model.mtp.join.weight.main_grad, dy.T @ torch.cat(normed, dim=-1))
 
 

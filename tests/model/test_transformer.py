@@ -108,7 +108,7 @@ def test_the_balance_loss_of_training_has_the_mtp_modules_too() -> None:
     positions = model.positions(batch.positions_BS)
     with torch.no_grad():
         hidden_TD, blocks = model.run_blocks(model.embedding(batch.inputs_BS.flatten()), positions)  # type: ignore[misc]
-        _, module = model.mtp(hidden_TD, model.embedding(next_ids(batch)), positions)  # type: ignore[misc]
+        _, module = model.mtp(model.norm(hidden_TD).tensor, model.embedding(next_ids(batch)), positions)  # type: ignore[misc]
         assert float(module) > 0
         assert float(model(batch).balance) == pytest.approx(float(blocks) + float(module), rel=1e-6)
         assert float(model.eval()(batch).balance) == pytest.approx(float(blocks), rel=1e-6)

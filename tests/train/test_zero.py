@@ -56,7 +56,7 @@ def trained(settings: list[str], world_size: int, steps: int) -> dict[str, Any]:
 def test_sharded_is_unsharded(corpus: list[str], of: tuple[str, ...], world_size: int, layout: tuple[str, ...]) -> None:
     """Sums of two ranks associate in one way only, so they agree to the bit; those of four to 1e-6 a step."""
     settings = [*corpus, *SETTINGS, *layout, *of, "optimizer.clip_norm=0.5",
-                "optimizer.eps=1e-4"]  # else AdamW makes a whole step of a small gradient's last bit  # fmt: skip
+                "optimizer.eps=1e-3"]  # else AdamW makes a whole step of a small gradient's last bit  # fmt: skip
     whole, sharded = (
         run_ranks(trained, world_size, [*settings, f"optimizer.sharding={how}"], world_size, STEPS)
         for how in ("none", "zero1")

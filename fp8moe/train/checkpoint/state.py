@@ -17,7 +17,7 @@ from fp8moe.model.config import ModelConfig
 from fp8moe.train.checkpoint.files import folder_of, read_text
 from fp8moe.train.checkpoint.location import Location
 
-FORMAT = 4  # 1 held the model's configuration in one flat list of fields, 2 torch's pickled index, 3 tensors in shape
+FORMAT = 5  # 1: the model in one flat list, 2: torch's pickled index, 3: tensors in shape, 4: MTP joined the other way
 STATE_FILE = "state.json"
 # Fields of the model's configuration that a resumed run may change: no tensor's shape or meaning depends on them.
 FREE_FIELDS = {

@@ -152,17 +152,17 @@ def test_only_free_fields_may_differ(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("written", "age"), [(3, "an earlier"), (5, "a later")])
+@pytest.mark.parametrize(("written", "age"), [(4, "an earlier"), (6, "a later")])
 def test_another_format_is_one_sentence(tmp_path: Path, written: int, age: str) -> None:
     path = save(tmp_path, 1)
     content = {"format": written, "step": 1, "model": {"dim": 64, "num_heads": 2}}
     (path / "state.json").write_text(json.dumps(content))
-    rule = rf"^checkpoint format {written} is of {age} version, which this one cannot load: .*step-1 .* format 4; use"
+    rule = rf"^checkpoint format {written} is of {age} version, which this one cannot load: .*step-1 .* format 5; use"
     with pytest.raises(ConfigError, match=rule):
         checkpoint.read_state(path, BASE, seed=3, seq_len=32)
 
 
-@pytest.mark.parametrize("broken", ["{", "[]", '{"step": 1}', '{"format": 4, "step": 1}', '{"format": "two"}'])
+@pytest.mark.parametrize("broken", ["{", "[]", '{"step": 1}', '{"format": 5, "step": 1}', '{"format": "two"}'])
 def test_a_broken_state_is_one_sentence(tmp_path: Path, broken: str) -> None:
     path = save(tmp_path, 1)
     (path / "state.json").write_text(broken)
