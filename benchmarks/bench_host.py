@@ -30,12 +30,13 @@ from benchmarks.harness import Report, make_parser, parse_arguments
 from benchmarks.kernel_shares import shares
 from benchmarks.layers import DSV2_LITE, LayerStep
 from benchmarks.pretended_gpu import pretended_gpu
+from fp8moe.layers.attention import MlaConfig
 
 NAME, TOKENS = "dsv2_lite", {"cuda": 4096, "cpu": 16}
 SMALL = replace(  # heads of one size: a CPU's attention is then one op, as a GPU's is
     DSV2_LITE,
     dim=128,
-    attention=replace(DSV2_LITE.attention, num_heads=2, kv_lora_rank=64, nope_dim=32, rope_dim=16, v_dim=48),
+    attention=MlaConfig(num_heads=2, kv_lora_rank=64, nope_dim=32, rope_dim=16, v_dim=48),
     experts=replace(DSV2_LITE.experts, num_experts=8, hidden=64),
 )
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")

@@ -17,8 +17,10 @@ from torch import Tensor
 from benchmarks.harness import Report, alternate, make_parser, paired_ratio, parse_arguments, summarize
 from benchmarks.live_memory import TrackStorages
 from fp8moe.cli.compose import compose
+from fp8moe.layers.attention import MlaConfig
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, Recipe, Recompute
+from fp8moe.model.config import ModelConfig
 from fp8moe.model.memory import MicroBatch, stage_activation_bytes
 from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
@@ -35,7 +37,7 @@ def block(config: TrainConfig, recipe: Recipe, device: torch.device) -> Callable
             c,
             recipe,
             LocalDispatcher(c.experts.num_experts),
-            layers=range(c.num_dense_layers, c.num_dense_layers + 1),
+            layers=[first_mixture(c)],
             embedding=False,
             head=False,
         )
@@ -45,6 +47,11 @@ def block(config: TrainConfig, recipe: Recipe, device: torch.device) -> Callable
     x_TD = torch.randn(sequences * config.seq_len, c.dim, device=device).to(recipe.dtype)
     x_TD.requires_grad_()
     return lambda: next(iter(model.blocks.values()))(x_TD, positions)[0]
+
+
+def first_mixture(config: ModelConfig) -> int:
+    """The number of the first block that is a mixture of experts."""
+    return next(layer for layer in range(config.num_layers) if not config.is_dense(layer))
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
@@ -62,12 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(parser, argv)
     report = Report(arguments.device, json_path=arguments.json)
     config = compose(["batch.micro_batch=4", *arguments.settings]).config
-    attention = replace(config.model.attention, v_dim=config.model.attention.qk_dim)
+    attention = config.model.attention
+    if isinstance(attention, MlaConfig):
+        attention = replace(attention, v_dim=attention.qk_dim)
     router = replace(config.model.router, force_balance=True)
     config = replace(config, model=replace(config.model, attention=attention, router=router))
     c, num_tokens = config.model, (config.batch.micro_batch or 1) * config.seq_len
     shape = f"{config.precision.mode} D{c.dim} E{c.experts.num_experts} T{num_tokens}"
-    stage = Stage(0, range(c.num_dense_layers, c.num_dense_layers + 1), embedding=False, head=False, mtp=False)
+    layer = first_mixture(c)
+    stage = Stage(0, range(layer, layer + 1), embedding=False, head=False, mtp=False)
     recipes = {
         words: replace(config.recipe, recompute=frozenset(Recompute(name) for name in words.split(",") if name))
         for words in CHOICES

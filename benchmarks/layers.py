@@ -103,4 +103,4 @@ def _fill(model: Transformer, std: float) -> None:
 def layer_flops(config: ModelConfig, tokens: int) -> float:
     """FLOPs of that, counted as `model.flops` counts a model's, attention causal."""
     active = 2.0 * block_parameters(config, config.num_layers - 1, active=True)
-    return FORWARD_AND_BACKWARD * tokens * (active + config.attention.core_flops(tokens, causal=True))
+    return FORWARD_AND_BACKWARD * tokens * (active + config.attention.core_flops(tokens, causal=True, layer=0))

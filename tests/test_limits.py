@@ -21,6 +21,7 @@ from fp8moe.train.optimizer.config import MOST_BF16_BETA
 
 YARN = "model.attention.yarn={factor: 40.0}"
 EXAMPLE = compose(["data=indexed", "data.paths=[a]", "data.weights=[1.0]", "parallel.layout=[4]", YARN]).config
+GROUPED = compose(["model=qwen3_30b_a3b"]).config
 
 # What is legal of the values below, by field; nothing else may be accepted.
 ZERO = {
@@ -105,7 +106,7 @@ def values(owner: Any, name: str, kind: Any) -> Iterator[tuple[Any, bool]]:
         yield from ((value, False) for value in OTHERS)
 
 
-EXAMPLES = list({type(example): example for example in examples_of(EXAMPLE)}.values())
+EXAMPLES = list({type(one): one for example in (GROUPED, EXAMPLE) for one in examples_of(example)}.values())
 
 
 def test_there_is_an_example_of_every_class() -> None:
@@ -205,7 +206,7 @@ RULES = [  # between settings, and those whose reason is not plain from the rang
     (["lr_schedule=cosine", "optimizer.schedule.phases.0.until=1e13"], r"phases.0..until=1.* is a share .*: use 1\.0"),
     (["optimizer.schedule.mtp_weight_until=1.5"], r"mtp_weight_until=1\.5 is a share of the run"),
     (["optimizer.schedule.unit=tokens"], r"until=1\.0 counts tokens under unit=tokens .*: use unit=share"),
-    (["model.attention.yarn={beta_fast: 1.0}"], r"beta_fast=1\.0 must be above beta_slow=1\.0.*: use 32\.0 and 1\.0"),
+    (["model.attention.yarn={beta_fast: 0.5}"], r"beta_fast=0\.5 must not be below beta_slow=1\.0.*: use 32\.0 and"),
     (["model.attention.backend=flash", "data.document_mask=true"], "flash supports no document mask .*backend=auto"),
     (["name=../../outside"], "name='../../outside' must be one part of a path, .*: use 'outside'"),
     (["name=.."], r"name='\.\.' must be one part of a path, .*: use 'run'"),

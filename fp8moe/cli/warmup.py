@@ -65,7 +65,7 @@ def gemm_sizes(model: ModelConfig, tokens: int, ep: int) -> GemmSizes:
     shared = e.hidden * e.num_shared
     linears = [
         *c.attention.linears(c.dim),
-        *([(2 * c.dense_hidden, c.dim), (c.dim, c.dense_hidden)] if c.num_dense_layers else []),
+        *([(2 * c.dense_hidden, c.dim), (c.dim, c.dense_hidden)] if any(map(c.is_dense, range(c.num_layers))) else []),
         *([(2 * shared, c.dim), (c.dim, shared)] if shared else []),
     ]
     num_experts = e.num_experts // ep

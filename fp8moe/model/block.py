@@ -44,7 +44,7 @@ class Block(nn.Module):
         super().__init__()
         c = config
         self.attn_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps, feeds=Feeds.LINEAR)
-        self.attn = c.attention.build(c.dim, recipe, norm_eps=c.norm_eps)
+        self.attn = c.attention.build(c.dim, recipe, norm_eps=c.norm_eps, layer=layer)
         self.mlp_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps, feeds=Feeds.MLP if c.is_dense(layer) else Feeds.MOE)
         self.mlp: Mlp | None = None
         self.moe: MoE | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fp8moe.layers.attention import AttentionConfig
 from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.router import RouterConfig
-from fp8moe.limits import SIZE, Range, check_fields
+from fp8moe.limits import SIZE, Range, check_fields, shown
 
 FP8_MULTIPLE = 16
 MAX_VOCAB = 2**24
@@ -21,10 +21,11 @@ MAX_VOCAB = 2**24
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformer: dense layers first, then mixtures of experts, an MTP module; attention by its own configuration.
+    """A transformer of dense layers and mixtures of experts, an MTP module; attention by its own configuration.
 
-    Sizes count features unless said otherwise. Raises ValueError with the rule, both numbers and the nearest legal
-    choice when sizes don't fit.
+    num_dense_layers: dense ones at the start. dense_layers: numbers of further ones, ascending. Sizes count features
+    unless said otherwise. Raises ValueError with the rule, both numbers and the nearest legal choice when sizes don't
+    fit.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.006
     max_seq_len: int = 4096
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(
@@ -50,6 +52,7 @@ class ModelConfig:
             num_layers=Range(least=1, most=4096),
             num_dense_layers=Range(least=0, most=4096, use="use 0 for none"),
             dense_hidden=SIZE,
+            dense_layers=Range(least=0, most=4095),
             mtp_depth=Range(least=0, most=1, use="DeepSeek-V3 predicts one more token, use 1"),
             mtp_weight=Range(least=0, most=100, use="DeepSeek-V3 used 0.3"),
             norm_eps=Range(above=0, most=1),
@@ -62,6 +65,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.num_dense_layers={self.num_dense_layers} must be between 0 and "
                 f"num_layers={self.num_layers}: use {self.num_layers} or less"
+            )
+        legal = sorted({layer for layer in self.dense_layers if self.num_dense_layers <= layer < self.num_layers})
+        if list(self.dense_layers) != legal:
+            raise ValueError(
+                f"model.dense_layers={shown(list(self.dense_layers))} must ascend, from "
+                f"num_dense_layers={self.num_dense_layers} to {self.num_layers - 1}, the last layer: use {shown(legal)}"
             )
 
     def _check_multiples(self) -> None:
@@ -80,9 +89,9 @@ class ModelConfig:
 
     def is_dense(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0; the MTP module's block is number `num_layers`) has a dense MLP."""
-        return layer < self.num_dense_layers
+        return layer < self.num_dense_layers or layer in self.dense_layers
 
     @property
     def has_experts(self) -> bool:
         """Whether any block, the MTP module's included, is a mixture of experts."""
-        return not self.is_dense(self.num_layers - 1 + self.mtp_depth)
+        return not all(self.is_dense(layer) for layer in range(self.num_layers + self.mtp_depth))

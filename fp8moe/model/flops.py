@@ -47,7 +47,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:
     """Forward and backward FLOPs of the main model, a token, at sequences of `seq_len` tokens."""
-    attention = config.num_layers * config.attention.core_flops(seq_len, causal=causal)
+    layers = range(config.num_layers)
+    attention = sum(config.attention.core_flops(seq_len, causal=causal, layer=layer) for layer in layers)
     return FORWARD_AND_BACKWARD * (2.0 * count_parameters(config).active + attention)
 
 

@@ -48,7 +48,9 @@ class Stage:
 
 def block_cost(config: ModelConfig, layer: int, seq_len: int) -> float:
     """Forward FLOPs a token of block number `layer`."""
-    return 2.0 * block_parameters(config, layer, active=True) + config.attention.core_flops(seq_len, causal=True)
+    return 2.0 * block_parameters(config, layer, active=True) + config.attention.core_flops(
+        seq_len, causal=True, layer=layer
+    )
 
 
 def embedding_cost(config: ModelConfig) -> float:

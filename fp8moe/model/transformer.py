@@ -183,14 +183,16 @@ def _generator(*names: object) -> torch.Generator:
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int, *, ep_rank: int = 0) -> None:
-    """Draw every weight from normal(0, init_std), norms are ones; then quantize. The same model on every layout.
+    """Draw every weight from normal(0, init_std), norms are ones, biases zeros; then quantize.
 
-    `ep_rank` says which experts are here: local expert j is number ep_rank * e + j of the model.
+    The same model on every layout. A parameter that is not drawn has an `initial_value`, or a single dimension, as a
+    norm's gain. `ep_rank` says which experts are here: local expert j is number ep_rank * e + j of the model.
     """
     std = model.config.init_std
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
+        initial_value = getattr(parameter, "initial_value", 1.0 if parameter.dim() == 1 else None)
+        if initial_value is not None:
+            parameter.fill_(initial_value)
         elif is_expert(parameter):
             first = ep_rank * len(parameter)
             for expert, weight in enumerate(parameter, start=first):

@@ -25,6 +25,9 @@ from tests.model.shapes import changed
         ({"num_groups": 3, "top_groups": 1}, "model.router.num_groups=3 does not divide num_experts=8: use 2"),
         ({"num_dense_layers": 4}, "model.num_dense_layers=4 must be between 0 and num_layers=3"),
         ({"num_dense_layers": -1}, "model.num_dense_layers=-1 must be at least 0: use 0 for none"),
+        ({"dense_layers": (0,)}, r"dense_layers=\[0\] must ascend, from num_dense_layers=1 to 2, .*: use \[\]"),
+        ({"dense_layers": (2, 1)}, r"dense_layers=\[2, 1\] must ascend, .* use \[1, 2\]"),
+        ({"dense_layers": (1, 1, 3)}, r"dense_layers=\[1, 1, 3\] must ascend, .* use \[1\]"),
         ({"mtp_depth": 2}, "model.mtp_depth=2 must be at least 0 and at most 1: use 1"),
         *(({name: 0}, f"^model.{name}=0 must be at least 1: use 1 or more$")
           for name in ("vocab_size", "dim", "num_layers", "dense_hidden", "max_seq_len")),
@@ -35,15 +38,20 @@ def test_refusals(change: dict[str, Any], words: str) -> None:
         changed(BASE, **change)
 
 
-@pytest.mark.parametrize("num_dense_layers, mtp_depth, dense, has_experts", [
-    (0, 0, [False, False, False, False], True),
-    (1, 0, [True, False, False, False], True),
-    (3, 0, [True, True, True, False], False),
-    (3, 1, [True, True, True, False], True),
+@pytest.mark.parametrize("num_dense_layers, more, mtp_depth, dense, has_experts", [
+    (0, (), 0, [False, False, False, False], True),
+    (1, (), 0, [True, False, False, False], True),
+    (0, (1,), 0, [False, True, False, False], True),
+    (1, (2,), 0, [True, False, True, False], True),
+    (0, (1, 2), 0, [False, True, True, False], True),
+    (0, (0, 1, 2), 0, [True, True, True, False], False),
+    (3, (), 0, [True, True, True, False], False),
+    (1, (1, 2), 1, [True, True, True, False], True),
+    (3, (), 1, [True, True, True, False], True),
 ])  # fmt: skip
-def test_dense_blocks_come_first_and_the_mtp_block_has_experts(
-    num_dense_layers: int, mtp_depth: int, dense: list[bool], has_experts: bool
+def test_dense_blocks_are_those_named_and_the_mtp_block_has_experts(
+    num_dense_layers: int, more: tuple[int, ...], mtp_depth: int, dense: list[bool], has_experts: bool
 ) -> None:
-    config = changed(BASE, num_dense_layers=num_dense_layers, mtp_depth=mtp_depth)
+    config = changed(BASE, num_dense_layers=num_dense_layers, dense_layers=more, mtp_depth=mtp_depth)
     assert [config.is_dense(layer) for layer in range(4)] == dense
     assert config.has_experts is has_experts

@@ -151,7 +151,7 @@ def test_costs_of_the_ends_by_hand() -> None:
     assert head_cost(config) == 2 * 64 * 1024
     join = 2 * (2 * 64) * 64
     assert mtp_cost(config, 128) == block_cost(config, 8, 128) + join + embedding_cost(config) + head_cost(config)
-    attention = config.attention.core_flops(128, causal=True)
+    attention = config.attention.core_flops(128, causal=True, layer=0)
     assert block_cost(config, 0, 128) == 2 * block_parameters(config, 0) + attention
     assert block_cost(config, 2, 128) == 2 * (block_parameters(config, 2) - 6 * 3 * 64 * 64) + attention
 

@@ -7,8 +7,9 @@ add its configuration to `AttentionConfig`.
 """
 
 from fp8moe.layers.attention.core import Positions
+from fp8moe.layers.attention.gqa import GqaConfig
 from fp8moe.layers.attention.mla import MlaConfig
 
-AttentionConfig = MlaConfig  # with a second family: MlaConfig | GqaConfig
+AttentionConfig = MlaConfig | GqaConfig
 
-__all__ = ["AttentionConfig", "MlaConfig", "Positions"]
+__all__ = ["AttentionConfig", "GqaConfig", "MlaConfig", "Positions"]

@@ -44,16 +44,21 @@ HOPPER = (9, 0)
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads of attention: features of a query or key, and of a value; their dtype; whether documents are masked."""
+    """Heads of attention: features of a query or key, and of a value; their dtype; whether documents are masked.
+
+    group: query heads that share a head of keys and values.
+    """
 
     qk_dim: int
     v_dim: int
     dtype: torch.dtype
     masked: bool
+    group: int = 1
 
     def __str__(self) -> str:
         mask = "masked by documents" if self.masked else "causal"
-        return f"{self.qk_dim}/{self.v_dim} heads, {mask}"
+        shared = "" if self.group == 1 else f", {self.group} queries a key"
+        return f"{self.qk_dim}/{self.v_dim} heads{shared}, {mask}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ def why_not(kernel: str, heads: Heads, machine: Machine) -> str | None:
     if kernel == "blocked":
         if machine.kind != "cpu" or heads.masked:
             return "it is for a CPU" if machine.kind != "cpu" else "it supports no document mask"
+        if heads.group > 1:
+            return "it takes a key for every query head"
         return "PyTorch's fused kernel takes equal heads on a CPU" if heads.qk_dim == heads.v_dim else None
     if kernel == "flash" and heads.masked:
         return "it supports no document mask"
@@ -139,8 +146,8 @@ def machine_of(device: torch.device, heads: Heads) -> Machine:
 def _fused(device: torch.device, heads: Heads) -> frozenset[str]:
     """PyTorch's fused kernels that take such heads, forward and backward: it says by looking at small tensors."""
 
-    def small(features: int) -> torch.Tensor:  # [1, 2, 128, features], laid out as attention's inputs are
-        made = torch.empty(1, 128, 2, features, dtype=heads.dtype, device=device, requires_grad=True)
+    def small(features: int, heads_a_key: int = 1) -> torch.Tensor:  # [1, heads, 128, features], laid out as inputs are
+        made = torch.empty(1, 128, 2 * heads_a_key, features, dtype=heads.dtype, device=device, requires_grad=True)
         return made.transpose(1, 2)
 
     mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device) if heads.masked else None
@@ -148,8 +155,8 @@ def _fused(device: torch.device, heads: Heads) -> frozenset[str]:
         "cudnn": torch.backends.cuda.can_use_cudnn_attention,
         "efficient": torch.backends.cuda.can_use_efficient_attention,
     }
-    q, k, v = small(heads.qk_dim), small(heads.qk_dim), small(heads.v_dim)
-    params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, not heads.masked, False)
+    q, k, v = small(heads.qk_dim, heads.group), small(heads.qk_dim), small(heads.v_dim)
+    params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, not heads.masked, heads.group > 1)
     return frozenset(name for name, can_use in asked.items() if can_use(params))
 
 

@@ -70,10 +70,10 @@ class YarnConfig:
             mscale=Range(least=0, most=100),
             mscale_all=Range(least=0, most=100),
         )
-        if self.beta_fast <= self.beta_slow:
+        if self.beta_fast < self.beta_slow:
             raise ValueError(
-                f"model.attention.yarn.beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}, the ramp "
-                "goes from few rotations to many: use 32.0 and 1.0"
+                f"model.attention.yarn.beta_fast={self.beta_fast} must not be below beta_slow={self.beta_slow}, "
+                "the ramp goes from few rotations to many: use 32.0 and 1.0"
             )
 
     @staticmethod
@@ -179,10 +179,12 @@ def block_mask(seen: Callable[..., Tensor], shape: Sequence[int | None], device:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
-    """[B, S, H, d] -> [B, S, H, V] by torch."""
+    """[B, S, H, d] -> [B, S, H, V] by torch; a head of keys and values may serve a run of query heads."""
     mask = None if mask_BSS is None else mask_BSS[:, None]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    out = nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2)
 
 
@@ -203,7 +205,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: None) -> Tensor:
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: BlockMask) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by FlexAttention, compiled: as it is written it would keep every score."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return _compiled_flex_attention()(q, k, v, block_mask=blocks, scale=scale).transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    return _compiled_flex_attention()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 @functools.cache
@@ -225,7 +228,10 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Positions) -> Tensor:
-    """softmax(scale q k^T) v of q, k [B, S, H, d], v [B, S, H, V] -> [B, S, H, V], by a kernel of `BACKENDS`."""
+    """softmax(scale q k^T) v of q [B, S, H, d], k [B, S, G, d], v [B, S, G, V] -> [B, S, H, V].
+
+    kernel: one of `BACKENDS`. G divides H: a head of keys and values serves H / G query heads, one after the other.
+    """
     mask = positions.block_mask if kernel == "flex" else positions.mask_BSS
     return BACKENDS[kernel](q, k, v, scale, mask)
 

@@ -39,8 +39,9 @@ class MlaConfig:
     """Multi-head latent attention; sizes count features.
 
     q_lora_rank: of the query latent, 0 for queries without one. nope_dim, rope_dim, v_dim: of a head's query and key
-    without position, their rotary part, and its value. yarn: context extension, None for plain RoPE. backend: kernels
-    of core attention (`choice`): `auto`, torch's `sdpa` or its `cudnn`, `flash` (flash-attn 4), `flex` (FlexAttention).
+    without position, their rotary part, and its value. yarn: context extension, None for plain RoPE. norm_eps: of the
+    two latents' norms, which released models leave at 1e-6 whatever the model's is. backend: kernels of core attention
+    (`choice`): `auto`, torch's `sdpa` or its `cudnn`, `flash` (flash-attn 4), `flex` (FlexAttention).
     """
 
     num_heads: int
@@ -51,6 +52,7 @@ class MlaConfig:
     q_lora_rank: int = 0
     rope_theta: float = 10000.0
     yarn: YarnConfig | None = None
+    norm_eps: float = 1e-6
     backend: Literal["auto", "sdpa", "cudnn", "flex", "flash"] = "auto"
     kind: Literal["mla"] = "mla"
 
@@ -64,7 +66,8 @@ class MlaConfig:
             rope_dim=SIZE,
             v_dim=SIZE,
             q_lora_rank=Range(least=0, most=2**20, use="use 0 for none"),
-            rope_theta=Range(above=1, most=1e12),  # at 1 every pair turns alike
+            rope_theta=Range(above=1, most=1e12),  # at 1 every pair turn alike
+            norm_eps=Range(above=0, most=1),
         )
         if self.rope_dim % 2:
             raise ValueError(
@@ -111,8 +114,11 @@ class MlaConfig:
         """Parameters of one layer, its two latent norms included."""
         return sum(n * k for n, k in self.linears(dim)) + self.q_lora_rank + self.kv_lora_rank
 
-    def core_flops(self, seq_len: int, *, causal: bool) -> float:
-        """Forward FLOPs of one layer's score and value products, a token, at sequences of `seq_len` tokens."""
+    def core_flops(self, seq_len: int, *, causal: bool, layer: int) -> float:
+        """Forward FLOPs of a layer's score and value products, a token, at sequences of `seq_len` tokens.
+
+        layer: its block's number; here all layers cost the same.
+        """
         flops = 2.0 * seq_len * self.num_heads * (self.qk_dim + self.v_dim)
         return flops / 2 if causal else flops
 
@@ -142,23 +148,23 @@ class MlaConfig:
         """What attention's kernels must take; masked: documents are kept apart."""
         return Heads(self.qk_dim, self.v_dim, recipe.dtype, masked)
 
-    def build(self, dim: int, recipe: Recipe, *, norm_eps: float) -> LatentAttention:
-        """The layer, in a model of `dim` features."""
-        return LatentAttention(self, dim, recipe, norm_eps=norm_eps)
+    def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> LatentAttention:
+        """The layer, in a model of `dim` features: the same for every block, its norms have an eps of their own."""
+        return LatentAttention(self, dim, recipe)
 
 
 class LatentAttention(nn.Module):
     """x [T, D] -> [T, D]."""
 
-    def __init__(self, config: MlaConfig, dim: int, recipe: Recipe, *, norm_eps: float) -> None:
+    def __init__(self, config: MlaConfig, dim: int, recipe: Recipe) -> None:
         super().__init__()
         c = self.config = config
         self.recipe = recipe
         rows = (c.q_lora_rank or c.queries, c.kv_lora_rank + c.rope_dim)
         self.qkv_a = Linear(dim, sum(rows), recipe, matrix_rows=rows)
-        self.q_norm = RMSNorm(c.q_lora_rank, recipe, eps=norm_eps, feeds=Feeds.LINEAR) if c.q_lora_rank else None
+        self.q_norm = RMSNorm(c.q_lora_rank, recipe, eps=c.norm_eps, feeds=Feeds.LINEAR) if c.q_lora_rank else None
         self.q_b = Linear(c.q_lora_rank, c.queries, recipe) if c.q_lora_rank else None
-        self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=norm_eps, feeds=Feeds.LINEAR)
+        self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=c.norm_eps, feeds=Feeds.LINEAR)
         self.kv_b = Linear(c.kv_lora_rank, c.num_heads * (c.nope_dim + c.v_dim), recipe)
         self.o = Linear(c.num_heads * c.v_dim, dim, recipe)
         if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward

@@ -150,7 +150,7 @@ def test_what_is_not_the_output_is_left_alone() -> None:
 def layer() -> tuple[LatentAttention, Tensor, Positions]:
     torch.manual_seed(0)
     config = MlaConfig(num_heads=H, q_lora_rank=32, kv_lora_rank=32, nope_dim=16, rope_dim=16, v_dim=V)
-    attention = config.build(64, Recipe(Precision.FP8), norm_eps=1e-6)
+    attention = config.build(64, Recipe(Precision.FP8), norm_eps=1e-6, layer=0)
     for parameter in attention.parameters():
         nn.init.normal_(parameter, std=0.2)
     attach_main_grads(attention)

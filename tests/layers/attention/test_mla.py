@@ -33,7 +33,7 @@ FP32 = Recipe(Precision.FP32)
 
 def build(config: MlaConfig = CONFIG, recipe: Recipe = FP32) -> LatentAttention:
     torch.manual_seed(0)
-    attention = config.build(DIM, recipe, norm_eps=EPS)
+    attention = config.build(DIM, recipe, norm_eps=1e-3, layer=0)  # the model's, not the latents'
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     attach_main_grads(attention)
@@ -103,12 +103,14 @@ def test_parameters_and_linears_are_those_of_the_built_layer(config: MlaConfig) 
     assert config.num_parameters(DIM) == sum(p.numel() for p in attention.parameters())
     norms = [module for module in attention.modules() if isinstance(module, RMSNorm)]
     assert {norm.eps for norm in norms} == {EPS} and len(norms) == (2 if config.q_lora_rank else 1)
+    own = build(replace(config, norm_eps=1e-2))
+    assert {module.eps for module in own.modules() if isinstance(module, RMSNorm)} == {1e-2}
 
 
 def test_core_flops_are_two_a_multiply_add_over_the_keys() -> None:
     products = 3 * 100 * 48 + 3 * 100 * 64  # heads x keys x features: scores, then values
-    assert UNEQUAL.core_flops(100, causal=False) == 2 * products
-    assert UNEQUAL.core_flops(100, causal=True) == products
+    assert UNEQUAL.core_flops(100, causal=False, layer=0) == 2 * products
+    assert UNEQUAL.core_flops(100, causal=True, layer=3) == products
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -1,0 +1,222 @@
+"""Grouped-query attention (arXiv 2305.13245): several query heads share one head of keys and values.
+
+Qwen3-MoE, GLM-4.5, OLMoE and GPT-OSS attend so; with as many key heads as query heads it is plain multi-head attention.
+Queries, keys and values are one GEMM (`qkv`), with or without a bias; queries and keys may be normed, over a head's
+features or over all heads', and everything may be clipped. A head is [features without position, rotary pairs], as in
+`mla`: a released model that rotates the halves of a head's first features has the rows of q and k permuted on the way
+in and out, which changes no bit.
+
+Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Recomputation's `mla_up` has nothing to
+repeat here, queries and keys come from no latent: q, k and v are kept. What else lives on is as little as there can be:
+values are copied out of the qkv product where nothing else keeps it.
+
+Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads of queries, G of keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
+from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
+from fp8moe.layers.attention.rotary import rotated_queries
+from fp8moe.layers.bias import add_bias, make_bias
+from fp8moe.layers.linear import Linear
+from fp8moe.layers.norm import RMSNorm
+from fp8moe.layers.recipe import Precision, Recipe
+from fp8moe.layers.recompute import Recallable, capture_saved
+from fp8moe.limits import SIZE, Range, check_fields
+
+
+@dataclass(frozen=True)
+class GqaConfig:
+    """Grouped-query attention; sizes count features.
+
+    num_kv_heads: heads of keys and values, shared by num_heads / num_kv_heads query heads each. rope_dim: rotary
+    features of a head, the last ones. yarn: context extension, None for plain RoPE. qk_norm: RMSNorm of queries and
+    keys, with one gain for a head's features (`head`) or one for those of all heads (`full`). clip_qkv: bound of the
+    absolute values of q, k and v. window: tokens that a query sees, itself included, in the layers that window_layers
+    says (`even` counts layer 0). sinks: a learnt logit a head that takes part in the softmax and has no value. backend:
+    kernels of core attention (`choice`).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_dim: int
+    rope_theta: float = 10000.0
+    yarn: YarnConfig | None = None
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    clip_qkv: float | None = None
+    window: int | None = None
+    window_layers: Literal["all", "even", "odd"] = "all"
+    sinks: bool = False
+    backend: Literal["auto", "sdpa", "cudnn", "flex", "flash"] = "auto"
+    kind: Literal["gqa"] = "gqa"
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "model.attention",
+            num_heads=SIZE,
+            num_kv_heads=SIZE,
+            head_dim=Range(least=2, most=2**20),
+            rope_dim=SIZE,
+            rope_theta=Range(above=1, most=1e12),  # at 1 every pair turns alike
+            clip_qkv=Range(above=0, most=1e6, use="use null for none"),
+            window=Range(least=1, most=2**24, use="use null for none"),
+        )
+        if self.num_heads % self.num_kv_heads:
+            legal = max(g for g in range(1, self.num_kv_heads + 1) if self.num_heads % g == 0)
+            raise ValueError(
+                f"model.attention.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: "
+                f"use {legal}"
+            )
+        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
+            raise ValueError(
+                f"model.attention.rope_dim={self.rope_dim} must be even, to rotate pairs, and at most "
+                f"head_dim={self.head_dim}: use {min(self.rope_dim + 1, self.head_dim // 2 * 2)}"
+            )
+
+    @property
+    def queries(self) -> int:
+        """Features of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Features of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor of attention scores before the softmax, YaRN's included."""
+        return self.head_dim**-0.5 * (self.yarn.softmax_factor if self.yarn else 1.0)
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of block number `layer` sees, None for all before it."""
+        parity = {"all": layer % 2, "even": 0, "odd": 1}[self.window_layers]
+        return self.window if layer % 2 == parity else None
+
+    def fp8_sizes(self) -> dict[str, int]:
+        """Sizes that are a contraction or a row of some FP8 product, by how they are configured."""
+        return {
+            "(num_heads + 2 * num_kv_heads) * head_dim": self.queries + 2 * self.keys,
+            "num_heads * head_dim": self.queries,
+        }
+
+    def linears(self, dim: int) -> list[tuple[int, int]]:
+        """(outputs, inputs) of the layer's Linears in a model of `dim` features."""
+        return [(self.queries + 2 * self.keys, dim), (dim, self.queries)]
+
+    def num_parameters(self, dim: int) -> int:
+        """Parameters of one layer: Linears, biases, norms of queries and keys, sinks."""
+        biases = self.qkv_bias * (self.queries + 2 * self.keys) + self.o_bias * dim
+        norms = {"none": 0, "head": 2 * self.head_dim, "full": self.queries + self.keys}[self.qk_norm]
+        return sum(n * k for n, k in self.linears(dim)) + biases + norms + self.sinks * self.num_heads
+
+    def core_flops(self, seq_len: int, *, causal: bool, layer: int) -> float:
+        """Forward FLOPs of block number `layer`'s score and value products, a token, at sequences of `seq_len` tokens.
+
+        Keys that a query sees, on average: with a window w, w - w^2 / 2S of the causal S / 2.
+        """
+        seen = min(self.window_of(layer) or seq_len, seq_len)
+        keys = seen - seen**2 / (2 * seq_len) if causal else seen
+        return 2.0 * keys * self.num_heads * 2 * self.head_dim
+
+    def kept_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token that one layer keeps for its backward, beside its input.
+
+        Always q, k, v, attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the
+        1/rms of each row; with clipping what is clipped.
+        """
+        wide = recipe.dtype.itemsize
+        saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
+        total = wide * (self.queries + 2 * self.keys) + saved_output * self.queries + 4.0 * self.num_heads
+        if self.qk_norm != "none":
+            total += wide * (self.queries + self.keys)
+            total += 4 * (self.num_heads + self.num_kv_heads if self.qk_norm == "head" else 2)
+        if self.clip_qkv is not None:
+            total += wide * (self.queries + 2 * self.keys)
+        return total
+
+    def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
+        """Rotations for tokens at `positions_BS` [B, S]; the documents, if given, are kept apart by a mask."""
+        cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)
+        return Positions(len(positions_BS), cos, sin, documents_BS)
+
+    def heads(self, recipe: Recipe, *, masked: bool) -> Heads:
+        """What attention's kernels must take; masked: documents are kept apart."""
+        return Heads(self.head_dim, self.head_dim, recipe.dtype, masked, self.num_heads // self.num_kv_heads)
+
+    def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> GroupedQueryAttention:
+        """The layer of block number `layer`, in a model of `dim` features. ValueError for what no kernel computes."""
+        for name in ("window", "sinks"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"model.attention.{name}={getattr(self, name)} is computed by none of attention's kernels: "
+                    f"use {'null' if name == 'window' else 'false'}"
+                )
+        return GroupedQueryAttention(self, dim, recipe, norm_eps=norm_eps)
+
+
+class GroupedQueryAttention(nn.Module):
+    """x [T, D] -> [T, D]."""
+
+    def __init__(self, config: GqaConfig, dim: int, recipe: Recipe, *, norm_eps: float) -> None:
+        super().__init__()
+        c = self.config = config
+        self.recipe = recipe
+        rows = (c.queries, c.keys, c.keys)
+        self.qkv = Linear(dim, sum(rows), recipe, matrix_rows=rows)
+        self.qkv_bias = make_bias(sum(rows), recipe) if c.qkv_bias else None
+        widths = {"none": None, "head": (c.head_dim, c.head_dim), "full": (c.queries, c.keys)}[c.qk_norm]
+        self.q_norm = RMSNorm(widths[0], recipe, eps=norm_eps) if widths else None
+        self.k_norm = RMSNorm(widths[1], recipe, eps=norm_eps) if widths else None
+        self.o = Linear(c.queries, dim, recipe)
+        self.o_bias = make_bias(dim, recipe) if c.o_bias else None
+        if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward
+            heads = c.heads(recipe, masked=False)
+            choose(c.backend, heads, machine_of(self.o.weight.device, heads))
+
+    def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
+        c = self.config
+        qkv_TN = self.qkv(x_TD)
+        if self.qkv_bias is not None:
+            qkv_TN = add_bias(qkv_TN, self.qkv_bias)
+        qkv = self._heads(qkv_TN, positions)
+        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents_BS is not None), qkv_TN.device)
+        with capture_saved() as captured:
+            out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
+        if self.recipe.precision is Precision.FP8:
+            power_of_two = self.recipe.power_of_two(True)
+            y_TD = self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output, power_of_two=power_of_two))
+        else:
+            y_TD = self.o(out.flatten(0, 1).flatten(1))
+        return y_TD if self.o_bias is None else add_bias(y_TD, self.o_bias)
+
+    def _heads(self, qkv_TN: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """The product -> q [B, S, H, d], k and v [B, S, G, d] for attention."""
+        c = self.config
+        q, k, v = qkv_TN.split([c.queries, c.keys, c.keys], dim=-1)
+        is_product_kept = c.qk_norm == "full" or (c.qk_norm == "none" and c.clip_qkv is not None)
+        if not is_product_kept:
+            v = v.contiguous()
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        if c.clip_qkv is not None:
+            q, k, v = (x.clamp(-c.clip_qkv, c.clip_qkv) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (-1, c.head_dim)) for x in (q, k, v))
+        q, k = (rotated_queries(x, positions.cos, positions.sin) for x in (q, k))
+        q, k, v = (x.unflatten(0, (positions.num_sequences, -1)) for x in (q, k, v))
+        return q, k, v
+
+
+def _normed(norm: RMSNorm, x_TN: Tensor) -> Tensor:
+    """x [T, N] normed in runs of the norm's width: a head's features, or all."""
+    return norm(x_TN.reshape(-1, norm.weight.shape[0])).tensor.view(x_TN.shape)
