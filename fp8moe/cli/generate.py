@@ -83,12 +83,11 @@ def _check(arguments: argparse.Namespace, processes: int) -> None:
 
 
 def _ways(arguments: argparse.Namespace) -> None:
-    given = bool(arguments.prompt or arguments.file) + (arguments.chat is not None)
-    if given != 1:
-        raise ConfigError(
-            f"{given} of --prompt or --file, and --chat are given: "
-            f"{'use one of them' if given else 'add --prompt TEXT, --file PATH or --chat PATH'}"
-        )
+    texts = bool(arguments.prompt or arguments.file)
+    if not texts and arguments.chat is None:
+        raise ConfigError("there is nothing to continue: add --prompt TEXT, --file PATH or --chat PATH")
+    if texts and arguments.chat is not None:
+        raise ConfigError("--chat can't stand beside --prompt or --file: use one of them")
 
 
 def _config(arguments: argparse.Namespace) -> GenerationConfig:

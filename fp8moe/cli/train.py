@@ -66,9 +66,10 @@ def _run(argv: Sequence[str]) -> int:
     if num_processes is not None:
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
         return launch(["train", *from_run, *arguments.settings], num_processes)
+    from fp8moe.generate.samples import last_lines
     from fp8moe.train.loop import train
 
-    train(config, as_yaml)
+    train(config, as_yaml, last_lines)
     return 0
 
 
@@ -87,6 +88,7 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.cli.compose import as_yaml
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
+        from fp8moe.generate.samples import last_lines
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
 
@@ -101,7 +103,7 @@ def _rank(argv: Sequence[str]) -> int:
             check_files(config.data)
             if is_first and (sentence := note(origin, config)):
                 print(sentence, flush=True)
-        train(config, as_yaml)
+        train(config, as_yaml, last_lines)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one
     except Exception as error:

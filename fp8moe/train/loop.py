@@ -38,8 +38,11 @@ from fp8moe.train.validation import ValidationReport, validate
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary:
-    """Run a resolved `config` to its end. Collective over all ranks; `as_yaml` gives config.yaml's text."""
+def train(
+    config: TrainConfig, as_yaml: Callable[[TrainConfig], str], last_lines: Callable[[Run], str] | None = None
+) -> Summary:
+    """Run a resolved `config` to its end. Collective over all ranks; `as_yaml` gives config.yaml's text, `last_lines`,
+    which is collective too, what is printed behind the summary."""
     started = time.perf_counter()
     device, preemption = choose_device(config), Preemption()
     with preemption.watching(), processes(config, device) as mesh:
@@ -54,13 +57,13 @@ def train(config: TrainConfig, as_yaml: Callable[[TrainConfig], str]) -> Summary
                     tokenizer = run.data.tokenizer
                     describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
                 with out_of_memory_in_words(run), no_collection_within_steps():
-                    return run_to_end(run, started)
+                    return run_to_end(run, started, last_lines)
             except Exception:
                 logger.exception("rank %d ends here", mesh.rank)
                 raise
 
 
-def run_to_end(run: Run, started: float) -> Summary:
+def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None = None) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
     config, run_logger, trace, stragglers = run.config, RunLogger(run, started), StepTrace(run), Stragglers(run.mesh)
     run.point, preemption, waited = save_point(run), run.preemption, 0.0
@@ -94,7 +97,10 @@ def run_to_end(run: Run, started: float) -> Summary:
             if run.guard.in_a_row:
                 raise NonFiniteError(f"step {run.step}, the run's last, was skipped, so it is not saved: {ADVICE}")
             preemption.finish()
-            return run_logger.finish(trace.figures)
+            summary = run_logger.finish(trace.figures)
+        if last_lines is not None:
+            run_logger.print(last_lines(run))
+        return summary
     finally:
         run_logger.close()
 

@@ -67,6 +67,13 @@ class CachedForward:
         """True where a new token may look at an entry: at itself and what came before it."""
         return torch.arange(self.length, device=self.positions_BS.device) <= self.positions_BS[..., None]
 
+    def window_mask_BSL(self, window: int | None) -> Tensor:
+        """The same for a layer whose tokens see `window` tokens, themselves included; None: all before them."""
+        if window is None:
+            return self.mask_BSL
+        places_L = torch.arange(self.length, device=self.positions_BS.device)
+        return self.mask_BSL & (places_L > self.positions_BS[..., None] - window)
+
     def write(self, layer: nn.Module, entries_TW: Tensor) -> None:
         """Keep the entries of the new tokens, sequence after sequence."""
         entries = self.caches[layer].entries
@@ -78,16 +85,20 @@ class CachedForward:
         return entries if self.rows == tuple(range(len(entries))) else entries[self._rows_B]
 
 
-def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSL: Tensor) -> Tensor:
+def attend_to_cache(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSL: Tensor, sinks_H: Tensor | None = None
+) -> Tensor:
     """softmax(scale q k^T) v of q [B, S, H, d], k [B, L, G, d], v [B, L, G, V] -> [B, S, H, V].
 
-    H/G neighbouring heads share a key.
+    H/G neighbouring heads share a key. sinks_H: a logit a head that takes part in the softmax and has no value.
     """
-    _, S, H, _ = q.shape
-    G = k.shape[2]
+    S, H, G = q.shape[1], q.shape[2], k.shape[2]
     queries = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, H/G x S, d]
     scores = (queries.float() @ k.permute(0, 2, 3, 1).float()).mul_(scale).unflatten(2, (H // G, S))
     scores.masked_fill_(~mask_BSL[:, None, None], float("-inf"))
-    p = scores.softmax(-1).to(v.dtype).flatten(2, 3)
+    if sinks_H is not None:
+        sinks = sinks_H.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    p = scores.softmax(-1)[..., : k.shape[1]].to(v.dtype).flatten(2, 3)
     out = product(p, v.transpose(1, 2))
     return out.unflatten(2, (H // G, S)).permute(0, 3, 1, 2, 4).flatten(2, 3)
