@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fp8moe.generate.decode import Completion, Figures, GenerationConfig, generate
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
@@ -20,10 +19,12 @@ from tests.model.shapes import model_config
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, dim=64, num_layers=3, num_dense_layers=1, dense_hidden=64, num_heads=3, q_lora_rank=32,
+    vocab_size=VOCABULARY, dim=64, num_layers=2, num_dense_layers=1, dense_hidden=64, num_heads=3, q_lora_rank=32,
     kv_lora_rank=48, nope_dim=32, rope_dim=16, v_dim=16, topk=2, num_groups=2, top_groups=2, num_experts=4,
     expert_hidden=32, mtp_depth=1, init_std=0.15, max_seq_len=64,
 )  # fmt: skip
+OF_MLA = ("num_heads", "q_lora_rank", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim")
+TIMEOUT = timedelta(seconds=60)
 PROMPTS = [[5, 3, 90], [7] * 11, [1, 2], list(range(20, 43)), [96]]
 
 
@@ -31,7 +32,8 @@ def small_model(
     precision: Precision = Precision.FP32, dispatcher: Dispatcher | None = None, ep_rank: int = 0, **changes: Any
 ) -> Transformer:
     """A model of random weights whose greedy text does not repeat itself at once."""
-    config: ModelConfig = model_config(**SHAPE | changes)
+    shape = {name: size for name, size in SHAPE.items() if changes.get("kind") != "gqa" or name not in OF_MLA}
+    config: ModelConfig = model_config(**shape | changes)
     model = Transformer(config, Recipe(precision), dispatcher or LocalDispatcher(4), gradients=False)
     init_weights(model, seed=3, ep_rank=ep_rank)
     quantize_weights(model)
@@ -39,7 +41,7 @@ def small_model(
 
 
 def alone() -> Mesh:
-    return build_mesh(1, 1, 1, timeout=timedelta(seconds=60))
+    return build_mesh(1, 1, 1, timeout=TIMEOUT)
 
 
 @torch.no_grad()
@@ -69,6 +71,3 @@ def generated(
 def ids(completions: Sequence[Completion]) -> list[list[int]]:
     return [one.ids for one in completions]
 
-
-def nan_memory(tensor: Tensor) -> Tensor:
-    return tensor.fill_(float("nan"))
