@@ -1,7 +1,8 @@
 """The last lines of a training run: completions of held-out text by the model as it is, and the commands to go on with.
 
-The beginnings of the first validation samples are continued greedily, on all ranks that train: a few tokens within a few
-seconds. A run with a pipeline has no rank with the whole model and shows the commands alone.
+The beginnings of the first validation samples are continued, on all ranks that train: a few tokens within a few
+seconds. They are drawn, by the run's seed, since a young model's likeliest text soon repeats itself. A run with a
+pipeline has no rank with the whole model and shows the commands alone.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from contextlib import contextmanager
 
 from fp8moe.generate.decode import GenerationConfig, generate
 from fp8moe.generate.open import exact_dispatcher
+from fp8moe.generate.sampling import SamplingConfig
 from fp8moe.generate.text import Vocabulary
 from fp8moe.layers.moe import MoE
 from fp8moe.train.run import Run
 
 PROMPT_TOKENS, NEW_TOKENS, SECONDS = 16, 24, 20.0
+TEMPERATURE, TOP_P = 0.7, 0.9
 
 
 def last_lines(run: Run) -> str:
@@ -33,7 +36,8 @@ def _completions(run: Run) -> list[str]:
     vocabulary = Vocabulary(tokenizer.path, run.config.model.vocab_size)
     length = min(PROMPT_TOKENS, run.config.seq_len, run.config.model.max_seq_len - 1)
     prompts = [run.data.validation.window(sample).tokens[:length].tolist() for sample in range(count)]
-    config = GenerationConfig(NEW_TOKENS, seconds=SECONDS)
+    sampling = SamplingConfig(TEMPERATURE, TOP_P, run.config.seed)
+    config = GenerationConfig(NEW_TOKENS, seconds=SECONDS, sampling=sampling)
     with _exact_dispatch(run):
         completions, _ = generate(
             run.model,
@@ -43,7 +47,7 @@ def _completions(run: Run) -> list[str]:
             num_ids=vocabulary.num_ids,
             accept=lambda _, token: token in vocabulary.ends,
         )
-    lines = ["", "held-out text -> what the model goes on with, greedy"]
+    lines = ["", f"held-out text -> what the model goes on with, temperature {TEMPERATURE}, top-p {TOP_P}"]
     for one in completions:
         lines.append(f"  {vocabulary.decode(one.prompt)!r} -> {vocabulary.decode(one.ids)!r}")
     return lines

@@ -34,7 +34,9 @@ class ValidationConfig:
     completions: int = 3
 
     def __post_init__(self) -> None:
-        check_fields(self, "validation", every=COUNT, samples=Range(least=1, most=2**24), completions=Range(least=0, most=32))
+        check_fields(
+            self, "validation", every=COUNT, samples=Range(least=1, most=2**24), completions=Range(least=0, most=32)
+        )
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to validate after step number `step` (from 1) of `steps`; after the last always."""

@@ -70,4 +70,3 @@ def generated(
 
 def ids(completions: Sequence[Completion]) -> list[list[int]]:
     return [one.ids for one in completions]
-

@@ -66,7 +66,9 @@ def test_a_completion_draws_by_its_number_and_seed_alone() -> None:
     assert len({tuple(drawn(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
 
-@pytest.mark.parametrize("name, value", [("temperature", -1.0), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1)])  # fmt: skip
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -1.0), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1),
+])  # fmt: skip
 def test_impossible_settings_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"^sampling\.{name}="):
         SamplingConfig(**{name: value})  # type: ignore[arg-type]

@@ -97,10 +97,14 @@ def test_special_tokens_are_text_in_prompts_and_tokens_in_chats(vocabulary: Voca
 
 
 def test_bad_tokenizers_and_stops_are_one_sentence(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no tokenizer at .*none.json: name a tokenizer.json with --tokenizer"):
+    with pytest.raises(
+        DataError, match=r"there is no tokenizer at .*none.json: name a tokenizer.json with --tokenizer"
+    ):
         Vocabulary(tmp_path / "none.json", 300)
     vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"has ids up to \d+ and the model's vocabulary, model\.vocab_size, is 256: use"):
+    with pytest.raises(
+        DataError, match=r"has ids up to \d+ and the model's vocabulary, model\.vocab_size, is 256: use"
+    ):
         Vocabulary(tmp_path / "tokenizer.json", 256)
     with pytest.raises(ConfigError, match=r"^--stop='' has no characters"):
         check_stops(["a", ""])
@@ -116,7 +120,7 @@ def test_prompts_of_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text, words", [
-    ('{"prompt": "a"}\n{"question": "b"}', r"^line 2 of F needs the keys prompt, prompt being text, and has question: "),
+    ('{"prompt": "a"}\n{"question": "b"}', r"^line 2 of F needs the keys prompt, prompt being text, and has question"),
     ("[1]", r"^line 1 of F needs the keys prompt, prompt being text, and is no object: "),
     ('{"prompt": 3}', r"^line 1 of F needs the keys prompt, prompt being text, and has prompt: "),
     ("no json", r"^line 1 of F is not JSON \(.*\): write one object a line$"),
@@ -129,10 +133,16 @@ def test_bad_json_lines_are_one_sentence(text: str, words: str) -> None:
 
 def test_chats_are_what_transformers_renders(tmp_path: Path) -> None:
     tokenization = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [{"role": "user", "content": "hé\n"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "hé\n"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     template = TEMPLATE + "\n  {% if true %}\n{{ messages | tojson }}\n  {% endif %}\n"
     names = {"bos_token": "<s>", "eos_token": "</s>"}
-    rendered, _ = tokenization.render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **names)
+    rendered, _ = tokenization.render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, **names
+    )
     assert render_chat(template, messages, names) == rendered[0]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "of the configuration"}))
     assert chat_template(tmp_path) == "of the configuration"

@@ -1,4 +1,4 @@
-"""Caches of attention: absorbed beside plain latent attention, grouped heads, windows and sinks beside a plain softmax."""
+"""Caches of attention: absorbed beside plain latent attention; heads, windows and sinks beside a plain softmax."""
 
 from __future__ import annotations
 
