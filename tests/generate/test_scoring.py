@@ -166,7 +166,7 @@ def test_fp8_scores_any_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("row, words", [
     ({"question": "q", "choices": ["a"], "answer": 0}, r"^question 1 of F has 1 choices and the answer 0: give"),
-    ({"question": "q", "choices": ["a", "b"], "answer": 2}, r"^question 1 of F has 2 choices and the answer 2.* 0 to 1$"),
+    ({"question": "q", "choices": ["a", "b"], "answer": 2}, r"^question 1 of F has 2 choices and the answer 2"),
     ({"question": "q", "choices": ["a", "b"], "answer": "c"}, r"the answer 'c': "),
 ])  # fmt: skip
 def test_bad_questions_are_one_sentence(row: dict, words: str) -> None:
