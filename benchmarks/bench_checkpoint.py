@@ -6,7 +6,8 @@ One process saves a state of that size to a temporary folder, ratios to a save t
 `blocked` is what the training thread loses by a save in the background: the call that starts it, and what is left of
 the copy after the next forward and backward, for which the thread sleeps `--compute` seconds, as a host that waits for
 its GPU. `copy` is the time of the copy, `background` that of the whole save. `hash` is the time spent in the hash, `no
-hash` a save with a hash that does nothing.
+hash` a save with a hash that does nothing. `check` is the time of the look for numbers that are not finite, which a
+save in the background does in its thread.
 
 Memory is what VmHWM grows by in a process of its own, beside the state itself, against the documented bound: the
 rank's state where it is copied, and `SLACK` for what is read or written at once.
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, alternate, make_parser, paired_ratio, parse_arguments, summarize
-from fp8moe.train.checkpoint import CheckpointConfig, Saver, complete, hashed_file, load
+from fp8moe.train.checkpoint import CheckpointConfig, Saver, complete, hashed_file, load, saver
+from fp8moe.train.finite_state import not_finite
 
 TENSORS = 4  # few and large: whoever holds one of them beside the state is seen
 BASELINE = "waiting"
@@ -75,6 +77,7 @@ class Bench:
         self.blocked: list[float] = []
         self.copied: list[float] = []
         self.hashed: list[float] = []
+        self.checked: list[float] = []
 
     def _tensors(self, hold: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
         return {name: hold(tensor) for name, tensor in self._state.items()}
@@ -83,11 +86,17 @@ class Bench:
         config = CheckpointConfig(keep=1, background=background)
         return Saver(self._folder / str(background), config, is_first=True, group=None)
 
+    def _check(self, tensors: Mapping[str, Sequence[Tensor]]) -> list[str]:
+        started = time.perf_counter()
+        found = not_finite(tensors)
+        self.checked.append(time.perf_counter() - started)
+        return found
+
     def waiting(self) -> None:
         """A save that training waits for."""
         self._step += 1
         TimedHash.seconds = 0.0
-        with patch.object(hashed_file.xxhash, "xxh3_128", TimedHash):
+        with patch.object(hashed_file.xxhash, "xxh3_128", TimedHash), patch.object(saver, "not_finite", self._check):
             self._saver(background=False).start(self._step, "{}", self._tensors)
         self.hashed.append(TimedHash.seconds)
 
@@ -100,20 +109,20 @@ class Bench:
     def background(self) -> None:
         """A save beside the training; notes how long training was held up, and how long the copy took."""
         self._step += 1
-        saver, started = self._saver(background=True), time.perf_counter()
+        background, started = self._saver(background=True), time.perf_counter()
 
         def tensors(hold: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
             copies = self._tensors(hold)
             self.copied.append(time.perf_counter() - started)
             return copies
 
-        saver.start(self._step, "{}", tensors)
+        background.start(self._step, "{}", tensors)
         begun = time.perf_counter()
         time.sleep(self._compute)
         left = time.perf_counter()
-        saver.wait_copied()
+        background.wait_copied()
         self.blocked.append(begun - started + time.perf_counter() - left)
-        saver.wait()
+        background.wait()
 
     def load(self) -> None:
         """Load the last checkpoint that training waited for into the state."""
@@ -155,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = alternate(calls, torch.device("cpu"), trials=arguments.repeats, warmup=arguments.warmup)
     shape, kept = f"{arguments.megabytes} MB", len(seconds[BASELINE])
     seconds |= {"blocked": bench.blocked[-kept:], "copy": bench.copied[-kept:], "hash": bench.hashed[-kept:]}
+    seconds["check"] = bench.checked[-kept:]
     for name, times in seconds.items():
         ratio = None if name == BASELINE else paired_ratio(times, seconds[BASELINE])
         baseline = None if ratio is None else BASELINE

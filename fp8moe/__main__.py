@@ -12,6 +12,9 @@ import importlib
 import os
 import sys
 
+# torch's C++ code prints warnings of every connection that is tried again; errors still show. It reads this once.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
     "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),

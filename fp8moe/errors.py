@@ -47,15 +47,23 @@ class PreemptedError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss, a gradient or the state of a run stopped being a finite number, or the loss left its course."""
+    """The loss, a gradient or the state of a run stopped being a finite number, or the loss left its course.
+
+    All ranks find it together and say the same sentence.
+    """
 
     exit_code: int = EXIT["nonfinite"]
+    shared = True
 
 
 class ReplicaError(RuntimeError):
-    """Ranks that hold the same numbers hold different bits, or one computation done twice gave two results."""
+    """Ranks that hold the same numbers hold different bits, or one computation done twice gave two results.
+
+    All ranks say the same sentence.
+    """
 
     exit_code: int = EXIT["nonfinite"]
+    shared = True
 
 
 class HangError(RuntimeError):

@@ -87,10 +87,11 @@ def explain(error: BaseException) -> Failure:
         if collective and any(word in words for word in TIMEOUT_WORDS):
             sentence = f"a message did not arrive within parallel.timeout ({_first_sentence(text)}): a rank hangs"
             return Failure(EXIT["hang"], sentence)
-    if isinstance(error, OSError) and error.filename is not None:
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write names no file
+    if isinstance(error, OSError) and (is_full or error.filename is not None):
         reason = error.strerror or type(error).__name__
-        code = EXIT["space"] if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT["data"]
-        return Failure(code, f"{error.filename}: {reason}: check the path, its access and its disk")
+        code = EXIT["space"] if is_full else EXIT["data"]
+        return Failure(code, f"{error.filename or 'a file'}: {reason}: check the path, its access and its disk")
     if isinstance(error, ValueError):
         return Failure(EXIT["configuration"], text, shared=True)
     return Failure(1, f"{type(error).__name__}: {text}", "".join(traceback.format_exception(error)))

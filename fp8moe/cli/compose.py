@@ -308,7 +308,7 @@ def _nearest(value: object, choices: Sequence[Any]) -> str:
 
 def _scalar(hint: type, value: object, path: str) -> object:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(min(max(value, -(2**1023)), 2**1023))  # a larger one is no float; what it is for refuses this too
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]

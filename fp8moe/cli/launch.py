@@ -182,7 +182,7 @@ def _order(failure: Any) -> tuple[int, float]:
 
 def report(failure: Failure) -> None:
     """In a worker: write `failure` to the error file; print it only if neither the launcher nor another rank does."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {
             "py_callstack": failure.traceback or failure.sentence,
@@ -194,7 +194,7 @@ def report(failure: Failure) -> None:
         content = {"message": {"message": failure.sentence, "errorCode": failure.code, "extraInfo": extra}}
         with open(path, "w", encoding="utf-8") as handle:
             json.dump(content, handle)
-    if LAUNCHED in os.environ or (failure.shared and rank != 0):
+    if LAUNCHED in os.environ or (failure.shared and rank != "0"):
         return
     if failure.traceback:
         print(failure.traceback, file=sys.stderr, end="")

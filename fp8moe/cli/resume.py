@@ -24,12 +24,13 @@ import yaml
 
 from fp8moe.cli.compose import Composed, composed, config_groups, keys_in, parse, plain_values, tree_of
 from fp8moe.errors import ConfigError
+from fp8moe.limits import shown
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 _OF_THE_COMMAND = ("resume", "run_dir", "resume_changes")  # of this start alone, never taken from another
-_WEIGHTS = ("init_from", "init_from_ema")  # of the run, not of one like it
+_WEIGHTS = ("init_from", "init_from_ema", "init_perturbation")  # of the run, not of one like it
 
 
 # What every version's configuration of a run has: fields without a default.
@@ -54,6 +55,7 @@ def compose_run(
     Raises ConfigError or ValueError with one sentence.
     """
     typed = tree_of(settings)
+    _check_places(typed)
     origin = _origin(typed, from_run)
     if origin is None:
         return composed(typed), None
@@ -86,6 +88,19 @@ def note(origin: Origin | None, config: TrainConfig) -> str | None:
         return f"nothing to resume in {origin.run}: starts at step 0 with its configuration{changed}"
     step = found.name.removeprefix("step-")
     return f"goes on from {origin.run} step {step} with its configuration{changed}"
+
+
+def _check_places(typed: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless what `_origin` reads, before a configuration is made, is text or left out."""
+    group = typed["checkpoint"]
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"checkpoint={shown(group)} must be a group of keys: write checkpoint.path=PATH")
+    places = {"resume": typed["resume"], "run_dir": typed["run_dir"], "checkpoint.path": group.get("path")}
+    for key, value in places.items():
+        if not isinstance(value, str) and (value is not None or key == "resume"):
+            raise ConfigError(
+                f"{key}={shown(value)} ({type(value).__name__}) must be text: quote it, '{key}=\"{value!s:.60}\"'"
+            )
 
 
 def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:

@@ -52,14 +52,19 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.cli.compose import as_yaml
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
+    from fp8moe.plan.machine_memory import check_fits
     from fp8moe.train.config import resolve
+    from fp8moe.train.rendezvous import place
 
+    if arguments.nproc is None:
+        place(os.environ)
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
     composed, origin = compose_run(arguments.settings, num_processes or 1, arguments.from_run)
     if arguments.cfg:
         print(composed.text, end="")
         return 0
     config = resolve(composed.config, num_processes or 1)
+    check_fits(config, num_processes or 1)
     check_files(config.data)
     if sentence := note(origin, config):
         print(sentence, flush=True)
@@ -89,10 +94,13 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
         from fp8moe.generate.samples import last_lines
+        from fp8moe.plan.machine_memory import check_fits
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
+        from fp8moe.train.rendezvous import place
 
-        world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ["RANK"]) == 0
+        here = place(os.environ)
+        world_size, is_first = here.world_size, here.rank == 0
         composed, origin = compose_run(arguments.settings, world_size, arguments.from_run)
         if arguments.cfg:
             if is_first:
@@ -100,6 +108,7 @@ def _rank(argv: Sequence[str]) -> int:
             return 0
         config = resolve(composed.config, world_size)
         if LAUNCHED not in os.environ:  # else the launcher did
+            check_fits(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             check_files(config.data)
             if is_first and (sentence := note(origin, config)):
                 print(sentence, flush=True)

@@ -176,7 +176,8 @@ def next_ids(batch: Inputs) -> Tensor:
     return torch.cat([batch.inputs_BS[:, 1:], last], dim=1).flatten()
 
 
-def _generator(*names: object) -> torch.Generator:
+def generator_of(*names: object) -> torch.Generator:
+    """A generator on the host that is seeded by `names` and nothing else."""
     digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
@@ -196,7 +197,7 @@ def init_weights(model: Transformer, seed: int, *, ep_rank: int = 0) -> None:
         elif is_expert(parameter):
             first = ep_rank * len(parameter)
             for expert, weight in enumerate(parameter, start=first):
-                weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=_generator(seed, name, expert)))
+                weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=generator_of(seed, name, expert)))
         else:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=_generator(seed, name)))
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator_of(seed, name)))
     quantize_weights(model)

@@ -36,7 +36,7 @@ from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.random_state import seed_random
 from fp8moe.train.run import Run
-from fp8moe.train.run_state import begin_from, check_space, restore
+from fp8moe.train.run_state import begin_from, check_space, perturb_weights, restore
 
 
 def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) -> Run:
@@ -94,6 +94,8 @@ def build(config: TrainConfig, mesh: Mesh, device: torch.device, run_dir: Path) 
         restore(run, *chosen)
     elif weights is not None:
         begin_from(run, weights)
+    if chosen is None and config.init_perturbation:
+        perturb_weights(run, config.init_perturbation)
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run

@@ -80,6 +80,8 @@ class TrainConfig:
     # on from. init_from_ema: the average of its weights in their place.
     init_from: str | None = None
     init_from_ema: bool = False
+    # Each weight that a new run begins from is multiplied by 1 + this or 1 - this, at random (`train.perturbation`).
+    init_perturbation: float = 0.0
     resume_changes: tuple[str, ...] = ()  # what of its data a resumed run may change (`data.identity.CHANGES`)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = 2  # consecutive steps that may be skipped for a loss or gradient that is not finite
@@ -91,7 +93,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(
-            self, "", steps=POSITIVE, seq_len=POSITIVE, seed=Range(least=0, most=2**63 - 1), max_skipped_steps=COUNT
+            self,
+            "",
+            steps=POSITIVE,
+            seq_len=POSITIVE,
+            seed=Range(least=0, most=2**63 - 1),
+            max_skipped_steps=COUNT,
+            init_perturbation=Range(least=0, below=1, use="use 0 for none"),
         )
         check_name(self.name)
         once = ",".join(dict.fromkeys(self.recompute))

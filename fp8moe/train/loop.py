@@ -156,18 +156,23 @@ def _validate(run: Run) -> ValidationReport:
 def _save(run: Run) -> float:
     """Begin a checkpoint where one is due -> seconds that training waited for it.
 
-    None is written behind a step that was skipped, or of a state that is not finite: it is owed.
+    None is written behind a step that was skipped, or of a state that is not finite: it is owed. After the last step
+    the checkpoint is waited for, since what is wrong with its state is a problem like any.
     """
-    guard = run.guard
+    guard, is_last = run.guard, run.step == run.config.steps
     run.save_is_due |= run.config.checkpoint.is_due(run.step, run.config.steps)
-    if not run.save_is_due or guard.in_a_row or guard.problem is not None:
+    is_due = run.save_is_due and not guard.in_a_row
+    if guard.problem is not None or not (is_due or is_last):
         return 0.0
     start = time.perf_counter()
-    try:
-        with run.preemption.changing():
-            start_checkpoint(run)
-    except NonFiniteError as error:
-        guard.problem = str(error)
-        return 0.0
-    run.save_is_due = False
+    with run.preemption.changing():
+        try:
+            if is_due:
+                start_checkpoint(run)
+            if is_last:
+                run.saver.wait()
+        except NonFiniteError as error:
+            guard.problem, run.save_is_due = str(error), True
+            return 0.0
+    run.save_is_due &= not is_due
     return time.perf_counter() - start

@@ -1,17 +1,19 @@
 """Metrics of each step, written to `metrics.jsonl` always and to wandb when configured.
 
 One line of JSON a step, appended and closed, so that a run that dies has written every step it finished. A number that
-is not finite is written as null: JSON has no such number, and most readers refuse Python's NaN. wandb is imported only
-when it is configured, and logs offline where no key is set.
+is not finite is written as null: JSON has no such number, and most readers refuse Python's NaN. wandb runs in a
+process of its own (`train.wandb_run`), only when it is configured, and logs offline where no key is set; it never ends
+a run.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from typing import Any
 from fp8moe.data.durable import write_text
 from fp8moe.errors import ConfigError
 from fp8moe.limits import COUNT, POSITIVE, check_fields
+from fp8moe.train.wandb_run import WandbRun, is_installed
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def finite(value: Any) -> Any:
 
 def check_wandb(config: LoggingConfig) -> None:
     """Raises ConfigError when wandb is configured and not installed."""
-    if config.wandb and importlib.util.find_spec("wandb") is None:
+    if config.wandb and not is_installed():
         raise ConfigError(
             "logging.wandb=true needs the package wandb, which is not installed: pip install 'fp8moe[wandb]', or use "
             "logging.wandb=false"
@@ -110,35 +115,73 @@ class MetricsWriter:
     """Appends a record a step to `run_dir/metrics.jsonl`, and to wandb when configured; only rank 0 has one.
 
     after_step: the step that a resumed run continues from; records of later steps, by an earlier attempt, are removed.
+    warn: is given one sentence, once, where wandb fails.
     """
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, name: str, settings: Mapping[str, Any], after_step: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        name: str,
+        settings: Mapping[str, Any],
+        after_step: int,
+        warn: Callable[[str], None] = _logger.warning,
+    ):
         path = run_dir / "metrics.jsonl"
         if path.exists():
             _keep_until(path, after_step)
-        self._path = path
-        self._wandb = _start_wandb(run_dir, config, name, settings) if config.wandb else None
+        self._path, self._warn = path, warn
+        self._wandb: WandbRun | None = None
+        if config.wandb:
+            check_wandb(config)
+            try:
+                self._wandb = WandbRun(run_dir, config.wandb_project, name, settings)
+            except OSError as error:  # no more processes, or no space for the file of its id
+                self._give_up(str(error))
 
     def forget_after(self, step: int) -> None:
         """Remove the records of later steps, which are done again."""
         _keep_until(self._path, step)
 
+    _unwritten = ""  # lines that the disk had no room for
+
+    def _append(self, line: str) -> None:
+        """Write a line; one that can't be written waits for the next: what a full disk means the checkpoints decide."""
+        text, size = self._unwritten + line, self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(text)
+            self._unwritten = ""
+        except OSError as error:
+            if not self._unwritten:
+                logging.getLogger(__name__).warning("%s can't be written (%s)", self._path, error.strerror)
+            self._unwritten = text
+            with contextlib.suppress(OSError):  # half of it may be there
+                os.truncate(self._path, size)
+
     def write(self, report: StepReport, extra: Mapping[str, Any]) -> None:
         """Log one step; `extra` holds what only some steps have, such as a validation loss."""
         record = finite({**asdict(report), **extra})
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._append(json.dumps(record, allow_nan=False) + "\n")
         if self._wandb is not None:
             flat = {key: value for key, value in record.items() if key != "time"}
             flat |= {f"time/{key}": value for key, value in record["time"].items()}
             self._wandb.log(flat, step=report.step)
+            if self._wandb.problem:
+                self._wandb.stop()
+                self._give_up(self._wandb.problem)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
         """Finish wandb's run with `summary`, or as failed without one."""
         if self._wandb is not None:
-            if summary is not None:
-                self._wandb.summary.update(dict(summary))
-            self._wandb.finish(exit_code=0 if summary is not None else 1)
+            self._wandb.close(None if summary is None else finite(summary))
+            if self._wandb.problem:
+                self._give_up(self._wandb.problem)
+            self._wandb = None
+
+    def _give_up(self, reason: str) -> None:
+        self._wandb = None
+        self._warn(f"wandb logs no more ({reason.rstrip('.')}): the run goes on, metrics.jsonl has every step")
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -150,12 +193,3 @@ def _keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError):  # the last line of a run that was killed while writing it
             continue
     write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def _start_wandb(run_dir: Path, config: LoggingConfig, name: str, settings: Mapping[str, Any]) -> Any:
-    check_wandb(config)
-    import wandb
-
-    has_key = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().exists()
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    return wandb.init(project=config.wandb_project, name=name, dir=run_dir, mode=mode, config=dict(settings))

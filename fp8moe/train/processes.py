@@ -18,6 +18,7 @@ from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
 from fp8moe.schedule.build import FOLDED
 from fp8moe.train.config import TrainConfig
+from fp8moe.train.rendezvous import meet
 from fp8moe.train.run_dir import PREEMPTED, claim, make_run_dir, mark_preempted
 from fp8moe.train.run_lock import release
 
@@ -50,7 +51,9 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
         return
     record_nccl()
     # Both back ends, so that host-side objects (checkpoints, the run directory's name) never go through the GPU.
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    store, here = meet(timeout)
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
     mesh = mesh_of(config, device)
     hang.start()
     warm_up(mesh, device)

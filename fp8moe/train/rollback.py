@@ -7,6 +7,7 @@ checkpoint; past the bound, without a checkpoint, or under guard.then=stop the r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ def roll_back(run: Run) -> Rollback:
     guard, parallel = run.guard, run.config.parallel
     problem = guard.problem
     assert problem is not None
-    run.saver.wait()
+    with contextlib.suppress(NonFiniteError):  # whose state is left behind as well
+        run.saver.wait()
     if guard.config.then == "stop":
         raise NonFiniteError(f"{problem}: {ADVICE}")
     end_startup(run.mesh, run.links, parallel.startup_timeout)  # reading a checkpoint takes as long as it did at start

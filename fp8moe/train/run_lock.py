@@ -4,7 +4,8 @@ It holds the host, process and start time of its owner, and its modification tim
 machine the owner is alive while a process of that number and start time is. Another machine's is watched: it is alive
 if the heartbeat moves within STALE seconds. (Comparing the heartbeat with this machine's clock was refused: clocks of
 machines differ, and so may the file server's. So was `flock`: not every shared file system passes it on.) The lock of a
-dead owner is renamed and made anew, which one of several takers does first; a lock that moved meanwhile is put back.
+dead owner is renamed and made anew, which one of several takers does first; a lock that moved meanwhile is put back. A
+third taker may have made its own in between, so whoever took over looks again after SETTLE seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fp8moe.parallel.hang import process_state, this_process
 
 LOCK_FILE = "lock"
 HEARTBEAT = 5.0  # seconds
+SETTLE = 1.0  # seconds after which all who take over a dead owner's lock have moved what they move
 STALE = 30.0  # seconds without a heartbeat after which an owner on another machine counts as dead
 
 logger = logging.getLogger(__name__)
@@ -34,15 +36,20 @@ def acquire(run_dir: Path) -> None:
     """Lock `run_dir` for this process. Raises ConfigError where another run that is alive has it; OSError."""
     path = run_dir / LOCK_FILE
     mine = {**this_process(), "name": os.uname().nodename, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    taking_over = False
     while True:
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             _take_over(path)
+            taking_over = True
             continue
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(mine) + "\n")
-        break
+        if taking_over:
+            time.sleep(SETTLE)
+        if not taking_over or _owner(path) == mine:
+            break
     _held[run_dir] = threading.Event()
     threading.Thread(target=_beat, args=(path, _held[run_dir]), name="run lock", daemon=True).start()
 

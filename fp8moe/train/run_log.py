@@ -36,10 +36,24 @@ REPORT_SECONDS = 2.0  # a step is reported no later than this after its update
 PACE_STEPS = 20  # the time left is estimated from so many last steps
 
 
+class LogFile(logging.FileHandler):
+    """A log file that never ends a run: lines that a full disk has no room for are lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass over a line that can't be written."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, whatever it has not written."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def log_file(run_dir: Path, rank: int) -> Iterator[None]:
     """Write this rank's log messages and warnings to `run_dir/logs/rank-N.log` while the block runs."""
-    handler = logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    handler = LogFile(run_dir / "logs" / f"rank-{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("fp8moe")
     root.addHandler(handler)
@@ -60,12 +74,12 @@ class RunLogger:
         config = run.config
         self._run, self._started = run, started
         self._log = logging.getLogger(__name__)
+        self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
         self._writer = (
-            MetricsWriter(run.run_dir, config.logging, config.name, dataclasses.asdict(config), run.step)
+            MetricsWriter(run.run_dir, config.logging, config.name, dataclasses.asdict(config), run.step, self.warn)
             if run.is_first
             else None
         )
-        self._display = ProgressDisplay(config.steps, run.step, config.logging.every, silent=not run.is_first)
         self._expected: StepReport | None = None  # of a step whose line is not written yet
         self._written, self._writing = run.step, threading.Lock()  # the step of the last line
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)

@@ -8,17 +8,15 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from fp8moe.errors import NonFiniteError
 from fp8moe.layers.linear import is_expert
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.train import checkpoint
-from fp8moe.train.finite_state import described, not_finite
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.optimizer.state import Held
+from fp8moe.train.perturbation import perturb
 from fp8moe.train.provenance import commit, versions
 from fp8moe.train.random_state import is_stored, random_state, set_random_state
 from fp8moe.train.run import Run, SavePoint
@@ -94,6 +92,14 @@ def begin_from(run: Run, path: checkpoint.Location) -> None:
     logger.info("begins from the weights of %s (%s*)", path, kind)
 
 
+def perturb_weights(run: Run, size: float) -> None:
+    """Multiply each weight by 1 + size or 1 - size (`perturbation`). Collective over all ranks."""
+    held = run.optimizer.held
+    perturb(held, size, seed=run.config.seed, ep_rank=run.mesh.ep_rank)
+    _refresh(run, held, restart_average=True)
+    logger.info("each initial weight was changed by %g of it", size)
+
+
 def _refresh(run: Run, held: Mapping[str, list[Held]], *, restart_average: bool) -> None:
     """Make what is made of the masters, after they were loaded into `held`."""
     if isinstance(run.optimizer, DeepSpeedAdamW):  # what it holds are copies
@@ -131,22 +137,6 @@ def _copies(run: Run, parameter: Parameter) -> int:
     return 1 if group is None or run.zero is not None else group.size()
 
 
-def check_finite(run: Run, group: dist.ProcessGroup | None) -> None:
-    """Raise NonFiniteError, on every rank, where a master, a moment or a router bias is not finite.
-
-    The average of the weights is left out: it is still being taken beside the training, and of finite masters.
-    Collective over `group`, of all ranks.
-    """
-    biases = {name: router.bias_E for name, router in run.routers().items()}
-    tensors = checkpoint.run_tensors(run.optimizer.held, biases, {}, run.mesh)
-    parts = {
-        name: [values for _, values in one.ranges] if isinstance(one, checkpoint.Pieces) else [one]
-        for name, one in tensors.items()
-    }
-    if wrong := described(gather(not_finite(parts), group)):
-        raise NonFiniteError(f"{wrong} after step {run.step}")
-
-
 def save_point(run: Run) -> SavePoint:
     """The end of the step just done, from which a checkpoint may be written until the next update."""
     state = checkpoint.RunState(
@@ -167,15 +157,11 @@ def save_point(run: Run) -> SavePoint:
 def start_checkpoint(run: Run, point: SavePoint | None = None) -> None:
     """Begin to write a checkpoint of the run's present state, or as it was at `point`. Collective over all ranks.
 
-    Raises NonFiniteError, and writes nothing, where the state is not finite. With a `point` nothing but the saver's
-    group is used, since the training may stand within a collective of any other.
+    Raises NonFiniteError where the state of the checkpoint before was not finite, or is now and training waits for the
+    save: nothing is written then. With a `point` nothing but the saver's group is used, since the training may stand
+    within a collective of any other.
     """
     config, at = run.config, point or save_point(run)
-    if point is None:
-        check_finite(run, run.mesh.world_group)
-    else:
-        run.saver.wait()
-        check_finite(run, run.saver.group)
     origin = {
         "config": asdict(config),
         "versions": versions(),

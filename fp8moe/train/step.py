@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
+from fp8moe.errors import NonFiniteError
 from fp8moe.kernels.statistics import CastStatistics, observe_casts
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
@@ -56,13 +57,15 @@ from fp8moe.train.run_state import save_point
 class Losses:
     """Losses of the global batch: nats a predicted token (the next one; the next but one), balance loss a sequence.
 
-    wrong_biases: values of router biases, on all ranks, that were not finite.
+    wrong_biases: values of router biases, on all ranks, that were not finite. refused: ranks that know that the last
+    checkpoint was refused.
     """
 
     main: float
     mtp: float
     balance: float
     wrong_biases: int = 0
+    refused: int = 0
 
 
 def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
@@ -91,6 +94,8 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     wrong = worst_bias(run) if losses.wrong_biases else None
     accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm, wrong)
     with run.preemption.changing():
+        if losses.refused:
+            note_refusal(run)
         update(run, lr, gamma, grad_norm, accepted=accepted)
         stopwatch.lap("optimizer")
         run.step += 1
@@ -145,11 +150,16 @@ def forward_backward(
     wrong = torch.stack(
         [(~router.bias_E.isfinite()).sum() for router in run.routers().values()] or [sums.new_zeros(())]
     )
-    main, mtp, balance, biases = all_reduce(
-        torch.cat([sums, wrong.sum(0, True).double()]), run.mesh.world_group
+    refused = sums.new_full((1,), float(run.saver.is_refused))
+    main, mtp, balance, biases, refusals = all_reduce(
+        torch.cat([sums, wrong.sum(0, True).double(), refused]), run.mesh.world_group
     ).tolist()
     return Losses(
-        main / max(counts.main_tokens, 1), mtp / max(counts.mtp_tokens, 1), balance / counts.sequences, int(biases)
+        main / max(counts.main_tokens, 1),
+        mtp / max(counts.mtp_tokens, 1),
+        balance / counts.sequences,
+        int(biases),
+        int(refusals),
     )
 
 
@@ -245,6 +255,14 @@ def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: boo
         if run.ema is not None and run.config.ema.is_due(run.optimizer.updates):
             run.ema.start_update()
     update_bias(run.model, gamma if accepted else 0.0)
+
+
+def note_refusal(run: Run) -> None:
+    """Note that the last checkpoint was refused, which is owed then. Waits for the saver's thread, on every rank."""
+    try:
+        run.saver.wait()
+    except NonFiniteError as error:
+        run.guard.problem, run.save_is_due = str(error), True
 
 
 def worst_bias(run: Run) -> str | None:

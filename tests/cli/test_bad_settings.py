@@ -119,6 +119,8 @@ def test_random_values_of_every_key_are_sane_or_one_sentence(tmp_path: Path, mon
         (["run_dir=lr,1e-3"], r"'run_dir=lr,1e-3' gives several values .* or quote text, 'run_dir=\"a,b\"'"),
         (["run_dir=''"], "run_dir='' must not be empty: use null"),
         (["steps=inf"], r"steps=inf \(float\) must be a whole number$"),
+        ([f"model.mtp_weight={10**400}"], r"model\.mtp_weight=8\.98846567431158e\+307 must be at most 100"),
+        ([f"model.mtp_weight=-{10**400}"], r"model\.mtp_weight=-8\.98846567431158e\+307 must be at least 0"),
         (["steps=1e12"], r"steps=1000000000000.0 \(float\) must be a whole number$"),
         (["model.dim=1000000000000"], "model.dim=1000000000000 must be at most 1048576: use 1048576 or less"),
         (["name='a\nb'"], r"name='a\\nb' must be one line without control characters: use a b"),

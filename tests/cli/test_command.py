@@ -13,7 +13,7 @@ import torch
 from fp8moe.__main__ import COMMANDS, main
 from fp8moe.cli import numerics, schedule, train, warmup
 from fp8moe.cli.command import explain, parse
-from fp8moe.errors import ConfigError, DataError, HangError, NonFiniteError
+from fp8moe.errors import ConfigError, DataError, HangError, NonFiniteError, ReplicaError
 
 TIMED_OUT = RuntimeError(
     "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 6000ms for send operation "
@@ -60,7 +60,8 @@ def test_a_lost_peer_is_a_secondary_failure() -> None:
 
 def test_configuration_and_data_errors_are_shared_by_all_ranks() -> None:
     assert explain(ConfigError("a")).shared and explain(DataError("a")).shared and explain(ValueError("a")).shared
-    for error in (NonFiniteError("a"), TIMED_OUT, MemoryError(), HangError("a"), KeyError("a")):
+    assert explain(NonFiniteError("a")).shared and explain(ReplicaError("a")).shared  # found in sums over all ranks
+    for error in (TIMED_OUT, MemoryError(), HangError("a"), KeyError("a")):
         assert not explain(error).shared
 
 

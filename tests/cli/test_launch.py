@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from fp8moe.__main__ import main
-from fp8moe.cli import launch
+from fp8moe.cli import launch, loopback
 from fp8moe.cli.command import Failure
 from fp8moe.parallel import hang
 from tests.train.runs import SMALL, write_corpus
@@ -197,6 +199,47 @@ def test_a_crash_ends_all_ranks_and_is_the_last_line(corpus: list[str], tmp_path
     assert all(is_gone(pid) for pid in workers)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_launcher_reaches_the_ranks(corpus: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    words = ["train", "--nproc", "2", *SMALL, *corpus, "steps=100000", "run_dir=asked"]
+    process = start(tmp_path, "-m", "fp8moe", *words)
+    workers = workers_of(process, tmp_path / "asked")
+    begin = time.monotonic()
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 75 and time.monotonic() - begin < 25, err
+    assert re.search(rf"stopped by {number.name}: step \d+ is saved", err.splitlines()[-1])
+    assert (tmp_path / "asked" / "checkpoints" / "latest").exists() and all(is_gone(pid) for pid in workers)
+
+
+def test_the_launchers_store_is_reached_by_loopback_alone() -> None:
+    store = loopback.LoopbackRendezvous(RendezvousParameters("fp8moe-loopback", "", "id", 1, 1))
+    port = store.next_rendezvous().bootstrap_store_info.master_port
+    socket.create_connection((loopback.ADDRESS, port), timeout=5).close()
+    for address in {"127.0.0.2", *socket.gethostbyname_ex(socket.gethostname())[2]} - {loopback.ADDRESS}:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((address, port), timeout=5)
+
+
+def test_folders_of_dead_launchers_go_and_those_of_live_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    alive = hang.this_process()
+    owners = {
+        "dead": alive | {"started": "0"},
+        "alive": alive,
+        "elsewhere": alive | {"host": "another", "started": "0"},
+    }
+    for name, owner in owners.items():
+        (tmp_path / f"{launch.SCRATCH}{name}").mkdir()
+        (tmp_path / f"{launch.SCRATCH}{name}" / launch.OWNER).write_text(json.dumps(owner))
+    with launch._scratch() as mine:
+        left = {path.name.removeprefix(launch.SCRATCH) for path in tmp_path.iterdir()} - {Path(mine).name}
+        assert left - {Path(mine).name.removeprefix(launch.SCRATCH)} == {"alive", "elsewhere"}
+    assert not Path(mine).exists()
+
+
 def test_a_frozen_rank_is_named_and_ended(corpus: list[str], tmp_path: Path) -> None:
     """SIGTERM does not reach a stopped process, and both launchers would wait half a minute for it."""
     timeout = 5
@@ -243,6 +286,7 @@ def test_the_configuration_is_printed_once(monkeypatch: pytest.MonkeyPatch, caps
         assert main(["train", *words]) == 0
         assert capsys.readouterr().out.count("\nsteps: ") == 1
     for rank, times in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
         assert main(["train", "--cfg", "job"]) == 0
         assert capsys.readouterr().out.count("\nsteps: ") == times

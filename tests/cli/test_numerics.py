@@ -21,7 +21,7 @@ def test_smoothing_is_an_unbiased_exponential_mean() -> None:
 
 def test_the_largest_difference_decides() -> None:
     base = [5.0, 4.0, 3.0, 2.0]
-    others = {"fp8_fp32": base, "fp8_power_of_two": [5.0, 4.0, 3.0, 2.5]}
+    others = {"control": base, "fp8_fp32": base, "fp8_power_of_two": [5.0, 4.0, 3.0, 2.5]}
     comparison = numerics.compare({"fp32": base, "bf16": base, "fp8": [5.0, 4.2, 3.0, 2.0], **others})
     assert comparison.largest["bf16/fp32"] == 0.0
     smoothed = comparison.smoothed
@@ -30,7 +30,7 @@ def test_the_largest_difference_decides() -> None:
     assert expected > 0.02
     assert comparison.last["fp8/bf16"] < comparison.largest["fp8/bf16"]
     text = numerics.table(comparison)
-    assert len(text.splitlines()) == 1 + 4 + 3 + 1 + 3 and "fp8/bf16: at most 2." in text
+    assert len(text.splitlines()) == 1 + 4 + 4 + 1 + 3 and "fp8/bf16: at most 2." in text
     recipe, fp32, power_of_two = text.splitlines()[-3:]
     assert recipe.split()[0] == "recipe" and "at most 2." in recipe
     assert fp32.split()[:2] == ["fp32", f"{smoothed['bf16'][-1]:.4f}"] and "at most 0.000% apart" in fp32
@@ -50,9 +50,9 @@ def test_the_command_trains_all_three_and_judges(
     monkeypatch.setattr(numerics, "launch", in_process)
     words = ["numerics", "--steps", "6", "--nproc", "1", *SMALL[:-1], *corpus]
     assert main([*words, "--out", str(tmp_path / "wide"), "--bound", "0.05"]) == 0
-    assert "FP8 is within the bound of 5.00%" in capsys.readouterr().out
+    assert ": FP8 is within the bound of 5.00%" in capsys.readouterr().out
     result = json.loads((tmp_path / "wide" / "numerics.json").read_text())
-    assert result["within"] and all(len(losses) == 6 for losses in result["losses"].values())
+    assert result["verdict"]["within"] and all(len(losses) == 6 for losses in result["losses"].values())
     assert set(result["losses"]) == set(numerics.RUNS)
     assert len({tuple(losses) for losses in result["losses"].values()}) == len(numerics.RUNS), "two runs are the same"
 
@@ -62,26 +62,48 @@ def test_the_command_trains_all_three_and_judges(
         return 0
 
     monkeypatch.setattr(numerics, "launch", copied)
-    assert main([*words, "--out", str(tmp_path / "narrow"), "--bound", "1e-9"]) == 1
-    assert "FP8 is BEYOND the bound" in capsys.readouterr().out
+    monkeypatch.setattr(numerics.Verdict, "allowed", 1e-9)
+    assert main([*words, "--out", str(tmp_path / "narrow")]) == 1
+    assert ": FP8 is BEYOND" in capsys.readouterr().out
     assert main([*words, "--out", str(tmp_path / "wide")]) == 2  # nothing is written over
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_only_fp8_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # BF16 and FP32 are further apart than the bound, and so are other scales.
-    losses = {"fp32": 1.0, "fp8": 1.006, "bf16": 1.012, "fp8_fp32": 2.0, "fp8_power_of_two": 0.5}
+def test_fp8_is_judged_beside_the_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # FP32 and other scales are further from BF16 than anything allowed; they are not judged.
+    losses = {"fp32": 3.0, "fp8": 1.0, "bf16": 1.0, "control": 1.0, "fp8_fp32": 2.0, "fp8_power_of_two": 0.5}
+    given = []
 
     def written(arguments: Sequence[str], num_processes: int) -> int:
         (run_dir,) = (Path(word.removeprefix("run_dir=")) for word in arguments if word.startswith("run_dir="))
         run_dir.mkdir(parents=True)
         (run_dir / "metrics.jsonl").write_text(json.dumps({"loss": losses[run_dir.name]}))
+        given.append([word for word in arguments if word.startswith(("precision=", "init_perturbation="))])
         return 0
 
     monkeypatch.setattr(numerics, "launch", written)
-    assert main(["numerics", "--steps", "1", "--out", str(tmp_path / "a")]) == 0
-    losses["fp8"] = 1.015  # 1.5 % above FP32, 0.3 % above BF16
-    assert main(["numerics", "--steps", "1", "--out", str(tmp_path / "b")]) == 1
+    for name, (fp8, control, bound, code, allowed) in {
+        "bound": (1.009, 1.001, "0.01", 0, 0.01),
+        "beyond": (1.011, 0.996, "0.01", 1, 0.01),
+        "chaos": (0.971, 0.985, "0.01", 0, 0.03),  # three times the bound, and below twice the control's distance
+        "both": (1.031, 1.015, "0.01", 1, 0.03),
+        "wide": (1.031, 1.015, "0.04", 0, 0.04),
+    }.items():
+        losses |= {"fp8": fp8, "control": control}
+        words = ["numerics", "--steps", "1", "--bound", bound, "--out", str(tmp_path / name)]
+        assert main(words) == code, name
+        said = capsys.readouterr().out
+        assert f"FP8 is at most {abs(fp8 - 1):.3%} from BF16 and the control {abs(control - 1):.3%}: FP8 is " in said
+        assert ("times the control's distance" in said) == (allowed > float(bound))
+        verdict = json.loads((tmp_path / name / "numerics.json").read_text())["verdict"]
+        assert verdict["within"] == (code == 0) and verdict["allowed"] == pytest.approx(allowed), name
+        assert (verdict["factor"], verdict["bound"]) == (2.0, float(bound))
+        assert verdict["distance"] == pytest.approx(abs(fp8 - 1)) and verdict["control"] == pytest.approx(
+            abs(control - 1)
+        )
+    assert ["precision=bf16", "init_perturbation=0.002"] in given and given.count(["precision=bf16"]) == 5
 
 
 @pytest.mark.parametrize(
@@ -98,6 +120,7 @@ def test_only_fp8_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 "steps=3",
                 "run_dir=x",
                 "resume=auto",
+                "init_perturbation=0.1",
             )
         ),
         (["--steps", "5", "--nproc", "none"], "--nproc=none must be a whole number"),

@@ -42,6 +42,18 @@ def resumed(run: Path, *settings: str, world_size: int = 4) -> Any:
     return composed.config
 
 
+@pytest.mark.parametrize("key", ["resume", "run_dir", "checkpoint.path"])
+@pytest.mark.parametrize("value", ["0.5", "true", "[a]"])
+def test_a_place_that_is_no_text_is_one_sentence(key: str, value: str) -> None:
+    """They are read before the configuration is made, which checks every type."""
+    settings = ["resume=auto", f"{key}={value}"]
+    with pytest.raises(ConfigError, match=rf"^{key}=.* must be text: quote it, '{key}=\"") as caught:
+        compose_run(settings, 1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^checkpoint=3 must be a group of keys: write checkpoint\.path=PATH$"):
+        compose_run(["resume=auto", "checkpoint=3"], 1)
+
+
 def test_what_was_not_typed_is_the_runs(run: Path) -> None:
     first = resolve(compose(FIRST).config, 4)
     config = resumed(run, "steps=80")

@@ -1,77 +1,79 @@
 """A table of faults: how many trials of each, how many a run survived, and what the others lost.
 
-    python -m tests.faults [--short] [--only WORDS] [--seed N]
+    python -m tests.faults [--short] [--kinds save,signal] [--trials N] [--minutes M] [--seed N]
 
-Ends with 1 where something was lost.
+Ends with 1 where something was lost. No trial begins after so many minutes; a row counts those that were made.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
+import math
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.kinds import FAULTS, Fault
+from tests.faults.fault import Fault, NotHereError, Outcome
+from tests.faults.kinds import FAULTS
 from tests.train.runs import write_corpus
 
 
-@dataclass
-class Outcome:
-    """What became of a fault's trials; lost: a sentence for each that a run did not survive."""
+def put(fault: Fault, trials: int, seed: int, folder: Path, corpus: list[str], deadline: float = math.inf) -> Outcome:
+    """Make some trials of a fault; trial number n is the same in every form and at every time.
 
-    name: str
-    trials: int = 0
-    seconds: float = 0.0
-    lost: list[str] = field(default_factory=list)
-
-    @property
-    def row(self) -> str:
-        lost = "nothing" if not self.lost else f"{self.lost[0]} ({len(self.lost)} in all)"
-        survived = self.trials - len(self.lost)
-        return f"{self.name:34} {self.trials:6} {survived:9} {self.seconds:8.1f}  {lost}"
-
-
-def put(fault: Fault, trials: int, seed: int, folder: Path, corpus: list[str]) -> Outcome:
-    """Make some trials of a fault; trial number n is the same in every form and at every time."""
+    None begins when the monotonic clock has passed `deadline`.
+    """
     outcome, start = Outcome(fault.name), time.monotonic()
     for number in range(trials):
-        here = folder / f"{fault.name.replace(' ', '-')}-{number}"
+        if time.monotonic() > deadline:
+            break
+        here = folder / f"{fault.kind}-{number}"
         here.mkdir()
-        with contextlib.redirect_stderr(io.StringIO()):  # a trial's warnings are expected
-            lost = fault.trial(random.Random(f"{seed} {fault.name} {number}"), here, corpus)
+        try:
+            lost = fault.trial(random.Random(f"{seed} {fault.kind} {number}"), here, corpus)
+        except NotHereError as reason:
+            outcome.skipped = str(reason)
+            break
+        except TimeoutError as error:
+            lost = str(error)
         outcome.trials += 1
         if lost is not None:
             outcome.lost.append(f"trial {number}: {lost}")
+        shutil.rmtree(here)
     outcome.seconds = time.monotonic() - start
     return outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the trials and print the table."""
+    kinds = [fault.kind for fault in FAULTS]
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few trials of each")
-    parser.add_argument("--only", default="", help="faults whose names hold these words")
+    parser.add_argument("--kinds", default=",".join(kinds), help="which, with commas between (default: %(default)s)")
+    parser.add_argument("--trials", type=int, help="of each kind, in place of its own number")
+    parser.add_argument("--minutes", type=float, default=44.0, help="that all may take (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    print(f"{'fault':34} {'trials':>6} {'survived':>9} {'seconds':>8}  lost")
-    logging.disable(logging.WARNING)
-    lost = 0
+    chosen = arguments.kinds.split(",")
+    if unknown := [kind for kind in chosen if kind not in kinds]:
+        parser.error(f"--kinds {','.join(unknown)}: use {', '.join(kinds)}")
+    print(f"{'fault':42} {'trials':>6} {'survived':>9} {'seconds':>8}  lost")
+    lost, deadline = 0, time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "corpus").mkdir()
         corpus = write_corpus(Path(folder) / "corpus")
         for fault in FAULTS:
-            if arguments.only in fault.name:
-                trials = fault.short if arguments.short else fault.trials
-                outcome = put(fault, trials, arguments.seed, Path(folder), corpus)
+            own = fault.short if arguments.short else fault.trials
+            trials = own if arguments.trials is None else arguments.trials
+            if fault.kind in chosen and trials:
+                outcome = put(fault, trials, arguments.seed, Path(folder), corpus, deadline)
                 print(outcome.row, flush=True)
+                for sentence in outcome.lost[1:]:
+                    print(f"  {sentence}", flush=True)
                 lost += len(outcome.lost)
     return 1 if lost else 0
 

@@ -1,11 +1,10 @@
-"""metrics.jsonl line by line, what a resumed run keeps of it, and wandb only when asked."""
+"""metrics.jsonl line by line, what a resumed run keeps of it, and a wandb that is not installed."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-import types
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,24 @@ def test_a_line_has_what_is_promised(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_lines_of_a_full_disk_are_written_later(tmp_path: Path) -> None:
+    """A limit in the middle of the second line: nothing of it stays, and it comes with the third."""
+    writer = MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0)
+    writer.write(REPORT, {})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        writer.write(replace(REPORT, step=2), {})
+        writer.write(replace(REPORT, step=3), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    for step in (4, 5):
+        writer.write(replace(REPORT, step=step), {})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0)
     for step in range(1, 6):
@@ -71,41 +88,6 @@ def test_numbers_that_json_has_no_word_for() -> None:
         "d": "inf",
         "e": [None, 2],
     }
-
-
-def test_wandb_is_imported_when_asked_and_offline_without_a_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, Any]] = []
-    run = types.SimpleNamespace(
-        log=lambda record, step: calls.append(("log", (step, record))),
-        finish=lambda exit_code: calls.append(("finish", exit_code)),
-        summary={},
-    )
-
-    def init(**settings: Any) -> Any:
-        calls.append(("init", settings))
-        return run
-
-    fake = types.ModuleType("wandb")
-    fake.init = init  # type: ignore[attr-defined]
-    fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    MetricsWriter(tmp_path, LoggingConfig(), "name", {}, after_step=0).close()
-    assert calls == []
-    writer = MetricsWriter(tmp_path, LoggingConfig(wandb=True), "name", {"seed": 1}, after_step=0)
-    writer.write(REPORT, {"val_loss": 3.0})
-    writer.close({"steps": 1})
-    assert [name for name, _ in calls] == ["init", "log", "finish"]
-    assert calls[0][1]["mode"] == "offline" and calls[0][1]["config"] == {"seed": 1}
-    step, record = calls[1][1]
-    assert step == 1 and record["time/forward"] == 0.5 and record["val_loss"] == 3.0
-    assert run.summary == {"steps": 1} and calls[2][1] == 0
-    MetricsWriter(tmp_path, LoggingConfig(wandb=True), "name", {}, after_step=0).close()
-    assert calls[-1] == ("finish", 1)  # without a summary it failed
 
 
 def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

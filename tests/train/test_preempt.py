@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -148,6 +149,43 @@ def test_a_step_that_takes_too_long_is_abandoned(
         run_dir / "checkpoints" / "step-2", config.model, seed=config.seed, seq_len=32, optimizer=config.optimizer.kind
     )
     assert (state.step, state.updates, state.consumed) == (2, 2, 16)
+
+
+def _waits_in(place: str) -> None:
+    """Rank 1 waits for good while the run is built, for data of step 3, or in the validation after step 2."""
+    from fp8moe.train import loop, step
+
+    preempt.GRACE = 0.5
+    module, name = {"build": (loop, "build"), "data": (step, "next_batches"), "validation": (loop, "_validate")}[place]
+    original = getattr(module, name)
+
+    def waits(*arguments: object) -> object:
+        if place == "build":
+            (_, mesh, _, run_dir), is_here = arguments, True
+        else:
+            (run,) = arguments
+            mesh, run_dir, is_here = run.mesh, run.run_dir, run.step == 2  # type: ignore[attr-defined]
+        if is_here and mesh.rank == 1:  # type: ignore[attr-defined]
+            (run_dir / "stuck").touch()  # type: ignore[operator]
+            time.sleep(1000)
+        return original(*arguments)
+
+    setattr(module, name, waits)
+
+
+@pytest.mark.parametrize("place", ["build", "data", "validation"])
+def test_a_wait_wherever_it_is_does_not_keep_a_signal_off(
+    place: str, start: Callable[..., Job], tmp_path: Path
+) -> None:
+    """Both ranks save the step before the wait, or nothing where there is none, and end."""
+    job = start("steps=100000", "validation.every=2", change=partial(_waits_in, place))
+    run_dir = tmp_path / "run"
+    job.wait_for((run_dir / "stuck").exists)
+    job.send(0, signal.SIGTERM)
+    assert job.codes(25.0) == [PREEMPTED] * 2
+    assert saved(run_dir) == (0 if place == "build" else 2) and not (run_dir / "lock").exists()
+    said = "nothing to save" if place == "build" else "step 2 is saved"
+    assert said in (run_dir / "preempted").read_text()
 
 
 def test_a_second_interrupt_ends_at_once(start: Callable[..., Job], tmp_path: Path) -> None:

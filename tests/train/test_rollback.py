@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fp8moe.errors import NonFiniteError
 from fp8moe.train import checkpoint, loop
 from fp8moe.train import step as step_module
+from fp8moe.train.checkpoint import saver as saver_module
 from fp8moe.train.loop import run_to_end
 from fp8moe.train.run import Run
 from fp8moe.train.run_state import save_checkpoint
@@ -165,6 +166,42 @@ def test_a_nan_in_the_optimizers_state_is_named_and_not_saved(corpus: list[str],
     with pytest.raises(NonFiniteError, match=r"^\w+\.norm\.weight is not finite on rank 0.* after step 3: resume from"):
         run_to_end(run, time.perf_counter())
     assert good_steps(tmp_path) == [1, 2]
+
+
+def refused_late(settings: list[str]) -> tuple[int, ...]:
+    """An infinite second moment, which no loss shows, on rank 1, whose saver learns last that its state is refused."""
+    run = built(configured(settings, world_size=2))
+    describe = saver_module.described
+
+    def late(of_ranks: list[list[str]]) -> str | None:
+        if any(of_ranks) and run.mesh.rank == 1:
+            time.sleep(0.7)
+        return describe(of_ranks)
+
+    def poison(run: Run) -> None:
+        run.optimizer.held["norm.weight"][0].tensors["exp_avg_sq"][3] = math.inf
+
+    before_step(5, 1, once(poison))
+    saver_module.described = late
+    try:
+        run_to_end(run, time.perf_counter())
+    finally:
+        saver_module.described = describe
+    return run.step, run.guard.skipped, run.guard.rollbacks, run.sampler.consumed
+
+
+def test_all_ranks_go_back_at_one_step_from_a_state_that_is_refused(corpus: list[str], tmp_path: Path) -> None:
+    settings = [*corpus, "precision=bf16", "checkpoint.every=3", "checkpoint.keep=99", "optimizer.sharding=none"]
+    found = run_ranks(
+        refused_late, 2, [*settings, "steps=12", "validation.samples=2", "batch.micro_batch=1", f"run_dir={tmp_path}"]
+    )
+    assert found[0] == found[1] and found[0][:3] == (12, 0, 1)
+    assert good_steps(tmp_path) == [3, 4, 6, 9, 12], "the refused one is owed behind the next step"
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert records[3]["passed_over"][0] == 24 and records[3]["rolled_back_from"] >= 7, (
+        "the step after the save at least"
+    )
 
 
 def test_the_same_nan_again_ends_the_run_after_two_rollbacks(corpus: list[str], tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ def test_a_skipped_step_says_so_and_other_ranks_say_nothing(capsys: pytest.Captu
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_a_log_on_a_full_disk_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0.log").symlink_to("/dev/full")
+    with log_file(tmp_path, 0):
+        logging.getLogger("fp8moe").info("a line")
+    assert capsys.readouterr().err == ""
+
+
 def test_time_left_goes_by_the_recent_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,7 +53,7 @@ class LocalFolder:
 
     def replace(self, name: str, content: bytes) -> None:
         """Give a file this content; a reader finds the old or the new one, whole."""
-        self.create(f"{name}.tmp").fill(content)
+        write_bytes(self, f"{name}.tmp", content)
         (self._path / f"{name}.tmp").replace(self._path / name)
         self.sync()
 
@@ -100,7 +101,19 @@ def folder_of(where: Location) -> Folder:
 
 def write_bytes(folder: Folder, name: str, content: bytes) -> WrittenFile:
     """A file of `content`, hashed and stored."""
-    return folder.create(name).fill(content)
+    with space_in_words(folder, name, len(content)):
+        return folder.create(name).fill(content)
+
+
+@contextlib.contextmanager
+def space_in_words(folder: Folder, name: str, num_bytes: int) -> Iterator[None]:
+    """An OSError of the block says which file was written, the bytes that it needs and those free."""
+    try:
+        yield
+    except OSError as error:
+        need, free = num_bytes / 1e9, folder.free() / 1e9
+        reason = f"{error.strerror or error}; {name} needs {need:.3g} GB and {free:.3g} GB are free"
+        raise OSError(error.errno, reason) from error
 
 
 def read_text(folder: Folder, name: str) -> str:
@@ -129,7 +142,7 @@ def writing_problem(where: Location) -> str | None:
     folder = folder_of(where)
     try:
         folder.make()
-        write_bytes(folder, ".writable", b"\n")
+        folder.create(".writable").fill(b"\n")
         folder.remove(".writable")
         if not folder.names():
             folder.remove_itself()

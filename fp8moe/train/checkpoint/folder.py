@@ -156,13 +156,13 @@ def is_complete(path: Location) -> bool:
 def refusal(root: Location, need: float) -> ConfigError | SpaceError | None:
     """Why checkpoints of `need` bytes can't be written to `root`, to be raised on all ranks; None where they can."""
     problem, free = writing_problem(root), folder_of(root).free()
-    if problem is not None:
-        return ConfigError(f"no file can be written to {root} ({problem}): use another run_dir or checkpoint.path")
     if free < SPARE * need:
         return SpaceError(
             f"{root} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x its "
             f"{need / 1e9:.2f} GB): free space or name another run_dir or checkpoint.path"
         )
+    if problem is not None:
+        return ConfigError(f"no file can be written to {root} ({problem}): use another run_dir or checkpoint.path")
     return None
 
 

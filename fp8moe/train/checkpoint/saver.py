@@ -5,6 +5,12 @@ until it the state does not change. Then the thread writes, in a process group o
 meet the training's. One checkpoint is in flight: the next start waits for it. What went wrong in the thread is raised
 by the next call, on every rank, because the write itself is collective; under `on_failure=continue` a disk that refuses
 is reported instead, and raised by `close` if the newest checkpoint failed.
+
+Before anything is written the copy is looked through for numbers that are not finite, and the ranks tell each other: if
+one has found any, all refuse it, and what was saved before stays. All ranks must go back at the same step, and their
+threads end at different times. So `finished` does not raise NonFiniteError: each step tells all ranks whether a
+checkpoint `is_refused` on one, and what all call at the same step raises it, `start`, `wait` or `close`. Looking before
+the copy was refused: training would wait for it.
 """
 
 from __future__ import annotations
@@ -16,11 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8moe.errors import DataError, SpaceError
+from fp8moe.errors import DataError, NonFiniteError, SpaceError
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.folder import save
 from fp8moe.train.checkpoint.location import Location
 from fp8moe.train.checkpoint.pieces import Pieces
+from fp8moe.train.finite_state import described, not_finite
 
 Hold = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor | Pieces]
@@ -50,6 +57,7 @@ class Saver:
         """Save the run's state as it is now; tensors(hold) gives all of them, each passed through `hold`.
 
         ready: on a GPU, when the state was as it is now, where work that does not end may have been enqueued since.
+        Raises NonFiniteError, where training waits for the save, and what went wrong with the checkpoint before.
         """
         self.wait()
         self.newest = step
@@ -68,9 +76,14 @@ class Saver:
         if self._thread is not None:
             self._copied.wait()
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the last checkpoint was not written since its state is not finite; the next `wait` raises it."""
+        return isinstance(self._error, NonFiniteError)
+
     def finished(self) -> list[Location]:
-        """Checkpoints completed since the last call. Raises what went wrong in the background."""
-        if self._thread is not None and not self._thread.is_alive():
+        """Checkpoints completed since the last call. Raises what went wrong in the background, save NonFiniteError."""
+        if self._thread is not None and not self._thread.is_alive() and not self.is_refused:
             self.wait()
         paths, self._finished = self._finished, []
         return paths
@@ -108,6 +121,7 @@ class Saver:
 
     def _save(self, step: int, state: str, tensors: Tensors) -> None:
         kept, first, group = self._config, self._is_first, self.group
+        self._check_finite(step, tensors)
         try:
             path = save(self.root, step, state, tensors, kept=kept, is_first=first, group=group)
         except (DataError, SpaceError) as error:
@@ -118,6 +132,20 @@ class Saver:
         else:
             self._newest_failed = None
             self._finished.append(path)  # the list is looked up afterwards: `finished` may have taken the one before
+
+    def _check_finite(self, step: int, tensors: Tensors) -> None:
+        """Raise NonFiniteError, on every rank, where a tensor of one is not finite. Collective over the group."""
+        parts = {
+            name: [values for _, values in one.ranges] if isinstance(one, Pieces) else [one]
+            for name, one in tensors.items()
+        }
+        of_ranks = [not_finite(parts)]
+        if self.group is not None:
+            mine, of_ranks = of_ranks[0], of_ranks * self.group.size()
+            dist.all_gather_object(of_ranks, mine, group=self.group)
+        if wrong := described(of_ranks):
+            self.newest = None
+            raise NonFiniteError(f"{wrong} after step {step}")
 
 
 def _copied(tensors: Callable[[Hold], Tensors], ready: torch.cuda.Event | None) -> Tensors:

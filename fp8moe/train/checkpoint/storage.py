@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from fp8moe.train.checkpoint.files import Folder, read_text, write_bytes
+from fp8moe.train.checkpoint.files import Folder, read_text, space_in_words, write_bytes
 from fp8moe.train.checkpoint.hashed_file import WrittenFile
 
 INDEX_FILE = "index.json"
@@ -146,12 +146,8 @@ class SafetensorsWriter(StorageWriter):
         if plan.items:
             file = f"rank-{plan.storage_data}.safetensors"
             parts = [_part(item, planner) for item in plan.items]
-            try:
+            with space_in_words(self.folder, file, sum(part.num_bytes for part in parts)):
                 written = write_safetensors(self.folder, file, parts)
-            except OSError as error:
-                need, free = sum(part.num_bytes for part in parts) / 1e9, self.folder.free() / 1e9
-                reason = f"{error.strerror or error}; {file} needs {need:.3g} GB and {free:.3g} GB are free"
-                raise OSError(error.errno, reason) from error
             results = [WriteResult(item.index, written.size, (file, part_name(item), written)) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

@@ -1,0 +1,64 @@
+"""Whether a machine can hold a run at all, by closed formulas, before a process starts or a directory is made.
+
+What is compared is the least that the run needs: weights, gradients, masters and moments of the pipeline's ranks on
+average, shared out over every replica. No activations and no buffers are counted, so that nothing that fits is refused;
+what passes here and does not fit is an OutOfMemoryError of its step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from fp8moe.errors import ConfigError
+from fp8moe.layers.recipe import Precision
+from fp8moe.model.memory import rank_parameters
+from fp8moe.train.config import TrainConfig, stages_of
+from fp8moe.train.memory import replicas_of
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_fits(config: TrainConfig, local_processes: int) -> None:
+    """Raise ConfigError where a resolved configuration needs more memory than there is.
+
+    local_processes: those of this machine, which share its memory on a CPU; a GPU is one process's.
+    """
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    count = 1 if on_gpu else local_processes
+    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_bytes()
+    parameters, need = least_of_rank(config)
+    if there is None or need * count <= there:
+        return
+    where = "a GPU" if on_gpu else "this machine"
+    whose = "a rank needs" if count == 1 else f"{count} processes on this machine need"
+    out = "use a smaller model (model.dim, model.num_layers, model.experts.num_experts)"
+    if config.optimizer.sharding == "none" and config.dp > 1:
+        out = f"use optimizer.sharding=zero1, or {out.removeprefix('use ')}"
+    raise ConfigError(
+        f"{whose} at least {need * count / 1e9:.3g} GB for weights, gradients and optimizer state ({parameters:.3g} "
+        f"parameters each) and {where} has {there / 1e9:.3g} GB: {out}, or more machines (parallel.pp, parallel.ep)"
+    )
+
+
+def least_of_rank(config: TrainConfig) -> tuple[float, float]:
+    """Parameters of a rank, the mean of its pipeline, and the bytes that these need at least."""
+    parameters = rank_parameters(config.model, stages_of(config), config.ep) / config.parallel.pp
+    weight = 4 if config.precision.mode is Precision.FP32 else 2
+    moment = 2 if config.optimizer.moments == "bf16" else 4
+    kept = (0 if weight == 4 else 4) + (1 if config.optimizer.kind == "muon" else 2) * moment
+    return parameters, parameters * (weight + 4 + kept / max(replicas_of(config).values()))
+
+
+def host_bytes() -> int | None:
+    """Bytes of memory that this process may use: the machine's, or less where its group has a limit; None: unknown."""
+    found = []
+    with contextlib.suppress(ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(ValueError, OSError):  # "max": no limit
+            found.append(int(Path(path).read_text()))
+    return min(found, default=None)
