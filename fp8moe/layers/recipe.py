@@ -14,7 +14,8 @@ Scales of FP8 (`Scales`): whether they are powers of two
 Recomputation (the report's section 3.2.3): what a forward does not keep for its backward
     norm     an RMSNorm keeps its input, which the residual stream or a latent keeps anyway, and its 1/rms, not its
              output; whoever needs that in backward (columns for a weight gradient, the router) has it made again
-    mla_up   q, k and v are not kept: attention's backward has them computed again from the two latents
+    mla_up   q, k and v are not kept: attention's backward has them computed again from the two latents, and where there
+             are none (grouped queries) from the normed input of their projection
     swiglu   SwiGLU's output is computed again from its input; FP8 always does, it keeps the input's FP8 copy
 On and off are bit-equal: what is computed again is a pure function of what was kept.
 

@@ -1,5 +1,6 @@
 """Which sizes are warmed up, and that each can be run; the compiling itself needs a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from fp8moe.cli import warmup
 from fp8moe.cli.warmup import GemmSizes, calls, choose_cache, gemm_sizes
 from fp8moe.errors import ConfigError
+from fp8moe.layers.attention import GqaConfig
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.moe import GroupedLinear
@@ -64,6 +66,14 @@ def test_a_model_without_dense_layers_or_shared_experts():
     config = changed(TINY, num_dense_layers=0, num_shared_experts=0)
     sizes = gemm_sizes(config, tokens=64, ep=1)
     assert (set(sizes.linears), set(sizes.experts), set(sizes.unquantized)) == linears_of_a_model(config)
+
+
+def test_a_model_of_grouped_queries_with_a_dense_layer_among_mixtures():
+    attention = GqaConfig(num_heads=6, num_kv_heads=2, head_dim=16, rope_dim=8, qkv_bias=True)
+    config = replace(TINY, attention=attention, num_dense_layers=0, dense_layers=(1,))
+    sizes = gemm_sizes(config, tokens=64, ep=1)
+    assert (set(sizes.linears), set(sizes.experts), set(sizes.unquantized)) == linears_of_a_model(config)
+    assert {(160, 64), (64, 96), (192, 64)} <= set(sizes.linears)
 
 
 def test_every_call_runs():

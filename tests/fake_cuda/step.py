@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.row_map import most_rows
-from fp8moe.layers.attention.mla import MlaConfig
+from fp8moe.layers.attention import GqaConfig, MlaConfig
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.moe import ExpertsConfig
@@ -50,6 +50,19 @@ V3_SHARE = ModelConfig(
     router=RouterConfig(topk=8, num_groups=8, top_groups=4, route_scale=2.5),
     experts=ExpertsConfig(num_experts=32, hidden=2048, num_shared=1),
 )
+GROUPED_SHARE = ModelConfig(  # GLM-4.5's sizes, with every part that grouped-query attention can have
+    vocab_size=151552,
+    dim=5120,
+    num_layers=2,
+    num_dense_layers=1,
+    dense_hidden=12288,
+    attention=GqaConfig(
+        num_heads=96, num_kv_heads=8, head_dim=128, rope_dim=64, qk_norm="head", qkv_bias=True, o_bias=True,
+        clip_qkv=8.0, backend="sdpa",
+    ),
+    router=RouterConfig(topk=8),
+    experts=ExpertsConfig(num_experts=32, hidden=1536, num_shared=1),
+)  # fmt: skip
 
 
 class _Phases:
@@ -103,16 +116,17 @@ def run_whole_backward(one: Pass) -> None:
     run_wgrads(deferred_wgrads((one,)))
 
 
-def trace_step(precision: str, tokens: int) -> Trace:
+def trace_step(precision: str, tokens: int, config: ModelConfig = V3_SHARE) -> Trace:
     """The trace of a whole step: embedding, dense block, mixture, losses; norm, optimizer with the weights' casts."""
+    topk, num_experts = config.router.topk, config.experts.num_experts
     recorder = Recorder()
     with on_fake_hopper(recorder):
         with torch.device("cuda"):
-            model = Transformer(V3_SHARE, Recipe(Precision(precision), FULL_RECOMPUTE), LocalDispatcher(32))
+            model = Transformer(config, Recipe(Precision(precision), FULL_RECOMPUTE), LocalDispatcher(num_experts))
         quantize_weights(model)
         recorder.trace.launches.clear()
         recorder.trace.calls.clear()
-        recorder.trace.facts["received rows"] = most_rows(tokens * V3_SHARE.router.topk, V3_SHARE.experts.num_experts)
+        recorder.trace.facts["received rows"] = most_rows(tokens * topk, num_experts)
         recorder.trace.facts["parameters"] = sum(p.numel() for p in model.parameters())
         model.train()
         run_passes(recorder, model, tokens)

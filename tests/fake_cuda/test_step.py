@@ -51,6 +51,16 @@ def test_the_host_waits_for_the_device_once_a_step(traces: Traces, precision: st
     assert [(wait.phase, wait.what) for wait in waits] == [("norm", "_local_scalar_dense")], waits
 
 
+@both
+def test_grouped_query_attention_runs_by_kernels_too(traces: Traces, precision: str) -> None:
+    """With norms of heads, biases and clipping: device kernels, few launches, no wait."""
+    trace = traces(precision, 4096, "grouped")
+    assert {call.op for call in trace.calls if call.backend == "reference"} == set()
+    assert {"rope_queries", "rope_queries_backward", "rms_norm"} <= {call.op for call in trace.calls}
+    assert count(mixture(trace)) <= 150
+    assert [wait.phase for wait in trace.waits if wait.phase != "setup"] == ["norm"]
+
+
 def test_bytes_of_a_mixture_layer(traces: Traces) -> None:
     trace = traces("fp8", 4096)
     sizes, rows = bytes_by(mixture(trace), lambda one: one.kind), trace.facts["received rows"]

@@ -125,6 +125,7 @@ def norm_cases() -> Iterator[Case]:
         written = {
             "residual tensor and rows pow2": (x, x, {"rows": True, "power_of_two": True}),
             "tensor": (x, None, {}),
+            "tensor of heads D128": (torch.empty(m * 32, 128, dtype=dtype), None, {}),
             "rows": (x, None, {"tensor": False, "rows": True}),
             "rows of a latent D1536": (latents[:, :1536], None, {"tensor": False, "rows": True}),
             "rows of a latent D512": (latents[:, 1536:2048], None, {"tensor": False, "rows": True}),
@@ -138,10 +139,10 @@ def norm_cases() -> Iterator[Case]:
                 partial(norm.rms_norm, source, weight, delta, **{"eps": 1e-6, **asked}),
             )
             backward = partial(
-                norm.rms_norm_backward, torch.empty(source.shape, dtype=dtype), source, weight, inverse_rms,
+                norm.rms_norm_backward, torch.empty(source.shape, dtype=dtype), source, weight, torch.empty(len(source)),
                 torch.empty(source.shape[1]),
             )  # fmt: skip
-            if label.endswith(("D16384", "D1536", "D512")):
+            if label.endswith(("D16384", "D1536", "D512", "D128")):
                 yield f"triton rms_norm_backward {kind} {label.split()[-1]}", backward
         weight = torch.empty(7168, dtype=dtype)
         yield (

@@ -7,7 +7,7 @@ from fp8moe.kernels import backend
 from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
 
 DTYPES = [torch.bfloat16, torch.float32]
-SIZES = [(6, 5, 32, 16, 48), (1, 1, 1, 2, 1), (130, 40, 16, 6, 16)]  # T, H, nope, rope, v
+SIZES = [(6, 5, 32, 16, 48), (1, 1, 1, 2, 1), (130, 40, 16, 6, 16), (5, 3, 0, 8, 16)]  # T, H, nope, rope, v
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -27,6 +29,8 @@ CASES = {
     "one group": changed(BASE, num_groups=1, top_groups=1),
     "eight groups": changed(BASE, num_experts=16, num_groups=8, top_groups=4, topk=8),
     "yarn": changed(BASE, yarn=YARN),
+    "yarn of Kimi-K2, a step": changed(BASE, yarn=replace(YARN, beta_fast=1.0)),
+    "eps of latents apart": changed(BASE, norm_eps=1e-2),
     "yarn with amplitude": changed(BASE, yarn=AMPLIFIED),
     "three heads": changed(BASE, num_heads=3, nope_dim=32, rope_dim=16, v_dim=16),
     "dense first, two shared": changed(BASE, num_dense_layers=2, num_shared_experts=2),
@@ -90,13 +94,15 @@ def hf_names(c: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def randomize(model: Transformer) -> None:
-    """Norm gains that differ from one, and router biases that are mostly negative."""
+    """Norm gains that differ from one, biases that differ from zero, and router biases that are mostly negative."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("norm.weight"):
                 tensor.uniform_(0.5, 1.5)
             if name.endswith("bias_E"):
                 tensor.uniform_(-1.5, 0.2)
+            if name.endswith("_bias"):
+                tensor.normal_(0, 0.2)
 
 
 def transformers_model(c: ModelConfig, state: dict[str, Tensor]) -> DeepseekV3ForCausalLM:

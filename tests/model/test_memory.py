@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.live_memory import TrackStorages
+from fp8moe.layers.attention import GqaConfig
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe, Recompute
 from fp8moe.model.config import ModelConfig
@@ -86,6 +87,33 @@ def built(config: ModelConfig, recipe: Recipe) -> Transformer:
     return model
 
 
+def live_and_estimated(config: ModelConfig, layer: int, recipe: Recipe, *, phases: bool) -> tuple[int, float]:
+    """Bytes alive after the forward of a block, and what the formula says."""
+    stage = Stage(0, range(layer, layer + 1), embedding=False, head=False, mtp=False)
+    model = built(config, recipe)
+    positions = model.positions(torch.arange(TOKENS)[None])
+    x = torch.randn(TOKENS, config.dim).to(recipe.dtype).requires_grad_()
+    with TrackStorages() as tracked:
+        if phases:
+            block_pass = passes.start_at(model.block(layer), x, positions)
+            alive: Any = (block_pass, passes.forward(block_pass))
+        else:
+            alive = model.block(layer)(x, positions)
+    measured = tracked.live_bytes()
+    del alive
+    return measured, stage_activation_bytes(config, stage, MicroBatch(1, TOKENS, recipe))
+
+
+@pytest.mark.parametrize("recompute", [NOTHING, FULL_RECOMPUTE], ids=["nothing", "all"])
+@pytest.mark.parametrize("precision", list(Precision))
+def test_the_estimate_holds_for_grouped_queries(precision: Precision, recompute: frozenset[Recompute]) -> None:
+    attention = GqaConfig(num_heads=6, num_kv_heads=2, head_dim=32, rope_dim=16, qk_norm="head", qkv_bias=True)
+    config = replace(SMALL, attention=attention, dense_layers=(2,), num_layers=3)
+    for layer in (1, 2):  # a mixture, a dense one behind it
+        measured, estimate = live_and_estimated(config, layer, Recipe(precision, recompute), phases=True)
+        assert measured == pytest.approx(estimate, rel=0.01), layer
+
+
 @pytest.mark.parametrize("phases", [False, True], ids=["autograd", "phases"])
 @pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
@@ -94,23 +122,11 @@ def test_the_estimate_is_what_is_kept(precision: Precision, layer: int, phases: 
 
     The block's output is counted in the place of its input, which is the caller's.
     """
-    stage = Stage(0, range(layer, layer + 1), embedding=False, head=False, mtp=False)
     measured = {}
     for recompute in (NOTHING, *CHOICES):
         recipe = Recipe(precision, recompute)
-        model = built(SMALL, recipe)
-        positions = model.positions(torch.arange(TOKENS)[None])
-        x = torch.randn(TOKENS, SMALL.dim).to(recipe.dtype).requires_grad_()
-        with TrackStorages() as tracked:
-            if phases:
-                block_pass = passes.start_at(model.block(layer), x, positions)
-                alive: Any = (block_pass, passes.forward(block_pass))
-            else:
-                alive = model.block(layer)(x, positions)
-        measured[recompute] = tracked.live_bytes()
-        estimate = stage_activation_bytes(SMALL, stage, MicroBatch(1, TOKENS, recipe))
+        measured[recompute], estimate = live_and_estimated(SMALL, layer, recipe, phases=phases)
         assert measured[recompute] == pytest.approx(estimate, rel=0.01), recompute
-        del alive
     assert measured[FULL_RECOMPUTE] < min(kept for names, kept in measured.items() if names != FULL_RECOMPUTE)
 
 

@@ -22,6 +22,7 @@ EPS = 1e-6
 WRITTEN: dict[str, tuple[bool, dict[str, bool]]] = {  # what stands in the table: with a residual, asked for
     "residual tensor and rows pow2": (True, {"rows": True, "power_of_two": True}),
     "tensor": (False, {}),
+    "tensor of heads D128": (False, {}),
     "rows": (False, {"tensor": False, "rows": True}),
     "rows of a latent D1536": (False, {"tensor": False, "rows": True}),
     "rows of a latent D512": (False, {"tensor": False, "rows": True}),
@@ -90,9 +91,9 @@ def backward(machine: Machine, label: str, dtype: torch.dtype) -> None:
 
 
 def heads(machine: Machine, name: str, dtype: torch.dtype) -> None:
-    """Few and many heads, a rotary part that is no power of two wide."""
+    """Few and many heads, a rotary part that is no power of two wide, and one that is the whole head."""
     for t, h, nope, half, v in (
-        ((2, 40, 32, 16, 48), (3, 5, 16, 3, 16)) if not machine.count else ((2, 32, 128, 32, 128),)
+        ((2, 40, 32, 16, 48), (3, 5, 16, 3, 16), (2, 6, 0, 8, 16)) if not machine.count else ((2, 32, 128, 32, 128),)
     ):
         angles = torch.randn(t, half), torch.randn(t, half)
         q, kv = torch.randn(t, h, nope + 2 * half).to(dtype), torch.randn(t, h, nope + v).to(dtype)
@@ -117,7 +118,7 @@ def cases() -> Iterator[Case]:
         for label in WRITTEN:
             if dtype is torch.bfloat16 or not label.endswith("D16384"):
                 yield f"triton rms_norm {kind} {label}", partial(forward, label=label, dtype=dtype)
-        for label in ("", " residual", " D1536", " D512", *([" D16384"] if dtype is torch.bfloat16 else [])):
+        for label in ("", " residual", " D1536", " D512", " D128", *([" D16384"] if dtype is torch.bfloat16 else [])):
             yield f"triton rms_norm_backward {kind}{label}", partial(backward, label=label, dtype=dtype)
         for power_of_two in (False, True):
             label = f"{kind} {'pow2' if power_of_two else 'fp32scale'}"

@@ -53,8 +53,13 @@ def write_corpus(folder: Path) -> list[str]:
 
 
 def configured(corpus: list[str], *settings: str, world_size: int = 1) -> TrainConfig:
-    """The small run's configuration with `settings` over it, resolved for `world_size` processes."""
-    return resolve(compose([*SMALL, *corpus, *settings]).config, world_size)
+    """The small run's configuration with `settings` over it, resolved for `world_size` processes.
+
+    A `model=` among the settings brings all sizes of its own.
+    """
+    chosen = any(setting.startswith("model=") for setting in (*corpus, *settings))
+    small = [setting for setting in SMALL if not (chosen and setting.startswith("model."))]
+    return resolve(compose([*small, *corpus, *settings]).config, world_size)
 
 
 def kept(optimizer: Optimizer | DeepSpeedAdamW) -> dict[str, dict[str, Tensor]]:

@@ -6,9 +6,10 @@ features or over all heads', and everything may be clipped. A head is [features 
 `mla`: a released model that rotates the halves of a head's first features has the rows of q and k permuted on the way
 in and out, which changes no bit.
 
-Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Recomputation's `mla_up` has nothing to
-repeat here, queries and keys come from no latent: q, k and v are kept. What else lives on is as little as there can be:
-values are copied out of the qkv product where nothing else keeps it.
+Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Under recomputation (`mla_up`) q, k and v
+are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
+needs anyway. What lives on is as little as there can be: values are copied out of the product where nothing else keeps
+it.
 
 Generation keeps the rotated keys and the values of a token and layer (`cache`).
 
@@ -17,7 +18,7 @@ Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,8 +32,9 @@ from fp8moe.layers.attention.rotary import rotated_queries
 from fp8moe.layers.bias import add_bias, make_bias
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.recipe import Precision, Recipe
-from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved
+from fp8moe.layers.operand import recast
+from fp8moe.layers.recipe import Precision, Recipe, Recompute
+from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
 
 
@@ -137,12 +139,17 @@ class GqaConfig:
     def kept_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that one layer keeps for its backward, beside its input.
 
-        Always q, k, v, attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the
-        1/rms of each row; with clipping what is clipped.
+        Always attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the 1/rms of
+        each row; with clipping what is clipped. Without recomputation also q, k, v; values that lie in a product which
+        a norm over all heads keeps live on.
         """
         wide = recipe.dtype.itemsize
         saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
-        total = wide * (self.queries + 2 * self.keys) + saved_output * self.queries + 4.0 * self.num_heads
+        total = saved_output * self.queries + 4.0 * self.num_heads
+        if Recompute.MLA_UP not in recipe.recompute:
+            total += wide * (self.queries + 2 * self.keys)
+        elif self.qk_norm == "full" and self.clip_qkv is None:
+            total += wide * self.keys
         if self.qk_norm != "none":
             total += wide * (self.queries + self.keys)
             total += 4 * (self.num_heads + self.num_kv_heads if self.qk_norm == "head" else 2)
@@ -190,8 +197,8 @@ class GroupedQueryAttention(nn.Module):
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
-        c = self.config
-        qkv_TN = self.qkv(x_TD)
+        c, x = self.config, kept(x_TD)
+        qkv_TN = self.qkv(x)
         if self.qkv_bias is not None:
             qkv_TN = add_bias(qkv_TN, self.qkv_bias)
         qkv = self._heads(qkv_TN, positions)
@@ -202,6 +209,8 @@ class GroupedQueryAttention(nn.Module):
         choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents_BS is not None), qkv_TN.device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
+        if Recompute.MLA_UP in self.recipe.recompute:
+            recompute_saved(captured, qkv, self._heads_again(x, positions))
         return self._output(out, captured, saves_output=choice.saves_output)
 
     def _output(self, out: Tensor, captured: Sequence[SavedTensor] = (), *, saves_output: bool = False) -> Tensor:
@@ -220,6 +229,8 @@ class GroupedQueryAttention(nn.Module):
         is_product_kept = c.qk_norm == "full" or (c.qk_norm == "none" and c.clip_qkv is not None)
         if not is_product_kept:
             v = v.contiguous()
+        if c.qk_norm == "head":  # rows of heads are copies, or one key head alone would keep the whole product
+            q, k = q.contiguous(), k.contiguous()
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if c.clip_qkv is not None:
@@ -243,6 +254,18 @@ class GroupedQueryAttention(nn.Module):
         """Attention of new tokens' q [B, S, H, d] to the cache."""
         keys, values = cached.read(self).unflatten(-1, (2, self.config.num_kv_heads, -1)).unbind(2)
         return attend_to_cache(q, keys, values, self.config.softmax_scale, cached.mask_BSL)
+
+    def _heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """The same from the layer's input, recast or recalled: casts and products repeated, without autograd."""
+        rows = recast(x, self.recipe)
+
+        def again() -> tuple[Tensor, Tensor, Tensor]:
+            qkv_TN = self.qkv.fprop(rows())
+            if self.qkv_bias is not None:
+                qkv_TN += self.qkv_bias
+            return self._heads(qkv_TN, positions)
+
+        return again
 
 
 def _normed(norm: RMSNorm, x_TN: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def read_state(
         later = {"data": None, "skipped_in_a_row": 0}  # a checkpoint of this format may lack them
         names = [field.name for field in dataclasses.fields(RunState)]
         state = RunState(**{name: content.get(name, later[name]) if name in later else content[name] for name in names})
-        theirs = dict(content["model"])
+        theirs = _completed(content["model"], model)
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -97,6 +97,21 @@ def _check_format(path: Location, found: int) -> None:
             f"cannot load: {path} needs the version that wrote it, this one reads format {FORMAT}; use resume=none to "
             "start a new run"
         )
+
+
+def _completed(theirs: Mapping[str, Any], ours: Any) -> dict[str, Any]:
+    """A checkpoint's configuration with the defaults of the keys that earlier versions of this format did not have."""
+    found = dict(theirs)
+    for field in dataclasses.fields(ours):
+        here = getattr(ours, field.name)
+        if dataclasses.is_dataclass(here) and isinstance(found.get(field.name), dict):
+            inner = dict(found[field.name])
+            if inner.get("kind") == "mla" and "norm_eps" in found:
+                inner.setdefault("norm_eps", found["norm_eps"])  # latents had the model's
+            found[field.name] = _completed(inner, here)
+        elif field.default is not dataclasses.MISSING:
+            found.setdefault(field.name, json.loads(json.dumps(field.default)))
+    return found
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, str, str]]:

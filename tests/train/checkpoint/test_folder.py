@@ -152,6 +152,22 @@ def test_only_free_fields_may_differ(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_that_an_earlier_version_did_not_have_takes_its_default(tmp_path: Path) -> None:
+    """A latent's norm had the model's eps."""
+    path = save(tmp_path, 1)
+    content = json.loads((path / "state.json").read_text())
+    assert content["model"].pop("dense_layers") == [] and content["model"]["attention"].pop("norm_eps") == 1e-6
+    (path / "state.json").write_text(json.dumps(content))
+    checkpoint.read_state(path, BASE, seed=3, seq_len=32)
+    with pytest.raises(ConfigError, match=r"another model: model\.dense_layers=\[\] there and \[2\] here; use"):
+        checkpoint.read_state(path, changed(BASE, dense_layers=(2,)), seed=3, seq_len=32)
+    content["model"]["norm_eps"] = 1e-5
+    (path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"another model: model\.attention\.norm_eps=1e-05 there and 1e-06 here; use"):
+        checkpoint.read_state(path, changed(BASE, norm_eps=1e-5), seed=3, seq_len=32)
+    checkpoint.read_state(path, changed(BASE, norm_eps=1e-5, latent_eps=1e-5), seed=3, seq_len=32)
+
+
 @pytest.mark.parametrize(("written", "age"), [(4, "an earlier"), (6, "a later")])
 def test_another_format_is_one_sentence(tmp_path: Path, written: int, age: str) -> None:
     path = save(tmp_path, 1)
