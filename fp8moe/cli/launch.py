@@ -231,11 +231,13 @@ def run_command(name: str, argv: Sequence[str], nproc: str | None, command: Call
     """Run `command(processes)` of `fp8moe NAME argv` here: in this process, as one rank of many, or as the launcher of
     `--nproc`, which runs it on no rank but starts them. For commands that keep no state a signal would have to save."""
     if is_worker():
+        from fp8moe.train.rendezvous import place
+
         die_with_launcher()
         try:
             if nproc is not None and LAUNCHED not in os.environ:
                 raise ConfigError(f"--nproc={nproc} starts processes and RANK is set: leave --nproc out")
-            command(int(os.environ.get("WORLD_SIZE", "1")))
+            command(place(os.environ).world_size)
         except KeyboardInterrupt:
             os._exit(128 + signal.SIGINT)
         except Exception as error:

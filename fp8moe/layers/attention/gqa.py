@@ -6,8 +6,8 @@ features or over all heads', and everything may be clipped. A head is [features 
 `mla`: a released model that rotates the halves of a head's first features has the rows of q and k permuted on the way
 in and out, which changes no bit.
 
-Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Under recomputation (`mla_up`) q, k and v
-are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
+Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Under recomputation (`mla_up`) q, k and
+v are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
 needs anyway. What lives on is as little as there can be: values are copied out of the product where nothing else keeps
 it.
 
