@@ -1,7 +1,7 @@
 """`python -m tests.fake_cuda FOLDER`: trace a training step and the dispatches between ranks, print and save them.
 
-A trace is FOLDER/PRECISION-TOKENS.json, with -grouped for a model of grouped-query attention, or FOLDER/PRECISION-ROUTE-COUNTS.json for a dispatch. --docs also rewrites the
-tables of docs/layer.md.
+A trace is FOLDER/PRECISION-TOKENS.json, with -grouped for a model of grouped-query attention, or
+FOLDER/PRECISION-ROUTE-COUNTS.json for a dispatch. --docs also rewrites the tables of docs/layer.md.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ def norm_cases() -> Iterator[Case]:
                 partial(norm.rms_norm, source, weight, delta, **{"eps": 1e-6, **asked}),
             )
             backward = partial(
-                norm.rms_norm_backward, torch.empty(source.shape, dtype=dtype), source, weight, torch.empty(len(source)),
-                torch.empty(source.shape[1]),
+                norm.rms_norm_backward, torch.empty(source.shape, dtype=dtype), source, weight,
+                torch.empty(len(source)), torch.empty(source.shape[1]),
             )  # fmt: skip
             if label.endswith(("D16384", "D1536", "D512", "D128")):
                 yield f"triton rms_norm_backward {kind} {label.split()[-1]}", backward

@@ -6,7 +6,13 @@ import torch
 from fp8moe.kernels.reference import rope as twin
 from fp8moe.kernels.rope import rope_keys, rope_keys_backward, rope_queries, rope_queries_backward
 
-SIZES = [(6, 5, 32, 16, 48), (3, 40, 16, 6, 16), (2, 128, 128, 64, 128), (1, 1, 1, 2, 1), (3, 6, 0, 8, 16)]  # T, H, nope, rope, v
+SIZES = [
+    (6, 5, 32, 16, 48),
+    (3, 40, 16, 6, 16),
+    (2, 128, 128, 64, 128),
+    (1, 1, 1, 2, 1),
+    (3, 6, 0, 8, 16),
+]  # T, H, nope, rope, v
 
 
 def check(device, t, h, nope, rope, v, dtype):

@@ -1,4 +1,4 @@
-"""Families of models against `transformers`: same weights, same logits, same gradients. DeepSeek-V3: test_transformer."""
+"""Families of models against `transformers`: same weights, logits, gradients. DeepSeek-V3 is in test_transformer."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ GROUPED: dict[str, dict[str, tuple[ModelConfig, dict[str, Any]]]] = {
         "clipped": (changed(OLMOE, clip_qkv=0.7), {}),
         "grouped, clipped a little": (changed(OLMOE, num_kv_heads=2, clip_qkv=2.0), {}),
         "renormalised, biases": (changed(OLMOE, normalize_topk=True, qkv_bias=True, o_bias=True), {}),
-        "three heads, one expert a token": (changed(OLMOE, dim=96, num_heads=3, num_kv_heads=3, head_dim=32, rope_dim=32,
-                                                    topk=1), {}),
+        "three heads, one expert": (
+            changed(OLMOE, dim=96, num_heads=3, num_kv_heads=3, head_dim=32, rope_dim=32, topk=1), {}
+        ),
     },
 }  # fmt: skip
 

@@ -8,8 +8,7 @@ in and out, which changes no bit.
 
 Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`). Under recomputation (`mla_up`) q, k and
 v are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
-needs anyway. What lives on is as little as there can be: values are copied out of the product where nothing else keeps
-it.
+needs anyway. Values are copied out of the product where nothing else keeps it alive.
 
 Generation keeps the rotated keys and the values of a token and layer (`cache`).
 

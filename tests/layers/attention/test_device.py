@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fp8moe.layers.attention.choice import AUTO, Choice, Heads, choose, chosen, machine_of, why_not
 from fp8moe.layers.attention.core import Positions, attend, document_mask, keep_in_e5m6
+from fp8moe.layers.attention.gqa import GqaConfig
 from fp8moe.layers.attention.mla import MlaConfig
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe
@@ -35,26 +36,30 @@ def positions(device: torch.device, masked: bool) -> Positions:
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, masked: bool, dout: Tensor) -> list[Tensor]:
     """Output and gradients by attention's formula in FP64."""
     inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    keys, values = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in inputs[1:])
     documents = (torch.arange(S, device=q.device) // 100 if masked else torch.zeros(S, device=q.device)).expand(B, -1)
-    scores = torch.einsum("bshd,bthd->bhst", inputs[0], inputs[1]) * scale
+    scores = torch.einsum("bshd,bthd->bhst", inputs[0], keys) * scale
     weights = scores.masked_fill(~document_mask(documents)[:, None], float("-inf")).softmax(-1)
-    out = torch.einsum("bhst,bthd->bshd", weights, inputs[2])
+    out = torch.einsum("bhst,bthd->bshd", weights, values)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout.double())]
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
-@pytest.mark.parametrize("dims", [(192, 128), (128, 128), (48, 32)], ids=str)
+@pytest.mark.parametrize("dims", [(192, 128, 1), (128, 128, 1), (48, 32, 1), (128, 128, 4), (64, 64, 2)], ids=str)
 @pytest.mark.parametrize("kernel", ["cudnn", "efficient", "flex", "flash", "sdpa"])
-def test_values_and_gradients(cuda: torch.device, kernel: str, dims: tuple[int, int], masked: bool) -> None:
-    heads = Heads(*dims, torch.bfloat16, masked)
+def test_values_and_gradients(cuda: torch.device, kernel: str, dims: tuple[int, int, int], masked: bool) -> None:
+    """dims: of a query or key, of a value, and query heads that share a key."""
+    qk_dim, v_dim, group = dims
+    heads = Heads(qk_dim, v_dim, torch.bfloat16, masked, group)
     machine = machine_of(cuda, heads)
     if (reason := why_not(kernel, heads, machine)) is not None:
         pytest.skip(reason)
-    q, k, v = (torch.randn(B, S, H, d, device=cuda).bfloat16().requires_grad_() for d in (dims[0], *dims))
-    dout = torch.randn(B, S, H, dims[1], device=cuda).bfloat16()
-    out = attend(kernel, q, k, v, dims[0] ** -0.5, positions(cuda, masked))
+    sizes = (H, qk_dim), (H // group, qk_dim), (H // group, v_dim)
+    q, k, v = (torch.randn(B, S, *size, device=cuda).bfloat16().requires_grad_() for size in sizes)
+    dout = torch.randn(B, S, H, v_dim, device=cuda).bfloat16()
+    out = attend(kernel, q, k, v, qk_dim**-0.5, positions(cuda, masked))
     got = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
-    for ours, expected in zip(got, exact(q, k, v, dims[0] ** -0.5, masked, dout), strict=True):
+    for ours, expected in zip(got, exact(q, k, v, qk_dim**-0.5, masked, dout), strict=True):
         assert ours.shape == expected.shape and calc_diff(ours, expected) < 5e-5
 
 
@@ -87,10 +92,17 @@ def test_the_output_is_kept_packed(cuda: torch.device, kernel: str, masked: bool
     assert not torch.equal(got[0], expected[0]), "the format must have cost something to be seen"
 
 
+LAYERS = {
+    "mla": MlaConfig(num_heads=H, q_lora_rank=128, kv_lora_rank=128, nope_dim=128, rope_dim=64, v_dim=128),
+    "gqa": GqaConfig(num_heads=H, num_kv_heads=2, head_dim=128, rope_dim=64, qk_norm="head", qkv_bias=True),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
-def test_a_layer_recomputes_its_heads(cuda: torch.device, masked: bool) -> None:
+def test_a_layer_recomputes_its_heads(cuda: torch.device, masked: bool, kind: str) -> None:
     """FP8 with everything recomputed gives the bits of FP8 with nothing recomputed."""
-    config = MlaConfig(num_heads=H, q_lora_rank=128, kv_lora_rank=128, nope_dim=128, rope_dim=64, v_dim=128)
+    config = LAYERS[kind]
     places = torch.arange(S, device=cuda).expand(B, -1)
     where = config.positions(places, positions(cuda, masked).documents_BS)
     x = torch.randn(B * S, 256, device=cuda).bfloat16()

@@ -267,5 +267,7 @@ def test_a_group_of_queries_is_told_to_the_kernel() -> None:
 @pytest.mark.parametrize("change", [{"window": 8}, {"sinks": True}])
 def test_what_no_kernel_computes_is_refused_when_the_layer_is_built(change: dict[str, Any]) -> None:
     (name,) = change
-    with pytest.raises(ValueError, match=rf"^model\.attention\.{name}=\w+ is computed by none of .*: use (null|false)$"):
+    with pytest.raises(
+        ValueError, match=rf"^model\.attention\.{name}=\w+ is computed by none of .*: use (null|false)$"
+    ):
         replace(CONFIG, **change).build(DIM, FP32, norm_eps=EPS, layer=0)

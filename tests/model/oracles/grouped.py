@@ -95,7 +95,7 @@ def halves_first(rows: Tensor, a: GqaConfig) -> Tensor:
 
 
 def their_names(c: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters (or their gradients), and the router's bias, under the names and in the order of `transformers`."""
+    """Our parameters (or their gradients), and the router's bias, by names and in the order of `transformers`."""
     out = {
         "model.embed_tokens.weight": state["embedding.weight"],
         "model.norm.weight": state["norm.weight"],
@@ -107,7 +107,9 @@ def their_names(c: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
         out[theirs + "post_attention_layernorm.weight"] = state[ours + "mlp_norm.weight"]
         attention = _attention_names(attention_of(c), state, f"{ours}attn.")
         out |= {f"{theirs}self_attn.{name}": tensor for name, tensor in attention.items()}
-        mlps = {"mlp": "mlp."} if c.is_dense(i) else {"moe.shared": "mlp.shared_experts."} if c.experts.num_shared else {}
+        mlps = (
+            {"mlp": "mlp."} if c.is_dense(i) else {"moe.shared": "mlp.shared_experts."} if c.experts.num_shared else {}
+        )
         for mine, prefix in mlps.items():
             gate, up = state[f"{ours}{mine}.gate_up.weight"].chunk(2)
             out[f"{theirs}{prefix}gate_proj.weight"], out[f"{theirs}{prefix}up_proj.weight"] = gate, up
