@@ -35,6 +35,7 @@ PARTS = {
 _ADAMW = "float lr, float beta1, float beta2, float eps, float weight_decay, int step, Tensor? grad_scale"
 _STATE = ("Total master", "Tensor grad", "Total exp_avg", "Total exp_avg_sq")
 _CAST = "float amax_floor, bool power_of_two"
+_LIMIT = "float? limit"
 _ROUTING = "str score, bool normalize, float route_scale"
 _ANGLES = ("Tensor cos", "Tensor sin")
 
@@ -150,11 +151,11 @@ def _summed(y_R: Tensor, row_map: RowMap) -> list[Tensor]:
     return [torch.empty(row_map.num_rows, y_R.shape[1], dtype=y_R.dtype, device=y_R.device)]
 
 
-def _activated(gate_up: Tensor, weights: Tensor | None, **kwargs: Any) -> list[Tensor]:
+def _activated(gate_up: Tensor, *rest: Any, **kwargs: Any) -> list[Tensor]:
     return _rows(gate_up[:, : gate_up.shape[1] // 2]) + _rows(gate_up)
 
 
-def _activated_columns(cached: Fp8Tensor, weights: Tensor | None) -> list[Tensor]:
+def _activated_columns(cached: Fp8Tensor, weights: Tensor | None, **kwargs: Any) -> list[Tensor]:
     r, both = cached.shape
     return _columns(torch.empty(r, both // 2, device=cached.device))
 
@@ -164,11 +165,11 @@ def _activation_gradients(dy: Tensor, cached: Fp8Tensor, weights: Tensor | None,
     return grads if weights is None else [*grads, weights.new_empty(weights.shape)]
 
 
-def _silu_mul(gate_up: Tensor, weights: Tensor | None) -> list[Tensor]:
+def _silu_mul(gate_up: Tensor, weights: Tensor | None, **kwargs: Any) -> list[Tensor]:
     return [gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)]
 
 
-def _silu_mul_gradients(dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> list[Tensor]:
+def _silu_mul_gradients(dy: Tensor, gate_up: Tensor, weights: Tensor | None, **kwargs: Any) -> list[Tensor]:
     grads = [gate_up.new_empty(gate_up.shape)]
     return grads if weights is None else [*grads, weights.new_empty(weights.shape)]
 
@@ -245,18 +246,38 @@ DECLARATIONS = {
     "permute_fp8": Declaration(("Fp8 x", "Map row_map"), "", ("rows",), _cast_copies),
     "permute_quantize": Declaration(("Tensor x", "Map row_map"), _CAST, ("rows",), _cast_copies),
     "unpermute": Declaration(("Tensor y_R", "Map row_map"), "", ("tensor",), _summed),
-    "swiglu": Declaration(("Tensor gate_up", "Maybe weights"), "bool power_of_two", ("rows", "rows"), _activated),
-    "swiglu_columns": Declaration(("Fp8 cached", "Maybe weights"), "", ("rows",), _activated_columns),
+    "swiglu": Declaration(
+        ("Tensor gate_up", "Maybe weights", "Maybe bias", "Maybe group_offsets"),
+        f"{_LIMIT}, bool power_of_two",
+        ("rows", "rows"),
+        _activated,
+    ),
+    "swiglu_columns": Declaration(("Fp8 cached", "Maybe weights"), _LIMIT, ("rows",), _activated_columns),
     "swiglu_backward": Declaration(
         ("Tensor dy", "Fp8 cached", "Maybe weights"),
-        "bool power_of_two",
+        f"{_LIMIT}, bool power_of_two",
         ("rows", "rows", "maybe"),
         _activation_gradients,
     ),
-    "silu_mul": Declaration(("Tensor gate_up", "Maybe weights"), "", ("tensor",), _silu_mul),
+    "silu_mul": Declaration(("Tensor gate_up", "Maybe weights"), _LIMIT, ("tensor",), _silu_mul),
     "silu_mul_backward": Declaration(
-        ("Tensor dy", "Tensor gate_up", "Maybe weights"), "", ("tensor", "maybe"), _silu_mul_gradients
+        ("Tensor dy", "Tensor gate_up", "Maybe weights"), _LIMIT, ("tensor", "maybe"), _silu_mul_gradients
     ),
+    "add_expert_bias": Declaration(
+        ("Total y", "Tensor bias", "Tensor group_offsets", "Maybe weights"), "", (), _nothing
+    ),
+    **{
+        f"expert_bias_dgrad{suffix}": Declaration(
+            (f"{kind} dy", "Tensor bias", "Tensor group_offsets", "Total d_weights"), "", (), _nothing
+        )
+        for kind, suffix in (("Tensor", ""), ("Fp8", "_fp8"))
+    },
+    **{
+        f"expert_bias_wgrad{suffix}": Declaration(
+            (f"{kind} dy", "Tensor group_offsets", "Total main_grad", "Maybe weights"), "", (), _nothing
+        )
+        for kind, suffix in (("Tensor", ""), ("Fp8", "_fp8"))
+    },
     "route": Declaration(
         ("Tensor logits", "Tensor bias", "MaybeTotal counts"),
         f"int topk, int num_groups, int top_groups, str group_score, {_ROUTING}, int num_sequences, bool force_balance",

@@ -27,7 +27,6 @@ from torch import Tensor
 from fp8moe.errors import ConfigError
 from fp8moe.generate.sampling import Sampler, SamplingConfig
 from fp8moe.generate.session import Session
-from fp8moe.layers.attention.choice import chosen
 from fp8moe.limits import POSITIVE, Range, check_fields
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.collectives import all_reduce
@@ -117,8 +116,6 @@ def generate(
     check_prompts(prompts, context)
     if config.mtp and model.mtp is None:
         raise ConfigError("the model has no MTP module, model.mtp_depth=0: leave --mtp out")
-    attention, device = model.config.attention, next(model.parameters()).device
-    chosen(attention.backend, attention.heads(model.recipe, masked=False), device)
     completions = [Completion(number, prompt) for number, prompt in enumerate(prompts)]
     figures, training = Figures(), model.training
     deadline = None if config.seconds is None else time.perf_counter() + config.seconds

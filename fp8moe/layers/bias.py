@@ -42,9 +42,10 @@ class _BiasFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         main_grad: Tensor = ctx.bias.main_grad
         total_N = grads[0].sum(0, dtype=torch.float32)
-        submit(lambda: _add(main_grad, total_N))
+        submit(lambda: add_total(main_grad, total_N))
         return grads[0], None
 
 
-def _add(main_grad: Tensor, total: Tensor) -> None:
+def add_total(main_grad: Tensor, total: Tensor) -> None:
+    """main_grad (FP32) += total, for `submit`."""
     main_grad += total

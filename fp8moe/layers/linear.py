@@ -192,6 +192,11 @@ def is_expert(parameter: Parameter) -> bool:
     return getattr(parameter, "is_expert", False)
 
 
+def decays(parameter: Parameter) -> bool:
+    """Whether weight decay shrinks it: a matrix, or the matrices of experts; not norms' gains and biases."""
+    return parameter.ndim - is_expert(parameter) >= 2
+
+
 def main_grad_of(parameter: Parameter) -> Tensor:
     """The FP32 gradient that `attach_main_grads` gave a parameter, in its shape."""
     main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]

@@ -14,7 +14,9 @@ Legend: T tokens, D model, F expert hidden, K top-k, e local experts, R received
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from fp8moe.kernels.fp8 import Fp8Tensor
@@ -22,7 +24,7 @@ from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.layers.dispatch import Announced, Dispatcher, Received, combined, dispatched
 from fp8moe.layers.linear import QuantizedWeight
-from fp8moe.layers.mlp import Mlp, gated_mlp
+from fp8moe.layers.mlp import ExpertBiases, Mlp, gated_mlp
 from fp8moe.layers.operand import Activation, Rows, activation
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
@@ -32,11 +34,18 @@ from fp8moe.limits import SIZE, Range, check_fields
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Routed and shared experts: `num_experts` routed ones of `hidden` features, `num_shared` seen by every token."""
+    """Routed and shared experts: `num_experts` routed ones of `hidden` features, `num_shared` seen by every token.
+
+    activation: silu(gate) * up (swiglu), or GPT-OSS's gate * sigmoid(1.702 gate) * (up + 1) of gate up to swiglu_limit
+    and up within +-swiglu_limit (swiglu_clamped). bias: the routed experts' products have biases.
+    """
 
     num_experts: int
     hidden: int
     num_shared: int = 1
+    activation: Literal["swiglu", "swiglu_clamped"] = "swiglu"
+    swiglu_limit: float = 7.0
+    bias: bool = False
 
     def __post_init__(self) -> None:
         check_fields(
@@ -45,11 +54,18 @@ class ExpertsConfig:
             num_experts=Range(least=1, most=2**16),
             hidden=SIZE,
             num_shared=Range(least=0, most=1024, use="use 0 for none"),
+            swiglu_limit=Range(above=0, most=1e6, use="GPT-OSS has 7.0"),
         )
+
+    @property
+    def limit(self) -> float | None:
+        """Where the activation is clamped; None for plain SwiGLU."""
+        return self.swiglu_limit if self.activation == "swiglu_clamped" else None
 
     def num_parameters(self, dim: int, routed: int) -> int:
         """Parameters of `routed` routed experts and of all shared ones, in a model of `dim` features."""
-        return 3 * dim * self.hidden * (routed + self.num_shared)
+        biases = self.bias * (2 * self.hidden + dim) * routed
+        return 3 * dim * self.hidden * (routed + self.num_shared) + biases
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,9 @@ class MoE(nn.Module):
         super().__init__()
         self.recipe, self.dispatcher = recipe, dispatcher
         self.router = Router(dim, experts.num_experts, router, recipe)
-        self.experts = Experts(dispatcher.num_local_experts, dim, experts.hidden, recipe)
-        self.shared = Mlp(dim, experts.num_shared * experts.hidden, recipe) if experts.num_shared else None
+        self.experts = Experts(dispatcher.num_local_experts, dim, experts, recipe)
+        shared = experts.num_shared * experts.hidden
+        self.shared = Mlp(dim, shared, recipe, limit=experts.limit) if shared else None
 
     def route(self, x_TD: Tensor | Recallable, num_sequences: int) -> Routed:
         """Choose experts, announce how many rows go where; one cast serves dispatch and the shared experts alike.
@@ -103,16 +120,24 @@ def with_shared(routed_TD: Tensor, shared_TD: Tensor | None) -> Tensor:
 
 
 class Experts(nn.Module):
-    """`gate_up.weight` [e, 2F, D] and `down.weight` [e, D, F] of e local experts, stacked."""
+    """`gate_up.weight` [e, 2F, D] and `down.weight` [e, D, F] of e local experts, stacked.
 
-    def __init__(self, num_local_experts: int, dim: int, hidden: int, recipe: Recipe) -> None:
+    With biases also `gate_up_bias` [e, 2F] and `down_bias` [e, D]; the routing weight multiplies that of down as well.
+    """
+
+    def __init__(self, num_local_experts: int, dim: int, config: ExpertsConfig, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.limit, hidden = recipe, config.limit, config.hidden
         self.gate_up = GroupedLinear(num_local_experts, dim, 2 * hidden, recipe, matrix_rows=(hidden, hidden))
         self.down = GroupedLinear(num_local_experts, hidden, dim, recipe)
+        self.gate_up_bias = _make_bias(num_local_experts, 2 * hidden, recipe) if config.bias else None
+        self.down_bias = _make_bias(num_local_experts, dim, recipe) if config.bias else None
 
     def forward(self, received: Received) -> Tensor:
         """-> y [R, D], each row already multiplied by its routing weight; the gradient may return in FP8."""
+        biases = None
+        if self.gate_up_bias is not None and self.down_bias is not None:
+            biases = ExpertBiases(self.gate_up_bias, self.down_bias, received.group_offsets)
         return gated_mlp(
             received.x,
             self.gate_up.at(received.group_offsets),
@@ -121,7 +146,16 @@ class Experts(nn.Module):
             parameters=(self.gate_up.weight, self.down.weight),
             weights_R=received.weights_R,
             gradient=received.gradient,
+            limit=self.limit,
+            biases=biases,
         )
+
+
+def _make_bias(num_local_experts: int, features: int, recipe: Recipe) -> nn.Parameter:
+    """An uninitialised bias [e, features]; `init_weights` fills it with zeros."""
+    bias = nn.Parameter(torch.empty(num_local_experts, features, dtype=recipe.dtype))
+    bias.is_expert, bias.initial_value = True, 0.0  # type: ignore[attr-defined]
+    return bias
 
 
 class GroupedLinear(QuantizedWeight):

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from fp8moe.kernels.gemm import wgrad
 from fp8moe.kernels.route import route, route_backward
+from fp8moe.layers.bias import add_total, make_bias
+from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
@@ -47,7 +49,8 @@ class RouterConfig:
     group_score: a group counts by the sum of its two best scores (top2_sum) or by its best (max). normalize_topk:
     weights of the chosen sum to 1, as those of softmax_topk always do; then they are multiplied by route_scale.
     force_balance: experts in turn, the same number for all, for benchmarks. bias_gamma: step of the balancing bias.
-    aux_loss_alpha: weight of the sequence-wise balance loss.
+    aux_loss_alpha: weight of the sequence-wise balance loss. gate_bias: a learned bias of the gate's logits, beside
+    that of balancing, which moves the choice alone.
     """
 
     topk: int
@@ -60,6 +63,7 @@ class RouterConfig:
     force_balance: bool = False
     aux_loss_alpha: float = 1e-4
     bias_gamma: float = 1e-3
+    gate_bias: bool = False
 
     def __post_init__(self) -> None:
         check_fields(
@@ -108,7 +112,10 @@ class Routing:
 
 
 class Router(nn.Module):
-    """`weight` [E, D]; buffers `bias_E` (FP32) and `counts_E` (int64 loads since the last bias update)."""
+    """`weight` [E, D], `gate_bias` [E] where it has one; buffers `bias_E` (FP32) and `counts_E` (int64).
+
+    The counts are loads since the last update of `bias_E`.
+    """
 
     bias_E: Tensor
     counts_E: Tensor
@@ -117,6 +124,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.num_experts = config, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=recipe.dtype))
+        self.gate_bias = make_bias(num_experts, recipe) if config.gate_bias else None
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64))
 
@@ -136,6 +144,8 @@ class _RouterFunction(torch.autograd.Function):
         counts_E: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         c, logits_TE = router.config, gate_logits(x_TD, weight_ED)
+        if router.gate_bias is not None:
+            logits_TE += router.gate_bias.detach()
         ids_TK, weights_TK, loss, f_BE = route(
             logits_TE, router.bias_E, counts_E, topk=c.topk, num_groups=c.num_groups, top_groups=c.top_groups,
             score=c.score, group_score=c.group_score, normalize=c.normalize_topk, route_scale=c.route_scale,
@@ -143,12 +153,12 @@ class _RouterFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.mark_non_differentiable(ids_TK)
         ctx.set_materialize_grads(False)  # it would fill a gradient of the ids, too
-        ctx.weight, ctx.recall, ctx.config, ctx.of_route = weight_ED, recall, c, (logits_TE, ids_TK, f_BE)
+        ctx.weight, ctx.recall, ctx.router, ctx.of_route = weight_ED, recall, router, (logits_TE, ids_TK, f_BE)
         return ids_TK, weights_TK, loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
-        c, weight_ED, recall = ctx.config, ctx.weight, ctx.recall
+        c, weight_ED, recall, gate_bias = ctx.router.config, ctx.weight, ctx.recall, ctx.router.gate_bias
         (logits_TE, ids_TK, f_BE), (_, d_weights_TK, d_loss) = ctx.of_route, grads
         d_weights_TK = f_BE.new_zeros(ids_TK.shape) if d_weights_TK is None else d_weights_TK
         d_loss = f_BE.new_zeros(()) if d_loss is None else d_loss
@@ -156,6 +166,9 @@ class _RouterFunction(torch.autograd.Function):
             logits_TE, ids_TK, f_BE, d_weights_TK, d_loss, score=c.score, normalize=c.normalize_topk,
             route_scale=c.route_scale,
         )  # fmt: skip
+        if gate_bias is not None:
+            total_E = d_logits_TE.sum(0)
+            submit(lambda: add_total(main_grad_of(gate_bias), total_E))
         by_parts = on_tensor_cores(weight_ED)
         d_logits = split_bf16(d_logits_TE) if by_parts else d_logits_TE.unsqueeze(0)
         submit(lambda: gate_wgrad(d_logits, recall(), weight_ED.main_grad))

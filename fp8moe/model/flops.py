@@ -32,7 +32,8 @@ def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
     if c.is_dense(layer):
         return attention + 3 * c.dim * c.dense_hidden + norms
     routed = c.router.topk if active else c.experts.num_experts
-    return attention + c.experts.num_parameters(c.dim, routed) + c.experts.num_experts * c.dim + norms
+    gate = c.experts.num_experts * (c.dim + c.router.gate_bias)
+    return attention + c.experts.num_parameters(c.dim, routed) + gate + norms
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:

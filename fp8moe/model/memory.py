@@ -23,7 +23,8 @@ def stage_parameters(config: ModelConfig, stage: Stage, ep: int = 1) -> int:
     blocks = [*stage.layers, *([c.num_layers] if stage.mtp else [])]
     count = sum(block_parameters(c, layer) for layer in blocks)
     mixtures = sum(not c.is_dense(layer) for layer in blocks)
-    routed = mixtures * c.experts.num_experts * 3 * c.dim * c.experts.hidden
+    e = c.experts
+    routed = mixtures * (e.num_parameters(c.dim, e.num_experts) - e.num_parameters(c.dim, 0))
     count += stage.embedding * c.vocab_size * c.dim + stage.head * (c.vocab_size * c.dim + c.dim)
     if stage.mtp:
         count += count_parameters(c).mtp - block_parameters(c, c.num_layers)

@@ -2,7 +2,7 @@
 
 A program has BLOCK_VALUES values, 16 a lane, of as few rows as hold them. With weights a program of the backward passes
 over all of F and adds their gradients in that order; without, it has one block of F. The sigmoid is the hardware's, see
-`encode.sigmoid`: results are within its bound of the specification's before the one rounding.
+`encode.sigmoid`: results are within its bound of the specification's before the one rounding. LIMIT: see `swiglu`.
 """
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import SIZE_MULTIPLE, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.activation import activated, differentiate
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
-from fp8moe.kernels.triton.swiglu import differentiate, weight_of
+from fp8moe.kernels.triton.swiglu import weight_of
 
 NUM_WARPS = 4
 BLOCK_VALUES = 2048  # of a program
@@ -30,8 +31,9 @@ def block_of(f: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["R"])
 def silu_mul_kernel(
-    gate_up, weights, out, R, F, stride_m, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr
-):
+    gate_up, weights, out, R, F, stride_m, DTYPE: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
     """gate_up [R, 2F] -> out [R, F]."""
     num_f = tl.cdiv(F, BLOCK_F)
     m = tl.program_id(0) // num_f * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -42,7 +44,7 @@ def silu_mul_kernel(
         tl.load(here, mask=mask, other=0.0).to(tl.float32),
         tl.load(here + F, mask=mask, other=0.0).to(tl.float32),
     )
-    product = gate * encode.sigmoid(gate) * up
+    product = activated(gate, up, LIMIT)
     if weights is not None:
         product *= weight_of(weights, m, R)[:, None]
     tl.store(out + m.to(tl.int64)[:, None] * F + k[None, :], encode.to_output(product, DTYPE), mask=mask)
@@ -51,7 +53,7 @@ def silu_mul_kernel(
 @triton.jit(do_not_specialize=["R", "blocks"])
 def silu_mul_backward_kernel(
     dy, gate_up, weights, d_gate_up, d_weights, R, F, blocks, stride_dy, stride_m,
-    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    DTYPE: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """dy [R, F], gate_up [R, 2F] -> d gate_up [R, 2F], d weights [R]; a program has `blocks` blocks of F."""
     parts = tl.cdiv(tl.cdiv(F, BLOCK_F), blocks)
@@ -66,7 +68,7 @@ def silu_mul_backward_kernel(
         gate = tl.load(here, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(here + F, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.load(dy + far * stride_dy + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        d_gate, d_up, d_weight = differentiate(gate, up, gradient)
+        d_gate, d_up, d_weight = differentiate(gate, up, gradient, LIMIT)
         if weights is not None:
             weight = weight_of(weights, m, R)[:, None]
             d_gate, d_up = d_gate * weight, d_up * weight
@@ -78,7 +80,7 @@ def silu_mul_backward_kernel(
         tl.store(d_weights + m, tl.sum(total, axis=1), mask=m < R)
 
 
-def silu_mul(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, weights: Tensor | None = None, *, limit: float | None = None) -> Tensor:
     r, f = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(r, f, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
@@ -87,12 +89,14 @@ def silu_mul(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
         launch(
             silu_mul_kernel, (ceil_div(r, block_m) * ceil_div(f, block_f),),
             gate_up, None if weights is None else weights.contiguous(), out, r, f, gate_up.stride(0),
-            DTYPE=TL_DTYPE[out.dtype], BLOCK_M=block_m, BLOCK_F=block_f, num_warps=NUM_WARPS,
+            DTYPE=TL_DTYPE[out.dtype], LIMIT=limit, BLOCK_M=block_m, BLOCK_F=block_f, num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
 
 
-def silu_mul_backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def silu_mul_backward(
+    dy: Tensor, gate_up: Tensor, weights: Tensor | None = None, *, limit: float | None = None
+) -> tuple[Tensor, Tensor | None]:
     r, f = gate_up.shape[0], gate_up.shape[1] // 2
     d_gate_up = torch.empty(r, 2 * f, dtype=gate_up.dtype, device=gate_up.device)
     d_weights = None if weights is None else torch.empty(r, dtype=torch.float32, device=gate_up.device)
@@ -104,8 +108,8 @@ def silu_mul_backward(dy: Tensor, gate_up: Tensor, weights: Tensor | None = None
         launch(
             silu_mul_backward_kernel, (ceil_div(r, block_m) * ceil_div(num_f, blocks),),
             dy, gate_up, None if weights is None else weights.contiguous(), d_gate_up, d_weights, r, f, blocks,
-            dy.stride(0), gate_up.stride(0), DTYPE=TL_DTYPE[d_gate_up.dtype], BLOCK_M=block_m, BLOCK_F=block_f,
-            num_warps=NUM_WARPS,
+            dy.stride(0), gate_up.stride(0), DTYPE=TL_DTYPE[d_gate_up.dtype], LIMIT=limit, BLOCK_M=block_m,
+            BLOCK_F=block_f, num_warps=NUM_WARPS,
         )  # fmt: skip
     elif d_weights is not None:
         d_weights.zero_()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
+from fp8moe.kernels.triton.activation import activated, differentiate
 from fp8moe.kernels.triton.columns import (
     cast_columns,
     column_block,
@@ -32,6 +33,7 @@ from fp8moe.kernels.triton.columns import (
     quarter_stride,
     scale_at,
 )
+from fp8moe.kernels.triton.groups import group_of, group_width
 from fp8moe.kernels.triton.launch import launch
 from fp8moe.kernels.triton.layout import empty_columns, empty_rows
 from fp8moe.kernels.triton.quantize import cast_rows, last_dim_contiguous
@@ -45,26 +47,27 @@ MULTIPLE = tl.constexpr(SIZE_MULTIPLE)
 
 
 @triton.jit
-def differentiate(gate, up, dy):
-    """(d gate, d up, what a routing weight's gradient sums over F), for a weight of one."""
-    sigma = encode.sigmoid(gate)
-    upstream = dy * sigma
-    d_up = upstream * gate
-    return upstream * up * (1.0 + gate * (1.0 - sigma)), d_up, d_up * up
-
-
-@triton.jit
 def weight_of(weights, m, R):
     """The routing weights of rows m."""
     return tl.load(weights + m, mask=m < R, other=0.0)
 
 
+@triton.jit
+def biased(value, bias, k, inside):
+    """value [BLOCK_M, BLOCK_K] plus the bias at columns k, where `inside`."""
+    return value + tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
 @triton.jit(do_not_specialize=["R", "F"])
 def swiglu_kernel(
-    gate_up, weights, h, h_scale, cached, cached_scale, R, F, stride_m, floor, POWER_OF_TWO: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
+    gate_up, weights, bias, offsets, h, h_scale, cached, cached_scale, R, F, stride_m, floor,
+    POWER_OF_TWO: tl.constexpr, ALIGNED: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """gate_up [R, 2F] -> rows of h [R, F] and of gate_up, scales [tiles, R]; ALIGNED: F is a multiple of 128."""
+    """gate_up [R, 2F] -> rows of h [R, F] and of gate_up, scales [tiles, R]; ALIGNED: F is a multiple of 128.
+
+    bias [E, 2F], of the expert of the rows by `offsets` [E + 1], is added first; rows past the last have none.
+    """
     F *= MULTIPLE
     h_tiles = tl.cdiv(F, encode.TILE)
     num_tiles = h_tiles if ALIGNED else h_tiles + tl.cdiv(2 * F, encode.TILE)
@@ -72,27 +75,36 @@ def swiglu_kernel(
     m = tl.program_id(0) // num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile * encode.TILE + tl.arange(0, encode.TILE)
     row = gate_up + m.to(tl.int64)[:, None] * stride_m
+    if bias is not None:
+        group = group_of(offsets, tl.program_id(0) // num_tiles * BLOCK_M, E, WIDTH)
+        bias += group.to(tl.int64) * 2 * F
+        grouped = group < E
     if ALIGNED or tile < h_tiles:
         mask = (m < R)[:, None] & (k < F)[None, :]
         gate = tl.load(row + k[None, :], mask=mask, other=0.0).to(tl.float32)
         up = tl.load(row + F + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        if bias is not None:
+            inside = (k < F) & grouped
+            gate, up = biased(gate, bias, k, inside), biased(up, bias, F + k, inside)
         if ALIGNED:
             cast_rows(gate, cached, cached_scale, m, k, tile, R, 2 * F, floor, POWER_OF_TWO)
             cast_rows(up, cached, cached_scale, m, F + k, h_tiles + tile, R, 2 * F, floor, POWER_OF_TWO)
-        product = gate * encode.sigmoid(gate) * up
+        product = activated(gate, up, LIMIT)
         if weights is not None:
             product *= weight_of(weights, m, R)[:, None]
         cast_rows(product, h, h_scale, m, k, tile, R, F, floor, POWER_OF_TWO)
     else:
         k -= h_tiles * encode.TILE
         value = tl.load(row + k[None, :], mask=(m < R)[:, None] & (k < 2 * F)[None, :], other=0.0).to(tl.float32)
+        if bias is not None:
+            value = biased(value, bias, k, (k < 2 * F) & grouped)
         cast_rows(value, cached, cached_scale, m, k, tile - h_tiles, R, 2 * F, floor, POWER_OF_TWO)
 
 
 @triton.jit(do_not_specialize=["R", "F", "quarter_m", "scale_stride_k"])
 def swiglu_columns_kernel(
     codes, scales, weights, columns, columns_scale, R, F, quarter_m, scale_stride_m, scale_stride_k, floor,
-    BLOCK_K: tl.constexpr, OWN: tl.constexpr,
+    LIMIT: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """FP8 rows [R, 2F] -> columns of h [F, R], scales powers of two. R and F in units of 16."""
     R, F = R * MULTIPLE, F * MULTIPLE
@@ -101,11 +113,13 @@ def swiglu_columns_kernel(
     k = first + tl.arange(0, BLOCK_K)
     gate_scale = load_factors(scales + scale_at(first, scale_stride_k), block, scale_stride_m, R, OWN)
     up_scale = load_factors(scales + scale_at(F + first, scale_stride_k), block, scale_stride_m, R, OWN)
-    if weights is not None:
+    if weights is not None and LIMIT is None:
         up_scale *= load_factors(weights, block, 1, R, OWN)
     gate = load_tokens(codes, block, k, quarter_m, R, F, OWN) * gate_scale
     up = load_tokens(codes + F, block, k, quarter_m, R, F, OWN) * up_scale
-    product = gate * encode.sigmoid(gate) * up
+    product = activated(gate, up, LIMIT)
+    if weights is not None and LIMIT is not None:  # (up + 1) takes no factor beforehand
+        product *= load_factors(weights, block, 1, R, OWN)
     cast_columns(product, columns, columns_scale, block, first, R, F, F, floor, True, OWN)
 
 
@@ -123,7 +137,7 @@ def decoded_row(codes, scales, m, k, tile, scale_stride_m, scale_stride_k, mask,
 @triton.jit
 def write_gradient_rows(
     dy, codes, scales, weights, rows, rows_scale, m, t, R, F, stride_dy, stride_m, scale_stride_m, scale_stride_k,
-    floor, POWER_OF_TWO: tl.constexpr, ALIGNED: tl.constexpr,
+    floor, POWER_OF_TWO: tl.constexpr, ALIGNED: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Tile t of d gate_up's rows m, ALIGNED: of d gate's and of d up's; returns its part of d weight [BLOCK_M]."""
     wide = t * encode.TILE + tl.arange(0, encode.TILE)  # a column of d gate_up
@@ -133,7 +147,7 @@ def write_gradient_rows(
     gate = decoded_row(here, scales, m, k, t, scale_stride_m, scale_stride_k, mask, R, ALIGNED)
     up = decoded_row(here, scales, m, F + k, F // encode.TILE + t, scale_stride_m, scale_stride_k, mask, R, ALIGNED)
     where = dy + m.to(tl.int64)[:, None] * stride_dy + k[None, :]
-    d_gate, d_up, d_weight = differentiate(gate, up, tl.load(where, mask=mask, other=0.0).to(tl.float32))
+    d_gate, d_up, d_weight = differentiate(gate, up, tl.load(where, mask=mask, other=0.0).to(tl.float32), LIMIT)
     if weights is not None:
         weight = weight_of(weights, m, R)[:, None]
         d_gate, d_up = d_gate * weight, d_up * weight
@@ -149,7 +163,7 @@ def write_gradient_rows(
 @triton.jit
 def write_gradient_columns(
     dy, codes, scales, weights, columns, columns_scale, block, first, R, F, quarter_dy, quarter_m, scale_stride_m,
-    scale_stride_k, floor, POWER_OF_TWO: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
+    scale_stride_k, floor, POWER_OF_TWO: tl.constexpr, LIMIT: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Columns of d gate and of d up, BLOCK_K each from `first` on, of a block of 128 tokens."""
     k = first + tl.arange(0, BLOCK_K)
@@ -160,7 +174,7 @@ def write_gradient_columns(
         gradient *= load_factors(weights, block, 1, R, OWN)
     gate = load_tokens(codes, block, k, quarter_m, R, F, OWN) * gate_scale
     up = load_tokens(codes + F, block, k, quarter_m, R, F, OWN) * up_scale
-    d_gate, d_up, _ = differentiate(gate, up, gradient)
+    d_gate, d_up, _ = differentiate(gate, up, gradient, LIMIT)
     cast_columns(d_gate, columns, columns_scale, block, first, R, 2 * F, F, floor, POWER_OF_TWO, OWN)
     cast_columns(d_up, columns, columns_scale, block, F + first, R, 2 * F, 2 * F, floor, POWER_OF_TWO, OWN)
 
@@ -169,7 +183,7 @@ def write_gradient_columns(
 def swiglu_backward_kernel(
     dy, codes, scales, weights, rows, rows_scale, columns, columns_scale, d_weights, R, F, tiles, stride_dy, stride_m,
     quarter_dy, quarter_m, scale_stride_m, scale_stride_k, floor, POWER_OF_TWO: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
+    LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """dy [R, F], FP8 rows [R, 2F] -> d gate_up as rows [R, 2F] and columns [2F, R], d weights [R].
 
@@ -188,19 +202,25 @@ def swiglu_backward_kernel(
         for t in range(start, tl.minimum(start + tiles, num_tiles)):
             total += write_gradient_rows(
                 dy, codes, scales, weights, rows, rows_scale, m, t, R, F, stride_dy, stride_m, scale_stride_m,
-                scale_stride_k, floor, POWER_OF_TWO, ALIGNED,
+                scale_stride_k, floor, POWER_OF_TWO, ALIGNED, LIMIT,
             )  # fmt: skip
         if weights is not None:
             tl.store(d_weights + m, total, mask=m < R)
     else:
         write_gradient_columns(
             dy, codes, scales, weights, columns, columns_scale, block, (i - row_programs) * BLOCK_K, R, F, quarter_dy,
-            quarter_m, scale_stride_m, scale_stride_k, floor, POWER_OF_TWO, BLOCK_K, OWN,
+            quarter_m, scale_stride_m, scale_stride_k, floor, POWER_OF_TWO, LIMIT, BLOCK_K, OWN,
         )  # fmt: skip
 
 
 def swiglu(
-    gate_up: Tensor, weights: Tensor | None = None, *, power_of_two: bool = False
+    gate_up: Tensor,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    *,
+    limit: float | None = None,
+    power_of_two: bool = False,
 ) -> tuple[Fp8Tensor, Fp8Tensor]:
     (r, both), device = gate_up.shape, gate_up.device
     f = both // 2
@@ -211,14 +231,15 @@ def swiglu(
         num_tiles = ceil_div(f, TILE) + (0 if aligned else ceil_div(both, TILE))
         launch(
             swiglu_kernel, (ceil_div(r, ROWS_BLOCK_M) * num_tiles,),
-            gate_up, _contiguous(weights), out.data, out.scale, cached.data, cached.scale, r, f // SIZE_MULTIPLE,
-            gate_up.stride(0), ACTIVATION_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned, BLOCK_M=ROWS_BLOCK_M,
-            num_warps=NUM_WARPS,
+            gate_up, _contiguous(weights), _contiguous(bias), _contiguous(group_offsets), out.data, out.scale,
+            cached.data, cached.scale, r, f // SIZE_MULTIPLE, gate_up.stride(0), ACTIVATION_AMAX_FLOOR,
+            POWER_OF_TWO=power_of_two, ALIGNED=aligned, LIMIT=limit, E=0 if bias is None else len(bias),
+            WIDTH=0 if bias is None else group_width(len(bias)), BLOCK_M=ROWS_BLOCK_M, num_warps=NUM_WARPS,
         )  # fmt: skip
     return out, cached
 
 
-def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None) -> Fp8Tensor:
+def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None, *, limit: float | None = None) -> Fp8Tensor:
     r, both = cached.shape
     f = both // 2
     columns = empty_columns(r, f, cached.device)
@@ -228,14 +249,19 @@ def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None) -> Fp8Tenso
         launch(
             swiglu_columns_kernel, (ceil_div(r, TILE) * ceil_div(f, block_k),),
             data, cached.scale, _contiguous(weights), columns.data, columns.scale, r // SIZE_MULTIPLE,
-            f // SIZE_MULTIPLE, quarter, *cached.scale.stride(), ACTIVATION_AMAX_FLOOR, BLOCK_K=block_k, OWN=own,
-            num_warps=NUM_WARPS,
+            f // SIZE_MULTIPLE, quarter, *cached.scale.stride(), ACTIVATION_AMAX_FLOOR, LIMIT=limit, BLOCK_K=block_k,
+            OWN=own, num_warps=NUM_WARPS,
         )  # fmt: skip
     return columns
 
 
 def swiglu_backward(
-    dy: Tensor, cached: Fp8Tensor, weights: Tensor | None = None, *, power_of_two: bool = False
+    dy: Tensor,
+    cached: Fp8Tensor,
+    weights: Tensor | None = None,
+    *,
+    limit: float | None = None,
+    power_of_two: bool = False,
 ) -> tuple[Fp8Tensor, Fp8Tensor, Tensor | None]:
     (r, both), device = cached.shape, dy.device
     f = both // 2
@@ -253,7 +279,8 @@ def swiglu_backward(
             dy, data, cached.scale, _contiguous(weights), rows.data, rows.scale, columns.data, columns.scale, d_weights,
             r // SIZE_MULTIPLE, f // SIZE_MULTIPLE, tiles, dy.stride(0), data.stride(0), quarter_dy, quarter,
             *cached.scale.stride(), GRADIENT_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned,
-            BLOCK_M=ROWS_BLOCK_M, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS, maxnreg=BACKWARD_REGISTERS,
+            LIMIT=limit, BLOCK_M=ROWS_BLOCK_M, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
+            maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
     elif d_weights is not None:
         d_weights.zero_()

@@ -36,6 +36,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gqa, one key head of three, full norms": {
         **{"kind": "gqa", "num_heads": 3, "num_kv_heads": 1, "head_dim": 32, "rope_dim": 32, "qk_norm": "full"}
     },
+    "gqa, windows in every other layer, sinks": {
+        **{"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rope_dim": 16},
+        **{"window": 6, "window_layers": "even", "sinks": True},
+    },
     "mha, clipped": {
         **{"kind": "gqa", "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "rope_dim": 16, "clip_qkv": 0.5}
     },

@@ -34,36 +34,49 @@ class Bounded(NamedTuple):
         assert not bool(far.any()), f"{int(far.sum())} of {x.numel()} values are beyond their bound"
 
 
-def sigmoid(gate: Tensor) -> Bounded:
-    """What `encode.sigmoid` promises."""
-    value = torch.sigmoid(gate)
-    return Bounded(value, value * (2 * ULP + (1 - value) * (2 * ULP + gate.abs() * ULP)) + TINY)
+def sigmoid(gate: Tensor, alpha: float = 1.0) -> Bounded:
+    """What `encode.sigmoid` promises; of alpha x gate, whose product and alpha are rounded first."""
+    x, steps = alpha * gate, 1 if alpha == 1 else 3
+    value = torch.sigmoid(x)
+    return Bounded(value, value * (2 * ULP + (1 - value) * (2 * ULP + steps * x.abs() * ULP)) + TINY)
 
 
-def activate(gate_up: Tensor, weights: Tensor | None) -> Bounded:
-    """silu(gate) * up * weight."""
+def clamped(gate_up: Tensor, limit: float | None) -> tuple[float, Tensor, Tensor]:
+    """(alpha, gate, what multiplies gate x sigmoid) in FP64: up, or with a limit the clamped up + 1."""
     gate, up = gate_up.double().chunk(2, dim=1)
-    sigma, other = sigmoid(gate), up * (1 if weights is None else weights.double()[:, None])
+    return (1.0, gate, up) if limit is None else (1.702, gate.clamp(max=limit), up.clamp(-limit, limit) + 1)
+
+
+def activate(gate_up: Tensor, weights: Tensor | None, limit: float | None = None) -> Bounded:
+    """silu(gate) * up * weight, or with a limit the clamped kind."""
+    alpha, gate, up = clamped(gate_up, limit)
+    sigma, other = sigmoid(gate, alpha), up * (1 if weights is None else weights.double()[:, None])
     error = (gate * other).abs() * (sigma.error + 4 * ULP * sigma.value) + LAST * (1 + other.abs())
     return Bounded(gate * other * sigma.value, error)
 
 
-def differentiate(gate_up: Tensor, dy: Tensor, weights: Tensor | None) -> tuple[Bounded, Bounded]:
+def differentiate(
+    gate_up: Tensor, dy: Tensor, weights: Tensor | None, limit: float | None = None
+) -> tuple[Bounded, Bounded]:
     """(d gate_up [R, 2F], d weights [R])."""
-    gate, up = gate_up.double().chunk(2, dim=1)
-    sigma = sigmoid(gate)
+    alpha, gate, up = clamped(gate_up, limit)
+    sigma = sigmoid(gate, alpha)
     weight = 1 if weights is None else weights.double()[:, None]
     upstream = Bounded(dy.double() * sigma.value, dy.double().abs() * (sigma.error + ULP * sigma.value) + LAST)
-    slope = 1 + gate * (1 - sigma.value)
-    slope_error = gate.abs() * (sigma.error + ULP) + ULP * (1 + slope.abs())
+    slope = 1 + alpha * gate * (1 - sigma.value)
+    slope_error = alpha * gate.abs() * (sigma.error + 2 * ULP) + ULP * (1 + slope.abs())
     d_gate = upstream.value * up * weight * slope
     d_gate_error = (up * weight).abs() * (upstream.error * slope.abs() + upstream.value.abs() * slope_error)
     d_up, d_up_error = upstream.value * gate * weight, upstream.error * (gate * weight).abs()
     grads = Bounded(torch.cat([d_gate, d_up], 1), torch.cat([d_gate_error, d_up_error], 1))
+    flows = torch.ones_like(gate_up, dtype=torch.float64)
+    if limit is not None:
+        flows = torch.cat([gate_up.chunk(2, 1)[0] <= limit, gate_up.chunk(2, 1)[1].abs() <= limit], 1).double()
     terms, term_error = upstream.value * gate * up, upstream.error * (gate * up).abs()
     whole = Bounded(terms.sum(1), (term_error + 16 * ULP * terms.abs()).sum(1))
     last = LAST * (1 + weight * (1 + slope.abs()))
-    return Bounded(grads.value, grads.error + 4 * ULP * grads.value.abs() + torch.cat([last, last], 1)), whole
+    error = grads.error + 4 * ULP * grads.value.abs() + torch.cat([last, last], 1)
+    return Bounded(grads.value * flows, error * flows), whole
 
 
 def assert_cast(q: Fp8Tensor, of: Bounded, amax_floor: float, power_of_two: bool) -> None:

@@ -21,6 +21,12 @@ ACTIVATIONS = (
     ("bf16 plain", torch.bfloat16, 256, False, False),
     ("bf16 F320", torch.bfloat16, 320, True, False),
 )
+# Clamped, with biases of experts, at sizes that are and are not multiples of 128: GPT-OSS has 2880.
+CLAMPED = (
+    ("clamped bf16 pow2", torch.bfloat16, 256, True, True),
+    ("clamped bf16 F320", torch.bfloat16, 320, True, False),
+)
+LIMIT = 7.0
 RECOMPUTED = ("bf16 fp32scale", "bf16 plain")  # what makes other columns of the cached copy
 UNCAST = (*RECOMPUTED, "fp32 fp32scale")  # what differs without casts
 
@@ -85,9 +91,37 @@ def activation_cases() -> Iterator[Case]:
             yield f"triton silu_mul {label}", partial(_there_and_back, plain, dy, gate_up, weights)
 
 
-def _there_and_back(ops: Any, dy: Tensor, gate_up: Tensor, weights: Tensor | None) -> None:
-    ops.silu_mul(gate_up, weights)
-    ops.silu_mul_backward(dy, gate_up, weights)
+def clamped_cases() -> Iterator[Case]:
+    """The same, clamped and with biases of experts; and the ops of those biases."""
+    fused = importlib.import_module("fp8moe.kernels.triton.swiglu")
+    plain = importlib.import_module("fp8moe.kernels.triton.silu_mul")
+    ops = importlib.import_module("fp8moe.kernels.triton.expert_bias")
+    r, groups = 4096, torch.zeros(GROUPS + 1, dtype=torch.int32)
+    for label, dtype, f, _, power_of_two in CLAMPED:
+        gate_up, dy, weights, cached = (
+            torch.empty(r, 2 * f, dtype=dtype), torch.empty(r, f, dtype=dtype), torch.empty(r), rows(r, 2 * f)
+        )  # fmt: skip
+        bias, kind = torch.empty(GROUPS, 2 * f, dtype=dtype), {"limit": LIMIT, "power_of_two": power_of_two}
+        yield f"triton swiglu {label}", partial(fused.swiglu, gate_up, weights, bias, groups, **kind)
+        yield f"triton swiglu_backward {label}", partial(fused.swiglu_backward, dy, cached, weights, **kind)
+        yield f"triton swiglu_columns {label}", partial(fused.swiglu_columns, cached, weights, limit=LIMIT)
+    back = partial(_there_and_back, plain, dy, gate_up, weights, limit=LIMIT)
+    yield "triton silu_mul clamped bf16", back
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        y, bias = torch.empty(r, 2880, dtype=dtype), torch.empty(GROUPS, 2880, dtype=dtype)
+        yield f"triton add_expert_bias {kind}", partial(ops.add_expert_bias, y, bias, groups, weights)
+        yield f"triton expert_bias_dgrad {kind}", partial(ops.expert_bias_dgrad, y, bias, groups, weights)
+        total = torch.empty(GROUPS, 2880)
+        yield f"triton expert_bias_wgrad {kind}", partial(ops.expert_bias_wgrad, y, groups, total, weights)
+    bias = bias.bfloat16()
+    yield "triton expert_bias_dgrad fp8", partial(ops.expert_bias_dgrad_fp8, rows(r, 2880), bias, groups, weights)
+    summed = partial(ops.expert_bias_wgrad_fp8, rows(2880, r), groups, total, weights)
+    yield "triton expert_bias_wgrad fp8", summed
+
+
+def _there_and_back(ops: Any, dy: Tensor, gate_up: Tensor, weights: Tensor | None, limit: float | None = None) -> None:
+    ops.silu_mul(gate_up, weights, limit=limit)
+    ops.silu_mul_backward(dy, gate_up, weights, limit=limit)
 
 
 def route_cases() -> Iterator[Case]:
@@ -178,6 +212,7 @@ def cases() -> Iterator[Case]:
     yield from update_cases()
     yield from loss_cases()
     yield from activation_cases()
+    yield from clamped_cases()
     yield from route_cases()
     yield from norm_cases()
     yield from rope_cases()

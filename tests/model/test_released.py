@@ -19,6 +19,7 @@ BILLIONS = {  # without MTP, as the released files hold them
     "qwen3_30b_a3b": 30.532,
     "glm45_air": 106.852,
     "olmoe_7b": 6.919,
+    "gpt_oss_20b": 20.915,
     "kimi_k2": 1026.408,
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR
 from tests.kernels.activation_bounds import activate, assert_cast, differentiate
-from tests.kernels.sm90_fused_cases import ACTIVATIONS, RECOMPUTED, UNCAST
+from tests.kernels.sm90_fused_cases import ACTIVATIONS, CLAMPED, LIMIT, RECOMPUTED, UNCAST
 from tests.ptx.launching import Machine, on_machine
 from tests.ptx.moving_cases import Case, assert_equal, ops
 
@@ -50,41 +50,68 @@ def forward(machine: Machine, dtype: torch.dtype, f: int, weighted: bool, power_
     assert torch.equal(got[0].scale.isfinite(), expected[0].scale.isfinite()), "another tile is not finite"
 
 
-def columns(machine: Machine, dtype: torch.dtype, f: int, weighted: bool) -> None:
+def columns(machine: Machine, dtype: torch.dtype, f: int, weighted: bool, limit: float | None = None) -> None:
     for shape in sizes(machine, f, (144, 80), (32, 64)):
         gate_up, _, weights = operands(*shape, dtype, weighted)
         cached = ops("reference", "swiglu").swiglu(gate_up)[1]
         with on_machine(machine):
-            found = ops("triton", "swiglu").swiglu_columns(cached, weights)
-        assert_cast(found, activate(cached.dequantize(), weights).t(), ACTIVATION_AMAX_FLOOR, True)
+            found = ops("triton", "swiglu").swiglu_columns(cached, weights, limit=limit)
+        assert_cast(found, activate(cached.dequantize(), weights, limit).t(), ACTIVATION_AMAX_FLOOR, True)
 
 
-def backward(machine: Machine, dtype: torch.dtype, f: int, weighted: bool, power_of_two: bool) -> None:
+def backward(
+    machine: Machine, dtype: torch.dtype, f: int, weighted: bool, power_of_two: bool, limit: float | None = None
+) -> None:
     for shape in sizes(machine, f, (144, 80), (16, 128)):
         gate_up, dy, weights = operands(*shape, dtype, weighted)
         cached = ops("reference", "swiglu").swiglu(gate_up)[1]
         with on_machine(machine):
             rows, by_columns, d_weights = ops("triton", "swiglu").swiglu_backward(
-                dy, cached, weights, power_of_two=power_of_two
+                dy, cached, weights, limit=limit, power_of_two=power_of_two
             )
-        grads, whole = differentiate(cached.dequantize(), dy, weights)
+        grads, whole = differentiate(cached.dequantize(), dy, weights, limit)
         assert_cast(rows, grads, GRADIENT_AMAX_FLOOR, power_of_two)
         assert_cast(by_columns, grads.t(), GRADIENT_AMAX_FLOOR, power_of_two)
         if weighted:
             whole.assert_contains(d_weights)
 
 
-def unquantized(machine: Machine, dtype: torch.dtype, f: int, weighted: bool) -> None:
+def unquantized(machine: Machine, dtype: torch.dtype, f: int, weighted: bool, limit: float | None = None) -> None:
     for shape in sizes(machine, f, (9, 80), (3, 600)):
         gate_up, dy, weights = operands(*shape, dtype, weighted)
         with on_machine(machine):
-            product = ops("triton", "silu_mul").silu_mul(gate_up, weights)
-            found, d_weights = ops("triton", "silu_mul").silu_mul_backward(dy, gate_up, weights)
-        activate(gate_up, weights).assert_contains(product)
-        grads, whole = differentiate(gate_up, dy, weights)
+            product = ops("triton", "silu_mul").silu_mul(gate_up, weights, limit=limit)
+            found, d_weights = ops("triton", "silu_mul").silu_mul_backward(dy, gate_up, weights, limit=limit)
+        activate(gate_up, weights, limit).assert_contains(product)
+        grads, whole = differentiate(gate_up, dy, weights, limit)
         grads.assert_contains(found)
         if weighted:
             whole.assert_contains(d_weights)
+
+
+def biased_forward(machine: Machine, dtype: torch.dtype, f: int, weighted: bool, power_of_two: bool) -> None:
+    """Clamped, with a bias of each expert: one has no rows, and the last rows are of none."""
+    for r, wide in sizes(machine, f, (152, 80), (136, 128)):
+        gate_up, _, weights = operands(r, wide, dtype, weighted)
+        bias, groups = torch.randn(3, 2 * wide).to(dtype), torch.tensor([0, 0, 128, 128], dtype=torch.int32)
+        with on_machine(machine):
+            hidden, cached = ops("triton", "swiglu").swiglu(
+                gate_up, weights, bias, groups, limit=LIMIT, power_of_two=power_of_two
+            )
+        values = gate_up.float()
+        values[:128] += bias[1].float()
+        assert_equal(cached, ops("reference", "quantize").quantize_rows(values, power_of_two=power_of_two))
+        assert_cast(hidden, activate(values, weights, LIMIT), ACTIVATION_AMAX_FLOOR, power_of_two)
+
+
+def clamped_cases() -> Iterator[Case]:
+    """The clamped kind of every kernel, forward with biases."""
+    for label, dtype, f, weighted, power_of_two in CLAMPED:
+        kind = {"dtype": dtype, "f": f, "weighted": weighted}
+        yield f"triton swiglu {label}", partial(biased_forward, power_of_two=power_of_two, **kind)
+        yield f"triton swiglu_backward {label}", partial(backward, power_of_two=power_of_two, limit=LIMIT, **kind)
+        yield f"triton swiglu_columns {label}", partial(columns, limit=LIMIT, **kind)
+    yield "triton silu_mul clamped bf16", partial(unquantized, limit=LIMIT, **kind)
 
 
 def cases() -> Iterator[Case]:
@@ -97,3 +124,4 @@ def cases() -> Iterator[Case]:
             yield f"triton swiglu_columns {label}", partial(columns, **kind)
         if label in UNCAST:
             yield f"triton silu_mul {label}", partial(unquantized, **kind)
+    yield from clamped_cases()

@@ -185,7 +185,7 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Op, list[int]]:
         return _apply(function, target, sources, natural), [target]
     if kind in ("bf16", "bf16x2"):
         width = np.uint16 if kind == "bf16" else np.uint32
-        return _apply(bf16_pair(name, kind), target, [decoder.read(x, width) for x in o[1:]], natural), [target]
+        return _apply(bf16_pair(name, parts), target, [decoder.read(x, width) for x in o[1:]], natural), [target]
     return _apply(*_typed(decoder, parts, target, o[1:]), natural), [target]
 
 

@@ -59,11 +59,13 @@ def _pair(high: np.ndarray, low: np.ndarray, bits: int) -> np.ndarray:
     return (high.astype(dtype) << dtype(bits)) | low.astype(dtype)
 
 
-def bf16_pair(name: str, kind: str) -> Any:
+def bf16_pair(name: str, parts: list[str]) -> Any:
     """Arithmetic on BF16 or pairs of it: FP32 has more than twice the bits, so that rounding its result rounds once."""
-    table = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    table, kind = {"add": np.add, "sub": np.subtract, "mul": np.multiply}, parts[-1]
+    if "NaN" in parts:
+        table = {"min": np.minimum, "max": np.maximum}
     if name not in table:
-        raise Unsupported(f"{name}.{kind} is not known")
+        raise Unsupported(f"{'.'.join(parts)} is not known")
 
     def one(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return bf16_of(table[name](f32_of_bf16(a), f32_of_bf16(b)))

@@ -34,6 +34,7 @@ from triton.runtime import driver
 from tests.kernels.sm90 import Pretender
 from tests.ptx import (
     activation_cases,
+    bias_cases,
     loss_cases,
     moving_cases,
     norm_cases,
@@ -54,7 +55,7 @@ def prepare() -> None:
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
 
 
-CASES = (moving_cases, activation_cases, norm_cases, route_cases, product_cases, loss_cases, update_cases)
+CASES = (moving_cases, activation_cases, bias_cases, norm_cases, route_cases, product_cases, loss_cases, update_cases)
 
 
 def all_cases() -> dict[str, Any]:

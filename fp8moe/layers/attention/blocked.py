@@ -1,20 +1,21 @@
-"""Causal attention on a CPU for values narrower than keys: softmax(scale q k^T) v by blocks of queries.
+"""Causal attention on a CPU by blocks of queries: values narrower than keys, sinks, windows, documents.
 
-PyTorch's fused CPU kernel takes equal heads only; for others it goes through FP32 as a whole, keeps every score, and
-computes those of the future as well. Here a block of queries meets the keys up to its own end, and the backward makes
-the probabilities again: nothing but q, k, v is kept. Refused: values padded to the width of the keys for the fused
-kernel, which at 256 tokens is as slow as what it replaces.
+PyTorch's fused CPU kernel takes equal heads only, and no sinks; for other heads it goes through FP32 as a whole, keeps
+every score, and computes those of the future as well. Here a block of queries meets the keys up to its own end, from
+the first that its window shows, and the backward makes the probabilities again: nothing but q, k, v is kept. Refused:
+values padded to the width of the keys for the fused kernel, which at 256 tokens is as slow as what it replaces.
 
 Numerics, those of the fused kernels on GPUs: scores, softmax and the gradient of scores in FP32; probabilities and the
 gradient of scores are rounded to the dtype of v where they enter a product; each output is one product with FP32 sums,
 rounded once. In FP32 nothing is rounded.
 
 Legend: B sequences, S tokens of a sequence, H heads, G of B x H heads at a time, d features of a query or key, V of a
-value.
+value, J heads of keys and values.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,41 +27,106 @@ _QUERIES = 64  # of a block
 _SCORES = 1 << 18  # of a pass: 1 MiB of FP32, which stays in a core's cache
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: None = None) -> Tensor:
-    """q, k [B, S, H, d], v [B, S, H, V] of one dtype -> [B, S, H, V]; causal, of one sequence length."""
-    assert mask is None and q.shape == k.shape, (mask, q.shape, k.shape)
-    return _BlockedAttention.apply(q, k, v, scale)
+def blocked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask_BSS: Tensor | None = None,
+    *,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q [B, S, H, d], k [B, S, J, d], v [B, S, J, V] of one dtype -> [B, S, H, V]; causal, of one sequence length.
+
+    J divides H. mask_BSS: true where a query may look, causality included. window: tokens that a query sees, itself
+    included. sinks: FP32 [H], a logit more in each query's softmax, without a value.
+    """
+    if k.shape[2] != q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    assert q.shape == k.shape, (q.shape, k.shape)
+    return _BlockedAttention.apply(q, k, v, sinks, scale, mask_BSS, window)
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """What a query's softmax is over: keys that its sequence's mask and its window show, and maybe its head's sink."""
+
+    num_heads: int
+    mask_BSS: Tensor | None
+    window: int | None
+    sinks: Tensor | None
+
+    def past(self, block: slice) -> slice:
+        """The keys that some query of `block` sees."""
+        return slice(0 if self.window is None else max(0, block.start - self.window + 1), block.stop)
+
+    def probabilities(self, queries: Tensor, keys: Tensor, heads: slice, block: slice) -> tuple[Tensor, Tensor | None]:
+        """Softmax of FP32 scores, [G, block, past], and the sink's share [G, block]."""
+        scores, past = torch.bmm(queries, keys.mT), self.past(block)
+        if self.mask_BSS is None and self.window is None:
+            size = block.stop - block.start
+            scores[:, :, block] += torch.full((size, size), float("-inf"), device=scores.device).triu_(1)
+        else:
+            scores.masked_fill_(self._hidden(len(queries), heads, block, past), float("-inf"))
+        if self.sinks is None:
+            return torch.softmax(scores, -1, out=scores), None
+        sinks_G = self.sinks[torch.arange(heads.start, heads.start + len(queries)) % self.num_heads]
+        both = torch.cat([scores, sinks_G[:, None, None].expand(*scores.shape[:2], 1)], -1).softmax(-1)
+        return both[..., :-1], both[..., -1]
+
+    def _hidden(self, num: int, heads: slice, block: slice, past: slice) -> Tensor:
+        """True where a query may not look, [1 or G, block, past]."""
+        query, key = torch.arange(block.start, block.stop)[:, None], torch.arange(past.start, past.stop)
+        hidden = (key > query)[None]
+        if self.window is not None:
+            hidden = hidden | (key <= query - self.window)
+        if self.mask_BSS is None:
+            return hidden
+        return hidden | ~self.mask_BSS[torch.arange(heads.start, heads.start + num) // self.num_heads, block, past]
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, mask_BSS: Tensor | None,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v)
-        ctx.scale = scale
+        ctx.scale, ctx.softmax = (
+            scale,
+            _Softmax(q.shape[2], mask_BSS, window, None if sinks is None else sinks.detach()),
+        )
         values = _heads_first(v)
         queries, keys = _heads_first(q).float() * scale, _heads_first(k).float()
         out = torch.empty_like(values)
         for heads in _groups(values):
             for block in _blocks(q.shape[1]):
-                p = _probabilities(queries[heads, block], keys[heads, : block.stop], block)
-                out[heads, block] = product(p.to(v.dtype), values[heads, : block.stop])
+                past = ctx.softmax.past(block)
+                p, _ = ctx.softmax.probabilities(queries[heads, block], keys[heads, past], heads, block)
+                out[heads, block] = product(p.to(v.dtype), values[heads, past])
         return _heads_back(out, v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = (_heads_first(x) for x in ctx.saved_tensors)
-        dy = _heads_first(grads[0])
+        dy, softmax = _heads_first(grads[0]), ctx.softmax
         queries, keys, values, gradients = q.float() * ctx.scale, k.float(), v.float(), dy.float()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        d_sinks = v.new_zeros(len(v), dtype=torch.float32)
         seq_len = q.shape[1]
         for heads in _groups(v):
-            p_GSS = v.new_empty(len(q[heads]), seq_len, seq_len)  # the future is neither written nor read
-            d_scores_GSS = torch.empty_like(p_GSS)
+            # Of the future nothing is written or read; what a window hides is read as zero.
+            make = v.new_empty if softmax.window is None else v.new_zeros
+            p_GSS = make(len(q[heads]), seq_len, seq_len)
+            d_scores_GSS = make(p_GSS.shape)
             for block in _blocks(seq_len):
-                past = slice(0, block.stop)
-                p = _probabilities(queries[heads, block], keys[heads, past], block)
+                past = softmax.past(block)
+                p, sink = softmax.probabilities(queries[heads, block], keys[heads, past], heads, block)
                 dp = torch.bmm(gradients[heads, block], values[heads, past].mT)
                 p_GSS[:, block, past] = p
+                if sink is not None:
+                    d_sinks[heads] -= (sink * (p * dp).sum(-1)).sum(-1)
                 d_scores = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32)
                 d_scores_GSS[:, block, past] = d_scores.mul_(ctx.scale)
                 dq[heads, block] = product(d_scores_GSS[:, block, past], k[heads, past])
@@ -68,15 +134,9 @@ class _BlockedAttention(torch.autograd.Function):
                 later = slice(block.start, None)
                 dk[heads, block] = product(d_scores_GSS[:, later, block].mT, q[heads, later])
                 dv[heads, block] = product(p_GSS[:, later, block].mT, dy[heads, later])
-        return *(_heads_back(x, like) for x, like in zip((dq, dk, dv), ctx.saved_tensors, strict=True)), None
-
-
-def _probabilities(queries: Tensor, keys: Tensor, block: slice) -> Tensor:
-    """Softmax of FP32 scores, [G, block, keys up to its end]."""
-    scores = torch.bmm(queries, keys.mT)
-    size = block.stop - block.start
-    scores[:, :, block] += torch.full((size, size), float("-inf"), device=scores.device).triu_(1)
-    return torch.softmax(scores, -1, out=scores)
+        back = (_heads_back(x, like) for x, like in zip((dq, dk, dv), ctx.saved_tensors, strict=True))
+        by_head = None if softmax.sinks is None else d_sinks.unflatten(0, (-1, softmax.num_heads)).sum(0)
+        return *back, by_head, None, None, None
 
 
 def _blocks(seq_len: int) -> list[slice]:

@@ -8,6 +8,10 @@ beside 128 of values in DeepSeek-V3) is asked of PyTorch itself, which knows its
 Documents: FlexAttention skips blocks of scores between documents; the others read a dense mask, and flash-attn 4 has
 none. FlexAttention was refused for plain causal heads: cuDNN is faster there. It has no backward on a CPU, where heads
 that PyTorch's fused kernel doesn't take go by blocks of queries (`blocked`).
+
+Windows: FlexAttention skips what lies outside, flash-attn 4 and `blocked` take the number, the others read a dense
+mask. Sinks need the log-sum-exp of the scores and its gradient (`sinks`): FlexAttention's on a GPU; `blocked` has them
+inside. flash-attn 4 takes sinks without a gradient, PyTorch's fused kernels none.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ ORDER = {
     ("cuda", False): ("cudnn", "flash", "efficient", "sdpa"),
     ("cuda", True): ("flex", "cudnn", "efficient", "sdpa"),
 }
+WITH_SINKS = {"cpu": ("blocked",), "cuda": ("flex",)}
 HOPPER = (9, 0)
 
 
@@ -46,7 +51,8 @@ HOPPER = (9, 0)
 class Heads:
     """Heads of attention: features of a query or key, and of a value; their dtype; whether documents are masked.
 
-    group: query heads that share a head of keys and values.
+    group: query heads that share a head of keys and values. window: some layers' queries see so many tokens at most.
+    sinks: a logit more in each softmax.
     """
 
     qk_dim: int
@@ -54,11 +60,19 @@ class Heads:
     dtype: torch.dtype
     masked: bool
     group: int = 1
+    window: int | None = None
+    sinks: bool = False
+
+    @property
+    def banded(self) -> bool:
+        """Whether scores are masked beyond causality."""
+        return self.masked or self.window is not None
 
     def __str__(self) -> str:
         mask = "masked by documents" if self.masked else "causal"
         shared = "" if self.group == 1 else f", {self.group} queries a key"
-        return f"{self.qk_dim}/{self.v_dim} heads{shared}, {mask}"
+        window = "" if self.window is None else f", windows of {self.window}"
+        return f"{self.qk_dim}/{self.v_dim} heads{shared}, {mask}{window}{', with sinks' if self.sinks else ''}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel by its name in `core.BACKENDS`; saves_output: its backward reads its output, on this device."""
+    """A kernel by its name in `core.BACKENDS`; saves_output: its backward reads what `attend` returns, there."""
 
     kernel: str
     saves_output: bool
@@ -82,9 +96,13 @@ class Choice:
 
 def why_not(kernel: str, heads: Heads, machine: Machine) -> str | None:
     """Why `kernel` can't run these heads there, as the middle of a sentence; None where it can."""
+    if heads.sinks and kernel not in ("blocked", "flex"):
+        return "it gives no gradient of sinks" if kernel == "flash" else "it takes no sinks"
     if kernel == "sdpa":
         return None
     if kernel == "blocked":
+        if heads.sinks and machine.kind == "cpu":
+            return None
         if machine.kind != "cpu" or heads.masked:
             return "it is for a CPU" if machine.kind != "cpu" else "it supports no document mask"
         if heads.group > 1:
@@ -108,7 +126,13 @@ def why_not(kernel: str, heads: Heads, machine: Machine) -> str | None:
 def choose(setting: str, heads: Heads, machine: Machine) -> str:
     """The kernel that `model.attention.backend=setting` means. Raises ValueError for one that can't run there."""
     if setting == AUTO:
-        return next(kernel for kernel in ORDER[machine.kind, heads.masked] if why_not(kernel, heads, machine) is None)
+        order = WITH_SINKS[machine.kind] if heads.sinks else ORDER[machine.kind, heads.banded]
+        reasons = {kernel: why_not(kernel, heads, machine) for kernel in order}
+        runs = next((kernel for kernel, reason in reasons.items() if reason is None), None)
+        if runs is None:
+            told = "; ".join(f"{LABELS[kernel]}: {reason}" for kernel, reason in reasons.items())
+            raise ValueError(f"model.attention.backend=auto finds no kernel for {heads} ({told}): install triton")
+        return runs
     reason = why_not(setting, heads, machine)
     if reason is not None:
         nearest = choose(AUTO, heads, machine)
@@ -127,7 +151,7 @@ def chosen(setting: str, heads: Heads, device: torch.device) -> Choice:
     kernel = choose(setting, heads, machine)
     where = " on a CPU" if machine.kind == "cpu" else ""
     logger.info("attention: %s%s for %s (model.attention.backend=%s)", LABELS[kernel], where, heads, setting)
-    return Choice(kernel, machine.kind == "cuda" and kernel != "sdpa")
+    return Choice(kernel, machine.kind == "cuda" and kernel != "sdpa" and not heads.sinks)
 
 
 def machine_of(device: torch.device, heads: Heads) -> Machine:
@@ -150,13 +174,13 @@ def _fused(device: torch.device, heads: Heads) -> frozenset[str]:
         made = torch.empty(1, 128, 2 * heads_a_key, features, dtype=heads.dtype, device=device, requires_grad=True)
         return made.transpose(1, 2)
 
-    mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device) if heads.masked else None
+    mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device) if heads.banded else None
     asked: dict[str, Callable[..., bool]] = {
         "cudnn": torch.backends.cuda.can_use_cudnn_attention,
         "efficient": torch.backends.cuda.can_use_efficient_attention,
     }
     q, k, v = small(heads.qk_dim, heads.group), small(heads.qk_dim), small(heads.v_dim)
-    params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, not heads.masked, heads.group > 1)
+    params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, not heads.banded, heads.group > 1)
     return frozenset(name for name, can_use in asked.items() if can_use(params))
 
 

@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ from fp8moe.kernels.fp8 import E5m6Tensor
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.attention.blocked import blocked_attention
 from fp8moe.layers.attention.cache import CachedForward
+from fp8moe.layers.attention.masks import causal_blocks, document_mask, window_mask
+from fp8moe.layers.attention.sinks import with_sinks
 from fp8moe.layers.operand import Activation, Operand
 from fp8moe.layers.recompute import SavedTensor
 from fp8moe.limits import Range, check_fields
@@ -49,7 +51,8 @@ class YarnConfig:
 
     `factor` is s = new length / original length; `beta_slow`, `beta_fast` (the paper's alpha and beta) bound the ramp
     between interpolated and untouched frequencies. The softmax scale is multiplied by (0.1 * mscale_all * ln s + 1)^2,
-    the rotation's amplitude by the ratio of that term for `mscale` and for `mscale_all`.
+    the rotation's amplitude by the ratio of that term for `mscale` and for `mscale_all`. truncate: the ramp begins and
+    ends at whole pairs; false (GPT-OSS) leaves its ends where the rotations say.
     """
 
     factor: float = 40.0
@@ -58,6 +61,7 @@ class YarnConfig:
     beta_fast: float = 32.0
     mscale: float = 1.0
     mscale_all: float = 1.0
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         check_fields(
@@ -97,8 +101,8 @@ class YarnConfig:
 class Positions:
     """Where tokens stand: rotations [T, rope_dim/2], and the documents they belong to where those are masked.
 
-    A mask is made when the chosen kernel first asks for it, once for all layers. cached: caches that the tokens are
-    written to and attend to (`cache`); None in training.
+    A mask is made when the chosen kernel first asks for it, once for all layers of one window. cached: caches that the
+    tokens are written to and attend to (`cache`); None in training.
     """
 
     num_sequences: int
@@ -113,23 +117,31 @@ class Positions:
         return None if self.documents_BS is None else document_mask(self.documents_BS)
 
     @functools.cached_property
-    def block_mask(self) -> BlockMask:
+    def _by_window(self) -> dict[tuple[str, int | None], Any]:
+        return {}
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return self.cos.shape[0] // self.num_sequences
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """`mask_BSS` of a layer whose queries see `window` tokens; [1, S, S] without documents."""
+        if window is None or window >= self.seq_len:
+            return self.mask_BSS
+        key = ("mask", window)
+        if key not in self._by_window:
+            seen = window_mask(self.seq_len, window, self.cos.device)[None]
+            self._by_window[key] = seen if self.mask_BSS is None else seen & self.mask_BSS
+        made: Tensor = self._by_window[key]
+        return made
+
+    def blocks(self, window: int | None) -> BlockMask:
         """The same for FlexAttention: which blocks of scores hold anything."""
-        documents_BS = self.documents_BS
-        if documents_BS is None:
-            return causal_blocks(self.cos.shape[0] // self.num_sequences, self.cos.device)
-
-        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
-
-        return block_mask(seen, documents_BS.shape, documents_BS.device)
-
-
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """Bool [B, S, S]: a token sees itself and what came before it in the same document."""
-    seq_len = documents_BS.shape[1]
-    same = documents_BS[:, :, None] == documents_BS[:, None, :]
-    return same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=documents_BS.device).tril()
+        key = ("blocks", None if window is None or window >= self.seq_len else window)
+        if key not in self._by_window:
+            self._by_window[key] = causal_blocks(self.seq_len, self.cos.device, key[1], self.documents_BS)
+        return self._by_window[key]
 
 
 def inverse_frequencies(dim: int, theta: float) -> Tensor:
@@ -147,8 +159,9 @@ def yarn_frequencies(dim: int, theta: float, yarn: YarnConfig) -> Tensor:
     def pair_that_turns(rotations: float) -> float:
         return dim * math.log(yarn.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    last = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
+    begins, ends = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    first = max(math.floor(begins) if yarn.truncate else begins, 0)
+    last = min(math.ceil(ends) if yarn.truncate else ends, dim - 1)
     width = max(last - first, 1e-3)  # both ends on one pair: a step instead of a ramp
     slowed = ((torch.arange(dim // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
     kept = inverse_frequencies(dim, theta)
@@ -162,20 +175,6 @@ def rotation(positions_T: Tensor, dim: int, theta: float, yarn: YarnConfig | Non
     amplitude = 1.0 if yarn is None else yarn.amplitude
     angles = positions_T.float()[:, None] * frequencies
     return angles.cos() * amplitude, angles.sin() * amplitude
-
-
-def causal_blocks(seq_len: int, device: torch.device) -> BlockMask:
-    """The causal mask of FlexAttention."""
-    return block_mask(lambda b, h, q, k: q >= k, (None, seq_len), device)
-
-
-def block_mask(seen: Callable[..., Tensor], shape: Sequence[int | None], device: torch.device) -> BlockMask:
-    """Blocks of FlexAttention for B sequences (None: one mask for all) of S tokens, by what a query may see."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    num_sequences, seq_len = shape
-    assert seq_len is not None
-    return create_block_mask(seen, num_sequences, None, seq_len, seq_len, device=device)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
@@ -194,23 +193,30 @@ def _pinned(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, 
         return _sdpa(q, k, v, scale, mask_BSS)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: None, *, window: int | None = None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by flash-attn 4, whose Hopper kernels take 192/128 heads."""
     from flash_attn.cute import flash_attn_func
 
-    out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    band = {} if window is None else {"window_size": (window - 1, 0)}
+    out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, **band)
     return out[0] if isinstance(out, tuple) else out
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: BlockMask) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: BlockMask, *, sinks: Tensor | None = None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by FlexAttention, compiled: as it is written it would keep every score."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    flex = functools.partial(_compiled_flex_attention(), block_mask=blocks, scale=scale)
     grouped = q.shape[1] != k.shape[1]
-    return _compiled_flex_attention()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    if sinks is None:
+        return flex(q, k, v, enable_gqa=grouped).transpose(1, 2)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, returned = flex(q, k, v, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+    return with_sinks(out.transpose(1, 2), returned.lse.transpose(1, 2), sinks)
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
@@ -227,13 +233,29 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Positions) -> Tensor:
+def attend(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    positions: Positions,
+    *,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """softmax(scale q k^T) v of q [B, S, H, d], k [B, S, G, d], v [B, S, G, V] -> [B, S, H, V].
 
-    kernel: one of `BACKENDS`. G divides H: a head of keys and values serves H / G query heads, one after the other.
+    kernel: one of `BACKENDS` that takes what is asked (`choice`). G divides H: a head of keys and values serves H / G
+    query heads, one after the other. window: tokens that a query sees, itself included. sinks: FP32 [H], a logit more
+    in the softmax of each head, without a value.
     """
-    mask = positions.block_mask if kernel == "flex" else positions.mask_BSS
-    return BACKENDS[kernel](q, k, v, scale, mask)
+    by_number = kernel in ("blocked", "flash")  # they take the window itself, others a mask
+    mask = positions.blocks(window) if kernel == "flex" else positions.mask(None if by_number else window)
+    options: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+    if by_number and window is not None and window < positions.seq_len:
+        options["window"] = window
+    return BACKENDS[kernel](q, k, v, scale, mask, **options)
 
 
 def keep_in_e5m6(

@@ -28,6 +28,7 @@ from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_c
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
 from fp8moe.layers.attention.rotary import rotated_queries
+from fp8moe.layers.attention.sinks import make_sinks, widened
 from fp8moe.layers.bias import add_bias, make_bias
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
@@ -139,8 +140,8 @@ class GqaConfig:
         """Bytes a token that one layer keeps for its backward, beside its input.
 
         Always attention's output (E5M6 under FP8) and its log-sum-exp. With norms also what they norm and the 1/rms of
-        each row; with clipping what is clipped. Without recomputation also q, k, v; values that lie in a product which
-        a norm over all heads keeps live on.
+        each row; with clipping what is clipped; with sinks what they multiply, and by what. Without recomputation also
+        q, k, v; values that lie in a product which a norm over all heads keeps live on.
         """
         wide = recipe.dtype.itemsize
         saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
@@ -149,6 +150,8 @@ class GqaConfig:
             total += wide * (self.queries + 2 * self.keys)
         elif self.qk_norm == "full" and self.clip_qkv is None:
             total += wide * self.keys
+        if self.sinks:
+            total += wide * self.queries + 4 * self.num_heads
         if self.qk_norm != "none":
             total += wide * (self.queries + self.keys)
             total += 4 * (self.num_heads + self.num_kv_heads if self.qk_norm == "head" else 2)
@@ -161,28 +164,27 @@ class GqaConfig:
         cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)
         return Positions(len(positions_BS), cos, sin, documents_BS)
 
-    def heads(self, recipe: Recipe, *, masked: bool) -> Heads:
-        """What attention's kernels must take; masked: documents are kept apart."""
-        return Heads(self.head_dim, self.head_dim, recipe.dtype, masked, self.num_heads // self.num_kv_heads)
+    def heads(self, recipe: Recipe, *, masked: bool, layer: int | None = None) -> Heads:
+        """What attention's kernels must take in block number `layer` (None: in one of those with a window, if any are).
+
+        masked: documents are kept apart.
+        """
+        window = self.window if layer is None else self.window_of(layer)
+        group = self.num_heads // self.num_kv_heads
+        return Heads(self.head_dim, self.head_dim, recipe.dtype, masked, group, window, self.sinks)
 
     def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> GroupedQueryAttention:
-        """The layer of block number `layer`, in a model of `dim` features. ValueError for what no kernel computes."""
-        for name in ("window", "sinks"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"model.attention.{name}={getattr(self, name)} is computed by none of attention's kernels: "
-                    f"use {'null' if name == 'window' else 'false'}"
-                )
-        return GroupedQueryAttention(self, dim, recipe, norm_eps=norm_eps)
+        """The layer of block number `layer`, in a model of `dim` features."""
+        return GroupedQueryAttention(self, dim, recipe, norm_eps=norm_eps, layer=layer)
 
 
 class GroupedQueryAttention(nn.Module):
     """x [T, D] -> [T, D]."""
 
-    def __init__(self, config: GqaConfig, dim: int, recipe: Recipe, *, norm_eps: float) -> None:
+    def __init__(self, config: GqaConfig, dim: int, recipe: Recipe, *, norm_eps: float, layer: int = 0) -> None:
         super().__init__()
         c = self.config = config
-        self.recipe = recipe
+        self.recipe, self.layer, self.window = recipe, layer, config.window_of(layer)
         rows = (c.queries, c.keys, c.keys)
         self.qkv = Linear(dim, sum(rows), recipe, matrix_rows=rows)
         self.qkv_bias = make_bias(sum(rows), recipe) if c.qkv_bias else None
@@ -191,8 +193,9 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(widths[1], recipe, eps=norm_eps) if widths else None
         self.o = Linear(c.queries, dim, recipe)
         self.o_bias = make_bias(dim, recipe) if c.o_bias else None
+        self.sinks = make_sinks(c.num_heads, recipe) if c.sinks else None
         if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward
-            heads = c.heads(recipe, masked=False)
+            heads = c.heads(recipe, masked=False, layer=layer)
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
@@ -201,13 +204,15 @@ class GroupedQueryAttention(nn.Module):
         if self.qkv_bias is not None:
             qkv_TN = add_bias(qkv_TN, self.qkv_bias)
         qkv = self._heads(qkv_TN, positions)
+        sinks = None if self.sinks is None else widened(self.sinks)
         if positions.cached is not None:
             self._keep(positions.cached, *qkv[1:])
             if not positions.cached.is_first:
-                return self._output(self._attend_to_cache(qkv[0], positions.cached))
-        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents_BS is not None), qkv_TN.device)
+                return self._output(self._attend_to_cache(qkv[0], positions.cached, sinks))
+        heads = c.heads(self.recipe, masked=positions.documents_BS is not None, layer=self.layer)
+        choice = chosen(c.backend, heads, qkv_TN.device)
         with capture_saved() as captured:
-            out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
+            out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)
         if Recompute.MLA_UP in self.recipe.recompute:
             recompute_saved(captured, qkv, self._heads_again(x, positions))
         return self._output(out, captured, saves_output=choice.saves_output)
@@ -241,18 +246,17 @@ class GroupedQueryAttention(nn.Module):
 
     def new_cache(self, rows: int, length: int) -> LayerCache:
         """A cache of `rows` sequences of at most `length` tokens: keys and values of every key head."""
-        c = self.config
-        assert c.window is None and not c.sinks, "`build` refuses them; attend_to_cache takes both"
-        return LayerCache(rows, length, 2 * c.keys, self.o.weight.detach())
+        return LayerCache(rows, length, 2 * self.config.keys, self.o.weight.detach())
 
     def _keep(self, cached: CachedForward, k: Tensor, v: Tensor) -> None:
         """Write the keys and values of the new tokens."""
         cached.write(self, torch.stack([k, v], dim=2).flatten(2).flatten(0, 1))
 
-    def _attend_to_cache(self, q: Tensor, cached: CachedForward) -> Tensor:
+    def _attend_to_cache(self, q: Tensor, cached: CachedForward, sinks: Tensor | None) -> Tensor:
         """Attention of new tokens' q [B, S, H, d] to the cache."""
         keys, values = cached.read(self).unflatten(-1, (2, self.config.num_kv_heads, -1)).unbind(2)
-        return attend_to_cache(q, keys, values, self.config.softmax_scale, cached.mask_BSL)
+        mask_BSL = cached.window_mask_BSL(self.window)
+        return attend_to_cache(q, keys, values, self.config.softmax_scale, mask_BSL, sinks)
 
     def _heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """The same from the layer's input, recast or recalled: casts and products repeated, without autograd."""

@@ -17,7 +17,7 @@ import torch
 
 from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
 from fp8moe.kernels.segments import Segments
-from fp8moe.layers.linear import QuantizedWeight
+from fp8moe.layers.linear import QuantizedWeight, decays
 from fp8moe.train.optimizer.config import OptimizerConfig
 from fp8moe.train.optimizer.state import Moment, Shard
 
@@ -35,7 +35,7 @@ class AdamWUpdate:
         self.tensors = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
         apart = {id(module.weight) for module in quantized}
         spans = [span for span in shard.spans if id(span.parameter) not in apart]
-        segments = [(s.start - shard.start, s.stop - shard.start, s.parameter.ndim >= 2) for s in spans]
+        segments = [(s.start - shard.start, s.stop - shard.start, decays(s.parameter)) for s in spans]
         self._segments = Segments.of(segments, shard.master.device)
 
     def step(self, at: Moment) -> None:

@@ -33,7 +33,7 @@ from torch.nn import Parameter
 
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.squared_norm import squared_norm
-from fp8moe.layers.linear import MainGrads, is_expert, main_grad_of, quantize_weights
+from fp8moe.layers.linear import MainGrads, decays, is_expert, main_grad_of, quantize_weights
 from fp8moe.parallel import hang
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.gradients import BUCKET
@@ -204,10 +204,10 @@ def _parameter_groups(named: Mapping[str, Parameter], weight_decay: float) -> li
     """torch's groups of parameters that share dtype, decay and replicas; experts are marked as DeepSpeed needs it."""
     groups: dict[tuple[bool, bool, torch.dtype], dict[str, Any]] = {}
     for parameter in named.values():
-        expert, decays = is_expert(parameter), parameter.ndim >= 2
+        expert, shrinks = is_expert(parameter), decays(parameter)
         parameter.grad_dtype = torch.float32
         if expert:
             parameter.allreduce, parameter.group_name = False, EXPERTS  # type: ignore[attr-defined]
-        shared = {"weight_decay": weight_decay if decays else 0.0} | ({"moe": True, "name": EXPERTS} if expert else {})
-        groups.setdefault((expert, decays, parameter.dtype), {"params": [], **shared})["params"].append(parameter)
+        shared = {"weight_decay": weight_decay if shrinks else 0.0} | ({"moe": True, "name": EXPERTS} if expert else {})
+        groups.setdefault((expert, shrinks, parameter.dtype), {"params": [], **shared})["params"].append(parameter)
     return list(groups.values())

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend
 from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import BACKENDS, attend, document_mask, keep_in_e5m6
+from fp8moe.layers.attention.core import BACKENDS, attend, keep_in_e5m6
+from fp8moe.layers.attention.masks import document_mask
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig, Positions
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.operand import Activation

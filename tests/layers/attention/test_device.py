@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fp8moe.layers.attention.choice import AUTO, Choice, Heads, choose, chosen, machine_of, why_not
-from fp8moe.layers.attention.core import Positions, attend, document_mask, keep_in_e5m6
+from fp8moe.layers.attention.core import Positions, attend, keep_in_e5m6
 from fp8moe.layers.attention.gqa import GqaConfig
+from fp8moe.layers.attention.masks import document_mask
 from fp8moe.layers.attention.mla import MlaConfig
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe

@@ -262,12 +262,3 @@ def test_weight_and_bias_gradients_wait_for_their_turn() -> None:
 def test_a_group_of_queries_is_told_to_the_kernel() -> None:
     assert CONFIG.heads(FP32, masked=True) == Heads(32, 32, torch.float32, True, 2)
     assert str(CONFIG.heads(FP32, masked=False)) == "32/32 heads, 2 queries a key, causal"
-
-
-@pytest.mark.parametrize("change", [{"window": 8}, {"sinks": True}])
-def test_what_no_kernel_computes_is_refused_when_the_layer_is_built(change: dict[str, Any]) -> None:
-    (name,) = change
-    with pytest.raises(
-        ValueError, match=rf"^model\.attention\.{name}=\w+ is computed by none of .*: use (null|false)$"
-    ):
-        replace(CONFIG, **change).build(DIM, FP32, norm_eps=EPS, layer=0)

@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.live_memory import TrackStorages
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import Positions, YarnConfig, document_mask
+from fp8moe.layers.attention.core import Positions, YarnConfig
+from fp8moe.layers.attention.masks import document_mask
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig
 from fp8moe.layers.linear import Linear, attach_main_grads, quantize_weights
 from fp8moe.layers.norm import RMSNorm
