@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fp8moe.__main__ import main
+from fp8moe.cli.trained import trained_at
+from fp8moe.generate import open as generate_open
+from fp8moe.generate.open import load_model
 from fp8moe.generate.samples import last_lines
 from fp8moe.generate.text import Vocabulary
 from fp8moe.train.loop import run_to_end
+from fp8moe.train.processes import mesh_of
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured, differing, weights_of
 
@@ -52,6 +57,34 @@ def test_a_run_a_checkpoint_and_other_ways_to_the_same_text(run: Path, tmp_path:
     for other in (("--ema",), ("precision=fp8",), ("--temperature", "2")):
         found = generated(run, tmp_path, *words, *other)
         assert len(found[0]["ids"]) > 0 and (found != plain or other == ("precision=fp8",))
+
+
+def loaded(run: str, ep: int, averaged: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights and biases of this rank, and which rank of ep it is."""
+    config = trained_at(run, [f"parallel.ep={ep}"], 2).config
+    mesh = mesh_of(config, torch.device("cpu"))
+    model = load_model(config, mesh, torch.device("cpu"), run, averaged=averaged)
+    assert not hasattr(model, "main_grads")
+    return model.state_dict(), mesh.ep_rank
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_ranks_load_their_experts_and_all_else(run: Path, averaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In FP32 the checkpoint's masters, or their average, to the bit; read a few tensors at a time."""
+    monkeypatch.setattr(generate_open, "MOST_VALUES", 5000)
+    stored: dict[str, torch.Tensor] = {}
+    for file in (run / "checkpoints" / "step-12").glob("*.safetensors"):
+        stored |= load_file(file)
+    kind = "ema" if averaged else "master"
+    for state, ep_rank in run_ranks(loaded, 2, str(run), 2, averaged):
+        assert any(".experts." in name for name in state)
+        for name, tensor in state.items():
+            if "counts_E" in name:
+                continue
+            key = f"bias.{name.removesuffix('.bias_E')}" if "bias_E" in name else f"{kind}.{name}"
+            whole = torch.cat([stored[one].flatten() for one in sorted(stored) if one.partition("@")[0] == key])
+            mine = whole.chunk(2)[ep_rank] if ".experts." in name else whole
+            assert torch.equal(tensor.flatten(), mine), name
 
 
 def test_stops_and_several_prompts_in_order(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
