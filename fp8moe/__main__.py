@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
     "memory": ("fp8moe.cli.memory", "print the memory of weights and optimizer state on every pipeline rank"),
+    "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
+    "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
     "inspect": ("fp8moe.cli.checkpoint:inspect", "print what a checkpoint holds"),
     "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),

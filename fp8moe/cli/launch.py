@@ -25,11 +25,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8moe.cli.command import Failure
+from fp8moe.cli.command import Failure, explain
 from fp8moe.errors import EXIT, ConfigError
 from fp8moe.train.signals import SIGNALS
 
@@ -211,3 +211,39 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the request: the signal will not come
         os._exit(1)
+
+
+def end_worker(error: Exception) -> None:
+    """Report `error` and end this process at once: an ordinary exit would wait for collectives that no rank joins."""
+    failure = explain(error)
+    report(failure)
+    if failure.code == EXIT["hang"]:
+        from fp8moe.parallel import hang
+
+        hang.end_frozen()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure.code)
+
+
+def run_command(name: str, argv: Sequence[str], nproc: str | None, command: Callable[[int], None]) -> int:
+    """Run `command(processes)` of `fp8moe NAME argv` here: in this process, as one rank of many, or as the launcher of
+    `--nproc`, which runs it on no rank but starts them. For commands that keep no state a signal would have to save."""
+    if is_worker():
+        from fp8moe.train.rendezvous import place
+
+        die_with_launcher()
+        try:
+            if nproc is not None and LAUNCHED not in os.environ:
+                raise ConfigError(f"--nproc={nproc} starts processes and RANK is set: leave --nproc out")
+            command(place(os.environ).world_size)
+        except KeyboardInterrupt:
+            os._exit(128 + signal.SIGINT)
+        except Exception as error:
+            end_worker(error)
+        return 0
+    if nproc is None:
+        command(1)
+        return 0
+    return launch([name, *argv], count_processes(nproc))

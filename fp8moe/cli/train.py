@@ -6,15 +6,13 @@ run is one process. All that can be checked without a process group is checked b
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 
-from fp8moe.cli.command import Parser, explain, make_parser, parse
-from fp8moe.cli.launch import LAUNCHED, count_processes, die_with_launcher, is_worker, launch, report
-from fp8moe.errors import EXIT, ConfigError
+from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.launch import LAUNCHED, count_processes, die_with_launcher, end_worker, is_worker, launch
+from fp8moe.errors import ConfigError
 from fp8moe.train.signals import handling_signals
 
 DESCRIPTION = """\
@@ -44,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code; a worker that fails ends its process with the failure's code."""
     if is_worker():
         return _work(argv)
-    with handling_signals(_end):
+    with handling_signals(end_worker):
         return _run(argv)
 
 
@@ -74,16 +72,17 @@ def _run(argv: Sequence[str]) -> int:
     if num_processes is not None:
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
         return launch(["train", *from_run, *arguments.settings], num_processes)
+    from fp8moe.generate.samples import last_lines
     from fp8moe.train.loop import train
 
-    train(config, as_yaml, open_released)
+    train(config, as_yaml, open_released, last_lines)
     return 0
 
 
 def _work(argv: Sequence[str]) -> int:
     """One rank of the run. A failure is written for the launcher and printed once; it ends the process at once."""
     die_with_launcher()
-    with handling_signals(_end):
+    with handling_signals(end_worker):
         return _rank(argv)
 
 
@@ -95,6 +94,7 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.cli.compose import as_yaml
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
+        from fp8moe.generate.samples import last_lines
         from fp8moe.interop.hf_model import open_released
         from fp8moe.plan.machine_memory import check_fits
         from fp8moe.train.config import resolve
@@ -114,23 +114,9 @@ def _rank(argv: Sequence[str]) -> int:
             check_files(config.data)
             if is_first and (sentence := note(origin, config)):
                 print(sentence, flush=True)
-        train(config, as_yaml, open_released)
+        train(config, as_yaml, open_released, last_lines)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one
     except Exception as error:
-        _end(error)
+        end_worker(error)
     return 0
-
-
-def _end(error: Exception) -> None:
-    """Report `error` and end this process at once: an ordinary exit would wait for collectives that no rank joins."""
-    failure = explain(error)
-    report(failure)
-    if failure.code == EXIT["hang"]:
-        from fp8moe.parallel import hang
-
-        hang.end_frozen()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(failure.code)

@@ -45,7 +45,8 @@ class Transformer(nn.Module):
     """Blocks `layers` (all by default), with the embedding before and the head after them where asked.
 
     The MTP module belongs to the part that has both ends. Parameters are uninitialised until `init_weights`; every one
-    has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them.
+    has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them. gradients=False: it has none, for a
+    model that is never trained.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Transformer(nn.Module):
         layers: Iterable[int] | None = None,
         embedding: bool = True,
         head: bool = True,
+        gradients: bool = True,
     ) -> None:
         super().__init__()
         c = self.config = config
@@ -67,7 +69,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.dim, recipe, eps=c.norm_eps) if head else None
         self.head = Linear(c.dim, c.vocab_size, recipe.unquantized, matrix_rows=()) if head else None
         self.mtp = Mtp(c, recipe, dispatcher) if c.mtp_depth and embedding and head else None
-        self.main_grads = attach_main_grads(self)
+        if gradients:
+            self.main_grads = attach_main_grads(self)
 
     def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
         """What attention needs to know of tokens at `positions_BS` [B, S], documents apart if they are given."""

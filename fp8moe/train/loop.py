@@ -43,10 +43,12 @@ def train(
     config: TrainConfig,
     as_yaml: Callable[[TrainConfig], str],
     foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
+    last_lines: Callable[[Run], str] | None = None,
 ) -> Summary:
     """Run a resolved `config` to its end. Collective over all ranks.
 
-    as_yaml: gives config.yaml's text. foreign: opens weights of `init_from` that are no checkpoint's.
+    as_yaml: gives config.yaml's text. foreign: opens weights of `init_from` that are no checkpoint's. last_lines, which
+    is collective too: what is printed behind the summary.
     """
     started = time.perf_counter()
     device, preemption = choose_device(config), Preemption()
@@ -62,13 +64,13 @@ def train(
                     tokenizer = run.data.tokenizer
                     describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
                 with out_of_memory_in_words(run), no_collection_within_steps():
-                    return run_to_end(run, started)
+                    return run_to_end(run, started, last_lines)
             except Exception:
                 logger.exception("rank %d ends here", mesh.rank)
                 raise
 
 
-def run_to_end(run: Run, started: float) -> Summary:
+def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None = None) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
     config, run_logger, trace, stragglers = run.config, RunLogger(run, started), StepTrace(run), Stragglers(run.mesh)
     run.point, preemption, waited = save_point(run), run.preemption, 0.0
@@ -102,7 +104,10 @@ def run_to_end(run: Run, started: float) -> Summary:
             if run.guard.in_a_row:
                 raise NonFiniteError(f"step {run.step}, the run's last, was skipped, so it is not saved: {ADVICE}")
             preemption.finish()
-            return run_logger.finish(trace.figures)
+            summary = run_logger.finish(trace.figures)
+        if last_lines is not None:
+            run_logger.print(last_lines(run))
+        return summary
     finally:
         run_logger.close()
 

@@ -88,8 +88,8 @@ class RunLogger:
         self._rolled_back: dict[str, Any] = {}
         self._validation: ValidationReport | None = None
         self._averaged: ValidationReport | None = None
-        self._print(opening(run))
-        self._print(memory_of_largest_rank(run))
+        self.print(opening(run))
+        self.print(memory_of_largest_rank(run))
 
     @property
     def num_steps(self) -> int:
@@ -99,7 +99,7 @@ class RunLogger:
     def note_saved(self, checkpoints: Sequence[Location], failures: Sequence[Exception] = ()) -> None:
         """Report checkpoints that have been completed, and those that training goes on without."""
         for error in failures:
-            self._print(f"{error}; training goes on without it (checkpoint.on_failure=continue)")
+            self.print(f"{error}; training goes on without it (checkpoint.on_failure=continue)")
         for path in checkpoints:
             self._log.info("checkpoint %s is complete", path)
 
@@ -110,7 +110,7 @@ class RunLogger:
 
     def note_rollback(self, rollback: Rollback) -> None:
         """Report a rollback; records of the steps that it undoes go, and the next one says what they were."""
-        self._print(str(rollback))
+        self.print(str(rollback))
         self._losses.clear()
         self._rolled_back |= {"rolled_back_from": rollback.step, "passed_over": [rollback.first, rollback.stop - 1]}
         if self._writer is not None:
@@ -156,7 +156,7 @@ class RunLogger:
         for of, scored in (("", validation), (" of the averaged weights", averaged)):
             if scored is not None:
                 bits = "" if scored.bits_per_byte is None else f", {scored.bits_per_byte:.4f} bits a byte"
-                self._print(f"validation{of} after step {report.step}: loss {scored.loss:.4f}{bits}")
+                self.print(f"validation{of} after step {report.step}: loss {scored.loss:.4f}{bits}")
         if not report.skipped:
             self._losses.append(report.loss)
         self._steps.append((report.tokens, report.seconds))
@@ -197,8 +197,8 @@ class RunLogger:
             self._writer = None
         self._display.close()
         if trace is not None:
-            self._print("\n" + step_trace.table(trace))
-        self._print("\n" + table(summary))
+            self.print("\n" + step_trace.table(trace))
+        self.print("\n" + table(summary))
         return summary
 
     def close(self) -> None:
@@ -207,7 +207,7 @@ class RunLogger:
         if self._writer is not None:
             self._writer.close()
 
-    def _print(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print on rank 0 and log on every rank."""
         self._display.print(text)
         for line in text.splitlines():

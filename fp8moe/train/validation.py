@@ -25,14 +25,18 @@ from fp8moe.train.batch import microbatches_of
 @dataclass(frozen=True)
 class ValidationConfig:
     """every: steps between validations (0: at the end only). samples: sequences scored, the same each time. ema: the
-    average of the weights (`train.ema`) is scored as well."""
+    average of the weights (`train.ema`) is scored as well. completions: beginnings of held-out samples that the model
+    continues at the end of the run, for its reader."""
 
     every: int = 0
     samples: int = 64
     ema: bool = False
+    completions: int = 3
 
     def __post_init__(self) -> None:
-        check_fields(self, "validation", every=COUNT, samples=Range(least=1, most=2**24))
+        check_fields(
+            self, "validation", every=COUNT, samples=Range(least=1, most=2**24), completions=Range(least=0, most=32)
+        )
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to validate after step number `step` (from 1) of `steps`; after the last always."""

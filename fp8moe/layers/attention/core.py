@@ -34,6 +34,7 @@ from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import E5m6Tensor
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.attention.blocked import blocked_attention
+from fp8moe.layers.attention.cache import CachedForward
 from fp8moe.layers.attention.masks import causal_blocks, document_mask, window_mask
 from fp8moe.layers.attention.sinks import with_sinks
 from fp8moe.layers.operand import Activation, Operand
@@ -100,13 +101,15 @@ class YarnConfig:
 class Positions:
     """Where tokens stand: rotations [T, rope_dim/2], and the documents they belong to where those are masked.
 
-    A mask is made when the chosen kernel first asks for it, once for all layers of one window.
+    A mask is made when the chosen kernel first asks for it, once for all layers of one window. cached: caches that the
+    tokens are written to and attend to (`cache`); None in training.
     """
 
     num_sequences: int
     cos: Tensor
     sin: Tensor
     documents_BS: Tensor | None = None
+    cached: CachedForward | None = None
 
     @functools.cached_property
     def mask_BSS(self) -> Tensor | None:

@@ -10,17 +10,21 @@ Attention itself is BF16 in FP8 too, and its output is kept in 12 bits (`core`).
 v are not kept: attention's backward has them made again from the layer's input, which the projection's weight gradient
 needs anyway. Values are copied out of the product where nothing else keeps it alive.
 
+Generation keeps the rotated keys and the values of a token and layer (`cache`).
+
 Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads of queries, G of keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
 from fp8moe.layers.attention.rotary import rotated_queries
@@ -30,7 +34,7 @@ from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.operand import recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
-from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
+from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
 
 
@@ -200,15 +204,24 @@ class GroupedQueryAttention(nn.Module):
         if self.qkv_bias is not None:
             qkv_TN = add_bias(qkv_TN, self.qkv_bias)
         qkv = self._heads(qkv_TN, positions)
+        sinks = None if self.sinks is None else widened(self.sinks)
+        if positions.cached is not None:
+            self._keep(positions.cached, *qkv[1:])
+            if not positions.cached.is_first:
+                return self._output(self._attend_to_cache(qkv[0], positions.cached, sinks))
         heads = c.heads(self.recipe, masked=positions.documents_BS is not None, layer=self.layer)
-        choice, sinks = chosen(c.backend, heads, qkv_TN.device), None if self.sinks is None else widened(self.sinks)
+        choice = chosen(c.backend, heads, qkv_TN.device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)
         if Recompute.MLA_UP in self.recipe.recompute:
             recompute_saved(captured, qkv, self._heads_again(x, positions))
+        return self._output(out, captured, saves_output=choice.saves_output)
+
+    def _output(self, out: Tensor, captured: Sequence[SavedTensor] = (), *, saves_output: bool = False) -> Tensor:
+        """Attention's output [B, S, H, d] and what it saved -> [T, D]."""
         if self.recipe.precision is Precision.FP8:
             power_of_two = self.recipe.power_of_two(True)
-            y_TD = self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output, power_of_two=power_of_two))
+            y_TD = self.o(keep_in_e5m6(out, captured, saves_output=saves_output, power_of_two=power_of_two))
         else:
             y_TD = self.o(out.flatten(0, 1).flatten(1))
         return y_TD if self.o_bias is None else add_bias(y_TD, self.o_bias)
@@ -230,6 +243,20 @@ class GroupedQueryAttention(nn.Module):
         q, k = (rotated_queries(x, positions.cos, positions.sin) for x in (q, k))
         q, k, v = (x.unflatten(0, (positions.num_sequences, -1)) for x in (q, k, v))
         return q, k, v
+
+    def new_cache(self, rows: int, length: int) -> LayerCache:
+        """A cache of `rows` sequences of at most `length` tokens: keys and values of every key head."""
+        return LayerCache(rows, length, 2 * self.config.keys, self.o.weight.detach())
+
+    def _keep(self, cached: CachedForward, k: Tensor, v: Tensor) -> None:
+        """Write the keys and values of the new tokens."""
+        cached.write(self, torch.stack([k, v], dim=2).flatten(2).flatten(0, 1))
+
+    def _attend_to_cache(self, q: Tensor, cached: CachedForward, sinks: Tensor | None) -> Tensor:
+        """Attention of new tokens' q [B, S, H, d] to the cache."""
+        keys, values = cached.read(self).unflatten(-1, (2, self.config.num_kv_heads, -1)).unbind(2)
+        mask_BSL = cached.window_mask_BSL(self.window)
+        return attend_to_cache(q, keys, values, self.config.softmax_scale, mask_BSL, sinks)
 
     def _heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """The same from the layer's input, recast or recalled: casts and products repeated, without autograd."""

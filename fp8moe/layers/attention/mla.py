@@ -5,25 +5,32 @@ position. The down projections of both latents are one GEMM (`qkv_a`, 2112 outpu
 FP8 too (`core`); under recomputation (`mla_up`) q, k and v are not kept: attention's backward has them made again from
 the latents, by the two up projections and the rotation.
 
+Generation keeps the kv latent and the rotated key part of a token and layer, and no keys and values. New tokens attend
+to latents: the key half of the up projection is absorbed by the queries (q^T (W c) = (W^T q)^T c), the value half is
+applied to the sum of latents, so that all heads read one entry a token (V2 report, section 2.1.2). Prompts take the
+plain path, which multiplies less for many tokens. FP8 absorbs the weight that its blocks hold.
+
 Legend: T = B x S tokens, B sequences, S tokens of a sequence, D model, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
 from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
-from fp8moe.layers.linear import Linear
+from fp8moe.layers.linear import Linear, product
 from fp8moe.layers.norm import Feeds, RMSNorm
 from fp8moe.layers.operand import Rows, recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
-from fp8moe.layers.recompute import Recallable, capture_saved, kept, recompute_saved
+from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
 
 
@@ -170,6 +177,10 @@ class LatentAttention(nn.Module):
         q_latent = kept(q_a) if self.q_norm is None else self.q_norm(q_a)
         kv_latent = self.kv_norm(kv_a)
         q = q_latent.tensor if self.q_b is None else self.q_b(q_latent)
+        if positions.cached is not None:
+            self._keep(positions.cached, kv_latent.recall(), k_rope, positions)
+            if not positions.cached.is_first:
+                return self._output(self._attend_to_latents(q, positions, positions.cached))
         qkv = self._heads(q, self.kv_b(kv_latent), k_rope, positions)
         choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents_BS is not None), qkv[0].device)
         with capture_saved() as captured:
@@ -177,9 +188,13 @@ class LatentAttention(nn.Module):
         if Recompute.MLA_UP in self.recipe.recompute:
             again = self._heads_again(q_latent, kv_latent, k_rope.detach(), positions)
             recompute_saved(captured, qkv, again)
+        return self._output(out, captured, saves_output=choice.saves_output)
+
+    def _output(self, out: Tensor, captured: Sequence[SavedTensor] = (), *, saves_output: bool = False) -> Tensor:
+        """Attention's output [B, S, H, V] and what it saved -> [T, D]."""
         if self.recipe.precision is Precision.FP8:
             power_of_two = self.recipe.power_of_two(True)
-            return self.o(keep_in_e5m6(out, captured, saves_output=choice.saves_output, power_of_two=power_of_two))
+            return self.o(keep_in_e5m6(out, captured, saves_output=saves_output, power_of_two=power_of_two))
         return self.o(out.flatten(0, 1).flatten(1))
 
     def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,3 +223,42 @@ class LatentAttention(nn.Module):
             return self._heads(q, self.kv_b.fprop(kv_rows()), k_rope, positions)
 
         return again
+
+    def new_cache(self, rows: int, length: int) -> LatentCache:
+        """A cache of `rows` sequences of at most `length` tokens: kv_lora_rank + rope_dim values a token."""
+        return LatentCache(self, rows, length)
+
+    def _keep(self, cached: CachedForward, latent_TR: Tensor, k_rope: Tensor, positions: Positions) -> None:
+        """Write the latents and rotated key parts of the new tokens."""
+        rotated = rotated_queries(k_rope.unsqueeze(1), positions.cos, positions.sin).squeeze(1)
+        cached.write(self, torch.cat([latent_TR, rotated], dim=-1))
+
+    def _attend_to_latents(self, q: Tensor, positions: Positions, cached: CachedForward) -> Tensor:
+        """Attention of new tokens' q [T, H d] to the cache, in latent space -> [B, S, H, V]."""
+        c, cache = self.config, cached.caches[self]
+        assert isinstance(cache, LatentCache)
+        q = rotated_queries(q.unflatten(-1, (c.num_heads, -1)), positions.cos, positions.sin)
+        q_nope, q_rope = q.split([c.nope_dim, c.rope_dim], dim=-1)
+        queries = torch.cat([_by_heads(q_nope, cache.key_up_HNR), q_rope], dim=-1)
+        entries = cached.read(self).unsqueeze(2)  # one head of keys
+        latents = entries[..., : c.kv_lora_rank]
+        queries = queries.unflatten(0, (positions.num_sequences, -1))
+        sums = attend_to_cache(queries, entries, latents, c.softmax_scale, cached.mask_BSL)
+        out = _by_heads(sums.flatten(0, 1), cache.value_up_HRV)
+        return out.unflatten(0, (positions.num_sequences, -1))
+
+
+class LatentCache(LayerCache):
+    """Latents and rotated key parts; beside them the up projection in two: keys' [H, nope, R], values' [H, R, v]."""
+
+    def __init__(self, attention: LatentAttention, rows: int, length: int) -> None:
+        c, up = attention.config, attention.kv_b
+        weight = up.blocks.dequantize(up.weight.dtype) if attention.recipe.fp8 else up.weight.detach()
+        super().__init__(rows, length, c.kv_lora_rank + c.rope_dim, weight)
+        keys, values = weight.unflatten(0, (c.num_heads, -1)).split([c.nope_dim, c.v_dim], dim=1)
+        self.key_up_HNR, self.value_up_HRV = keys.contiguous(), values.mT.contiguous()
+
+
+def _by_heads(x_THN: Tensor, weight_HNM: Tensor) -> Tensor:
+    """[T, H, N] times each head's [N, M] -> [T, H, M]."""
+    return product(x_THN.transpose(0, 1), weight_HNM).transpose(0, 1)

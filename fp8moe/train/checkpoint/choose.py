@@ -44,13 +44,16 @@ def choose(
     return found, read_state(found, model, seed=seed, seq_len=seq_len, optimizer=optimizer)
 
 
-def choose_weights(init_from: str, model: ModelConfig, mesh: Mesh, *, averaged: bool) -> Location:
+def choose_weights(
+    init_from: str, model: ModelConfig, mesh: Mesh, *, averaged: bool, key: str = "init_from"
+) -> Location:
     """The checkpoint whose weights, or their average, a new run of `model` begins from. Collective over all ranks.
 
-    Verified likewise; seed, data and seq_len may be others. Raises ConfigError and DataError as `choose` does.
+    key: what names it, for messages. Verified likewise; seed, data and seq_len may be others. Raises ConfigError and
+    DataError as `choose` does.
     """
-    key = f"init_from={init_from}"
-    path = _whole(key, checkpoints_at(init_from, "init_from"), mesh, "name another run or checkpoint")
+    found = checkpoints_at(init_from, key)
+    path = _whole(f"{key}={init_from}", found, mesh, "name another run or checkpoint")
     assert path is not None, "checkpoints_at gives at least one"
     _check_weights(path, model, averaged)
     return path

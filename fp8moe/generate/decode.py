@@ -1,0 +1,255 @@
+"""Generation: prompts of any lengths to completions, a token a forward, or up to two with the MTP module.
+
+Prompts are put through the model one by one, each without padding; then all sequences of a batch go on together, each
+at its own place. A sequence that has ended leaves the batch.
+
+With the MTP module (speculative decoding; DeepSeek-V3 report, section 5.4.3): the module guesses the token after the
+next, the model computes both places in one forward, and the guess counts if it is the token that the model gives there.
+A guess that is wrong costs its place in the batch; its cache entries are overwritten by the next forward. What is
+generated is what plain decoding generates, drawn tokens too: a draw is compared with the guess, so a guess is accepted
+with the probability that the model gives it.
+
+On several ranks sequences are dealt out over all of them, and every rank makes the same number of forwards, since
+experts are shared: a rank whose sequences have all ended repeats its last one's forward, and the result is dropped. New
+tokens are exchanged each step, so that all ranks know every completion and decide alike which have ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fp8moe.errors import ConfigError
+from fp8moe.generate.sampling import Sampler, SamplingConfig
+from fp8moe.generate.session import Session
+from fp8moe.limits import POSITIVE, Range, check_fields
+from fp8moe.model.transformer import Transformer
+from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.mesh import Mesh
+
+Ended = Literal["stop", "max_tokens", "context", "seconds"]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """max_tokens: of a completion. batch: sequences that go on together. mtp: speculative decoding. seconds: after
+    which all completions end; None: no limit."""
+
+    max_tokens: int = 128
+    batch: int = 32
+    mtp: bool = False
+    seconds: float | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "generation",
+            max_tokens=POSITIVE,
+            batch=Range(least=1, most=2**16),
+            seconds=Range(above=0, most=1e9, use="use 60.0, or null for no limit"),
+        )
+
+
+@dataclass
+class Completion:
+    """Prompt number `number` and what follows it so far; `ended` says why nothing more does."""
+
+    number: int
+    prompt: Sequence[int]
+    ids: list[int] = field(default_factory=list)
+    ended: Ended | None = None
+
+
+@dataclass
+class Figures:
+    """Counts of a generation over all ranks; seconds of rank 0 for the prompts and for the tokens after them.
+
+    steps: forwards of a sequence after its prompt. drafts, accepted: guesses of the MTP module.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    drafts: int = 0
+    accepted: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+Accept = Callable[[Completion, int], bool]  # the completion with its new id last, and that id -> whether it ends there
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Raise ConfigError unless every prompt has a token and leaves room for one more in `context` tokens."""
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise ConfigError(f"prompt {number} is empty: give at least one character")
+        if len(prompt) >= context:
+            raise ConfigError(
+                f"prompt {number} has {len(prompt)} tokens and the model's context, model.max_seq_len, is {context}: "
+                f"use at most {context - 1}"
+            )
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    mesh: Mesh,
+    *,
+    num_ids: int,
+    accept: Accept,
+) -> tuple[list[Completion], Figures]:
+    """Completions of `prompts` (token ids), the same on every rank. Collective over all ranks; no pipeline.
+
+    num_ids: ids below it are generated. accept: called on every rank for every token, in order within a completion.
+    Raises ConfigError for a prompt that is empty or too long, and for mtp without an MTP module.
+    """
+    context = model.config.max_seq_len
+    check_prompts(prompts, context)
+    if config.mtp and model.mtp is None:
+        raise ConfigError("the model has no MTP module, model.mtp_depth=0: leave --mtp out")
+    completions = [Completion(number, prompt) for number, prompt in enumerate(prompts)]
+    figures, training = Figures(), model.training
+    deadline = None if config.seconds is None else time.perf_counter() + config.seconds
+    model.eval()
+    for start in range(0, len(completions), config.batch):
+        _Batch(model, completions[start : start + config.batch], config, mesh, num_ids, accept, deadline).run(figures)
+    model.train(training)
+    return completions, figures
+
+
+@dataclass
+class _Sequence:
+    """A sequence of this rank: its row in the caches, the token that is not in them yet and its place, the MTP
+    module's guess of the one after it."""
+
+    completion: Completion
+    row: int
+    is_copy: bool
+    last: int = 0
+    place: int = 0
+    draft: int = 0
+
+
+class _Batch:
+    """Completions that go on together; this rank runs every dp-th of them, or a copy of the first to keep step."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        completions: list[Completion],
+        config: GenerationConfig,
+        mesh: Mesh,
+        num_ids: int,
+        accept: Accept,
+        deadline: float | None,
+    ) -> None:
+        self._completions, self._config, self._mesh, self._accept = completions, config, mesh, accept
+        self._deadline = deadline
+        self._first = completions[0].number
+        dealt = completions[mesh.dp_rank :: mesh.dp]
+        missing = -(-len(completions) // mesh.dp) - len(dealt)
+        mine = [*dealt, *[completions[0]] * missing]
+        self._mine = [_Sequence(one, row, is_copy=row >= len(dealt)) for row, one in enumerate(mine)]
+        self._limits = [min(len(one.prompt) + config.max_tokens, model.config.max_seq_len) for one in completions]
+        device = next(model.parameters()).device
+        length = max(self._limits) + 2  # the last two tokens may come at once, and a guess behind them
+        self._session = Session(model, len(mine), length, mtp=config.mtp)
+        self._sampler = Sampler(config.sampling, [one.number for one in mine], num_ids, device)
+
+    def run(self, figures: Figures) -> None:
+        """All completions to their ends."""
+        began = time.perf_counter()
+        first = [(one, self._prompt(one)) for one in self._mine]
+        self._exchange({one.completion.number: [token] for one, token in first if not one.is_copy}, figures)
+        figures.prompt_tokens += sum(len(one.prompt) for one in self._completions)
+        decoding = time.perf_counter()
+        figures.prompt_seconds += decoding - began
+        while any(one.ended is None for one in self._completions):
+            alive = [one for one in self._mine if not one.is_copy and one.completion.ended is None]
+            step = self._step_with_drafts if self._config.mtp else self._step
+            new = step(alive or self._mine[:1])
+            self._exchange({one.completion.number: new[i] for i, one in enumerate(alive)}, figures, decoding=True)
+        figures.decode_seconds += time.perf_counter() - decoding
+
+    def _prompt(self, one: _Sequence) -> int:
+        """The token after a sequence's prompt."""
+        prompt = one.completion.prompt
+        hidden_BSD = self._session.forward([prompt], [one.row], [0])
+        one.last = self._draw([one], hidden_BSD[:, -1])[0]
+        one.place = len(prompt)
+        if self._config.mtp:
+            drafts = self._session.draft(hidden_BSD, [[*prompt[1:], one.last]], [one.row], [0])
+            one.draft = self._guess(drafts[:, -1])[0]
+        return one.last
+
+    def _step(self, alive: Sequence[_Sequence]) -> list[list[int]]:
+        """The next token of each sequence; one that has ended already gets the same again."""
+        rows, starts = [one.row for one in alive], [one.place for one in alive]
+        hidden_BSD = self._session.forward([[one.last] for one in alive], rows, starts)
+        new = self._draw(alive, hidden_BSD[:, 0])
+        for one, token in zip(alive, new, strict=True):
+            self._advance(one, [token])
+        return [[token] for token in new]
+
+    def _step_with_drafts(self, alive: Sequence[_Sequence]) -> list[list[int]]:
+        """The next token of each sequence, and the one after it where the MTP module guessed the first of both."""
+        rows, starts = [one.row for one in alive], [one.place for one in alive]
+        hidden_BSD = self._session.forward([[one.last, one.draft] for one in alive], rows, starts)
+        new = [[token] for token in self._draw(alive, hidden_BSD[:, 0])]
+        right = [i for i, one in enumerate(alive) if new[i][0] == one.draft]
+        if right:
+            for i, token in zip(right, self._draw([alive[i] for i in right], hidden_BSD[right, 1]), strict=True):
+                new[i].append(token)
+        after = [[*tokens, tokens[0]][:2] for tokens in new]  # behind a wrong guess any token: it is written over
+        drafts_BSD = self._session.draft(hidden_BSD, after, rows, starts)
+        ends = drafts_BSD[list(range(len(alive))), [len(tokens) - 1 for tokens in new]]
+        for one, tokens, draft in zip(alive, new, self._guess(ends), strict=True):
+            self._advance(one, tokens, draft)
+        return new
+
+    def _advance(self, one: _Sequence, tokens: Sequence[int], draft: int = 0) -> None:
+        if one.completion.ended is None and not one.is_copy:
+            one.last, one.draft = tokens[-1], draft
+            one.place += len(tokens)
+
+    def _draw(self, sequences: Sequence[_Sequence], hidden_BD: Tensor) -> list[int]:
+        return self._sampler.draw([one.completion.number for one in sequences], self._session.logits(hidden_BD))
+
+    def _guess(self, hidden_BD: Tensor) -> list[int]:
+        """The MTP module's likeliest tokens."""
+        guesses: list[int] = self._session.logits(hidden_BD).argmax(-1).tolist()
+        return guesses
+
+    def _exchange(self, new: dict[int, list[int]], figures: Figures, *, decoding: bool = False) -> None:
+        """Give this rank's new tokens to all ranks, and append all of theirs to the completions."""
+        table = torch.zeros(len(self._completions) + 1, 3, dtype=torch.int64)
+        for number, tokens in new.items():
+            table[number - self._first, : len(tokens) + 1] = torch.tensor([len(tokens), *tokens])
+        table[-1, 0] = self._deadline is not None and time.perf_counter() > self._deadline
+        *rows, late = all_reduce(table, self._mesh.world_group).tolist()
+        for one, (count, *tokens), limit in zip(self._completions, rows, self._limits, strict=True):
+            if decoding and count:
+                figures.steps += 1
+                figures.drafts += self._config.mtp
+                figures.accepted += count - 1
+            for token in tokens[:count]:
+                if one.ended is None:
+                    one.ids.append(token)
+                    figures.new_tokens += 1
+                    one.ended = self._end(one, token, limit, is_late=late[0] > 0)
+
+    def _end(self, one: Completion, token: int, limit: int, *, is_late: bool) -> Ended | None:
+        if self._accept(one, token):
+            return "stop"
+        if len(one.prompt) + len(one.ids) >= limit:
+            return "max_tokens" if len(one.ids) >= self._config.max_tokens else "context"
+        return "seconds" if is_late else None

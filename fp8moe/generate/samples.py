@@ -1,0 +1,75 @@
+"""The last lines of a training run: completions of held-out text by the model as it is, and the commands to go on with.
+
+The beginnings of the first validation samples are continued, on all ranks that train: a few tokens within a few
+seconds. They are drawn, by the run's seed, since a young model's likeliest text soon repeats itself. A run with a
+pipeline has no rank with the whole model and shows the commands alone.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fp8moe.generate.decode import GenerationConfig, generate
+from fp8moe.generate.open import exact_dispatcher
+from fp8moe.generate.sampling import SamplingConfig
+from fp8moe.generate.text import Vocabulary
+from fp8moe.layers.moe import MoE
+from fp8moe.train.run import Run
+
+PROMPT_TOKENS, NEW_TOKENS, SECONDS = 16, 24, 20.0
+TEMPERATURE, TOP_P = 0.7, 0.9
+
+
+def last_lines(run: Run) -> str:
+    """Completions and commands, as text. Collective over all ranks."""
+    return "\n".join([*_completions(run), *_commands(run)])
+
+
+def _completions(run: Run) -> list[str]:
+    count, tokenizer = run.config.validation.completions, run.data.tokenizer
+    if not count or tokenizer is None or run.mesh.pp > 1:
+        return []
+    if run.zero is not None:
+        run.zero.wait_weights()
+    vocabulary = Vocabulary(tokenizer.path, run.config.model.vocab_size)
+    length = min(PROMPT_TOKENS, run.config.seq_len, run.config.model.max_seq_len - 1)
+    prompts = [run.data.validation.window(sample).tokens[:length].tolist() for sample in range(count)]
+    sampling = SamplingConfig(TEMPERATURE, TOP_P, run.config.seed)
+    config = GenerationConfig(NEW_TOKENS, seconds=SECONDS, sampling=sampling)
+    with _exact_dispatch(run):
+        completions, _ = generate(
+            run.model,
+            prompts,
+            config,
+            run.mesh,
+            num_ids=vocabulary.num_ids,
+            accept=lambda _, token: token in vocabulary.ends,
+        )
+    lines = ["", f"held-out text -> what the model goes on with, temperature {TEMPERATURE}, top-p {TOP_P}"]
+    for one in completions:
+        lines.append(f"  {vocabulary.decode(one.prompt)!r} -> {vocabulary.decode(one.ids)!r}")
+    return lines
+
+
+@contextmanager
+def _exact_dispatch(run: Run) -> Iterator[None]:
+    """Rows of few tokens go to experts by exact counts, without the bounds that the run's dispatcher may have."""
+    layers = [module for module in run.model.modules() if isinstance(module, MoE)]
+    exact = exact_dispatcher(run.config, run.mesh)
+    for layer in layers:
+        layer.dispatcher = exact
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dispatcher = run.dispatcher
+
+
+def _commands(run: Run) -> list[str]:
+    if run.saver.newest is None:
+        return []
+    name = shlex.quote(str(run.run_dir))
+    generating = [] if run.data.tokenizer is None else [f'  fp8moe generate {name} --prompt "def read("']
+    return ["", "go on with", *generating, f"  fp8moe train resume={name} steps={2 * run.config.steps}"]

@@ -1,0 +1,102 @@
+"""Caches of attention: absorbed beside plain latent attention; heads, windows and sinks beside a plain softmax."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8moe.layers.attention import GqaConfig, MlaConfig, Positions
+from fp8moe.layers.attention.cache import CachedForward, attend_to_cache
+from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.linear import quantize_weights
+from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe
+
+DIM, EPS, LENGTH = 64, 1e-6, 20
+MLA = MlaConfig(num_heads=3, q_lora_rank=32, kv_lora_rank=48, nope_dim=32, rope_dim=16, v_dim=48)
+CONFIGS = {
+    "mla": MLA,
+    "no query latent": replace(MLA, q_lora_rank=0, v_dim=16),
+    "yarn": replace(MLA, yarn=YarnConfig(factor=4.0, original_max_seq_len=8)),
+    "gqa": GqaConfig(num_heads=4, num_kv_heads=2, head_dim=32, rope_dim=16),
+}
+
+
+def built(config: MlaConfig | GqaConfig, recipe: Recipe) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layer = config.build(DIM, recipe, norm_eps=EPS, layer=0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    quantize_weights(layer)
+    return layer
+
+
+def at(config: MlaConfig | GqaConfig, places_BS: Tensor) -> Positions:
+    return config.positions(places_BS)
+
+
+@torch.no_grad()
+def in_pieces(layer: torch.nn.Module, config: MlaConfig | GqaConfig, x_BSD: Tensor, pieces: list[int]) -> Tensor:
+    """The layer's outputs with a cache, for tokens that come in pieces; the rows are taken in another order."""
+    batch, rows, begin, found = len(x_BSD), tuple(reversed(range(len(x_BSD)))), 0, []
+    caches = {layer: layer.new_cache(batch, LENGTH + 3)}  # type: ignore[operator]
+    for size in pieces:
+        places_BS = torch.arange(begin, begin + size).expand(batch, -1)
+        cached = CachedForward(caches, rows, places_BS, begin + size, is_first=begin == 0)
+        y_TD = layer(x_BSD[:, begin : begin + size].flatten(0, 1), replace(at(config, places_BS), cached=cached))
+        found.append(y_TD.unflatten(0, (batch, size)))
+        begin += size
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_absorbed_attention_is_plain_attention(name: str) -> None:
+    config = CONFIGS[name]
+    layer, x_BSD = built(config, Recipe(Precision.FP32)), torch.randn(2, LENGTH, DIM)
+    with torch.no_grad():
+        plain = layer(x_BSD.flatten(0, 1), at(config, torch.arange(LENGTH).expand(2, -1))).view_as(x_BSD)
+    assert plain.std() > 0.1
+    torch.testing.assert_close(in_pieces(layer, config, x_BSD, [7, 1, 1, 3, 8]), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_pieces(layer, config, x_BSD, [1] * LENGTH), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [frozenset(), FULL_RECOMPUTE])
+def test_in_fp8_latents_are_kept_as_they_are_normed(recompute: frozenset) -> None:  # type: ignore[type-arg]
+    """Where nothing but FP8 rows leave the norm, its output is a placeholder of NaN."""
+    recipe = Recipe(Precision.FP8, recompute)
+    layer, x_BSD = built(MLA, recipe), torch.randn(2, LENGTH, DIM, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = layer(x_BSD.flatten(0, 1), at(MLA, torch.arange(LENGTH).expand(2, -1))).view_as(x_BSD)
+    error = (in_pieces(layer, MLA, x_BSD, [7, 1, 12]) - plain).float().norm() / plain.float().norm()
+    assert error < 0.05
+
+
+def test_a_token_takes_what_the_family_says() -> None:
+    latents = built(MLA, Recipe(Precision.FP32)).new_cache(3, 5)  # type: ignore[operator]
+    assert latents.entries.shape == (3, 5, 48 + 16)
+    gqa = CONFIGS["gqa"]
+    assert built(gqa, Recipe(Precision.BF16)).new_cache(3, 5).entries.shape == (3, 5, 2 * 2 * 32)  # type: ignore[operator]
+    assert built(gqa, Recipe(Precision.BF16)).new_cache(1, 1).entries.dtype is torch.bfloat16  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("window, has_sinks", [(None, False), (3, False), (1, True), (None, True), (5, True)])
+def test_windows_sinks_and_shared_heads_beside_a_plain_softmax(window: int | None, has_sinks: bool) -> None:
+    """FP64, sequence by sequence and head by head; ragged places; what is behind a sequence is noise."""
+    torch.manual_seed(1)
+    B, S, H, G, d, V, starts = 3, 2, 6, 2, 8, 5, [0, 4, 9]
+    places_BS = torch.tensor(starts)[:, None] + torch.arange(S)
+    q, k, v = torch.randn(B, S, H, d), torch.randn(B, 11, G, d), torch.randn(B, 11, G, V)
+    sinks_H = torch.randn(H) if has_sinks else None
+    mask = CachedForward({}, (0, 1, 2), places_BS, 11, is_first=False).window_mask_BSL(window)
+    found = attend_to_cache(q, k, v, 0.3, mask, sinks_H)
+    for b in range(B):
+        for s in range(S):
+            end = starts[b] + s + 1
+            seen = slice(0 if window is None else max(end - window, 0), end)
+            for h in range(H):
+                keys, values = k[b, seen, h // 3].double(), v[b, seen, h // 3].double()
+                weights = (keys @ q[b, s, h].double() * 0.3).exp()
+                total = weights.sum() + (0 if sinks_H is None else sinks_H[h].double().exp())
+                torch.testing.assert_close(found[b, s, h].double(), weights / total @ values, rtol=1e-5, atol=1e-6)
