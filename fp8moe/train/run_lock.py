@@ -5,7 +5,7 @@ machine the owner is alive while a process of that number and start time is. Ano
 if the heartbeat moves within STALE seconds. (Comparing the heartbeat with this machine's clock was refused: clocks of
 machines differ, and so may the file server's. So was `flock`: not every shared file system passes it on.) The lock of a
 dead owner is renamed and made anew, which one of several takers does first; a lock that moved meanwhile is put back. A
-third taker may have made its own in between, so whoever took over looks again after SETTLE seconds.
+third taker may have made its own in between, so whoever took over looks again after RECHECK seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fp8moe.parallel.hang import process_state, this_process
 
 LOCK_FILE = "lock"
 HEARTBEAT = 5.0  # seconds
-SETTLE = 1.0  # seconds after which all who take over a dead owner's lock have moved what they move
+RECHECK = 1.0  # seconds after which all who take over a dead owner's lock have moved what they move
 STALE = 30.0  # seconds without a heartbeat after which an owner on another machine counts as dead
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def acquire(run_dir: Path) -> None:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(mine) + "\n")
         if taking_over:
-            time.sleep(SETTLE)
+            time.sleep(RECHECK)
         if not taking_over or _owner(path) == mine:
             break
     _held[run_dir] = threading.Event()

@@ -48,7 +48,7 @@ def _take(folders: list[Path], name: str, together: Barrier) -> None:
 
 
 def test_one_of_two_takers_of_a_stale_lock_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "SETTLE", 0.01)
+    monkeypatch.setattr(run_lock, "RECHECK", 0.01)
     owner, folders = _ended(), [tmp_path / str(number) for number in range(ROUNDS)]
     for folder in folders:
         folder.mkdir()
@@ -72,7 +72,7 @@ def test_who_took_over_a_stale_lock_and_lost_it_to_a_third_taker_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second taker moves the first one's new lock away, a third makes its own before it is put back."""
-    monkeypatch.setattr(run_lock, "SETTLE", 1.0)
+    monkeypatch.setattr(run_lock, "RECHECK", 1.0)
     lock, parent = tmp_path / LOCK_FILE, os.getppid()
     third = {**this_process(), "pid": parent, "started": process_state(parent)[1], "name": "third", "since": "now"}
     lock.write_text(json.dumps(_ended()))
