@@ -91,8 +91,14 @@ def _export(stored: Any, model: ModelConfig, output: Any, reader: Any, kept: Pat
     if output == "fp8" and not family.has_fp8:
         raise ConfigError(f"--precision fp8 and the readers of {family.model_type} have no block FP8: use bf16")
     scales = stored.state.get("config", {}).get("precision", {}).get("scales", "recipe")
-    export = Export(stored, family, model, output, None, power_of_two=scales == "power_of_two")
-    return replace(export, plan=plan_fp8(export.parameters(), reader)) if output == "fp8" else export
+    export = Export(stored, family, model, output, None, scales == "power_of_two", reader == "vllm")
+    if output != "fp8":
+        return export
+    plan = plan_fp8(export.parameters(), reader)
+    if not plan.fp8:
+        reason = next(one for one in plan.kept.values() if one != "never FP8")
+        raise ConfigError(f"--precision fp8 and no weight of this model can be FP8 ({reason}): use bf16")
+    return replace(export, plan=plan)
 
 
 def _said(export: Export, reader: str, *, averaged: bool) -> list[str]:

@@ -19,7 +19,7 @@ Make a run directory (config.yaml, tokenizer.json, FP32 weights in checkpoints/s
 config.json and safetensors in BF16, FP16, FP32 or block FP8. Nothing that is read is executed, nothing is overwritten.
 
   fp8moe import models/moonlight runs/moonlight
-  fp8moe train --from runs/moonlight init_from=runs/moonlight data=indexed data.paths=[tokens/mine] steps=1000
+  fp8moe train --from runs/moonlight init_from=runs/moonlight data.source=indexed data.paths=[tokens/mine] steps=1000
 """
 
 

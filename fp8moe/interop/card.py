@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fp8moe.interop.export_hf import Export
@@ -19,7 +20,7 @@ def model_card(export: Export, name: str, said: list[str]) -> str:
         "parameters": f"{counts.total:,}, {counts.active:,} active a token"
         + (f", {counts.mtp:,} in the MTP module" if counts.mtp else ""),
         "trained": f"{state['step']} steps, {tokens:,} tokens in sequences of {state['seq_len']}",
-        "begun from": config.get("init_from") or state.get("imported_from") or "random weights",
+        "begun from": Path(config.get("init_from") or state.get("imported_from") or "random weights").name,
         "precision of the training": _of(config, "precision", "mode"),
         "optimizer": f"{state['optimizer']}, peak learning rate {_of(config, 'optimizer', 'schedule', 'peak')}",
         "batch": f"{_of(config, 'batch', 'sequences')} sequences",

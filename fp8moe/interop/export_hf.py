@@ -42,7 +42,7 @@ Output = Literal["bf16", "fp8", "fp32"]
 class Export:
     """What is written: the checkpoint, its model as a family says it, the precision, and where FP8.
 
-    power_of_two: of the scales of weights in the training. fused: tensors that hold all experts of a layer.
+    power_of_two: of the scales of weights in the training. served: read by vLLM or SGLang.
     """
 
     stored: Stored
@@ -51,6 +51,7 @@ class Export:
     output: Output
     plan: Fp8Plan | None
     power_of_two: bool = False
+    served: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +84,7 @@ def write_directory(export: Export, out: Path, files: Mapping[str, str], keep: C
         for name, text in files.items():
             write_text(scratch / name, text)
         _write_shards(parts, total, scratch)
-        check_directory(scratch, out)
+        check_directory(scratch, out, served=export.served)
         if out.exists():
             out.rmdir()
         scratch.rename(out)

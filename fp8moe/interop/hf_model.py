@@ -110,7 +110,8 @@ class HfModel:
     def check(self, model: ModelConfig) -> None:
         """Raise ConfigError unless a run's model is this one, free settings apart."""
         theirs, ours = json.loads(json.dumps(asdict(self.config))), json.loads(json.dumps(asdict(model)))
-        for key, there, here in differences(theirs, ours):
+        found = sorted(differences(theirs, ours), key=lambda one: not one[0].endswith("kind"))
+        for key, there, here in found:
             raise ConfigError(
                 f"init_from={self.directory.folder} has model.{key}={there} and this run has {here}: use {there}"
             )
@@ -120,7 +121,7 @@ def open_released(name: str, model: ModelConfig) -> HfModel | None:
     """The released model at a path, its MTP module where `model` has one; None where there is no such directory."""
     if "://" in name or not is_hf_directory(Path(name)):
         return None
-    return open_model(Path(name), "keep" if model.mtp_depth else "drop")
+    return open_model(Path(name), "auto" if model.mtp_depth else "drop")
 
 
 def open_model(folder: Path, mtp: Mtp = "auto") -> HfModel:

@@ -6,7 +6,8 @@ SGLang 0.5.23: srt/layers/quantization/fp8.py and fp8_utils.py, which agree with
 `reader_names`. What breaks a rule is loaded wrongly, or not at all and without a word; so a key that has a default
 there must be written.
 
-    config     keys that are read are there, those with a silent default too; rotation by rope_theta
+    config     keys that are read are there, those with a silent default too; rotation by rope_theta; no key contradicts
+               what a loader has as a constant
     names      every tensor that is looked for, in its shape, and no other
     dtypes     FP8 with FP32 scales [ceil(N/128), ceil(K/128)]; all else in torch_dtype, the routers' bias in FP32
     modules    a projection is FP8 unless its module is listed by full path; what is listed exists and is not FP8
@@ -34,15 +35,18 @@ DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 _NEVER_FP8 = ("embed_tokens", "lm_head", "shared_head.head", "eh_proj", "mlp.gate", "mlp.router")
 
 
-def check_directory(folder: Path, name: object) -> None:
-    """Raise DataError with the first rule that a directory, which is called `name`, breaks, and their number."""
-    broken = list(broken_rules(folder))
+def check_directory(folder: Path, name: object, *, served: bool = True) -> None:
+    """Raise DataError with the first rule that a directory, which is called `name`, breaks, and their number.
+
+    served: by vLLM or SGLang; else by transformers, which reads every key of config.json.
+    """
+    broken = list(broken_rules(folder, served=served))
     if broken:
         raise DataError(f"{name} breaks {len(broken)} rules of its readers, the first: {broken[0]}")
 
 
-def broken_rules(folder: Path) -> Iterator[str]:
-    """A sentence on every rule that a directory breaks."""
+def broken_rules(folder: Path, *, served: bool = True) -> Iterator[str]:
+    """A sentence on every rule that a directory breaks; `served` as in `check_directory`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     keys = list(_keys(config))
     yield from keys
@@ -51,7 +55,9 @@ def broken_rules(folder: Path) -> Iterator[str]:
     found: dict[str, tuple[str, Shape]] = {}
     yield from _shards(folder, found)
     names = expected(config)
-    yield from _names(found, names)
+    if served:
+        yield from _constants(config)
+        yield from _names(found, names)
     yield from _dtypes(config, found)
     fp8 = {name for name, (dtype, _) in found.items() if dtype == "F8_E4M3"}
     yield from _modules(config, found, fp8)
@@ -81,6 +87,15 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
         for key, value in wanted.items():
             if quantization.get(key) != value:
                 yield f"config.json: quantization_config.{key}={quantization.get(key)!r} must be {value!r}"
+
+
+def _constants(config: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that vLLM's OLMoE has as constants (models/olmoe.py): what config.json says of them is not read."""
+    if config["model_type"] != "olmoe":
+        return
+    for key, value in {"norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-5}.items():
+        if config.get(key) != value:
+            yield f"config.json: {key}={config.get(key)} and vLLM's OLMoE has {value}: use --for transformers"
 
 
 def _shards(folder: Path, found: dict[str, tuple[str, Shape]]) -> Iterator[str]:

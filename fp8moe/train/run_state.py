@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fp8moe.errors import ConfigError
 from fp8moe.layers.linear import is_expert
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.train import checkpoint
@@ -61,6 +62,8 @@ def restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> 
     """
     stored, mesh, held = checkpoint.stored_names(path), run.mesh, run.optimizer.held
     tensors, random = _tensors(run, held), random_state(run.device, mesh.rank)
+    if not any(name in stored for name in tensors if not name.startswith(("master.", "ema.", "bias.", "load."))):
+        raise ConfigError(f"{path} holds weights and no state of an optimizer: begin a run from it, init_from={path}")
     averages = {name for name in tensors if name.startswith("ema.")}
     if not averages <= stored:
         logger.info("%s holds no average of the weights: it begins from the masters", path)

@@ -71,7 +71,8 @@ def test_bf16_with_mtp_comes_back_bit_equal(tmp_path, capsys):
     }
 
 
-def test_fp8_codes_come_back_bit_equal_and_are_those_of_the_training(tmp_path, capsys):
+def test_fp8_codes_come_back_bit_equal_and_are_those_of_the_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fp8moe.interop.export_hf.CHUNK", 128 * 128)  # bands of one block of rows
     released.write(released.ALIGNED, tmp_path / "hf", torch.bfloat16)
     before = released.in_block_fp8(released.with_mtp(released.tensors_of(tmp_path / "hf"), 2))
     released.rewrite(tmp_path / "hf", before, quantization_config=released.QUANTIZATION)
@@ -179,6 +180,10 @@ def test_what_can_not_be_written(tmp_path):
         export([str(tmp_path / "run"), str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="holds no average of the weights, which --ema asks for"):
         export([str(tmp_path / "run"), str(tmp_path / "other"), "--ema"])
+    with pytest.raises(
+        ConfigError, match=r"no weight of this model can be FP8 \(its 64 inputs are no multiple of 128\)"
+    ):
+        export([str(tmp_path / "run"), str(tmp_path / "other"), "--precision", "fp8"])
     with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         export([str(tmp_path / "hf"), str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()

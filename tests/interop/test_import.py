@@ -79,14 +79,20 @@ def test_mtp_that_is_announced_and_absent_is_left_out_and_said(tmp_path, capsys)
     assert "announces an MTP module, the files hold none: it is left out" in capsys.readouterr().out
 
 
-def test_any_range_of_a_parameter_is_the_same_values(tmp_path):
-    released.write(released.CONFIGS["v3"], tmp_path / "hf")
+@pytest.mark.parametrize("name", ["v3", "block FP8", "gpt_oss"])
+def test_any_range_of_a_parameter_is_the_same_values(name, tmp_path, monkeypatch):
+    released.write(released.CONFIGS.get(name, released.WIDE), tmp_path / "hf")
+    if name == "block FP8":
+        tensors = released.in_block_fp8(released.tensors_of(tmp_path / "hf"))
+        released.rewrite(tmp_path / "hf", tensors, quantization_config=released.QUANTIZATION)
     model = open_model(tmp_path / "hf")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.parameters.items():
+        monkeypatch.setattr("fp8moe.interop.hf_model.CHUNK", 1 << 24)
         whole = torch.full((parameter.length,), float("nan"))
         model.fill(name, 0, whole)
         assert not whole.isnan().any()
+        monkeypatch.setattr("fp8moe.interop.hf_model.CHUNK", 3000)
         for _ in range(4):
             first, end = sorted(torch.randint(parameter.length + 1, (2,), generator=generator).tolist())
             out = torch.full((end - first,), float("nan"))

@@ -182,3 +182,11 @@ def test_an_export_that_breaks_a_rule_is_not_left_behind(sound, tmp_path, monkey
     with pytest.raises(DataError, match="out breaks 2 rules of its readers, the first: config.json lacks scoring_func"):
         export([str(sound.parent / "run"), str(tmp_path / "out"), "--precision", "fp8"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_vllm_has_as_a_constant_can_be_exported_for_transformers_alone(tmp_path):
+    released.write(released.CONFIGS["olmoe, clipped"], tmp_path / "hf")
+    take([str(tmp_path / "hf"), str(tmp_path / "run")])
+    with pytest.raises(DataError, match=r"clip_qkv=0.3 and vLLM's OLMoE has None: use --for transformers"):
+        export([str(tmp_path / "run"), str(tmp_path / "out")])
+    assert export([str(tmp_path / "run"), str(tmp_path / "out"), "--for", "transformers"]) == 0

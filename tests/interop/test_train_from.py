@@ -144,6 +144,10 @@ def test_a_run_begins_from_an_import_as_from_the_directory(corpus, hf, tmp_path)
         for one in (tmp_path / "run", hf)
     )
     names = [name for name in theirs if name.startswith(("master.", "bias."))]
+    with pytest.raises(
+        ConfigError, match="holds weights and no state of an optimizer: begin a run from it, init_from="
+    ):
+        built(configured(corpus, hf, "seed=0", "seq_len=64", f"resume={tmp_path / 'run'}"))
     assert len(names) > 40 and all(torch.equal(ours[name], theirs[name]) for name in names)
 
 
