@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8moe.cli.command import make_parser, parse
 
 if TYPE_CHECKING:
-    from fp8moe.cli.compose import Composed
     from fp8moe.interop.hf_model import HfModel
 
 DESCRIPTION = """\
@@ -32,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         "--mtp", choices=["auto", "keep", "drop"], default="auto", help="its MTP module; auto: kept where it is there"
     )
     arguments = parse(parser, argv)
+    from fp8moe.cli.released import configuration
     from fp8moe.interop.hf_model import open_model
     from fp8moe.interop.import_run import check_empty, write_run
     from fp8moe.interop.tokenizer_files import usable
@@ -40,22 +39,10 @@ def main(argv: Sequence[str]) -> int:
     check_empty(out)
     model = open_model(folder, arguments.mtp)
     tokenizer, sentence = usable(folder, model.config.vocab_size)
-    composed = _configuration(model, None if tokenizer is None else out.absolute() / tokenizer.name)
+    composed = configuration(model, None if tokenizer is None else out.absolute() / tokenizer.name)
     write_run(model, out, composed.config, composed.text, tokenizer)
     print("\n".join([*_described(model), sentence, f"{out} holds it: fp8moe train --from {out} init_from={out}"]))
     return 0
-
-
-def _configuration(model: HfModel, tokenizer: Path | None) -> Composed:
-    """The defaults of a run with this model, on the embedded corpus until it is given another."""
-    from fp8moe.cli.compose import composed, plain_values, tree_of
-
-    tree = tree_of([])
-    tree["model"] = plain_values(asdict(model.config))
-    tree["name"] = model.directory.folder.resolve().name or "imported"
-    tree["seq_len"] = min(4096, model.config.max_seq_len)
-    tree["data"] |= {"vocab_size": model.config.vocab_size, "tokenizer": None if tokenizer is None else str(tokenizer)}
-    return composed(tree)
 
 
 def _described(model: HfModel) -> list[str]:

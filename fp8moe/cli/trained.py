@@ -1,13 +1,13 @@
-"""The trained model that a command uses: a run directory or a checkpoint; its settings, its tokenizer.
+"""The trained model that a command uses: a run directory, a checkpoint or a Hugging Face directory; its settings, its
+tokenizer.
 
-The model's configuration is the run's own, changed by the settings that are typed. A Hugging Face directory is refused
-with the command that makes a run directory of it.
+The model's configuration is the run's own, or what config.json says, changed by the settings that are typed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from fp8moe.cli.command import Parser
 from fp8moe.cli.compose import composed, parse, tree_of
+from fp8moe.cli.released import settings_of
 from fp8moe.cli.resume import CONFIG_FILE, overlaid, read_configuration
 from fp8moe.errors import ConfigError
 from fp8moe.generate.open import for_use, load_model
 from fp8moe.generate.text import Vocabulary
+from fp8moe.interop.hf_dir import is_hf_directory
+from fp8moe.interop.hf_model import HfModel, open_model
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train import checkpoint
@@ -28,16 +31,16 @@ from fp8moe.train.processes import choose_device, processes
 if TYPE_CHECKING:
     import torch
 
-ADVICE = "name a run directory or its checkpoints/step-N"
+ADVICE = "name a run directory, its checkpoints/step-N, or a Hugging Face directory"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that can be loaded: its run's configuration for these processes, where its checkpoints lie, and its
-    tokenizer's path and folder."""
+    """A model that can be loaded: its run's configuration for these processes, where its checkpoints lie, or the opened
+    Hugging Face directory, and its tokenizer's path."""
 
     config: TrainConfig
-    name: str
+    source: str | HfModel
     tokenizer: Path
 
     def vocabulary(self) -> Vocabulary:
@@ -49,12 +52,14 @@ class Trained:
         """The model with its weights, on this rank's device; process groups exist while the block runs."""
         device = choose_device(self.config)
         with processes(self.config, device) as mesh:
-            yield load_model(self.config, mesh, device, self.name, averaged=averaged), mesh, device
+            yield load_model(self.config, mesh, device, self.source, averaged=averaged), mesh, device
 
 
 def add_arguments(parser: Parser) -> None:
     """The arguments by which every command takes a trained model."""
-    parser.add_argument("run", metavar="RUN", help="a run directory (its newest checkpoint) or a checkpoint")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="parallel.ep=2, precision=bf16, device=cpu")
     parser.add_argument("--nproc", metavar="N", help="processes to start on this machine; auto: one a GPU")
     parser.add_argument("--ema", action="store_true", help="use the average of the weights")
@@ -68,6 +73,11 @@ def find_trained(arguments: argparse.Namespace, world_size: int) -> Trained:
 
 def trained_at(run: str, settings: Sequence[str], world_size: int, tokenizer: str | None = None) -> Trained:
     """The model at `run`, its configuration changed by `settings`."""
+    if "://" not in run and is_hf_directory(Path(run)) and not (Path(run) / CONFIG_FILE).is_file():
+        released, own = open_model(Path(run)), Path(run, "tokenizer.json")
+        config = _for_use(settings_of(released, own if own.is_file() else None), settings, world_size)
+        released.check(config.model)
+        return Trained(config, released, own if tokenizer is None else Path(tokenizer))
     where = checkpoint.location(run)
     with checkpoint.looking_up(run):
         found = [where] if checkpoint.is_complete(where) else checkpoint.below(where)
@@ -78,12 +88,17 @@ def trained_at(run: str, settings: Sequence[str], world_size: int, tokenizer: st
     name = run if found else tree.get("checkpoint", {}).get("path")
     if name is None:
         raise ConfigError(f"{run} holds no complete checkpoint: {ADVICE}")
+    config = _for_use(tree, settings, world_size)
+    return Trained(config, str(name), _tokenizer(run, tokenizer, folder, config))
+
+
+def _for_use(tree: Mapping[str, Any], settings: Sequence[str], world_size: int) -> TrainConfig:
+    """A run's configuration, changed by `settings`, for `world_size` processes."""
     config = composed(overlaid(tree, tree_of(settings), tree_of([]), settings)).config
     typed = {parse(setting).key_or_group for setting in settings}
     if "parallel.pp" in typed and config.parallel.pp != 1:
         raise ConfigError(f"parallel.pp={config.parallel.pp} is for training: use parallel.ep, or leave it out")
-    ep = config.parallel.ep if "parallel.ep" in typed else None
-    return Trained(for_use(config, world_size, ep), str(name), _tokenizer(run, tokenizer, folder, config))
+    return for_use(config, world_size, config.parallel.ep if "parallel.ep" in typed else None)
 
 
 def _run_directory(where: checkpoint.Location, found: Sequence[checkpoint.Location]) -> Path | None:
@@ -99,8 +114,6 @@ def _stored_configuration(found: Sequence[checkpoint.Location]) -> dict[str, Any
 
 
 def _not_a_run(run: str, where: checkpoint.Location) -> str:
-    if isinstance(where, Path) and (where / "config.json").is_file():
-        return f"{run} is a Hugging Face directory: make a run directory of it, fp8moe import {run} OUT"
     if isinstance(where, Path) and not where.exists():
         return f"{run} does not exist: {ADVICE}"
     return f"{run} is neither a run directory, with its {CONFIG_FILE}, nor a checkpoint: {ADVICE}"

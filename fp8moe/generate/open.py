@@ -1,7 +1,8 @@
 """A trained model opened for use: all of its blocks on every rank, experts over ep, no pipeline and no optimizer.
 
 Weights are a checkpoint's masters, or their average, rounded to the run's precision; FP8 weights are cast as in
-training. A model from elsewhere comes as a run directory too: `fp8moe import` makes one, and what is here reads it.
+training. Weights from elsewhere, a released model's, come as `ForeignWeights`: `interop` opens them, the command hands
+them over.
 Ranks are dp = ep x replicas; sequences are dealt out over all of them. Rows go to experts by exact counts and without a
 bound on imbalance, whatever the run had: a step of a few tokens is never balanced.
 """
@@ -9,6 +10,7 @@ bound on imbalance, whatever the run had: a step of a few tokens is never balanc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -27,6 +29,7 @@ from fp8moe.parallel.mesh import Mesh, validate_mesh
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
 
+Tensors = dict[str, Tensor | checkpoint.Pieces]
 MOST_VALUES = 1 << 28  # that are read at once, in FP32
 
 
@@ -57,30 +60,48 @@ def exact_dispatcher(config: TrainConfig, mesh: Mesh) -> Dispatcher:
 
 
 def load_model(
-    config: TrainConfig, mesh: Mesh, device: torch.device, name: str, *, averaged: bool = False
+    config: TrainConfig,
+    mesh: Mesh,
+    device: torch.device,
+    source: str | checkpoint.ForeignWeights,
+    *,
+    averaged: bool = False,
 ) -> Transformer:
-    """The model of the newest whole checkpoint at `name`, a path or URL; averaged: the average of its weights.
+    """The model with the weights of `source`; averaged: with the average of its weights.
 
-    Every file is verified first. Raises ConfigError and DataError. Collective over all ranks of `mesh`.
+    source: weights that were opened, or the name, a path or URL, whose newest whole checkpoint is taken; its files are
+    verified first. Raises ConfigError and DataError. Collective over all ranks of `mesh`.
     """
-    path = checkpoint.choose_weights(name, config.model, mesh, averaged=False, key="RUN")
-    if averaged and not any(stored.startswith("ema.") for stored in checkpoint.stored_names(path)):
-        raise ConfigError(f"{path} holds no average of the weights, which --ema asks for: leave --ema out")
+    load = _loader(config, mesh, source, averaged=averaged)
     with device:
         model = Transformer(config.model, config.recipe, exact_dispatcher(config, mesh), gradients=False)
     kind = "ema" if averaged else "master"
     parameters = list(model.named_parameters())
     while parameters:
         count = _together([parameter for _, parameter in parameters])
-        _read(path, kind, parameters[:count], mesh)
+        _read(load, kind, parameters[:count], mesh)
         del parameters[:count]
-    biases: dict[str, Tensor | checkpoint.Pieces] = {
+    biases: Tensors = {
         f"bias.{router}": module.bias_E for router, module in model.named_modules() if isinstance(module, Router)
     }
     if biases:
-        checkpoint.load(path, biases, mesh.world_group)
+        load(biases)
     quantize_weights(model)
     return model.eval()
+
+
+def _loader(
+    config: TrainConfig, mesh: Mesh, source: str | checkpoint.ForeignWeights, *, averaged: bool
+) -> Callable[[Tensors], None]:
+    """What fills tensors by the names of a checkpoint."""
+    if not isinstance(source, str):
+        if averaged:
+            raise ConfigError("--ema asks for an average of the weights, which a released model has not: leave it out")
+        return source.load
+    path = checkpoint.choose_weights(source, config.model, mesh, averaged=False, key="RUN")
+    if averaged and not any(stored.startswith("ema.") for stored in checkpoint.stored_names(path)):
+        raise ConfigError(f"{path} holds no average of the weights, which --ema asks for: leave --ema out")
+    return lambda tensors: checkpoint.load(path, tensors, mesh.world_group)
 
 
 def _together(parameters: list[Parameter]) -> int:
@@ -94,13 +115,13 @@ def _together(parameters: list[Parameter]) -> int:
 
 
 @torch.no_grad()
-def _read(path: checkpoint.Location, kind: str, parameters: list[tuple[str, Parameter]], mesh: Mesh) -> None:
+def _read(load: Callable[[Tensors], None], kind: str, parameters: list[tuple[str, Parameter]], mesh: Mesh) -> None:
     values = {name: torch.empty(p.numel(), dtype=torch.float32, device=p.device) for name, p in parameters}
-    pieces: dict[str, Tensor | checkpoint.Pieces] = {}
+    pieces: Tensors = {}
     for name, parameter in parameters:
         size, spread = parameter.numel(), is_expert(parameter)
         first, length = (mesh.ep_rank * size, mesh.ep * size) if spread else (0, size)
         pieces[f"{kind}.{name}"] = checkpoint.Pieces(length, ((first, values[name]),))
-    checkpoint.load(path, pieces, mesh.world_group)
+    load(pieces)
     for name, parameter in parameters:
         parameter.copy_(values[name].view_as(parameter))

@@ -59,6 +59,14 @@ def test_a_run_a_checkpoint_and_other_ways_to_the_same_text(run: Path, tmp_path:
         assert len(found[0]["ids"]) > 0 and (found != plain or other == ("precision=fp8",))
 
 
+def test_a_hugging_face_directory_speaks_as_the_run_that_it_was_exported_from(run: Path, tmp_path: Path) -> None:
+    words = ["--prompt", "delta = ", "--max-tokens", "12"]
+    released = tmp_path / "released"
+    assert main(["export", str(run), str(released), "--precision", "fp32"]) == 0
+    assert generated(released, tmp_path, *words, "precision=fp32") == generated(run, tmp_path, *words, "precision=fp32")
+    assert main(["generate", str(released), *words, "--ema"]) == 2
+
+
 def loaded(run: str, ep: int, averaged: bool) -> tuple[dict[str, torch.Tensor], int]:
     """The weights and biases of this rank, and which rank of ep it is."""
     config = trained_at(run, [f"parallel.ep={ep}"], 2).config
@@ -147,9 +155,9 @@ def test_multiple_choice_is_scored(run: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("arguments, code, words", [
-    ("generate NONE --prompt a", 2, "NONE does not exist: name a run directory or its checkpoints/step-N"),
+    ("generate NONE --prompt a", 2, "NONE does not exist: name a run directory, its checkpoints/step-N, or"),
     ("generate EMPTY --prompt a", 2, "EMPTY is neither a run directory, with its config.yaml, nor a checkpoint: name"),
-    ("generate HF --prompt a", 2, "HF is a Hugging Face directory: make a run directory of it, fp8moe import HF OUT"),
+    ("generate HF --prompt a", 2, "HF/config.json"),
     ("generate RUN", 2, "there is nothing to continue: add --prompt TEXT, --file PATH or --chat PATH"),
     ("generate RUN --prompt a --chat b", 2, "--chat can't stand beside --prompt or --file: use one of them"),
     ("generate RUN --prompt=", 2, "prompt 1 is empty: give at least one character"),

@@ -12,8 +12,8 @@ from fp8moe.model.config import ModelConfig
 from tests.model.oracles.grouped import attention_of, halves_first
 
 
-def their_gpt_oss(c: ModelConfig, state: dict[str, Tensor]) -> GptOssForCausalLM:
-    """The same weights in the model of `transformers`, FP32."""
+def gpt_oss(c: ModelConfig) -> GptOssConfig:
+    """The same model as a configuration of `transformers`."""
     a, r, e = attention_of(c), c.router, c.experts
     assert (a.qkv_bias, a.o_bias, a.sinks, r.gate_bias, e.bias) == (True,) * 5 and a.rope_dim == a.head_dim
     assert (r.score, e.activation, e.num_shared, a.qk_norm) == ("softmax_topk", "swiglu_clamped", 0, "none")
@@ -23,14 +23,18 @@ def their_gpt_oss(c: ModelConfig, state: dict[str, Tensor]) -> GptOssForCausalLM
         y = a.yarn
         rope |= {"rope_type": "yarn", "factor": y.factor, "beta_fast": y.beta_fast, "beta_slow": y.beta_slow,
                  "truncate": y.truncate, "original_max_position_embeddings": y.original_max_seq_len}  # fmt: skip
-    config = GptOssConfig(
+    return GptOssConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.num_layers, num_local_experts=e.num_experts,
         intermediate_size=e.hidden, head_dim=a.head_dim, num_attention_heads=a.num_heads,
         num_key_value_heads=a.num_kv_heads, sliding_window=a.window, layer_types=kinds, rms_norm_eps=c.norm_eps,
         num_experts_per_tok=r.topk, swiglu_limit=e.swiglu_limit, rope_parameters=rope, tie_word_embeddings=False,
         max_position_embeddings=c.max_seq_len, attn_implementation="eager", experts_implementation="eager",
     )  # fmt: skip
-    theirs = GptOssForCausalLM(config).float()
+
+
+def their_gpt_oss(c: ModelConfig, state: dict[str, Tensor]) -> GptOssForCausalLM:
+    """The same weights in the model of `transformers`, FP32."""
+    theirs = GptOssForCausalLM(gpt_oss(c)).float()
     missing, unexpected = theirs.load_state_dict(gpt_oss_names(c, state), strict=False)
     assert not missing and not unexpected, (missing, unexpected)
     return theirs
