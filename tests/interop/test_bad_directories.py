@@ -96,7 +96,7 @@ def test_config_json_that_is_none(hf):
     ("keys", "sentence"),
     [
         ({"model_type": "llama"}, "model_type='llama' is not supported: use one of deepseek_v3"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported, the tie of embedding and head would"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported, the tie of embedding and head"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, another activation of the experts would be lost"),
         ({"attention_bias": True}, "the biases of attention would be lost: use false"),
         ({"rope_interleave": False}, "the rotation in halves would be lost"),
@@ -106,7 +106,7 @@ def test_config_json_that_is_none(hf):
         ({"attention_dropout": 0.1}, "dropout of attention would be lost"),
         ({"moe_layer_freq": 2}, "dense layers between those with experts would be lost"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 2.0}}, "attention_factor=2.0 is not"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 2.0}}, "attention_factor=2.0"),
         ({"sliding_window": 128}, "sliding_window=128 is not supported for model_type=deepseek_v3"),
         ({"kv_lora_rank": ...}, "lacks kv_lora_rank, which this family needs"),
         ({"kv_lora_rank": "32"}, "kv_lora_rank='32' must be a number"),
