@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from fp8moe.cli.export_model import main as export
 from fp8moe.cli.import_model import main as take
@@ -92,6 +93,21 @@ def test_fp8_codes_come_back_bit_equal_and_are_those_of_the_training(tmp_path, c
     assert torch.equal(torch.cat([after[name].float() for name in parts]), joined.data.float())
     assert torch.equal(torch.cat([after[f"{name}_scale_inv"] for name in parts]), joined.scale)
     assert "blocks of their own" not in capsys.readouterr().out
+
+
+def test_transformers_dequantizes_an_aligned_export_as_an_import_does(tmp_path):
+    released.write(released.ALIGNED, tmp_path / "hf")
+    take([str(tmp_path / "hf"), str(tmp_path / "run")])
+    export([str(tmp_path / "run"), str(tmp_path / "out"), "--precision", "fp8", "--for", "transformers"])
+    take([str(tmp_path / "out"), str(tmp_path / "again")])
+    tensors, theirs = released.tensors_of(tmp_path / "out"), Fp8Dequantize(None)
+    export([str(tmp_path / "again"), str(tmp_path / "wide"), "--precision", "fp32"])
+    wide = released.tensors_of(tmp_path / "wide")
+    quantized = [name for name in tensors if name + "_scale_inv" in tensors]
+    assert len(quantized) == 2 * 5 + 3 + 3 + 3 * 8
+    for name in quantized:
+        values = theirs._dequantize_one(tensors[name], tensors[name + "_scale_inv"], torch.float32)
+        assert torch.equal(values, wide[name]), name
 
 
 def test_fp8_of_aligned_widths_in_transformers_is_ours_on_the_same_codes(tmp_path):

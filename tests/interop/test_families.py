@@ -1,4 +1,4 @@
-"""config.json of every family: what is written is read back as the same model, for configurations of released ones."""
+"""config.json of every family: what is written is read back as the same model; name maps of the released ones."""
 
 from __future__ import annotations
 
