@@ -195,7 +195,7 @@ def test_routing_and_biases_of_experts_stay_in_registers_and_add_in_a_fixed_orde
     ours = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("route", "expert_bias")}
     assert {e["kernel"].split(".")[-1] for e in ours.values()} == {
         *("route_kernel", "balance_kernel", "route_backward_kernel"),
-        *("add_kernel", "dgrad_kernel", "sum_rows_kernel", "sum_columns_kernel"),
+        *("bias_add_kernel", "bias_dgrad_kernel", "bias_rows_kernel", "bias_columns_kernel"),
     }
     for name, entry in ours.items():
         figure, wide = entry["figures"], entry["wide"]
