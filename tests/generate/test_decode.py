@@ -85,14 +85,22 @@ class Guessing:
 
     def __init__(self, texts: list[list[int]]) -> None:
         self.texts, self.calls = [[*prompt, *text] for prompt, text in zip(PROMPTS, texts, strict=True)], 0
+        self.of_the_module: list[tuple[int, int, int]] = []  # (completion, place, its guess of that place's token)
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        advance = decode._Batch._advance
+        advance, start = decode._Batch._advance, decode._Batch._prompt
+
+        def started(batch: Any, one: Any) -> int:
+            first = start(batch, one)
+            self.of_the_module.append((one.completion.number, one.place + 1, one.draft))
+            return first
 
         def advanced(batch: Any, one: Any, tokens: list[int], draft: int = 0) -> None:
+            self.of_the_module.append((one.completion.number, one.place + len(tokens) + 1, draft))
             advance(batch, one, tokens, self.guess(one.completion.number, one.place + len(tokens) + 1))
 
         monkeypatch.setattr(decode._Batch, "_advance", advanced)
+        monkeypatch.setattr(decode._Batch, "_prompt", started)
 
     def guess(self, number: int, place: int) -> int:
         self.calls += 1
@@ -102,13 +110,29 @@ class Guessing:
 
 
 def test_right_and_wrong_guesses_give_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the module, whose guesses these replace, guesses what one forward of it over the whole text does."""
     model = small_model()
     expected = [recomputed(model, prompt, COUNT + 3) for prompt in PROMPTS]
-    Guessing(expected).patch(monkeypatch)
+    guessing = Guessing(expected)
+    guessing.patch(monkeypatch)
     completions, figures = generated(model, PROMPTS, max_tokens=COUNT, mtp=True)
     assert ids(completions) == [text[:COUNT] for text in expected]
     assert 0.4 < figures.accepted / figures.drafts < 0.9
     assert figures.drafts == figures.steps < COUNT * 5 * 0.75
+    whole = [guesses(model, text) for text in guessing.texts]
+    assert len(guessing.of_the_module) == figures.drafts + len(PROMPTS)
+    for number, place, guess in guessing.of_the_module:
+        assert guess == whole[number][place - 2], (number, place)
+
+
+@torch.no_grad()
+def guesses(model: Transformer, text: list[int]) -> list[int]:
+    """The MTP module's likeliest token two places behind each place of `text` but the last."""
+    assert model.mtp is not None and model.embedding is not None and model.norm is not None and model.head is not None
+    positions = model.positions(torch.arange(len(text) - 1)[None])
+    hidden_TD, _ = model.run_blocks(model.embedding(torch.tensor(text[:-1])), positions)
+    guessed, _ = model.mtp(model.norm(hidden_TD).tensor, model.embedding(torch.tensor(text[1:])), positions)
+    return model.head(guessed).argmax(-1).tolist()
 
 
 def test_guesses_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
