@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"cudnn.*(sdpa|flash|attn)|fmha|flash|efficient_attention|attention"),
     ("cast", r"^(tiles|blocks|requantize|cast|pack|unpack|e5m6_columns)_kernel"),
-    ("swiglu", r"^(swiglu|silu_mul)\w*_kernel"),
+    ("swiglu", r"^(swiglu|silu_mul|bias)\w*_kernel"),
     ("norm and rope", r"^(norm|gain|rotate_queries|make_keys|keys_backward)\w*_kernel|layer_norm|RMSNorm"),
     ("router", r"^(route|balance)\w*_kernel"),
     ("permutation", r"^(count|scan|place|copy|sum|sum_runs)_kernel"),

@@ -37,29 +37,25 @@ def expert_bias_dgrad(dy: Rows, bias: Tensor, group_offsets: Tensor, d_weights: 
     data = dy.data if isinstance(dy, Fp8Tensor) else dy
     _check_rows(None if isinstance(dy, Fp8Tensor) else dy, data.shape, bias, group_offsets, None)
     check_total(d_weights, (data.shape[0],))
-    backend.op("expert_bias_dgrad_fp8" if isinstance(dy, Fp8Tensor) else "expert_bias_dgrad")(
-        dy, bias, group_offsets, d_weights
-    )
+    backend.op("expert_bias_dgrad")(dy, bias, group_offsets, d_weights)
 
 
-def expert_bias_wgrad(
-    dy_columns: Rows, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None
-) -> None:
+def expert_bias_wgrad(dy: Rows, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None) -> None:
     """main_grad [E, N] FP32 += for each group the sum over its rows of weights [R] x dy.
 
-    dy_columns: FP8 columns [N, R], groups on multiples of 128, or dy [R, N] BF16 or FP32 and groups anywhere. A group
+    dy: FP8 columns [N, R], groups on multiples of 128, or dy [R, N] BF16 or FP32 and groups anywhere. A group
     without rows leaves its row of main_grad untouched. Raises ValueError for other shapes or dtypes.
     """
-    fp8 = isinstance(dy_columns, Fp8Tensor)
-    r, n = dy_columns.shape[::-1] if fp8 else dy_columns.shape
-    if isinstance(dy_columns, Tensor) and dy_columns.dtype not in DTYPES:
-        raise ValueError(f"expert_bias_wgrad takes BF16, FP32 or FP8 columns, not {dy_columns.dtype}: cast it")
+    fp8 = isinstance(dy, Fp8Tensor)
+    r, n = dy.shape[::-1] if fp8 else dy.shape
+    if isinstance(dy, Tensor) and dy.dtype not in DTYPES:
+        raise ValueError(f"expert_bias_wgrad takes BF16, FP32 or FP8 columns, not {dy.dtype}: cast it")
     check_total(main_grad, (len(main_grad), n))
     if not main_grad.is_contiguous():
         raise ValueError(f"main_grad must be contiguous, got strides {list(main_grad.stride())}: use the bias's")
     check_groups(group_offsets, len(main_grad), r, TILE if fp8 else 1)
     _check_weights(weights, r)
-    backend.op("expert_bias_wgrad_fp8" if fp8 else "expert_bias_wgrad")(dy_columns, group_offsets, main_grad, weights)
+    backend.op("expert_bias_wgrad")(dy, group_offsets, main_grad, weights)
 
 
 def _check_rows(

@@ -186,6 +186,12 @@ def check_floor(amax_floor: float, kind: str = "E4M3") -> None:
         raise ValueError(f"amax_floor={amax_floor:g} must be at least {LEAST_AMAX_FLOOR[kind]:g} for {kind}: use that")
 
 
+def check_limit(limit: float | None) -> None:
+    """Raise ValueError for a clamp of SwiGLU that is none."""
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ValueError(f"limit={limit} must be above 0 and finite: use 7.0, or None for plain SwiGLU")
+
+
 def check_groups(group_offsets: Tensor, num_groups: int, num_rows: int, align: int) -> None:
     """Raise ValueError unless offsets are int32 [E+1], and, where they can be read for free (CPU), ascend from 0."""
     if group_offsets.dtype is not torch.int32 or group_offsets.shape != (num_groups + 1,):

@@ -25,6 +25,7 @@ from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.segments import Segments
 
 NAMESPACE = "fp8moe"
+FP8 = "_fp8"  # ends the name of the operator that takes FP8 where another takes tensors
 _library: torch.library.Library | None = None
 
 
@@ -42,8 +43,10 @@ def register(run: Callable[..., Any], by_specification: Callable[[torch.device],
 
 def traced(name: str) -> Callable[..., Any]:
     """The public op `name` through its registration."""
-    special: dict[str, Callable[..., Any]] = {"gemm": _gemm, "permute": _permute, "plan_rows": _plan_rows}
-    return special[name] if name in special else functools.partial(_call, name)
+    special: dict[str, Callable[..., Any]] = {"gemm": _gemm, "plan_rows": _plan_rows}
+    if name in special:
+        return special[name]
+    return functools.partial(_call_by_kind if f"{name}{FP8}" in DECLARATIONS else _call, name)
 
 
 def _call(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -61,9 +64,9 @@ def _gemm(a: Fp8Tensor, b: Fp8Tensor, *, out_dtype: torch.dtype, accumulate: Ten
     return accumulate
 
 
-def _permute(x: Rows, row_map: RowMap) -> Rows:
-    rows: Rows = _call("permute_fp8" if isinstance(x, Fp8Tensor) else "permute", x, row_map)
-    return rows
+def _call_by_kind(name: str, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+    """An operator takes FP8 rows or others, never both: there are two of the op."""
+    return _call(f"{name}{FP8}" if isinstance(rows, Fp8Tensor) else name, rows, *args, **kwargs)
 
 
 def _plan_rows(topk_ids: Tensor, num_experts: int, *, align: int, room: int | None) -> RowMap:
@@ -82,7 +85,7 @@ def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> 
         return None
     if name == "gemm":
         kwargs["accumulate"] = None
-    result = run("permute" if name == "permute_fp8" else name, *args, **kwargs)
+    result = run(name.removesuffix(FP8), *args, **kwargs)
     if result is None:
         return None
     given = [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]

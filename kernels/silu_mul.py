@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels import backend
-from fp8moe.kernels.swiglu import check_limit
+from fp8moe.kernels.fp8 import check_limit
 
 DTYPES = (torch.bfloat16, torch.float32)
 

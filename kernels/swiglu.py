@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels import backend
-from fp8moe.kernels.fp8 import ROW_TILE, TILE, Fp8Tensor, check_groups, check_sizes
+from fp8moe.kernels.fp8 import ROW_TILE, TILE, Fp8Tensor, check_groups, check_limit, check_sizes
 
 
 def swiglu(
@@ -86,12 +86,6 @@ def swiglu_backward(
     _check_weights(weights, r)
     check_limit(limit)
     return backend.op("swiglu_backward")(dy, cached, weights, limit=limit, power_of_two=power_of_two)
-
-
-def check_limit(limit: float | None) -> None:
-    """Raise ValueError for a limit that is none."""
-    if limit is not None and not 0 < limit < float("inf"):
-        raise ValueError(f"limit={limit} must be above 0 and finite: use 7.0, or None for plain SwiGLU")
 
 
 def _check_bias(bias: Tensor | None, group_offsets: Tensor | None, gate_up: Tensor) -> None:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.fp8 import Fp8Tensor, Rows
 
 
 def add_expert_bias(y: Tensor, bias: Tensor, group_offsets: Tensor, weights: Tensor | None = None) -> None:
@@ -13,25 +13,17 @@ def add_expert_bias(y: Tensor, bias: Tensor, group_offsets: Tensor, weights: Ten
         y[rows] = y[rows].float() + added
 
 
-def expert_bias_dgrad(dy: Tensor, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
+def expert_bias_dgrad(dy: Rows, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
+    values = dy.dequantize() if isinstance(dy, Fp8Tensor) else dy
     for of_expert, rows in zip(bias.float(), _groups(group_offsets), strict=True):
-        d_weights[rows] += (dy[rows].float() * of_expert).sum(1)
+        d_weights[rows] += (values[rows].float() * of_expert).sum(1)
 
 
-def expert_bias_dgrad_fp8(dy: Fp8Tensor, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
-    expert_bias_dgrad(dy.dequantize(), bias, group_offsets, d_weights)
-
-
-def expert_bias_wgrad(dy: Tensor, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None) -> None:
+def expert_bias_wgrad(dy: Rows, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None) -> None:
+    all_rows = dy.dequantize().t() if isinstance(dy, Fp8Tensor) else dy
     for of_expert, rows in zip(main_grad, _groups(group_offsets), strict=True):
-        values = dy[rows].float()
+        values = all_rows[rows].float()
         of_expert += (values if weights is None else values * weights[rows, None]).sum(0)
-
-
-def expert_bias_wgrad_fp8(
-    dy_columns: Fp8Tensor, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None
-) -> None:
-    expert_bias_wgrad(dy_columns.dequantize().t(), group_offsets, main_grad, weights)
 
 
 def _groups(group_offsets: Tensor) -> list[slice]:

@@ -7,8 +7,8 @@ operations in the same order as whole passes, and the same bits.
 import torch
 from torch import Tensor
 
+from fp8moe.kernels.reference._activation import activate_clamped, differentiate_clamped
 from fp8moe.kernels.reference._arithmetic import row_chunks
-from fp8moe.kernels.reference.swiglu import activate_clamped, differentiate_clamped
 
 
 def silu_mul(gate_up: Tensor, weights: Tensor | None = None, *, limit: float | None = None) -> Tensor:

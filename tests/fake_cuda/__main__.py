@@ -1,7 +1,8 @@
 """`python -m tests.fake_cuda FOLDER`: trace a training step and the dispatches between ranks, print and save them.
 
-A trace is FOLDER/PRECISION-TOKENS.json, with -grouped for a model of grouped-query attention, or
-FOLDER/PRECISION-ROUTE-COUNTS.json for a dispatch. --docs also rewrites the tables of docs/layer.md.
+A trace is FOLDER/PRECISION-TOKENS.json, with -grouped for a model of grouped-query attention and -gpt_oss for one with
+biases of experts, or FOLDER/PRECISION-ROUTE-COUNTS.json for a dispatch. --docs also rewrites the tables of
+docs/layer.md.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ def main() -> None:
     from tests.fake_cuda import layer_page
     from tests.fake_cuda.messages import one_hop, trace_dispatch, two_hops
     from tests.fake_cuda.report import describe
-    from tests.fake_cuda.step import GROUPED_SHARE, TOKENS, trace_step
+    from tests.fake_cuda.step import GPT_OSS_SHARE, GROUPED_SHARE, TOKENS, trace_step
 
     traces = {}
     for precision in ("fp8", "bf16"):
         for tokens in TOKENS:
             traces[f"{precision}-{tokens}"] = trace_step(precision, tokens)
         traces[f"{precision}-{TOKENS[0]}-grouped"] = trace_step(precision, TOKENS[0], GROUPED_SHARE)
+        traces[f"{precision}-{TOKENS[0]}-gpt_oss"] = trace_step(precision, TOKENS[0], GPT_OSS_SHARE)
         for route in (one_hop, two_hops):
             for name, factor in (("fixed", 1.5), ("exact", None)):
                 traces[f"{precision}-{route.__name__}-{name}"] = trace_dispatch(route, precision, TOKENS[0], factor)

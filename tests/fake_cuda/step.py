@@ -64,6 +64,19 @@ GROUPED_SHARE = ModelConfig(  # GLM-4.5's sizes, with every part that grouped-qu
     experts=ExpertsConfig(num_experts=32, hidden=1536, num_shared=1),
 )  # fmt: skip
 
+GPT_OSS_SHARE = ModelConfig(  # sizes of 20B, without windows and sinks, whose FlexAttention is compiled on a GPU only
+    vocab_size=201088,
+    dim=2880,
+    num_layers=2,
+    num_dense_layers=1,
+    dense_hidden=2880,
+    attention=GqaConfig(
+        num_heads=64, num_kv_heads=8, head_dim=64, rope_dim=64, qkv_bias=True, o_bias=True, backend="sdpa"
+    ),
+    router=RouterConfig(topk=4, score="softmax_topk", gate_bias=True),
+    experts=ExpertsConfig(num_experts=32, hidden=2880, num_shared=0, activation="swiglu_clamped", bias=True),
+)  # fmt: skip
+
 
 class _Phases:
     """Passes spans on to the recorder as phases, with the part of the model they belong to: "mixture F attn"."""

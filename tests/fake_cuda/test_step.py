@@ -61,6 +61,16 @@ def test_grouped_query_attention_runs_by_kernels_too(traces: Traces, precision: 
     assert [wait.phase for wait in trace.waits if wait.phase != "setup"] == ["norm"]
 
 
+@both
+def test_experts_with_biases_run_by_kernels_too(traces: Traces, precision: str) -> None:
+    """GPT-OSS's sizes, no multiples of 128: device kernels, few launches, no wait."""
+    trace = traces(precision, 4096, "gpt_oss")
+    assert {call.op for call in trace.calls if call.backend == "reference"} == set()
+    assert {"add_expert_bias", "expert_bias_dgrad", "expert_bias_wgrad"} <= {call.op for call in trace.calls}
+    assert count(mixture(trace)) <= 150
+    assert [wait.phase for wait in trace.waits if wait.phase != "setup"] == ["norm"]
+
+
 def test_bytes_of_a_mixture_layer(traces: Traces) -> None:
     trace = traces("fp8", 4096)
     sizes, rows = bytes_by(mixture(trace), lambda one: one.kind), trace.facts["received rows"]

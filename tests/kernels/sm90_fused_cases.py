@@ -114,8 +114,8 @@ def clamped_cases() -> Iterator[Case]:
         total = torch.empty(GROUPS, 2880)
         yield f"triton expert_bias_wgrad {kind}", partial(ops.expert_bias_wgrad, y, groups, total, weights)
     bias = bias.bfloat16()
-    yield "triton expert_bias_dgrad fp8", partial(ops.expert_bias_dgrad_fp8, rows(r, 2880), bias, groups, weights)
-    summed = partial(ops.expert_bias_wgrad_fp8, rows(2880, r), groups, total, weights)
+    yield "triton expert_bias_dgrad fp8", partial(ops.expert_bias_dgrad, rows(r, 2880), bias, groups, weights)
+    summed = partial(ops.expert_bias_wgrad, rows(2880, r), groups, total, weights)
     yield "triton expert_bias_wgrad fp8", summed
 
 

@@ -1,4 +1,4 @@
-"""Biases of experts, on a CPU and in Triton, against FP64: ragged and empty groups, rows past the last, NaN in memory."""
+"""Biases of experts, on a CPU and in Triton, against FP64: ragged and empty groups, rows past the last."""
 
 import pytest
 import torch

@@ -9,6 +9,7 @@ from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
 from fp8moe.kernels.cross_entropy import cross_entropy, cross_entropy_with_gradient
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.embedding import embedding_wgrad
+from fp8moe.kernels.expert_bias import add_expert_bias, expert_bias_dgrad, expert_bias_wgrad
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
@@ -195,7 +196,27 @@ def activations_arguments():
     return torch.randn(16, 288).bfloat16(), torch.randn(16, 144).bfloat16(), torch.rand(16)
 
 
+def every_bias(gate_up, y, weights, bias, down, offsets, totals):
+    """Clamped experts with biases; adds into y, weights and totals."""
+    hidden, cached = swiglu(gate_up, weights, bias, offsets, limit=7.0)
+    rows, columns, d_weights = swiglu_backward(y, cached, weights, limit=7.0)
+    plain = silu_mul(gate_up, limit=7.0), silu_mul_backward(y, gate_up, limit=7.0)[0]
+    expert_bias_wgrad(columns, offsets, totals)
+    expert_bias_wgrad(gate_up, offsets, totals, weights)
+    add_expert_bias(y, down, offsets, weights)
+    expert_bias_dgrad(y, down, offsets, weights)
+    expert_bias_dgrad(quantize_rows(y), down, offsets, weights)
+    return parts(hidden, cached, rows, columns, d_weights, *plain, swiglu_columns(cached, limit=7.0))
+
+
+def biases_arguments():
+    gate_up, y = torch.randn(128, 96).bfloat16(), torch.randn(128, 48).bfloat16()
+    bias, down = torch.randn(2, 96).bfloat16(), torch.randn(2, 48).bfloat16()
+    return gate_up, y, torch.rand(128), bias, down, torch.tensor([0, 128, 128], dtype=torch.int32), torch.zeros(2, 96)
+
+
 CASES = [
+    (every_bias, biases_arguments),
     (every_cast, casts_arguments),
     (every_product, products_arguments),
     (every_way, ways_arguments),
@@ -252,4 +273,5 @@ def test_what_an_op_changes_is_declared():
     }
     wgrads = {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "embedding_wgrad", "rms_norm_backward"}
     updates = {"adamw_step", "adamw_step_quantize"}
-    assert mutated == wgrads | updates | {"route", "cross_entropy", "cross_entropy_with_gradient"}
+    biases = {"add_expert_bias", *(f"expert_bias_{way}{kind}" for way in ("dgrad", "wgrad") for kind in ("", "_fp8"))}
+    assert mutated == wgrads | updates | biases | {"route", "cross_entropy", "cross_entropy_with_gradient"}

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from fp8moe.layers.attention.mla import MlaConfig
 from fp8moe.layers.linear import Embedding, Linear, matrices
 from fp8moe.layers.mlp import Mlp
-from fp8moe.layers.moe import Experts, GroupedLinear
+from fp8moe.layers.moe import Experts, ExpertsConfig, GroupedLinear
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import Precision, Recipe
 
@@ -23,7 +23,8 @@ def test_matrices_of_a_weight() -> None:
     assert matrices(GroupedLinear(2, 5, 3, FP32).weight) == [(0, 15, 3, 5), (15, 30, 3, 5)]
     assert matrices(Mlp(5, 3, FP32).gate_up.weight) == [(0, 15, 3, 5), (15, 30, 3, 5)]
     assert matrices(Mlp(5, 3, FP32).down.weight) == [(0, 15, 5, 3)]
-    assert matrices(Experts(3, 5, 2, FP32).gate_up.weight) == [(10 * i, 10 * i + 10, 2, 5) for i in range(6)]
+    experts = Experts(3, 5, ExpertsConfig(3, 2), FP32)
+    assert matrices(experts.gate_up.weight) == [(10 * i, 10 * i + 10, 2, 5) for i in range(6)]
     assert matrices(RMSNorm(4, FP32, eps=1e-6).weight) == [] == matrices(Parameter(torch.ones(3, 3)))
     assert matrices(Embedding(5, 3, FP32).weight) == [] == matrices(Linear(5, 3, FP32, matrix_rows=()).weight)
     mla = MlaConfig(num_heads=2, kv_lora_rank=8, nope_dim=4, rope_dim=2, v_dim=4, q_lora_rank=6)

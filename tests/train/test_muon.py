@@ -16,7 +16,7 @@ from fp8moe.kernels.quantize import quantize_blocks
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.linear import Linear, attach_main_grads, is_expert, matrices, quantize_weights
 from fp8moe.layers.mlp import Mlp
-from fp8moe.layers.moe import Experts
+from fp8moe.layers.moe import Experts, ExpertsConfig
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.transformer import Transformer, init_weights
@@ -40,7 +40,7 @@ class Layers(nn.Module):
         self.first_norm = RMSNorm(16, recipe, eps=1e-6)
         self.mlp = Mlp(16, 32, recipe)
         self.gate = Parameter(torch.empty(4, 16, dtype=recipe.dtype))
-        self.experts = Experts(3, 16, 32, recipe)
+        self.experts = Experts(3, 16, ExpertsConfig(3, 32), recipe)
         self.wide, self.tall = Linear(48, 16, recipe), Linear(16, 48, recipe)
         self.head = Linear(16, 80, recipe.unquantized, matrix_rows=())
         for index, parameter in enumerate(self.parameters()):
