@@ -88,6 +88,8 @@ REQUIRED = {
     "tokenize": ["--input", "a", "--output", "b"],
     "verify": ["runs/a"],
     "inspect": ["runs/a"],
+    "generate": ["runs/a"],
+    "eval": ["runs/a"],
 }
 UNKNOWN = {name: [*REQUIRED.get(name, []), "--bogus"] for name in COMMANDS}
 ABBREVIATED = {name: [*REQUIRED.get(name, []), "--nam", "x"] for name in COMMANDS}
