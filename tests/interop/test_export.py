@@ -14,6 +14,7 @@ from fp8moe.cli.export_model import main as export
 from fp8moe.cli.import_model import main as take
 from fp8moe.errors import ConfigError
 from fp8moe.interop.readers import broken_rules
+from fp8moe.interop.stored import Stored
 from fp8moe.kernels.quantize import quantize_blocks
 from fp8moe.layers.recipe import Precision
 from tests.interop import released
@@ -169,6 +170,18 @@ def test_shards_of_bounded_size_with_an_index(tmp_path, monkeypatch):
     ids = released.ids(96)
     with torch.no_grad():
         assert torch.equal(loaded(tmp_path / "out")(ids).logits, theirs(ids).logits)
+
+
+def test_any_range_of_a_stored_tensor_is_the_same_values(tmp_path):
+    released.write(released.CONFIGS["v3"], tmp_path / "hf")
+    take([str(tmp_path / "hf"), str(tmp_path / "run")])
+    stored = Stored(tmp_path / "run" / "checkpoints" / "step-0")
+    name = "master.blocks.1.moe.experts.gate_up.weight"  # in 16 parts
+    whole, generator = stored.read(name, 0, 8 * 96 * 64), torch.Generator().manual_seed(0)
+    assert not whole.isnan().any()
+    for _ in range(20):
+        first, end = sorted(torch.randint(len(whole) + 1, (2,), generator=generator).tolist())
+        assert torch.equal(stored.read(name, first, end - first), whole[first:end])
 
 
 def test_files_are_taken_along_and_the_card_says_how_it_was_trained(tmp_path):

@@ -179,9 +179,7 @@ def test_an_export_that_breaks_a_rule_is_not_left_behind(sound, tmp_path, monkey
     monkeypatch.setattr(
         export_hf, "config_of", lambda *args: {k: v for k, v in config_of(*args).items() if k != "scoring_func"}
     )
-    with pytest.raises(
-        DataError, match=r"out breaks 2 rules of its readers, the first: config.json lacks scoring_func"
-    ):
+    with pytest.raises(DataError, match=r"out breaks 2 rules of its readers, the first: .* lacks scoring_func"):
         export([str(sound.parent / "run"), str(tmp_path / "out"), "--precision", "fp8"])
     assert list(tmp_path.iterdir()) == []
 
