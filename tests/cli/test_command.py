@@ -89,6 +89,8 @@ REQUIRED = {
     "verify": ["runs/a"],
     "inspect": ["runs/a"],
     "generate": ["runs/a"],
+    "import": ["models/a", "runs/a"],
+    "export": ["runs/a", "out/a"],
     "eval": ["runs/a"],
 }
 UNKNOWN = {name: [*REQUIRED.get(name, []), "--bogus"] for name in COMMANDS}

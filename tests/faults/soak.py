@@ -16,7 +16,7 @@ from tests.faults.runs import LIMIT, Ranks, final_bytes, start, steps, undisturb
 
 SOAK = ("steps=1000", "checkpoint.every=20", "parallel.timeout=10", "optimizer.schedule.peak=1e-3")
 STARTS = 60  # that a soak may take
-SOAK_LIMIT = 900.0  # seconds of the undisturbed run
+SOAK_LIMIT = 1800.0  # seconds of the undisturbed run
 BETWEEN = (15.0, 25.0)  # seconds from one fault to the next
 FREEZES_FOR = (1.0, 4.0)  # seconds of a freeze that a run gets over
 KINDS = ("kill", "signal", "freeze", "freeze for good", "damage", "full disk")
