@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     from fp8moe.cli.checkpoint import found
     from fp8moe.interop.card import model_card
     from fp8moe.interop.export_hf import config_of, write_directory
-    from fp8moe.interop.import_run import check_empty
+    from fp8moe.interop.new_directory import check_empty
     from fp8moe.interop.stored import Stored
 
     out = Path(arguments.out)

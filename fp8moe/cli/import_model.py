@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(parser, argv)
     from fp8moe.cli.released import configuration
     from fp8moe.interop.hf_model import open_model
-    from fp8moe.interop.import_run import check_empty, write_run
+    from fp8moe.interop.import_run import write_run
+    from fp8moe.interop.new_directory import check_empty
     from fp8moe.interop.tokenizer_files import usable
 
     folder, out = Path(arguments.directory), Path(arguments.out)

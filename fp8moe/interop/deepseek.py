@@ -12,9 +12,9 @@ from typing import Any
 from fp8moe.errors import ConfigError
 from fp8moe.interop.config_json import Keys
 from fp8moe.interop.family import Family
-from fp8moe.interop.mlp_names import copies, ends, mlp, mtp, norms
 from fp8moe.interop.names import Parameter, matrix, vector
 from fp8moe.interop.rope import read_rope, write_rope
+from fp8moe.interop.shared_names import copies, parameters_around
 from fp8moe.layers.attention import MlaConfig
 from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.router import RouterConfig
@@ -193,19 +193,6 @@ def write_v2(c: ModelConfig) -> dict[str, Any]:
     return _write(c, "deepseek_v2") | {"scoring_func": "softmax", "topk_method": method}
 
 
-def parameters(c: ModelConfig, fused: bool) -> list[Parameter]:
-    """The name map of a model without or with an MTP module."""
-    first, last = ends(c)
-    blocks = [one for i in range(c.num_layers) for one in _block(c, i, f"blocks.{i}", fused)]
-    return [*first, *blocks, *last, *(mtp(c, _block(c, c.num_layers, "mtp.block", fused)) if c.mtp_depth else [])]
-
-
-def _block(c: ModelConfig, number: int, ours: str, fused: bool) -> list[Parameter]:
-    theirs = f"model.layers.{number}"
-    attention = _attention(c, f"{ours}.attn", f"{theirs}.self_attn")
-    return [*norms(c, ours, theirs), *attention, *mlp(c, number, ours, f"{theirs}.mlp", fused)]
-
-
 def _attention(c: ModelConfig, ours: str, theirs: str) -> list[Parameter]:
     a = c.attention
     assert isinstance(a, MlaConfig)
@@ -227,6 +214,7 @@ def _attention(c: ModelConfig, ours: str, theirs: str) -> list[Parameter]:
     ]
 
 
+parameters = parameters_around(_attention)
 V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, parameters, copies)
 KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", read_v3, write_v3, parameters, copies)
 V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, parameters, copies)

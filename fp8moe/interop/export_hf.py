@@ -9,7 +9,6 @@ renamed, so that it is whole and right, or absent.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fp8moe.data.durable import scratch_name, unwritable, write_text
-from fp8moe.errors import DataError, SpaceError
+from fp8moe.data.durable import write_text
+from fp8moe.errors import DataError
 from fp8moe.interop.family import Family
 from fp8moe.interop.hf_dir import BLOCK, INDEX, SCALE
 from fp8moe.interop.hf_model import CHUNK
-from fp8moe.interop.import_run import check_empty
 from fp8moe.interop.names import Parameter, Source
+from fp8moe.interop.new_directory import check_empty, new_directory
 from fp8moe.interop.precision import Fp8Plan
 from fp8moe.interop.readers import check_directory
 from fp8moe.interop.stored import Stored
@@ -70,28 +69,12 @@ def write_directory(export: Export, out: Path, files: Mapping[str, str], keep: C
     _check_lengths(export)
     parts = list(_parts(export))
     total = sum(part.num_bytes for part in parts)
-    scratch = scratch_name(out)
-    try:
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(scratch.parent).free) < total:
-            raise SpaceError(
-                f"{out.parent} has {free / 1e9:.2f} GB free and the export needs {total / 1e9:.2f} GB: free space or "
-                "name another directory"
-            )
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        keep(scratch)
+    with new_directory(out, total, "the export needs") as folder:
+        keep(folder)
         for name, text in files.items():
-            write_text(scratch / name, text)
-        _write_shards(parts, total, scratch)
-        check_directory(scratch, out, served=export.served)
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
-    except OSError as error:
-        raise unwritable(out, error, "free space or name another directory") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            write_text(folder / name, text)
+        _write_shards(parts, total, folder)
+        check_directory(folder, out, served=export.served)
     return total
 
 

@@ -13,9 +13,9 @@ from fp8moe.errors import ConfigError
 from fp8moe.interop.config_json import Keys
 from fp8moe.interop.family import Family
 from fp8moe.interop.grouped import attention_names
-from fp8moe.interop.mlp_names import copies, ends, norms
 from fp8moe.interop.names import Parameter, RowOrder, Source, matrix, vector
 from fp8moe.interop.rope import read_rope, write_rope
+from fp8moe.interop.shared_names import copies, ends, norms
 from fp8moe.layers.attention import GqaConfig
 from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.router import RouterConfig

@@ -12,9 +12,9 @@ from typing import Any
 from fp8moe.errors import ConfigError
 from fp8moe.interop.config_json import Keys
 from fp8moe.interop.family import Family
-from fp8moe.interop.mlp_names import copies, ends, mlp, mtp, norms
 from fp8moe.interop.names import Parameter, RowOrder, Source, matrix
 from fp8moe.interop.rope import read_rope, write_rope
+from fp8moe.interop.shared_names import copies, parameters_around
 from fp8moe.layers.attention import GqaConfig
 from fp8moe.layers.moe import ExpertsConfig
 from fp8moe.layers.router import RouterConfig
@@ -242,19 +242,6 @@ def write_olmoe(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def parameters(c: ModelConfig, fused: bool) -> list[Parameter]:
-    """The name map of a model without or with an MTP module."""
-    first, last = ends(c)
-    blocks = [one for i in range(c.num_layers) for one in _block(c, i, f"blocks.{i}", fused)]
-    return [*first, *blocks, *last, *(mtp(c, _block(c, c.num_layers, "mtp.block", fused)) if c.mtp_depth else [])]
-
-
-def _block(c: ModelConfig, number: int, ours: str, fused: bool) -> list[Parameter]:
-    theirs = f"model.layers.{number}"
-    found = attention_names(c, f"{ours}.attn", f"{theirs}.self_attn")
-    return [*norms(c, ours, theirs), *found, *mlp(c, number, ours, f"{theirs}.mlp", fused)]
-
-
 def attention_names(c: ModelConfig, ours: str, theirs: str) -> list[Parameter]:
     """The map of grouped-query attention: q, k and v are one weight here, rows of q and k in another order."""
     a = c.attention
@@ -284,6 +271,7 @@ def attention_names(c: ModelConfig, ours: str, theirs: str) -> list[Parameter]:
     return found
 
 
+parameters = parameters_around(attention_names)
 QWEN3 = Family("qwen3_moe", "Qwen3MoeForCausalLM", read_qwen3, write_qwen3, parameters, copies)
 GLM4 = Family("glm4_moe", "Glm4MoeForCausalLM", read_glm4, write_glm4, parameters, copies)
 OLMOE = Family("olmoe", "OlmoeForCausalLM", read_olmoe, write_olmoe, parameters, copies)

@@ -7,7 +7,6 @@ the model's size (`MOST_MEMORY`, which a test measures). There are no moments: a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -16,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp8moe.data.durable import copy_file, scratch_name, unwritable, write_text
-from fp8moe.errors import ConfigError, SpaceError
+from fp8moe.data.durable import copy_file, write_text
 from fp8moe.interop.hf_model import CHUNK, HfModel
 from fp8moe.interop.names import Parameter
+from fp8moe.interop.new_directory import new_directory
 from fp8moe.interop.tokenizer_files import KEPT, TOKENIZER, keep
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint.computed import write_computed
@@ -30,39 +29,16 @@ from fp8moe.train.provenance import commit, versions
 MOST_MEMORY = 1 << 28  # bytes of host memory beside the largest tensor: a part, its source, a mapping, headers
 
 
-def check_empty(out: Path) -> None:
-    """Raise ConfigError unless a directory can be made at `out`: nothing is overwritten."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty directory: name a new one, nothing is overwritten")
-
-
 def write_run(model: HfModel, out: Path, config: TrainConfig, text: str, tokenizer: Path | None) -> None:
     """Write the run directory `out`. text: `config` as YAML. Raises ConfigError, DataError and SpaceError."""
-    check_empty(out)
     need = 4 * sum(one.length for one in model.parameters.values())
-    scratch = scratch_name(out)
-    try:
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(scratch.parent).free
-        if free < need:
-            raise SpaceError(
-                f"{out.parent} has {free / 1e9:.2f} GB free and the masters need {need / 1e9:.2f} GB: free space or "
-                "name another directory"
-            )
-        shutil.rmtree(scratch, ignore_errors=True)
-        keep(model.directory.folder, scratch / KEPT)
-        write_text(scratch / "config.yaml", text)
+    with new_directory(out, need, "the masters need") as folder:
+        keep(model.directory.folder, folder / KEPT)
+        write_text(folder / "config.yaml", text)
         if tokenizer is not None:
-            copy_file(tokenizer, scratch / TOKENIZER)
+            copy_file(tokenizer, folder / TOKENIZER)
         tensors = {name: list(_parts(model, one)) for name, one in model.parameters.items()}
-        write_computed(scratch / "checkpoints", 0, _state(model, config), tensors)
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
-    except OSError as error:
-        raise unwritable(out, error, "free space or name another directory") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_computed(folder / "checkpoints", 0, _state(model, config), tensors)
 
 
 def _parts(model: HfModel, parameter: Parameter) -> Iterator[Part]:

@@ -1,9 +1,30 @@
-"""The name map of a block's MLP, as all families but GPT-OSS have it: dense, or a gate, experts and shared experts."""
+"""The parts of a name map that families share: ends, norms, MLPs, MTP; and the whole of one around its attention."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fp8moe.interop.names import Parameter, Source, experts, matrix, vector
 from fp8moe.model.config import ModelConfig
+
+AttentionNames = Callable[[ModelConfig, str, str], list[Parameter]]  # (model, its name here, its name there)
+
+
+def parameters_around(attention: AttentionNames) -> Callable[[ModelConfig, bool], list[Parameter]]:
+    """(model, whether experts are fused) -> the name map of a model without or with an MTP module."""
+
+    def block(c: ModelConfig, number: int, ours: str, fused: bool) -> list[Parameter]:
+        theirs = f"model.layers.{number}"
+        attended = attention(c, f"{ours}.attn", f"{theirs}.self_attn")
+        return [*norms(c, ours, theirs), *attended, *mlp(c, number, ours, f"{theirs}.mlp", fused)]
+
+    def parameters(c: ModelConfig, fused: bool) -> list[Parameter]:
+        first, last = ends(c)
+        blocks = [one for i in range(c.num_layers) for one in block(c, i, f"blocks.{i}", fused)]
+        module = mtp(c, block(c, c.num_layers, "mtp.block", fused)) if c.mtp_depth else []
+        return [*first, *blocks, *last, *module]
+
+    return parameters
 
 
 def ends(c: ModelConfig) -> tuple[list[Parameter], list[Parameter]]:
