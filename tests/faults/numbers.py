@@ -49,6 +49,7 @@ def nan_in_a_bias(rng: random.Random, folder: Path, corpus: list[str]) -> str | 
     victim = rng.randrange(world_size)
 
     def spoil(run: Run) -> None:
+        run.saver.wait_copied()  # the checkpoint of the step before is of the state without it
         routers = list(run.routers().values())
         bias = routers[int(where * len(routers))].bias_E
         bias[int(where * 97) % len(bias)] = torch.nan
