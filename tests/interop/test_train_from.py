@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -30,6 +31,10 @@ from tests.parallel.ranks import run_ranks
 from tests.train.runs import VOCABULARY, joined, stored, write_corpus
 
 CPU = torch.device("cpu")
+RELEASED = {  # configs/model of each family
+    "deepseek_v3": "dsv3_671b", "deepseek_v2": "dsv2_lite_16b", "qwen3_moe": "qwen3_30b_a3b", "glm4_moe": "glm45_air",
+    "olmoe": "olmoe_7b", "gpt_oss": "gpt_oss_20b",
+}  # fmt: skip
 LAYOUT = ["parallel.schedule=1f1b", "parallel.pp=2", "parallel.ep=2", "batch.micro_batch=1"]
 
 
@@ -56,13 +61,17 @@ def settings(tree: Mapping[str, Any], group: str = "model") -> list[str]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             found += settings(value, f"{group}.{key}")
-        elif value is not None and key != "dense_layers":
-            found.append(f"{group}.{key}={str(value).lower() if isinstance(value, bool) else value}")
+        elif isinstance(value, tuple):
+            found.append(f"{group}.{key}={list(value)}")
+        else:
+            said = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            found.append(f"{group}.{key}={said}")
     return found
 
 
 def configured(corpus: list[str], hf: Path, *more: str, world_size: int = 1) -> TrainConfig:
-    own = settings(asdict(open_model(hf).config))
+    model = open_model(hf)
+    own = [f"model={RELEASED[model.family.model_type]}", *settings(asdict(model.config))]
     run = ["seq_len=32", "batch.sequences=8", "device=cpu", "steps=2", "validation.samples=8", "parallel.timeout=60"]
     return resolve(compose([*own, *corpus, *run, f"init_from={hf}", *more]).config, world_size, open_released)
 
@@ -116,7 +125,14 @@ def trained(corpus: list[str], hf: Path, folder: Path) -> float:
     return run_to_end(built(config), time.perf_counter()).loss
 
 
-def test_imported_trained_over_ep_2_in_fp8_and_exported(corpus, hf, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["v3", "v2, greedy", "qwen3", "glm4, biases, norms, half rotated", "olmoe", "gpt_oss, yarn, three heads"]
+)
+def test_imported_trained_over_ep_2_in_fp8_and_exported(name, corpus, hf, tmp_path):
+    if name != "v3":
+        config, hf = copy.deepcopy(released.CONFIGS[name]), tmp_path / "hf"
+        config.vocab_size = VOCABULARY
+        released.write(config, hf)
     losses = run_ranks(trained, 2, corpus, hf, tmp_path / "run")
     assert all(math.isfinite(loss) for loss in losses)
     export([str(tmp_path / "run"), str(tmp_path / "out")])
