@@ -12,7 +12,7 @@ from fp8moe.errors import EXIT
 from fp8moe.train import checkpoint
 from tests.faults.disks import damage, fill, small_disk
 from tests.faults.fault import NotHereError
-from tests.faults.runs import LIMIT, Ranks, final_bytes, start, steps, undisturbed
+from tests.faults.runs import LIMIT, Ranks, final_bytes, start, steps, undisturbed, wait_until
 
 SOAK = ("steps=1000", "checkpoint.every=20", "parallel.timeout=10", "optimizer.schedule.peak=1e-3")
 STARTS = 60  # that a soak may take
@@ -77,6 +77,9 @@ def _put(kind: str, rng: random.Random, ranks: Ranks, run_dir: Path) -> str | No
         ranks.send(victim, signal.SIGCONT)
         return None
     if kind == "freeze for good":
+        wait_until(lambda: "  loss " in ranks.said(), ranks)  # before its first step a run waits for startup_timeout
+        if not ranks.alive:
+            return None
         ranks.send(victim, signal.SIGSTOP)
         ranks.processes[other].join(LIMIT)
         code = ranks.processes[other].exitcode
