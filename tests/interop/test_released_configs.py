@@ -1,6 +1,6 @@
 """config.json of released models, with all keys that they have: read, and the model of configs/model.
 
-`config_json/NAME.json` has the keys and values of the released file of the model that configs/model/NAME.yaml describes.
+`config_json/NAME.json` has the keys and values of the released file of the model that configs/model/NAME.yaml holds.
 """
 
 from __future__ import annotations
