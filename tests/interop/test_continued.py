@@ -1,7 +1,7 @@
-"""Continued pretraining: a run that begins from an export validates, before its first step, as the exporting run ended.
+"""Continued pretraining: a run that begins from an export validates before its first step as the exporting run ended.
 
-Both score the same samples in the same precision. FP32 goes through an FP32 export; FP8 through one in BF16, the weights
-that training quantizes, and through one in FP8.
+Both score the same samples in the same precision. FP32 goes through an FP32 export; FP8 through one in BF16, of the
+weights that training quantizes, and through one in FP8.
 """
 
 from __future__ import annotations
