@@ -43,7 +43,9 @@ def make_parser(name: str, description: str, *, settings: bool = False) -> Parse
         allow_abbrev=False,
     )
     if settings:
-        parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run, as in fp8moe train")
+        parser.add_argument(
+            "settings", nargs="*", default=[], metavar="key=value", help="settings of the run, as in fp8moe train"
+        )
     return parser
 
 

@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     files = {"config.json": f"{json.dumps(config_of(export, ids), indent=2)}\n", "README.md": ""}
     files |= {"README.md": model_card(export, out.resolve().name, said)} | _generation(kept, ids)
     size = write_directory(export, out, files, lambda folder: _copy(kept, path, folder))
+    said += _requantized(export)
     print("\n".join([f"{out}: {export.family.model_type}, {size / 1e9:.3f} GB in {export.output}", *said]))
     return 0
 
@@ -98,7 +99,25 @@ def _export(stored: Any, model: ModelConfig, output: Any, reader: Any, kept: Pat
     if not plan.fp8:
         reason = next(one for one in plan.kept.values() if one != "never FP8")
         raise ConfigError(f"--precision fp8 and no weight of this model can be FP8 ({reason}): use bf16")
-    return replace(export, plan=plan)
+    return replace(export, plan=plan, requantized=set() if _is_from_fp8(stored, kept) else None)
+
+
+def _is_from_fp8(stored: Any, kept: Path | None) -> bool:
+    """Whether a checkpoint is a model of block FP8 as it was imported."""
+    from fp8moe.interop.families import read_json
+
+    untrained = stored.state.get("step") == 0 and "imported_from" in stored.state
+    return untrained and kept is not None and read_json(kept / "config.json").get("quantization_config") is not None
+
+
+def _requantized(export: Export) -> list[str]:
+    """A sentence on FP8 weights whose codes are not the source's."""
+    if not export.requantized:
+        return []
+    return [
+        f"{len(export.requantized)} weights are quantized anew, {min(export.requantized)} the first: the source's "
+        "scales are not amax/448; no value moves by more than one step of E4M3"
+    ]
 
 
 def _said(export: Export, reader: str, *, averaged: bool) -> list[str]:

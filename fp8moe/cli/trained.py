@@ -60,7 +60,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "run", metavar="RUN", help="a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory"
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="parallel.ep=2, precision=bf16, device=cpu")
+    parser.add_argument(
+        "settings", nargs="*", default=[], metavar="key=value", help="parallel.ep=2, precision=bf16, device=cpu"
+    )
     parser.add_argument("--nproc", metavar="N", help="processes to start on this machine; auto: one a GPU")
     parser.add_argument("--ema", action="store_true", help="use the average of the weights")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, where the run directory has none")

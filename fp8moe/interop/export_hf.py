@@ -1,9 +1,9 @@
 """A checkpoint of ours as a Hugging Face directory: released names, shards of at most 5 GB with an index, config.json.
 
-One tensor at a time is on the host, at the width that is written, beside 64 MB of FP32 values. FP8 codes are those of
-`kernels.quantize.quantize_blocks` of the BF16 weight, in bands of whole blocks; a weight's scales follow it in the file
-and are kept until then. The directory is written beside its place, checked by the readers' rules (`readers`), and
-renamed, so that it is whole and right, or absent.
+One tensor at a time is on the host, at the width that is written, beside 64 MB of FP32 values, or 128 MB where FP8 is
+compared with the source of an import. FP8 codes are those of `kernels.quantize.quantize_blocks` of the BF16 weight, in
+bands of whole blocks; a weight's scales follow it in the file and are kept until then. The directory is written beside
+its place, checked by the readers' rules (`readers`), and renamed, so that it is whole and right, or absent.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from torch import Tensor
 from fp8moe.data.durable import write_text
 from fp8moe.errors import DataError
 from fp8moe.interop.family import Family
-from fp8moe.interop.hf_dir import BLOCK, INDEX, SCALE
+from fp8moe.interop.hf_dir import BLOCK, INDEX, SCALE, dequantized
 from fp8moe.interop.hf_model import CHUNK
 from fp8moe.interop.names import Parameter, Source
 from fp8moe.interop.new_directory import check_empty, new_directory
 from fp8moe.interop.precision import Fp8Plan
 from fp8moe.interop.readers import check_directory
 from fp8moe.interop.stored import Stored
+from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.quantize import quantize_blocks
 from fp8moe.model.config import ModelConfig
 from fp8moe.train.checkpoint.files import LocalFolder
@@ -41,7 +42,8 @@ Output = Literal["bf16", "fp8", "fp32"]
 class Export:
     """What is written: the checkpoint, its model as a family says it, the precision, and where FP8.
 
-    power_of_two: of the scales of weights in the training. served: read by vLLM or SGLang.
+    power_of_two: of the scales of weights in the training. served: read by vLLM or SGLang. requantized: filled while
+    a model that was imported from block FP8 is written: names of FP8 weights whose codes are not the source's.
     """
 
     stored: Stored
@@ -51,6 +53,7 @@ class Export:
     plan: Fp8Plan | None
     power_of_two: bool = False
     served: bool = True
+    requantized: set[str] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,11 +157,21 @@ def _fp8_parts(export: Export, name: str, parameter: Parameter, source: Source, 
             weight = values.view(rows, k).to(torch.bfloat16)
             blocks, _ = quantize_blocks(weight, power_of_two=export.power_of_two)
             out[first : first + rows] = blocks.data
+            _note_requantized(export, name, values.view(rows, k), blocks)
             scales[first // BLOCK : first // BLOCK + len(blocks.scale)] = blocks.scale
         return out
 
     yield Part(name, torch.float8_e4m3fn, (n, k), codes)
     yield Part(name + SCALE, torch.float32, tuple(scales.shape), lambda: scales)
+
+
+def _note_requantized(export: Export, name: str, values: Tensor, blocks: Fp8Tensor) -> None:
+    """Compare FP8 with the source's values, which are overwritten. Codes at a scale of amax/448 come back, their scale
+    within the 2^-9 to which BF16 rounds amax; at another scale some value moves by more."""
+    if export.requantized is not None:
+        moved = dequantized(blocks.data, blocks.scale).sub_(values).abs_()
+        if (moved > values.abs_().mul_(2**-7)).any():
+            export.requantized.add(name)
 
 
 def config_of(export: Export, ids: Mapping[str, Any]) -> dict[str, Any]:

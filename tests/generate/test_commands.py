@@ -193,6 +193,13 @@ def test_mistakes_are_one_sentence(
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_only_the_run_is_required(command: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([command]) == 2
+    sentence = f"the following arguments are required: RUN; see fp8moe {command} --help"
+    assert capsys.readouterr().err == f"fp8moe: {sentence}\n"
+
+
 def lines_of(settings: list[str], run_dir: str) -> str:
     run = built(configured(settings, f"run_dir={run_dir}", "steps=2", world_size=2))
     shown: list[str] = []

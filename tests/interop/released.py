@@ -187,25 +187,27 @@ def with_mtp(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
     return dict(tensors) | extra
 
 
-def block_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> codes and scales [ceil(N/128), ceil(K/128)], each scale amax/448 in FP32; written plainly."""
+def block_fp8(weight: Tensor, factor: float | None = 1.0) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> codes and scales [ceil(N/128), ceil(K/128)], each scale amax/448 times `factor` in FP32, or the
+    power of two above; written plainly."""
     n, k = weight.shape
     codes, scales = torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(-(-n // 128), -(-k // 128))
     for i in range(0, n, 128):
         for j in range(0, k, 128):
             block = weight[i : i + 128, j : j + 128].float()
             scale = block.abs().max() / 448
+            scale = torch.exp2(torch.ceil(torch.log2(scale))) if factor is None else scale * factor
             scales[i // 128, j // 128] = scale
             codes[i : i + 128, j : j + 128] = (block / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return codes, scales
 
 
-def in_block_fp8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_block_fp8(tensors: Mapping[str, Tensor], factor: float | None = 1.0) -> dict[str, Tensor]:
     """Projections in block FP8, the rest in BF16, as DeepSeek-V3 was released."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if "proj" in name and "eh_proj" not in name:
-            out[name], out[name + "_scale_inv"] = block_fp8(tensor)
+            out[name], out[name + "_scale_inv"] = block_fp8(tensor, factor)
         else:
             out[name] = tensor.float() if "correction_bias" in name else tensor.to(torch.bfloat16)
     return out

@@ -13,6 +13,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from fp8moe.cli.export_model import main as export
 from fp8moe.cli.import_model import main as take
 from fp8moe.errors import ConfigError
+from fp8moe.interop.hf_dir import dequantized
 from fp8moe.interop.readers import broken_rules
 from fp8moe.interop.stored import Stored
 from fp8moe.kernels.quantize import quantize_blocks
@@ -94,6 +95,27 @@ def test_fp8_codes_come_back_bit_equal_and_are_those_of_the_training(tmp_path, c
     assert torch.equal(torch.cat([after[name].float() for name in parts]), joined.data.float())
     assert torch.equal(torch.cat([after[f"{name}_scale_inv"] for name in parts]), joined.scale)
     assert "blocks of their own" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3, None])  # times amax/448; None: the power of two above
+def test_at_other_scales_than_amax_by_448_values_move_by_one_step_at_most_and_that_is_said(factor, tmp_path, capsys):
+    released.write(released.ALIGNED, tmp_path / "hf")  # FP32: an amax that BF16 rounds
+    before = released.in_block_fp8(released.tensors_of(tmp_path / "hf"), factor)
+    released.rewrite(tmp_path / "hf", before, quantization_config=released.QUANTIZATION)
+    take([str(tmp_path / "hf"), str(tmp_path / "run")])
+    capsys.readouterr()
+    export([str(tmp_path / "run"), str(tmp_path / "out"), "--precision", "fp8"])
+    said, after, anew = capsys.readouterr().out, released.tensors_of(tmp_path / "out"), []
+    for name in sorted(name for name in before if name + "_scale_inv" in before):
+        was, now = (dequantized(one[name], one[name + "_scale_inv"]) for one in (before, after))
+        scale = dequantized(torch.ones(now.shape, dtype=torch.float8_e4m3fn), after[name + "_scale_inv"])
+        exponent = torch.frexp((now / scale).abs().clamp(min=2**-6)).exponent
+        assert ((now - was).abs() <= torch.exp2(exponent - 4.0) * scale).all(), name  # 3 bits of mantissa
+        if not torch.allclose(now, was, rtol=2**-8, atol=0):
+            anew.append(name)
+    assert bool(anew) == (factor != 1.0) == ("quantized anew" in said)
+    if anew:
+        assert f"{len(anew)} weights are quantized anew, {anew[0]} the first" in said
 
 
 def test_transformers_dequantizes_an_aligned_export_as_an_import_does(tmp_path):
