@@ -5,7 +5,9 @@ number and name of its last collective, and a thread writes them to the job's st
 small write a second and rank, whatever the number of collectives. (A write before each collective was refused: a step
 has thousands.) When a collective fails, its caller reads the store twice, two heartbeats apart: a rank of the group
 that is behind, or whose heartbeat has stopped, is missing; a rank that is behind because it waits for another one leads
-to that one. The error names rank, group and collective; it is a `HangError`, logged where it is raised.
+to that one. The error names rank, group and collective; it is a `HangError`, logged where it is raised. The store is a
+process itself, rank 0's or the launcher's: frozen, it answers nothing for good, so whoever reports waits STORE_SECONDS
+for it, and its silence is the report.
 
 A rank that was stopped by a signal does not end on SIGTERM, and a launcher waits half a minute for it. A rank that has
 found one on its own machine kills it once its own error is reported: `end_frozen`. A rank that is killed outright
@@ -19,6 +21,7 @@ same sentence once, before that.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -40,10 +43,12 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from fp8moe.errors import LOST_PEER_PHRASES, HangError
+from fp8moe.parallel.asked import asked
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 1.0  # seconds
+STORE_SECONDS = 5.0  # that a report waits for the store
 NOTES = "FP8MOE_HANG_NOTES"  # environment variable: the folder for `rank-N.json`, where a launcher wants them
 _NOTE_BYTES = 4096  # shorter notes are padded to this, so that each overwrites the last
 _SOURCE = re.compile(r"^\[[^]]*\] ")  # the file and line that gloo's messages begin with
@@ -214,7 +219,8 @@ class PendingCollective:
     def _explained(self, detector: _Detector, error: RuntimeError) -> HangError:
         text = _SOURCE.sub("", " ".join(str(error).split()))
         lost = any(words in text.lower() for words in LOST_PEER_PHRASES)
-        detector.publish()  # a rank that loses this one next must find what it waited for
+        with contextlib.suppress(RuntimeError):
+            asked(detector.publish, STORE_SECONDS)  # a rank that loses this one next must find what it waited for
         # At once, before reading the store takes its seconds: after a lost peer a launcher ends this process soon.
         logger.error("rank %d: %s failed (%s); who is missing follows", detector.rank, self._what(), text[:160])
         sentence = self._sentence(detector, f"failed ({text[:160]})")
@@ -246,11 +252,12 @@ def missing_ranks(detector: _Detector, group: str, number: int, ranks: list[int]
     """
     everyone = range(dist.get_world_size())
     try:
-        before = detector.read(everyone)
+        before = asked(lambda: detector.read(everyone), STORE_SECONDS)
         time.sleep(2 * HEARTBEAT + 0.5)
-        after = detector.read(everyone)
+        after = asked(lambda: detector.read(everyone), STORE_SECONDS)
     except RuntimeError as gone:
-        return f"the rank that keeps the job's store has ended too ({str(gone).splitlines()[0][:80]})"
+        keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        return f"{keeper}, which keeps the job's store, has ended or is frozen ({str(gone).splitlines()[0][:80]})"
     ends: list[str] = []  # missing, and waiting for nobody
     between: list[str] = []  # missing, and waiting for another rank
     seen = {detector.rank}

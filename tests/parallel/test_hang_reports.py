@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -96,7 +97,34 @@ def test_a_store_that_has_ended_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(hang.dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(Published, "read", gone)
     says = hang.missing_ranks(Published({}, {}), "dp", 5, [0, 1, 2, 3])
-    assert says == "the rank that keeps the job's store has ended too (Connection reset)"
+    assert says == "rank 0, which keeps the job's store, has ended or is frozen (Connection reset)"
+
+
+def test_a_store_that_does_not_answer_is_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen process keeps its connections: a call to its store neither fails nor ends."""
+    frozen = threading.Event()
+    detector = hang._Detector(_FrozenStore(frozen), 1, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(hang.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(hang, "STORE_SECONDS", 0.2)
+    monkeypatch.setitem(os.environ, "TORCHELASTIC_USE_AGENT_STORE", "True")
+    threading.Thread(target=detector.publish, daemon=True).start()  # the heartbeat waits in it, with the lock
+    begun = time.monotonic()
+    says = hang.missing_ranks(detector, "ep0", 3, [0, 1])
+    assert says == "the launcher, which keeps the job's store, has ended or is frozen (no answer within 0.2 s)"
+    assert time.monotonic() - begun < 5
+    frozen.set()
+
+
+class _FrozenStore:
+    def __init__(self, until: threading.Event) -> None:
+        self._until = until
+
+    def set(self, key: str, value: str) -> None:
+        self._until.wait(60)
+
+    def check(self, keys: list[str]) -> bool:
+        self._until.wait(60)
+        return False
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def flip(path: Path) -> None:
 
 def newer(checkpoint: Path) -> None:
     content = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps(content | {"format": 5}))
+    (checkpoint / "state.json").write_text(json.dumps(content | {"format": 6}))
 
 
 Fault = Callable[[Path], object]
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {  # what is done to a checkpoint; how it
 def test_the_newest_is_damaged(run: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """It is named and the run goes on from the one before; where that is damaged too, nothing is left: exit code 3."""
     chosen = []
-    monkeypatch.setattr("fp8moe.train.loop.run_to_end", lambda run, started: chosen.append(run.step))
+    monkeypatch.setattr("fp8moe.train.loop.run_to_end", lambda run, *_: chosen.append(run.step))
     damage, named = FAULTS[fault]
     damage(run / "checkpoints" / "step-2")
     assert main(["train", f"resume={run}", "steps=3"]) == 0
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_is_not_meant(run: Path, corpus: list[str], tmp_path: 
     for words, says in (
         ([f"resume={run}", "model.dim=96"], "step-2 is a checkpoint of another model: model.dim=64 there and 96 here"),
         ([f"resume={run}", f"data.tokenizer={other}"], "was trained with another tokenizer than this run's: use data."),
-        ([f"resume={later}"], "checkpoint format 5 is of a later version, which this one cannot"),
+        ([f"resume={later}"], "checkpoint format 6 is of a later version, which this one cannot"),
         ([f"resume={no_manifest}"], "no_manifest holds no complete checkpoint: name a run directory or its checkpoin"),
         ([f"resume={tmp_path / 'nowhere'}"], "nowhere holds no complete checkpoint: name a run directory or its chec"),
         ([f"resume={run}", "steps=2"], "step-2 has 2 steps done and steps=2: use steps=3 or more to go on"),
