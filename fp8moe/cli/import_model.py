@@ -55,5 +55,5 @@ def _described(model: HfModel) -> list[str]:
         f"{len(parameters)} tensors, of {len(model.directory.entries)} in the files ({kinds})"
     ]
     reasons = Counter(model.left_out.values())
-    lines += [f"left out: {count} tensors, {reason}" for reason, count in reasons.items()]
+    lines += [f"left out: {count} tensor{'s'[: count > 1]}, {reason}" for reason, count in reasons.items()]
     return [*lines, *model.notes]
