@@ -133,7 +133,7 @@ def _said(export: Export, reader: str, *, averaged: bool) -> list[str]:
     if export.plan.reblocked:
         said.append(
             f"{len(export.plan.reblocked)} weights have blocks of their own, not the training's, since they were "
-            f"joined at no multiple of 128: {', '.join(export.plan.reblocked)}"
+            f"joined at no multiple of 128, or their rows change blocks: {', '.join(export.plan.reblocked)}"
         )
     return said
 

@@ -150,14 +150,15 @@ def _fp8_parts(export: Export, name: str, parameter: Parameter, source: Source, 
 
     def codes() -> Tensor:
         out = torch.empty(n, k, dtype=torch.float8_e4m3fn)
-        band = max(1, CHUNK // k // BLOCK) * BLOCK
+        band = max(1, CHUNK // k // BLOCK) * BLOCK if source.order is None else n
         for first in range(0, n, band):
             rows = min(band, n - first)
-            values = export.stored.read(parameter.stored_name, start + first * k, rows * k)
-            weight = values.view(rows, k).to(torch.bfloat16)
-            blocks, _ = quantize_blocks(weight, power_of_two=export.power_of_two)
+            values = export.stored.read(parameter.stored_name, start + first * k, rows * k).view(rows, k)
+            if source.order is not None:  # before the cast: each block's scale is that of its rows there
+                values = torch.empty_like(values).index_copy_(0, source.order.index(n), values)
+            blocks, _ = quantize_blocks(values.to(torch.bfloat16), power_of_two=export.power_of_two)
             out[first : first + rows] = blocks.data
-            _note_requantized(export, name, values.view(rows, k), blocks)
+            _note_requantized(export, name, values, blocks)
             scales[first // BLOCK : first // BLOCK + len(blocks.scale)] = blocks.scale
         return out
 

@@ -7,8 +7,9 @@ vllm (and SGLang)   both multiply activations in tiles of 128, so K must be a mu
 transformers        finds the size of a block from the grid of scales, so both widths must be multiples of 128
 
 Embedding, head, gate, norms and MTP's `eh_proj` are never FP8. A tensor is quantized by itself; its blocks are those of
-the joined weight that training multiplies where it starts and ends at multiples of 128 rows of it. Where not,
-`reblocked` names it: its codes differ from those of the training.
+the joined weight that training multiplies where it starts and ends at multiples of 128 rows of it, and where a reader's
+order of rows keeps each row in its block, as it does for heads of 128 or 64. Where not, `reblocked` names it: its codes
+differ from those of the training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from fp8moe.interop.hf_dir import BLOCK
 from fp8moe.interop.names import Parameter, Source
@@ -118,7 +121,16 @@ def _reblocked(parameter: Parameter) -> list[str]:
     rows, start, names = parameter.shape[-2] if len(parameter.shape) > 1 else 0, 0, []
     for source in parameter.sources:
         stop = start + source.rows
-        if parameter.linear and (start % BLOCK or (stop % BLOCK and stop != rows)):
+        is_cut = start % BLOCK or (stop % BLOCK and stop != rows)
+        if parameter.linear and (is_cut or _leaves_blocks(source)):
             names.append(source.name)
         start = 0 if stop == rows else stop
     return names
+
+
+def _leaves_blocks(source: Source) -> bool:
+    """Whether the rows that a block of 128 has here are of several blocks there."""
+    if source.order is None:
+        return False
+    index = source.order.index(source.rows)
+    return bool((index // BLOCK != torch.arange(source.rows) // BLOCK).any())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from fp8moe.cli.export_model import main as export
@@ -95,6 +95,42 @@ def test_fp8_codes_come_back_bit_equal_and_are_those_of_the_training(tmp_path, c
     assert torch.equal(torch.cat([after[name].float() for name in parts]), joined.data.float())
     assert torch.equal(torch.cat([after[f"{name}_scale_inv"] for name in parts]), joined.scale)
     assert "blocks of their own" not in capsys.readouterr().out
+
+
+HEADS = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2)
+GROUPED = {
+    "qwen3": Qwen3MoeConfig(**released.QWEN3 | HEADS | dict(moe_intermediate_size=128, head_dim=128)),
+    "glm4": Glm4MoeConfig(
+        **released.GLM4 | HEADS | dict(moe_intermediate_size=128, head_dim=128, rope_parameters=released.HALF)
+    ),
+    "olmoe": OlmoeConfig(**released.OLMOE | HEADS | dict(intermediate_size=128, rms_norm_eps=1e-5)),
+    "rows that change blocks": Qwen3MoeConfig(**released.QWEN3 | HEADS | dict(moe_intermediate_size=128, head_dim=192)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_fp8_of_heads_in_the_readers_order_is_the_weight(name, tmp_path, capsys):
+    """q and k have their rows in another order here; codes are the training's where a row stays in its block."""
+    released.write(GROUPED[name], tmp_path / "hf", torch.bfloat16)
+    take([str(tmp_path / "hf"), str(tmp_path / "run")])
+    export([str(tmp_path / "run"), str(tmp_path / "out"), "--precision", "fp8"])
+    before, after = released.tensors_of(tmp_path / "hf"), released.tensors_of(tmp_path / "out")
+    theirs = "model.layers.1.self_attn.{}_proj.weight"
+    assert all(after[theirs.format(one)].dtype is torch.float8_e4m3fn for one in "qkvo")
+    for one in "qkvo":
+        weight, codes = before[theirs.format(one)].float(), after[theirs.format(one)].float()
+        scale = after[theirs.format(one) + "_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        scale = scale[: len(weight), : weight.shape[1]]
+        bound = weight.abs() * 2**-4 * 1.001 + scale * 2**-10  # half a step of E4M3, normal or subnormal
+        assert ((codes * scale - weight).abs() <= bound).all(), one
+    said = capsys.readouterr().out
+    if name == "rows that change blocks":
+        assert "their rows change blocks" in said and theirs.format("q") in said
+        return
+    assert "their rows change blocks" not in said
+    blocks = quantize_blocks(released.imported(tmp_path / "run", Precision.FP8).block(1).attn.qkv.weight.detach())[0]
+    for one, ours in zip("qkv", blocks.data.float().chunk(3), strict=True):
+        assert torch.equal(after[theirs.format(one)].float().sort(0).values, ours.sort(0).values), one
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.3, None])  # times amax/448; None: the power of two above
