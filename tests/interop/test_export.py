@@ -170,7 +170,7 @@ def test_transformers_dequantizes_an_aligned_export_as_an_import_does(tmp_path):
 
 
 def test_fp8_of_aligned_widths_in_transformers_is_ours_on_the_same_codes(tmp_path):
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate runs this")
     released.write(released.ALIGNED, tmp_path / "hf")
     take([str(tmp_path / "hf"), str(tmp_path / "run")])
     export([str(tmp_path / "run"), str(tmp_path / "out"), "--precision", "fp8", "--for", "transformers"])

@@ -226,7 +226,7 @@ def ports() -> Iterator[dict[str, int]]:
         server.server_close()
 
 
-@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+@pytest.mark.skipif(not HAS_WANDB, reason='wandb is not installed: pip install "fp8moe[wandb]" runs this')
 @pytest.mark.parametrize("server", ["hangs", "refuses", "answers 500"])
 def test_the_real_package_with_a_server_that(
     server: str, ports: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +245,7 @@ def test_the_real_package_with_a_server_that(
     assert all(b"k" * 40 not in path.read_bytes() for path in files)
 
 
-@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+@pytest.mark.skipif(not HAS_WANDB, reason='wandb is not installed: pip install "fp8moe[wandb]" runs this')
 def test_the_real_package_writes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
