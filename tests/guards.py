@@ -24,6 +24,8 @@ FLOORS = {
     "train": 4,
     "interop": 5,
     "plan": 5,
+    "report": 5,
+    "doctor": 5,
     "generate": 5,
     "cli": 6,
     "__main__": 7,

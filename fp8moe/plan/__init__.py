@@ -1,1 +1,1 @@
-"""Floor 5: cost of a run before it runs: schedules simulated and drawn, memory and work of pipeline ranks."""
+"""Floor 5: what a run will need before it runs: memory, time, layouts; schedules simulated and drawn."""
