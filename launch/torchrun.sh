@@ -4,12 +4,17 @@
 #   NPROC        processes on this node (default: one a GPU; a number on a machine without any)
 #   NNODES       nodes (default 1)          NODE_RANK    this node's number, 0 first (default: Slurm's, else 0)
 #   MASTER_ADDR  node 0, from all nodes     MASTER_PORT  a free port there (default 29500)
+#   PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT, PET_NPROC_PER_NODE: where those are unset (Kubeflow's)
 #   PYTHON       interpreter (default: .venv's when it is there, else python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-NNODES=${NNODES:-1}
-if [ "$NNODES" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+NNODES=${NNODES:-${PET_NNODES:-1}}
+NODE_RANK=${NODE_RANK:-${PET_NODE_RANK:-${SLURM_NODEID:-0}}}
+NPROC=${NPROC:-${PET_NPROC_PER_NODE:-gpu}}
+MASTER_ADDR=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
+MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
+if [ "$NNODES" -gt 1 ] && [ -z "$MASTER_ADDR" ]; then
   echo "NNODES=$NNODES needs MASTER_ADDR, the address of node 0 that all nodes reach" >&2
   exit 2
 fi
@@ -31,7 +36,7 @@ done
 
 # USR1 is Slurm's warning before the time limit; unless torchrun is told to forward it, it dies and leaves its ranks.
 exec "$PYTHON" -m torch.distributed.run \
-  --nnodes "$NNODES" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" --nproc-per-node "${NPROC:-gpu}" \
-  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+  --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC" \
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --max-restarts "$RESTARTS" \
   -m fp8moe train "$@"
