@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "docker" / "Dockerfile"
 # What a PyTorch image has in its Python; with torch's own requirements.
 BASE = (
+    "pip",
     "torch",
     "torchgen",
     "functorch",
@@ -27,7 +28,6 @@ BASE = (
     "numpy.libs",
     "setuptools",
     "_distutils_hack",
-    "pkg_resources",
 )
 BASE += ("sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec", "typing_extensions.py")
 COPIED = ("constraints", "pyproject.toml", "README.md", "LICENSE", "fp8moe", "kernels", "configs", "benchmarks/results")
@@ -52,7 +52,7 @@ def folder():
 
 def base_image(folder: Path) -> Path:
     """A virtual environment with what BASE names, and nothing else."""
-    subprocess.run([sys.executable, "-m", "venv", folder / "python"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "python"], check=True, timeout=120)
     here = Path(sysconfig.get_paths()["purelib"])
     (there,) = (folder / "python" / "lib").glob("python*/site-packages")
     for name in BASE:
@@ -61,6 +61,14 @@ def base_image(folder: Path) -> Path:
             if found.exists() and not (there / found.name).exists():
                 (there / found.name).symlink_to(found)
     return folder / "python" / "bin"
+
+
+def as_user(user: int | None) -> list[str]:
+    """What runs a command as another user, if this one may: who reads all, since Python may lie in a home of root's."""
+    if user is None or os.getuid():
+        return []
+    rights = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--clear-groups"]
+    return ["setpriv", f"--reuid={user}", f"--regid={user}", *rights]
 
 
 def copy(folder: Path, sources: list[str]) -> None:
@@ -92,15 +100,13 @@ def test_every_run_line_of_the_recipe(folder):
         elif word == "USER":
             user = int(rest.split(":")[0])
         elif word == "RUN":
-            owner = {} if os.getuid() or user is None else {"user": user, "group": user, "extra_groups": []}
             done = subprocess.run(
-                ["sh", "-c", rest if os.getuid() == 0 else re.sub(r"&& chown .*", "", rest)],
+                [*as_user(user), "sh", "-c", rest if os.getuid() == 0 else re.sub(r"&& chown .*", "", rest)],
                 cwd=work,
                 env=environment,
                 capture_output=True,
                 text=True,
                 timeout=400,
-                **owner,
             )
             said = done.stdout + done.stderr
             if "No matching distribution" in said and "retrying" in said.lower():
