@@ -207,7 +207,6 @@ RULES = [  # between settings, and those whose reason is not plain from the rang
     (["optimizer.schedule.mtp_weight_until=1.5"], r"mtp_weight_until=1\.5 is a share of the run"),
     (["optimizer.schedule.unit=tokens"], r"until=1\.0 counts tokens under unit=tokens .*: use unit=share"),
     (["model.attention.yarn={beta_fast: 0.5}"], r"beta_fast=0\.5 must not be below beta_slow=1\.0.*: use 32\.0 and"),
-    (["model.attention.backend=flash", "data.document_mask=true"], "flash supports no document mask .*backend=auto"),
     (["name=../../outside"], "name='../../outside' must be one part of a path, .*: use 'outside'"),
     (["name=.."], r"name='\.\.' must be one part of a path, .*: use 'run'"),
     ([f"name='{'é' * 101}'"], "must be one part of a path, of at most 200 bytes"),

@@ -39,17 +39,18 @@ _INDEX_ARRAYS = ("documents", "first", "offset", "shuffle")
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one step or micro-batch; all int64 on the CPU.
+    """The samples of one step or micro-batch; tensors are int64 on the CPU.
 
     inputs_BS: token ids. labels_BS: the id after each input, or -100 where none is predicted.
     positions_BS: 0, 1, 2, ...; from 0 again at each document when the document mask is on.
-    documents_BS: the document of each input, numbered from 0 within its sample; None when the document mask is off.
+    document_lengths: inputs of each document, or part of one, in the order of the samples, none longer than its sample;
+    None when the document mask is off.
     """
 
     inputs_BS: Tensor
     labels_BS: Tensor
     positions_BS: Tensor
-    documents_BS: Tensor | None
+    document_lengths: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def collate(windows: Sequence[Window], *, document_mask: bool) -> Batch:
     labels_BS = labels_BS.masked_fill(is_start[:, 1:], IGNORED_LABEL)
     place = torch.arange(inputs_BS.shape[1])
     start_of_document = torch.where(is_start[:, :-1], place, 0).cummax(dim=1).values
-    documents_BS = is_start[:, :-1].to(torch.int64).cumsum(dim=1) - 1
-    return Batch(inputs_BS, labels_BS, place - start_of_document, documents_BS)
+    starts = is_start[:, :-1].flatten().nonzero().flatten()  # the first token of each sample is one
+    lengths = torch.diff(starts, append=torch.tensor([inputs_BS.numel()]))
+    return Batch(inputs_BS, labels_BS, place - start_of_document, tuple(lengths.tolist()))
 
 
 def epoch_index(lengths: NDArray[np.int64], seq_len: int, seed: int, epoch: int) -> dict[str, NDArray[np.int64]]:

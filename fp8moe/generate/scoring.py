@@ -42,7 +42,7 @@ def token_nats(model: Transformer, batch: Batch) -> Tensor:
     """Nats of each label [B, S], FP32 on the host; 0 where none is predicted. Collective over ranks with experts."""
     assert model.embedding is not None and model.norm is not None and model.head is not None
     batch = to_device(batch, model.embedding.weight.device)
-    positions = model.positions(batch.positions_BS, batch.documents_BS)
+    positions = model.positions(batch.positions_BS, batch.document_lengths)
     hidden_TD, _ = model.run_blocks(model.embedding(batch.inputs_BS.flatten()), positions)
     x_TD, labels_T = model.norm(hidden_TD).tensor, batch.labels_BS.flatten()
     nats_T = torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device)
@@ -95,7 +95,10 @@ def _batch(some: Sequence[Window], seq_len: int, document_mask: bool) -> Batch:
     lengths_B = torch.tensor([max(len(one.tokens) - 1, 0) for one in some])
     behind_BS = torch.arange(seq_len) >= lengths_B[:, None]
     return Batch(
-        batch.inputs_BS, batch.labels_BS.masked_fill(behind_BS, IGNORED_LABEL), batch.positions_BS, batch.documents_BS
+        batch.inputs_BS,
+        batch.labels_BS.masked_fill(behind_BS, IGNORED_LABEL),
+        batch.positions_BS,
+        batch.document_lengths,
     )
 
 

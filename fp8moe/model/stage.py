@@ -49,7 +49,7 @@ class StagePasses:
     def __call__(self, stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
         """The chain for micro-batch number `microbatch`; `source` gives the input of every stage but the first."""
         here, batch, model = self._stages[stage], self._batches[microbatch], self._model
-        positions = model.positions(batch.positions_BS, batch.documents_BS)
+        positions = model.positions(batch.positions_BS, batch.document_lengths)
         passes: list[Pass] = []
 
         def before() -> Callable[[], Tensor]:

@@ -38,7 +38,7 @@ class Inputs(Protocol):
     @property
     def positions_BS(self) -> Tensor: ...
     @property
-    def documents_BS(self) -> Tensor | None: ...
+    def document_lengths(self) -> tuple[int, ...] | None: ...
 
 
 class Transformer(nn.Module):
@@ -72,9 +72,9 @@ class Transformer(nn.Module):
         if gradients:
             self.main_grads = attach_main_grads(self)
 
-    def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
+    def positions(self, positions_BS: Tensor, document_lengths: tuple[int, ...] | None = None) -> Positions:
         """What attention needs to know of tokens at `positions_BS` [B, S], documents apart if they are given."""
-        return self.config.attention.positions(positions_BS, documents_BS)
+        return self.config.attention.positions(positions_BS, document_lengths)
 
     def block(self, layer: int) -> Block:
         """Block number `layer` of the whole model."""
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
     def forward(self, batch: Inputs) -> LossSums:
         """The loss sums of one micro-batch, under ordinary autograd; needs embedding and head."""
         assert self.embedding is not None and self.norm is not None and self.head is not None
-        positions = self.positions(batch.positions_BS, batch.documents_BS)
+        positions = self.positions(batch.positions_BS, batch.document_lengths)
         labels_BS = batch.labels_BS
         hidden_TD, balance = self.run_blocks(self.embedding(batch.inputs_BS.flatten()), positions)
         normed = self.norm(hidden_TD)

@@ -120,10 +120,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         # From pageable memory the host would wait for the copy, and with it for everything before it on the stream.
         return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-    documents_BS = batch.documents_BS
-    return Batch(
-        moved(batch.inputs_BS),
-        moved(batch.labels_BS),
-        moved(batch.positions_BS),
-        None if documents_BS is None else moved(documents_BS),
-    )
+    return Batch(moved(batch.inputs_BS), moved(batch.labels_BS), moved(batch.positions_BS), batch.document_lengths)

@@ -111,11 +111,6 @@ class TrainConfig:
             raise ValueError("validation.ema=true needs an average and ema.decay is null: use ema.decay=0.999")
         if self.init_from_ema and self.init_from is None:
             raise ValueError("init_from_ema=true and init_from is null: name the run, init_from=PATH")
-        if self.model.attention.backend == "flash" and self.data.document_mask:
-            raise ValueError(
-                "model.attention.backend=flash supports no document mask and data.document_mask is true: use "
-                "model.attention.backend=auto, or data.document_mask=false"
-            )
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}: "

@@ -48,7 +48,7 @@ def test_the_embedded_corpus(small_library: Path, tmp_path: Path) -> None:
         whole = sum(len(document.text.encode()) for document in documents)
         covered = int(data.token_bytes[batch.labels_BS].sum())
         assert whole - 33 * 20 < covered <= whole  # all but the first token and the rest of the last window
-        assert batch.documents_BS is None and int(batch.labels_BS.min()) >= 0
+        assert batch.document_lengths is None and int(batch.labels_BS.min()) >= 0
     assert data.bigram_bits_per_byte is not None and 3 < data.bigram_bits_per_byte < 6
 
 
@@ -109,7 +109,7 @@ def test_the_document_mask_reaches_the_batch(small_library: Path, tmp_path: Path
     plain, masked = (open_data(stdlib(tmp_path, document_mask=mask), seq_len=64, seed=1) for mask in (False, True))
     ids = range(len(plain.train))
     a, b = plain.train.batch(ids), masked.train.batch(ids)
-    assert torch.equal(a.inputs_BS, b.inputs_BS) and b.documents_BS is not None
+    assert torch.equal(a.inputs_BS, b.inputs_BS) and b.document_lengths is not None
     hidden = b.labels_BS == -100
     assert torch.equal(hidden, a.inputs_BS == 0)  # exactly the first token of a document, after an end-of-text
     assert torch.equal(a.labels_BS[~hidden], b.labels_BS[~hidden])

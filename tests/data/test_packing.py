@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,7 @@ def test_batches_by_the_definition(pieces: list[int], seq_len: int, document_mas
     batch = collate([window for _, window in rows], document_mask=document_mask)
     for tensor in (batch.inputs_BS, batch.labels_BS, batch.positions_BS):
         assert tensor.dtype == torch.int64 and tensor.shape == (len(rows), seq_len) and tensor.is_contiguous()
-    assert (batch.documents_BS is not None) == document_mask
+    assert (batch.document_lengths is not None) == document_mask
     for b, (part, window) in enumerate(rows):
         for s in range(seq_len):
             same = part[s] == part[s + 1]
@@ -128,8 +128,9 @@ def test_batches_by_the_definition(pieces: list[int], seq_len: int, document_mas
             assert batch.inputs_BS[b, s] == window.tokens[s]
             assert batch.labels_BS[b, s] == expected_label
             assert batch.positions_BS[b, s] == s - first
-            if batch.documents_BS is not None:
-                assert batch.documents_BS[b, s] == part[s] - part[0]
+    if batch.document_lengths is not None:
+        inputs = [(b, number) for b, (part, _) in enumerate(rows) for number in part[:-1]]
+        assert batch.document_lengths == tuple(len(list(same)) for _, same in groupby(inputs))
 
 
 def test_a_batch_is_frozen_and_in_the_order_asked_for(make_tokens: MakeTokens, tmp_path: Path) -> None:

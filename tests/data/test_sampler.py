@@ -142,9 +142,9 @@ def test_batches_hold_what_the_sources_hold() -> None:
     mixture = blend([1, 3])
     batch = mixture.batch(range(40))
     expected = [mixture.sources[d].batch([k]).inputs_BS for d, k in map(mixture.locate, range(40))]
-    assert torch.equal(batch.inputs_BS, torch.cat(expected)) and batch.documents_BS is None
+    assert torch.equal(batch.inputs_BS, torch.cat(expected)) and batch.document_lengths is None
     masked = blend([1, 3], document_mask=True).batch(range(3))
-    assert masked.documents_BS is not None and (masked.labels_BS == -100).all()
+    assert masked.document_lengths is not None and (masked.labels_BS == -100).all()
 
 
 def test_an_epoch_is_the_most_that_repeats_nothing() -> None:

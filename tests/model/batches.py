@@ -13,7 +13,7 @@ class Tokens:
     inputs_BS: Tensor
     labels_BS: Tensor
     positions_BS: Tensor
-    documents_BS: Tensor | None = None
+    document_lengths: tuple[int, ...] | None = None
 
     def sequences(self, part: slice) -> Tokens:
         return Tokens(self.inputs_BS[part], self.labels_BS[part], self.positions_BS[part])

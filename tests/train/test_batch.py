@@ -111,13 +111,13 @@ class Pageable:
         return Pageable(*self.how, f"to {device}", *["at once"] * non_blocking)
 
 
-@pytest.mark.parametrize("documents", [True, False])
-def test_a_batch_goes_to_a_gpu_by_pinned_memory_without_a_wait(documents: bool) -> None:
-    tensors: list[object] = [Pageable(), Pageable(), Pageable(), Pageable() if documents else None]
-    moved = to_device(Batch(*tensors), torch.device("cuda", 1))  # type: ignore[arg-type]
-    parts = [moved.inputs_BS, moved.labels_BS, moved.positions_BS, *([moved.documents_BS] if documents else [])]
-    assert [part.how for part in parts] == [("pinned", "to cuda:1", "at once")] * len(parts)  # type: ignore[union-attr]
-    assert documents or moved.documents_BS is None
+@pytest.mark.parametrize("lengths", [(3, 1), None])
+def test_a_batch_goes_to_a_gpu_by_pinned_memory_without_a_wait(lengths: tuple[int, ...] | None) -> None:
+    batch = Batch(Pageable(), Pageable(), Pageable(), lengths)  # type: ignore[arg-type]
+    moved = to_device(batch, torch.device("cuda", 1))
+    parts = [moved.inputs_BS, moved.labels_BS, moved.positions_BS]
+    assert [part.how for part in parts] == [("pinned", "to cuda:1", "at once")] * 3  # type: ignore[attr-defined]
+    assert moved.document_lengths == lengths  # host numbers, for launches
 
 
 def test_a_batch_stays_on_a_cpu() -> None:

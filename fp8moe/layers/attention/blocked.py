@@ -1,4 +1,4 @@
-"""Causal attention on a CPU by blocks of queries: values narrower than keys, sinks, windows, documents.
+"""Causal attention on a CPU by blocks of queries: values narrower than keys, sinks, windows.
 
 PyTorch's fused CPU kernel takes equal heads only, and no sinks; for other heads it goes through FP32 as a whole, keeps
 every score, and computes those of the future as well. Here a block of queries meets the keys up to its own end, from
@@ -32,28 +32,26 @@ def blocked_attention(
     k: Tensor,
     v: Tensor,
     scale: float,
-    mask_BSS: Tensor | None = None,
     *,
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """q [B, S, H, d], k [B, S, J, d], v [B, S, J, V] of one dtype -> [B, S, H, V]; causal, of one sequence length.
 
-    J divides H. mask_BSS: true where a query may look, causality included. window: tokens that a query sees, itself
-    included. sinks: FP32 [H], a logit more in each query's softmax, without a value.
+    J divides H. window: tokens that a query sees, itself included. sinks: FP32 [H], a logit more in each query's
+    softmax, without a value.
     """
     if k.shape[2] != q.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     assert q.shape == k.shape, (q.shape, k.shape)
-    return _BlockedAttention.apply(q, k, v, sinks, scale, mask_BSS, window)
+    return _BlockedAttention.apply(q, k, v, sinks, scale, window)
 
 
 @dataclass(frozen=True)
 class _Softmax:
-    """What a query's softmax is over: keys that its sequence's mask and its window show, and maybe its head's sink."""
+    """What a query's softmax is over: keys that its window shows, and maybe its head's sink."""
 
     num_heads: int
-    mask_BSS: Tensor | None
     window: int | None
     sinks: Tensor | None
 
@@ -64,39 +62,31 @@ class _Softmax:
     def probabilities(self, queries: Tensor, keys: Tensor, heads: slice, block: slice) -> tuple[Tensor, Tensor | None]:
         """Softmax of FP32 scores, [G, block, past], and the sink's share [G, block]."""
         scores, past = torch.bmm(queries, keys.mT), self.past(block)
-        if self.mask_BSS is None and self.window is None:
+        if self.window is None:
             size = block.stop - block.start
             scores[:, :, block] += torch.full((size, size), float("-inf"), device=scores.device).triu_(1)
         else:
-            scores.masked_fill_(self._hidden(len(queries), heads, block, past), float("-inf"))
+            scores.masked_fill_(self._hidden(block, past, self.window), float("-inf"))
         if self.sinks is None:
             return torch.softmax(scores, -1, out=scores), None
         sinks_G = self.sinks[torch.arange(heads.start, heads.start + len(queries)) % self.num_heads]
         both = torch.cat([scores, sinks_G[:, None, None].expand(*scores.shape[:2], 1)], -1).softmax(-1)
         return both[..., :-1], both[..., -1]
 
-    def _hidden(self, num: int, heads: slice, block: slice, past: slice) -> Tensor:
-        """True where a query may not look, [1 or G, block, past]."""
+    @staticmethod
+    def _hidden(block: slice, past: slice, window: int) -> Tensor:
+        """True where a query may not look, [block, past]."""
         query, key = torch.arange(block.start, block.stop)[:, None], torch.arange(past.start, past.stop)
-        hidden = (key > query)[None]
-        if self.window is not None:
-            hidden = hidden | (key <= query - self.window)
-        if self.mask_BSS is None:
-            return hidden
-        return hidden | ~self.mask_BSS[torch.arange(heads.start, heads.start + num) // self.num_heads, block, past]
+        return (key > query) | (key <= query - window)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, mask_BSS: Tensor | None,
-        window: int | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.softmax = (
-            scale,
-            _Softmax(q.shape[2], mask_BSS, window, None if sinks is None else sinks.detach()),
-        )
+        ctx.scale, ctx.softmax = scale, _Softmax(q.shape[2], window, None if sinks is None else sinks.detach())
         values = _heads_first(v)
         queries, keys = _heads_first(q).float() * scale, _heads_first(k).float()
         out = torch.empty_like(values)
@@ -136,7 +126,7 @@ class _BlockedAttention(torch.autograd.Function):
                 dv[heads, block] = product(p_GSS[:, later, block].mT, dy[heads, later])
         back = (_heads_back(x, like) for x, like in zip((dq, dk, dv), ctx.saved_tensors, strict=True))
         by_head = None if softmax.sinks is None else d_sinks.unflatten(0, (-1, softmax.num_heads)).sum(0)
-        return *back, by_head, None, None, None
+        return *back, by_head, None, None
 
 
 def _blocks(seq_len: int) -> list[slice]:

@@ -35,7 +35,8 @@ from fp8moe.kernels.fp8 import E5m6Tensor
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.attention.blocked import blocked_attention
 from fp8moe.layers.attention.cache import CachedForward
-from fp8moe.layers.attention.masks import causal_blocks, document_mask, window_mask
+from fp8moe.layers.attention.documents import Documents, by_document
+from fp8moe.layers.attention.masks import causal_blocks, window_mask
 from fp8moe.layers.attention.sinks import with_sinks
 from fp8moe.layers.operand import Activation, Operand
 from fp8moe.layers.recompute import SavedTensor
@@ -99,49 +100,38 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where tokens stand: rotations [T, rope_dim/2], and the documents they belong to where those are masked.
+    """Where tokens stand: rotations [T, rope_dim/2], and the documents they belong to where those are kept apart.
 
-    A mask is made when the chosen kernel first asks for it, once for all layers of one window. cached: caches that the
-    tokens are written to and attend to (`cache`); None in training.
+    cached: caches that the tokens are written to and attend to (`cache`); None in training.
     """
 
     num_sequences: int
     cos: Tensor
     sin: Tensor
-    documents_BS: Tensor | None = None
+    documents: Documents | None = None
     cached: CachedForward | None = None
-
-    @functools.cached_property
-    def mask_BSS(self) -> Tensor | None:
-        """True where a query may look at a key, causality included; None means causal."""
-        return None if self.documents_BS is None else document_mask(self.documents_BS)
-
-    @functools.cached_property
-    def _by_window(self) -> dict[tuple[str, int | None], Any]:
-        return {}
 
     @property
     def seq_len(self) -> int:
         """Tokens of a sequence."""
         return self.cos.shape[0] // self.num_sequences
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """`mask_BSS` of a layer whose queries see `window` tokens; [1, S, S] without documents."""
-        if window is None or window >= self.seq_len:
-            return self.mask_BSS
-        key = ("mask", window)
-        if key not in self._by_window:
-            seen = window_mask(self.seq_len, window, self.cos.device)[None]
-            self._by_window[key] = seen if self.mask_BSS is None else seen & self.mask_BSS
-        made: Tensor = self._by_window[key]
-        return made
+    @functools.cached_property
+    def parts(self) -> Documents:
+        """The documents, or each sequence as one."""
+        return self.documents or Documents((self.seq_len,) * self.num_sequences, self.cos.device)
+
+    @functools.cached_property
+    def _by_window(self) -> dict[int | None, BlockMask]:
+        return {}
 
     def blocks(self, window: int | None) -> BlockMask:
-        """The same for FlexAttention: which blocks of scores hold anything."""
-        key = ("blocks", None if window is None or window >= self.seq_len else window)
-        if key not in self._by_window:
-            self._by_window[key] = causal_blocks(self.seq_len, self.cos.device, key[1], self.documents_BS)
-        return self._by_window[key]
+        """FlexAttention's blocks of scores that hold anything, made once for all layers of one window."""
+        if window not in self._by_window:
+            documents = self.documents
+            numbers_BS = None if documents is None else documents.numbers_T.view(self.num_sequences, -1)
+            self._by_window[window] = causal_blocks(self.seq_len, self.cos.device, window, numbers_BS)
+        return self._by_window[window]
 
 
 def inverse_frequencies(dim: int, theta: float) -> Tensor:
@@ -177,9 +167,9 @@ def rotation(positions_T: Tensor, dim: int, theta: float, yarn: YarnConfig | Non
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, window: int | None = None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by torch; a head of keys and values may serve a run of query heads."""
-    mask = None if mask_BSS is None else mask_BSS[:, None]
+    mask = None if window is None or window >= q.shape[1] else window_mask(q.shape[1], window, q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -187,22 +177,47 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None
     return out.transpose(1, 2)
 
 
-def _pinned(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, mask_BSS: Tensor | None) -> Tensor:
+def _pinned(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same by one of torch's kernels, or an error; its backward is that kernel's too."""
     with sdpa_kernel([backend], set_priority=True):
-        return _sdpa(q, k, v, scale, mask_BSS)
+        return _sdpa(q, k, v, scale)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: None, *, window: int | None = None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, *, parts: Documents, window: int | None = None) -> Tensor:
+    """[B, S, H, d] -> [B, S, H, d] by torch's kernel of variable length, whose values are as wide as its keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if q.shape[2] != k.shape[2]:
+        options["enable_gqa"] = True
+    ends, longest, (q_TH, k_TJ, v_TJ) = parts.cumulative_N, parts.longest, (x.flatten(0, 1) for x in (q, k, v))
+    out: Any = varlen_attn(q_TH, k_TJ, v_TJ, ends, ends, longest, longest, **options)
+    made: Tensor = out.unflatten(0, q.shape[:2])
+    return made
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, parts: Documents | None = None, window: int | None = None
+) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by flash-attn 4, whose Hopper kernels take 192/128 heads."""
-    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    band = {} if window is None else {"window_size": (window - 1, 0)}
-    out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, **band)
-    return out[0] if isinstance(out, tuple) else out
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)
+    if parts is None:
+        out = flash_attn_func(q, k, v, **options)
+    else:
+        ends = parts.cumulative_N
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        options |= {"max_seqlen_q": parts.longest, "max_seqlen_k": parts.longest}
+        out = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **options)
+    out = out[0] if isinstance(out, tuple) else out
+    made: Tensor = out if parts is None else out.unflatten(0, q.shape[:2])
+    return made
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: BlockMask, *, sinks: Tensor | None = None) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, *, blocks: BlockMask, sinks: Tensor | None = None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by FlexAttention, compiled: as it is written it would keep every score."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     flex = functools.partial(_compiled_flex_attention(), block_mask=blocks, scale=scale)
@@ -222,12 +237,13 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-# (q, k, v [B, S, H, d], softmax scale, mask) -> [B, S, H, V]; the mask is [B, S, S], blocks for flex, or None
+# (q, k, v [B, S, H, d], softmax scale) -> [B, S, H, V], causal; what else each takes is a keyword
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "sdpa": _sdpa,
     "cudnn": partial(_pinned, SDPBackend.CUDNN_ATTENTION),
     "efficient": partial(_pinned, SDPBackend.EFFICIENT_ATTENTION),
     "blocked": blocked_attention,
+    "varlen": _varlen,
     "flash": _flash,
     "flex": _flex,
 }
@@ -250,12 +266,18 @@ def attend(
     query heads, one after the other. window: tokens that a query sees, itself included. sinks: FP32 [H], a logit more
     in the softmax of each head, without a value.
     """
-    by_number = kernel in ("blocked", "flash")  # they take the window itself, others a mask
-    mask = positions.blocks(window) if kernel == "flex" else positions.mask(None if by_number else window)
     options: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
-    if by_number and window is not None and window < positions.seq_len:
-        options["window"] = window
-    return BACKENDS[kernel](q, k, v, scale, mask, **options)
+    band = None if window is None or window >= positions.seq_len else window
+    if kernel == "flex":
+        return _flex(q, k, v, scale, blocks=positions.blocks(band), **options)
+    if band is not None:
+        options["window"] = band
+    documents = positions.documents
+    if kernel == "varlen" or (kernel == "flash" and documents is not None):
+        options["parts"] = positions.parts
+    elif documents is not None:
+        return by_document(BACKENDS[kernel], q, k, v, scale, documents, **options)
+    return BACKENDS[kernel](q, k, v, scale, **options)
 
 
 def keep_in_e5m6(

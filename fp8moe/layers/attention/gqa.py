@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
+from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.rotary import rotated_queries
 from fp8moe.layers.attention.sinks import make_sinks, widened
 from fp8moe.layers.bias import add_bias, make_bias
@@ -63,7 +64,7 @@ class GqaConfig:
     window: int | None = None
     window_layers: Literal["all", "even", "odd"] = "all"
     sinks: bool = False
-    backend: Literal["auto", "sdpa", "cudnn", "flex", "flash"] = "auto"
+    backend: Literal["auto", "sdpa", "cudnn", "varlen", "flex", "flash"] = "auto"
     kind: Literal["gqa"] = "gqa"
 
     def __post_init__(self) -> None:
@@ -159,10 +160,11 @@ class GqaConfig:
             total += wide * (self.queries + 2 * self.keys)
         return total
 
-    def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
-        """Rotations for tokens at `positions_BS` [B, S]; the documents, if given, are kept apart by a mask."""
+    def positions(self, positions_BS: Tensor, lengths: tuple[int, ...] | None = None) -> Positions:
+        """Rotations for tokens at `positions_BS` [B, S]; documents of these lengths, if given, are kept apart."""
         cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)
-        return Positions(len(positions_BS), cos, sin, documents_BS)
+        documents = None if lengths is None else Documents(lengths, cos.device)
+        return Positions(len(positions_BS), cos, sin, documents)
 
     def heads(self, recipe: Recipe, *, masked: bool, layer: int | None = None) -> Heads:
         """What attention's kernels must take in block number `layer` (None: in one of those with a window, if any are).
@@ -209,7 +211,7 @@ class GroupedQueryAttention(nn.Module):
             self._keep(positions.cached, *qkv[1:])
             if not positions.cached.is_first:
                 return self._output(self._attend_to_cache(qkv[0], positions.cached, sinks))
-        heads = c.heads(self.recipe, masked=positions.documents_BS is not None, layer=self.layer)
+        heads = c.heads(self.recipe, masked=positions.documents is not None, layer=self.layer)
         choice = chosen(c.backend, heads, qkv_TN.device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)

@@ -1,4 +1,4 @@
-"""Who sees whom: causality, windows and documents, as dense masks and as FlexAttention's blocks of scores.
+"""Who sees whom beyond causality: a window as a dense mask, windows and documents as FlexAttention's blocks of scores.
 
 Legend: B sequences, S tokens of a sequence.
 """
@@ -14,13 +14,6 @@ if TYPE_CHECKING:  # FlexAttention takes a second to import
     from torch.nn.attention.flex_attention import BlockMask
 
 
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """Bool [B, S, S]: a token sees itself and what came before it in the same document."""
-    seq_len = documents_BS.shape[1]
-    same = documents_BS[:, :, None] == documents_BS[:, None, :]
-    return same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=documents_BS.device).tril()
-
-
 def window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
     """Bool [S, S]: a token sees itself and the window - 1 tokens before it."""
     return torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril().triu(1 - window)
@@ -29,7 +22,7 @@ def window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
 def causal_blocks(
     seq_len: int, device: torch.device, window: int | None = None, documents_BS: Tensor | None = None
 ) -> BlockMask:
-    """FlexAttention's blocks: one mask for all sequences, or with documents one each."""
+    """FlexAttention's blocks: one mask for all sequences, or with the number of each token's document one each."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

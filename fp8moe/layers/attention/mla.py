@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
+from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
 from fp8moe.layers.linear import Linear, product
 from fp8moe.layers.norm import Feeds, RMSNorm
@@ -53,7 +54,7 @@ class MlaConfig:
     rope_theta: float = 10000.0
     yarn: YarnConfig | None = None
     norm_eps: float = 1e-6
-    backend: Literal["auto", "sdpa", "cudnn", "flex", "flash"] = "auto"
+    backend: Literal["auto", "sdpa", "cudnn", "varlen", "flex", "flash"] = "auto"
     kind: Literal["mla"] = "mla"
 
     def __post_init__(self) -> None:
@@ -139,10 +140,11 @@ class MlaConfig:
             total += wide * self.num_heads * (2 * self.qk_dim + self.nope_dim + self.v_dim)
         return total
 
-    def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
-        """Rotations for tokens at `positions_BS` [B, S]; the documents, if given, are kept apart by a mask."""
+    def positions(self, positions_BS: Tensor, lengths: tuple[int, ...] | None = None) -> Positions:
+        """Rotations for tokens at `positions_BS` [B, S]; documents of these lengths, if given, are kept apart."""
         cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)
-        return Positions(len(positions_BS), cos, sin, documents_BS)
+        documents = None if lengths is None else Documents(lengths, cos.device)
+        return Positions(len(positions_BS), cos, sin, documents)
 
     def heads(self, recipe: Recipe, *, masked: bool) -> Heads:
         """What attention's kernels must take; masked: documents are kept apart."""
@@ -182,7 +184,7 @@ class LatentAttention(nn.Module):
             if not positions.cached.is_first:
                 return self._output(self._attend_to_latents(q, positions, positions.cached))
         qkv = self._heads(q, self.kv_b(kv_latent), k_rope, positions)
-        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents_BS is not None), qkv[0].device)
+        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents is not None), qkv[0].device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
         if Recompute.MLA_UP in self.recipe.recompute:

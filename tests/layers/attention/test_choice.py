@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from fp8moe.layers.attention import choice, core
 from fp8moe.layers.attention.choice import AUTO, Choice, Heads, Machine, choose, chosen, why_not
@@ -19,7 +21,9 @@ EQUAL = Heads(128, 128, torch.bfloat16, masked=False)
 DOCUMENTS = replace(V3, masked=True)
 CPU = Machine("cpu")
 BARE = Machine("cuda", (9, 0))
-HOPPER = Machine("cuda", (9, 0), frozenset({"cudnn", "efficient"}), None, triton=True)
+VARLEN = frozenset({"plain", "grouped"})
+HOPPER = Machine("cuda", (9, 0), frozenset({"cudnn", "efficient"}), None, triton=True, varlen=VARLEN)
+NO_FLASH = replace(HOPPER, flash_error="it is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +36,23 @@ def forgotten() -> Iterator[None]:
 @pytest.mark.parametrize("heads, machine, kernel", [
     (V3, CPU, "blocked"),
     (EQUAL, CPU, "sdpa"),
-    (DOCUMENTS, CPU, "sdpa"),
+    (DOCUMENTS, CPU, "blocked"),
+    (replace(EQUAL, masked=True), CPU, "sdpa"),
     (V3, HOPPER, "cudnn"),
     (EQUAL, HOPPER, "cudnn"),
-    (DOCUMENTS, HOPPER, "flex"),
+    (DOCUMENTS, HOPPER, "flash"),
+    (DOCUMENTS, NO_FLASH, "flex"),
+    (replace(EQUAL, masked=True), HOPPER, "varlen"),
+    (replace(EQUAL, masked=True, group=4), HOPPER, "varlen"),
+    (replace(EQUAL, masked=True, group=4), replace(NO_FLASH, varlen=frozenset({"plain"})), "flex"),
+    (replace(EQUAL, window=64), HOPPER, "varlen"),
+    (replace(EQUAL, masked=True, dtype=torch.float32), HOPPER, "flex"),
+    (replace(EQUAL, masked=True, qk_dim=264, v_dim=264), NO_FLASH, "flex"),
+    (replace(EQUAL, masked=True), replace(HOPPER, varlen=frozenset(), triton=False), "flash"),
     (V3, replace(HOPPER, fused=frozenset({"efficient"})), "flash"),
     (V3, replace(HOPPER, fused=frozenset({"efficient"}), capability=(8, 0)), "efficient"),
     (replace(V3, dtype=torch.float32), replace(HOPPER, fused=frozenset({"efficient"})), "efficient"),
-    (DOCUMENTS, replace(HOPPER, triton=False), "cudnn"),
-    (DOCUMENTS, replace(HOPPER, triton=False, fused=frozenset({"efficient"})), "efficient"),
     (V3, BARE, "sdpa"),
-    (DOCUMENTS, BARE, "sdpa"),
 ])  # fmt: skip
 def test_what_auto_takes(heads: Heads, machine: Machine, kernel: str) -> None:
     assert choose(AUTO, heads, machine) == kernel
@@ -52,9 +62,16 @@ def test_what_auto_takes(heads: Heads, machine: Machine, kernel: str) -> None:
 @pytest.mark.parametrize("setting, heads, machine, words", [
     ("cudnn", V3, CPU, "cudnn cannot run 192/128 heads, causal: it needs a GPU: use model.attention.backend=auto"),
     ("flex", DOCUMENTS, CPU, "flex cannot run 192/128 heads, masked by documents: it has no backward on a CPU: use "
-     "model.attention.backend=sdpa"),
-    ("flash", DOCUMENTS, HOPPER, "flash cannot run 192/128 heads, masked by documents: it supports no document mask: "
+     "model.attention.backend=auto"),
+    ("cudnn", DOCUMENTS, NO_FLASH, "cudnn cannot run 192/128 heads, masked by documents: it would read a dense mask: "
      "use model.attention.backend=flex, or data.document_mask=false"),
+    ("sdpa", replace(EQUAL, window=64), HOPPER, "it would read a dense mask: use model.attention.backend=varlen"),
+    ("varlen", V3, HOPPER, "its values are as wide as its keys, and these are 192 and 128: use"),
+    ("varlen", replace(EQUAL, group=2), replace(HOPPER, varlen=frozenset({"plain"})), "takes no grouped heads (2.12"),
+    ("varlen", EQUAL, replace(HOPPER, varlen=frozenset()), "this PyTorch has none: use model.attention.backend=cudnn"),
+    ("varlen", EQUAL, CPU, "it needs a GPU: use model.attention.backend=sdpa"),
+    ("auto", DOCUMENTS, BARE, "auto finds no kernel for 192/128 heads, masked by documents ("),
+    ("auto", DOCUMENTS, BARE, "install triton, or use data.document_mask=false"),
     ("flash", V3, CPU, "it needs a GPU: use model.attention.backend=auto"),
     ("flash", V3, replace(HOPPER, flash_error="no module"), "can't be imported (no module; extra `flash-attn`): use "
      "model.attention.backend=cudnn"),
@@ -75,7 +92,7 @@ def test_a_named_kernel_that_cannot_run_is_refused(setting: str, heads: Heads, m
 @pytest.mark.parametrize("setting", ["sdpa", "cudnn", "flex", "flash"])
 def test_a_named_kernel_that_can_run_runs(setting: str) -> None:
     assert choose(setting, V3, HOPPER) == setting
-    if setting != "flash":
+    if setting in ("flex", "flash"):
         assert choose(setting, DOCUMENTS, HOPPER) == setting
 
 
@@ -100,7 +117,13 @@ def test_a_gpus_kernels_save_their_output(monkeypatch: pytest.MonkeyPatch, caplo
     assert chosen("sdpa", V3, torch.device("cuda")) == Choice("sdpa", saves_output=False)
 
 
-@pytest.mark.parametrize("setting", ["cudnn", "flex", "flash"])
+def test_what_this_pytorch_offers_is_asked_of_it() -> None:
+    """2.11 knows scale and window_size, 2.12 grouped heads."""
+    known = inspect.signature(varlen.varlen_attn).parameters
+    assert choice._varlen() == ({"plain", "grouped"} if "enable_gqa" in known else {"plain"})
+
+
+@pytest.mark.parametrize("setting", ["cudnn", "varlen", "flex", "flash"])
 def test_a_layer_that_cannot_run_is_not_built(setting: str) -> None:
     config = MlaConfig(num_heads=2, kv_lora_rank=16, nope_dim=16, rope_dim=16, v_dim=16, backend=setting)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"^model\.attention\.backend={setting} cannot run 32/16 heads, causal: "):

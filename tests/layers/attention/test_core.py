@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,14 +13,14 @@ from torch.nn.attention import SDPBackend
 from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import BACKENDS, attend, keep_in_e5m6
-from fp8moe.layers.attention.masks import document_mask
+from fp8moe.layers.attention.core import BACKENDS, keep_in_e5m6
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig, Positions
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.operand import Activation
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.layers.recompute import capture_saved
 from tests.distance import calc_diff
+from tests.layers.attention.test_documents import flash_attn_module
 
 B, S, H, V = 2, 32, 4, 32  # heads of equal size: PyTorch's fused attention on a CPU, which saves its output
 
@@ -33,7 +31,7 @@ def qkv(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return BACKENDS["sdpa"](q, k, v, V**-0.5, None)
+    return BACKENDS["sdpa"](q, k, v, V**-0.5)
 
 
 def attention_kept_in_e5m6(attend: Callable[[], Tensor]) -> Activation:
@@ -190,20 +188,6 @@ def test_features_that_do_not_fit_are_refused() -> None:
         attention_kept_in_e5m6(lambda: torch.zeros(1, 16, 5, 8, dtype=torch.bfloat16))
 
 
-def test_sdpa_is_attention_by_its_formula() -> None:
-    """Causal without a mask, by the mask where one is given; the scale is the caller's."""
-    torch.manual_seed(0)
-    q, k = torch.randn(2, B, 6, H, 24)
-    v = torch.randn(B, 6, H, 16)
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]])
-    causal = torch.ones(6, 6).tril().bool().expand(B, -1, -1)
-    for mask, seen in ((None, causal), (document_mask(documents), document_mask(documents))):
-        scores = torch.einsum("bshd,bthd->bhst", q, k) * 0.3
-        weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-        expected = torch.einsum("bhst,bthd->bshd", weights, v)
-        torch.testing.assert_close(BACKENDS["sdpa"](q, k, v, 0.3, mask), expected)
-
-
 @pytest.mark.parametrize("answer", [lambda out: out, lambda out: (out, None)], ids=["tensor", "tuple"])
 def test_flash_attention_is_called_as_its_kernels_want_it(
     answer: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch
@@ -216,31 +200,12 @@ def test_flash_attention_is_called_as_its_kernels_want_it(
         calls.append((args, kwargs))
         return answer(out)
 
-    made_up = ModuleType("flash_attn.cute")
-    made_up.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", made_up)
+    flash_attn_module(monkeypatch, flash_attn_func=flash_attn_func)
     q, k, v = torch.randn(B, S, H, 48), torch.randn(B, S, H, 48), torch.randn(B, S, H, V)
-    assert BACKENDS["flash"](q, k, v, 0.125, None) is out
+    assert BACKENDS["flash"](q, k, v, 0.125) is out
     ((args, kwargs),) = calls
     assert all(given is ours for given, ours in zip(args, (q, k, v), strict=True))
     assert kwargs == {"softmax_scale": 0.125, "causal": True}
-
-
-def test_flex_attention_is_attention_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled and without gradients, as far as a CPU goes."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(core, "_compiled_flex_attention", lambda: flex_attention)
-    torch.manual_seed(0)
-    q, k = torch.randn(2, B, 6, H, 24)
-    v = torch.randn(B, 6, H, 16)
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]])
-    angles = torch.empty(B * 6, 0)
-    for given in (None, documents):
-        positions = Positions(B, angles, angles, given)
-        expected = attend("sdpa", q, k, v, 0.3, positions)
-        torch.testing.assert_close(attend("flex", q, k, v, 0.3, positions), expected)
 
 
 @pytest.mark.parametrize("kernel, backend", [
@@ -259,7 +224,7 @@ def test_a_pinned_kernel_is_the_only_one_allowed(
         core, "_sdpa", lambda *inputs: (seen.append([n for n, on in allowed.items() if on()]), inputs)[1]
     )
     inputs = tuple(qkv())
-    assert BACKENDS[kernel](*inputs, 0.5, None) == (*inputs, 0.5, None)
+    assert BACKENDS[kernel](*inputs, 0.5) == (*inputs, 0.5)
     assert seen == [[kernel]] and {name: on() for name, on in allowed.items()} == before
 
 

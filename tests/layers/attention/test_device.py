@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fp8moe.layers.attention.choice import AUTO, Choice, Heads, choose, chosen, machine_of, why_not
 from fp8moe.layers.attention.core import Positions, attend, keep_in_e5m6
+from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.gqa import GqaConfig
-from fp8moe.layers.attention.masks import document_mask
 from fp8moe.layers.attention.mla import MlaConfig
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe
@@ -18,6 +18,7 @@ from tests.distance import calc_diff
 
 pytestmark = pytest.mark.gpu
 B, S, H = 2, 320, 4
+LENGTHS = (100, 100, 100, 20, 1, 319)
 
 
 @pytest.fixture
@@ -30,24 +31,25 @@ def cuda() -> torch.device:
 
 def positions(device: torch.device, masked: bool) -> Positions:
     nothing = torch.empty(B * S, 0, device=device)
-    documents = (torch.arange(S, device=device) // 100).expand(B, -1) if masked else None
-    return Positions(B, nothing, nothing, documents)
+    return Positions(B, nothing, nothing, Documents(LENGTHS, device) if masked else None)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, masked: bool, dout: Tensor) -> list[Tensor]:
     """Output and gradients by attention's formula in FP64."""
     inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
     keys, values = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in inputs[1:])
-    documents = (torch.arange(S, device=q.device) // 100 if masked else torch.zeros(S, device=q.device)).expand(B, -1)
+    lengths = LENGTHS if masked else (S, S)
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(B, S).to(q.device)
+    seen = (numbers[:, :, None] == numbers[:, None, :]) & torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
     scores = torch.einsum("bshd,bthd->bhst", inputs[0], keys) * scale
-    weights = scores.masked_fill(~document_mask(documents)[:, None], float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
     out = torch.einsum("bhst,bthd->bshd", weights, values)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout.double())]
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("dims", [(192, 128, 1), (128, 128, 1), (48, 32, 1), (128, 128, 4), (64, 64, 2)], ids=str)
-@pytest.mark.parametrize("kernel", ["cudnn", "efficient", "flex", "flash", "sdpa"])
+@pytest.mark.parametrize("kernel", ["cudnn", "efficient", "varlen", "flex", "flash", "sdpa"])
 def test_values_and_gradients(cuda: torch.device, kernel: str, dims: tuple[int, int, int], masked: bool) -> None:
     """dims: of a query or key, of a value, and query heads that share a key."""
     qk_dim, v_dim, group = dims
@@ -68,24 +70,25 @@ def test_values_and_gradients(cuda: torch.device, kernel: str, dims: tuple[int, 
 def test_auto_is_fused_at_the_heads_of_deepseek_v3(cuda: torch.device, masked: bool) -> None:
     heads = Heads(192, 128, torch.bfloat16, masked)
     kernel = choose(AUTO, heads, machine_of(cuda, heads))
-    assert kernel in (("flex",) if masked else ("cudnn", "flash")), kernel
+    assert kernel in (("flash", "flex") if masked else ("cudnn", "flash")), kernel
     assert chosen(AUTO, heads, cuda) == Choice(kernel, saves_output=True)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
-@pytest.mark.parametrize("kernel", ["cudnn", "efficient", "flex", "flash"])
+@pytest.mark.parametrize("kernel", ["cudnn", "efficient", "varlen", "flex", "flash"])
 def test_the_output_is_kept_packed(cuda: torch.device, kernel: str, masked: bool) -> None:
     """Each kernel saves its output where it is found, and its backward takes the unpacked copy."""
-    heads = Heads(192, 128, torch.bfloat16, masked)
+    qk_dim = 128 if kernel == "varlen" else 192
+    heads = Heads(qk_dim, 128, torch.bfloat16, masked)
     if (reason := why_not(kernel, heads, machine_of(cuda, heads))) is not None:
         pytest.skip(reason)
-    q, k, v = (torch.randn(B, S, H, d, device=cuda).bfloat16().requires_grad_() for d in (192, 192, 128))
+    q, k, v = (torch.randn(B, S, H, d, device=cuda).bfloat16().requires_grad_() for d in (qk_dim, qk_dim, 128))
     dout = torch.randn(B * S, H * 128, device=cuda).bfloat16()
     where = positions(cuda, masked)
-    plain = attend(kernel, q, k, v, 192**-0.5, where)
+    plain = attend(kernel, q, k, v, qk_dim**-0.5, where)
     expected = torch.autograd.grad(plain.flatten(0, 1).flatten(1), (q, k, v), dout)
     with capture_saved() as captured:
-        out = attend(kernel, q, k, v, 192**-0.5, where)
+        out = attend(kernel, q, k, v, qk_dim**-0.5, where)
     kept = keep_in_e5m6(out, captured, saves_output=True)
     assert sum(saved.tensor is None for saved in captured) == 1
     got = torch.autograd.grad(kept.autograd_handle, (q, k, v), dout)
@@ -105,7 +108,7 @@ def test_a_layer_recomputes_its_heads(cuda: torch.device, masked: bool, kind: st
     """FP8 with everything recomputed gives the bits of FP8 with nothing recomputed."""
     config = LAYERS[kind]
     places = torch.arange(S, device=cuda).expand(B, -1)
-    where = config.positions(places, positions(cuda, masked).documents_BS)
+    where = config.positions(places, LENGTHS if masked else None)
     x = torch.randn(B * S, 256, device=cuda).bfloat16()
     grads = []
     for recompute in (frozenset(), FULL_RECOMPUTE):

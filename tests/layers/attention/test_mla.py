@@ -16,8 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.live_memory import TrackStorages
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import Positions, YarnConfig
-from fp8moe.layers.attention.masks import document_mask
+from fp8moe.layers.attention.core import YarnConfig
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig
 from fp8moe.layers.linear import Linear, attach_main_grads, quantize_weights
 from fp8moe.layers.norm import RMSNorm
@@ -49,7 +48,7 @@ def arange(batch: int = B, seq_len: int = S) -> Tensor:
 def test_masked_documents_see_nothing_of_each_other() -> None:
     attention, x = build(), torch.randn(12, DIM)
     restart = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-    together = attention(x, CONFIG.positions(restart, torch.tensor([[0] * 5 + [1] * 7])))
+    together = attention(x, CONFIG.positions(restart, (5, 7)))
     first = attention(x[:5], CONFIG.positions(restart[:, :5]))
     second = attention(x[5:], CONFIG.positions(restart[:, 5:]))
     torch.testing.assert_close(together, torch.cat([first, second]))
@@ -57,17 +56,14 @@ def test_masked_documents_see_nothing_of_each_other() -> None:
     assert not torch.allclose(unmasked[5:], second, atol=1e-3)
 
 
-def test_positions_have_the_rotations_and_the_mask_of_the_batch() -> None:
-    documents = torch.tensor([[0, 0, 1], [0, 1, 1]])
-    positions = replace(CONFIG, rope_theta=100.0).positions(torch.tensor([[0, 1, 0], [0, 0, 1]]), documents)
+def test_positions_have_the_rotations_and_the_documents_of_the_batch() -> None:
+    positions = replace(CONFIG, rope_theta=100.0).positions(torch.tensor([[0, 1, 0], [0, 0, 1]]), (2, 1, 1, 2))
     angles = torch.tensor([0, 1, 0, 0, 0, 1])[:, None] * 100.0 ** (-torch.arange(8) / 8)
     torch.testing.assert_close(positions.cos, angles.cos())
     torch.testing.assert_close(positions.sin, angles.sin())
-    assert positions.num_sequences == 2 and positions.mask_BSS is not None
-    seen = [[[1, 0, 0], [1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0], [0, 1, 1]]]
-    assert torch.equal(positions.mask_BSS, torch.tensor(seen).bool())
-    assert torch.equal(document_mask(documents), positions.mask_BSS)
-    assert CONFIG.positions(arange()).mask_BSS is None
+    assert positions.num_sequences == 2 and positions.documents is not None
+    assert positions.documents.numbers_T.tolist() == [0, 0, 1, 2, 3, 3]
+    assert CONFIG.positions(arange()).documents is None
 
 
 @pytest.mark.parametrize("change, words", [
@@ -75,7 +71,7 @@ def test_positions_have_the_rotations_and_the_mask_of_the_batch() -> None:
       for name in ("num_heads", "kv_lora_rank", "nope_dim", "rope_dim", "v_dim")),
     ({"q_lora_rank": -1}, r"model\.attention\.q_lora_rank=-1 must be at least 0: use 0 for none"),
     ({"rope_dim": 15}, r"model\.attention\.rope_dim=15 must be even, to rotate pairs: use 16"),
-    ({"backend": "fast"}, r"model\.attention\.backend='fast' .*use auto, sdpa, cudnn, flex or flash"),
+    ({"backend": "fast"}, r"model\.attention\.backend='fast' .*use auto, sdpa, cudnn, varlen, flex or flash"),
 ])  # fmt: skip
 def test_impossible_configurations_are_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -188,17 +184,15 @@ def test_the_bf16_output_dies_with_the_forward(
     y.sum().backward()
 
 
-def test_the_configured_back_end_gets_scale_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configured_back_end_gets_the_scale_and_a_document_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, backend="sdpa", yarn=YarnConfig(factor=4.0, original_max_seq_len=16))
     calls: list[tuple[Any, ...]] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        calls.append((q.shape, k.shape, v.shape, scale, mask))
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        calls.append((q.shape, k.shape, v.shape, scale))
         return v
 
     monkeypatch.setitem(core.BACKENDS, "sdpa", attend)
-    positions: Positions = config.positions(arange(2, 6), torch.zeros(2, 6))
-    build(config)(torch.randn(12, DIM), positions)
-    ((q, k, v, scale, mask),) = calls
-    assert (q, k, v) == ((2, 6, 2, 32), (2, 6, 2, 32), (2, 6, 2, 16))
-    assert scale == config.softmax_scale and mask is positions.mask_BSS
+    build(config)(torch.randn(12, DIM), config.positions(arange(2, 6), (4, 2, 6)))
+    assert [call[:3] for call in calls] == [((1, n, 2, 32), (1, n, 2, 32), (1, n, 2, 16)) for n in (4, 2, 6)]
+    assert {call[3] for call in calls} == {config.softmax_scale}

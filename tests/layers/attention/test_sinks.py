@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fp8moe.layers.attention import GqaConfig, blocked, core
 from fp8moe.layers.attention.choice import AUTO, Heads, Machine, choose, chosen, why_not
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, yarn_frequencies
+from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.sinks import make_sinks, widened, with_sinks
 from fp8moe.layers.linear import attach_main_grads, main_grad_of, quantize_weights
 from fp8moe.layers.phase import DeferredWgrads
@@ -27,8 +28,10 @@ B, H, D, V = 2, 6, 16, 16
 
 def positions(seq_len: int, documents: bool) -> Positions:
     turns = torch.zeros(B * seq_len, 4)
-    starts = (torch.arange(seq_len)[None] * torch.tensor([[3], [2]]) // max(seq_len, 1)) if documents else None
-    return Positions(B, turns, turns, starts)
+    if not documents:
+        return Positions(B, turns, turns)
+    lengths = [seq_len // 3 + (i < seq_len % 3) for i in range(3)] + [seq_len - seq_len // 2, seq_len // 2]
+    return Positions(B, turns, turns, Documents(tuple(n for n in lengths if n), turns.device))
 
 
 def dense(
@@ -38,8 +41,10 @@ def dense(
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])
     seen = (j <= i)[None] if window is None else ((j <= i) & (i - j < window))[None]
-    if at.documents_BS is not None:
-        seen = seen & (at.documents_BS[:, :, None] == at.documents_BS[:, None, :])
+    if at.documents is not None:
+        numbers = [n for n, length in enumerate(at.documents.lengths) for _ in range(length)]
+        numbers_BS = torch.tensor(numbers).view(len(q), -1)
+        seen = seen & (numbers_BS[:, :, None] == numbers_BS[:, None, :])
     scores = (torch.einsum("bshd,bthd->bhst", q, k) * scale).masked_fill(~seen[:, None], float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
@@ -89,7 +94,7 @@ def test_blocks_of_queries_in_bf16_and_by_few_heads(scores: int, monkeypatch: py
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 100])
-def test_sdpa_by_its_masks(window: int | None, documents: bool) -> None:
+def test_sdpa_by_its_windows_and_documents(window: int | None, documents: bool) -> None:
     check("sdpa", 70, window, documents, False, heads_of_keys=2)
 
 
@@ -130,6 +135,7 @@ def test_flex_attention_itself_has_the_window_and_a_natural_log_sum_exp(
 def test_flash_attention_is_told_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
     module = SimpleNamespace(flash_attn_func=lambda q, k, v, **options: told.append(options) or q)
+    module.flash_attn_varlen_func = None
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=module))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
     qkv = [x.detach() for x in inputs(16, torch.bfloat16, 2)[:3]]
@@ -162,7 +168,7 @@ def test_the_sinks_gradient_is_fp32_and_waits() -> None:
 
 
 CPU, BARE = Machine("cpu"), Machine("cuda", (9, 0), frozenset({"cudnn", "efficient"}), None)
-GPU = replace(BARE, triton=True)
+GPU = replace(BARE, triton=True, varlen=frozenset({"plain", "grouped"}))
 SINKS = Heads(64, 64, torch.bfloat16, False, 8, 128, True)
 
 
@@ -170,7 +176,7 @@ def test_which_kernel_computes_sinks_and_windows() -> None:
     windowed = replace(SINKS, sinks=False)
     assert [choose(AUTO, SINKS, machine) for machine in (CPU, GPU)] == ["blocked", "flex"]
     assert [choose(AUTO, replace(SINKS, masked=True), machine) for machine in (CPU, GPU)] == ["blocked", "flex"]
-    assert [choose(AUTO, windowed, machine) for machine in (CPU, GPU, BARE)] == ["sdpa", "flex", "cudnn"]
+    assert [choose(AUTO, windowed, machine) for machine in (CPU, GPU, BARE)] == ["sdpa", "varlen", "flash"]
     assert why_not("flash", windowed, GPU) is None
     assert str(SINKS) == "64/64 heads, 8 queries a key, causal, windows of 128, with sinks"
     for kernel in ("sdpa", "cudnn", "flash"):
