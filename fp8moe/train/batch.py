@@ -20,19 +20,15 @@ from fp8moe.limits import Range, check_fields
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Sizes of the global batch and of a micro-batch, and how the global batch grows.
+    """Sizes of the global batch and of a micro-batch, and how the global batch grows."""
 
-    sequences: the global batch. micro_batch: sequences a rank computes at once; None: its whole share of the batch, or
-    the largest part of it that gives the schedule enough micro-batches. ramp_from: the global batch that the run starts
-    with (None: no ramp); ramp_samples: sequences over which it grows; increment: it grows in multiples of this (None:
-    ramp_from).
-    """
-
-    sequences: int
+    sequences: int  # of the global batch, dp x micro_batch x micro-batches
+    # sequences a rank computes at once; None: its whole share of the batch, or the largest part that gives the
+    # schedule enough micro-batches
     micro_batch: int | None = None
-    ramp_from: int | None = None
-    ramp_samples: int = 0
-    increment: int | None = None
+    ramp_from: int | None = None  # sequences of the global batch that the run starts with; None: it does not grow
+    ramp_samples: int = 0  # sequences over which the batch grows
+    increment: int | None = None  # the batch grows in multiples of this; None: of ramp_from
 
     def __post_init__(self) -> None:
         sequences = Range(least=1, most=2**20)  # the largest known batches have 2^14

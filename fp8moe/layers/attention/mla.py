@@ -36,25 +36,21 @@ from fp8moe.limits import SIZE, Range, check_fields
 
 @dataclass(frozen=True)
 class MlaConfig:
-    """Multi-head latent attention; sizes count features.
+    """Multi-head latent attention; sizes count features."""
 
-    q_lora_rank: of the query latent, 0 for queries without one. nope_dim, rope_dim, v_dim: of a head's query and key
-    without position, their rotary part, and its value. yarn: context extension, None for plain RoPE. norm_eps: of the
-    two latents' norms, which released models leave at 1e-6 whatever the model's is. backend: kernels of core attention
-    (`choice`): `auto`, torch's `sdpa` or its `cudnn`, `flash` (flash-attn 4), `flex` (FlexAttention).
-    """
-
-    num_heads: int
-    kv_lora_rank: int
-    nope_dim: int
-    rope_dim: int
-    v_dim: int
-    q_lora_rank: int = 0
-    rope_theta: float = 10000.0
-    yarn: YarnConfig | None = None
-    norm_eps: float = 1e-6
+    num_heads: int  # query heads
+    kv_lora_rank: int  # features of the latent of keys and values
+    nope_dim: int  # features of a head's query and key without position
+    rope_dim: int  # rotary features of a head's query and key
+    v_dim: int  # features of a head's value
+    q_lora_rank: int = 0  # features of the query latent; 0: queries without one
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    yarn: YarnConfig | None = None  # context extension; None: plain RoPE
+    norm_eps: float = 1e-6  # of the latents' norms, which released models leave at 1e-6 whatever the model's is
+    # kernels of core attention (`choice`): auto (the first that takes these heads), torch's sdpa or its cudnn, flash
+    # (flash-attn 4), flex (FlexAttention)
     backend: Literal["auto", "sdpa", "cudnn", "flex", "flash"] = "auto"
-    kind: Literal["mla"] = "mla"
+    kind: Literal["mla"] = "mla"  # latent attention
 
     def __post_init__(self) -> None:
         check_fields(
