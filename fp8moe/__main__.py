@@ -14,6 +14,7 @@ import sys
 
 # torch's C++ code prints warnings of every connection that is tried again; errors still show. It reads this once.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once too: `cli.threads`
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.cli.launch import LAUNCHED, count_processes, die_with_launcher, end_worker, is_worker, launch
+from fp8moe.cli.threads import choose_threads
 from fp8moe.errors import ConfigError
 from fp8moe.train.signals import handling_signals
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
     """The run in this process, or the launcher of its workers."""
     arguments = parse(command_parser(), argv)
+    threads = choose_threads(os.environ) if arguments.nproc is None else None  # before torch is loaded
     from fp8moe.cli.compose import as_yaml
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
@@ -67,7 +69,7 @@ def _run(argv: Sequence[str]) -> int:
     config = resolve(composed.config, num_processes or 1, open_released)
     check_fits(config, num_processes or 1)
     check_files(config.data)
-    if sentence := note(origin, config):
+    for sentence in filter(None, (note(origin, config), threads)):
         print(sentence, flush=True)
     if num_processes is not None:
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]

@@ -113,7 +113,7 @@ def test_the_launchers_environment_is_its_workers_only(monkeypatch: pytest.Monke
         assert os.environ[launch.LAUNCHED] == "1" and os.environ["OMP_NUM_THREADS"] == "7"
     assert dict(os.environ) == before
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
     for processes, threads in ((4, "2"), (3, "2"), (16, "1")):  # the cores are shared
         with launch._environment(processes, "notes"):
             assert os.environ["OMP_NUM_THREADS"] == threads
