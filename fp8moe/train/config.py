@@ -107,6 +107,8 @@ class TrainConfig:
             init_perturbation=Range(least=0, below=1, use="use 0 for none"),
         )
         check_name(self.name)
+        checkpoint.refuse_password("resume", self.resume)
+        checkpoint.refuse_password("init_from", self.init_from)
         once = ",".join(dict.fromkeys(self.recompute))
         if once != ",".join(self.recompute):
             raise ValueError(f"recompute=[{','.join(self.recompute)}] names one twice: use recompute=[{once}]")

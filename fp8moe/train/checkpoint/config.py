@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from fp8moe.limits import Range, check_fields
-from fp8moe.train.checkpoint.location import location
+from fp8moe.train.checkpoint.location import location, refuse_password
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class CheckpointConfig:
             keep=Range(least=1, use="use 1 for the newest alone"),
             keep_every=Range(least=0, use="use 0 for none"),
         )
+        refuse_password("checkpoint.path", self.path)
 
     def resolved(self) -> CheckpointConfig:
         """With an absolute path, by which the run is found from any folder."""
