@@ -3,8 +3,7 @@
 A rank's bytes by kind, in `KINDS`. What lives from step to step is `train.memory.state_bytes`. Activations are the most
 that the schedule's order keeps at once (`held`). Of what runs in turn and is never there together (attention, an MLP,
 the losses, the optimizer) only the largest counts, under its kind; the others are in `left_out`, so that kinds add up
-to the peak. Allocations of the caching allocator come and go in sizes that do not fit each other's holes: FRAGMENTATION
-is an allowance for that, a share of what is not there from the start.
+to the peak. Beside them stands an allowance for fragmentation (`fragmentation_bytes`).
 
 Refused: a model on the meta device, which takes seconds for a layout of 2,048 GPUs where a search asks for thousands;
 and figures tuned to a run: constants are others' measurements with their source, beside each.
@@ -34,10 +33,7 @@ KINDS = (
     *STATE, "activations", "data", "dispatch buffers", "pipeline buffers", *IN_TURN, "communicators", "CUDA context",
     "fragmentation",
 )  # fmt: skip
-PASSING = ("activations", "dispatch buffers", "pipeline buffers", *IN_TURN)
-# Of what comes and goes within a step. pith-train's memory estimator allows as much, of everything; here weights,
-# gradients and optimizer state are a few large buffers that are made once.
-FRAGMENTATION = 0.10
+PAGE = 20 * 2**20  # that PyTorch's allocator maps and unmaps at once with expandable segments, of large tensors
 # Driver, kernels and library handles: 0.52 GiB measured on an H100 by pith-train's memory estimator; and cuBLAS's
 # workspaces, which PyTorch makes 32 MiB a stream on Hopper, for the two streams that multiply.
 CUDA_CONTEXT = 0.52 * GIB + 2 * 32 * 2**20
@@ -86,6 +82,17 @@ def worst_rank(ranks: tuple[RankMemory, ...]) -> RankMemory:
     return max(ranks, key=lambda rank: rank.total)
 
 
+def fragmentation_bytes(blocks: float) -> float:
+    """An allowance: a page of the allocator for each block of each micro-batch that is held at once.
+
+    With expandable segments (`launch/torchrun.sh` sets them) free pages are unmapped where memory is short, and what
+    stays lost are pages that a hole shares with its neighbours: half a page at either end of it, on average. Tensors of
+    a block are made and let go together, so there is a hole for each at worst. Weights, gradients and optimizer state
+    are a few buffers that are made once. pith-train's estimator allows 10 % of everything.
+    """
+    return blocks * PAGE
+
+
 def schedule_of(config: TrainConfig) -> Schedule:
     """A schedule in which every rank holds as much as in that of the configuration, of few micro-batches."""
     pp, count = config.parallel.pp, config.num_microbatches
@@ -126,5 +133,5 @@ def _rank(
     if gpus_per_node is not None:
         kinds["communicators"] = communicator_bytes(config, pp_rank, gpus_per_node)
         kinds["CUDA context"] = CUDA_CONTEXT
-        kinds["fragmentation"] = FRAGMENTATION * sum(kinds[kind] for kind in PASSING)
+        kinds["fragmentation"] = fragmentation_bytes(most_held(schedule, pp_rank, [[1.0] * len(s) for s in by_stage]))
     return RankMemory(pp_rank, kinds, {kind: max(0.0, size) for kind, size in in_turn.items()})
