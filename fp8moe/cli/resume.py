@@ -170,7 +170,7 @@ def overlaid(
 
 
 def _follows_model(tree: Mapping[str, Any]) -> bool:
-    """Whether token ids end where the model's vocabulary does, as the groups of data have it: of any other model too."""
+    """Whether token ids end where the model's vocabulary does, as the groups of data have it."""
     data, model = tree.get("data"), tree.get("model")
     return (
         isinstance(data, Mapping) and isinstance(model, Mapping) and data.get("vocab_size") == model.get("vocab_size")

@@ -103,5 +103,8 @@ def optimizer_work(config: TrainConfig, weights: Weights) -> float:
     if optimizer.kind != "muon":
         return 0.0
     c = config.model
-    shapes = [*c.attention.linears(c.dim), (c.dim, max(c.dense_hidden, c.experts.hidden * max(1, c.experts.num_shared)))]
+    shapes = [
+        *c.attention.linears(c.dim),
+        (c.dim, max(c.dense_hidden, c.experts.hidden * max(1, c.experts.num_shared))),
+    ]
     return float(MUON_BYTES * max(BATCH_VALUES, *(n * k for n, k in shapes)))
