@@ -92,7 +92,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _job_text(composed: Composed, world_size: int) -> str:
-    """The configuration as YAML, with what `world_size` processes fill in; as typed, and why, where they can't run it."""
+    """The configuration as YAML with what `world_size` processes fill in; as typed, and why, if they can't run it."""
     from fp8moe.cli.compose import as_yaml
     from fp8moe.interop.hf_model import open_released
     from fp8moe.plan.micro_batch import settle

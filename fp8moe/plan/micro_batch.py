@@ -1,8 +1,8 @@
 """The micro-batch of a run on GPUs where none is set: the largest that fits, by the memory formulas.
 
 `train.batch` alone would take a rank's whole share of the batch, which only a CPU's memory follows. Every rank settles
-it for itself, from the configuration and the memory of its GPU in whole GB, so that cards of one kind agree; on cards of
-several kinds set batch.micro_batch. Experts are counted with the rows that `parallel.max_imbalance` allows, or
+it for itself, from the configuration and the memory of its GPU in whole GB, so that cards of one kind agree; on cards
+of several kinds set batch.micro_batch. Experts are counted with the rows that `parallel.max_imbalance` allows, or
 IMBALANCE times an even share: routing is uneven at the start of a run.
 """
 

@@ -13,22 +13,18 @@ Activations are `model.memory`'s, and what else a rank's memory holds is `plan.m
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from fp8moe.errors import OutOfMemoryError, is_out_of_memory
 from fp8moe.layers.linear import QuantizedWeight, is_expert, matrices
-from fp8moe.layers.recipe import Recipe, Recompute
+from fp8moe.layers.recipe import Recipe
 from fp8moe.model.memory import Weights, matrix_blocks
 from fp8moe.model.transformer import Transformer
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, OptimizerConfig
-from fp8moe.train.run import Run
 
 KINDS = ("weights", "FP8 blocks", "gradients", "masters", "moments")
 
@@ -107,38 +103,3 @@ def in_words(kinds: Mapping[str, float]) -> str:
     """'12.30 GB: weights 2.00, gradients 4.00, ...'; kinds without bytes are left out."""
     parts = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in kinds.items() if size)
     return f"{sum(kinds.values()) / 1e9:.3g} GB: {parts}"
-
-
-@contextlib.contextmanager
-def out_of_memory_in_words(run: Run) -> Iterator[None]:
-    """Turn a failed allocation within the block into an OutOfMemoryError that says what this rank holds."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-            raise
-        cause = re.sub(r"\[[^\]]*:\d+\]\s*(err == 0\. )?", "", " ".join(str(error).split())).split(". ")[0][:200]
-        held = in_words(measured_bytes(run.model, run.optimizer))
-        raise OutOfMemoryError(
-            f"out of memory in step {run.step + 1} on rank {run.mesh.rank} ({cause}): it holds {held}, and activations "
-            f"and messages beside{_of_gpu(run.device)}: {', or '.join(_savings(run.config))}"
-        ) from error
-
-
-def _of_gpu(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-    return f" (at most {peak / 1e9:.3g} GB in all, of the GPU's {total / 1e9:.3g} GB)"
-
-
-def _savings(config: TrainConfig) -> list[str]:
-    """Settings that need less memory, those that change no result first."""
-    found = []
-    if config.micro_batch > 1:
-        found.append(f"use batch.micro_batch={config.micro_batch // 2}")
-    if len(config.recompute) < len(Recompute):
-        found.append(f"recompute=[{','.join(Recompute)}]")
-    if config.optimizer.sharding == "none" and config.dp > 1:
-        found.append("optimizer.sharding=zero1")
-    return [*found, f"seq_len below {config.seq_len}", "more ranks (parallel.pp, parallel.ep)"]

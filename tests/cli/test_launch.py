@@ -304,7 +304,7 @@ def test_the_printed_configuration_has_what_the_processes_fill_in(capsys: pytest
 
     assert printed("experiment=quickstart")[1] == (1, 1, 16)
     assert printed("--nproc", "4", "experiment=quickstart")[1] == (4, 4, 4)
-    assert printed("--nproc", "4", "experiment=quickstart", "parallel.pp=2")[1] == (2, 2, 4)
+    assert printed("--nproc", "4", "experiment=quickstart", "parallel.pp=2")[1] == (2, 2, 8)
     text, filled = printed("experiment=quickstart", "parallel.ep=4")
     assert filled == (None, 4, None) and text.startswith("# as typed, since 1 process can't run it: ")
     assert text.splitlines()[1] == "model:"
