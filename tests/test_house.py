@@ -103,29 +103,6 @@ def test_pins_are_those_of_the_machine_or_of_the_caller(kind, make, tmp_path):
     assert sum(f"-c constraints/{other}.txt" in line for line in lines) == 2
 
 
-@pytest.mark.parametrize("gpus", [0, 2])
-@pytest.mark.parametrize("words", [(), ("VENV=",)])
-def test_the_tests_of_a_gpu_fail_without_one(words, gpus, make, tmp_path):
-    """With a torch that sees `gpus` GPUs: no test starts without one, and the whole sentence is the error."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(
-        "__version__ = '2.0+x'\nclass cuda:\n    device_count = staticmethod(lambda: " + str(gpus) + ")\n"
-    )
-    fake = tmp_path / "host" / "bin" / "python"
-    real = f'case "$1" in -c) exec {sys.executable} "$@" ;; esac\n'
-    fake.write_text(fake.read_text().replace("\ncase", f"\n{real}case", 1))
-    code, lines, err = make(*words, "test-gpu", PYTHONPATH=str(tmp_path))
-    tests = [line for line in lines if "pytest -m gpu" in line]
-    if gpus:
-        assert code == 0 and len(tests) == 1 and "GPU" not in err
-        return
-    assert code != 0 and not tests
-    sentences = [line for line in err.splitlines() if not line.startswith("make: ***")]
-    assert len(sentences) == 1 and sentences[0].startswith(
-        "make test-gpu needs at least 1 CUDA GPU and torch 2.0+x sees 0: use a GPU machine and a CUDA build of torch"
-    )
-
-
 @pytest.mark.parametrize("name", ["constraints/base.txt", "constraints/cpu.txt", "pyproject.toml"])
 def test_changed_pins_install_again_into_the_same_environment(name, make, tmp_path):
     make("setup", "PINS=cpu")
