@@ -63,7 +63,7 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
     from fp8moe.plan.machine_memory import check_fits
-    from fp8moe.plan.micro_batch import settle
+    from fp8moe.plan.micro_batch import choose_micro_batch
     from fp8moe.train.config import resolve
     from fp8moe.train.rendezvous import place
 
@@ -75,11 +75,11 @@ def _run(argv: Sequence[str]) -> int:
     if arguments.cfg:
         print(_job_text(composed, count), end="")
         return 0
-    settled = settle(composed.config, count, count)
-    config = resolve(settled.config, count, open_released)
+    chosen = choose_micro_batch(composed.config, count, count)
+    config = resolve(chosen.config, count, open_released)
     check_fits(config, count)
     check_files(config.data)
-    for sentence in filter(None, (note(origin, config), settled.sentence, threads)):
+    for sentence in filter(None, (note(origin, config), chosen.sentence, threads)):
         print(sentence, flush=True)
     if num_processes is not None:
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
@@ -95,12 +95,14 @@ def _job_text(composed: Composed, world_size: int) -> str:
     """The configuration as YAML with what `world_size` processes fill in; as typed, and why, if they can't run it."""
     from fp8moe.cli.compose import as_yaml
     from fp8moe.interop.hf_model import open_released
-    from fp8moe.plan.micro_batch import settle
+    from fp8moe.plan.micro_batch import choose_micro_batch
     from fp8moe.train.config import resolve
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     try:
-        return as_yaml(resolve(settle(composed.config, world_size, local).config, world_size, open_released))
+        return as_yaml(
+            resolve(choose_micro_batch(composed.config, world_size, local).config, world_size, open_released)
+        )
     except ValueError as error:
         return f"# as typed, since {world_size} process{'es' * (world_size > 1)} can't run it: {error}\n{composed.text}"
 
@@ -123,7 +125,7 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.generate.samples import last_lines
         from fp8moe.interop.hf_model import open_released
         from fp8moe.plan.machine_memory import check_fits
-        from fp8moe.plan.micro_batch import settle
+        from fp8moe.plan.micro_batch import choose_micro_batch
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
         from fp8moe.train.rendezvous import place
@@ -135,12 +137,12 @@ def _rank(argv: Sequence[str]) -> int:
             if is_first:
                 print(_job_text(composed, world_size), end="")
             return 0
-        settled = settle(composed.config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        config = resolve(settled.config, world_size, open_released)
+        chosen = choose_micro_batch(composed.config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        config = resolve(chosen.config, world_size, open_released)
         if LAUNCHED not in os.environ:  # else the launcher did
             check_fits(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             check_files(config.data)
-            for sentence in filter(None, (note(origin, config), settled.sentence)):
+            for sentence in filter(None, (note(origin, config), chosen.sentence)):
                 if is_first:
                     print(sentence, flush=True)
         train(config, as_yaml, open_released, last_lines)

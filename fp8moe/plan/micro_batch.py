@@ -1,6 +1,6 @@
 """The micro-batch of a run on GPUs where none is set: the largest that fits, by the memory formulas.
 
-`train.batch` alone would take a rank's whole share of the batch, which only a CPU's memory follows. Every rank settles
+`train.batch` alone would take a rank's whole share of the batch, which only a CPU's memory follows. Every rank chooses
 it for itself, from the configuration and the memory of its GPU in whole GB, so that cards of one kind agree; on cards
 of several kinds set batch.micro_batch. Experts are counted with the rows that `parallel.max_imbalance` allows, or
 IMBALANCE times an even share: routing is uneven at the start of a run.
@@ -27,28 +27,28 @@ GB = 10**9
 
 
 @dataclass(frozen=True)
-class Settled:
-    """A configuration whose micro-batch is set, and the sentence that says why; None where nothing was settled."""
+class Chosen:
+    """A configuration whose micro-batch is set, and the sentence that says why; None where nothing was chosen."""
 
     config: TrainConfig
     sentence: str | None
 
 
-def settle(config: TrainConfig, world_size: int, gpus_per_node: int) -> Settled:
+def choose_micro_batch(config: TrainConfig, world_size: int, gpus_per_node: int) -> Chosen:
     """`config` with the micro-batch that fits this machine's GPU; as it is where that is set, or no GPU is used."""
     if config.batch.micro_batch is not None or config.device == "cpu" or not torch.cuda.is_available():
-        return Settled(config, None)
+        return Chosen(config, None)
     there = torch.cuda.get_device_properties(0).total_memory // GB * GB
-    return settle_for(config, world_size, gpus_per_node, there)
+    return choose_for(config, world_size, gpus_per_node, there)
 
 
-def settle_for(config: TrainConfig, world_size: int, gpus_per_node: int, there: int) -> Settled:
+def choose_for(config: TrainConfig, world_size: int, gpus_per_node: int, there: int) -> Chosen:
     """The same for GPUs of `there` bytes. Where none fits it is the smallest; what else is wrong `resolve` says."""
     parallel, experts = config.parallel, config.model.experts.num_experts
     dp = world_size // parallel.pp
     ep = parallel.ep or math.gcd(dp, experts)
     if dp < 1 or dp % ep or experts % ep:
-        return Settled(config, None)
+        return Chosen(config, None)
     least, multiple = microbatches(parallel.schedule, parallel.pp)
     sizes = [
         size for size in micro_batches(config.batch, dp, least=least, multiple=multiple) if _suits(config, dp, size)
@@ -62,12 +62,12 @@ def settle_for(config: TrainConfig, world_size: int, gpus_per_node: int, there: 
         try:
             need = worst_rank(rank_memory(candidate, gpus_per_node=gpus_per_node, imbalance=imbalance)).total
         except ConfigError:  # no such pipeline
-            return Settled(config, None)
+            return Chosen(config, None)
         if need <= there or size == sizes[0]:
             fits = "the largest that fits" if need <= there else "the smallest, which does not fit"
             said = f"batch.micro_batch={size}: {fits} a GPU of {there // GB} GB by the formulas ({need / GB:.3g} GB)"
-            return Settled(dataclasses.replace(config, batch=candidate.batch), said)
-    return Settled(config, None)
+            return Chosen(dataclasses.replace(config, batch=candidate.batch), said)
+    return Chosen(config, None)
 
 
 def _suits(config: TrainConfig, dp: int, size: int) -> bool:
