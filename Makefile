@@ -60,8 +60,10 @@ train: $(SETUP) ## train the main job on the embedded corpus: 4 processes on CPU
 test: $(SETUP) ## the tests that need no GPU
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
+# Without a GPU each of them would be skipped, which looks like success.
 .PHONY: test-gpu
 test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy and pytest are enough for them)
+	@$(RUN) -c 'import sys, torch; n = torch.cuda.device_count(); sys.exit(None if n else f"make test-gpu needs at least 1 CUDA GPU and torch {torch.__version__} sees 0: use a GPU machine and a CUDA build of torch (PINS=cuda, or VENV= with a Python that has one)")'
 	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels tests/layers/attention $(ARGS)
 
 .PHONY: test-faults

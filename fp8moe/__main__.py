@@ -14,6 +14,7 @@ import sys
 
 # torch's C++ code prints warnings of every connection that is tried again; errors still show. It reads this once.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once too: `cli.threads`
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
@@ -22,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("fp8moe.cli.import_model", "make a run directory of a released model"),
     "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
+    "keys": ("fp8moe.cli.keys", "list the keys of a run, or those that a word finds: fp8moe keys warmup"),
     "memory": ("fp8moe.cli.memory", "print the memory of weights and optimizer state on every pipeline rank"),
     "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),

@@ -79,12 +79,28 @@ def check_fields(config: Any, group: str, **ranges: Range) -> None:
     group: its dotted key, "" for the topmost. ranges: of each field that is a number, or a tuple of numbers.
     """
     cls: Any = type(config)
+    if not vars(config):
+        raise _Asked(ranges)
     hints = _hints(cls)
     assert set(ranges) <= set(hints), f"{cls.__name__} has no {set(ranges) - set(hints)}"
     for field in dataclasses.fields(config):
         key = f"{group}.{field.name}" if group else field.name
         default = None if field.default is dataclasses.MISSING else field.default
         _check(key, getattr(config, field.name), hints[field.name], ranges.get(field.name), default)
+
+
+class _Asked(Exception):
+    """The ranges of a class, for `ranges_of`."""
+
+
+def ranges_of(cls: Any) -> dict[str, Range]:
+    """The ranges that a configuration class gives to `check_fields`, by field; none where it does not call it."""
+    try:
+        if hasattr(cls, "__post_init__"):
+            cls.__post_init__(object.__new__(cls))  # without fields, which `check_fields` takes as the question
+    except _Asked as asked:
+        return dict(asked.args[0])
+    return {}
 
 
 @functools.cache

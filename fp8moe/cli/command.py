@@ -51,7 +51,28 @@ def make_parser(name: str, description: str, *, settings: bool = False) -> Parse
 
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`; options may stand before, between and after settings. Raises ConfigError with one sentence."""
+    _refuse_settings_as_options(parser, argv)
     return parser.parse_intermixed_args(list(argv))
+
+
+def _refuse_settings_as_options(parser: Parser, argv: Sequence[str]) -> None:
+    """Raise ConfigError where a setting is typed as an option: `--steps 20`, `--steps=20`, `--lr 3e-4`."""
+    if not any(action.dest == "settings" for action in parser._actions):
+        return
+    known = parser._option_string_actions
+    for i, word in enumerate(argv):
+        option, has_value, value = word.partition("=")
+        if word == "--":
+            return
+        if not re.match(r"--?[A-Za-z]", option) or option in known:
+            continue
+        from fp8moe.cli.compose import keys_of  # loads torch: for this error alone
+        from fp8moe.cli.key_names import setting_for
+        from fp8moe.train.config import TrainConfig
+
+        after = argv[i + 1] if i + 1 < len(argv) and re.match(r"-?[^-=][^=]*$", argv[i + 1]) else None
+        if instead := setting_for(option, value if has_value else after, keys_of(TrainConfig)):
+            raise ConfigError(f"{option} is no option, settings are key=value: {instead}")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fp8moe
 from fp8moe.cli.experiment_file import in_words, read_experiment, refuse_resolvers
+from fp8moe.cli.key_names import unknown_key
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
 from fp8moe.train.config import TrainConfig
@@ -171,7 +172,7 @@ def check(override: Override, known: Sequence[str]) -> None:
     elif key in MOVED and (key not in known or isinstance(value, str)):
         raise ConfigError(f"{key} is now {MOVED[key]}: write {line.replace(key, MOVED[key], 1)}")
     elif key not in known and not any(key.startswith(f"{name}.") for name in _leaves(known)):
-        raise unknown_key(key, [*known, *sorted(groups - set(known))])
+        raise unknown_key(key, [*known, *sorted(groups - set(known))], line.partition("=")[2] or None)
 
 
 def _check_choice(group: str, value: object) -> None:
@@ -227,19 +228,10 @@ def keys_of(cls: type, path: str = "") -> list[str]:
     for field in dataclasses.fields(cls):
         key = _join(path, field.name)
         found.append(key)
-        for inner in _alternatives(hints[field.name]):
+        for inner in alternatives(hints[field.name]):
             if dataclasses.is_dataclass(inner) and isinstance(inner, type):
                 found += keys_of(inner, key)
     return list(dict.fromkeys(found))  # the families of a union share keys
-
-
-def unknown_key(key: str, known: Sequence[str]) -> ConfigError:
-    """The error for a key that does not exist, with the nearest of those that do."""
-    last = key.rsplit(".", 1)[-1]
-    near = [name for name in known if name.rsplit(".", 1)[-1] == last][:1]  # a right name in the wrong group
-    near = near or get_close_matches(key, known, 1, 0.5)
-    advice = f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(known[:12])}"
-    return ConfigError(f"unknown key {key}: {advice}")
 
 
 def _join(path: str, key: str) -> str:
@@ -250,7 +242,8 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows: those of a union, else the one."""
     return get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
@@ -260,7 +253,7 @@ def _show(value: object) -> str:
 
 def _value(hint: Any, value: object, path: str) -> object:
     """`value` as the type `hint` says."""
-    choices = _alternatives(hint)
+    choices = alternatives(hint)
     if value is None and type(None) in choices:
         return None
     given = [choice for choice in choices if choice is not type(None)]

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8moe.cli.command import Failure, explain
+from fp8moe.cli.threads import choose_threads, usable_cores
 from fp8moe.errors import EXIT, ConfigError
 from fp8moe.train.signals import SIGNALS
 
@@ -124,7 +125,7 @@ def _preempted(folder: Path, num_processes: int) -> str | None:
 def _environment(num_processes: int, notes: str) -> Iterator[None]:
     from fp8moe.parallel.hang import NOTES
 
-    threads = str(max(1, (os.cpu_count() or 1) // num_processes))
+    threads = str(max(1, usable_cores() // num_processes))
     defaults = {LAUNCHED: "1", NOTES: notes, "OMP_NUM_THREADS": threads}
     if sys.platform == "linux":
         # gloo looks its address up by the host's name, which many laptops and containers can't resolve; and all ranks
@@ -244,6 +245,8 @@ def run_command(name: str, argv: Sequence[str], nproc: str | None, command: Call
             end_worker(error)
         return 0
     if nproc is None:
+        if said := choose_threads(os.environ):
+            print(said, file=sys.stderr)
         command(1)
         return 0
     return launch([name, *argv], count_processes(nproc))

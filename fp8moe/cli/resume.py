@@ -101,6 +101,7 @@ def _check_places(typed: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{key}={shown(value)} ({type(value).__name__}) must be text: quote it, '{key}=\"{value!s:.60}\"'"
             )
+        checkpoint.refuse_password(key, value)
 
 
 def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:
@@ -162,7 +163,18 @@ def overlaid(
         elif key != "experiment":
             key = _settable(typed, key)
             _put(tree, key, _get(typed, key))
+    keys = {override.key_or_group for override in overrides}
+    if "data.vocab_size" not in keys and _follows_model(typed if "data" in keys else base):
+        _put(tree, "data.vocab_size", _get(tree, "model.vocab_size"))
     return tree
+
+
+def _follows_model(tree: Mapping[str, Any]) -> bool:
+    """Whether token ids end where the model's vocabulary does, as the groups of data have it."""
+    data, model = tree.get("data"), tree.get("model")
+    return (
+        isinstance(data, Mapping) and isinstance(model, Mapping) and data.get("vocab_size") == model.get("vocab_size")
+    )
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -9,15 +9,21 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.cli.launch import LAUNCHED, count_processes, die_with_launcher, end_worker, is_worker, launch
+from fp8moe.cli.threads import choose_threads
 from fp8moe.errors import ConfigError
 from fp8moe.train.signals import handling_signals
 
+if TYPE_CHECKING:
+    from fp8moe.cli.compose import Composed
+
 DESCRIPTION = """\
 Train a model. Settings are key=value, groups included: model=tiny precision=bf16 parallel.ep=2 steps=100
-run_dir=runs/mine. `--cfg job` shows them all. A run goes on with its own configuration: resume=runs/mine steps=200.
+run_dir=runs/mine. `fp8moe keys` explains them, `--cfg job` shows all with their values. A run goes on with its own
+configuration: resume=runs/mine steps=200.
 
   fp8moe train experiment=quickstart                     one process
   fp8moe train --nproc 4 experiment=quickstart           four processes on this machine
@@ -34,7 +40,9 @@ def command_parser() -> Parser:
         "--nproc", metavar="N", help="processes to start on this machine; auto: one a GPU, 4 without GPUs"
     )
     parser.add_argument("--from", dest="from_run", metavar="RUN", help="a new run with the configuration of RUN")
-    parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--cfg", choices=["job"], help="print the configuration and exit, with what --nproc N processes fill in"
+    )
     return parser
 
 
@@ -49,25 +57,29 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
     """The run in this process, or the launcher of its workers."""
     arguments = parse(command_parser(), argv)
+    threads = choose_threads(os.environ) if arguments.nproc is None else None  # before torch is loaded
     from fp8moe.cli.compose import as_yaml
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
     from fp8moe.plan.machine_memory import check_fits
+    from fp8moe.plan.micro_batch import choose_micro_batch
     from fp8moe.train.config import resolve
     from fp8moe.train.rendezvous import place
 
     if arguments.nproc is None:
         place(os.environ)
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
-    composed, origin = compose_run(arguments.settings, num_processes or 1, arguments.from_run)
+    count = num_processes or 1
+    composed, origin = compose_run(arguments.settings, count, arguments.from_run)
     if arguments.cfg:
-        print(composed.text, end="")
+        print(_job_text(composed, count), end="")
         return 0
-    config = resolve(composed.config, num_processes or 1, open_released)
-    check_fits(config, num_processes or 1)
+    chosen = choose_micro_batch(composed.config, count, count)
+    config = resolve(chosen.config, count, open_released)
+    check_fits(config, count)
     check_files(config.data)
-    if sentence := note(origin, config):
+    for sentence in filter(None, (note(origin, config), chosen.sentence, threads)):
         print(sentence, flush=True)
     if num_processes is not None:
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
@@ -77,6 +89,22 @@ def _run(argv: Sequence[str]) -> int:
 
     train(config, as_yaml, open_released, last_lines)
     return 0
+
+
+def _job_text(composed: Composed, world_size: int) -> str:
+    """The configuration as YAML with what `world_size` processes fill in; as typed, and why, if they can't run it."""
+    from fp8moe.cli.compose import as_yaml
+    from fp8moe.interop.hf_model import open_released
+    from fp8moe.plan.micro_batch import choose_micro_batch
+    from fp8moe.train.config import resolve
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    try:
+        return as_yaml(
+            resolve(choose_micro_batch(composed.config, world_size, local).config, world_size, open_released)
+        )
+    except ValueError as error:
+        return f"# as typed, since {world_size} process{'es' * (world_size > 1)} can't run it: {error}\n{composed.text}"
 
 
 def _work(argv: Sequence[str]) -> int:
@@ -97,6 +125,7 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.generate.samples import last_lines
         from fp8moe.interop.hf_model import open_released
         from fp8moe.plan.machine_memory import check_fits
+        from fp8moe.plan.micro_batch import choose_micro_batch
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train
         from fp8moe.train.rendezvous import place
@@ -106,14 +135,16 @@ def _rank(argv: Sequence[str]) -> int:
         composed, origin = compose_run(arguments.settings, world_size, arguments.from_run)
         if arguments.cfg:
             if is_first:
-                print(composed.text, end="")
+                print(_job_text(composed, world_size), end="")
             return 0
-        config = resolve(composed.config, world_size, open_released)
+        chosen = choose_micro_batch(composed.config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        config = resolve(chosen.config, world_size, open_released)
         if LAUNCHED not in os.environ:  # else the launcher did
             check_fits(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             check_files(config.data)
-            if is_first and (sentence := note(origin, config)):
-                print(sentence, flush=True)
+            for sentence in filter(None, (note(origin, config), chosen.sentence)):
+                if is_first:
+                    print(sentence, flush=True)
         train(config, as_yaml, open_released, last_lines)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one

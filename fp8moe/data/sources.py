@@ -57,30 +57,23 @@ _LONG_RUN = re.compile(rf"\S{{{RUN_CHARS}}}(?=\S)|\s{{{RUN_CHARS}}}(?=\s)")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Settings of the training and validation data, checked on construction (raises ValueError).
+    """Settings of the training and validation data, checked on construction (raises ValueError)."""
 
-    source: "stdlib", the embedded corpus, tokenized on the first run and cached; or "indexed", existing token files.
-    paths: prefixes of the token files, without `.bin`/`.idx` (`indexed` only).
-    weights: one number >= 0 a path, any sum: shares of SAMPLES, not of epochs, so a small file with a large weight
-        repeats; empty: equal weights.
-    validation_paths: prefixes of validation token files, mixed in proportion to size; empty: `validation_share` counts.
-    validation_share: share held out of the training data, by file (`stdlib`) or by document (`indexed`).
-    tokenizer: path of a byte-level tokenizer.json; None: trained on the corpus (`stdlib`), or PREFIX.tokenizer.json
-        where it exists (`indexed`; without a tokenizer there are no bits per byte).
-    vocab_size: token ids are below this number; also the size of a tokenizer trained here.
-    document_mask: attention stays within a document, and the first token of a document is not predicted.
-    cache_dir: folder for prepared data; None: `$XDG_CACHE_HOME/fp8moe`, or `~/.cache/fp8moe`.
-    """
-
+    # stdlib: this Python's standard library, tokenized on the first run and cached; indexed: token files
     source: str = "stdlib"
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()  # prefixes of token files, without .bin and .idx (indexed only)
+    # a number >= 0 a path, any sum: shares of samples, not of epochs, so a small file of a large weight
+    # repeats; empty: equal
     weights: tuple[float, ...] = ()
+    # prefixes of validation token files, mixed by their sizes; empty: validation_share counts
     validation_paths: tuple[str, ...] = ()
-    validation_share: float = 0.025
+    validation_share: float = 0.025  # share held out of the training data, by file (stdlib) or by document (indexed)
+    # a byte-level tokenizer.json; None: trained on the corpus (stdlib) or PREFIX.tokenizer.json (indexed; where
+    # there is none, there are no bits per byte)
     tokenizer: str | None = None
-    vocab_size: int = 4096
-    document_mask: bool = False
-    cache_dir: str | None = None
+    vocab_size: int = 4096  # token ids are below it; configs/: the model's; also of a tokenizer trained here
+    document_mask: bool = False  # attention stays within a document, and the first token of a document is not predicted
+    cache_dir: str | None = None  # folder for prepared data; None: $XDG_CACHE_HOME/fp8moe, or ~/.cache/fp8moe
 
     def __post_init__(self) -> None:
         check_fields(

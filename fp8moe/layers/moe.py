@@ -34,18 +34,16 @@ from fp8moe.limits import SIZE, Range, check_fields
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Routed and shared experts: `num_experts` routed ones of `hidden` features, `num_shared` seen by every token.
+    """Routed and shared experts."""
 
-    activation: silu(gate) * up (swiglu), or GPT-OSS's gate * sigmoid(1.702 gate) * (up + 1) of gate up to swiglu_limit
-    and up within +-swiglu_limit (swiglu_clamped). bias: the routed experts' products have biases.
-    """
-
-    num_experts: int
-    hidden: int
-    num_shared: int = 1
+    num_experts: int  # routed experts of a layer
+    hidden: int  # features inside an expert
+    num_shared: int = 1  # experts that every token sees
+    # silu(gate) * up (swiglu), or GPT-OSS's gate * sigmoid(1.702 gate) * (up + 1), both clamped
+    # (swiglu_clamped)
     activation: Literal["swiglu", "swiglu_clamped"] = "swiglu"
-    swiglu_limit: float = 7.0
-    bias: bool = False
+    swiglu_limit: float = 7.0  # of swiglu_clamped: the most of gate, and of up's absolute value
+    bias: bool = False  # the routed experts' products have biases
 
     def __post_init__(self) -> None:
         check_fields(

@@ -42,28 +42,22 @@ GroupScore = Literal["top2_sum", "max"]
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How experts are chosen for a token.
+    """How experts are chosen for a token."""
 
-    score: sigmoid or softmax of the gate's logits, or softmax_topk: the choice is made on the logits, the weights are
-    their softmax over the chosen. A token's `topk` experts come from the best `top_groups` of `num_groups` groups.
-    group_score: a group counts by the sum of its two best scores (top2_sum) or by its best (max). normalize_topk:
-    weights of the chosen sum to 1, as those of softmax_topk always do; then they are multiplied by route_scale.
-    force_balance: experts in turn, the same number for all, for benchmarks. bias_gamma: step of the balancing bias.
-    aux_loss_alpha: weight of the sequence-wise balance loss. gate_bias: a learned bias of the gate's logits, beside
-    that of balancing, which moves the choice alone.
-    """
-
-    topk: int
-    num_groups: int = 1
-    top_groups: int = 1
+    topk: int  # experts of a token
+    num_groups: int = 1  # groups that the experts are divided into; 1: no groups
+    top_groups: int = 1  # best groups, of which a token's experts come
+    # sigmoid or softmax of the gate's logits; softmax_topk: chosen by the logits, weighted by their softmax
+    # over the chosen
     score: Score = "sigmoid"
+    # a group counts by the sum of its two best scores (top2_sum) or by its best (max)
     group_score: GroupScore = "top2_sum"
-    normalize_topk: bool = True
-    route_scale: float = 1.0
-    force_balance: bool = False
-    aux_loss_alpha: float = 1e-4
-    bias_gamma: float = 1e-3
-    gate_bias: bool = False
+    normalize_topk: bool = True  # weights of the chosen sum to 1, as those of softmax_topk always do
+    route_scale: float = 1.0  # factor of the weights, after that
+    force_balance: bool = False  # experts in turn, the same number for all: for benchmarks
+    aux_loss_alpha: float = 1e-4  # weight of the sequence-wise balance loss
+    bias_gamma: float = 1e-3  # step of the balancing bias, which moves the choice alone; 0: it stays
+    gate_bias: bool = False  # a learned bias of the gate's logits, beside that of balancing
 
     def __post_init__(self) -> None:
         check_fields(

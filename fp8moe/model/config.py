@@ -23,25 +23,24 @@ MAX_VOCAB = 2**24
 class ModelConfig:
     """A transformer of dense layers and mixtures of experts, an MTP module; attention by its own configuration.
 
-    num_dense_layers: dense ones at the start. dense_layers: numbers of further ones, ascending. Sizes count features
-    unless said otherwise. Raises ValueError with the rule, both numbers and the nearest legal choice when sizes don't
-    fit.
+    Sizes count features unless said otherwise. Raises ValueError with the rule, both numbers and the nearest legal
+    choice when sizes don't fit.
     """
 
-    vocab_size: int
-    dim: int
-    num_layers: int
-    num_dense_layers: int
-    dense_hidden: int
-    attention: AttentionConfig
-    router: RouterConfig
-    experts: ExpertsConfig
-    mtp_depth: int = 0
-    mtp_weight: float = 0.3
-    norm_eps: float = 1e-6
-    init_std: float = 0.006
-    max_seq_len: int = 4096
-    dense_layers: tuple[int, ...] = ()
+    vocab_size: int  # tokens of the embedding and the head
+    dim: int  # features of the residual stream
+    num_layers: int  # transformer layers, without the MTP module
+    num_dense_layers: int  # dense layers at the start; the others are mixtures of experts
+    dense_hidden: int  # features inside a dense layer's MLP
+    attention: AttentionConfig  # multi-head latent attention (mla) or grouped queries (gqa)
+    router: RouterConfig  # how experts are chosen for a token
+    experts: ExpertsConfig  # routed and shared experts
+    mtp_depth: int = 0  # further tokens that the MTP module predicts
+    mtp_weight: float = 0.3  # of the MTP module's loss
+    norm_eps: float = 1e-6  # of every RMSNorm
+    init_std: float = 0.006  # standard deviation of the initial weights
+    max_seq_len: int = 4096  # longest sequence
+    dense_layers: tuple[int, ...] = ()  # numbers of further dense layers, ascending
 
     def __post_init__(self) -> None:
         check_fields(

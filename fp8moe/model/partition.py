@@ -13,6 +13,7 @@ module on 16 ranks some unevenness always stays; `imbalance` says how much.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -181,6 +182,7 @@ def _check_layout(config: ModelConfig, layout: tuple[int, ...], num_stages: int)
         raise ConfigError(f"layout {written} places {sum(layout)} blocks, but the model has {config.num_layers}: {fix}")
 
 
+@lru_cache(maxsize=1024)  # a search asks for few of them, often
 def partition(
     config: ModelConfig,
     num_stages: int,

@@ -17,22 +17,24 @@ class ParallelConfig:
     pp: int = 1  # pipeline ranks
     dp: int | None = None  # data-parallel ranks of each pipeline rank; None: processes / pp
     ep: int | None = None  # ranks that share the experts, within dp; None: the most that experts divide over
-    # Schedule of the pipeline (`fp8moe.schedule.build`). dualpipev is of use at pp=1 too: it hides experts' messages
-    # of one micro-batch under the compute of another.
+    # of the pipeline (`fp8moe.schedule.build`); dualpipev is of use at pp=1 too: it hides experts' messages of
+    # one micro-batch under the compute of another
     schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     overlap: bool = True  # hide messages under compute; false: one after the other, the same bits
-    # On a GPU: SMs that experts' messages may take (NCCL's max_ctas), and that GEMMs of an overlapped pair leave free.
+    # on a GPU: SMs that experts' messages may take (NCCL's max_ctas), and that GEMMs of an overlapped pair
+    # leave free
     communication_sms: int = 20
-    layout: tuple[int, ...] | None = None  # blocks of each pipeline stage; None cuts by cost (`fp8moe.model.partition`)
-    # How tokens are sent to experts (`fp8moe.parallel.dispatch`): all_to_all in one hop; node_limited once to a node,
-    # then inside it; deep_ep where that package is installed.
+    layout: tuple[int, ...] | None = None  # blocks of each pipeline stage; None: cut by cost (`fp8moe.model.partition`)
+    # how tokens are sent to experts (`fp8moe.parallel.dispatch`): all_to_all in one hop; node_limited once to a
+    # node, then inside it; deep_ep where that package is installed
     dispatcher: Literal["all_to_all", "node_limited", "deep_ep"] = "all_to_all"
     ranks_per_node: int | None = None  # of node_limited; None: the processes of this machine
     chunks: int = 1  # messages a dispatch
-    # Messages of a fixed size, this multiple of an even share, with no wait for counts; an overflow is an error before
-    # the optimizer step. None: exact counts.
+    # messages of a fixed size, this multiple of an even share, with no wait for counts; an overflow is an error
+    # before the optimizer step; None: exact counts
     capacity_factor: float | None = None
-    # Rows a rank may receive, as a multiple of an even share, before anything is allocated for them. None: no limit.
+    # rows a rank may receive, as a multiple of an even share, before anything is allocated for them; None: no
+    # limit
     max_imbalance: float | None = None
     timeout: float = 300.0  # seconds that a rank waits for a message
     startup_timeout: float = 900.0  # the same until the first step is done: it compiles kernels and opens connections

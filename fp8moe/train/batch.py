@@ -20,19 +20,15 @@ from fp8moe.limits import Range, check_fields
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Sizes of the global batch and of a micro-batch, and how the global batch grows.
+    """Sizes of the global batch and of a micro-batch, and how the global batch grows."""
 
-    sequences: the global batch. micro_batch: sequences a rank computes at once; None: its whole share of the batch, or
-    the largest part of it that gives the schedule enough micro-batches. ramp_from: the global batch that the run starts
-    with (None: no ramp); ramp_samples: sequences over which it grows; increment: it grows in multiples of this (None:
-    ramp_from).
-    """
-
-    sequences: int
+    sequences: int  # of the global batch, dp x micro_batch x micro-batches
+    # sequences a rank computes at once; None: the largest part of its share of the batch that gives the schedule enough
+    # micro-batches and, on a GPU, fits its memory by the formulas
     micro_batch: int | None = None
-    ramp_from: int | None = None
-    ramp_samples: int = 0
-    increment: int | None = None
+    ramp_from: int | None = None  # sequences of the global batch that the run starts with; None: it does not grow
+    ramp_samples: int = 0  # sequences over which the batch grows
+    increment: int | None = None  # the batch grows in multiples of this; None: of ramp_from
 
     def __post_init__(self) -> None:
         sequences = Range(least=1, most=2**20)  # the largest known batches have 2^14
@@ -74,10 +70,8 @@ def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int
     Every size must be a multiple of dp x micro_batch. least, multiple: the micro-batches that the schedule needs, in
     multiples of. Raises ValueError with the nearest legal size.
     """
-    smallest = config.sequences if config.ramp_from is None else config.ramp_from
     if config.micro_batch is None:
-        share = max(1, smallest // dp)
-        fitting = [size for size in range(1, share + 1) if _fits(share, size, least, multiple)]
+        fitting = micro_batches(config, dp, least=least, multiple=multiple)
         config = dataclasses.replace(config, micro_batch=max(fitting, default=1))
     assert config.micro_batch is not None
     unit = dp * config.micro_batch
@@ -99,6 +93,12 @@ def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int
                 f"{f', in multiples of {multiple}' if multiple > 1 else ''}: use {enough}"
             )
     return config
+
+
+def micro_batches(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> list[int]:
+    """The micro-batches, ascending, that divide a rank's share of the smallest batch into enough for the schedule."""
+    share = max(1, (config.sequences if config.ramp_from is None else config.ramp_from) // dp)
+    return [size for size in range(1, share + 1) if _fits(share, size, least, multiple)]
 
 
 def _fits(share: int, micro_batch: int, least: int, multiple: int) -> bool:

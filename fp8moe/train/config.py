@@ -41,9 +41,11 @@ from fp8moe.train.validation import ValidationConfig
 class PrecisionConfig:
     """Number format of the model's matrix products, and the kernels that compute them."""
 
-    mode: Precision  # fp32, bf16 or fp8 (`fp8moe.layers.recipe`)
-    backend: str | None = None  # of the kernels (`fp8moe.kernels.backend`); None: FP8MOE_BACKEND, then the device's
-    scales: Scales = Scales.RECIPE  # of FP8 tensors: recipe, fp32 or power_of_two (`fp8moe.layers.recipe`)
+    mode: Precision  # of the model (`fp8moe.layers.recipe`)
+    # of the kernels: reference, triton, gluon, cublas, deepgemm or te; None: FP8MOE_BACKEND, then the device's
+    backend: str | None = None
+    # of FP8 tensors: recipe (the published mixture), fp32 (wherever it can be) or power_of_two (everywhere)
+    scales: Scales = Scales.RECIPE
 
     def __post_init__(self) -> None:
         check_fields(self, "precision")
@@ -58,37 +60,40 @@ class PrecisionConfig:
 class TrainConfig:
     """A whole run. After `resolve`, parallel.dp, parallel.ep and batch.micro_batch are filled in."""
 
-    model: ModelConfig
-    data: DataConfig
-    precision: PrecisionConfig
-    parallel: ParallelConfig
-    optimizer: OptimizerConfig
-    logging: LoggingConfig
-    batch: BatchConfig
-    validation: ValidationConfig
-    checkpoint: CheckpointConfig
-    name: str
+    model: ModelConfig  # the transformer
+    data: DataConfig  # what it reads
+    precision: PrecisionConfig  # number format of the matrix products
+    parallel: ParallelConfig  # sizes of the mesh and how ranks communicate
+    optimizer: OptimizerConfig  # the optimizer and the learning rate
+    logging: LoggingConfig  # how often progress is shown, and what is measured
+    batch: BatchConfig  # sizes of the global batch and of a micro-batch
+    validation: ValidationConfig  # when the model is scored on held-out text
+    checkpoint: CheckpointConfig  # when checkpoints are saved, where, and how many stay
+    name: str  # of the run, in its directory's name; None: the experiment's or the model's
     steps: int  # optimizer steps in all
     seq_len: int  # tokens that a sequence predicts
     seed: int = 0  # of the initial weights and the order of the data
-    run_dir: str | None = None  # None: runs/TIME-NAME
-    # none; auto or required (from run_dir's newest complete checkpoint: auto starts anew without one); or the path or
-    # URL of a run or checkpoint.
+    run_dir: str | None = None  # where the run writes; None: runs/TIME-NAME
+    # none; auto or required (from run_dir's newest complete checkpoint: auto starts anew without one); or the
+    # path or URL of a run or checkpoint
     resume: str = "none"
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    # A run or checkpoint whose weights and router biases a run begins from at step 0, unless `resume` finds one to go
-    # on from. init_from_ema: the average of its weights in their place.
+    ema: EmaConfig = field(default_factory=EmaConfig)  # an average of the weights, on the host
+    # a run, checkpoint or Hugging Face directory whose weights and router biases a run begins from at step 0,
+    # unless `resume` finds one to go on from
     init_from: str | None = None
-    init_from_ema: bool = False
-    # Each weight that a new run begins from is multiplied by 1 + this or 1 - this, at random (`train.perturbation`).
+    init_from_ema: bool = False  # the average of the weights of init_from in their place
+    # each weight that a new run begins from is multiplied by 1 + this or 1 - this, at random
+    # (`train.perturbation`)
     init_perturbation: float = 0.0
-    resume_changes: tuple[str, ...] = ()  # what of its data a resumed run may change (`data.identity.CHANGES`)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # what of its data a resumed run may change: data, tokenizer, document_mask, validation_share
+    resume_changes: tuple[str, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the processes; auto: the GPU where there is one
     max_skipped_steps: int = 2  # consecutive steps that may be skipped for a loss or gradient that is not finite
-    guard: GuardConfig = field(default_factory=GuardConfig)  # what follows on more of them
-    # What backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same bits.
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what follows on more of them, or on another problem
+    # what backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same
+    # bits
     recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)
-    # Record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures.
+    # record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures
     profile: bool = False
 
     def __post_init__(self) -> None:
@@ -102,6 +107,8 @@ class TrainConfig:
             init_perturbation=Range(least=0, below=1, use="use 0 for none"),
         )
         check_name(self.name)
+        checkpoint.refuse_password("resume", self.resume)
+        checkpoint.refuse_password("init_from", self.init_from)
         once = ",".join(dict.fromkeys(self.recompute))
         if once != ",".join(self.recompute):
             raise ValueError(f"recompute=[{','.join(self.recompute)}] names one twice: use recompute=[{once}]")
@@ -172,6 +179,11 @@ def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
         folded=parallel.schedule in FOLDED,
         layout=parallel.layout,
     )
+
+
+def is_tied(config: TrainConfig) -> bool:
+    """Whether the pipeline's last rank holds a copy of the embedding, for the MTP module, beside the first rank's."""
+    return config.model.mtp_depth > 0 and config.parallel.pp > 1 and config.parallel.schedule not in FOLDED
 
 
 def _check_tokens(micro_batch: int, seq_len: int) -> None:

@@ -29,10 +29,10 @@ CHUNK = 1 << 22  # values that are copied at once
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """decay: the share of the average that an update keeps; None: no average. every: optimizer updates between them."""
+    """The average of the weights, on the host."""
 
-    decay: float | None = None
-    every: int = 1
+    decay: float | None = None  # share of the average that an update keeps; None: no average
+    every: int = 1  # optimizer updates between updates of the average
 
     def __post_init__(self) -> None:
         check_fields(

@@ -28,17 +28,15 @@ LEAST_DEVIATION = 1e-3  # of their mean: with a constant loss the smallest chang
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What follows on a problem, and what else is looked for.
+    """What follows on a problem, and what else is looked for."""
 
-    then: rollback to the newest whole checkpoint, behind the data that was in use, or stop. max_rollbacks: to one
-    checkpoint. spike_sigma: a loss so many standard deviations above the mean of the last 128 is a problem (None: not
-    looked for). consistency_every: steps between comparisons of the replicas' weights (0: none; `train.consistency`).
-    """
-
+    # what a problem leads to: back to the newest whole checkpoint, behind the data that was in use (rollback),
+    # or stop
     then: Literal["rollback", "stop"] = "rollback"
-    max_rollbacks: int = 2
+    max_rollbacks: int = 2  # to one checkpoint, before the run ends
+    # a loss so many standard deviations above the mean of the last 128 is a problem; None: not looked for
     spike_sigma: float | None = None
-    consistency_every: int = 0
+    consistency_every: int = 0  # steps between comparisons of the replicas' weights; 0: none
 
     def __post_init__(self) -> None:
         check_fields(

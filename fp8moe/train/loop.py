@@ -20,8 +20,8 @@ from fp8moe.train.config import TrainConfig
 from fp8moe.train.consistency import check_consistency
 from fp8moe.train.ema import Ema
 from fp8moe.train.garbage import collect_if_due, no_collection_within_steps
-from fp8moe.train.memory import out_of_memory_in_words
 from fp8moe.train.optimizer import Optimizer
+from fp8moe.train.out_of_memory import out_of_memory_in_words
 from fp8moe.train.preempt import Preemption
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes, release_run_dir
 from fp8moe.train.rollback import ADVICE, roll_back

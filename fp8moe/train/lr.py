@@ -50,21 +50,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class LearningRateConfig:
-    """The learning rate along the run, and the two settings that switch along with it; `optimizer.schedule`.
+    """The learning rate along the run, and the two settings that switch along with it; `optimizer.schedule`."""
 
-    peak: the learning rate that all factors refer to. warmup_steps: steps from 0 up to the first segment, linear.
-    phases: the segments, in order. unit: what `until` and the two switches count, "tokens" or "share" of the run's
-    steps. bias_gamma_until: from there on the router's bias no longer moves; None: it always does.
-    mtp_weight_until, mtp_weight_after: from there on the MTP loss has that weight; None: it keeps the model's.
-    """
-
-    peak: float
+    peak: float  # the learning rate that all factors refer to
+    # segments in order, each {shape: constant, cosine, linear or sqrt, until: where it ends, factor: rate there
+    # / peak}
     phases: tuple[Segment, ...]
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # steps from 0 up to the first segment, linear
+    # what `until` and the two switches count: tokens, or share of the run's steps
     unit: Literal["tokens", "share"] = "share"
-    bias_gamma_until: float | None = None
-    mtp_weight_until: float | None = None
-    mtp_weight_after: float = 0.1
+    bias_gamma_until: float | None = None  # from there on the router's bias no longer moves; None: it always does
+    mtp_weight_until: float | None = None  # from there on the MTP loss has mtp_weight_after; None: it keeps the model's
+    mtp_weight_after: float = 0.1  # weight of the MTP loss from mtp_weight_until on
 
     def __post_init__(self) -> None:
         place = Range(least=0, most=MOST_TOKENS)

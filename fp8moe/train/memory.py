@@ -7,48 +7,65 @@
     masters       4 (none in FP32: the weights are they)                     over the replicas of the parameter
     moments       4 (8 in FP32); Muon's momentum 2 (4)                       over the replicas of the parameter
 
-Activations are `model.memory`'s. Parameters are counted on the model itself, which may be on the meta device: a rank of
-2,048 is computed on a laptop.
+Activations are `model.memory`'s, and what else a rank's memory holds is `plan.memory`'s. Parameters come from
+`model.memory.rank_weights`, or are counted on the model itself, which may be on the meta device.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from fp8moe.errors import OutOfMemoryError, is_out_of_memory
-from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.layers.linear import QuantizedWeight, is_expert, matrices
-from fp8moe.layers.recipe import Recompute
+from fp8moe.layers.recipe import Recipe
+from fp8moe.model.memory import Weights, matrix_blocks
 from fp8moe.model.transformer import Transformer
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, OptimizerConfig
-from fp8moe.train.run import Run
 
 KINDS = ("weights", "FP8 blocks", "gradients", "masters", "moments")
-BLOCK = 128
 
 
-def expected_bytes(model: nn.Module, optimizer: OptimizerConfig, replicas: Mapping[bool, int]) -> dict[str, float]:
+def state_bytes(
+    weights: Weights, recipe: Recipe, optimizer: OptimizerConfig, replicas: Mapping[bool, int]
+) -> dict[str, float]:
     """Bytes of each kind by formula. replicas: ranks that share out a dense (False) and an expert (True) parameter."""
-    total = dict.fromkeys(KINDS, 0.0)
-    moment = torch.bfloat16.itemsize if optimizer.moments == "bf16" else torch.float32.itemsize
+    size, moment = recipe.dtype.itemsize, 2 if optimizer.moments == "bf16" else 4
+    shared = weights.dense / replicas[False] + weights.expert / replicas[True]
+    by_muon = weights.dense_matrices / replicas[False] + weights.expert_matrices / replicas[True]
+    quantized = weights.dense_matrices + weights.expert_matrices + 4 * weights.blocks
+    return {
+        "weights": float(size * weights.total),
+        "FP8 blocks": 2.0 * quantized * recipe.fp8,
+        "gradients": 4.0 * weights.total,
+        "masters": 0.0 if recipe.dtype is torch.float32 else 4 * shared,
+        "moments": moment * (2 * shared - by_muon * (optimizer.kind == "muon")),
+    }
+
+
+def expected_bytes(model: Transformer, optimizer: OptimizerConfig, replicas: Mapping[bool, int]) -> dict[str, float]:
+    """The same of parameters that are counted on a model."""
+    return state_bytes(counted_weights(model), model.recipe, optimizer, replicas)
+
+
+def counted_weights(model: nn.Module) -> Weights:
+    """The parameters of a model, which may be on the meta device."""
+    total = Weights()
+    quantized = {id(m.weight) for m in model.modules() if isinstance(m, QuantizedWeight) and matrices(m.weight)}
     for parameter in model.parameters():
-        count, shared = parameter.numel(), parameter.numel() / replicas[is_expert(parameter)]
-        total["weights"] += count * parameter.element_size()
-        total["gradients"] += 4 * count
-        total["masters"] += 0 if parameter.dtype is torch.float32 else 4 * shared
-        total["moments"] += (1 if optimizer.kind == "muon" and matrices(parameter) else 2) * moment * shared
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight) and module.recipe.fp8:
-            *leading, n, k = module.weight.shape
-            blocks = math.prod(leading) * ceil_div(n, BLOCK) * ceil_div(k, BLOCK)
-            total["FP8 blocks"] += 2 * (module.weight.numel() + 4 * blocks)
+        count = parameter.numel()
+        inside = count if id(parameter) in quantized else 0
+        blocks = 0
+        if inside:
+            *leading, n, k = parameter.shape
+            blocks = math.prod(leading) * matrix_blocks(n, k)
+        if is_expert(parameter):
+            total += Weights(expert=count, expert_matrices=inside, blocks=blocks)
+        else:
+            total += Weights(dense=count, dense_matrices=inside, blocks=blocks)
     return total
 
 
@@ -86,38 +103,3 @@ def in_words(kinds: Mapping[str, float]) -> str:
     """'12.30 GB: weights 2.00, gradients 4.00, ...'; kinds without bytes are left out."""
     parts = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in kinds.items() if size)
     return f"{sum(kinds.values()) / 1e9:.3g} GB: {parts}"
-
-
-@contextlib.contextmanager
-def out_of_memory_in_words(run: Run) -> Iterator[None]:
-    """Turn a failed allocation within the block into an OutOfMemoryError that says what this rank holds."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-            raise
-        cause = re.sub(r"\[[^\]]*:\d+\]\s*(err == 0\. )?", "", " ".join(str(error).split())).split(". ")[0][:200]
-        held = in_words(measured_bytes(run.model, run.optimizer))
-        raise OutOfMemoryError(
-            f"out of memory in step {run.step + 1} on rank {run.mesh.rank} ({cause}): it holds {held}, and activations "
-            f"and messages beside{_of_gpu(run.device)}: {', or '.join(_savings(run.config))}"
-        ) from error
-
-
-def _of_gpu(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-    return f" (at most {peak / 1e9:.3g} GB in all, of the GPU's {total / 1e9:.3g} GB)"
-
-
-def _savings(config: TrainConfig) -> list[str]:
-    """Settings that need less memory, those that change no result first."""
-    found = []
-    if config.micro_batch > 1:
-        found.append(f"use batch.micro_batch={config.micro_batch // 2}")
-    if len(config.recompute) < len(Recompute):
-        found.append(f"recompute=[{','.join(Recompute)}]")
-    if config.optimizer.sharding == "none" and config.dp > 1:
-        found.append("optimizer.sharding=zero1")
-    return [*found, f"seq_len below {config.seq_len}", "more ranks (parallel.pp, parallel.ep)"]

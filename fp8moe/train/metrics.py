@@ -28,16 +28,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """How often progress is shown, and what is measured and logged.
+    """How often progress is shown, and what is measured and logged."""
 
-    every: steps between plain progress lines. fp8_every: steps between counts of saturated and underflowed FP8 values
-    (0: on the last step only). wandb: also log to Weights & Biases, in project `wandb_project`.
-    """
-
-    every: int = 10
-    fp8_every: int = 0
-    wandb: bool = False
-    wandb_project: str = "fp8moe"
+    every: int = 10  # steps between plain progress lines
+    fp8_every: int = 0  # steps between counts of saturated and underflowed FP8 values; 0: on the last step only
+    wandb: bool = False  # also log to Weights & Biases, offline where no key is set
+    wandb_project: str = "fp8moe"  # project of Weights & Biases
 
     def __post_init__(self) -> None:
         check_fields(self, "logging", every=POSITIVE, fp8_every=COUNT)

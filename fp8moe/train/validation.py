@@ -24,13 +24,12 @@ from fp8moe.train.batch import microbatches_of
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """every: steps between validations (0: at the end only). samples: sequences scored, the same each time. ema: the
-    average of the weights (`train.ema`) is scored as well. completions: beginnings of held-out samples that the model
-    continues at the end of the run, for its reader."""
+    """When the model is scored on held-out text, and on how much of it."""
 
-    every: int = 0
-    samples: int = 64
-    ema: bool = False
+    every: int = 0  # steps between validations; 0: at the end only
+    samples: int = 64  # sequences scored, the same each time
+    ema: bool = False  # the average of the weights (`train.ema`) is scored as well
+    # beginnings of held-out samples that the model continues at the end of the run, for its reader; 0: none
     completions: int = 3
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from fp8moe.__main__ import main
@@ -113,7 +114,7 @@ def test_the_launchers_environment_is_its_workers_only(monkeypatch: pytest.Monke
         assert os.environ[launch.LAUNCHED] == "1" and os.environ["OMP_NUM_THREADS"] == "7"
     assert dict(os.environ) == before
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
     for processes, threads in ((4, "2"), (3, "2"), (16, "1")):  # the cores are shared
         with launch._environment(processes, "notes"):
             assert os.environ["OMP_NUM_THREADS"] == threads
@@ -290,3 +291,20 @@ def test_the_configuration_is_printed_once(monkeypatch: pytest.MonkeyPatch, caps
             monkeypatch.setenv(name, value)
         assert main(["train", "--cfg", "job"]) == 0
         assert capsys.readouterr().out.count("\nsteps: ") == times
+
+
+def test_the_printed_configuration_has_what_the_processes_fill_in(capsys: pytest.CaptureFixture[str]) -> None:
+    """dp, ep and the micro-batch; where the processes can't run it, it is printed as typed, under the reason."""
+
+    def printed(*words: str) -> tuple[str, tuple[object, ...]]:
+        assert main(["train", *words, "--cfg", "job"]) == 0
+        text = capsys.readouterr().out
+        tree = yaml.safe_load(text)
+        return text, (tree["parallel"]["dp"], tree["parallel"]["ep"], tree["batch"]["micro_batch"])
+
+    assert printed("experiment=quickstart")[1] == (1, 1, 16)
+    assert printed("--nproc", "4", "experiment=quickstart")[1] == (4, 4, 4)
+    assert printed("--nproc", "4", "experiment=quickstart", "parallel.pp=2")[1] == (2, 2, 8)
+    text, filled = printed("experiment=quickstart", "parallel.ep=4")
+    assert filled == (None, 4, None) and text.startswith("# as typed, since 1 process can't run it: ")
+    assert text.splitlines()[1] == "model:"

@@ -101,6 +101,46 @@ def test_the_note_names_every_difference(run: Path, monkeypatch: pytest.MonkeyPa
     assert note(None, compose([]).config) is None
 
 
+def test_token_ids_end_where_the_vocabulary_of_the_model_does(run: Path) -> None:
+    """Of the model that the run will have, whichever of the two groups is chosen; unless data.vocab_size is typed."""
+
+    def sizes(*settings: str) -> tuple[int, int]:
+        config = compose_run(settings, 1, str(run))[0].config
+        return config.data.vocab_size, config.model.vocab_size
+
+    assert sizes() == (4096, 4096)
+    assert sizes("model=olmoe_7b") == (50304, 50304)
+    assert sizes("model.vocab_size=8192") == (8192, 8192)
+    assert sizes("model.vocab_size=8192", "data.vocab_size=4096") == (4096, 8192)
+    other = run.parent / "other"
+    other.mkdir()
+    describe_start(other, 0, as_yaml(compose([*FIRST, "model.vocab_size=8192"]).config), None)
+    chosen = compose_run(["data=indexed", "data.paths=[a]"], 1, str(other))[0].config
+    assert (chosen.data.vocab_size, chosen.data.source) == (8192, "indexed")
+    chosen = compose_run(["data=indexed", "data.paths=[a]", "data.vocab_size=300"], 1, str(other))[0].config
+    assert chosen.data.vocab_size == 300
+    describe_start(other, 0, as_yaml(compose([*FIRST, "model.vocab_size=8192", "data.vocab_size=500"]).config), None)
+    assert compose_run(["model.vocab_size=1024"], 1, str(other))[0].config.data.vocab_size == 500, "which was set"
+
+
+@pytest.mark.parametrize("key", ["checkpoint.path", "resume", "init_from"])
+def test_a_password_in_a_url_is_refused_and_not_said(key: str) -> None:
+    """Settings are written to config.yaml, logs and checkpoints."""
+    for url in ("s3://user:hunter2@bucket/a", "ftp://u:hun/ter2@host:21/a", "simplecache::sftp://u:hunter2@host/a@b"):
+        with pytest.raises(
+            ConfigError, match=rf"^{key}=\w.*was given with a password, and settings are written"
+        ) as caught:
+            compose_run([f"'{key}=\"{url}\"'".strip("'")], 1)
+        assert "ter2" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a", "hdfs://user@host:9000/a", "http://host:9000/a@b", "memory://a:b", "a:b@c"]
+)
+def test_other_places_are_legal(url: str) -> None:
+    assert compose([f'checkpoint.path="{url}"']).config.checkpoint.path == url
+
+
 def test_another_number_of_processes_chooses_its_layout(run: Path) -> None:
     def layout(world_size: int) -> tuple[int, int, int]:
         config = replace(resumed(run, world_size=world_size), resume="none", run_dir=None)

@@ -50,19 +50,17 @@ if TYPE_CHECKING:  # FlexAttention takes a second to import
 class YarnConfig:
     """YaRN context extension (arXiv 2309.00071) of a rotary part.
 
-    `factor` is s = new length / original length; `beta_slow`, `beta_fast` (the paper's alpha and beta) bound the ramp
-    between interpolated and untouched frequencies. The softmax scale is multiplied by (0.1 * mscale_all * ln s + 1)^2,
-    the rotation's amplitude by the ratio of that term for `mscale` and for `mscale_all`. truncate: the ramp begins and
-    ends at whole pairs; false (GPT-OSS) leaves its ends where the rotations say.
+    The softmax scale is multiplied by (0.1 * mscale_all * ln factor + 1)^2, the rotation's amplitude by the ratio of
+    that term for `mscale` and for `mscale_all`.
     """
 
-    factor: float = 40.0
-    original_max_seq_len: int = 4096
-    beta_slow: float = 1.0
-    beta_fast: float = 32.0
-    mscale: float = 1.0
-    mscale_all: float = 1.0
-    truncate: bool = True
+    factor: float = 40.0  # new length / original length
+    original_max_seq_len: int = 4096  # tokens of a sequence before the extension
+    beta_slow: float = 1.0  # rotations below which a frequency is interpolated; the paper's alpha
+    beta_fast: float = 32.0  # rotations above which a frequency stays; the paper's beta
+    mscale: float = 1.0  # of the rotation's amplitude
+    mscale_all: float = 1.0  # of the softmax scale, and below the amplitude's
+    truncate: bool = True  # the ramp begins and ends at whole pairs; false (GPT-OSS): where the rotations say
 
     def __post_init__(self) -> None:
         check_fields(

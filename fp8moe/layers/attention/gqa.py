@@ -41,31 +41,27 @@ from fp8moe.limits import SIZE, Range, check_fields
 
 @dataclass(frozen=True)
 class GqaConfig:
-    """Grouped-query attention; sizes count features.
+    """Grouped-query attention; sizes count features."""
 
-    num_kv_heads: heads of keys and values, shared by num_heads / num_kv_heads query heads each. rope_dim: rotary
-    features of a head, the last ones. yarn: context extension, None for plain RoPE. qk_norm: RMSNorm of queries and
-    keys, with one gain for a head's features (`head`) or one for those of all heads (`full`). clip_qkv: bound of the
-    absolute values of q, k and v. window: tokens that a query sees, itself included, in the layers that window_layers
-    says (`even` counts layer 0). sinks: a learnt logit a head that takes part in the softmax and has no value. backend:
-    kernels of core attention (`choice`).
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_dim: int
-    rope_theta: float = 10000.0
-    yarn: YarnConfig | None = None
+    num_heads: int  # query heads
+    num_kv_heads: int  # heads of keys and values, each shared by num_heads / num_kv_heads query heads
+    head_dim: int  # features of a head
+    rope_dim: int  # rotary features of a head, the last ones
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    yarn: YarnConfig | None = None  # context extension; None: plain RoPE
+    # RMSNorm of queries and keys: one gain for a head's features (head) or for those of all heads (full)
     qk_norm: Literal["none", "head", "full"] = "none"
-    qkv_bias: bool = False
-    o_bias: bool = False
-    clip_qkv: float | None = None
+    qkv_bias: bool = False  # biases of the projections of queries, keys and values
+    o_bias: bool = False  # a bias of the output projection
+    clip_qkv: float | None = None  # bound of the absolute values of q, k and v; None: none
+    # tokens that a query sees, itself included, in the layers of window_layers; None: all before it
     window: int | None = None
-    window_layers: Literal["all", "even", "odd"] = "all"
-    sinks: bool = False
+    window_layers: Literal["all", "even", "odd"] = "all"  # layers that have the window; even counts layer 0
+    sinks: bool = False  # a learnt logit a head that takes part in the softmax and has no value
+    # kernels of core attention (`choice`): auto (the first that takes these heads), torch's sdpa, its cudnn or its
+    # varlen (of variable length), flash (flash-attn 4), flex (FlexAttention)
     backend: Literal["auto", "sdpa", "cudnn", "varlen", "flex", "flash"] = "auto"
-    kind: Literal["gqa"] = "gqa"
+    kind: Literal["gqa"] = "gqa"  # grouped queries
 
     def __post_init__(self) -> None:
         check_fields(
@@ -159,6 +155,20 @@ class GqaConfig:
         if self.clip_qkv is not None:
             total += wide * (self.queries + 2 * self.keys)
         return total
+
+    def input_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token of attention's output, which the last Linear reads and its weight gradient, put off, keeps."""
+        return (1.5 + 4 / 128 if recipe.fp8 else recipe.dtype.itemsize) * self.queries
+
+    def work_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token that the backward of one layer takes while it runs, beside what is kept.
+
+        Queries, keys and values where they are made again, their gradients, the output and its gradient; and of the
+        kernel the sum of the queries' gradient and a number a head, in FP32.
+        """
+        heads = self.queries + 2 * self.keys
+        again = heads if Recompute.MLA_UP in recipe.recompute else 0
+        return recipe.dtype.itemsize * (again + heads + 2 * self.queries) + 4.0 * (self.queries + self.num_heads)
 
     def positions(self, positions_BS: Tensor, lengths: tuple[int, ...] | None = None) -> Positions:
         """Rotations for tokens at `positions_BS` [B, S]; documents of these lengths, if given, are kept apart."""

@@ -37,25 +37,21 @@ from fp8moe.limits import SIZE, Range, check_fields
 
 @dataclass(frozen=True)
 class MlaConfig:
-    """Multi-head latent attention; sizes count features.
+    """Multi-head latent attention; sizes count features."""
 
-    q_lora_rank: of the query latent, 0 for queries without one. nope_dim, rope_dim, v_dim: of a head's query and key
-    without position, their rotary part, and its value. yarn: context extension, None for plain RoPE. norm_eps: of the
-    two latents' norms, which released models leave at 1e-6 whatever the model's is. backend: kernels of core attention
-    (`choice`): `auto`, torch's `sdpa` or its `cudnn`, `flash` (flash-attn 4), `flex` (FlexAttention).
-    """
-
-    num_heads: int
-    kv_lora_rank: int
-    nope_dim: int
-    rope_dim: int
-    v_dim: int
-    q_lora_rank: int = 0
-    rope_theta: float = 10000.0
-    yarn: YarnConfig | None = None
-    norm_eps: float = 1e-6
+    num_heads: int  # query heads
+    kv_lora_rank: int  # features of the latent of keys and values
+    nope_dim: int  # features of a head's query and key without position
+    rope_dim: int  # rotary features of a head's query and key
+    v_dim: int  # features of a head's value
+    q_lora_rank: int = 0  # features of the query latent; 0: queries without one
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    yarn: YarnConfig | None = None  # context extension; None: plain RoPE
+    norm_eps: float = 1e-6  # of the latents' norms, which released models leave at 1e-6 whatever the model's is
+    # kernels of core attention (`choice`): auto (the first that takes these heads), torch's sdpa, its cudnn or its
+    # varlen (of variable length), flash (flash-attn 4), flex (FlexAttention)
     backend: Literal["auto", "sdpa", "cudnn", "varlen", "flex", "flash"] = "auto"
-    kind: Literal["mla"] = "mla"
+    kind: Literal["mla"] = "mla"  # latent attention
 
     def __post_init__(self) -> None:
         check_fields(
@@ -139,6 +135,31 @@ class MlaConfig:
         if Recompute.MLA_UP not in again:
             total += wide * self.num_heads * (2 * self.qk_dim + self.nope_dim + self.v_dim)
         return total
+
+    def input_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token of what the Linears behind the first read: what weight gradients that are put off keep.
+
+        The latents with the 1/rms of each where columns are made of it, their norms without recomputation, attention's
+        output.
+        """
+        wide, latents = recipe.dtype.itemsize, self.kv_lora_rank + (self.q_lora_rank or self.queries)
+        saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
+        total = wide * (latents + self.rope_dim) + saved_output * self.num_heads * self.v_dim
+        total += 4 * recipe.fp8 * (2 if self.q_lora_rank else 1)
+        if Recompute.NORM not in recipe.recompute:
+            total += wide * (self.kv_lora_rank + self.q_lora_rank)
+        return total
+
+    def work_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token that the backward of one layer takes while it runs, beside what is kept.
+
+        Queries, keys and the product of keys and values where they are made again, their gradients, that of the output
+        and, under FP8, the output itself, unpacked; and of the kernel the sum of the queries' gradient and a number a
+        head, in FP32.
+        """
+        again = 2 * self.qk_dim + self.nope_dim + self.v_dim if Recompute.MLA_UP in recipe.recompute else 0
+        a_head = again + 2 * self.qk_dim + (3 if recipe.fp8 else 2) * self.v_dim
+        return self.num_heads * (recipe.dtype.itemsize * a_head + 4 * self.qk_dim + 4)
 
     def positions(self, positions_BS: Tensor, lengths: tuple[int, ...] | None = None) -> Positions:
         """Rotations for tokens at `positions_BS` [B, S]; documents of these lengths, if given, are kept apart."""

@@ -17,6 +17,7 @@ from fp8moe.train.checkpoint.foreign import OpenForeign as OpenForeign
 from fp8moe.train.checkpoint.foreign import no_foreign as no_foreign
 from fp8moe.train.checkpoint.location import Location as Location
 from fp8moe.train.checkpoint.location import location as location
+from fp8moe.train.checkpoint.location import refuse_password as refuse_password
 from fp8moe.train.checkpoint.manifest import problems as problems
 from fp8moe.train.checkpoint.pieces import Pieces as Pieces
 from fp8moe.train.checkpoint.pieces import logical_shape as logical_shape

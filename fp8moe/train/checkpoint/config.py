@@ -8,27 +8,21 @@ from pathlib import Path
 from typing import Literal
 
 from fp8moe.limits import Range, check_fields
-from fp8moe.train.checkpoint.location import location
+from fp8moe.train.checkpoint.location import location, refuse_password
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are saved, and how many are kept.
+    """When checkpoints are saved, and how many are kept."""
 
-    every: steps between checkpoints (0: none before the end). at_end: one after the last step. keep: how many stay;
-    keep_every: those of every so many steps stay as well (0: none). background: written while training goes on.
-    path: the folder that holds them, a path or a URL (None: run_dir/checkpoints).
-    on_failure: what follows where one can't be written: "stop" ends the run, by default, since training that nothing
-    keeps is lost by the next fault; "continue" says so and tries again when the next is due, and only the last one's
-    failure ends the run.
-    """
-
-    every: int = 0
-    at_end: bool = True
-    keep: int = 2
-    keep_every: int = 0
-    background: bool = True
-    path: str | None = None
+    every: int = 0  # steps between checkpoints; 0: none before the end
+    at_end: bool = True  # save one after the last step
+    keep: int = 2  # how many stay: the newest
+    keep_every: int = 0  # those of every so many steps stay as well; 0: none
+    background: bool = True  # written while training goes on; false: training waits
+    path: str | None = None  # the folder that holds them, a path or a URL; None: run_dir/checkpoints
+    # where one can't be written: stop ends the run, since training that nothing keeps is lost by the next
+    # fault; continue says so and tries again when the next is due, and only the last one's failure ends the run
     on_failure: Literal["stop", "continue"] = "stop"
 
     def __post_init__(self) -> None:
@@ -39,6 +33,7 @@ class CheckpointConfig:
             keep=Range(least=1, use="use 1 for the newest alone"),
             keep_every=Range(least=0, use="use 0 for none"),
         )
+        refuse_password("checkpoint.path", self.path)
 
     def resolved(self) -> CheckpointConfig:
         """With an absolute path, by which the run is found from any folder."""

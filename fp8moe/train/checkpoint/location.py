@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from fp8moe.errors import ConfigError
+
+_PASSWORD = re.compile(r"://[^/@:]*:(?!\d+(?:/|$))[^@]*@")  # after a colon; digits up to a slash are a port
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,12 @@ def location(text: str | Path | Url) -> Location:
     if text.startswith("file://"):
         return Path("/" + text.removeprefix("file://").lstrip("/"))
     return Url(text.rstrip("/")) if "://" in text else Path(text)
+
+
+def refuse_password(key: str, text: str | None) -> None:
+    """Raise ConfigError where a setting is a URL with a password: settings are written to config.yaml and logs."""
+    if text is not None and _PASSWORD.search(text):
+        raise ConfigError(
+            f"{key}={_PASSWORD.sub('://', text):.60} was given with a password, and settings are written to files: "
+            "leave it out, and give it to the store's library by its environment variables or fsspec's configuration"
+        )

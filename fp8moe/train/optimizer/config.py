@@ -19,28 +19,25 @@ Adjust = Literal["match_rms_adamw", "original"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its constants, and `schedule`: the learning rate along the run.
+    """The optimizer, its constants, and the learning rate along the run."""
 
-    kind: adamw, or muon, which updates the matrices of hidden layers and leaves the other parameters to AdamW.
-    clip_norm: bound of the global gradient norm. moments: dtype of AdamW's moments and of Muon's momentum.
-    muon_beta: of Muon's momentum; nesterov: whether it looks one step ahead. ns_steps: of Newton-Schulz. adjust: how
-    an update grows with the matrix (`muon_step.size_factor`). sharding: whether ranks that hold the same parameters
-    share out masters and moments: zero1 (`parallel.zero`), deepspeed, or none; auto: zero1 where there is more than one
-    such rank.
-    """
-
-    schedule: LearningRateConfig
+    schedule: LearningRateConfig  # the learning rate along the run
+    # adamw, or muon, which updates the matrices of hidden layers and leaves the other parameters to AdamW
     kind: Kind = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    moments: Literal["bf16", "fp32"] = "bf16"
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    beta1: float = 0.9  # of AdamW's first moment, an average of gradients
+    beta2: float = 0.95  # of AdamW's second moment, an average of squared gradients
+    moments: Literal["bf16", "fp32"] = "bf16"  # dtype of AdamW's moments and of Muon's momentum
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    clip_norm: float = 1.0  # bound of the global gradient norm
+    # masters and moments shared out over ranks that hold the same parameters: zero1 (`parallel.zero`),
+    # deepspeed or none; auto: zero1 where there is more than one such rank
     sharding: Sharding = "auto"
-    muon_beta: float = 0.95
-    nesterov: bool = True
-    ns_steps: int = 5
+    muon_beta: float = 0.95  # of Muon's momentum
+    nesterov: bool = True  # Muon's momentum looks one step ahead
+    ns_steps: int = 5  # of Muon's Newton-Schulz iteration
+    # how Muon's update grows with the matrix (`muon_step.size_factor`): as large as AdamW's, or the original's,
+    # which needs another peak
     adjust: Adjust = "match_rms_adamw"
 
     def __post_init__(self) -> None:
