@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.tiles import HOPPER_SMS
 from fp8moe.layers.recipe import Precision
+from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import flops_per_token
+from fp8moe.model.partition import Stage, partition
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.layer_time import Sizes
 from fp8moe.plan.network import Exchange, neighbour_seconds
 from fp8moe.plan.rates import Card
 from fp8moe.plan.stage_time import StageCosts, StageTime, paired, stage_time
 from fp8moe.plan.update_time import update_time
-from fp8moe.schedule.action import Schedule
-from fp8moe.schedule.build import FOLDED, build_schedule
-from fp8moe.schedule.simulate import simulate
+from fp8moe.schedule.build import FOLDED, build_schedule, num_stages
+from fp8moe.schedule.replay import Replay
 from fp8moe.train.config import TrainConfig, stages_of
 
 SECONDS_AN_HOUR, SECONDS_A_DAY = 3600.0, 86400.0
@@ -89,36 +89,35 @@ class StepTime:
         return self.gpu_hours(tokens) * self.price_per_gpu_hour
 
 
-class _Simulated(NamedTuple):
-    """Of a whole schedule: seconds until the last rank is done, the busiest rank, and seconds that it computes."""
-
-    makespan: float
-    rank: int
-    busy: float
-    paired: float  # its FB actions
-
-
-@functools.lru_cache(maxsize=64)
-def _schedule(name: str, pp: int, num_microbatches: int) -> Schedule:
-    return build_schedule(name, pp, num_microbatches)
-
-
-def _simulate_at(name: str, pp: int, num_microbatches: int, costs: StageCosts) -> list[tuple[float, float]]:
-    """(makespan, busy seconds) of each rank."""
-    timeline = simulate(_schedule(name, pp, num_microbatches), costs)
-    return [(timeline.makespan, busy) for busy in timeline.busy]
+@functools.lru_cache(maxsize=256)
+def _replay(name: str, pp: int, num_microbatches: int) -> Replay:
+    return Replay(build_schedule(name, pp, num_microbatches))
 
 
 def _simulated(name: str, pp: int, num_microbatches: int, costs: StageCosts) -> tuple[float, list[float]]:
     """Makespan and each rank's busy seconds; a long schedule by a line through two shorter ones."""
-    short = 3 * pp + (num_microbatches - 3 * pp) % 2
+    short = 2 * pp + 2 + num_microbatches % 2
     if num_microbatches <= short + 2:
-        found = _simulate_at(name, pp, num_microbatches, costs)
-        return found[0][0], [busy for _, busy in found]
-    one, two = (_simulate_at(name, pp, m, costs) for m in (short, short + 2))
+        return _replay(name, pp, num_microbatches).run(costs.of, costs.message)
+    (made, busy), (later, more) = (_replay(name, pp, m).run(costs.of, costs.message) for m in (short, short + 2))
     further = (num_microbatches - short) / 2
-    makespan = one[0][0] + (two[0][0] - one[0][0]) * further
-    return makespan, [a[1] + (b[1] - a[1]) * further for a, b in zip(one, two, strict=True)]
+    return made + (later - made) * further, [a + (b - a) * further for a, b in zip(busy, more, strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _partition(
+    model: ModelConfig, num_stages: int, seq_len: int, folded: bool, layout: tuple[int, ...] | None
+) -> tuple[Stage, ...]:
+    return partition(model, num_stages, seq_len=seq_len, folded=folded, layout=layout)
+
+
+def _stages(config: TrainConfig) -> tuple[Stage, ...]:
+    """`train.config.stages_of`, cut once for all configurations that cut alike."""
+    parallel = config.parallel
+    count = num_stages(parallel.schedule, parallel.pp)
+    if config.model.num_layers < count:
+        return stages_of(config)  # raises
+    return _partition(config.model, count, config.seq_len, parallel.schedule in FOLDED, parallel.layout)
 
 
 def _sizes(config: TrainConfig, cluster: Cluster) -> Sizes:
@@ -151,7 +150,7 @@ def step_time(config: TrainConfig, cluster: Cluster) -> StepTime:
     """Time of a step of the full batch of a resolved configuration. Errors: ConfigError for FP32, which nobody times."""
     if config.precision.mode is Precision.FP32:
         raise ConfigError("precision.mode=fp32 has no timed kernels: use precision=bf16 or precision=fp8")
-    sizes, stages = _sizes(config, cluster), stages_of(config)
+    sizes, stages = _sizes(config, cluster), _stages(config)
     parallel, pp = config.parallel, config.parallel.pp
     card = Card(cluster.gpu, cluster.hbm_gb_per_second * 1e9, config.recipe.fp8)
     left = HOPPER_SMS - parallel.communication_sms if config.ep > 1 else HOPPER_SMS
