@@ -14,6 +14,7 @@ for are added to its prediction, by counts:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,6 +111,7 @@ def _values(name: str) -> dict[str, Any]:
     return base | values
 
 
+@functools.cache
 def planned(settings: tuple[str, ...], gpus: int) -> TrainConfig:
     """The configuration of `settings` on `gpus` GPUs, dp and micro-batch filled in; parallel.ep must be set."""
     config = compose(list(settings)).config

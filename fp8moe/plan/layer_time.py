@@ -31,7 +31,10 @@ COMPUTE = ("attn", "mlp")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a block's time depends on beside its number: tokens of a micro-batch, and how they reach the experts."""
+    """What a block's time depends on beside its number: tokens of a micro-batch, and how they reach the experts.
+
+    imbalance: what the busiest rank receives over an even share. padding: length of messages over that of even ones.
+    """
 
     model: ModelConfig
     recipe: Recipe
@@ -39,6 +42,7 @@ class Sizes:
     seq_len: int
     exchange: Exchange
     imbalance: float = 1.0
+    padding: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def block_time(sizes: Sizes, dense: bool, layer: int, card: Card, cluster: Clust
             ("B", "combine", fp8, False),
             ("B", "dispatch", False, False),
         ):
-            seconds[part, phase] = exchange_seconds(s.model, s.exchange, cluster, s.tokens, fp8=coded, with_ids=ids)
+            rows = s.tokens * max(s.imbalance, s.padding)
+            seconds[part, phase] = exchange_seconds(s.model, s.exchange, cluster, rows, fp8=coded, with_ids=ids)
     return BlockTime(seconds, launches, parts)
 
 

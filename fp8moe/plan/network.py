@@ -57,7 +57,7 @@ def places_hit(model: ModelConfig, places: int) -> float:
 
 
 def exchange_seconds(
-    model: ModelConfig, exchange: Exchange, cluster: Cluster, tokens: int, *, fp8: bool, with_ids: bool
+    model: ModelConfig, exchange: Exchange, cluster: Cluster, tokens: float, *, fp8: bool, with_ids: bool
 ) -> float:
     """Seconds of one message of all tokens of a micro-batch, to the experts or back; 0 where a rank has them all."""
     if exchange.ep == 1:

@@ -127,11 +127,12 @@ def _stages(config: TrainConfig) -> tuple[Stage, ...]:
     return _partition(config.model, count, config.seq_len, parallel.schedule in FOLDED, parallel.layout)
 
 
-def _sizes(config: TrainConfig, cluster: Cluster) -> Sizes:
+def _sizes(config: TrainConfig, cluster: Cluster, imbalance: float) -> Sizes:
     parallel = config.parallel
     per_node = min(parallel.ranks_per_node or cluster.gpus_per_node, cluster.gpus_per_node)
     exchange = Exchange(parallel.dispatcher, config.ep, min(per_node, config.ep), parallel.chunks)
-    return Sizes(config.model, config.recipe, config.micro_batch * config.seq_len, config.seq_len, exchange)
+    tokens, padding = config.micro_batch * config.seq_len, parallel.capacity_factor or 1.0
+    return Sizes(config.model, config.recipe, tokens, config.seq_len, exchange, imbalance, padding)
 
 
 def _costs(config: TrainConfig, times: tuple[StageTime, ...], message: float, view: View) -> StageCosts:
@@ -147,20 +148,25 @@ def _costs(config: TrainConfig, times: tuple[StageTime, ...], message: float, vi
     return StageCosts(message=message, alone=alone, pairs=pairs)
 
 
-def _times(config: TrainConfig, cluster: Cluster, stages: tuple[Stage, ...]) -> tuple[StageTime, ...]:
-    sizes = _sizes(config, cluster)
+def _times(
+    config: TrainConfig, cluster: Cluster, stages: tuple[Stage, ...], imbalance: float = 1.0
+) -> tuple[StageTime, ...]:
+    sizes = _sizes(config, cluster, imbalance)
     card = Card(cluster.gpu, cluster.hbm_gb_per_second * 1e9, config.recipe.fp8)
     left = HOPPER_SMS - config.parallel.communication_sms if config.ep > 1 else HOPPER_SMS
     beside = replace(card, sms=left)
     return tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
 
 
-def step_time(config: TrainConfig, cluster: Cluster) -> StepTime:
-    """Time of a step of the full batch of a resolved configuration. Errors: ConfigError for FP32, not timed."""
+def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) -> StepTime:
+    """Time of a step of the full batch of a resolved configuration.
+
+    imbalance: what the busiest rank's experts receive over an even share. Errors: ConfigError for FP32, not timed.
+    """
     if config.precision.mode is Precision.FP32:
         raise ConfigError("precision.mode=fp32 has no timed kernels: use precision=bf16 or precision=fp8")
     parallel, pp, stages = config.parallel, config.parallel.pp, _stages(config)
-    times = _times(config, cluster, stages)
+    times = _times(config, cluster, stages, imbalance)
     at = (parallel.schedule, pp, config.num_microbatches)
     size = 2.0 * config.micro_batch * config.seq_len * config.model.dim
     message = neighbour_seconds(cluster, config.dp, size) if pp > 1 else 0.0

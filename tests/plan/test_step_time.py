@@ -26,8 +26,8 @@ SMALL = ("model=dsv2_lite_16b", "precision=bf16", "seq_len=4096", "batch.micro_b
 BIG = Product(4096, 7168, 16384, fp8=True)
 
 
-def small(*settings, cluster="h100_8", **changes):
-    there = replace(read_cluster(cluster), **changes)
+def small(*settings, **changes):
+    there = replace(read_cluster("h100_8"), **changes)
     return step_time.step_time(planned((*SMALL, *settings), there.gpus), there)
 
 
@@ -263,6 +263,14 @@ def test_recomputation_and_the_host_cost_time():
     waits = {p.name: p.seconds for p in small("parallel.ep=8", "seq_len=2048").parts}
     assert waits["waits for the host"] > 0.2 * small("parallel.ep=8", "seq_len=2048").seconds
     assert {p.name: p.seconds for p in step_time.step_time(config, there).parts}["waits for the host"] == 0
+
+
+def test_uneven_routing_and_padded_messages_cost_time():
+    config, there = v3()
+    even, uneven = (step_time.step_time(config, there, imbalance=value).seconds for value in (1.0, 1.5))
+    assert 1.1 * even < uneven < 1.5 * even
+    padded = replace(config, parallel=replace(config.parallel, capacity_factor=2.0))
+    assert step_time.step_time(padded, there).seconds > 1.1 * even
 
 
 def test_a_rank_holds_what_its_stages_have():
