@@ -281,6 +281,24 @@ def test_a_rank_holds_what_its_stages_have():
     assert mine.dense + mine.experts * 64 == pytest.approx(671e9 + 11.5e9, rel=0.005)
 
 
+def test_gradients_weights_and_the_update_by_hand():
+    config, there = v3()
+    stages = step_time._stages(config)[:1]
+    mine = held(config, stages)
+    long = update_time(config, there, stages, backward=1e9, forward=1e9)
+    dense = mine.dense * 255 / 256 / 155e9  # both ranks of a stage, 128 each; eight ports of a node, NVLink bounds them
+    expert = mine.experts * 3 / 4 / 40e9  # 128 / 64 x 2 ranks, none of them on one node
+    latency = (8 + 2) * 25e-6
+    assert long.reduce == pytest.approx(4 * (dense + expert) + latency)
+    assert long.gather == pytest.approx(2 * (dense + expert) + latency)
+    assert long.exposed == pytest.approx((long.reduce + long.gather) / stages[0].num_layers)
+    short = update_time(config, there, stages, backward=0.0, forward=0.0)
+    assert short.exposed == pytest.approx(short.reduce + short.gather)
+    owned, held_ = mine.dense / 256 + mine.experts / 4, mine.dense + mine.experts
+    moved = owned * (4 + 8 + 8 + 2) + held_ * (4 + 2 + 2 * (1 + 4 / 128))
+    assert long.update == pytest.approx(moved / (2.96e12 * 0.93))
+
+
 def test_fp32_is_refused_in_one_sentence():
     with pytest.raises(ConfigError, match=r"precision\.mode=fp32 .*: use precision=bf16 or precision=fp8$"):
         small("precision=fp32", "parallel.ep=1")
