@@ -198,7 +198,9 @@ def report(failure: Failure) -> None:
         return
     if failure.traceback:
         print(failure.traceback, file=sys.stderr, end="")
-    prefix = "" if failure.shared else f"rank {rank}: "
+    from fp8moe.parallel.place import rank_in_words
+
+    prefix = "" if failure.shared else f"{rank_in_words(int(rank))}: "
     print(f"fp8moe: {prefix}{failure.sentence}", file=sys.stderr)
 
 

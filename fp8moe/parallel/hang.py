@@ -44,6 +44,7 @@ from torch.distributed import ProcessGroup
 
 from fp8moe.errors import LOST_PEER_PHRASES, HangError
 from fp8moe.parallel.asked import asked
+from fp8moe.parallel.place import rank_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,9 @@ def end_frozen() -> None:
         host = this_process()["host"]
         for rank, process in _current[0].silent.items():
             if process["host"] == host and process_state(process["pid"]) == ("T", process["started"]):
-                logger.error("rank %d, process %d, was stopped by a signal and is killed", rank, process["pid"])
+                logger.error(
+                    "%s, process %d, was stopped by a signal and is killed", rank_in_words(rank), process["pid"]
+                )
                 os.kill(process["pid"], signal.SIGKILL)
 
 
@@ -214,7 +217,7 @@ class PendingCollective:
         """Log who is missing in a collective that takes too long, unless it has ended meanwhile."""
         sentence = self._sentence(detector, f"has not ended for {time.monotonic() - self.since:.0f} s")
         if not self.has_ended():
-            logger.error("rank %d: %s", detector.rank, sentence)
+            logger.error("%s: %s", rank_in_words(detector.rank), sentence)
 
     def _explained(self, detector: _Detector, error: RuntimeError) -> HangError:
         text = _SOURCE.sub("", " ".join(str(error).split()))
@@ -222,9 +225,10 @@ class PendingCollective:
         with contextlib.suppress(RuntimeError):
             asked(detector.publish, STORE_SECONDS)  # a rank that loses this one next must find what it waited for
         # At once, before reading the store takes its seconds: after a lost peer a launcher ends this process soon.
-        logger.error("rank %d: %s failed (%s); who is missing follows", detector.rank, self._what(), text[:160])
+        me = rank_in_words(detector.rank)
+        logger.error("%s: %s failed (%s); who is missing follows", me, self._what(), text[:160])
         sentence = self._sentence(detector, f"failed ({text[:160]})")
-        logger.error("rank %d: %s", detector.rank, sentence)
+        logger.error("%s: %s", me, sentence)
         return HangError(sentence, secondary=lost)
 
     def _sentence(self, detector: _Detector, what_happened: str) -> str:
@@ -259,7 +263,8 @@ def missing_ranks(detector: _Detector, group: str, number: int, ranks: list[int]
         keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         return f"{keeper}, which keeps the job's store, has ended or is frozen ({str(gone).splitlines()[0][:80]})"
     ends: list[str] = []  # missing, and waiting for nobody
-    between: list[str] = []  # missing, and waiting for another rank
+    between: list[int] = []  # missing, and waiting for another rank
+    behind: list[str] = []  # the same in words
     seen = {detector.rank}
     questions = deque([(group, number, ranks)])
     while questions:
@@ -269,7 +274,7 @@ def missing_ranks(detector: _Detector, group: str, number: int, ranks: list[int]
                 continue
             if rank not in after:
                 seen.add(rank)
-                ends.append(f"rank {rank} has not started")
+                ends.append(f"{rank_in_words(rank)} has not started")
                 continue
             state = after[rank]
             silent = state["heartbeat"] == before.get(rank, {}).get("heartbeat")
@@ -281,12 +286,16 @@ def missing_ranks(detector: _Detector, group: str, number: int, ranks: list[int]
             seen.add(rank)
             questions.extend(state["waits"])
             stopped = f" and stopped after number {done} ({last})" if done < number else ""
-            said = f"rank {rank} {'has ended or is frozen' if silent else 'is alive'}{stopped}"
-            (between if _is_blocked(state["waits"], after) else ends).append(said)
+            said = f"{rank_in_words(rank)} {'has ended or is frozen' if silent else 'is alive'}{stopped}"
+            if _is_blocked(state["waits"], after):
+                between.append(rank)
+                behind.append(said)
+            else:
+                ends.append(said)
     if ends and between:
-        names = ", ".join(" ".join(said.split()[:2]) for said in between)
-        ends.append(f"between them and rank {detector.rank}: {names}")
-    return "; ".join(ends or between) or "no rank is behind"
+        names = ", ".join(map(rank_in_words, between))
+        ends.append(f"between them and {rank_in_words(detector.rank)}: {names}")
+    return "; ".join(ends or behind) or "no rank is behind"
 
 
 def _is_blocked(waits: list[Any], states: dict[int, dict[str, Any]]) -> bool:

@@ -26,6 +26,7 @@ from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.layers.linear import QuantizedWeight, is_expert, matrices
 from fp8moe.layers.recipe import Recompute
 from fp8moe.model.transformer import Transformer
+from fp8moe.parallel.place import rank_in_words
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, OptimizerConfig
 from fp8moe.train.run import Run
@@ -99,8 +100,8 @@ def out_of_memory_in_words(run: Run) -> Iterator[None]:
         cause = re.sub(r"\[[^\]]*:\d+\]\s*(err == 0\. )?", "", " ".join(str(error).split())).split(". ")[0][:200]
         held = in_words(measured_bytes(run.model, run.optimizer))
         raise OutOfMemoryError(
-            f"out of memory in step {run.step + 1} on rank {run.mesh.rank} ({cause}): it holds {held}, and activations "
-            f"and messages beside{_of_gpu(run.device)}: {', or '.join(_savings(run.config))}"
+            f"out of memory in step {run.step + 1} on {rank_in_words(run.mesh.rank)} ({cause}): it holds {held}, "
+            f"and activations and messages beside{_of_gpu(run.device)}: {', or '.join(_savings(run.config))}"
         ) from error
 
 

@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from fp8moe.errors import PreemptedError
 from fp8moe.parallel import hang
-from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
+from fp8moe.parallel.place import remember, this_place
 from fp8moe.schedule.build import FOLDED
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.rendezvous import meet
@@ -56,10 +57,12 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
     mesh = mesh_of(config, device)
     hang.start()
+    remember(gather(this_place(device.index), mesh.world_group))
     warm_up(mesh, device)
     Links(mesh, timeout).warm_up(device)
     yield mesh
     hang.stop()
+    remember([])
     dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
 
 
