@@ -99,7 +99,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
     """A temporary folder; those of launchers that were killed are removed."""
-    from fp8moe.parallel.hang import process_state, this_process
+    from fp8moe.parallel.place import process_state, this_process
 
     mine = this_process()
     for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{OWNER}"):

@@ -22,31 +22,29 @@ same sentence once, before that.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import logging
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from fp8moe.errors import LOST_PEER_PHRASES, HangError
-from fp8moe.parallel.asked import asked
-from fp8moe.parallel.place import rank_in_words
+from fp8moe.parallel.place import process_state, rank_in_words, this_process
 
 logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 HEARTBEAT = 1.0  # seconds
 STORE_SECONDS = 5.0  # that a report waits for the store
@@ -155,30 +153,6 @@ def end_frozen() -> None:
                     "%s, process %d, was stopped by a signal and is killed", rank_in_words(rank), process["pid"]
                 )
                 os.kill(process["pid"], signal.SIGKILL)
-
-
-@functools.cache
-def machine_id() -> str:
-    """What tells this machine, since its last start, from any other: Linux's boot id, elsewhere the node's name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else os.uname().nodename
-
-
-def this_process() -> dict[str, Any]:
-    """What tells this process from any other, here and later: machine, process namespace, number and start time."""
-    if sys.platform != "linux":
-        return {"host": None, "pid": os.getpid(), "started": None}
-    host = machine_id() + os.readlink("/proc/self/ns/pid")
-    return {"host": host, "pid": os.getpid(), "started": process_state(os.getpid())[1]}
-
-
-def process_state(pid: int) -> tuple[str, str]:
-    """A process's state (T: stopped) and start time from Linux's /proc; "" where there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
 
 
 class PendingCollective:
@@ -310,3 +284,23 @@ def _is_blocked(waits: list[Any], states: dict[int, dict[str, Any]]) -> bool:
 def _listed(ranks: list[int]) -> str:
     steps = {b - a for a, b in itertools.pairwise(ranks)}
     return f"{ranks[0]}-{ranks[-1]}" if steps == {1} else ", ".join(map(str, ranks))
+
+
+def asked(question: Callable[[], Answer], seconds: float) -> Answer:
+    """What `question` to the store gives; its calls wait for good on a process that is frozen.
+
+    It is asked on a thread that is left behind after `seconds`. RuntimeError then, or as it raises it.
+    """
+    answer: Future[Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="question to the store", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise RuntimeError(f"no answer within {seconds:g} s") from None

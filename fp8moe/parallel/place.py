@@ -1,4 +1,4 @@
-"""Where each rank runs: its host and its GPU, named in messages beside the rank.
+"""Where each rank runs: its host and its GPU, named in messages beside the rank; and what tells a process from others.
 
     ranks on several hosts    rank 3 (node01, gpu 3), without GPUs: rank 3 (node01)
     all on one host           rank 3 (gpu 3), without GPUs: rank 3
@@ -11,9 +11,13 @@ CUDA_VISIBLE_DEVICES where it lists numbers. The module loads no torch: the laun
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 MOST_LISTED = 16  # ranks in one message
 
@@ -63,3 +67,27 @@ def listed_ranks(ranks: Sequence[int]) -> str:
     """'1 (node00, gpu 1), 9 (node01, gpu 1)', after 'rank ' or 'ranks '; of many the first MOST_LISTED and a count."""
     words = ", ".join(rank_in_words(rank).removeprefix("rank ") for rank in ranks[:MOST_LISTED])
     return words if len(ranks) <= MOST_LISTED else f"{words} and {len(ranks) - MOST_LISTED} more"
+
+
+@functools.cache
+def machine_id() -> str:
+    """What tells this machine, since its last start, from any other: Linux's boot id, elsewhere the node's name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else os.uname().nodename
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from any other, here and later: machine, process namespace, number and start time."""
+    if sys.platform != "linux":
+        return {"host": None, "pid": os.getpid(), "started": None}
+    host = machine_id() + os.readlink("/proc/self/ns/pid")
+    return {"host": host, "pid": os.getpid(), "started": process_state(os.getpid())[1]}
+
+
+def process_state(pid: int) -> tuple[str, str]:
+    """A process's state (T: stopped) and start time from Linux's /proc; "" where there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]

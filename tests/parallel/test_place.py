@@ -84,3 +84,10 @@ def test_ranks_learn_of_each_other_and_a_hang_report_names_the_host() -> None:
     for rank, (said, missing) in enumerate(run_ranks(on_two_hosts, 2, port)):
         assert said == "rank 1 (node1)"
         assert missing.startswith(f"rank {1 - rank} (node{1 - rank}) is alive and stopped after number 0")
+
+
+def test_a_process_is_told_apart_where_there_is_proc_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = place.this_process()
+    assert mine["host"].startswith(place.machine_id()) and mine["started"] == place.process_state(os.getpid())[1] != ""
+    monkeypatch.setattr(place.sys, "platform", "darwin")
+    assert place.this_process() == {"host": None, "pid": os.getpid(), "started": None}
