@@ -4,6 +4,7 @@
 #   NPROC        processes on this node (default: one a GPU; a number on a machine without any)
 #   NNODES       nodes (default 1)          NODE_RANK    this node's number, 0 first (default: Slurm's, else 0)
 #   MASTER_ADDR  node 0, from all nodes     MASTER_PORT  a free port there (default 29500)
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface (default: that of the route to MASTER_ADDR)
 #   PYTHON       interpreter (default: .venv's when it is there, else python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +17,19 @@ fi
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python
   [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+fi
+
+# gloo takes the interface of the host's name and NCCL one of its own choice, which need not lead to the other nodes:
+# unless told otherwise, both take that of the route to node 0 (on node 0 itself, the one that has the address).
+if [ "$NNODES" -gt 1 ] && command -v ip >/dev/null; then
+  read -r address _ < <(getent ahosts "$MASTER_ADDR" || true) || address=
+  interface=$(ip -o route get "${address:-$MASTER_ADDR}" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' || true)
+  if [ "$interface" = lo ]; then
+    read -r _ interface _ < <(ip -o addr show to "${address:-$MASTER_ADDR}" 2>/dev/null || true) || interface=
+  fi
+  if [ -n "$interface" ]; then
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
+  fi
 fi
 
 # One thread a rank unless told otherwise: ranks on one node would fight for the cores.

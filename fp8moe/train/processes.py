@@ -19,9 +19,10 @@ from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
 from fp8moe.parallel.place import remember, this_place
 from fp8moe.schedule.build import FOLDED
 from fp8moe.train.config import TrainConfig
-from fp8moe.train.rendezvous import meet
+from fp8moe.train.rendezvous import connecting, meet
 from fp8moe.train.run_dir import PREEMPTED, claim, make_run_dir, mark_preempted
 from fp8moe.train.run_lock import release
+from fp8moe.train.shared_dir import check_shared
 
 WRITING_TIMEOUT = timedelta(minutes=30)  # the slowest rank's share of a checkpoint, on the slowest storage
 REPORT_AFTER = 0.8  # share of the timeout after which a collective that has not ended is reported
@@ -54,7 +55,8 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     # Both back ends, so that host-side objects (checkpoints, the run directory's name) never go through the GPU.
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     store, here = meet(timeout)
-    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
+    with connecting(here, nccl=device.type == "cuda"):
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
     mesh = mesh_of(config, device)
     hang.start()
     remember(gather(this_place(device.index), mesh.world_group))
@@ -123,6 +125,11 @@ def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
     if isinstance(answer[0], Exception):
         raise answer[0]
     assert answer[0] is not None
+    try:
+        check_shared(answer[0], mesh)
+    except BaseException:
+        release(answer[0])
+        raise
     return answer[0]
 
 
