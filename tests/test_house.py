@@ -247,39 +247,6 @@ def test_torchrun_on_many_nodes_takes_its_place_from_the_environment(tmp_path, p
     assert "--node-rank 1 " in launched("torchrun.sh", tmp_path, python, **many, SLURM_NODEID="2", NODE_RANK="1")[1]
 
 
-FAKE_IP = """#!/usr/bin/env bash
-case "$*" in
-  "-o route get 127.0.0.1") echo "local 127.0.0.1 dev ${ROUTE:-eth9} src 10.0.0.2 uid 0 \\    cache" ;;
-  "-o addr show to 127.0.0.1") echo "3: bond0    inet 127.0.0.1/24 brd 10.0.0.255 scope global bond0" ;;
-  *) exit 2 ;;
-esac
-"""
-
-
-def test_torchrun_takes_the_interface_that_leads_to_node_0(tmp_path, python):
-    (tmp_path / "bin").mkdir()
-    for name, body in (
-        ("ip", FAKE_IP),
-        ("getent", '#!/usr/bin/env bash\n[ "$2" = n0 ] && echo "127.0.0.1 STREAM n0"\n'),
-    ):
-        (tmp_path / "bin" / name).write_text(body)
-        (tmp_path / "bin" / name).chmod(0o755)
-    python.write_text('#!/usr/bin/env bash\necho "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME" >> "$LOG"\n')
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-
-    def interfaces(**environment):
-        done, line = launched("torchrun.sh", tmp_path, python, PATH=path, **environment)
-        assert done.returncode == 0, done.stderr
-        return line
-
-    many = {"NNODES": "2", "MASTER_ADDR": "n0"}
-    assert interfaces(**many) == "eth9 =eth9"
-    assert interfaces(**many, ROUTE="lo") == "bond0 =bond0"  # node 0 itself
-    assert interfaces(**many, GLOO_SOCKET_IFNAME="mine") == "mine =eth9"
-    assert interfaces(**many, NCCL_SOCKET_IFNAME="mine") == "eth9 mine"
-    assert interfaces(NNODES="2", MASTER_ADDR="unknown") == interfaces(NNODES="1") == ""
-
-
 def test_many_nodes_without_an_address_is_one_sentence(tmp_path, python):
     done, line = launched("torchrun.sh", tmp_path, python, NNODES="2")
     assert (done.returncode, line) == (2, "")

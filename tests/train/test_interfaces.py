@@ -73,15 +73,15 @@ def test_a_failed_connection_names_the_interface(monkeypatch: pytest.MonkeyPatch
 
 def test_real_gloo_with_a_name_that_no_interface_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GLOO, "nope0")
-    with pytest.raises(RendezvousError, match="GLOO_SOCKET_IFNAME=nope0 names no network interface"):
-        with connecting(HERE, nccl=False):
-            raise AssertionError("gloo is not asked")
+    no_interface = pytest.raises(RendezvousError, match="GLOO_SOCKET_IFNAME=nope0 names no network interface")
+    with no_interface, connecting(HERE, nccl=False):
+        raise AssertionError("gloo is not asked")
     monkeypatch.setattr(rendezvous, "wrong_interface", lambda *place, nccl: None)
-    with pytest.raises(RendezvousError, match=r"GLOO_SOCKET_IFNAME=nope0 on .*Unable to find address for: nope0"):
-        with connecting(HERE, nccl=False):
-            store = dist.HashStore()
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=5))
-            dist.new_group([0])
+    refused = pytest.raises(RendezvousError, match=r"GLOO_SOCKET_IFNAME=nope0 on .*Unable to find address for: nope0")
+    with refused, connecting(HERE, nccl=False):
+        store, limit = dist.HashStore(), timedelta(seconds=5)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=limit)
+        dist.new_group([0])
 
 
 @pytest.fixture
@@ -118,6 +118,39 @@ def test_another_kind_of_server_is_one_sentence_without_torchs_lines(
     assert capfd.readouterr().err == "of C++\n"
 
 
+FAKES = {
+    "ip": """
+case "$*" in
+  "-o route get 10.0.0.1") echo "10.0.0.1 via 10.0.0.9 dev ${ROUTE:-eth9} src 10.0.0.2 uid 0 \\    cache" ;;
+  "-o addr show to 10.0.0.1") echo "3: bond0    inet 10.0.0.1/24 brd 10.0.0.255 scope global bond0" ;;
+  *) exit 2 ;;
+esac
+""",
+    "getent": '[ "$2" = n0 ] && echo "10.0.0.1 STREAM n0"',
+    "python": 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME"',
+}
+
+
+def test_the_launcher_takes_the_interface_that_leads_to_node_0(tmp_path: Path) -> None:
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+
+    def chosen(**environ: str) -> str:
+        command = [str(ROOT / "launch" / "torchrun.sh")]
+        done = subprocess.run(command, env=path | environ, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.strip()
+
+    many = {"NNODES": "2", "MASTER_ADDR": "n0"}
+    assert chosen(**many) == "eth9 =eth9"
+    assert chosen(**many, ROUTE="lo") == "bond0 =bond0"  # node 0 itself
+    assert chosen(**many, GLOO_SOCKET_IFNAME="mine") == "mine =eth9"
+    assert chosen(**many, NCCL_SOCKET_IFNAME="mine") == "eth9 mine"
+    assert chosen(NNODES="2", MASTER_ADDR="unknown") == chosen(NNODES="1") == ""
+
+
 def namespaces() -> bool:
     made = shutil.which("ip") and os.getuid() == 0
     return bool(made) and subprocess.run(["ip", "netns", "add", "fp8moe-try"], capture_output=True).returncode == 0 \
@@ -149,12 +182,13 @@ def two_nodes() -> Iterator[list[list[str]]]:
 
 
 MEETING = """
-import sys, datetime, torch, torch.distributed as dist
+import datetime, torch, torch.distributed as dist
 from fp8moe.train.rendezvous import connecting, meet
-store, here = meet(datetime.timedelta(seconds=20))
+limit = datetime.timedelta(seconds=20)
+store, here = meet(limit)
 try:
     with connecting(here, nccl=False):
-        dist.init_process_group("gloo", store=store, rank=here.rank, world_size=2, timeout=datetime.timedelta(seconds=20))
+        dist.init_process_group("gloo", store=store, rank=here.rank, world_size=2, timeout=limit)
     one = torch.ones(1)
     dist.all_reduce(one)
     print("sum", int(one))

@@ -19,7 +19,7 @@ from tests.train.runs import configured
 
 
 def claimed(folder: Path, nodes: list[str], local: list[str], run_dir: str = "run") -> str:
-    """What claiming a run directory gives on a rank whose node has its own disk at `folder`/NODE, the working folder."""
+    """What claiming a run directory gives on a rank whose node has a disk of its own, `folder`/NODE."""
     rank = dist.get_rank()
     shared_dir.SECONDS = 0.3
     os.environ["LOCAL_RANK"] = local[rank]
@@ -41,14 +41,11 @@ def test_nodes_with_disks_of_their_own_are_named(tmp_path: Path) -> None:
         (tmp_path / node).mkdir()
     (tmp_path / "c" / "run").mkdir()
     answers = run_ranks(claimed, 4, tmp_path, ["a", "a", "b", "c"], ["0", "1", "0", "0"])
-    assert (
-        answers
-        == [
-            "run_dir=run must be on a file system that all nodes share: b has no such directory, c has another directory of "
-            "that name; rank 0 made it on a: use a run_dir on shared storage, the same path on every node"
-        ]
-        * 4
+    sentence = (
+        "run_dir=run must be on a file system that all nodes share: b has no such directory, c has another directory "
+        "of that name; rank 0 made it on a: use a run_dir on shared storage, the same path on every node"
     )
+    assert answers == [sentence] * 4
 
 
 def test_a_shared_directory_is_claimed(tmp_path: Path) -> None:
