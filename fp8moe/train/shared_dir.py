@@ -29,9 +29,9 @@ def check_shared(run_dir: Path, mesh: Mesh) -> None:
     if mesh.world_size == 1:
         return
     host = this_place(None).host
-    first, written = gather((host, _text(run_dir) if mesh.rank == 0 else None), mesh.world_group)[0]
+    first, written = gather((host, _text(run_dir / LOCK_FILE) if mesh.rank == 0 else None), mesh.world_group)[0]
     looks = mesh.rank > 0 and os.environ.get("LOCAL_RANK", "0") == "0"
-    problem = _problem(run_dir, written) if looks else None
+    problem = lacks(run_dir, LOCK_FILE, written) if looks else None
     found = gather(None if problem is None else (host, problem), mesh.world_group)
     named = dict(one for one in reversed(found) if one is not None)  # the node's first rank's word stays
     if not named:
@@ -44,20 +44,20 @@ def check_shared(run_dir: Path, mesh: Mesh) -> None:
     )
 
 
-def _problem(run_dir: Path, written: str | None) -> str | None:
-    """What a node lacks of the run directory; None where the lock there is rank 0's."""
+def lacks(folder: Path, name: str, written: str | None) -> str | None:
+    """What this node lacks of `folder`, a clause; None where the file `name` there holds what rank 0 has written."""
     deadline = time.monotonic() + SECONDS
-    while (text := _text(run_dir)) != written or text is None:
+    while (text := _text(folder / name)) != written or text is None:
         if time.monotonic() > deadline:
-            if not run_dir.is_dir():
+            if not folder.is_dir():
                 return "has no such directory"
             return "has another directory of that name" if text is None else "has another run's directory there"
         time.sleep(min(0.5, SECONDS / 5))
     return None
 
 
-def _text(run_dir: Path) -> str | None:
+def _text(path: Path) -> str | None:
     with contextlib.suppress(OSError):
-        os.listdir(run_dir)  # asks a file server anew
-        return (run_dir / LOCK_FILE).read_text(encoding="utf-8")
+        os.listdir(path.parent)  # asks a file server anew
+        return path.read_text(encoding="utf-8")
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -67,6 +68,8 @@ def test_sentences_on_a_state_name_the_places() -> None:
 def on_two_hosts(port: int) -> tuple[str, str]:
     """What a rank says of rank 1, and of the other one in a hang report."""
     rank = dist.get_rank()
+    dist.barrier()  # a rank that is still connecting would lose this one
+    time.sleep(0.1)
     dist.destroy_process_group()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.uname = lambda: SimpleNamespace(nodename=f"node{rank}.cluster")  # type: ignore[assignment, return-value]

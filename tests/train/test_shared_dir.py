@@ -57,9 +57,9 @@ def test_a_shared_directory_is_claimed(tmp_path: Path) -> None:
 def test_a_copy_of_the_directory_and_a_file_that_shows_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_dir, "SECONDS", 0.2)
     (tmp_path / LOCK_FILE).write_text("an older run's")
-    assert shared_dir._problem(tmp_path, "rank 0's") == "has another run's directory there"
+    assert shared_dir.lacks(tmp_path, LOCK_FILE, "rank 0's") == "has another run's directory there"
     monkeypatch.setattr(shared_dir, "SECONDS", 5.0)
     shows: list[str | None] = [None, None, "rank 0's"]
-    monkeypatch.setattr(shared_dir, "_text", lambda run_dir: shows.pop(0))
+    monkeypatch.setattr(shared_dir, "_text", lambda path: shows.pop(0))
     monkeypatch.setattr(shared_dir.time, "sleep", lambda seconds: None)
-    assert shared_dir._problem(tmp_path, "rank 0's") is None and not shows
+    assert shared_dir.lacks(tmp_path, LOCK_FILE, "rank 0's") is None and not shows
