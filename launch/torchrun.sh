@@ -5,6 +5,7 @@
 #   NNODES       nodes (default 1)          NODE_RANK    this node's number, 0 first (default: Slurm's, else 0)
 #   MASTER_ADDR  node 0, from all nodes     MASTER_PORT  a free port there (default 29500)
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface (default: that of the route to MASTER_ADDR)
+#   COMMAND      what each process runs (default train; doctor looks at all nodes)
 #   PYTHON       interpreter (default: .venv's when it is there, else python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -48,4 +49,4 @@ exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NNODES" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" --nproc-per-node "${NPROC:-gpu}" \
   --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --max-restarts "$RESTARTS" \
-  -m fp8moe train "$@"
+  -m fp8moe "${COMMAND:-train}" "$@"

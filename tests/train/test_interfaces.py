@@ -127,7 +127,7 @@ case "$*" in
 esac
 """,
     "getent": '[ "$2" = n0 ] && echo "10.0.0.1 STREAM n0"',
-    "python": 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME"',
+    "python": 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME ${@: -2}"',
 }
 
 
@@ -141,10 +141,12 @@ def test_the_launcher_takes_the_interface_that_leads_to_node_0(tmp_path: Path) -
         command = [str(ROOT / "launch" / "torchrun.sh")]
         done = subprocess.run(command, env=path | environ, capture_output=True, text=True, timeout=30)
         assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout.strip()
+        *interfaces, package, command_name = done.stdout.split()
+        assert (package, command_name) == ("fp8moe", environ.get("COMMAND", "train"))
+        return " ".join(interfaces)
 
     many = {"NNODES": "2", "MASTER_ADDR": "n0"}
-    assert chosen(**many) == "eth9 =eth9"
+    assert chosen(**many) == chosen(**many, COMMAND="doctor") == "eth9 =eth9"
     assert chosen(**many, ROUTE="lo") == "bond0 =bond0"  # node 0 itself
     assert chosen(**many, GLOO_SOCKET_IFNAME="mine") == "mine =eth9"
     assert chosen(**many, NCCL_SOCKET_IFNAME="mine") == "eth9 mine"
