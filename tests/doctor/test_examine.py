@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fp8moe.doctor import host, network
@@ -169,3 +170,11 @@ def test_a_network_that_is_not_what_it_should_be(monkeypatch: pytest.MonkeyPatch
     assert found(20.0, 1.0, SimpleNamespace(type="cpu")) == []
     monkeypatch.setattr(network, "INFINIBAND", tmp_path / "none")
     assert found(300.0, 1.0) == []
+
+
+def test_a_ranks_speed_is_the_median_over_its_partners_of_the_fastest_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([[4e-6, 1e-6], [2e-6, 9e-6], [8e-6, 8e-6]])
+    monkeypatch.setattr(network, "_times", lambda *arguments: next(times))
+    group: Any = SimpleNamespace(size=lambda: 4, rank=lambda: 0)
+    speed = network._in_pairs(group, torch.device("cpu"), network.Sizes(1000, 2))
+    assert speed == pytest.approx(1000 / 2e-6 / 1e9)
