@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
     "inspect": ("fp8moe.cli.checkpoint:inspect", "print what a checkpoint holds"),
+    "doctor": ("fp8moe.cli.doctor", "look for what would prevent or slow a run on this machine, or on all nodes"),
     "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),
 }
 

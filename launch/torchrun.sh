@@ -5,6 +5,8 @@
 #   NNODES       nodes (default 1)          NODE_RANK    this node's number, 0 first (default: Slurm's, else 0)
 #   MASTER_ADDR  node 0, from all nodes     MASTER_PORT  a free port there (default 29500)
 #   PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT, PET_NPROC_PER_NODE: where those are unset (Kubeflow's)
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface (default: that of the route to MASTER_ADDR)
+#   COMMAND      what each process runs (default train; doctor looks at all nodes)
 #   PYTHON       interpreter (default: .venv's when it is there, else python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,6 +25,19 @@ if [ -z "${PYTHON:-}" ]; then
   [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 fi
 
+# gloo takes the interface of the host's name and NCCL one of its own choice, which need not lead to the other nodes:
+# unless told otherwise, both take that of the route to node 0 (on node 0 itself, the one that has the address).
+if [ "$NNODES" -gt 1 ] && command -v ip >/dev/null; then
+  read -r address _ < <(getent ahosts "$MASTER_ADDR" || true) || address=
+  interface=$(ip -o route get "${address:-$MASTER_ADDR}" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' || true)
+  if [ "$interface" = lo ]; then
+    read -r _ interface _ < <(ip -o addr show to "${address:-$MASTER_ADDR}" 2>/dev/null || true) || interface=
+  fi
+  if [ -n "$interface" ]; then
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
+  fi
+fi
+
 # One thread a rank unless told otherwise: ranks on one node would fight for the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Expert groups change size each step; segments that grow keep the caching allocator from fragmenting on them.
@@ -39,4 +54,4 @@ exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC" \
   --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --max-restarts "$RESTARTS" \
-  -m fp8moe train "$@"
+  -m fp8moe "${COMMAND:-train}" "$@"

@@ -100,7 +100,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
     """A temporary folder; those of launchers that were killed are removed."""
-    from fp8moe.parallel.hang import process_state, this_process
+    from fp8moe.parallel.place import process_state, this_process
 
     mine = this_process()
     for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{OWNER}"):
@@ -199,7 +199,9 @@ def report(failure: Failure) -> None:
         return
     if failure.traceback:
         print(failure.traceback, file=sys.stderr, end="")
-    prefix = "" if failure.shared else f"rank {rank}: "
+    from fp8moe.parallel.place import rank_in_words
+
+    prefix = "" if failure.shared else f"{rank_in_words(int(rank))}: "
     print(f"fp8moe: {prefix}{failure.sentence}", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fp8moe.parallel import hang
+from fp8moe.parallel import hang, place
 from fp8moe.profile.spans import waiting
 
 CLOCK_ROUNDS = 9
@@ -192,7 +192,7 @@ def clock_offset(group: ProcessGroup | None) -> float:
     Ranks of one machine share a clock: perf_counter counts from the machine's start on Linux.
     """
     readings = []
-    machine = hang.machine_id()
+    machine = place.machine_id()
     for _ in range(CLOCK_ROUNDS):
         gather(None, group)
         readings.append(time.perf_counter())

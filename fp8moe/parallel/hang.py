@@ -22,30 +22,29 @@ same sentence once, before that.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import logging
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from fp8moe.errors import LOST_PEER_PHRASES, HangError
-from fp8moe.parallel.asked import asked
+from fp8moe.parallel.place import process_state, rank_in_words, this_process
 
 logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 HEARTBEAT = 1.0  # seconds
 STORE_SECONDS = 5.0  # that a report waits for the store
@@ -150,32 +149,10 @@ def end_frozen() -> None:
         host = this_process()["host"]
         for rank, process in _current[0].silent.items():
             if process["host"] == host and process_state(process["pid"]) == ("T", process["started"]):
-                logger.error("rank %d, process %d, was stopped by a signal and is killed", rank, process["pid"])
+                logger.error(
+                    "%s, process %d, was stopped by a signal and is killed", rank_in_words(rank), process["pid"]
+                )
                 os.kill(process["pid"], signal.SIGKILL)
-
-
-@functools.cache
-def machine_id() -> str:
-    """What tells this machine, since its last start, from any other: Linux's boot id, elsewhere the node's name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else os.uname().nodename
-
-
-def this_process() -> dict[str, Any]:
-    """What tells this process from any other, here and later: machine, process namespace, number and start time."""
-    if sys.platform != "linux":
-        return {"host": None, "pid": os.getpid(), "started": None}
-    host = machine_id() + os.readlink("/proc/self/ns/pid")
-    return {"host": host, "pid": os.getpid(), "started": process_state(os.getpid())[1]}
-
-
-def process_state(pid: int) -> tuple[str, str]:
-    """A process's state (T: stopped) and start time from Linux's /proc; "" where there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
 
 
 class PendingCollective:
@@ -214,7 +191,7 @@ class PendingCollective:
         """Log who is missing in a collective that takes too long, unless it has ended meanwhile."""
         sentence = self._sentence(detector, f"has not ended for {time.monotonic() - self.since:.0f} s")
         if not self.has_ended():
-            logger.error("rank %d: %s", detector.rank, sentence)
+            logger.error("%s: %s", rank_in_words(detector.rank), sentence)
 
     def _explained(self, detector: _Detector, error: RuntimeError) -> HangError:
         text = _SOURCE.sub("", " ".join(str(error).split()))
@@ -222,9 +199,10 @@ class PendingCollective:
         with contextlib.suppress(RuntimeError):
             asked(detector.publish, STORE_SECONDS)  # a rank that loses this one next must find what it waited for
         # At once, before reading the store takes its seconds: after a lost peer a launcher ends this process soon.
-        logger.error("rank %d: %s failed (%s); who is missing follows", detector.rank, self._what(), text[:160])
+        me = rank_in_words(detector.rank)
+        logger.error("%s: %s failed (%s); who is missing follows", me, self._what(), text[:160])
         sentence = self._sentence(detector, f"failed ({text[:160]})")
-        logger.error("rank %d: %s", detector.rank, sentence)
+        logger.error("%s: %s", me, sentence)
         return HangError(sentence, secondary=lost)
 
     def _sentence(self, detector: _Detector, what_happened: str) -> str:
@@ -259,7 +237,8 @@ def missing_ranks(detector: _Detector, group: str, number: int, ranks: list[int]
         keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         return f"{keeper}, which keeps the job's store, has ended or is frozen ({str(gone).splitlines()[0][:80]})"
     ends: list[str] = []  # missing, and waiting for nobody
-    between: list[str] = []  # missing, and waiting for another rank
+    between: list[int] = []  # missing, and waiting for another rank
+    behind: list[str] = []  # the same in words
     seen = {detector.rank}
     questions = deque([(group, number, ranks)])
     while questions:
@@ -269,7 +248,7 @@ def missing_ranks(detector: _Detector, group: str, number: int, ranks: list[int]
                 continue
             if rank not in after:
                 seen.add(rank)
-                ends.append(f"rank {rank} has not started")
+                ends.append(f"{rank_in_words(rank)} has not started")
                 continue
             state = after[rank]
             silent = state["heartbeat"] == before.get(rank, {}).get("heartbeat")
@@ -281,12 +260,16 @@ def missing_ranks(detector: _Detector, group: str, number: int, ranks: list[int]
             seen.add(rank)
             questions.extend(state["waits"])
             stopped = f" and stopped after number {done} ({last})" if done < number else ""
-            said = f"rank {rank} {'has ended or is frozen' if silent else 'is alive'}{stopped}"
-            (between if _is_blocked(state["waits"], after) else ends).append(said)
+            said = f"{rank_in_words(rank)} {'has ended or is frozen' if silent else 'is alive'}{stopped}"
+            if _is_blocked(state["waits"], after):
+                between.append(rank)
+                behind.append(said)
+            else:
+                ends.append(said)
     if ends and between:
-        names = ", ".join(" ".join(said.split()[:2]) for said in between)
-        ends.append(f"between them and rank {detector.rank}: {names}")
-    return "; ".join(ends or between) or "no rank is behind"
+        names = ", ".join(map(rank_in_words, between))
+        ends.append(f"between them and {rank_in_words(detector.rank)}: {names}")
+    return "; ".join(ends or behind) or "no rank is behind"
 
 
 def _is_blocked(waits: list[Any], states: dict[int, dict[str, Any]]) -> bool:
@@ -301,3 +284,23 @@ def _is_blocked(waits: list[Any], states: dict[int, dict[str, Any]]) -> bool:
 def _listed(ranks: list[int]) -> str:
     steps = {b - a for a, b in itertools.pairwise(ranks)}
     return f"{ranks[0]}-{ranks[-1]}" if steps == {1} else ", ".join(map(str, ranks))
+
+
+def asked(question: Callable[[], Answer], seconds: float) -> Answer:
+    """What `question` to the store gives; its calls wait for good on a process that is frozen.
+
+    It is asked on a thread that is left behind after `seconds`. RuntimeError then, or as it raises it.
+    """
+    answer: Future[Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="question to the store", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise RuntimeError(f"no answer within {seconds:g} s") from None

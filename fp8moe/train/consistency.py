@@ -27,6 +27,7 @@ from fp8moe.data.sampler import rank_slice
 from fp8moe.errors import ReplicaError
 from fp8moe.layers.linear import QuantizedWeight, is_expert
 from fp8moe.parallel.collectives import gather
+from fp8moe.parallel.place import listed_ranks
 from fp8moe.train.batch import microbatches_of
 from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.run import Run
@@ -44,7 +45,7 @@ class Difference:
     others: int
 
     def __str__(self) -> str:
-        listed = ", ".join(str(rank) for rank in self.ranks)
+        listed = listed_ranks(self.ranks)
         if not self.others:
             return f"{self.name} differs between the ranks {listed}, which should hold the same bits"
         whose = f"rank {listed}" if len(self.ranks) == 1 else f"the ranks {listed}"
@@ -61,7 +62,7 @@ def check_consistency(run: Run) -> None:
     found = dict.fromkeys(str(one) for ranks in gather(mine, mesh.world_group) for one in ranks)
     if not found:
         repeats = gather(_repeats(run), mesh.world_group)
-        ranks = ", ".join(str(rank) for rank, same in enumerate(repeats) if not same)
+        ranks = listed_ranks([rank for rank, same in enumerate(repeats) if not same])
         found = dict.fromkeys([f"one forward done twice gave two losses on rank {ranks}"] if ranks else [])
     if found:
         before = run.step - run.config.guard.consistency_every

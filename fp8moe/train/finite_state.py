@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fp8moe.parallel.place import listed_ranks
+
 
 def not_finite(tensors: Mapping[str, Sequence[Tensor]]) -> list[str]:
     """Names of those whose parts, of any dtype and device, are not all finite. Waits for a device once."""
@@ -40,7 +42,7 @@ def described(of_ranks: Sequence[Sequence[str]]) -> str | None:
     names = [name for found in of_ranks for name in found]
     if not names:
         return None
-    ranks = [str(rank) for rank, found in enumerate(of_ranks) if names[0] in found]
+    ranks = [rank for rank, found in enumerate(of_ranks) if names[0] in found]
     others = len(set(names)) - 1
     more = "" if not others else f", nor {'is' if others == 1 else 'are'} {others} other tensor{'s'[: others > 1]},"
-    return f"{names[0]} is not finite on rank{'s'[: len(ranks) > 1]} {', '.join(ranks)}{more}"
+    return f"{names[0]} is not finite on rank{'s'[: len(ranks) > 1]} {listed_ranks(ranks)}{more}"

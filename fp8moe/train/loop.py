@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from fp8moe.errors import NonFiniteError
+from fp8moe.parallel.place import rank_in_words
 from fp8moe.train import checkpoint
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
@@ -66,7 +67,7 @@ def train(
                 with out_of_memory_in_words(run), no_collection_within_steps():
                     return run_to_end(run, started, last_lines)
             except Exception:
-                logger.exception("rank %d ends here", mesh.rank)
+                logger.exception("%s ends here", rank_in_words(mesh.rank))
                 raise
 
 

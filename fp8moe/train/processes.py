@@ -13,13 +13,15 @@ import torch.distributed as dist
 
 from fp8moe.errors import PreemptedError
 from fp8moe.parallel import hang
-from fp8moe.parallel.collectives import all_reduce
+from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
+from fp8moe.parallel.place import remember, this_place
 from fp8moe.train.config import TrainConfig, is_tied
-from fp8moe.train.rendezvous import meet
+from fp8moe.train.rendezvous import connecting, meet
 from fp8moe.train.run_dir import PREEMPTED, claim, make_run_dir, mark_preempted
 from fp8moe.train.run_lock import release
+from fp8moe.train.shared_dir import check_shared
 
 WRITING_TIMEOUT = timedelta(minutes=30)  # the slowest rank's share of a checkpoint, on the slowest storage
 REPORT_AFTER = 0.8  # share of the timeout after which a collective that has not ended is reported
@@ -27,7 +29,12 @@ REPORT_AFTER = 0.8  # share of the timeout after which a collective that has not
 
 def choose_device(config: TrainConfig) -> torch.device:
     """This rank's device: its own GPU, by LOCAL_RANK, or the CPU."""
-    if config.device == "cpu" or not torch.cuda.is_available():
+    return torch.device("cpu") if config.device == "cpu" else own_device()
+
+
+def own_device() -> torch.device:
+    """The GPU of LOCAL_RANK, made the current one; the CPU where torch sees none. ValueError: too few GPUs."""
+    if not torch.cuda.is_available():
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= count:
@@ -48,18 +55,32 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[Mesh]:
     if parallel.pp * config.dp == 1:
         yield build_mesh(1, 1, 1, timeout=timeout)
         return
+    join(device, timeout)
+    mesh = mesh_of(config, device)
+    hang.start()
+    remember(gather(this_place(device.index), mesh.world_group))
+    warm_up(mesh, device)
+    Links(mesh, timeout).warm_up(device)
+    yield mesh
+    leave()
+
+
+def join(device: torch.device, timeout: timedelta) -> None:
+    """Meet the other ranks and make the first group of all. Raises RendezvousError."""
     record_nccl()
     # Both back ends, so that host-side objects (checkpoints, the run directory's name) never go through the GPU.
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     store, here = meet(timeout)
-    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
-    mesh = mesh_of(config, device)
-    hang.start()
-    warm_up(mesh, device)
-    Links(mesh, timeout).warm_up(device)
-    yield mesh
+    with connecting(here, nccl=device.type == "cuda"):
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
+
+
+def leave() -> None:
+    """End what `join` and the hang detector began; not after an error: it would wait for peers, and the process ends
+    anyway."""
     hang.stop()
-    dist.destroy_process_group()  # not after an error: it would wait for peers, and the process ends anyway
+    remember([])
+    dist.destroy_process_group()
 
 
 def mesh_of(config: TrainConfig, device: torch.device) -> Mesh:
@@ -119,6 +140,11 @@ def claim_run_dir(config: TrainConfig, mesh: Mesh) -> Path:
     if isinstance(answer[0], Exception):
         raise answer[0]
     assert answer[0] is not None
+    try:
+        check_shared(answer[0], mesh)
+    except BaseException:
+        release(answer[0])
+        raise
     return answer[0]
 
 

@@ -2,20 +2,24 @@
 
 RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (LOCAL_RANK and LOCAL_WORLD_SIZE too, where set) are checked before torch
 reads them. Then rank 0 tries whether the port is free, and the others wait for a listener there, before torch's store
-is asked: torch would fill the screen with C++ lines first. The store is made on a thread, because torch waits without
-an end for a port that accepts a connection and never answers. Each error is one sentence of every rank that meets it:
-rank 0 may not exist, or be on another machine.
+is asked: torch would fill the screen with C++ lines first. What torch still writes, of another kind of server that
+listens there, is kept back and shown only where no sentence says it. The store is made on a thread, because torch waits
+without an end for a port that accepts a connection and never answers. Each error is one sentence of every rank that
+meets it: rank 0 may not exist, or be on another machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import socket
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fp8moe.errors import ConfigError
+from fp8moe.train.interfaces import unreached, wrong_interface
 
 RESOLVE_SECONDS = 60.0  # a name may be new to the machine, on clusters that make one for each job
 GRACE = 5.0  # seconds that torch may take beyond its own timeout
@@ -79,6 +84,11 @@ def meet(timeout: timedelta) -> tuple[dist.Store, Place]:
     """The store that all ranks share. Raises RendezvousError where they do not find each other within `timeout`."""
     here, seconds = place(os.environ), timeout.total_seconds()
     deadline = time.monotonic() + seconds
+    with _without_torchs_lines():
+        return _store(here, timeout, deadline, seconds), here
+
+
+def _store(here: Place, timeout: timedelta, deadline: float, seconds: float) -> dist.Store:
     if here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _check_free(here.port)
         _resolve(here, deadline)
@@ -92,7 +102,45 @@ def meet(timeout: timedelta) -> tuple[dist.Store, Place]:
         raise _no_answer(here, seconds, "what listens there answers nothing")
     if isinstance(found[0], Exception):
         raise _explained(found[0], here, seconds) from found[0]
-    return found[0], here
+    store: dist.Store = found[0]
+    return store
+
+
+@contextlib.contextmanager
+def connecting(here: Place, *, nccl: bool) -> Iterator[None]:
+    """Around the making of the first group: an interface that is wrong is a RendezvousError. nccl: GPUs are used."""
+    if (wrong := wrong_interface(here.address, here.port, nccl=nccl)) is not None:
+        raise RendezvousError(wrong)
+    with _without_torchs_lines():
+        try:
+            yield
+        except RuntimeError as error:
+            if (sentence := unreached(error, here.address, here.port)) is None:
+                raise
+            raise RendezvousError(sentence) from error
+
+
+@contextlib.contextmanager
+def _without_torchs_lines() -> Iterator[None]:
+    """Keep what C++ code writes to stderr in the block; it is shown behind it, unless a RendezvousError says it all.
+
+    Python's own stderr stays: a signal may end the process here, with a sentence.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+        os.dup2(kept.fileno(), 2)
+        explained = False
+        try:
+            with contextlib.redirect_stderr(terminal):
+                yield
+        except RendezvousError:
+            explained = True
+            raise
+        finally:
+            os.dup2(terminal.fileno(), 2)
+            kept.seek(0)
+            if not explained and (text := kept.read()):
+                os.write(2, text)
 
 
 def _make_store(found: list[Any], timeout: timedelta) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8moe.errors import ConfigError
-from fp8moe.parallel.hang import process_state, this_process
+from fp8moe.parallel.place import process_state, this_process
 
 LOCK_FILE = "lock"
 HEARTBEAT = 5.0  # seconds

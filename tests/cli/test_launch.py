@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from fp8moe.__main__ import main
 from fp8moe.cli import launch, loopback
 from fp8moe.cli.command import Failure
-from fp8moe.parallel import hang
+from fp8moe.parallel import hang, place
 from tests.train.runs import SMALL, write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -226,7 +226,7 @@ def test_folders_of_dead_launchers_go_and_those_of_live_ones_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    alive = hang.this_process()
+    alive = place.this_process()
     owners = {
         "dead": alive | {"started": "0"},
         "alive": alive,

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from fp8moe.errors import EXIT
-from fp8moe.parallel.hang import process_state
+from fp8moe.parallel.place import process_state
 from fp8moe.train import checkpoint
 from tests.faults.runs import LIMIT, SETTINGS, newest, start, steps, undisturbed, wait_until, went_on
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8moe.parallel import collectives, hang
+from fp8moe.parallel import collectives, place
 from fp8moe.parallel.collectives import (
     Parts,
     all_gather,
@@ -116,7 +116,7 @@ def offsets(behind: list[float], machines: list[str]) -> float:
     """On each rank: its offset, if its clock were `behind` by that much."""
     rank = dist.get_rank()
     real = time.perf_counter
-    hang.machine_id = lambda: machines[rank]
+    place.machine_id = lambda: machines[rank]
     collectives.time = type("Clock", (), {"perf_counter": staticmethod(lambda: real() - behind[rank])})  # type: ignore[assignment]
     return clock_offset(dist.group.WORLD)
 

@@ -16,7 +16,7 @@ import torch
 
 from fp8moe.cli.command import explain
 from fp8moe.errors import HangError
-from fp8moe.parallel import hang
+from fp8moe.parallel import hang, place
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh, warm_up
@@ -89,11 +89,11 @@ def test_only_a_stopped_process_of_this_machine_is_ended() -> None:
     sleeper = ["sleep", "60"]
     stopped, alive, elsewhere, reused = (subprocess.Popen(sleeper) for _ in range(4))
     try:
-        host = hang.this_process()["host"]
+        host = place.this_process()["host"]
         for process in (stopped, elsewhere, reused):
             process.send_signal(signal.SIGSTOP)
-        silent = [{"host": host, "pid": p.pid, "started": hang.process_state(p.pid)[1]} for p in (stopped, alive)]
-        silent.append({"host": "another", "pid": elsewhere.pid, "started": hang.process_state(elsewhere.pid)[1]})
+        silent = [{"host": host, "pid": p.pid, "started": place.process_state(p.pid)[1]} for p in (stopped, alive)]
+        silent.append({"host": "another", "pid": elsewhere.pid, "started": place.process_state(elsewhere.pid)[1]})
         silent.append({"host": host, "pid": reused.pid, "started": "1"})
         silent.append({"host": host, "pid": 2**22 + 1, "started": "1"})  # no such process
         hang._current.append(hang._Detector(None, 0, None, silent=dict(enumerate(silent))))  # type: ignore[arg-type]
@@ -146,10 +146,3 @@ def undetected() -> str:
 
 def test_without_a_detector_the_error_is_the_back_ends() -> None:
     assert run_ranks(undetected, 2, absent=(1,))[0]
-
-
-def test_a_process_is_told_apart_where_there_is_proc_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = hang.this_process()
-    assert mine["host"].startswith(hang.machine_id()) and mine["started"] == hang.process_state(os.getpid())[1] != ""
-    monkeypatch.setattr(hang.sys, "platform", "darwin")
-    assert hang.this_process() == {"host": None, "pid": os.getpid(), "started": None}

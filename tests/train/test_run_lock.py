@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fp8moe.errors import ConfigError
-from fp8moe.parallel.hang import process_state, this_process
+from fp8moe.parallel.place import process_state, this_process
 from fp8moe.train import run_lock
 from fp8moe.train.run_lock import LOCK_FILE, acquire, release
 

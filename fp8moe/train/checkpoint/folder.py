@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fp8moe.data.durable import unwritable
 from fp8moe.errors import ConfigError, DataError, SpaceError
+from fp8moe.parallel.place import rank_in_words
 from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.files import Folder, clear, delete, folder_of, write_bytes, writing_problem
 from fp8moe.train.checkpoint.location import Location
@@ -127,7 +128,7 @@ def _one_sentence(path: Location) -> Iterator[None]:
         cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         number = cause.errno if isinstance(cause, OSError) else None
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else _last_line(cause)
-        raise unwritable(f"checkpoint {path}", OSError(number, f"rank {rank}: {reason}"), advice) from failed
+        raise unwritable(f"checkpoint {path}", OSError(number, f"{rank_in_words(rank)}: {reason}"), advice) from failed
 
 
 @contextlib.contextmanager
