@@ -31,9 +31,9 @@ from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.ema import EmaConfig
 from fp8moe.train.guard import GuardConfig
-from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_name, check_run_dir
+from fp8moe.train.trackers import LoggingConfig, check_trackers
 from fp8moe.train.validation import ValidationConfig
 
 
@@ -224,7 +224,7 @@ def resolve(
             background=config.checkpoint.background,
             averaged=config.ema.decay is not None,
         )
-    check_wandb(config.logging)
+    check_trackers(config.logging)
     config = dataclasses.replace(config, checkpoint=config.checkpoint.resolved())
     check_run_dir(config.run_dir, config.resume)
     _check_resume(config, foreign)

@@ -1,7 +1,7 @@
 """The run directory: made by rank 0, one a run, never overwritten.
 
     config.yaml  config-STEP.yaml  tokenizer.json  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
-    wandb-id (of wandb's run, where it is used)
+    metrics.prom (the latest figures, for Prometheus)  tensorboard/  wandb/  wandb-id (where those are used)
     lock (while a run writes here)  preempted (what was saved, if a signal ended the run)  starts.jsonl
 
 It is self-contained: a run that goes on takes its configuration from there, and whoever decodes its tokens the
