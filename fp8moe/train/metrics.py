@@ -1,26 +1,20 @@
 """Metrics of each step, written to `metrics.jsonl` always and to wandb when configured.
 
-One line of JSON a step, appended and closed, so that a run that dies has written every step it finished. A number that
-is not finite is written as null: JSON has no such number, and most readers refuse Python's NaN. wandb runs in a
-process of its own (`train.wandb_run`), only when it is configured, and logs offline where no key is set; it never ends
-a run.
+One line of JSON a step (`train.json_lines`). wandb runs in a process of its own (`train.wandb_run`), only when it is
+configured, and logs offline where no key is set; it never ends a run.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8moe.data.durable import write_text
 from fp8moe.errors import ConfigError
 from fp8moe.limits import COUNT, POSITIVE, check_fields
+from fp8moe.train.json_lines import METRICS, JsonLines, finite
 from fp8moe.train.wandb_run import WandbRun, is_installed
 
 _logger = logging.getLogger(__name__)
@@ -93,15 +87,6 @@ class StepReport:
     skipped_samples: tuple[int, int] | None = None
 
 
-def finite(value: Any) -> Any:
-    """`value` with every float that is not finite, which JSON cannot hold, replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def check_wandb(config: LoggingConfig) -> None:
     """Raises ConfigError when wandb is configured and not installed."""
     if config.wandb and not is_installed():
@@ -127,10 +112,8 @@ class MetricsWriter:
         after_step: int,
         warn: Callable[[str], None] = _logger.warning,
     ):
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            _keep_until(path, after_step)
-        self._path, self._warn = path, warn
+        self._lines, self._warn = JsonLines(run_dir / METRICS), warn
+        self._lines.keep_until(after_step)
         self._wandb: WandbRun | None = None
         if config.wandb:
             check_wandb(config)
@@ -141,28 +124,12 @@ class MetricsWriter:
 
     def forget_after(self, step: int) -> None:
         """Remove the records of later steps, which are done again."""
-        _keep_until(self._path, step)
-
-    _unwritten = ""  # lines that the disk had no room for
-
-    def _append(self, line: str) -> None:
-        """Write a line; one that can't be written waits for the next: what a full disk means the checkpoints decide."""
-        text, size = self._unwritten + line, self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(text)
-            self._unwritten = ""
-        except OSError as error:
-            if not self._unwritten:
-                logging.getLogger(__name__).warning("%s can't be written (%s)", self._path, error.strerror)
-            self._unwritten = text
-            with contextlib.suppress(OSError):  # half of it may be there
-                os.truncate(self._path, size)
+        self._lines.keep_until(step)
 
     def write(self, report: StepReport, extra: Mapping[str, Any]) -> None:
         """Log one step; `extra` holds what only some steps have, such as a validation loss."""
         record = finite({**asdict(report), **extra})
-        self._append(json.dumps(record, allow_nan=False) + "\n")
+        self._lines.append(record)
         if self._wandb is not None:
             flat = {key: value for key, value in record.items() if key != "time"}
             flat |= {f"time/{key}": value for key, value in record["time"].items()}
@@ -182,14 +149,3 @@ class MetricsWriter:
     def _give_up(self, reason: str) -> None:
         self._wandb = None
         self._warn(f"wandb logs no more ({reason.rstrip('.')}): the run goes on, metrics.jsonl has every step")
-
-
-def _keep_until(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # the last line of a run that was killed while writing it
-            continue
-    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fp8moe.errors import ConfigError
-from fp8moe.train.metrics import LoggingConfig, MetricsWriter, StepReport, StepSeconds, check_wandb, finite
+from fp8moe.train.json_lines import finite
+from fp8moe.train.metrics import LoggingConfig, MetricsWriter, StepReport, StepSeconds, check_wandb
 
 REPORT = StepReport(
     step=1,
