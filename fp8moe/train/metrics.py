@@ -1,23 +1,18 @@
 """Metrics of each step, written to `metrics.jsonl` and handed to the run's trackers (`train.trackers`).
 
-One line of JSON a step, appended and closed, so that a run that dies has written every step it finished. A number that
-is not finite is written as null: JSON has no such number, and most readers refuse Python's NaN.
+One line of JSON a step (`train.json_lines`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fp8moe.data.durable import write_text
+from fp8moe.train.json_lines import METRICS, JsonLines, finite
 from fp8moe.train.trackers import LoggingConfig, Trackers
 
 _logger = logging.getLogger(__name__)
@@ -69,15 +64,6 @@ class StepReport:
     skipped_samples: tuple[int, int] | None = None
 
 
-def finite(value: Any) -> Any:
-    """`value` with every float that is not finite, which JSON cannot hold, replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class MetricsWriter:
     """Appends a record a step to `run_dir/metrics.jsonl`, and hands it to the trackers; only rank 0 has one.
 
@@ -94,61 +80,27 @@ class MetricsWriter:
         after_step: int,
         warn: Callable[[str], None] = _logger.warning,
     ):
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            _keep_until(path, after_step)
-        self._path = path
-        self._trackers: Trackers | None = Trackers(run_dir, config, name, settings, after_step, warn)
+        self._lines = JsonLines(run_dir / METRICS)
+        self._lines.keep_until(after_step)
+        self._trackers = Trackers(run_dir, config, name, settings, after_step, warn)
 
     def forget_after(self, step: int) -> None:
         """Remove the records of later steps, which are done again."""
-        _keep_until(self._path, step)
-        if self._trackers is not None:
-            self._trackers.forget_after(step)
+        self._lines.keep_until(step)
+        self._trackers.forget_after(step)
 
     def note_checkpoint(self, step: int) -> None:
         """A checkpoint of that step is complete."""
-        if self._trackers is not None:
-            self._trackers.note_checkpoint(step)
-
-    _unwritten = ""  # lines that the disk had no room for
-
-    def _append(self, line: str) -> None:
-        """Write a line; one that can't be written waits for the next: what a full disk means the checkpoints decide."""
-        text, size = self._unwritten + line, self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(text)
-            self._unwritten = ""
-        except OSError as error:
-            if not self._unwritten:
-                logging.getLogger(__name__).warning("%s can't be written (%s)", self._path, error.strerror)
-            self._unwritten = text
-            with contextlib.suppress(OSError):  # half of it may be there
-                os.truncate(self._path, size)
+        self._trackers.note_checkpoint(step)
 
     def write(
         self, report: StepReport, extra: Mapping[str, Any], totals: Mapping[str, float] = MappingProxyType({})
     ) -> None:
         """Log one step; `extra` holds what only some steps have, such as a validation loss, `totals` what is the run's."""
         record = {**asdict(report), **extra}
-        self._append(json.dumps(finite(record), allow_nan=False) + "\n")
-        if self._trackers is not None:
-            self._trackers.log(record, report.step, totals)
+        self._lines.append(record)
+        self._trackers.log(record, report.step, totals)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """End the trackers with `summary`, or as failed without one."""
-        if self._trackers is not None:
-            self._trackers.close(None if summary is None else finite(summary))
-            self._trackers = None
-
-
-def _keep_until(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # the last line of a run that was killed while writing it
-            continue
-    write_text(path, "".join(f"{line}\n" for line in kept))
+        """End the trackers with `summary`, or as failed without one; a second call does nothing."""
+        self._trackers.close(None if summary is None else finite(summary))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp8moe.data.durable import write_text
 from fp8moe.layers.router import max_violation
-from fp8moe.train.metrics import finite
+from fp8moe.train.json_lines import finite
 from fp8moe.train.step_trace import StepFigures
 
 

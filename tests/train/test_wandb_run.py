@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 
 from fp8moe.train import wandb_process, wandb_run
-from fp8moe.train.metrics import LoggingConfig, MetricsWriter
+from fp8moe.train.metrics import MetricsWriter
+from fp8moe.train.trackers import LoggingConfig, is_installed
 from tests.train.test_metrics import REPORT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HAS_WANDB = wandb_run.is_installed()
+HAS_WANDB = is_installed("wandb")
 FAKE = """
 import json, os, time
 
@@ -93,6 +94,12 @@ def writer(run: Path, warned: list[str], after: int = 0) -> MetricsWriter:
     return MetricsWriter(run, LoggingConfig(wandb=True, wandb_project="p"), "n", {"seed": 1}, after, warned.append)
 
 
+def wandb_of(one: MetricsWriter) -> wandb_run.WandbRun:
+    found = one._trackers._trackers["wandb"]
+    assert isinstance(found, wandb_run.WandbRun)
+    return found
+
+
 def test_what_wandb_gets_and_that_a_resume_goes_on_in_its_run(calls: Path, tmp_path: Path) -> None:
     warned: list[str] = []
     one = writer(tmp_path / "run", warned)
@@ -155,8 +162,7 @@ def test_what_never_answers_delays_no_step_and_the_end_by_seconds(
         one.write(replace(REPORT, step=step), {})
     assert time.monotonic() - begin < 2.0 and warned == []
     until_said(calls, "init")
-    process = one._wandb
-    assert process is not None
+    process = wandb_of(one)
     begin = time.monotonic()
     one.close({})
     assert 0.9 < time.monotonic() - begin < 5.0
@@ -169,8 +175,7 @@ def test_a_frozen_process_blocks_no_step(calls: Path, tmp_path: Path, monkeypatc
     warned: list[str] = []
     one = writer(tmp_path / "run", warned)
     until_said(calls, "init")
-    assert one._wandb is not None
-    os.kill(one._wandb._process.pid, signal.SIGSTOP)
+    os.kill(wandb_of(one)._process.pid, signal.SIGSTOP)
     begin = time.monotonic()
     for step in range(1, 600):  # the pipe holds some hundred of them
         one.write(replace(REPORT, step=step), {})
@@ -187,8 +192,7 @@ def test_its_process_ends_when_the_run_is_killed(calls: Path, tmp_path: Path, mo
     one = writer(tmp_path / "run", [])
     one.write(REPORT, {})
     until_said(calls, "log")
-    assert one._wandb is not None
-    process = one._wandb._process
+    process = wandb_of(one)._process
     assert process.stdin is not None
     process.stdin.close()  # as a death of rank 0 does
     process.wait(5.0)
@@ -200,7 +204,7 @@ def test_a_folder_of_earlier_runs_is_no_package(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "path_importer_cache", {})
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert not wandb_run.is_installed()
+    assert not is_installed("wandb")
 
 
 class Answers500(http.server.BaseHTTPRequestHandler):
