@@ -72,7 +72,8 @@ def train(
 
 def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None = None) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
-    config, run_logger, trace, stragglers = run.config, RunLogger(run, started), StepTrace(run), Stragglers(run.mesh)
+    config, run_logger, trace = run.config, RunLogger(run, started), StepTrace(run)
+    stragglers = Stragglers(run.mesh, run.device)
     run.point, preemption, waited = save_point(run), run.preemption, 0.0
     preemption.saves(partial(_step_of, run), partial(_stop, run, run_logger, run.step))
     try:
@@ -84,8 +85,8 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
             run_logger.expect(report)
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
-            if (named := stragglers.note(report)) is not None:
-                run_logger.warn(named)
+            if (slowest := stragglers.note(report)) is not None:
+                run_logger.note_slowest(slowest)
             if run.guard.problem is None and config.guard.consistency_is_due(run.step):
                 check_consistency(run)
             run_logger.note(report, *_validations(run))

@@ -96,7 +96,7 @@ class MetricsWriter:
     def write(
         self, report: StepReport, extra: Mapping[str, Any], totals: Mapping[str, float] = MappingProxyType({})
     ) -> None:
-        """Log one step; `extra` holds what only some steps have, such as a validation loss, `totals` what is the run's."""
+        """Log one step; `extra`: what only some steps have, such as a validation loss. totals: of the run so far."""
         record = {**asdict(report), **extra}
         self._lines.append(record)
         self._trackers.log(record, report.step, totals)

@@ -42,7 +42,7 @@ class LoggingConfig:
         check_fields(self, "logging", every=POSITIVE, fp8_every=COUNT)
         if self.prometheus is not None and not self.prometheus.endswith(".prom"):
             raise ValueError(
-                f"logging.prometheus={shown(self.prometheus)} must end in .prom, node_exporter reads no other file: use "
+                f"logging.prometheus={shown(self.prometheus)} must end in .prom, node_exporter reads no others: use "
                 f"{shown(self.prometheus + '.prom')}"
             )
 
@@ -66,7 +66,7 @@ class Tracker(Protocol):
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package is there; a folder of its name (`wandb`, of earlier runs), which Python would import, is none."""
+    """Whether a package is there; a folder of its name, of earlier runs, which Python would import, is none."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 

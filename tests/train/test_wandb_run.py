@@ -251,8 +251,6 @@ def test_the_real_package_with_a_server_that(
 
 @pytest.mark.skipif(not HAS_WANDB, reason='wandb is not installed: pip install "fp8moe[wandb]" runs this')
 def test_the_real_package_writes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wandb.proto.wandb_internal_pb2 import Record
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "logs").mkdir()
     warned: list[str] = []
@@ -261,17 +259,30 @@ def test_the_real_package_writes_a_run_offline(tmp_path: Path, monkeypatch: pyte
         one.write(replace(REPORT, step=step, loss=float(step)), {})
         one.close({"steps": step})
     assert warned == []
-    losses, ids = {}, set()
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+    assert {step: record["loss"] for step, record in history(tmp_path).items()} == {1: 1.0, 2: 2.0}
+    ids = {record.run.run_id for record in records(tmp_path) if record.HasField("run")}
+    assert ids == {wandb_run.run_id(tmp_path)}
+
+
+def records(run_dir: Path) -> Iterator[Any]:
+    """wandb's own records in the offline directories of a run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         for data in log_records(path.read_bytes()):
             record = Record()
             record.ParseFromString(data)
-            if record.HasField("run"):
-                ids.add(record.run.run_id)
-            if record.HasField("history"):
-                found = {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.history.item}
-                losses[found["_step"]] = found["loss"]
-    assert losses == {1: 1.0, 2: 2.0} and ids == {wandb_run.run_id(tmp_path)}
+            yield record
+
+
+def history(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """What wandb has of each step."""
+    found = {}
+    for record in records(run_dir):
+        if record.HasField("history"):
+            items = {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.history.item}
+            found[items["_step"]] = items
+    return found
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
