@@ -214,7 +214,7 @@ class RunLogger:
             self._writer = None
         self._display.close()
         if trace is not None:
-            self.print("\n" + step_trace.table(trace))
+            self.print("\n" + step_trace.table(trace, run.run_dir / step_trace.TRACE))
         self.print("\n" + table(summary))
         return summary
 
