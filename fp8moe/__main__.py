@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
     "inspect": ("fp8moe.cli.checkpoint:inspect", "print what a checkpoint holds"),
+    "watch": ("fp8moe.cli.watch", "show a run in the terminal while it trains"),
     "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),
 }
 

@@ -10,8 +10,8 @@ import time
 from collections import deque
 from typing import Any
 
+from fp8moe.train.durations import duration
 from fp8moe.train.metrics import StepReport
-from fp8moe.train.summary import duration
 
 PACE_STEPS = 20  # the time left is estimated from so many last steps
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp8moe.data.durable import write_text
 from fp8moe.layers.router import max_violation
+from fp8moe.train.durations import duration
 from fp8moe.train.json_lines import finite
 from fp8moe.train.step_trace import StepFigures
 
@@ -141,13 +142,3 @@ def _shares(shares: list[float]) -> str:
         text = f"{min(shares):.2%} to {max(shares):.2%} of the tokens an expert, {1 / len(shares):.2%} is even"
     idle = sum(share == 0 for share in shares)
     return text + (f"  {idle} EXPERTS WITHOUT TOKENS" if idle else "")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 45s, 3m20s or 5h07m."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole // 60 % 60:02d}m"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
+from fp8moe.train.durations import duration
+from fp8moe.train.summary import Summary, balance, count_of, table, write_summary
 
 SUMMARY = Summary(
     loss=2.5,

@@ -214,7 +214,7 @@ def test_a_file_that_node_exporter_would_not_read_is_refused() -> None:
 def test_the_docs_have_every_name() -> None:
     text = (Path(metrics.__file__).parents[2] / "docs" / "watching.md").read_text()
     documented = set(re.findall(r"^\| `([a-z0-9_/]+)`", text, re.MULTILINE))
-    assert documented == set(MEANING) | set(OF_THE_RUN) | {"last_checkpoint_step"}
+    assert documented == set(MEANING) | set(OF_THE_RUN)
 
 
 def test_the_reports_of_steps_are_all_named() -> None:
