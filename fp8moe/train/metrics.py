@@ -7,6 +7,7 @@ configured, and logs offline where no key is set; it never ends a run.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fp8moe.limits import COUNT, POSITIVE, check_fields
 from fp8moe.train.json_lines import METRICS, JsonLines, finite
 from fp8moe.train.wandb_run import WandbRun, is_installed
 
+DETAIL_RECORDS = 50  # of a run where experts_every is null: 58 layers of 256 experts take 4 MB
 _logger = logging.getLogger(__name__)
 
 
@@ -24,21 +26,29 @@ _logger = logging.getLogger(__name__)
 class LoggingConfig:
     """How often progress is shown, and what is measured and logged.
 
-    every: steps between plain progress lines. fp8_every: steps between counts of saturated and underflowed FP8 values
-    (0: on the last step only). wandb: also log to Weights & Biases, in project `wandb_project`.
+    every: steps between plain progress lines. experts_every: steps between records of each expert's load and each
+    rank's memory and working time (`train.detail`; null: 50 in a run, 0: none). fp8_every: steps between counts of
+    saturated and underflowed FP8 values (0: on the last step only). wandb: also log to Weights & Biases, in project
+    `wandb_project`.
     """
 
     every: int = 10
     fp8_every: int = 0
+    experts_every: int | None = None
     wandb: bool = False
     wandb_project: str = "fp8moe"
 
     def __post_init__(self) -> None:
-        check_fields(self, "logging", every=POSITIVE, fp8_every=COUNT)
+        check_fields(self, "logging", every=POSITIVE, fp8_every=COUNT, experts_every=COUNT)
 
     def fp8_is_due(self, step: int, steps: int) -> bool:
         """Whether step number `step` (from 1) of `steps` counts what FP8 casts lose; the last always does."""
         return step == steps or (self.fp8_every > 0 and step % self.fp8_every == 0)
+
+    def experts_are_due(self, step: int, steps: int) -> bool:
+        """Whether each expert's load is recorded after step number `step` of `steps`; the last always is, if any."""
+        every = max(1, math.ceil(steps / DETAIL_RECORDS)) if self.experts_every is None else self.experts_every
+        return every > 0 and (step % every == 0 or step == steps)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class StepReport:
 
     loss, mtp_loss: nats a predicted token of the global batch; aux_loss: balance loss a sequence; the last two are None
     where the model has none. tokens: predicted tokens of the global batch. tokens_per_second: of the whole job; mfu: of
-    one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares are None where they were not counted.
+    one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares, of the step's casts and by kind of tensor
+    (activations, gradients, weights; the casts of weights are the last update's), are None where they were not counted.
     skipped_samples: the first and the last sample of a skipped step; None of any other.
     """
 
@@ -85,6 +96,15 @@ class StepReport:
     time: StepSeconds
     memory_bytes: int
     skipped_samples: tuple[int, int] | None = None
+    fp8_saturated_by_kind: dict[str, float] | None = None
+    fp8_underflow_by_kind: dict[str, float] | None = None
+
+
+def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without nesting, as dashboards take it: `time/forward` for `forward` of `time`."""
+    single = {key: value for key, value in record.items() if not isinstance(value, Mapping)}
+    groups = {key: value for key, value in record.items() if isinstance(value, Mapping)}
+    return single | {f"{group}/{key}": value for group, items in groups.items() for key, value in items.items()}
 
 
 def check_wandb(config: LoggingConfig) -> None:
@@ -131,9 +151,7 @@ class MetricsWriter:
         record = finite({**asdict(report), **extra})
         self._lines.append(record)
         if self._wandb is not None:
-            flat = {key: value for key, value in record.items() if key != "time"}
-            flat |= {f"time/{key}": value for key, value in record["time"].items()}
-            self._wandb.log(flat, step=report.step)
+            self._wandb.log(flat(record), step=report.step)
             if self._wandb.problem:
                 self._wandb.stop()
                 self._give_up(self._wandb.problem)
