@@ -20,7 +20,9 @@ def learning(runs: list[Drawn]) -> list[Figure]:
     figures = [loss(runs), bits_per_byte(runs)]
     figures.append(curve(runs, "lr", "Learning rate", "", ".3~e", tickformat=".1~e", rangemode="tozero"))
     norm = "before clipping, on a logarithmic axis"
-    figures.append(curve(runs, _positive("grad_norm"), "Gradient norm", norm, ".4~g", name="grad_norm", type="log"))
+    figures.append(
+        curve(runs, _positive("grad_norm"), "Gradient norm", norm, ".4~g", name="grad_norm", type="log", nticks=6)
+    )
     return [figure for figure in figures if figure is not None]
 
 
@@ -59,7 +61,8 @@ def bits_per_byte(runs: list[Drawn]) -> Figure | None:
     for run in runs:
         data += _validations(runs, run, "val_bits_per_byte", "validation")
         data += _validations(runs, run, "val_bits_per_byte_ema", "averaged weights", dash="dot")
-    bigrams = {(run.files.summary or {}).get("byte_bigram_bits_per_byte") for run in runs} - {None}
+    known = [(run.files.summary or {}).get("byte_bigram_bits_per_byte") for run in runs]
+    bigrams: set[float] = {level for level in known if level is not None}
     shapes, note = [], "of the held-out text, independent of the tokenizer"
     if len(bigrams) == 1:
         (level,) = bigrams
@@ -96,7 +99,7 @@ def casts(runs: list[Drawn]) -> list[Figure]:
     """Shares of saturated and of underflowed FP8 values by kind of tensor, where they were counted more than once."""
     figures = []
     for what, title in (("saturated", "Saturated FP8 values"), ("underflow", "Underflowed FP8 values")):
-        data, axis = [], {"tickformat": ".2~%", "rangemode": "tozero"}
+        data = []
         for run in runs:
             for kind, dash in DASHES.items():
                 x, y, steps = run.series(_of_kind(f"fp8_{what}_by_kind", kind))
@@ -104,9 +107,10 @@ def casts(runs: list[Drawn]) -> list[Figure]:
                     style = {"line": {"color": run.colour, "width": 1.7, "dash": dash}, "mode": "lines+markers"}
                     data.append(line(run, x, y, steps, ".3%", named(runs, run, kind), **style))
         if data:
-            figures.append(
-                Figure(f"fp8_{what}", title, "share of what is cast, by kind of tensor", data, over_tokens("", **axis))
-            )
+            most = max(value for trace in data for value in trace["y"])
+            axis = {"tickformat": ".2~%", "range": [0, 1.1 * most if most else 0.001]}
+            note = "share of what is cast, by kind of tensor"
+            figures.append(Figure(f"fp8_{what}", title, note, data, over_tokens("", **axis)))
     return figures
 
 

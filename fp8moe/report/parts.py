@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from fp8moe.report.figure import Figure, line, named, over_tokens
@@ -39,13 +40,13 @@ def step_time(runs: list[Drawn]) -> Figure | None:
             }
             for part, (words, colour) in PARTS.items()
         ]
-        layout = {"barmode": "stack", "xaxis": {"title": {"text": "seconds"}}, "hovermode": "y unified"}
+        layout: dict[str, Any] = {"barmode": "stack", "xaxis": {"title": {"text": "seconds"}}, "hovermode": "y unified"}
         layout["yaxis"] = {"autorange": "reversed", "automargin": True}
         return Figure("step_time", "Time of a step", "mean of all steps but the first, on rank 0", data, layout)
     (run,) = timed
     data = []
     for part, (words, colour) in PARTS.items():
-        x, y, steps = run.series(lambda record, part=part: (record.get("time") or {}).get(part))
+        x, y, steps = run.series(_part(part))
         area = {"stackgroup": "time", "line": {"color": colour, "width": 0.6}, "fillcolor": colour, "mode": "lines"}
         data.append(line(run, x, y, steps, ".3~s", words, **area))
         data[-1]["hovertemplate"] = "%{y:.3~s}s"
@@ -56,6 +57,10 @@ def step_time(runs: list[Drawn]) -> Figure | None:
         layout["yaxis"] |= {"range": [0, 1.15 * most]}
         note += f"; the axis leaves out the slowest steps, up to {max(totals):.3g} s"
     return Figure("step_time", "Time of a step", note, data, layout)
+
+
+def _part(part: str) -> Callable[[Record], Any]:
+    return lambda record: (record.get("time") or {}).get(part)
 
 
 def mean_of_part(files: RunFiles, part: str) -> float:
@@ -145,7 +150,7 @@ def phases(runs: list[Drawn]) -> Figure | None:
         )
     if not data:
         return None
-    layout = {"xaxis": {"title": {"text": "seconds"}, "rangemode": "tozero"}, "hovermode": "closest"}
+    layout: dict[str, Any] = {"xaxis": {"title": {"text": "seconds"}, "rangemode": "tozero"}, "hovermode": "closest"}
     layout["yaxis"] = {"automargin": True, "dtick": 1}
     layout["height"] = max(280, 90 + 19 * max(len(trace["y"]) for trace in data) * len(data))
     return Figure(
@@ -185,7 +190,10 @@ def loads(runs: list[Drawn]) -> list[Figure]:
             },
             "hovertemplate": "%{y}, expert %{x}: %{z:.2f} x even<extra></extra>",
         }
-        layout = {"xaxis": {"title": {"text": "expert"}, "tickformat": "d", "showgrid": False}, "hovermode": "closest"}
+        layout: dict[str, Any] = {
+            "xaxis": {"title": {"text": "expert"}, "tickformat": "d", "showgrid": False},
+            "hovermode": "closest",
+        }
         layout["yaxis"] = {"autorange": "reversed", "automargin": True, "showgrid": False, "type": "category"}
         layout["height"] = min(720, max(260, 120 + (26 if len(layers) < 24 else 9) * len(layers)))
         title = "Load of the experts" if len(runs) == 1 else f"Load of the experts: {run.label}"
