@@ -50,6 +50,7 @@ def _run(argv: Sequence[str]) -> int:
     """The run in this process, or the launcher of its workers."""
     arguments = parse(command_parser(), argv)
     from fp8moe.cli.compose import as_yaml
+    from fp8moe.cli.report import at_end
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
@@ -75,7 +76,7 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.generate.samples import last_lines
     from fp8moe.train.loop import train
 
-    train(config, as_yaml, open_released, last_lines)
+    train(config, as_yaml, open_released, last_lines, at_end)
     return 0
 
 
@@ -92,6 +93,7 @@ def _rank(argv: Sequence[str]) -> int:
         if arguments.nproc is not None:
             raise ConfigError(f"--nproc={arguments.nproc} starts processes and RANK is set: leave --nproc out")
         from fp8moe.cli.compose import as_yaml
+        from fp8moe.cli.report import at_end
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
         from fp8moe.generate.samples import last_lines
@@ -114,7 +116,7 @@ def _rank(argv: Sequence[str]) -> int:
             check_files(config.data)
             if is_first and (sentence := note(origin, config)):
                 print(sentence, flush=True)
-        train(config, as_yaml, open_released, last_lines)
+        train(config, as_yaml, open_released, last_lines, at_end)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one
     except Exception as error:

@@ -90,6 +90,7 @@ class TrainConfig:
     recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)
     # Record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures.
     profile: bool = False
+    report: bool = True  # write run_dir/report.html at the run's end, also where it ends early
 
     def __post_init__(self) -> None:
         check_fields(

@@ -40,7 +40,8 @@ class StepReport:
 
     loss, mtp_loss: nats a predicted token of the global batch; aux_loss: balance loss a sequence; the last two are None
     where the model has none. tokens: predicted tokens of the global batch. tokens_per_second: of the whole job; mfu: of
-    one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares are None where they were not counted.
+    one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares, of the step's casts and by kind of tensor
+    (activations, gradients, weights; the casts of weights are the last update's), are None where they were not counted.
     skipped_samples: the first and the last sample of a skipped step; None of any other.
     """
 
@@ -62,6 +63,8 @@ class StepReport:
     time: StepSeconds
     memory_bytes: int
     skipped_samples: tuple[int, int] | None = None
+    fp8_saturated_by_kind: dict[str, float] | None = None
+    fp8_underflow_by_kind: dict[str, float] | None = None
 
 
 class MetricsWriter:

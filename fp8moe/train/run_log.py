@@ -24,6 +24,7 @@ from fp8moe.parallel.collectives import gather
 from fp8moe.train import step_trace
 from fp8moe.train.checkpoint import Location
 from fp8moe.train.checkpoint.folder import step_of
+from fp8moe.train.events import EventLog, started_as
 from fp8moe.train.metrics import MetricsWriter, StepReport
 from fp8moe.train.opening import memory_of_largest_rank, opening
 from fp8moe.train.progress import ProgressDisplay
@@ -81,6 +82,7 @@ class RunLogger:
             if run.is_first
             else None
         )
+        self._events = EventLog(run.run_dir, run.step) if run.is_first else None
         self._expected: StepReport | None = None  # of a step whose line is not written yet
         self._written, self._writing = run.step, threading.Lock()  # the step of the last line
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
@@ -90,6 +92,7 @@ class RunLogger:
         self._extra: dict[str, Any] = {}  # of the next record
         self._validation: ValidationReport | None = None
         self._averaged: ValidationReport | None = None
+        self.note_event("start", *started_as(run))
         self.print(opening(run))
         self.print(memory_of_largest_rank(run))
 
@@ -106,25 +109,34 @@ class RunLogger:
             self._log.info("checkpoint %s is complete", path)
             if self._writer is not None:
                 self._writer.note_checkpoint(step_of(path))
+            self.note_event("checkpoint", f"{path} is complete", at=step_of(path))
 
-    def warn(self, sentence: str) -> None:
-        """Log a warning, and show it."""
+    def note_event(self, kind: str, text: str, more: Mapping[str, Any] | None = None, *, at: int | None = None) -> None:
+        """Write an event (`train.events`) of step `at`, else of the run's present one."""
+        if self._events is not None:
+            self._events.note(kind, self._run.step if at is None else at, text, **(more or {}))
+
+    def warn(self, sentence: str, kind: str = "warning") -> None:
+        """Log a warning, show it, and note it as an event of that kind."""
         self._log.warning("%s", sentence)
         self._display.print(sentence)
+        self.note_event(kind, sentence)
 
     def note_slowest(self, slowest: Slowest) -> None:
         """Note a comparison of the ranks in the record of the step; show it where one is a straggler."""
         self._extra |= {"slowest_rank": slowest.rank, "slowest_rank_seconds_behind": slowest.behind}
         if slowest.is_straggler:
-            self.warn(str(slowest))
+            self.warn(str(slowest), "straggler")
 
     def note_rollback(self, rollback: Rollback) -> None:
         """Report a rollback; records of the steps that it undoes go, and the next one says what they were."""
         self.print(str(rollback))
         self._losses.clear()
         self._extra |= {"rolled_back_from": rollback.step, "passed_over": [rollback.first, rollback.stop - 1]}
-        if self._writer is not None:
+        if self._writer is not None and self._events is not None:
             self._writer.forget_after(self._run.step)
+            self._events.forget_after(self._run.step)
+        self.note_event("rollback", str(rollback), at=rollback.step)
         with self._writing:
             self._expected, self._written = None, self._run.step
 
@@ -170,8 +182,11 @@ class RunLogger:
                 bits = "" if scored.bits_per_byte is None else f", {scored.bits_per_byte:.4f} bits a byte"
                 text = f"validation{of} after step {report.step}: loss {scored.loss:.4f}{bits}"
                 self.print(f"{text}, mean of {scored.tokens:,} tokens")
-        if not report.skipped:
+        if report.skipped_samples is None:
             self._losses.append(report.loss)
+        else:
+            first, last = report.skipped_samples
+            self.note_event("skipped", f"step {report.step} was skipped, samples {first} to {last}")
         self._steps.append((report.tokens, report.seconds))
         if report.fp8_saturated_share is not None:
             self._fp8_shares = (report.fp8_saturated_share, report.fp8_underflow_share)
@@ -212,6 +227,11 @@ class RunLogger:
             write_summary(summary, run.run_dir / "summary.json")
             self._writer.close(dataclasses.asdict(summary))
             self._writer = None
+        if trace is not None:
+            self.note_event(
+                "trace", f"step {trace.step} was recorded", {"figures": dataclasses.asdict(trace)}, at=trace.step
+            )
+        self.note_event("end", f"the run has done its {run.step} steps")
         self._display.close()
         if trace is not None:
             self.print("\n" + step_trace.table(trace, run.run_dir / step_trace.TRACE))
@@ -231,9 +251,13 @@ class RunLogger:
             self._log.info("%s", line)
 
 
-def all_loads(run: Run) -> dict[str, Tensor]:
-    """Tokens that each expert has had, by router name, of all stages in the order of the model. Collective over pp."""
-    loads = {name: load.cpu() for part in gather(run.loads, run.mesh.pp_group) for name, load in part.items()}
+def all_loads(run: Run, before: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Tokens that each expert has had, by router name, of all stages in the order of the model; those since `before`.
+
+    Collective over pp.
+    """
+    mine = {name: (load if before is None else load - before[name]).cpu() for name, load in run.loads.items()}
+    loads = {name: load for part in gather(mine, run.mesh.pp_group) for name, load in part.items()}
     return {name: loads[name] for name in sorted(loads, key=_block_number)}
 
 

@@ -22,7 +22,11 @@ from tests.train.test_metrics import REPORT, lines
 needs_tensorboard = pytest.mark.skipif(
     not is_installed("tensorboard"), reason='tensorboard is not installed: pip install "fp8moe[tensorboard]" runs this'
 )
-FULL = replace(REPORT, mtp_loss=3.0, mfu=0.4, fp8_saturated_share=0.0, fp8_underflow_share=0.1, skipped_samples=(8, 15))
+BY_KIND = {"activations": 0.0, "gradients": 0.5, "weights": 0.25}
+FULL = replace(
+    REPORT, mtp_loss=3.0, mfu=0.4, fp8_saturated_share=0.0, fp8_underflow_share=0.1, skipped_samples=(8, 15),
+    fp8_saturated_by_kind=BY_KIND, fp8_underflow_by_kind=BY_KIND,
+)  # fmt: skip
 SAMPLE = re.compile(r'([a-z_:][a-z0-9_:]*)\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)+)\} (\S+)', re.ASCII)
 
 
@@ -61,7 +65,7 @@ def test_names_are_flat_and_say_what_they_count() -> None:
     assert math.isnan(names.pop("j"))
     assert names == {"a": 1, "b/c": 2.0, "b/e/f": 1, "g/min": 1, "g/mean": 2.0, "g/max": 3}
     assert flat(asdict(FULL)).keys() - {"skipped_samples/mean"} <= MEANING.keys()
-    assert len(flat(asdict(FULL))) == len(asdict(FULL)) - 2 + len(asdict(FULL)["time"]) + 3  # two fields are groups
+    assert len(flat(asdict(FULL))) == len(asdict(FULL)) - 4 + len(asdict(FULL)["time"]) + 3 + 2 * 3  # four are groups
 
 
 @needs_tensorboard
