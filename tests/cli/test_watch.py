@@ -35,17 +35,17 @@ class Terminal:
         self.text = ""
 
     def until(self, holds: Callable[[str], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not holds(self.text):
             assert time.monotonic() < deadline, self.text
             time.sleep(0.02)
             self._read()
 
     def ended(self) -> int:
-        code = self.process.wait(20)
+        self.until(lambda _: self.process.poll() is not None)  # what it writes is read, or it would wait for that
         self._read()
         os.close(self._mine)
-        return code
+        return self.process.wait()
 
     def _read(self) -> None:
         try:
