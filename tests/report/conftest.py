@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def pages(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The page of one run, and of both."""
-    folder, defaults = tmp_path_factory.mktemp("pages"), yaml.safe_load(compose([]).text)
+    folder, defaults = tmp_path_factory.mktemp("pages"), lambda: yaml.safe_load(compose([]).text)
     found = {"one": folder / "one.html", "two": folder / "two.html"}
     write_report(runs[:1], found["one"], defaults)
     write_report(runs, found["two"], defaults)
