@@ -35,11 +35,10 @@ def main(argv: Sequence[str]) -> int:
     out = Path(arguments.out or (Path(arguments.runs[0]) / NAME if len(arguments.runs) == 1 else NAME))
     if out.is_dir():
         raise ConfigError(f"--out={out} is a directory and must be a file: use --out {out / NAME}")
-    if not out.parent.is_dir():
-        named = Path(arguments.runs[0]) == out.parent  # which reading it will say
-        if not named:
-            raise ConfigError(f"--out={out} is in {out.parent}, which is not there: make it, or use another file")
-    write_report(arguments.runs, out, _defaults())
+    if arguments.out and not out.parent.is_dir():
+        raise ConfigError(f"--out={out} is in {out.parent}, which is not there: make it, or use another file")
+    for note in write_report(arguments.runs, out, _defaults):
+        print(note)
     print(f"report: {out}")
     return 0
 
@@ -52,7 +51,7 @@ def at_end(run_dir: Path) -> None:
 
         if not (run_dir / METRICS).exists():  # it failed before its first step
             return
-        write_report([run_dir], run_dir / NAME, _defaults())
+        write_report([run_dir], run_dir / NAME, _defaults)
         print(f"report: {run_dir / NAME}", flush=True)
     except Exception as error:
         print(f"the report of the run can't be written ({error}): fp8moe report {run_dir} tries again", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,11 +19,10 @@ DASHES = {"activations": "solid", "gradients": "dash", "weights": "dot"}
 def learning(runs: list[Drawn]) -> list[Figure]:
     """Loss, validation, learning rate, gradient norm."""
     figures = [loss(runs), bits_per_byte(runs)]
-    figures.append(curve(runs, "lr", "Learning rate", "", ".3~e", tickformat=".1~e", rangemode="tozero"))
-    norm = "before clipping, on a logarithmic axis"
-    figures.append(
-        curve(runs, _positive("grad_norm"), "Gradient norm", norm, ".4~g", name="grad_norm", type="log", nticks=6)
-    )
+    figures.append(curve(runs, "lr", "Learning rate", "", ".3~e", exponentformat="e", rangemode="tozero"))
+    norm, note = _positive("grad_norm"), "before clipping, on a logarithmic axis"
+    axis = {"type": "log", **ticks([value for run in runs for value in run.series(norm)[1]])}
+    figures.append(curve(runs, norm, "Gradient norm", note, ".4~g", name="grad_norm", **axis))
     return [figure for figure in figures if figure is not None]
 
 
@@ -38,19 +38,21 @@ def speed(runs: list[Drawn]) -> list[Figure]:
 def loss(runs: list[Drawn]) -> Figure:
     """Training loss, smoothed as well, and validation loss, in nats a token."""
     data: list[Trace] = []
+    one = len(runs) == 1
     for run in runs:
         x, y, steps = run.series("loss")
         many = len(y) >= LEAST_SMOOTHED
-        raw = named(runs, run, "training")
-        thin = {"opacity": 0.35, "line": {"color": run.colour, "width": 1}} if many else {}
-        data.append(line(run, x, y, steps, ".4f", raw, meta="loss", **thin))
+        thin = {"opacity": 0.35, "line": {"color": run.colour, "width": 1}, "showlegend": one} if many else {}
+        data.append(line(run, x, y, steps, ".4f", named(runs, run, "training"), meta="loss", **thin))
         if many:
-            data.append(line(run, x, smoothed(y), steps, ".4f", f"{raw}, smoothed", hoverinfo="skip", meta="smoothed"))
+            name = "training, smoothed" if one else run.label
+            data.append(line(run, x, smoothed(y), steps, ".4f", name, hoverinfo="skip", meta="smoothed"))
             del data[-1]["hovertemplate"]
-        data += _validations(runs, run, "val_loss", "validation")
-        data += _validations(runs, run, "val_loss_ema", "validation, averaged weights", dash="dot")
-    note = "nats a token"
+        scored = _validations(runs, run, "val_loss", "validation")
+        scored += _validations(runs, run, "val_loss_ema", "validation, averaged weights", dash="dot")
+        data += [trace | {"showlegend": one} for trace in scored]
     shapes = [shape for run in runs for shape in marks(run)]
+    note = "nats a token" if one else "nats a token, smoothed over steps; thin: each step, dots: validation"
     note += "; dotted lines are later starts, rollbacks and failures" if shapes else ""
     return Figure("loss", "Loss", note, data, over_tokens("nats a token") | {"shapes": shapes})
 
@@ -93,6 +95,16 @@ def curve(
             data.append(line(run, x, y, steps, form, named(runs, run, "" if len(runs) > 1 else title.lower())))
     found = name or str(key)
     return Figure(found, title, note, data, over_tokens("", **axis)) if data else None
+
+
+def ticks(values: list[float]) -> dict[str, Any]:
+    """Marks of a logarithmic axis: 1, 2 and 5 of each decade, of many decades 1 alone."""
+    if not values:
+        return {}
+    first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    digits = (1, 2, 5) if last - first <= 2 else (1,)
+    marked = [digit * 10.0**decade for decade in range(first, last + 1) for digit in digits]
+    return {"tickmode": "array", "tickvals": marked, "ticktext": [f"{value:g}" for value in marked]}
 
 
 def casts(runs: list[Drawn]) -> list[Figure]:

@@ -49,7 +49,7 @@ def line(drawn: Drawn, x: list[int], y: list[Any], steps: list[int], form: str, 
 def over_tokens(title: str, **axis: Any) -> dict[str, Any]:
     """The layout of a figure over tokens, with the title of its y axis."""
     return {
-        "xaxis": {"title": {"text": "tokens"}, "exponentformat": "B", "hoverformat": ",d"},
+        "xaxis": {"title": {"text": "tokens"}, "exponentformat": "B", "hoverformat": ",d", "rangemode": "tozero"},
         "yaxis": {"title": {"text": title}, **axis},
         "hovermode": "x unified",
     }

@@ -17,8 +17,9 @@ function layoutOf(figure) {
   const { xaxis = {}, yaxis = {}, ...rest } = figure.layout;
   const merged = (own) => ({ ...axis, ...own, title: { ...axis.title, ...(own.title || {}) } });
   const lines = figure.data.filter((trace) => trace.name && trace.showlegend !== false).length;
+  const isNarrow = innerWidth < 600;
   return {
-    height: 280,
+    height: 280 + (isNarrow && lines > 3 ? 18 * lines : 0),
     margin: { l: 12, r: 12, t: 10, b: 10 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",

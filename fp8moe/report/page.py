@@ -8,7 +8,7 @@ here was refused, the page would be small and mute.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
@@ -29,15 +29,18 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 HERE = Path(__file__).parent
 
 
-def write_report(paths: Sequence[str | Path], out: Path, defaults: Mapping[str, Any] | None = None) -> None:
-    """Write the page of the runs at `paths` to the file `out`.
+def write_report(
+    paths: Sequence[str | Path], out: Path, defaults: Callable[[], Mapping[str, Any]] | None = None
+) -> list[str]:
+    """Write the page of the runs at `paths` to the file `out` -> sentences on what of them could not be read.
 
-    defaults: the configuration that a run's is compared with, nested. Raises ConfigError and DataError as `read_run`
-    does, and ConfigError where the runs can't be compared; OSError where `out` can't be written.
+    defaults: gives the configuration that a run's is compared with, nested. Raises ConfigError and DataError as
+    `read_run` does, and ConfigError where the runs can't be compared; OSError where `out` can't be written.
     """
     runs = [read_run(path) for path in paths]
     check_comparable(runs, MOST_RUNS)
-    write_text(out, page(draw(runs), defaults))
+    write_text(out, page(draw(runs), None if defaults is None else defaults()))
+    return [f"{run.path}: {note}" for run in runs for note in run.notes]
 
 
 def page(runs: list[Drawn], defaults: Mapping[str, Any] | None = None) -> str:
@@ -49,7 +52,7 @@ def page(runs: list[Drawn], defaults: Mapping[str, Any] | None = None) -> str:
         f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title, found, rest in sections if found or rest
     )
     name = runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared"
-    data = json.dumps([asdict(figure) for figure in figures], separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps([asdict(figure) for figure in figures], separators=(",", ":")).replace("<", "\\u003c")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

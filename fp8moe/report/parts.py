@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from fp8moe.report.figure import Figure, line, named, over_tokens
+from fp8moe.report.figure import Figure, Trace, line, named, over_tokens
 from fp8moe.report.run_files import Record, RunFiles
 from fp8moe.report.series import Drawn
 
@@ -75,44 +75,39 @@ def ranks(runs: list[Drawn]) -> list[Figure]:
     memory, working = [], []
     for run in runs:
         last = run.files.ranks[-1] if run.files.ranks else {}
-        peaks = last.get("memory_bytes") or [
-            value for record in run.files.metrics[-1:] if (value := record.get("memory_bytes"))
-        ]
-        memory.append(_bars(runs, run, [value / 1e9 for value in peaks], "%{y:.3f} GB"))
-        if len(last.get("working_seconds") or ()) > 1:
-            working.append(_bars(runs, run, last["working_seconds"], "%{y:.4~s}s"))
+        peaks = last.get("memory_bytes") or [record.get("memory_bytes") or 0 for record in run.files.metrics[-1:]]
+        memory.append((run, [value / 1e9 for value in peaks]))
+        working.append((run, last.get("working_seconds") or []))
     figures = []
-    recorded = (
-        "the most that each has held" if any(run.files.ranks for run in runs) else "rank 0's, the only one on record"
-    )
-    if any(trace["y"] for trace in memory):
-        figures.append(Figure("memory", "Memory by rank", recorded, memory, _by_rank("GB")))
-    if working:
+    if any(any(values) for _, values in memory):
+        on_record = any(run.files.ranks for run in runs)
+        note = "the most that each has held" if on_record else "rank 0's, the only one on record"
+        figures.append(_by_rank("memory", "Memory by rank", note, runs, memory, "GB"))
+    if max(len(values) for _, values in working) > 1:
         note = "mean of a step, without waiting for messages, since the record before"
-        figures.append(Figure("working", "Working time by rank", note, working, _by_rank("seconds")))
+        figures.append(_by_rank("working", "Working time by rank", note, runs, working, "seconds"))
     return figures
 
 
-def _bars(runs: list[Drawn], run: Drawn, values: list[float], hover: str) -> dict[str, Any]:
-    return {
-        "type": "bar",
-        "name": named(runs, run, ""),
-        "x": [str(rank) for rank in range(len(values))],
-        "y": values,
-        "marker": {"color": run.colour},
-        **({"width": [0.25]} if len(values) == 1 and len(runs) == 1 else {}),
-        "hovertemplate": f"rank %{{x}}: {hover}<extra>{run.label if len(runs) > 1 else ''}</extra>",
-    }
-
-
-def _by_rank(unit: str) -> dict[str, Any]:
-    axis = {"title": {"text": "rank"}, "type": "category", "nticks": 16}
-    return {
-        "xaxis": axis,
-        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
-        "bargap": 0.15,
-        "hovermode": "closest",
-    }
+def _by_rank(
+    name: str, title: str, note: str, runs: list[Drawn], values: list[tuple[Drawn, list[float]]], unit: str
+) -> Figure:
+    """Bars over ranks; beside each other where no run has more than one rank."""
+    is_flat = all(len(of_ranks) <= 1 for _, of_ranks in values)
+    data: list[Trace] = []
+    for run, of_ranks in values:
+        ranks = [f"rank {rank}" for rank in range(len(of_ranks))]
+        whose = named(runs, run, "")
+        hover = f"{whose} %{{{'y' if is_flat else 'x'}}}: %{{{'x' if is_flat else 'y'}:.4~g}} {unit}<extra></extra>"
+        bars = {"y": ranks, "x": of_ranks, "orientation": "h"} if is_flat else {"x": ranks, "y": of_ranks}
+        data.append({"type": "bar", "name": whose, **bars, "marker": {"color": run.colour}, "hovertemplate": hover})
+    across = {"type": "category", "nticks": 12}
+    along = {"title": {"text": unit}, "rangemode": "tozero"}
+    layout: dict[str, Any] = {"bargap": 0.15, "hovermode": "closest"}
+    layout |= {"xaxis": along, "yaxis": across} if is_flat else {"xaxis": across, "yaxis": along}
+    if is_flat:
+        layout["height"] = 110 + 30 * len(runs)
+    return Figure(name, title, note, data, layout)
 
 
 def trace_figures(files: RunFiles) -> Record | None:

@@ -72,7 +72,7 @@ def tiles(runs: list[Drawn]) -> Html:
     found = [results(run.files) for run in runs]
     names = [name for name in HINTS if any(name in result for result in found)]
     if len(runs) == 1:
-        return Html('<dl class="tiles">' + "".join(
+        return Html(f'<dl class="tiles" style="--columns:{-(-len(names) // 2)}">' + "".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(found[0][name])}</dd><small>{escape(HINTS[name])}</small></div>"
             for name in names
         ) + "</dl>")  # fmt: skip

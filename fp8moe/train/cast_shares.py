@@ -6,12 +6,14 @@ counted where they lie. One all-reduce of nine numbers, in steps that count (`lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from fp8moe.kernels.quantize import ACTIVATIONS, GRADIENTS, WEIGHTS
-from fp8moe.kernels.statistics import CastStatistics
+from fp8moe.kernels.statistics import CastStatistics, observe_casts
 from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.train.run import Run
@@ -27,11 +29,14 @@ class Shares:
     by_kind: dict[str, float] | None = None
 
 
-def count_weights(run: Run, casts: CastStatistics) -> None:
-    """Count the casts of the weights that a step multiplies by."""
-    for module in run.model.modules():
-        if isinstance(module, QuantizedWeight) and module.recipe.fp8:
-            casts.add_weight(module.weight, module.blocks)
+@contextmanager
+def casts_of(run: Run) -> Iterator[CastStatistics]:
+    """Scope in which the casts of a step are counted, with those of the weights that it multiplies by."""
+    with observe_casts() as casts:
+        for module in run.model.modules():
+            if isinstance(module, QuantizedWeight) and module.recipe.fp8:
+                casts.add_weight(module.weight, module.blocks)
+        yield casts
 
 
 def cast_shares(run: Run, casts: CastStatistics | None) -> tuple[Shares, Shares]:

@@ -30,7 +30,6 @@ from torch import Tensor
 from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
 from fp8moe.errors import NonFiniteError
-from fp8moe.kernels.statistics import observe_casts
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import update_bias, violations
@@ -45,7 +44,7 @@ from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
 from fp8moe.train.batch import global_batch, microbatches_of, to_device
 from fp8moe.train.build import tied_embedding
-from fp8moe.train.cast_shares import cast_shares, count_weights
+from fp8moe.train.cast_shares import cast_shares, casts_of
 from fp8moe.train.finite_state import described, not_finite
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
@@ -85,9 +84,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     observing = count_fp8 and config.precision.mode is Precision.FP8
     if observing and run.zero is not None:
         run.zero.wait_weights()  # the casts of the weights belong to the update before
-    with observe_casts() if observing else contextlib.nullcontext() as casts:
-        if casts is not None:
-            count_weights(run, casts)
+    with casts_of(run) if observing else contextlib.nullcontext() as casts:
         losses = forward_backward(run, batches, counts, mtp_weight(rates, config.model.mtp_weight, at), stopwatch)
     with span("reduce"):
         grad_norm = reduce(run)
