@@ -19,8 +19,9 @@ from fp8moe.train.detail import Detail, relative
 from fp8moe.train.events import EventLog
 from fp8moe.train.json_lines import JsonLines, read_lines
 from fp8moe.train.loop import run_to_end, train
-from fp8moe.train.metrics import LoggingConfig, flat
+from fp8moe.train.metric_names import flat
 from fp8moe.train.step import train_step
+from fp8moe.train.trackers import LoggingConfig
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
 
