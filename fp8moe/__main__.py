@@ -27,9 +27,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "memory": ("fp8moe.cli.memory", "print the memory of weights and optimizer state on every pipeline rank"),
     "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
+    "report": ("fp8moe.cli.report", "make an HTML page of a run, or of several side by side"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
     "inspect": ("fp8moe.cli.checkpoint:inspect", "print what a checkpoint holds"),
     "doctor": ("fp8moe.cli.doctor", "look for what would prevent or slow a run on this machine, or on all nodes"),
+    "watch": ("fp8moe.cli.watch", "show a run in the terminal while it trains"),
     "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import Fp8Tensor, check_sizes, check_total
-from fp8moe.kernels.quantize import observers
+from fp8moe.kernels.quantize import ACTIVATIONS, observers
 
 
 def rms_norm(
@@ -47,7 +47,7 @@ def rms_norm(
     asked = {"tensor": tensor or watched, "rows": rows, "power_of_two": power_of_two}
     h, y, q, inverse_rms = backend.op("rms_norm")(x, weight, delta, eps=eps, **asked)
     if watched:
-        observers[-1](y, q)
+        observers[-1](y, q, ACTIVATIONS)
     return h, y if tensor else y[:0], q, inverse_rms
 
 
@@ -62,7 +62,7 @@ def rms_norm_columns(x: Tensor, weight: Tensor, inverse_rms: Tensor, *, power_of
     q: Fp8Tensor = backend.op("rms_norm_columns")(x, weight, inverse_rms, power_of_two=power_of_two)
     if observers:
         y = (x.float() * inverse_rms[:, None] * weight.float()).to(x.dtype)
-        observers[-1](y.t(), q)
+        observers[-1](y.t(), q, ACTIVATIONS)
     return q
 
 

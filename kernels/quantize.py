@@ -20,13 +20,15 @@ from torch import Tensor
 from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, check_floor, check_sizes
 
-# Called with (input, result) of every cast here, the innermost alone; see `statistics.observe_casts`.
-observers: list[Callable[[Tensor, Fp8Tensor], None]] = []
+# Called with (input, result, kind) of every cast here, the innermost alone; see `statistics.observe_casts`.
+observers: list[Callable[[Tensor, Fp8Tensor, str], None]] = []
+ACTIVATIONS, GRADIENTS, WEIGHTS = "activations", "gradients", "weights"  # the kinds of tensor that are cast
 
 
-def _observe(x: Tensor, q: Fp8Tensor) -> None:
+def _observe(x: Tensor, q: Fp8Tensor, amax_floor: float) -> None:
+    """Gradients are known by their floor, which no activation has."""
     if observers:
-        observers[-1](x, q)
+        observers[-1](x, q, ACTIVATIONS if amax_floor >= ACTIVATION_AMAX_FLOOR else GRADIENTS)
 
 
 def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
@@ -37,7 +39,7 @@ def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power
     _check_source(x, amax_floor)
     check_sizes(K=x.shape[-1])
     q = backend.op("quantize_rows")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    _observe(x, q)
+    _observe(x, q, amax_floor)
     return q
 
 
@@ -48,7 +50,7 @@ def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, po
     """
     _check_matrix(x, amax_floor)
     q = backend.op("quantize_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    _observe(x.t(), q)
+    _observe(x.t(), q, amax_floor)
     return q
 
 
@@ -61,8 +63,8 @@ def quantize_rows_and_columns(
     """
     _check_matrix(x, amax_floor)
     rows, columns = backend.op("quantize_rows_and_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    _observe(x, rows)
-    _observe(x.t(), columns)
+    _observe(x, rows, amax_floor)
+    _observe(x.t(), columns, amax_floor)
     return rows, columns
 
 
@@ -77,7 +79,8 @@ def quantize_blocks(
     _check_source(w, amax_floor)
     check_sizes(N=w.shape[-2], K=w.shape[-1])
     q, transposed = backend.op("quantize_blocks")(w, amax_floor=amax_floor, power_of_two=power_of_two)
-    _observe(w, q)
+    if observers:
+        observers[-1](w, q, WEIGHTS)
     return q, transposed
 
 

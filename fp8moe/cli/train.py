@@ -59,6 +59,7 @@ def _run(argv: Sequence[str]) -> int:
     arguments = parse(command_parser(), argv)
     threads = choose_threads(os.environ) if arguments.nproc is None else None  # before torch is loaded
     from fp8moe.cli.compose import as_yaml
+    from fp8moe.cli.report import at_end
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
@@ -87,7 +88,7 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.generate.samples import last_lines
     from fp8moe.train.loop import train
 
-    train(config, as_yaml, open_released, last_lines)
+    train(config, as_yaml, open_released, last_lines, at_end)
     return 0
 
 
@@ -120,6 +121,7 @@ def _rank(argv: Sequence[str]) -> int:
         if arguments.nproc is not None:
             raise ConfigError(f"--nproc={arguments.nproc} starts processes and RANK is set: leave --nproc out")
         from fp8moe.cli.compose import as_yaml
+        from fp8moe.cli.report import at_end
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
         from fp8moe.generate.samples import last_lines
@@ -145,7 +147,7 @@ def _rank(argv: Sequence[str]) -> int:
             for sentence in filter(None, (note(origin, config), chosen.sentence)):
                 if is_first:
                     print(sentence, flush=True)
-        train(config, as_yaml, open_released, last_lines)
+        train(config, as_yaml, open_released, last_lines, at_end)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one
     except Exception as error:

@@ -7,15 +7,18 @@ pipeline has no rank with the whole model and shows the commands alone.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from fp8moe.data.durable import write_text
 from fp8moe.generate.decode import GenerationConfig, generate
 from fp8moe.generate.open import exact_dispatcher
 from fp8moe.generate.sampling import SamplingConfig
 from fp8moe.generate.text import Vocabulary
 from fp8moe.layers.moe import MoE
+from fp8moe.train.json_lines import SAMPLES
 from fp8moe.train.run import Run
 
 PROMPT_TOKENS, NEW_TOKENS, SECONDS = 16, 24, 20.0
@@ -47,6 +50,11 @@ def _completions(run: Run) -> list[str]:
             num_ids=vocabulary.num_ids,
             accept=lambda _, token: token in vocabulary.ends,
         )
+    if run.is_first:
+        texts = [{"prompt": vocabulary.decode(one.prompt), "text": vocabulary.decode(one.ids)} for one in completions]
+        sampled = {"step": run.step, "temperature": TEMPERATURE, "top_p": TOP_P, "samples": texts}
+        with suppress(OSError):
+            write_text(run.run_dir / SAMPLES, json.dumps(sampled, indent=1) + "\n")
     lines = ["", f"held-out text -> what the model goes on with, temperature {TEMPERATURE}, top-p {TOP_P}"]
     for one in completions:
         lines.append(f"  {vocabulary.decode(one.prompt)!r} -> {vocabulary.decode(one.ids)!r}")

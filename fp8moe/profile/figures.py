@@ -8,6 +8,8 @@ Of one rank, all on the host's clock:
   bubble          how long its compute thread computes nothing between the first action of any rank and the last, less
                   what is exposed: waits for other stages, and both ends. The same as the simulator's.
   phases          time by phase without the waits in it
+  parts           the rest of the step: its data, the waits of the compute thread by what is waited for, `reduce` (of
+                  gradients), the optimizer, and `other`, so that phases and parts together are the step
 On a GPU the host only enqueues; `kineto.py` finds the same figures in the intervals of the kernels.
 """
 
@@ -15,19 +17,23 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
 
 ACTION = re.compile(r"(F|BW|B|W)(\d+)\.(\d+)(?:&BW(\d+)\.\d+)?")
 PHASE = re.compile(r"[FBW] \w+")
+FOR_EXPERTS, FOR_REPLICAS, FOR_STAGES, OTHER = "wait for experts", "wait for replicas", "wait for stages", "other"
 Intervals = list[tuple[float, float]]  # sorted, disjoint stretches of time (start, end)
 
 
 @dataclass(frozen=True)
 class RankFigures:
-    """Seconds of one rank in one step; see the module's note. window: from any rank's first action to the last."""
+    """Seconds of one rank in one step; see the module's note.
+
+    window: from any rank's first action to the last. step: from the rank's first span to its last.
+    """
 
     window: float
     computing: float
@@ -35,6 +41,8 @@ class RankFigures:
     exposed: float
     bubble: float
     phases: dict[str, float]
+    parts: dict[str, float] = field(default_factory=dict)
+    step: float = 0.0
 
     @property
     def hidden(self) -> float | None:
@@ -72,7 +80,33 @@ def rank_figures(spans: Sequence[Span], window: tuple[float, float]) -> RankFigu
     for span in spans_of(spans, "phase"):
         phases[span.name] += span.seconds - length(overlap([(span.start, span.end)], waits))
     bubble = max(0.0, window[1] - window[0] - computing - shown)
-    return RankFigures(window[1] - window[0], computing, length(times_of(messages)), shown, bubble, dict(phases))
+    of_thread = [span for span in spans if span.thread == COMPUTE]
+    step = max(span.end for span in of_thread) - min(span.start for span in of_thread)
+    parts = with_other(parts_of(spans), phases, step)
+    figures = (window[1] - window[0], computing, length(times_of(messages)), shown, bubble)
+    return RankFigures(*figures, dict(phases), parts, step)
+
+
+def parts_of(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds of the compute thread outside phases: waits; `data`, `reduce` and `optimizer` without waits in them."""
+    waits = waits_of(spans)
+    of_experts = {span.name.removeprefix("message ") for span in spans if span.thread == COMMUNICATION}
+    found: dict[str, list[Span]] = defaultdict(list)
+    for span in waits:
+        name = span.name.removeprefix("wait ")
+        is_of_stage = name.startswith("RECV_") or name == "until all has left"
+        found[FOR_STAGES if is_of_stage else FOR_EXPERTS if name in of_experts else FOR_REPLICAS].append(span)
+    parts = {name: length(times_of(of_kind)) for name, of_kind in found.items()}
+    all_waits = times_of(waits)
+    for span in spans_of(spans, "rest"):
+        took = span.seconds - length(overlap([(span.start, span.end)], all_waits))
+        parts[span.name] = parts.get(span.name, 0.0) + took
+    return parts
+
+
+def with_other(parts: Mapping[str, float], phases: Mapping[str, float], step: float) -> dict[str, float]:
+    """The parts with the rest of the step, which no span names."""
+    return {**parts, OTHER: max(0.0, step - sum(parts.values()) - sum(phases.values()))}
 
 
 def waits_of(spans: Sequence[Span], *, expert: bool | None = None) -> list[Span]:

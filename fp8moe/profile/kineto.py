@@ -25,7 +25,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fp8moe.profile.figures import Intervals, RankFigures, kind_of, length, union, without
+from fp8moe.profile.figures import (
+    FOR_EXPERTS,
+    Intervals,
+    RankFigures,
+    kind_of,
+    length,
+    spans_of,
+    union,
+    with_other,
+    without,
+)
 from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -117,6 +127,7 @@ def communication_streams(work: Sequence[Kernel], spans: Sequence[Span]) -> froz
 def device_figures(work: Sequence[Kernel], spans: Sequence[Span]) -> RankFigures:
     """The figures of a rank from the kernels that its actions launched; the window is theirs, first to last."""
     streams = communication_streams(work, spans)
+    whole = work
     actions = union((span.start, span.end) for span in spans if kind_of(span.name) == "action")
     work = [k for k in work if actions[0][0] <= k.launched <= actions[-1][1]]
     messages = union((k.start, k.end) for k in work if k.stream in streams)
@@ -131,7 +142,21 @@ def device_figures(work: Sequence[Kernel], spans: Sequence[Span]) -> RankFigures
             phases[named[at].name] += kernel.end - kernel.start
     window, exposed = max(k.end for k in work) - min(k.start for k in work), without(messages, computing)
     bubble = max(0.0, window - length(computing) - exposed)
-    return RankFigures(window, length(computing), length(messages), exposed, bubble, dict(phases))
+    step = max(k.end for k in whole) - min(k.start for k in whole)
+    parts = with_other({FOR_EXPERTS: exposed, **_rest(whole, spans)}, phases, step)
+    return RankFigures(window, length(computing), length(messages), exposed, bubble, dict(phases), parts, step)
+
+
+def _rest(work: Sequence[Kernel], spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds of the kernels that `data`, `reduce` and `optimizer` launched, those of messages included."""
+    named = sorted(spans_of(spans, "rest"), key=lambda span: span.start)
+    spots: Intervals = [(span.start, span.end) for span in named]
+    times: dict[str, Intervals] = defaultdict(list)
+    for kernel in work:
+        at = _within(kernel.launched, spots)
+        if at is not None:
+            times[named[at].name].append((kernel.start, kernel.end))
+    return {name: length(union(intervals)) for name, intervals in times.items()}
 
 
 def _within(time: float, times: Intervals) -> int | None:

@@ -31,9 +31,9 @@ from fp8moe.train.batch import BatchConfig, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.ema import EmaConfig
 from fp8moe.train.guard import GuardConfig
-from fp8moe.train.metrics import LoggingConfig, check_wandb
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_name, check_run_dir
+from fp8moe.train.trackers import LoggingConfig, check_trackers
 from fp8moe.train.validation import ValidationConfig
 
 
@@ -95,6 +95,7 @@ class TrainConfig:
     recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)
     # record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures
     profile: bool = False
+    report: bool = True  # write run_dir/report.html at the run's end, also where it ends early
 
     def __post_init__(self) -> None:
         check_fields(
@@ -231,7 +232,7 @@ def resolve(
             background=config.checkpoint.background,
             averaged=config.ema.decay is not None,
         )
-    check_wandb(config.logging)
+    check_trackers(config.logging)
     config = dataclasses.replace(config, checkpoint=config.checkpoint.resolved())
     check_run_dir(config.run_dir, config.resume)
     _check_resume(config, foreign)

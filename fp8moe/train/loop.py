@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 from fp8moe.errors import NonFiniteError
 from fp8moe.parallel.place import rank_in_words
@@ -19,6 +20,7 @@ from fp8moe.train import checkpoint
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.consistency import check_consistency
+from fp8moe.train.detail import Detail
 from fp8moe.train.ema import Ema
 from fp8moe.train.garbage import collect_if_due, no_collection_within_steps
 from fp8moe.train.optimizer import Optimizer
@@ -45,11 +47,13 @@ def train(
     as_yaml: Callable[[TrainConfig], str],
     foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
     last_lines: Callable[[Run], str] | None = None,
+    report: Callable[[Path], None] | None = None,
 ) -> Summary:
     """Run a resolved `config` to its end. Collective over all ranks.
 
     as_yaml: gives config.yaml's text. foreign: opens weights of `init_from` that are no checkpoint's. last_lines, which
-    is collective too: what is printed behind the summary.
+    is collective too: what is printed behind the summary. report: called on rank 0 with the run directory however the
+    run ends, unless report=false; it must not raise.
     """
     started = time.perf_counter()
     device, preemption = choose_device(config), Preemption()
@@ -57,7 +61,12 @@ def train(
         preemption.join(mesh)
         run_dir = claim_run_dir(config, mesh)
         preemption.on_end.append(partial(release_run_dir, run_dir, mesh))
-        with released(run_dir), log_file(run_dir, mesh.rank):
+        reporting = (
+            partial(report, run_dir) if report is not None and config.report and mesh.rank == 0 else lambda: None
+        )
+        preemption.on_end.append(lambda _: reporting())
+        with released(run_dir), log_file(run_dir, mesh.rank), contextlib.ExitStack() as at_end:
+            at_end.callback(reporting)
             try:
                 run = build(config, mesh, device, run_dir, foreign)
                 run.preemption = preemption
@@ -73,7 +82,8 @@ def train(
 
 def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None = None) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
-    config, run_logger, trace, stragglers = run.config, RunLogger(run, started), StepTrace(run), Stragglers(run.mesh)
+    config, run_logger, trace = run.config, RunLogger(run, started), StepTrace(run)
+    stragglers, detail = Stragglers(run.mesh, run.device), Detail(run)
     run.point, preemption, waited = save_point(run), run.preemption, 0.0
     preemption.saves(partial(_step_of, run), partial(_stop, run, run_logger, run.step))
     try:
@@ -85,8 +95,9 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
             run_logger.expect(report)
             if run_logger.num_steps == 0:
                 end_startup(run.mesh, run.links, config.parallel.timeout)
-            if (named := stragglers.note(report)) is not None:
-                run_logger.warn(named)
+            if (slowest := stragglers.note(report)) is not None:
+                run_logger.note_slowest(slowest)
+            detail.note(report)
             if run.guard.problem is None and config.guard.consistency_is_due(run.step):
                 check_consistency(run)
             run_logger.note(report, *_validations(run))
@@ -96,6 +107,7 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
             if run.guard.problem is not None:
                 with preemption.changing():
                     run_logger.note_rollback(roll_back(run))
+                    detail.forget()
                     run.point = save_point(run)
         with preemption.changing():
             run.saver.close()
@@ -109,6 +121,9 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
         if last_lines is not None:
             run_logger.print(last_lines(run))
         return summary
+    except Exception as error:
+        run_logger.note_event("failure", str(error))
+        raise
     finally:
         run_logger.close()
 
@@ -121,7 +136,9 @@ def _step_of(run: Run) -> int:
 def _stop(run: Run, run_logger: RunLogger, first: int) -> str:
     """Save a preempted run as it was at the end of its last step, whose line is written before."""
     run_logger.write_expected(_step_of(run))
-    return save_and_stop(run, first)
+    done = save_and_stop(run, first)
+    run_logger.note_event("preempted", done, at=_step_of(run))
+    return done
 
 
 def _validations(run: Run) -> tuple[ValidationReport | None, ValidationReport | None]:

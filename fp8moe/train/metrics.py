@@ -1,46 +1,21 @@
-"""Metrics of each step, written to `metrics.jsonl` always and to wandb when configured.
+"""Metrics of each step, written to `metrics.jsonl` and handed to the run's trackers (`train.trackers`).
 
-One line of JSON a step, appended and closed, so that a run that dies has written every step it finished. A number that
-is not finite is written as null: JSON has no such number, and most readers refuse Python's NaN. wandb runs in a
-process of its own (`train.wandb_run`), only when it is configured, and logs offline where no key is set; it never ends
-a run.
+One line of JSON a step (`train.json_lines`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from fp8moe.data.durable import write_text
-from fp8moe.errors import ConfigError
-from fp8moe.limits import COUNT, POSITIVE, check_fields
-from fp8moe.train.wandb_run import WandbRun, is_installed
+from fp8moe.train.json_lines import METRICS, JsonLines, finite
+from fp8moe.train.trackers import LoggingConfig, Trackers
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """How often progress is shown, and what is measured and logged."""
-
-    every: int = 10  # steps between plain progress lines
-    fp8_every: int = 0  # steps between counts of saturated and underflowed FP8 values; 0: on the last step only
-    wandb: bool = False  # also log to Weights & Biases, offline where no key is set
-    wandb_project: str = "fp8moe"  # project of Weights & Biases
-
-    def __post_init__(self) -> None:
-        check_fields(self, "logging", every=POSITIVE, fp8_every=COUNT)
-
-    def fp8_is_due(self, step: int, steps: int) -> bool:
-        """Whether step number `step` (from 1) of `steps` counts what FP8 casts lose; the last always does."""
-        return step == steps or (self.fp8_every > 0 and step % self.fp8_every == 0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +40,8 @@ class StepReport:
 
     loss, mtp_loss: nats a predicted token of the global batch; aux_loss: balance loss a sequence; the last two are None
     where the model has none. tokens: predicted tokens of the global batch. tokens_per_second: of the whole job; mfu: of
-    one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares are None where they were not counted.
+    one GPU (None on a CPU). max_violation: the worst layer's. The FP8 shares, of the step's casts and by kind of tensor
+    (activations, gradients, weights; the casts of weights are the last update's), are None where they were not counted.
     skipped_samples: the first and the last sample of a skipped step; None of any other.
     """
 
@@ -87,31 +63,15 @@ class StepReport:
     time: StepSeconds
     memory_bytes: int
     skipped_samples: tuple[int, int] | None = None
-
-
-def finite(value: Any) -> Any:
-    """`value` with every float that is not finite, which JSON cannot hold, replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check_wandb(config: LoggingConfig) -> None:
-    """Raises ConfigError when wandb is configured and not installed."""
-    if config.wandb and not is_installed():
-        raise ConfigError(
-            "logging.wandb=true needs the package wandb, which is not installed: pip install 'fp8moe[wandb]', or use "
-            "logging.wandb=false"
-        )
+    fp8_saturated_by_kind: dict[str, float] | None = None
+    fp8_underflow_by_kind: dict[str, float] | None = None
 
 
 class MetricsWriter:
-    """Appends a record a step to `run_dir/metrics.jsonl`, and to wandb when configured; only rank 0 has one.
+    """Appends a record a step to `run_dir/metrics.jsonl`, and hands it to the trackers; only rank 0 has one.
 
     after_step: the step that a resumed run continues from; records of later steps, by an earlier attempt, are removed.
-    warn: is given one sentence, once, where wandb fails.
+    warn: is given one sentence where a tracker fails.
     """
 
     def __init__(
@@ -123,69 +83,27 @@ class MetricsWriter:
         after_step: int,
         warn: Callable[[str], None] = _logger.warning,
     ):
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            _keep_until(path, after_step)
-        self._path, self._warn = path, warn
-        self._wandb: WandbRun | None = None
-        if config.wandb:
-            check_wandb(config)
-            try:
-                self._wandb = WandbRun(run_dir, config.wandb_project, name, settings)
-            except OSError as error:  # no more processes, or no space for the file of its id
-                self._give_up(str(error))
+        self._lines = JsonLines(run_dir / METRICS)
+        self._lines.keep_until(after_step)
+        self._trackers = Trackers(run_dir, config, name, settings, after_step, warn)
 
     def forget_after(self, step: int) -> None:
         """Remove the records of later steps, which are done again."""
-        _keep_until(self._path, step)
+        self._lines.keep_until(step)
+        self._trackers.forget_after(step)
 
-    _unwritten = ""  # lines that the disk had no room for
+    def note_checkpoint(self, step: int) -> None:
+        """A checkpoint of that step is complete."""
+        self._trackers.note_checkpoint(step)
 
-    def _append(self, line: str) -> None:
-        """Write a line; one that can't be written waits for the next: what a full disk means the checkpoints decide."""
-        text, size = self._unwritten + line, self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(text)
-            self._unwritten = ""
-        except OSError as error:
-            if not self._unwritten:
-                logging.getLogger(__name__).warning("%s can't be written (%s)", self._path, error.strerror)
-            self._unwritten = text
-            with contextlib.suppress(OSError):  # half of it may be there
-                os.truncate(self._path, size)
-
-    def write(self, report: StepReport, extra: Mapping[str, Any]) -> None:
-        """Log one step; `extra` holds what only some steps have, such as a validation loss."""
-        record = finite({**asdict(report), **extra})
-        self._append(json.dumps(record, allow_nan=False) + "\n")
-        if self._wandb is not None:
-            flat = {key: value for key, value in record.items() if key != "time"}
-            flat |= {f"time/{key}": value for key, value in record["time"].items()}
-            self._wandb.log(flat, step=report.step)
-            if self._wandb.problem:
-                self._wandb.stop()
-                self._give_up(self._wandb.problem)
+    def write(
+        self, report: StepReport, extra: Mapping[str, Any], totals: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Log one step; `extra`: what only some steps have, such as a validation loss. totals: of the run so far."""
+        record = {**asdict(report), **extra}
+        self._lines.append(record)
+        self._trackers.log(record, report.step, totals)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Finish wandb's run with `summary`, or as failed without one."""
-        if self._wandb is not None:
-            self._wandb.close(None if summary is None else finite(summary))
-            if self._wandb.problem:
-                self._give_up(self._wandb.problem)
-            self._wandb = None
-
-    def _give_up(self, reason: str) -> None:
-        self._wandb = None
-        self._warn(f"wandb logs no more ({reason.rstrip('.')}): the run goes on, metrics.jsonl has every step")
-
-
-def _keep_until(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # the last line of a run that was killed while writing it
-            continue
-    write_text(path, "".join(f"{line}\n" for line in kept))
+        """End the trackers with `summary`, or as failed without one; a second call does nothing."""
+        self._trackers.close(None if summary is None else finite(summary))

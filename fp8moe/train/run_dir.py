@@ -1,7 +1,8 @@
 """The run directory: made by rank 0, one a run, never overwritten.
 
     config.yaml  config-STEP.yaml  tokenizer.json  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
-    wandb-id (of wandb's run, where it is used)
+    events.jsonl  expert_load.jsonl  ranks.jsonl  samples.json  report.html
+    metrics.prom (the latest figures, for Prometheus)  tensorboard/  wandb/  wandb-id (where those are used)
     lock (while a run writes here)  preempted (what was saved, if a signal ended the run)  starts.jsonl
 
 It is self-contained: a run that goes on takes its configuration from there, and whoever decodes its tokens the
@@ -13,21 +14,19 @@ because another run may have taken the directory in between.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from fp8moe.data.durable import copy_file, make_folder, sync, write_text
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
 from fp8moe.train.checkpoint.location import location
+from fp8moe.train.json_lines import METRICS, read_lines
 from fp8moe.train.run_lock import LOCK_FILE, acquire, check_unlocked, release
 
 DEFAULT_PARENT = Path("runs")
 LOGS = "logs"
-METRICS = "metrics.jsonl"
 PREEMPTED = "preempted"  # for launch scripts, to which torchrun does not pass exit code 75 on
 STARTS = "starts.jsonl"
 MAX_STARTS = 3  # starts in a row that may make no new step
@@ -102,11 +101,11 @@ def count_start(path: Path, *, refuse: bool) -> None:
     they did. One that a signal ended does not count.
     """
     starts = path / STARTS
-    before = _json_lines(starts)
+    before = read_lines(starts)[0]
     if (path / PREEMPTED).exists():
         (path / PREEMPTED).unlink()
         before = before[:-1]
-    reached = [int(line["step"]) for line in (*before, *_json_lines(path / METRICS)) if "step" in line]
+    reached = [int(line["step"]) for line in (*before, *read_lines(path / METRICS)[0]) if "step" in line]
     step = max(reached, default=0)
     if refuse and len(before) >= MAX_STARTS and all(int(line["step"]) >= step for line in before[-MAX_STARTS:]):
         raise ConfigError(
@@ -122,16 +121,6 @@ def count_start(path: Path, *, refuse: bool) -> None:
 def mark_preempted(run_dir: Path, sentence: str) -> None:
     """Leave word for launch scripts that a signal ended the run, and how: it is to be started again."""
     (run_dir / PREEMPTED).write_text(f"{sentence}\n", encoding="utf-8")
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that are whole; none where there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line of a run that was killed
-            found.append(json.loads(line))
-    return found
 
 
 def describe_start(run_dir: Path, step: int, config: str, tokenizer: Path | None) -> None:

@@ -23,17 +23,19 @@ from torch import Tensor
 from fp8moe.parallel.collectives import gather
 from fp8moe.train import step_trace
 from fp8moe.train.checkpoint import Location
+from fp8moe.train.checkpoint.folder import step_of
+from fp8moe.train.events import EventLog, started_as
 from fp8moe.train.metrics import MetricsWriter, StepReport
 from fp8moe.train.opening import memory_of_largest_rank, opening
+from fp8moe.train.progress import ProgressDisplay
 from fp8moe.train.rollback import Rollback
 from fp8moe.train.run import Run
 from fp8moe.train.step_trace import StepFigures
-from fp8moe.train.summary import Summary, balance, duration, table, write_summary
+from fp8moe.train.stragglers import Slowest
+from fp8moe.train.summary import LOSS_STEPS, Summary, balance, table, write_summary
 from fp8moe.train.validation import ValidationReport
 
-LOSS_STEPS = 10  # the summary's training loss is the mean of so many last steps
 REPORT_SECONDS = 2.0  # a step is reported no later than this after its update
-PACE_STEPS = 20  # the time left is estimated from so many last steps
 
 
 class LogFile(logging.FileHandler):
@@ -80,14 +82,17 @@ class RunLogger:
             if run.is_first
             else None
         )
+        self._events = EventLog(run.run_dir, run.step) if run.is_first else None
         self._expected: StepReport | None = None  # of a step whose line is not written yet
         self._written, self._writing = run.step, threading.Lock()  # the step of the last line
         self._losses: deque[float] = deque(maxlen=LOSS_STEPS)
+        self._first_step = run.step + 1  # of this attempt
         self._steps: list[tuple[int, float]] = []  # (tokens, seconds) of each
         self._fp8_shares: tuple[float | None, float | None] = (None, None)
-        self._rolled_back: dict[str, Any] = {}
+        self._extra: dict[str, Any] = {}  # of the next record
         self._validation: ValidationReport | None = None
         self._averaged: ValidationReport | None = None
+        self.note_event("start", *started_as(run))
         self.print(opening(run))
         self.print(memory_of_largest_rank(run))
 
@@ -102,19 +107,36 @@ class RunLogger:
             self.print(f"{error}; training goes on without it (checkpoint.on_failure=continue)")
         for path in checkpoints:
             self._log.info("checkpoint %s is complete", path)
+            if self._writer is not None:
+                self._writer.note_checkpoint(step_of(path))
+            self.note_event("checkpoint", f"{path} is complete", at=step_of(path))
 
-    def warn(self, sentence: str) -> None:
-        """Log a warning, and show it."""
+    def note_event(self, kind: str, text: str, more: Mapping[str, Any] | None = None, *, at: int | None = None) -> None:
+        """Write an event (`train.events`) of step `at`, else of the run's present one."""
+        if self._events is not None:
+            self._events.note(kind, self._run.step if at is None else at, text, **(more or {}))
+
+    def warn(self, sentence: str, kind: str = "warning") -> None:
+        """Log a warning, show it, and note it as an event of that kind."""
         self._log.warning("%s", sentence)
         self._display.print(sentence)
+        self.note_event(kind, sentence)
+
+    def note_slowest(self, slowest: Slowest) -> None:
+        """Note a comparison of the ranks in the record of the step; show it where one is a straggler."""
+        self._extra |= {"slowest_rank": slowest.rank, "slowest_rank_seconds_behind": slowest.behind}
+        if slowest.is_straggler:
+            self.warn(str(slowest), "straggler")
 
     def note_rollback(self, rollback: Rollback) -> None:
         """Report a rollback; records of the steps that it undoes go, and the next one says what they were."""
         self.print(str(rollback))
         self._losses.clear()
-        self._rolled_back |= {"rolled_back_from": rollback.step, "passed_over": [rollback.first, rollback.stop - 1]}
-        if self._writer is not None:
+        self._extra |= {"rolled_back_from": rollback.step, "passed_over": [rollback.first, rollback.stop - 1]}
+        if self._writer is not None and self._events is not None:
             self._writer.forget_after(self._run.step)
+            self._events.forget_after(self._run.step)
+        self.note_event("rollback", str(rollback), at=rollback.step)
         with self._writing:
             self._expected, self._written = None, self._run.step
 
@@ -133,7 +155,9 @@ class RunLogger:
     def _write(self, report: StepReport, extra: Mapping[str, float | None]) -> None:
         with self._writing:
             if self._writer is not None and report.step > self._written:
-                self._writer.write(report, extra)
+                guard = self._run.guard
+                totals = {"steps": self._run.config.steps, "skipped_steps": guard.skipped, "rollbacks": guard.rollbacks}
+                self._writer.write(report, extra, totals)
                 self._written = report.step
 
     def note(
@@ -143,7 +167,7 @@ class RunLogger:
 
         Its line is written before a checkpoint of the step is begun, so that no checkpoint is without it.
         """
-        extra, self._rolled_back = self._rolled_back, {}
+        extra, self._extra = self._extra, {}
         if validation is not None:
             self._validation = validation
             extra |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
@@ -156,9 +180,13 @@ class RunLogger:
         for of, scored in (("", validation), (" of the averaged weights", averaged)):
             if scored is not None:
                 bits = "" if scored.bits_per_byte is None else f", {scored.bits_per_byte:.4f} bits a byte"
-                self.print(f"validation{of} after step {report.step}: loss {scored.loss:.4f}{bits}")
-        if not report.skipped:
+                text = f"validation{of} after step {report.step}: loss {scored.loss:.4f}{bits}"
+                self.print(f"{text}, mean of {scored.tokens:,} tokens")
+        if report.skipped_samples is None:
             self._losses.append(report.loss)
+        else:
+            first, last = report.skipped_samples
+            self.note_event("skipped", f"step {report.step} was skipped, samples {first} to {last}")
         self._steps.append((report.tokens, report.seconds))
         if report.fp8_saturated_share is not None:
             self._fp8_shares = (report.fp8_saturated_share, report.fp8_underflow_share)
@@ -171,6 +199,7 @@ class RunLogger:
         paced = self._steps[1:] or self._steps  # the first step compiles, allocates and opens connections
         summary = Summary(
             loss=sum(self._losses) / len(self._losses),  # there is one: the last step was not skipped
+            loss_steps=len(self._losses),
             val_loss=validation.loss,
             val_loss_ema=None if self._averaged is None else self._averaged.loss,
             val_bits_per_byte=validation.bits_per_byte,
@@ -182,6 +211,9 @@ class RunLogger:
             fp8_saturated_share=self._fp8_shares[0],
             fp8_underflow_share=self._fp8_shares[1],
             steps=run.step,
+            first_step=self._first_step,
+            consumed_samples=run.sampler.consumed,
+            seq_len=run.config.seq_len,
             skipped_steps=run.guard.skipped,
             rollbacks=run.guard.rollbacks,
             tokens=sum(tokens for tokens, _ in self._steps),
@@ -195,9 +227,14 @@ class RunLogger:
             write_summary(summary, run.run_dir / "summary.json")
             self._writer.close(dataclasses.asdict(summary))
             self._writer = None
+        if trace is not None:
+            self.note_event(
+                "trace", f"step {trace.step} was recorded", {"figures": dataclasses.asdict(trace)}, at=trace.step
+            )
+        self.note_event("end", f"the run has done its {run.step} steps")
         self._display.close()
         if trace is not None:
-            self.print("\n" + step_trace.table(trace))
+            self.print("\n" + step_trace.table(trace, run.run_dir / step_trace.TRACE))
         self.print("\n" + table(summary))
         return summary
 
@@ -214,71 +251,16 @@ class RunLogger:
             self._log.info("%s", line)
 
 
-def all_loads(run: Run) -> dict[str, Tensor]:
-    """Tokens that each expert has had, by router name, of all stages in the order of the model. Collective over pp."""
-    loads = {name: load.cpu() for part in gather(run.loads, run.mesh.pp_group) for name, load in part.items()}
+def all_loads(run: Run, before: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Tokens that each expert has had, by router name, of all stages in the order of the model; those since `before`.
+
+    Collective over pp.
+    """
+    mine = {name: (load if before is None else load - before[name]).cpu() for name, load in run.loads.items()}
+    loads = {name: load for part in gather(mine, run.mesh.pp_group) for name, load in part.items()}
     return {name: loads[name] for name in sorted(loads, key=_block_number)}
 
 
 def _block_number(name: str) -> tuple[bool, int]:
     _, number, *_ = name.split(".")
     return (False, int(number)) if number.isdigit() else (True, 0)  # the MTP module's block is the last
-
-
-class ProgressDisplay:
-    """Progress from `done` to `steps`: a bar on a terminal, else a line every `every` steps; nothing if `silent`."""
-
-    def __init__(self, steps: int, done: int, every: int, *, silent: bool = False) -> None:
-        self._steps, self._every, self._silent = steps, every, silent
-        self._first = True
-        self._moments: deque[tuple[float, int]] = deque([(time.monotonic(), done)], maxlen=PACE_STEPS + 1)
-        self._bar: Any = None
-        if not silent and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
-
-    def show(self, report: StepReport) -> None:
-        """Show a finished step."""
-        self._moments.append((time.monotonic(), report.step))
-        if self._silent:
-            return
-        if self._bar is not None:
-            self._bar.update(report.step - self._bar.n)
-            self._bar.set_postfix_str(
-                f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tokens/s", refresh=False
-            )
-        elif self._first or report.step % self._every == 0 or report.step == self._steps:
-            print(self.line(report), flush=True)
-        self._first = False
-
-    def line(self, report: StepReport) -> str:
-        """The plain line of a step."""
-        text = (
-            f"step {report.step:>{len(str(self._steps))}}/{self._steps}  loss {report.loss:.4f}  "
-            f"grad norm {report.grad_norm:.2f}  lr {report.lr:.2e}  {report.tokens_per_second:,.0f} tokens/s  "
-            f"{duration(self.seconds_left())} left"
-        )
-        if report.skipped_samples is None:
-            return text
-        first, last = report.skipped_samples
-        return f"{text}  SKIPPED, samples {first} to {last}"
-
-    def seconds_left(self) -> float:
-        """Seconds that the remaining steps take at the pace of the recent ones."""
-        (start, first), (now, last) = self._moments[0], self._moments[-1]
-        return (now - start) / max(last - first, 1) * (self._steps - last)
-
-    def print(self, text: str) -> None:
-        """Print text between the steps, such as a validation's result, without breaking the bar."""
-        if self._silent:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        """Close the bar; nothing for plain lines."""
-        if self._bar is not None:
-            self._bar.close()

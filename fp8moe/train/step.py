@@ -30,7 +30,6 @@ from torch import Tensor
 from fp8moe.data.packing import Batch
 from fp8moe.data.sampler import rank_slice
 from fp8moe.errors import NonFiniteError
-from fp8moe.kernels.statistics import CastStatistics, observe_casts
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import update_bias, violations
@@ -45,6 +44,7 @@ from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
 from fp8moe.train.batch import global_batch, microbatches_of, to_device
 from fp8moe.train.build import tied_embedding
+from fp8moe.train.cast_shares import cast_shares, casts_of
 from fp8moe.train.finite_state import described, not_finite
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
 from fp8moe.train.metrics import StepReport, StepSeconds
@@ -84,7 +84,7 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     observing = count_fp8 and config.precision.mode is Precision.FP8
     if observing and run.zero is not None:
         run.zero.wait_weights()  # the casts of the weights belong to the update before
-    with observe_casts() if observing else contextlib.nullcontext() as casts:
+    with casts_of(run) if observing else contextlib.nullcontext() as casts:
         losses = forward_backward(run, batches, counts, mtp_weight(rates, config.model.mtp_weight, at), stopwatch)
     with span("reduce"):
         grad_norm = reduce(run)
@@ -118,12 +118,14 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
         tokens_per_second=tokens_per_second,
         mfu=mfu(config.model, config.seq_len, tokens_per_second / run.mesh.world_size) if is_gpu else None,
         max_violation=violation,
-        fp8_saturated_share=saturated,
-        fp8_underflow_share=underflow,
+        fp8_saturated_share=saturated.of_step,
+        fp8_underflow_share=underflow.of_step,
         seconds=seconds,
         time=StepSeconds(laps["data"], laps["forward"], laps["backward"], laps[EXPOSED], laps["optimizer"]),
         memory_bytes=memory_bytes(run.device),
         skipped_samples=None if accepted else (first_sample, run.sampler.consumed - 1),
+        fp8_saturated_by_kind=saturated.by_kind,
+        fp8_underflow_by_kind=underflow.by_kind,
     )
 
 
@@ -278,16 +280,6 @@ def worst_violation(run: Run) -> float | None:
     counts = [router.counts_E for router in run.routers().values()]
     mine = violations(torch.stack(counts)).max() if counts else torch.zeros((), device=run.device)
     return float(all_reduce(mine.double(), run.mesh.pp_group, dist.ReduceOp.MAX))
-
-
-def cast_shares(run: Run, casts: CastStatistics | None) -> tuple[float | None, float | None]:
-    """Saturated and underflowed shares over all ranks' casts; None where nothing was counted. Collective if counted."""
-    if casts is None:
-        return None, None
-    shares = (casts.saturated_share, casts.underflow_share)
-    mine = torch.tensor([casts.values, *(share * casts.values for share in shares)], dtype=torch.float64)
-    values, saturated, underflowed = all_reduce(mine, run.mesh.world_group).tolist()
-    return saturated / max(values, 1.0), underflowed / max(values, 1.0)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -12,7 +12,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from fp8moe.parallel.collectives import clock_offset, gather
 from fp8moe.profile.chrome_trace import RankTrace, step_trace
@@ -35,6 +36,8 @@ from fp8moe.schedule.simulate import Costs, simulate
 from fp8moe.train.run import Run
 
 STEP = 3
+TRACE = "trace.json"
+SHOWN = {"reduce": "reduce (gradients)"}  # rows of the table that have not the span's name
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class StepFigures:
 
     hidden: share of all ranks' expert communication together, and of the rank that hides least; None without any.
     bubble: a rank's on average, the largest, and the simulator's average for the costs measured in this step (None on a
-    GPU, where the host's times are not the device's). phases: of a rank on average, and the largest.
+    GPU, where the host's times are not the device's). phases, and parts outside them: of a rank on average, and the
+    largest. step_seconds: from the first span to the last, of the rank that took longest.
     """
 
     step: int
@@ -55,6 +59,9 @@ class StepFigures:
     bubble_simulated: float | None
     phases: dict[str, float]
     phases_worst: dict[str, float]
+    parts: dict[str, float] = field(default_factory=dict)
+    parts_worst: dict[str, float] = field(default_factory=dict)
+    step_seconds: float = 0.0
 
 
 class StepTrace:
@@ -84,7 +91,7 @@ class StepTrace:
         ranks = gather(mine, run.mesh.world_group)
         self.figures = step_figures(run, ranks)
         if run.is_first:
-            (run.run_dir / "trace.json").write_text(json.dumps(step_trace(ranks)) + "\n", encoding="utf-8")
+            (run.run_dir / TRACE).write_text(json.dumps(step_trace(ranks)) + "\n", encoding="utf-8")
 
 
 def name_of(run: Run) -> str:
@@ -153,8 +160,7 @@ def summed_up(step: int, each: Sequence[RankFigures], simulated: float | None) -
     """The figures of the job from those of each rank."""
     communication = sum(figures.communication for figures in each)
     exposed = sum(figures.exposed for figures in each)
-    names = dict.fromkeys(name for figures in each for name in figures.phases)
-    phases = {name: [figures.phases.get(name, 0.0) for figures in each] for name in names}
+    phases, parts = _by_name([f.phases for f in each]), _by_name([f.parts for f in each])
     return StepFigures(
         step=step,
         seconds=max(figures.window for figures in each),
@@ -163,21 +169,35 @@ def summed_up(step: int, each: Sequence[RankFigures], simulated: float | None) -
         bubble=statistics.fmean(figures.bubble for figures in each),
         bubble_worst=max(figures.bubble for figures in each),
         bubble_simulated=simulated,
-        phases={name: statistics.fmean(seconds) for name, seconds in sorted(phases.items())},
-        phases_worst={name: max(seconds) for name, seconds in sorted(phases.items())},
+        phases={name: statistics.fmean(seconds) for name, seconds in phases.items()},
+        phases_worst={name: max(seconds) for name, seconds in phases.items()},
+        parts={name: statistics.fmean(seconds) for name, seconds in parts.items()},
+        parts_worst={name: max(seconds) for name, seconds in parts.items()},
+        step_seconds=max(figures.step for figures in each),
     )
 
 
-def table(figures: StepFigures) -> str:
-    """The figures as a table for the end of a run."""
+def _by_name(each: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """Seconds of all ranks by name; 0 of a rank that has none."""
+    names = sorted({name for times in each for name in times})
+    return {name: [times.get(name, 0.0) for times in each] for name in names}
+
+
+def table(figures: StepFigures, trace: Path) -> str:
+    """The figures as a table for the end of a run, the longest first; `trace` is the path of trace.json."""
     f = figures
     rows = [(f"trace of step {f.step}", "a rank, on average", "the worst")]
+    means, worst = f.phases | f.parts, f.phases_worst | f.parts_worst
+    total = sum(means.values())
+    for name in sorted(means, key=lambda name: -means[name]):
+        share = f"{means[name] / total:6.1%}" if total else ""
+        rows.append((SHOWN.get(name, name), f"{means[name] * 1e3:8.1f} ms {share}", f"{worst[name] * 1e3:.1f} ms"))
+    rows.append(("whole step", f"{total * 1e3:8.1f} ms", f"{f.step_seconds * 1e3:.1f} ms"))
     if f.hidden is not None and f.hidden_worst is not None:
         rows.append(("communication hidden", f"{f.hidden:.1%}", f"{f.hidden_worst:.1%}"))
     simulated = "" if f.bubble_simulated is None else f" (simulated {f.bubble_simulated * 1e3:.1f} ms)"
     rows.append(("forwards and backwards", f"{f.seconds * 1e3:.1f} ms", ""))
     rows.append(("bubble", f"{f.bubble * 1e3:.1f} ms{simulated}", f"{f.bubble_worst * 1e3:.1f} ms"))
-    for name, seconds in f.phases.items():
-        rows.append((name, f"{seconds * 1e3:.1f} ms", f"{f.phases_worst[name] * 1e3:.1f} ms"))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+    lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join([*lines, f"open {trace} at ui.perfetto.dev"])

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import socket
 import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -20,41 +22,78 @@ EVERY = 32  # steps between comparisons
 RATIO = 1.5  # of the others' median, from which on a rank is named
 
 
+@dataclass(frozen=True)
+class Slowest:
+    """The rank that worked longest beside ranks with the same work, in steps `first` to `last`.
+
+    place: its host and GPU. seconds: that it worked in all of these steps; median: of the others. limit: how many times
+    the median a straggler takes.
+    """
+
+    rank: int
+    place: str
+    seconds: float
+    median: float
+    first: int
+    last: int
+    limit: float = RATIO
+
+    @property
+    def behind(self) -> float:
+        """Seconds that the rank worked longer than the others' median."""
+        return self.seconds - self.median
+
+    @property
+    def is_straggler(self) -> bool:
+        """Whether it is far behind the others."""
+        return self.seconds >= self.limit * max(self.median, 1e-9)
+
+    def __str__(self) -> str:
+        steps = self.last - self.first + 1
+        ratio = self.seconds / max(self.median, 1e-9)
+        return (
+            f"slowest rank {self.rank} ({self.place}): {self.behind:+.3g} s in steps {self.first} to {self.last}; it "
+            f"works {self.seconds / steps:.3g} s a step, {ratio:.1f} x the median of ranks with the same work "
+            f"({self.median / steps:.3g} s)"
+        )
+
+
+def place_of(device: torch.device) -> str:
+    """This process's host and GPU: `node01, gpu 3`; without a GPU the host alone."""
+    host = socket.gethostname()
+    return host if device.type != "cuda" else f"{host}, gpu {device.index or 0}"
+
+
 class Stragglers:
     """Compares ranks every `every` steps. Collective over all ranks: construction, and `note` then."""
 
-    def __init__(self, mesh: Mesh, every: int = EVERY, ratio: float = RATIO) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device, every: int = EVERY, ratio: float = RATIO) -> None:
         self._mesh, self._every, self._ratio = mesh, every, ratio
-        self._hosts = gather(socket.gethostname(), mesh.world_group)
+        self._places = gather(place_of(device), mesh.world_group)
         self._working: list[float] = []
 
-    def note(self, report: StepReport) -> str | None:
-        """Count a step -> a sentence that names the slowest rank where one is far behind the others; None else."""
+    def note(self, report: StepReport) -> Slowest | None:
+        """Count a step -> where the ranks are compared, the one that is farthest behind; None where each is alone."""
         time = report.time
         self._working.append(time.data + time.forward + time.backward + time.optimizer)
         if len(self._working) < self._every:
             return None
         of_ranks = torch.zeros(self._mesh.world_size, dtype=torch.float64)
-        of_ranks[self._mesh.rank] = statistics.fmean(self._working)
+        of_ranks[self._mesh.rank] = sum(self._working)
         self._working.clear()
         seconds: list[float] = all_reduce(of_ranks, self._mesh.world_group).tolist()
-        ratio, rank, median = max(
-            (self._beside_others(seconds, rank) for rank in range(len(seconds))), default=(0, 0, 0)
-        )
-        if ratio < self._ratio:
+        beside = [(seconds[rank] / max(median, 1e-9), rank, median) for rank, median in self._medians(seconds)]
+        if not beside:
             return None
-        return (
-            f"rank {rank} on {self._hosts[rank]} is a straggler: it works {seconds[rank]:.3g} s a step, {ratio:.1f} x "
-            f"the median of ranks with the same work ({median:.3g} s), in steps {report.step - self._every + 1} to "
-            f"{report.step}"
-        )
+        _, rank, median = max(beside)
+        first = report.step - self._every + 1
+        return Slowest(rank, self._places[rank], seconds[rank], median, first, report.step, self._ratio)
 
-    def _beside_others(self, seconds: list[float], rank: int) -> tuple[float, int, float]:
-        """(ratio to the median of the others with its stages, rank, that median); a ratio of 0 where it is alone."""
+    def _medians(self, seconds: list[float]) -> Iterator[tuple[int, float]]:
+        """Each rank that is not alone on its stages, with the median of the others there."""
         dp = self._mesh.dp
-        first = rank - rank % dp
-        others = [seconds[other] for other in range(first, first + dp) if other != rank]
-        if not others:
-            return 0.0, rank, 0.0
-        median = statistics.median(others)
-        return seconds[rank] / max(median, 1e-9), rank, median
+        for rank in range(len(seconds)):
+            first = rank - rank % dp
+            others = [seconds[other] for other in range(first, first + dp) if other != rank]
+            if others:
+                yield rank, statistics.median(others)

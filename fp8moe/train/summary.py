@@ -15,19 +15,24 @@ from torch import Tensor
 
 from fp8moe.data.durable import write_text
 from fp8moe.layers.router import max_violation
-from fp8moe.train.metrics import finite
+from fp8moe.train.durations import duration
+from fp8moe.train.json_lines import finite
 from fp8moe.train.step_trace import StepFigures
+
+LOSS_STEPS = 10  # the training loss is the mean of so many last steps
 
 
 @dataclass(frozen=True)
 class Summary:
     """Figures of a finished run; losses in nats a token. None where there is nothing to measure (no tokenizer, no FP8).
 
-    val_loss_ema: of the average of the weights (validation.ema). rollbacks: to a checkpoint, of this attempt.
+    val_loss_ema: of the average of the weights (validation.ema).
 
-    loss: training loss, mean of the last steps. tokens_per_second: over the training steps of this attempt, without
-    validation and checkpoints; wall_seconds: of the attempt, start-up included. expert_token_shares: by layer, each
-    expert's share of its tokens. trace: figures of the step that profile=true recorded.
+    Of the whole run, also where it was resumed: steps, skipped_steps, consumed_samples (sequences of seq_len tokens),
+    max_violation, and expert_token_shares, by layer each expert's share of its tokens. Of this start alone, whose first
+    step is first_step: rollbacks, tokens (predicted), tokens_per_second, over its steps but the first and without
+    validation and checkpoints, and wall_seconds, start-up included. loss: training loss, mean of the last loss_steps
+    steps. trace: figures of the step that profile=true recorded.
     """
 
     loss: float
@@ -50,6 +55,10 @@ class Summary:
     run_dir: str
     trace: StepFigures | None
     rollbacks: int = 0
+    loss_steps: int = LOSS_STEPS
+    first_step: int = 1
+    consumed_samples: int = 0
+    seq_len: int = 0
 
 
 def balance(loads: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -68,8 +77,12 @@ def table(summary: Summary) -> str:
     """The summary as the last lines that a run prints."""
     s = summary
     averaged = [] if s.val_loss_ema is None else [("  averaged weights", f"{s.val_loss_ema:.4f} nats a token")]
-    rows = [("training loss", f"{s.loss:.4f} nats a token"), ("validation loss", f"{s.val_loss:.4f} nats a token")]
-    rows += averaged
+    mean = f"mean of the last {s.loss_steps} steps" if s.loss_steps > 1 else "of the last step"
+    rows = [
+        ("training loss", f"{s.loss:.4f} nats a token, {mean}"),
+        ("validation loss", f"{s.val_loss:.4f} nats a token, after step {s.steps}"),
+        *averaged,
+    ]
     if s.val_bits_per_byte is not None and s.byte_bigram_bits_per_byte is not None:
         fewer = 1 - s.val_bits_per_byte / s.byte_bigram_bits_per_byte
         rows += [
@@ -79,26 +92,41 @@ def table(summary: Summary) -> str:
                 f"{s.byte_bigram_bits_per_byte:.4f}: the run takes {abs(fewer):.1%} {'less' if fewer > 0 else 'MORE'}",
             ),
         ]
-    rows.append(
-        (
-            "tokens a second",
-            f"{s.tokens_per_second:,.0f} on {count_of(s.world_size, 'process', 'processes')}, {s.precision}",
-        )
-    )
+    rows.append(("tokens a second", _speed(s)))
     if s.max_violation is not None:
-        rows.append(("expert balance (MaxVio)", f"{s.max_violation:.3f} in the worst layer, 0 is even"))
+        worst = f"{s.max_violation:.3f} in the worst layer, over the whole run; 0 is even"
+        rows.append(("expert balance (MaxVio)", worst))
         for name, shares in s.expert_token_shares.items():
             rows.append((f"  {name}", _shares(shares)))
     if s.fp8_saturated_share is not None and s.fp8_underflow_share is not None:
-        rows.append(("FP8 values", f"{s.fp8_saturated_share:.2%} saturated, {s.fp8_underflow_share:.2%} underflowed"))
+        lost = f"{s.fp8_saturated_share:.2%} saturated, {s.fp8_underflow_share:.2%} underflowed"
+        rows.append(("FP8 values", f"{lost}, in the last step that counted them"))
     if s.skipped_steps:
-        rows.append(("skipped steps", f"{s.skipped_steps}, whose numbers were not finite or whose loss was a spike"))
+        rows.append(("skipped steps", f"{s.skipped_steps} of the whole run: not finite, or a spike of the loss"))
     if s.rollbacks:
-        rows.append(("rollbacks", f"{s.rollbacks} to a checkpoint"))
-    rows.append(("steps", f"{s.steps}, {s.tokens:,} tokens, {duration(s.wall_seconds)}"))
+        rows.append(("rollbacks", f"{s.rollbacks} to a checkpoint, in this start"))
+    rows += _counts(s)
     rows.append(("run directory", s.run_dir))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def _speed(s: Summary) -> str:
+    """Tokens a second, and over which steps."""
+    first = min(s.first_step + 1, s.steps)  # the first step of a start compiles, allocates and opens connections
+    over = f"mean of steps {first} to {s.steps}" if first < s.steps else f"of step {s.steps}"
+    return f"{s.tokens_per_second:,.0f} on {count_of(s.world_size, 'process', 'processes')}, {s.precision}, {over}"
+
+
+def _counts(s: Summary) -> list[tuple[str, str]]:
+    """Steps, tokens and time: of the whole run, and of this start where it did not do all of it."""
+    took = f"{s.tokens:,} tokens in {duration(s.wall_seconds)}, start-up included"
+    if s.first_step == 1:
+        return [("steps", f"{s.steps}, {took}")]
+    return [
+        ("steps, whole run", f"{s.steps}, {s.consumed_samples:,} sequences of {s.seq_len:,} tokens"),
+        ("steps, this start", f"{s.steps - s.first_step + 1} ({s.first_step} to {s.steps}), {took}"),
+    ]
 
 
 def count_of(number: int, one: str, many: str) -> str:
@@ -114,13 +142,3 @@ def _shares(shares: list[float]) -> str:
         text = f"{min(shares):.2%} to {max(shares):.2%} of the tokens an expert, {1 / len(shares):.2%} is even"
     idle = sum(share == 0 for share in shares)
     return text + (f"  {idle} EXPERTS WITHOUT TOKENS" if idle else "")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 45s, 3m20s or 5h07m."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole // 60 % 60:02d}m"

@@ -9,7 +9,6 @@ that a resume goes on in it.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -29,12 +28,6 @@ CLOSE_SECONDS = 10.0  # that the run waits for its process
 MOST_PENDING = 4 << 20  # bytes that its process has not read, some thousand steps, before wandb is given up
 
 
-def is_installed() -> bool:
-    """Whether the package wandb is there; a folder `wandb` of earlier runs, which Python would import, is none."""
-    spec = importlib.util.find_spec("wandb")
-    return spec is not None and spec.origin is not None
-
-
 def run_id(run_dir: Path) -> str:
     """The id of the run directory's wandb run: kept there, made at the first start."""
     path = run_dir / ID_FILE
@@ -52,7 +45,7 @@ class WandbRun:
     def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         has_key = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        self.problem, self._pending = "", b""
+        self.problem, self._pending, self._is_stopped = "", b"", False
         with open(run_dir / "logs" / "wandb.log", "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fp8moe.train.wandb_process", str(FINISH_SECONDS)],
@@ -69,9 +62,12 @@ class WandbRun:
             | {"config": dict(config)}
         )
 
-    def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Send the record of a step."""
-        self._send({"record": record, "step": step})
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send the figures of a step, each by its name."""
+        self._send({"record": values, "step": step})
+
+    def forget_after(self, step: int) -> None:
+        """Send nothing: wandb keeps the first record of a step, and passes over those of steps that are done again."""
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """End wandb's run, with a summary or as failed without one, within CLOSE_SECONDS."""
@@ -91,7 +87,10 @@ class WandbRun:
         self.stop()
 
     def stop(self) -> None:
-        """End the process and those that wandb started, without waiting for a server."""
+        """End the process and those that wandb started, without waiting for a server; a second call does nothing."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

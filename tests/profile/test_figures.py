@@ -6,7 +6,7 @@ import pytest
 
 from fp8moe.profile.figures import kind_of, length, num_microbatches, overlap, rank_figures, union, window_of, without
 from fp8moe.profile.kineto import Kernel, communication_streams, device_figures, kernels
-from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, REPLICAS, Span
 from fp8moe.schedule.build import build_schedule
 from fp8moe.schedule.simulate import Costs, simulate
 from fp8moe.train.step_trace import measured_costs
@@ -46,6 +46,25 @@ def test_a_rank_whose_figures_are_known() -> None:
     assert figures.computing == 11 - 3 - 1 + 3
     assert figures.bubble == (27 - 9) - 10 - 1  # 3 waited, 1 between the actions, 1 + 2 at the ends
     assert figures.phases == {"F attn": 2.0, "F dispatch": 0.5, "F mlp": 4.5, "B mlp": 2.0, "W mlp": 1.0}
+    assert figures.step == 30.0  # 3 + 1 waited, 10 in phases, 1 between the actions that nothing names
+    assert figures.parts == {"wait for stages": 3.0, "wait for experts": 1.0, "optimizer": 15.0, "other": 1.0}
+
+
+def test_waits_belong_to_what_is_waited_for_and_to_no_other_part() -> None:
+    spans = [
+        compute("data", 0.0, 2.0),
+        compute("F0.0", 2.0, 4.0),
+        Span("message gradients", REPLICAS, 3.0, 7.0),
+        compute("wait gradients", 5.0, 7.0),
+        compute("reduce", 4.0, 8.0),
+        compute("wait until all has left", 8.5, 9.0),
+        compute("optimizer", 8.0, 10.0),
+    ]
+    figures = rank_figures(spans, (2.0, 4.0))
+    assert figures.parts == {
+        "data": 2.0, "reduce": 2.0, "optimizer": 1.5, "wait for replicas": 2.0, "wait for stages": 0.5, "other": 2.0,
+    }  # fmt: skip
+    assert sum(figures.parts.values()) + sum(figures.phases.values()) == figures.step == 10.0
 
 
 def test_nothing_sent_hides_nothing() -> None:
@@ -105,7 +124,7 @@ def test_kernels_of_a_known_step() -> None:
     """The host enqueues everything in the first seconds; the device runs two streams later."""
     spans = [
         compute("F attn", 0.0, 1.0), compute("F dispatch", 1.0, 1.5), message("dispatch", 1.25, 1.75),
-        compute("F mlp", 2.0, 3.0), compute("F0.0", 0.0, 3.0),
+        compute("F mlp", 2.0, 3.0), compute("F0.0", 0.0, 3.0), compute("optimizer", 8.0, 9.5),
     ]  # fmt: skip
     trace = exported(
         1000.0,
@@ -135,6 +154,8 @@ def test_kernels_of_a_known_step() -> None:
     assert (figures.window, figures.computing) == pytest.approx((11.0, 7.0))
     assert figures.bubble == pytest.approx(11 - 7 - 2)
     assert figures.phases == pytest.approx({"F attn": 4.0, "F mlp": 3.0})
+    assert figures.parts == pytest.approx({"wait for experts": 2.0, "optimizer": 10.0, "other": 11.0})
+    assert figures.step == pytest.approx(30.0)
     with pytest.raises(RuntimeError, match="none of the given spans"):
         kernels(trace, [compute("F other", 0.0, 1.0)])
 

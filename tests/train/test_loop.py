@@ -15,10 +15,10 @@ from fp8moe.cli.compose import as_yaml, to_dataclass
 from fp8moe.data.packing import IGNORED_LABEL
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.loop import run_to_end, train
-from fp8moe.train.metrics import LoggingConfig
 from fp8moe.train.run_log import RunLogger
 from fp8moe.train.step import forward_passes
 from fp8moe.train.summary import table
+from fp8moe.train.trackers import LoggingConfig
 from fp8moe.train.validation import ValidationConfig, ValidationReport, validate
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured

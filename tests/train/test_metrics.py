@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from fp8moe.errors import ConfigError
-from fp8moe.train.metrics import LoggingConfig, MetricsWriter, StepReport, StepSeconds, check_wandb, finite
+from fp8moe.train.json_lines import finite
+from fp8moe.train.metrics import MetricsWriter, StepReport, StepSeconds
+from fp8moe.train.trackers import LoggingConfig, check_trackers
 
 REPORT = StepReport(
     step=1,
@@ -90,8 +92,9 @@ def test_numbers_that_json_has_no_word_for() -> None:
     }
 
 
-def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_one_sentence(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_wandb(LoggingConfig())
-    with pytest.raises(ConfigError, match=r"the package wandb, which is not installed: pip install 'fp8moe\[wandb\]'"):
-        check_wandb(LoggingConfig(wandb=True))
+    check_trackers(LoggingConfig())
+    with pytest.raises(ConfigError, match=rf"package {package}, .* not installed: pip install 'fp8moe\[{package}\]'"):
+        check_trackers(LoggingConfig(**{package: True}))  # type: ignore[arg-type]

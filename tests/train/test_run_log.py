@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fp8moe.train.run_log import ProgressDisplay, RunLogger, all_loads, log_file
+from fp8moe.train.progress import ProgressDisplay
+from fp8moe.train.run_log import RunLogger, all_loads, log_file
 from fp8moe.train.validation import ValidationReport
 from tests.train.runs import built, configured
 from tests.train.test_metrics import REPORT
@@ -24,7 +25,11 @@ def test_lines_come_first_last_and_at_their_distance(capsys: pytest.CaptureFixtu
         display.show(replace(REPORT, step=step))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("/")[0] for line in lines] == ["step 1", "step 3", "step 6", "step 8"]
-    assert all(words in lines[1] for words in ("loss 5.0000", "50 tokens/s", "left"))
+    assert all(words in lines[1] for words in ("loss 5.0000", "50 tokens/s in this step", "left at the pace of"))
+    assert [line.partition(" left ")[2] for line in lines] == [
+        "at the pace of 1 step",
+        *(f"at the pace of the last {step} steps" for step in (3, 6, 8)),
+    ]
 
 
 def test_a_skipped_step_says_so_and_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +68,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     display.print("between")
     display.close()
     captured = capsys.readouterr()
-    assert captured.out == "between\n" and "3/4" in captured.err
+    assert captured.out == "between\n" and "3/4" in captured.err and "last step: loss 5.000" in captured.err
 
 
 def test_the_summary_is_made_of_the_steps(corpus: list[str], tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_the_summary_is_made_of_the_steps(corpus: list[str], tmp_path: Path) -> 
         load.copy_(torch.tensor([5, 1, 1, 1]) if name.startswith("mtp") else torch.tensor([1, 1, 1, 1]))
     summary = run_logger.finish(None)
     run_logger.close()
-    assert summary.loss == pytest.approx(sum(range(3, 13)) / 10)  # of the last ten steps
+    assert summary.loss == pytest.approx(sum(range(3, 13)) / 10) and summary.loss_steps == 10
     assert (summary.val_loss, summary.val_bits_per_byte, summary.steps, summary.skipped_steps) == (4.0, 3.0, 12, 5)
     assert summary.tokens == sum(range(100, 1300, 100))
     assert summary.tokens_per_second == pytest.approx((summary.tokens - 100) / 22)  # without the first step

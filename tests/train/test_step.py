@@ -19,11 +19,11 @@ from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import Recompute
 from fp8moe.profile.spans import Stopwatch
 from fp8moe.train import build
+from fp8moe.train.cast_shares import KINDS, Shares, cast_shares
 from fp8moe.train.lr import LearningRateConfig, Progress, learning_rate
 from fp8moe.train.metrics import StepReport
 from fp8moe.train.step import (
     Losses,
-    cast_shares,
     forward_backward,
     next_batches,
     sms_for_gemms,
@@ -175,15 +175,15 @@ def test_any_figure_that_is_not_finite_skips_the_step(
     assert train_step(run).skipped and run.optimizer.updates == 0
 
 
-def differing(settings: list[str]) -> tuple[float | None, tuple[float | None, float | None]]:
+def differing(settings: list[str]) -> tuple[float | None, tuple[Shares, Shares]]:
     """Worst violation and cast shares of two pipeline ranks that differ in loads and casts; a second layer is even."""
     run = built(configured(settings, world_size=2))
     second = run.mesh.rank == 1
     for layer, router in enumerate(run.routers().values()):
         router.counts_E.copy_(torch.tensor([1, 1, 1, 1] if layer else [3, 1, 1, 1] if second else [5, 1, 1, 1]))
-    casts = SimpleNamespace(values=300, saturated_share=0.0, underflow_share=0.1) if second else SimpleNamespace(
-        values=100, saturated_share=0.5, underflow_share=0.3
-    )  # fmt: skip
+    # (values, saturated, underflowed) of activations, gradients and weights
+    counted = ((200, 0, 20), (100, 0, 10), (50, 0, 0)) if second else ((60, 50, 0), (40, 0, 30), (50, 10, 0))
+    casts = SimpleNamespace(of_kind=dict(zip(KINDS, counted, strict=True)).get)
     return worst_violation(run), cast_shares(run, casts)  # type: ignore[arg-type]
 
 
@@ -193,7 +193,10 @@ def test_figures_over_ranks_that_differ(corpus: list[str], num_dense: int, worst
     settings = [*corpus, "parallel.pp=2", f"model.num_dense_layers={num_dense}", "precision=bf16"]
     for violation, shares in run_ranks(differing, 2, settings):
         assert violation == pytest.approx(worst)
-        assert shares == (pytest.approx(50 / 400), pytest.approx((30 + 30) / 400))
+        saturated, underflowed = shares
+        assert saturated.of_step == pytest.approx(50 / 400) and underflowed.of_step == pytest.approx((30 + 30) / 400)
+        assert saturated.by_kind == pytest.approx({"activations": 50 / 260, "gradients": 0, "weights": 10 / 100})
+        assert underflowed.by_kind == pytest.approx({"activations": 20 / 260, "gradients": 40 / 140, "weights": 0})
 
 
 def test_figures_of_an_fp8_step(corpus: list[str]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8moe.train.summary import Summary, balance, count_of, duration, table, write_summary
+from fp8moe.train.durations import duration
+from fp8moe.train.summary import Summary, balance, count_of, table, write_summary
 
 SUMMARY = Summary(
     loss=2.5,
@@ -44,15 +45,15 @@ def lines(summary: Summary) -> dict[str, str]:
 
 def test_the_table() -> None:
     assert lines(SUMMARY) == {
-        "training loss": "2.5000 nats a token",
-        "validation loss": "2.2500 nats a token",
+        "training loss": "2.5000 nats a token, mean of the last 10 steps",
+        "validation loss": "2.2500 nats a token, after step 80",
         "validation bits per byte": "1.5000",
         "byte bigram, same text": "2.0000: the run takes 25.0% less",
-        "tokens a second": "12,346 on 2 processes, fp8",
-        "expert balance (MaxVio)": "0.500 in the worst layer, 0 is even",
+        "tokens a second": "12,346 on 2 processes, fp8, mean of steps 2 to 80",
+        "expert balance (MaxVio)": "0.500 in the worst layer, over the whole run; 0 is even",
         "one": "75.0% 25.0%",
-        "FP8 values": "0.00% saturated, 12.50% underflowed",
-        "steps": "80, 320,000 tokens, 3m20s",
+        "FP8 values": "0.00% saturated, 12.50% underflowed, in the last step that counted them",
+        "steps": "80, 320,000 tokens in 3m20s, start-up included",
         "run directory": "runs/one",
     }
 
@@ -60,10 +61,21 @@ def test_the_table() -> None:
 def test_what_is_missing_has_no_line_and_what_is_wrong_stands_out() -> None:
     bare = replace(SUMMARY, val_bits_per_byte=None, max_violation=None, fp8_saturated_share=None, world_size=1)
     assert not {"validation bits per byte", "expert balance (MaxVio)", "one", "FP8 values"} & lines(bare).keys()
-    assert lines(bare)["tokens a second"].endswith("on 1 process, fp8")
+    assert lines(bare)["tokens a second"].endswith("on 1 process, fp8, mean of steps 2 to 80")
     worse = lines(replace(SUMMARY, val_bits_per_byte=3.0, skipped_steps=2))
     assert worse["byte bigram, same text"] == "2.0000: the run takes 50.0% MORE"
-    assert worse["skipped steps"].startswith("2, ")
+    assert worse["skipped steps"].startswith("2 of the whole run: ")
+
+
+def test_a_resumed_run_tells_its_own_start_from_the_whole() -> None:
+    resumed = lines(replace(SUMMARY, first_step=61, tokens=80000, consumed_samples=5120, seq_len=64, rollbacks=1))
+    assert resumed["steps, whole run"] == "80, 5,120 sequences of 64 tokens"
+    assert resumed["steps, this start"] == "20 (61 to 80), 80,000 tokens in 3m20s, start-up included"
+    assert resumed["tokens a second"].endswith("mean of steps 62 to 80") and "steps" not in resumed
+    assert resumed["rollbacks"] == "1 to a checkpoint, in this start"
+    one = lines(replace(SUMMARY, first_step=80, loss_steps=1))
+    assert one["tokens a second"].endswith("fp8, of step 80")
+    assert one["training loss"] == "2.5000 nats a token, of the last step"
 
 
 def test_many_experts_are_summed_up_and_idle_ones_are_counted() -> None:

@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 
 from fp8moe.train import wandb_process, wandb_run
-from fp8moe.train.metrics import LoggingConfig, MetricsWriter
+from fp8moe.train.metrics import MetricsWriter
+from fp8moe.train.trackers import LoggingConfig, is_installed
 from tests.train.test_metrics import REPORT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HAS_WANDB = wandb_run.is_installed()
+HAS_WANDB = is_installed("wandb")
 FAKE = """
 import json, os, time
 
@@ -93,6 +94,12 @@ def writer(run: Path, warned: list[str], after: int = 0) -> MetricsWriter:
     return MetricsWriter(run, LoggingConfig(wandb=True, wandb_project="p"), "n", {"seed": 1}, after, warned.append)
 
 
+def wandb_of(one: MetricsWriter) -> wandb_run.WandbRun:
+    found = one._trackers._trackers["wandb"]
+    assert isinstance(found, wandb_run.WandbRun)
+    return found
+
+
 def test_what_wandb_gets_and_that_a_resume_goes_on_in_its_run(calls: Path, tmp_path: Path) -> None:
     warned: list[str] = []
     one = writer(tmp_path / "run", warned)
@@ -155,8 +162,7 @@ def test_what_never_answers_delays_no_step_and_the_end_by_seconds(
         one.write(replace(REPORT, step=step), {})
     assert time.monotonic() - begin < 2.0 and warned == []
     until_said(calls, "init")
-    process = one._wandb
-    assert process is not None
+    process = wandb_of(one)
     begin = time.monotonic()
     one.close({})
     assert 0.9 < time.monotonic() - begin < 5.0
@@ -169,8 +175,7 @@ def test_a_frozen_process_blocks_no_step(calls: Path, tmp_path: Path, monkeypatc
     warned: list[str] = []
     one = writer(tmp_path / "run", warned)
     until_said(calls, "init")
-    assert one._wandb is not None
-    os.kill(one._wandb._process.pid, signal.SIGSTOP)
+    os.kill(wandb_of(one)._process.pid, signal.SIGSTOP)
     begin = time.monotonic()
     for step in range(1, 600):  # the pipe holds some hundred of them
         one.write(replace(REPORT, step=step), {})
@@ -187,8 +192,7 @@ def test_its_process_ends_when_the_run_is_killed(calls: Path, tmp_path: Path, mo
     one = writer(tmp_path / "run", [])
     one.write(REPORT, {})
     until_said(calls, "log")
-    assert one._wandb is not None
-    process = one._wandb._process
+    process = wandb_of(one)._process
     assert process.stdin is not None
     process.stdin.close()  # as a death of rank 0 does
     process.wait(5.0)
@@ -200,7 +204,7 @@ def test_a_folder_of_earlier_runs_is_no_package(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "path_importer_cache", {})
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert not wandb_run.is_installed()
+    assert not is_installed("wandb")
 
 
 class Answers500(http.server.BaseHTTPRequestHandler):
@@ -247,8 +251,6 @@ def test_the_real_package_with_a_server_that(
 
 @pytest.mark.skipif(not HAS_WANDB, reason='wandb is not installed: pip install "fp8moe[wandb]" runs this')
 def test_the_real_package_writes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wandb.proto.wandb_internal_pb2 import Record
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "logs").mkdir()
     warned: list[str] = []
@@ -257,17 +259,30 @@ def test_the_real_package_writes_a_run_offline(tmp_path: Path, monkeypatch: pyte
         one.write(replace(REPORT, step=step, loss=float(step)), {})
         one.close({"steps": step})
     assert warned == []
-    losses, ids = {}, set()
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+    assert {step: record["loss"] for step, record in history(tmp_path).items()} == {1: 1.0, 2: 2.0}
+    ids = {record.run.run_id for record in records(tmp_path) if record.HasField("run")}
+    assert ids == {wandb_run.run_id(tmp_path)}
+
+
+def records(run_dir: Path) -> Iterator[Any]:
+    """wandb's own records in the offline directories of a run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         for data in log_records(path.read_bytes()):
             record = Record()
             record.ParseFromString(data)
-            if record.HasField("run"):
-                ids.add(record.run.run_id)
-            if record.HasField("history"):
-                found = {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.history.item}
-                losses[found["_step"]] = found["loss"]
-    assert losses == {1: 1.0, 2: 2.0} and ids == {wandb_run.run_id(tmp_path)}
+            yield record
+
+
+def history(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """What wandb has of each step."""
+    found = {}
+    for record in records(run_dir):
+        if record.HasField("history"):
+            items = {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.history.item}
+            found[items["_step"]] = items
+    return found
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
