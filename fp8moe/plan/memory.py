@@ -131,7 +131,9 @@ def _rank(
     kinds = dict.fromkeys(KINDS, 0.0)
     kinds |= state_bytes(weights, config.recipe, config.optimizer, replicas_of(config))
     most = most_held(schedule, pp_rank, by_stage, overlap=config.parallel.overlap)
-    kinds["activations"], kinds["dispatch buffers"] = max(zip(most, dispatch_work(config, held, sizes), strict=True), key=sum)
+    kinds["activations"], kinds["dispatch buffers"] = max(
+        zip(most, dispatch_work(config, held, sizes), strict=True), key=sum
+    )
     kinds["data"] = float(config.num_microbatches * sizes.tokens * (32 if config.data.document_mask else 24))
     hidden = sizes.tokens * config.model.dim * config.recipe.dtype.itemsize
     kinds["pipeline buffers"] = float(most_messages(schedule, pp_rank) * hidden)
