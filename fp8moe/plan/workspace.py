@@ -25,10 +25,7 @@ MUON_BYTES = 14  # for each value that is multiplied together (`muon_step`)
 
 
 def attention_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
-    """Of a block's attention: what the layer says, gradients of the residual stream and of its norm, a norm's output.
-
-    A kernel that reads a dense mask, as all do but FlexAttention, has one byte for each pair of tokens of a sequence.
-    """
+    """Of a block's attention: what the layer says, the residual stream's and its norm's gradients, a norm's output."""
     c, wide = config.model, sizes.recipe.dtype.itemsize
     if not any(blocks_of(c, stage) for stage in held):
         return 0.0
@@ -62,7 +59,7 @@ def dispatch_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch)
     """Of the messages to experts in flight, S rows sent and N arrived: of one pass alone, and of an overlapped pair.
 
     The most is in dispatch's backward: partial sums of the N rows, joined with the weights' gradients in a copy, the S
-    rows that come back, and their sums. In a pair the other pass's rows are beside them, in FP8 where the recipe has it.
+    rows that come back, and their sums. In a pair the other pass's rows are beside them, under FP8 in FP8.
     """
     c, recipe = config.model, sizes.recipe
     has_experts = any(not c.is_dense(layer) for stage in held for layer in blocks_of(c, stage))

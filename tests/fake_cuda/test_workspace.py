@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,9 +16,11 @@ from fp8moe.model.partition import Stage
 from fp8moe.plan.expert_rows import expert_rows
 from fp8moe.plan.workspace import attention_work, dispatch_work, loss_work, mlp_work
 from fp8moe.train.config import TrainConfig, resolve
-from tests.fake_cuda.conftest import Traces
 from tests.fake_cuda.messages import RANKS
 from tests.fake_cuda.step import GPT_OSS_SHARE, GROUPED_SHARE, SEQ_LEN, V3_SHARE
+from tests.fake_cuda.trace import Trace
+
+Traces = Callable[..., Trace]
 
 SHARES = {"": V3_SHARE, "grouped": GROUPED_SHARE, "gpt_oss": GPT_OSS_SHARE}
 CASES = [("fp8", 4096, ""), ("fp8", 16384, ""), ("bf16", 4096, ""), ("fp8", 4096, "grouped"), ("bf16", 4096, "grouped"),

@@ -67,8 +67,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Live]]:
     """What four processes allocate in one step of each layout, by rank."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
     base = ["model=tiny", *SIZES, "device=cpu", "steps=4", *corpus]
-    layouts = {name: [*base, *layout] for name, layout in LAYOUTS.items()}
-    return run_ranks(every, WORLD, layouts, WORLD, timeout=280)
+    layouts = {name: resolve(compose([*base, *layout]).config, WORLD) for name, layout in LAYOUTS.items()}
+    return run_ranks(every, WORLD, layouts, timeout=280)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +94,7 @@ def dsv3(*words: str) -> TrainConfig:
 
 
 def dsv2_lite(*words: str) -> TrainConfig:
-    """DeepSeek-V2-Lite as pith-train benchmarks it: EP8, one sequence of 2,048 a micro-batch, BF16, two stages a rank."""
+    """DeepSeek-V2-Lite as pith-train benchmarks it: EP8, a sequence of 2,048 a micro-batch, BF16, two stages a rank."""
     batch = ("seq_len=2048", "batch.sequences=1024", "batch.micro_batch=1", "validation.samples=8")
     how = ("precision=bf16", "parallel.ep=8", "parallel.schedule=dualpipev", "optimizer.moments=fp32")
     return resolved(8, "model=dsv2_lite_16b", *batch, *how, *words)
@@ -234,12 +234,12 @@ PARALLEL = st.fixed_dictionaries(
 PRECISION, SHARDING = st.sampled_from([Precision.BF16, Precision.FP8]), st.sampled_from(["none", "zero1"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(PARALLEL, PRECISION, SHARDING, st.sets(st.sampled_from(list(Recompute))))
 def test_what_needs_more_memory_does(
     words: dict[str, Any], precision: Precision, sharding: Any, again: set[Recompute]
 ) -> None:
-    """Longer sequences and busier ranks never need less; recomputation, sharing out and more expert ranks never more."""
+    """Longer sequences and busier ranks never need less; recomputation, sharing out, more expert ranks never more."""
     base = replace(
         small(),
         parallel=replace(small().parallel, dp=16 // words["pp"], **words),
@@ -254,8 +254,9 @@ def test_what_needs_more_memory_does(
     here = total(base)
     assert total(replace(base, seq_len=2 * base.seq_len)) > here
     assert total(base, imbalance=2.0) >= here >= total(base, on_gpu=False)
-    kept = [rank.kinds["activations"] for rank in rank_memory(base)]
-    assert all(a >= b.kinds["activations"] for a, b in zip(kept, rank_memory(_all_again(base)), strict=True))
+    if words["schedule"] == "1f1b":  # waiting weight gradients keep gate and up where SwiGLU is computed again
+        for one, other in zip(rank_memory(base), rank_memory(_all_again(base)), strict=True):
+            assert one.kinds["activations"] >= other.kinds["activations"]
     assert here <= total(replace(base, optimizer=replace(base.optimizer, sharding="none")))
     more = replace(base, parallel=replace(base.parallel, ep=2 * base.ep))
     for one, other in zip(rank_memory(more), rank_memory(base), strict=True):

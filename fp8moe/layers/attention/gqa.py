@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
-from fp8moe.layers.attention.core import Positions, YarnConfig, attend, keep_in_e5m6, rotation
+from fp8moe.layers.attention.core import Positions, YarnConfig, attend, rotation
 from fp8moe.layers.attention.documents import Documents
+from fp8moe.layers.attention.kept_output import keep_in_e5m6
 from fp8moe.layers.attention.rotary import rotated_queries
 from fp8moe.layers.attention.sinks import make_sinks, widened
 from fp8moe.layers.bias import add_bias, make_bias

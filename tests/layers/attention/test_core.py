@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend
 from fp8moe.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import BACKENDS, keep_in_e5m6
+from fp8moe.layers.attention.core import BACKENDS
+from fp8moe.layers.attention.kept_output import keep_in_e5m6
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig, Positions
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.operand import Activation

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fp8moe.layers.attention.choice import AUTO, Choice, Heads, choose, chosen, machine_of, why_not
-from fp8moe.layers.attention.core import Positions, attend, keep_in_e5m6
+from fp8moe.layers.attention.core import Positions, attend
 from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.gqa import GqaConfig
+from fp8moe.layers.attention.kept_output import keep_in_e5m6
 from fp8moe.layers.attention.mla import MlaConfig
 from fp8moe.layers.linear import attach_main_grads, quantize_weights
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe
