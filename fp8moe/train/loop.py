@@ -83,7 +83,7 @@ def train(
 def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None = None) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
     config, run_logger, trace = run.config, RunLogger(run, started), StepTrace(run)
-    stragglers, detail = Stragglers(run.mesh, run.device), Detail(run)
+    stragglers, detail = Stragglers(run.mesh), Detail(run)
     run.point, preemption, waited = save_point(run), run.preemption, 0.0
     preemption.saves(partial(_step_of, run), partial(_stop, run, run_logger, run.step))
     try:

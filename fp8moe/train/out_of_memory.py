@@ -47,8 +47,8 @@ def out_of_memory_in_words(run: Run) -> Iterator[None]:
         cause = cause_of(site_of(error.__traceback__), share, held, memory_bytes(run.device))
         much = f", {share:.2g} times an even share for this rank's" if cause is IMBALANCE else ""
         raise OutOfMemoryError(
-            f"out of memory in step {run.step + 1} on {rank_in_words(run.mesh.rank)} ({said}), most likely by {cause}{much}: it "
-            f"holds {in_words(held)}, and activations and messages beside{_of_gpu(run.device)}: use "
+            f"out of memory in step {run.step + 1} on {rank_in_words(run.mesh.rank)} ({said}), most likely by {cause}"
+            f"{much}: it holds {in_words(held)}, and activations and messages beside{_of_gpu(run.device)}: use "
             f"{', or '.join(savings(cause, run.config))}"
         ) from error
 

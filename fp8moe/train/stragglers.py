@@ -7,15 +7,15 @@ of the others, over a number of steps, so that one slow read or an uneven routin
 
 from __future__ import annotations
 
-import socket
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from fp8moe.parallel.collectives import all_reduce, gather
+from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
+from fp8moe.parallel.place import rank_in_words
 from fp8moe.train.metrics import StepReport
 
 EVERY = 32  # steps between comparisons
@@ -26,12 +26,11 @@ RATIO = 1.5  # of the others' median, from which on a rank is named
 class Slowest:
     """The rank that worked longest beside ranks with the same work, in steps `first` to `last`.
 
-    place: its host and GPU. seconds: that it worked in all of these steps; median: of the others. limit: how many times
-    the median a straggler takes.
+    seconds: that it worked in all of these steps; median: of the others. limit: how many times the median a straggler
+    takes.
     """
 
     rank: int
-    place: str
     seconds: float
     median: float
     first: int
@@ -52,24 +51,17 @@ class Slowest:
         steps = self.last - self.first + 1
         ratio = self.seconds / max(self.median, 1e-9)
         return (
-            f"slowest rank {self.rank} ({self.place}): {self.behind:+.3g} s in steps {self.first} to {self.last}; it "
+            f"slowest {rank_in_words(self.rank)}: {self.behind:+.3g} s in steps {self.first} to {self.last}; it "
             f"works {self.seconds / steps:.3g} s a step, {ratio:.1f} x the median of ranks with the same work "
             f"({self.median / steps:.3g} s)"
         )
 
 
-def place_of(device: torch.device) -> str:
-    """This process's host and GPU: `node01, gpu 3`; without a GPU the host alone."""
-    host = socket.gethostname()
-    return host if device.type != "cuda" else f"{host}, gpu {device.index or 0}"
-
-
 class Stragglers:
-    """Compares ranks every `every` steps. Collective over all ranks: construction, and `note` then."""
+    """Compares ranks every `every` steps; `note` is then collective over all ranks."""
 
-    def __init__(self, mesh: Mesh, device: torch.device, every: int = EVERY, ratio: float = RATIO) -> None:
+    def __init__(self, mesh: Mesh, every: int = EVERY, ratio: float = RATIO) -> None:
         self._mesh, self._every, self._ratio = mesh, every, ratio
-        self._places = gather(place_of(device), mesh.world_group)
         self._working: list[float] = []
 
     def note(self, report: StepReport) -> Slowest | None:
@@ -87,7 +79,7 @@ class Stragglers:
             return None
         _, rank, median = max(beside)
         first = report.step - self._every + 1
-        return Slowest(rank, self._places[rank], seconds[rank], median, first, report.step, self._ratio)
+        return Slowest(rank, seconds[rank], median, first, report.step, self._ratio)
 
     def _medians(self, seconds: list[float]) -> Iterator[tuple[int, float]]:
         """Each rank that is not alone on its stages, with the median of the others there."""
