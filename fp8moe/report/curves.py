@@ -44,7 +44,7 @@ def loss(runs: list[Drawn]) -> Figure:
     for run in runs:
         x, y, steps = run.series("loss")
         many = len(y) >= LEAST_SMOOTHED
-        thin = {"opacity": 0.35, "line": {"color": run.colour, "width": 1}, "showlegend": one} if many else {}
+        thin = {"opacity": 0.45, "line": {"color": run.colour, "width": 1}, "showlegend": one} if many else {}
         data.append(line(run, x, y, steps, ".4f", named(runs, run, "training"), meta="loss", **thin))
         if many:
             name = "training, smoothed" if one else run.label

@@ -47,7 +47,7 @@ def test_runs_of_one_name_are_numbered() -> None:
 def test_a_smoothed_line_starts_without_a_bias_and_follows() -> None:
     assert smoothed([4.0] * 50) == pytest.approx([4.0] * 50)
     line = smoothed([0.0] * 60 + [1.0] * 60)
-    assert line[59] == 0.0 and line[60] == pytest.approx(1 / 8, rel=0.01) and 0.99 < line[-1] < 1.0
+    assert line[59] == 0.0 and line[60] == pytest.approx(1 / 3, rel=0.01) and 0.99 < line[-1] < 1.0
 
 
 def test_marks_are_at_the_tokens_of_their_step() -> None:
