@@ -11,6 +11,7 @@ from fp8moe.report.run_files import Record
 from fp8moe.report.series import Drawn, smoothed
 
 LEAST_SMOOTHED = 20  # steps from which on a smoothed line is drawn
+LEAST_SPAN = 6.0  # largest over smallest value, from which on an axis is logarithmic
 MOST_MARKS = 60  # events of a run that are marked; the table has all
 MARKED = {"start": "#7c8794", "rollback": "#c9402f", "failure": "#c9402f", "preempted": "#c98a1f"}
 DASHES = {"activations": "solid", "gradients": "dash", "weights": "dot"}
@@ -20,8 +21,9 @@ def learning(runs: list[Drawn]) -> list[Figure]:
     """Loss, validation, learning rate, gradient norm."""
     figures = [loss(runs), bits_per_byte(runs)]
     figures.append(curve(runs, "lr", "Learning rate", "", ".3~e", exponentformat="e", rangemode="tozero"))
-    norm, note = _positive("grad_norm"), "before clipping, on a logarithmic axis"
-    axis = {"type": "log", **ticks([value for run in runs for value in run.series(norm)[1]])}
+    norm = _positive("grad_norm")
+    axis = logarithmic([value for run in runs for value in run.series(norm)[1]])
+    note = "before clipping, on a logarithmic axis" if axis else "before clipping"
     figures.append(curve(runs, norm, "Gradient norm", note, ".4~g", name="grad_norm", **axis))
     return [figure for figure in figures if figure is not None]
 
@@ -42,7 +44,7 @@ def loss(runs: list[Drawn]) -> Figure:
     for run in runs:
         x, y, steps = run.series("loss")
         many = len(y) >= LEAST_SMOOTHED
-        thin = {"opacity": 0.35, "line": {"color": run.colour, "width": 1}, "showlegend": one} if many else {}
+        thin = {"opacity": 0.45, "line": {"color": run.colour, "width": 1}, "showlegend": one} if many else {}
         data.append(line(run, x, y, steps, ".4f", named(runs, run, "training"), meta="loss", **thin))
         if many:
             name = "training, smoothed" if one else run.label
@@ -97,14 +99,14 @@ def curve(
     return Figure(found, title, note, data, over_tokens("", **axis)) if data else None
 
 
-def ticks(values: list[float]) -> dict[str, Any]:
-    """Marks of a logarithmic axis: 1, 2 and 5 of each decade, of many decades 1 alone."""
-    if not values:
+def logarithmic(values: list[float]) -> dict[str, Any]:
+    """A logarithmic axis, marked at 1, 2 and 5 of each decade, of many decades at 1; none for values that are near."""
+    if not values or max(values) < LEAST_SPAN * min(values):
         return {}
     first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     digits = (1, 2, 5) if last - first <= 2 else (1,)
     marked = [digit * 10.0**decade for decade in range(first, last + 1) for digit in digits]
-    return {"tickmode": "array", "tickvals": marked, "ticktext": [f"{value:g}" for value in marked]}
+    return {"type": "log", "tickmode": "array", "tickvals": marked, "ticktext": [f"{value:g}" for value in marked]}
 
 
 def casts(runs: list[Drawn]) -> list[Figure]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def page(runs: list[Drawn], defaults: Mapping[str, Any] | None = None) -> str:
         f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title, found, rest in sections if found or rest
     )
     name = runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared"
-    data = json.dumps([asdict(figure) for figure in figures], separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps([vars(figure) for figure in figures], separators=(",", ":")).replace("<", "\\u003c")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

@@ -96,12 +96,16 @@ def _by_rank(
     is_flat = all(len(of_ranks) <= 1 for _, of_ranks in values)
     data: list[Trace] = []
     for run, of_ranks in values:
-        ranks = [f"rank {rank}" for rank in range(len(of_ranks))]
+        ranks = [f"rank {rank}" if is_flat else str(rank) for rank in range(len(of_ranks))]
         whose = named(runs, run, "")
-        hover = f"{whose} %{{{'y' if is_flat else 'x'}}}: %{{{'x' if is_flat else 'y'}:.4~g}} {unit}<extra></extra>"
+        hover = f"%{{y}}: %{{x:.4~g}} {unit}" if is_flat else f"rank %{{x}}: %{{y:.4~g}} {unit}"
+        hover += f"<extra>{whose}</extra>"
         bars = {"y": ranks, "x": of_ranks, "orientation": "h"} if is_flat else {"x": ranks, "y": of_ranks}
         data.append({"type": "bar", "name": whose, **bars, "marker": {"color": run.colour}, "hovertemplate": hover})
-    across = {"type": "category", "nticks": 12}
+    across: dict[str, Any] = (
+        {"type": "category"} if is_flat else {"title": {"text": "rank"}, "type": "category", "nticks": 9}
+    )
+    across["tickangle"] = 0
     along = {"title": {"text": unit}, "rangemode": "tozero"}
     layout: dict[str, Any] = {"bargap": 0.15, "hovermode": "closest"}
     layout |= {"xaxis": along, "yaxis": across} if is_flat else {"xaxis": across, "yaxis": along}

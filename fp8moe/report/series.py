@@ -70,8 +70,8 @@ def draw(runs: list[RunFiles]) -> list[Drawn]:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over a fifteenth of the values, at most 50, started without a bias towards zero."""
-    keep = 1 - 1 / max(2, min(50, len(values) / 15))
+    """Exponential moving average over a fortieth of the values, at most 50, started without a bias towards zero."""
+    keep = 1 - 1 / max(2, min(50, len(values) / 40))
     average, weight, result = 0.0, 0.0, []
     for value in values:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)

@@ -69,7 +69,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
          "compared: make a report of each"),
         (2, [f"{one}", f"{old}"], f"{one} and {old} were validated on different text, so that their losses can't be "
          "compared: make a report of each"),
-        (2, [f"{one}", f"{one}/"], f"{one} is named twice: name each run once"),
+        (2, [f"{one}", f"{two}/../one"], f"{two}/../one is named twice: name each run once"),
         (2, runs, "9 runs are too many to tell apart, 8 is the most: name 8 of them"),
         (2, [f"{one}", "--out", f"{two}"], f"--out={two} is a directory and must be a file: use --out "
          f"{two}/report.html"),
