@@ -1,9 +1,9 @@
 """Attention's output kept in 12 bits for the two backwards that read it.
 
-The Linear after attention (`o`) makes its columns of it, attention's own backward a sum of dO x O a row. 12 bits suffice
-for both (DeepSeek-V3 report, section 3.3.3), but memory is saved only if neither keeps the BF16 tensor. So attention
-runs under `capture_saved`, and the saved tensor that turns out to be the output is
-replaced by the packed copy, unpacked when backward asks. The output is known by its address, whichever view of it was
+The Linear after attention (`o`) makes its columns of it, attention's own backward a sum of dO x O a row. 12 bits are
+enough for both (DeepSeek-V3 report, section 3.3.3), but memory is saved only if neither keeps the BF16 tensor. So
+attention runs under `capture_saved`, and the saved tensor that turns out to be the output is replaced by the packed
+copy, unpacked when backward asks. The output is known by its address, whichever view of it was
 saved; a kernel that saves no output, as the one for unequal heads on a CPU, changes nothing, and one that is known to
 save it and did not is an error. Refused: attention run again in backward, which costs a forward; and an autograd
 function around each kernel's private forward and backward (`aten::_scaled_dot_product_cudnn_attention` and the like),
