@@ -64,6 +64,12 @@ test: $(SETUP) ## the tests that need no GPU
 test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy and pytest are enough for them)
 	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels tests/layers/attention $(ARGS)
 
+# The site is read from the repository's own Markdown; a warning is an error.
+.PHONY: docs
+docs: $(SETUP) ## the documentation as a site: build/docs/index.html
+	OMP_NUM_THREADS=1 $(RUN) -m sphinx -W --keep-going --quiet -c docs . build/docs $(ARGS)
+	@echo "open build/docs/index.html"
+
 .PHONY: test-faults
 test-faults: $(SETUP) ## faults put into real runs, many trials of each: a table of what was survived and what was lost
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m tests.faults $(ARGS)
