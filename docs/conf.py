@@ -69,7 +69,7 @@ def _source(app: Any, page: str, source: list[str]) -> None:
     source[0] = _MODULES.sub(lambda found: "\n\n".join(_modules(found[1])), source[0])
     if page == root_doc:
         folder = ROOT / Path(page).parent
-        source[0] = _PATTERN.sub(lambda found: found[0] if any(folder.glob(f"{found[0].strip()}.md")) else "", source[0])
+        source[0] = _PATTERN.sub(lambda one: one[0] if any(folder.glob(f"{one[0].strip()}.md")) else "", source[0])
 
 
 def _modules(names: str) -> Iterator[str]:
