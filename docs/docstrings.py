@@ -1,7 +1,7 @@
 """Docstrings as reStructuredText: plain text of this project, in which nothing but `code` is markup.
 
 autodoc reads docstrings as reStructuredText, where `x_` is a link, `*x` begins emphasis and an indented line is a
-quotation. Here `code` becomes literal text, an indented paragraph a literal block, "- " a list, and every other character
+quotation. Here `code` becomes literal text, an indented paragraph a literal block, "- " a list, and any other character
 stands for itself.
 """
 

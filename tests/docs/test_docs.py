@@ -1,7 +1,7 @@
 """The documentation is true: every command in it is one that the program takes, links lead somewhere, the site builds.
 
 Commands are parsed by the program's parsers, settings composed as `fp8moe train` composes them and, in a block of code,
-resolved for the number of processes. The pages of END_TO_END are executed from the first block to the last, in one folder,
+resolved for the number of processes. The pages of END_TO_END are executed from first to last, in one folder,
 by forks of this process: a training line on one process, with SMALL sizes for what it does not say.
 """
 
