@@ -116,7 +116,7 @@ def _behind_launcher(words: list[str], environment: dict[str, str]) -> tuple[lis
             nodes = _option(options[:at], "--nnodes", 1)
             return options[at + 1 :], nodes * _option(options[:at], "--nproc-per-node", 1)
         case ["launch/torchrun.sh", *rest]:
-            return ["train", *rest], nodes * int(environment.get("NPROC", GPUS))
+            return [environment.get("COMMAND", "train"), *rest], nodes * int(environment.get("NPROC", GPUS))
         case ["sbatch", *rest] if "launch/slurm.sbatch" in rest:
             at = rest.index("launch/slurm.sbatch")
             return ["train", *rest[at + 1 :]], GPUS * _option(rest[:at], "--nodes", 2)
