@@ -66,6 +66,12 @@ test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy
 	@$(RUN) -c 'import sys, torch; n = torch.cuda.device_count(); sys.exit(None if n else f"make test-gpu needs at least 1 CUDA GPU and torch {torch.__version__} sees 0: use a GPU machine and a CUDA build of torch (PINS=cuda, or VENV= with a Python that has one)")'
 	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels tests/layers/attention $(ARGS)
 
+# The site is read from the repository's own Markdown; a warning is an error.
+.PHONY: docs
+docs: $(SETUP) ## the documentation as a site: build/docs/index.html
+	OMP_NUM_THREADS=1 $(RUN) -m sphinx -W --keep-going --quiet -c docs . build/docs $(ARGS)
+	@echo "open build/docs/index.html"
+
 .PHONY: test-faults
 test-faults: $(SETUP) ## faults put into real runs, many trials of each: a table of what was survived and what was lost
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m tests.faults $(ARGS)

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8moe.cli.command import make_parser, parse
+from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.errors import EXIT, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -59,14 +59,26 @@ def _elsewhere(given: Location) -> list[Location]:
     return [] if path is None else complete(location(path))
 
 
-def verify(argv: Sequence[str]) -> int:
-    """The command `fp8moe verify`."""
+def verify_parser() -> Parser:
+    """The parser of `fp8moe verify`."""
     parser = make_parser("verify", VERIFY)
     parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory; a path or a URL")
+    return parser
+
+
+def inspect_parser() -> Parser:
+    """The parser of `fp8moe inspect`."""
+    parser = make_parser("inspect", INSPECT)
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory: its newest; a path or a URL")
+    return parser
+
+
+def verify(argv: Sequence[str]) -> int:
+    """The command `fp8moe verify`."""
     from fp8moe.train.checkpoint.manifest import problems, read_manifest
 
     damaged = 0
-    for checkpoint in found(parse(parser, argv).path):
+    for checkpoint in found(parse(verify_parser(), argv).path):
         started = time.perf_counter()
         wrong = problems(checkpoint)
         seconds = time.perf_counter() - started
@@ -82,9 +94,7 @@ def verify(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """The command `fp8moe inspect`."""
-    parser = make_parser("inspect", INSPECT)
-    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run directory: its newest; a path or a URL")
-    print(described(found(parse(parser, argv).path)[-1]))
+    print(described(found(parse(inspect_parser(), argv).path)[-1]))
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8moe.cli.command import make_parser, parse
+from fp8moe.cli.command import Parser, make_parser, parse
 
 if TYPE_CHECKING:
     from fp8moe.interop.export_hf import Export
@@ -24,8 +24,8 @@ run directory stands for its newest checkpoint. The rules of vLLM's and SGLang's
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command `fp8moe export`."""
+def command_parser() -> Parser:
+    """The parser of the command line."""
     parser = make_parser("export", DESCRIPTION)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run directory: its newest")
     parser.add_argument("out", metavar="OUT", help="the directory that is made")
@@ -41,7 +41,12 @@ def main(argv: Sequence[str]) -> int:
         default="vllm",
         help="whose rules decide what is FP8; default vllm, which are SGLang's too",
     )
-    arguments = parse(parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `fp8moe export`."""
+    arguments = parse(command_parser(), argv)
     from fp8moe.cli.checkpoint import found
     from fp8moe.interop.card import model_card
     from fp8moe.interop.export_hf import config_of, write_directory

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8moe.cli.command import make_parser, parse
+from fp8moe.cli.command import Parser, make_parser, parse
 
 if TYPE_CHECKING:
     from fp8moe.interop.hf_model import HfModel
@@ -21,15 +21,20 @@ config.json and safetensors in BF16, FP16, FP32 or block FP8. Nothing that is re
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command `fp8moe import`."""
+def command_parser() -> Parser:
+    """The parser of the command line."""
     parser = make_parser("import", DESCRIPTION)
     parser.add_argument("directory", metavar="HF_DIR", help="config.json and safetensors of a released model")
     parser.add_argument("out", metavar="OUT", help="the run directory that is made")
     parser.add_argument(
         "--mtp", choices=["auto", "keep", "drop"], default="auto", help="its MTP module; auto: kept where it is there"
     )
-    arguments = parse(parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `fp8moe import`."""
+    arguments = parse(command_parser(), argv)
     from fp8moe.cli.released import configuration
     from fp8moe.interop.hf_model import open_model
     from fp8moe.interop.import_run import write_run
