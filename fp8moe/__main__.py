@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("fp8moe.cli.import_model", "make a run directory of a released model"),
     "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
-    "memory": ("fp8moe.cli.memory", "print the memory of weights and optimizer state on every pipeline rank"),
+    "plan": ("fp8moe.cli.plan", "predict a run's memory, speed and cost on a cluster, and search its layouts"),
     "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
