@@ -13,7 +13,7 @@ module on 16 ranks some unevenness always stays; `imbalance` says how much.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -182,7 +182,7 @@ def _check_layout(config: ModelConfig, layout: tuple[int, ...], num_stages: int)
         raise ConfigError(f"layout {written} places {sum(layout)} blocks, but the model has {config.num_layers}: {fix}")
 
 
-@cache  # cutting 61 blocks for 16 folded ranks takes half a second, and a search of layouts asks again and again
+@lru_cache(maxsize=1024)  # a search asks for few of them, often
 def partition(
     config: ModelConfig,
     num_stages: int,

@@ -201,7 +201,16 @@ def nccl_options(max_ctas: int) -> Any:
 
 
 def warm_up(mesh: Mesh, device: torch.device) -> None:
-    """Open every group's connections and its back end's buffers, before weights are allocated. Collective."""
+    """Open the connections that steps use and their buffers, before weights are allocated. Collective.
+
+    All-to-alls are those of experts alone: in other groups their connections would take memory for nothing. `Links`
+    opens the pipeline's; beside a world, dp's messages are the host's.
+    """
+    idle = {mesh.up_group, mesh.down_group, None if mesh.dp_group is mesh.world_group else mesh.dp_group}
+    with_exchange = {mesh.ep_group, mesh.rail_group, mesh.node_group}
     for group in mesh.groups:
+        if group in idle:
+            continue
         all_reduce(torch.zeros(1, device=device), group)
-        exchange(torch.zeros(group.size(), 1, device=device), group, "warm-up")
+        if group in with_exchange:
+            exchange(torch.zeros(group.size(), 1, device=device), group, "warm-up")

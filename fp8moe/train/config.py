@@ -181,6 +181,11 @@ def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
     )
 
 
+def is_tied(config: TrainConfig) -> bool:
+    """Whether the pipeline's last rank holds a copy of the embedding, for the MTP module, beside the first rank's."""
+    return config.model.mtp_depth > 0 and config.parallel.pp > 1 and config.parallel.schedule not in FOLDED
+
+
 def _check_tokens(micro_batch: int, seq_len: int) -> None:
     """Raises ValueError unless FP8 can cast the tokens of a micro-batch, which it does along both dimensions."""
     tokens = micro_batch * seq_len

@@ -7,8 +7,8 @@
     masters       4 (none in FP32: the weights are they)                     over the replicas of the parameter
     moments       4 (8 in FP32); Muon's momentum 2 (4)                       over the replicas of the parameter
 
-Activations are `model.memory`'s. Parameters are counted on the model itself, which may be on the meta device: a rank of
-2,048 is computed on a laptop.
+Activations are `model.memory`'s, and what else a rank's memory holds is `plan.memory`'s. Parameters come from
+`model.memory.rank_weights`, or are counted on the model itself, which may be on the meta device.
 """
 
 from __future__ import annotations
@@ -22,33 +22,56 @@ import torch
 from torch import nn
 
 from fp8moe.errors import OutOfMemoryError, is_out_of_memory
-from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.layers.linear import QuantizedWeight, is_expert, matrices
-from fp8moe.layers.recipe import Recompute
+from fp8moe.layers.recipe import Recipe, Recompute
+from fp8moe.model.memory import Weights, matrix_blocks
 from fp8moe.model.transformer import Transformer
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, OptimizerConfig
 from fp8moe.train.run import Run
 
 KINDS = ("weights", "FP8 blocks", "gradients", "masters", "moments")
-BLOCK = 128
 
 
-def expected_bytes(model: nn.Module, optimizer: OptimizerConfig, replicas: Mapping[bool, int]) -> dict[str, float]:
+def state_bytes(
+    weights: Weights, recipe: Recipe, optimizer: OptimizerConfig, replicas: Mapping[bool, int]
+) -> dict[str, float]:
     """Bytes of each kind by formula. replicas: ranks that share out a dense (False) and an expert (True) parameter."""
-    total = dict.fromkeys(KINDS, 0.0)
-    moment = torch.bfloat16.itemsize if optimizer.moments == "bf16" else torch.float32.itemsize
+    size, moment = recipe.dtype.itemsize, 2 if optimizer.moments == "bf16" else 4
+    shared = weights.dense / replicas[False] + weights.expert / replicas[True]
+    by_muon = weights.dense_matrices / replicas[False] + weights.expert_matrices / replicas[True]
+    quantized = weights.dense_matrices + weights.expert_matrices + 4 * weights.blocks
+    return {
+        "weights": float(size * weights.total),
+        "FP8 blocks": 2.0 * quantized * recipe.fp8,
+        "gradients": 4.0 * weights.total,
+        "masters": 0.0 if recipe.dtype is torch.float32 else 4 * shared,
+        "moments": moment * (2 * shared - by_muon * (optimizer.kind == "muon")),
+    }
+
+
+def expected_bytes(
+    model: Transformer, optimizer: OptimizerConfig, replicas: Mapping[bool, int]
+) -> dict[str, float]:
+    """The same of parameters that are counted on a model."""
+    return state_bytes(counted_weights(model), model.recipe, optimizer, replicas)
+
+
+def counted_weights(model: nn.Module) -> Weights:
+    """The parameters of a model, which may be on the meta device."""
+    total = Weights()
+    quantized = {id(m.weight) for m in model.modules() if isinstance(m, QuantizedWeight) and matrices(m.weight)}
     for parameter in model.parameters():
-        count, shared = parameter.numel(), parameter.numel() / replicas[is_expert(parameter)]
-        total["weights"] += count * parameter.element_size()
-        total["gradients"] += 4 * count
-        total["masters"] += 0 if parameter.dtype is torch.float32 else 4 * shared
-        total["moments"] += (1 if optimizer.kind == "muon" and matrices(parameter) else 2) * moment * shared
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight) and module.recipe.fp8:
-            *leading, n, k = module.weight.shape
-            blocks = math.prod(leading) * ceil_div(n, BLOCK) * ceil_div(k, BLOCK)
-            total["FP8 blocks"] += 2 * (module.weight.numel() + 4 * blocks)
+        count = parameter.numel()
+        inside = count if id(parameter) in quantized else 0
+        blocks = 0
+        if inside:
+            *leading, n, k = parameter.shape
+            blocks = math.prod(leading) * matrix_blocks(n, k)
+        if is_expert(parameter):
+            total += Weights(expert=count, expert_matrices=inside, blocks=blocks)
+        else:
+            total += Weights(dense=count, dense_matrices=inside, blocks=blocks)
     return total
 
 

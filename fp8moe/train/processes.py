@@ -16,8 +16,7 @@ from fp8moe.parallel import hang
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh, build_mesh, warm_up
-from fp8moe.schedule.build import FOLDED
-from fp8moe.train.config import TrainConfig
+from fp8moe.train.config import TrainConfig, is_tied
 from fp8moe.train.rendezvous import meet
 from fp8moe.train.run_dir import PREEMPTED, claim, make_run_dir, mark_preempted
 from fp8moe.train.run_lock import release
@@ -74,7 +73,7 @@ def mesh_of(config: TrainConfig, device: torch.device) -> Mesh:
         ranks_per_node=parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None,
         mirrored=parallel.schedule == "dualpipe",
         nccl_ctas=parallel.communication_sms if device.type == "cuda" else None,
-        tied=config.model.mtp_depth > 0 and parallel.pp > 1 and parallel.schedule not in FOLDED,
+        tied=is_tied(config),
     )
 
 

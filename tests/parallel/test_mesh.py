@@ -142,7 +142,7 @@ def test_a_world_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_mesh(1, 1, 1, timeout=timedelta(seconds=7)) == Mesh(1, 1, 1, 0)
 
 
-def test_every_group_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_steps_use_are_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Group:
         def __init__(self, size: int) -> None:
             self.size = lambda: size
@@ -152,4 +152,9 @@ def test_every_group_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh_module, "exchange", lambda rows, group, name: opened.append((group, tuple(rows.shape))))
     dp, ep = Group(4), Group(2)
     warm_up(Mesh(1, 4, 2, 0, world_group=dp, dp_group=dp, ep_group=ep), torch.device("cpu"))  # type: ignore[arg-type]
-    assert opened == [(dp, (1,)), (dp, (4, 1)), (ep, (1,)), (ep, (2, 1))]
+    assert opened == [(dp, (1,)), (ep, (1,)), (ep, (2, 1))], "experts alone exchange"
+    opened.clear()
+    world, up, pp = Group(8), Group(2), Group(2)
+    of_pipeline = dict(world_group=world, dp_group=dp, pp_group=pp, up_group=up, down_group=Group(2))
+    warm_up(Mesh(2, 4, 1, 0, **of_pipeline), torch.device("cpu"))  # type: ignore[arg-type]
+    assert opened == [(world, (1,)), (pp, (1,))], "links are opened in pairs, and dp's messages are the host's"

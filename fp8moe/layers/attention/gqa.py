@@ -159,6 +159,16 @@ class GqaConfig:
             total += wide * (self.queries + 2 * self.keys)
         return total
 
+    def work_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token that the backward of one layer takes while it runs, beside what is kept.
+
+        Queries, keys and values where they are made again, their gradients, the output and its gradient; and of the
+        kernel the sum of the queries' gradient and a number a head, in FP32.
+        """
+        heads = self.queries + 2 * self.keys
+        again = heads if Recompute.MLA_UP in recipe.recompute else 0
+        return recipe.dtype.itemsize * (again + heads + 2 * self.queries) + 4.0 * (self.queries + self.num_heads)
+
     def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
         """Rotations for tokens at `positions_BS` [B, S]; the documents, if given, are kept apart by a mask."""
         cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)

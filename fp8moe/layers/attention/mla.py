@@ -139,6 +139,16 @@ class MlaConfig:
             total += wide * self.num_heads * (2 * self.qk_dim + self.nope_dim + self.v_dim)
         return total
 
+    def work_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token that the backward of one layer takes while it runs, beside what is kept.
+
+        Queries, keys and the product of keys and values where they are made again, their gradients, the output and its
+        gradient; and of the kernel the sum of the queries' gradient and a number a head, in FP32.
+        """
+        again = 2 * self.qk_dim + self.nope_dim + self.v_dim if Recompute.MLA_UP in recipe.recompute else 0
+        a_head = again + 2 * self.qk_dim + self.v_dim + 2 * self.v_dim
+        return self.num_heads * (recipe.dtype.itemsize * a_head + 4 * self.qk_dim + 4)
+
     def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
         """Rotations for tokens at `positions_BS` [B, S]; the documents, if given, are kept apart by a mask."""
         cos, sin = rotation(positions_BS.flatten(), self.rope_dim, self.rope_theta, self.yarn)

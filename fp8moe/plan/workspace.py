@@ -1,0 +1,107 @@
+"""Memory that a rank takes while it computes and lets go again: of attention, an MLP, messages, the losses, an update.
+
+Formulas of what the code allocates on a GPU beside what a micro-batch keeps, each at its largest, which is in the
+backward. `tests/plan/test_workspace.py` holds them against the allocations of the real launchers.
+
+Legend: T tokens, R rows of experts, N and S rows that arrive and are sent, D model, F hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fp8moe.model.head_loss import chunk_tokens
+from fp8moe.model.memory import TILE, MicroBatch, Weights, blocks_of
+from fp8moe.model.partition import Stage
+from fp8moe.parallel.buckets import BUCKET
+from fp8moe.parallel.dispatch.deep_ep import NVLINK_BYTES, RANKS_PER_NODE, RDMA_BYTES
+from fp8moe.train.config import TrainConfig
+from fp8moe.train.memory import replicas_of
+from fp8moe.train.optimizer.muon_step import BATCH_VALUES
+
+MUON_BYTES = 14  # for each value that is multiplied together (`muon_step`)
+
+
+def attention_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
+    """Of a block's attention: what the layer says, gradients of the residual stream and of its norm, a norm's output.
+
+    A kernel that reads a dense mask, as all do but FlexAttention, has one byte for each pair of tokens of a sequence.
+    """
+    c, wide = config.model, sizes.recipe.dtype.itemsize
+    if not any(blocks_of(c, stage) for stage in held):
+        return 0.0
+    return sizes.tokens * (c.attention.work_bytes(sizes.recipe) + 3 * wide * c.dim)
+
+
+def mlp_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
+    """Of the largest MLP: gradients of its output, its hidden features and its input; under FP8 their casts.
+
+    Rows of experts arrive in FP8 and are cast along columns later; those of a dense MLP are cast both ways at once.
+    """
+    c, recipe = config.model, sizes.recipe
+    wide, cast = recipe.dtype.itemsize, 1 + 4 / TILE
+
+    def of(rows: float, hidden: int, casts: int) -> float:
+        of_output = casts * cast * c.dim if recipe.fp8 else wide * c.dim
+        of_product = 2 * cast * 2 * hidden if recipe.fp8 else wide * 2 * hidden
+        return rows * (of_output + wide * (c.dim + hidden) + of_product)
+
+    largest = 0.0
+    for layer in (layer for stage in held for layer in blocks_of(c, stage)):
+        if c.is_dense(layer):
+            size = of(sizes.tokens, c.dense_hidden, 2)
+        else:
+            size = of(sizes.expert_rows(c.router.topk).experts, c.experts.hidden, 1)
+        largest = max(largest, size)
+    return largest
+
+
+def dispatch_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
+    """Of the messages to experts in flight: S rows sent and N arrived; in an overlapped pair one each way.
+
+    Combine and dispatch's backward carry the unquantized dtype, the other two FP8 where the recipe has it.
+    """
+    c, recipe = config.model, sizes.recipe
+    has_experts = any(not c.is_dense(layer) for stage in held for layer in blocks_of(c, stage))
+    if config.ep == 1 or not has_experts:
+        return 0.0
+    rows, wide = sizes.expert_rows(c.router.topk), recipe.dtype.itemsize
+    total = rows.sent + max(rows.sent, rows.arrived)
+    paired = config.parallel.overlap and config.parallel.schedule in ("dualpipe", "dualpipev")
+    beside = paired * c.dim * (1 + 1 / TILE if recipe.fp8 else wide)
+    buffers = 0.0
+    if config.parallel.dispatcher == "deep_ep":
+        buffers = NVLINK_BYTES + (RDMA_BYTES if config.ep > RANKS_PER_NODE else 0)
+    return total * (wide * c.dim + beside + 6 * c.router.topk) + buffers
+
+
+def loss_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch, device: torch.device) -> float:
+    """Of the losses: a chunk of logits and its gradient of the input, the output of the norm; with MTP of both norms.
+
+    On a CPU the chunk has an FP32 copy.
+    """
+    c, recipe = config.model, sizes.recipe
+    if not any(stage.head for stage in held):
+        return 0.0
+    wide = recipe.dtype.itemsize
+    chunk = min(chunk_tokens(sizes.tokens, c.vocab_size, recipe.dtype, device), sizes.tokens)
+    copied = 4 if device.type == "cpu" and wide < 4 else 0
+    normed = 1 + any(stage.mtp for stage in held)
+    return float(chunk * (c.vocab_size * (wide + copied) + wide * c.dim) + normed * sizes.tokens * wide * c.dim)
+
+
+def optimizer_work(config: TrainConfig, weights: Weights) -> float:
+    """Of an update: nothing under AdamW, whose kernel works in place; a batch of matrices under Muon.
+
+    DeepSpeed keeps the FP32 gradients of this rank's part and reduces through a bucket.
+    """
+    optimizer, replicas = config.optimizer, replicas_of(config)
+    if optimizer.sharding == "deepspeed":
+        return 4.0 * (weights.dense / replicas[False] + weights.expert / replicas[True] + min(BUCKET, weights.total))
+    if optimizer.kind != "muon":
+        return 0.0
+    c = config.model
+    shapes = [*c.attention.linears(c.dim), (c.dim, max(c.dense_hidden, c.experts.hidden * max(1, c.experts.num_shared)))]
+    return float(MUON_BYTES * max(BATCH_VALUES, *(n * k for n, k in shapes)))
