@@ -2,76 +2,24 @@
 
     python -m benchmarks.model [--sms 132]     of casts: benchmarks.model_casts
 
-Cycles are those of `fp8moe.kernels.tiles`, by which the back end chooses a tile; its docstring says what they are made
-of. What turns them into time:
-
-    clock     at full power (700 W) the clock falls with the share of its cycles that the tensor core works:
-              2.026 - 0.4 * share GHz, at most 1.98. Of two points: 1.79 GHz at 0.59 (ours, an H100, L2-bound) and 1.67
-              at 0.89 (DeepGEMM's longest contraction, an H800, which is an H100 with slower NVLink)
-    memory    bytes that must cross HBM at what a copy reaches, 2.96 TB/s on an H100 and H800, 4.2 on an H200. Under a
-              product they hide; a sum by registers hides a quarter of the shorter of the two phases
-    start     4 microseconds: launch, descriptors, the first loads
-
-Constants are the same for every size. What it leaves out: L2 misses (operands once in L2 are taken to stay there), the
-drift of SMs, temperature. Of the 14 records of an H100 the farthest from its prediction is 15 % off: the longest
-contraction of a weight gradient, where each of these must weigh most.
+The model and its constants are `fp8moe/plan/gemm_model.py`, by which `fp8moe plan` times GEMMs without a record.
 
 DeepGEMM is predicted from the tiles that its public heuristic chooses for these sizes (deep_gemm/jit_kernels/gemm.py
 of its repository at the time of its pull request 86), so that the model is tested on a kernel that shares by multicast.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD, Problem
-from fp8moe.kernels.fp8 import ceil_div
-from fp8moe.kernels.tiles import (
-    ADDED_BY_TMA,
-    HOPPER_SMS,
-    MACS_PER_CYCLE,
-    SUM_CYCLES_BY_TMA,
-    SUMMED,
-    Step,
-    Tile,
-    choose,
-    step_of,
-    tile_cycles,
-)
+from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD
+from fp8moe.kernels.tiles import HOPPER_SMS, Tile
+from fp8moe.plan.gemm_model import HBM_BYTES_PER_SECOND as HBM_BYTES_PER_SECOND
+from fp8moe.plan.gemm_model import Work, predict, work_of
+from fp8moe.plan.kernel_records import RECORDS, throughputs
 
-HBM_BYTES_PER_SECOND = {"H100": 2.96e12, "H200": 4.2e12}  # an H800 is an H100 here
-CLOCK, CLOCK_PER_SHARE, FASTEST_CLOCK = 2.026e9, 0.4e9, 1.98e9
-NOT_HIDDEN = 0.75  # of the shorter of a sum's two phases, multiplying and adding through HBM
-START_SECONDS = 4e-6
 FP8_PEAK = 1979e12
 PROBLEMS = (*DENSE, *DENSE_WGRAD, *GROUPED, *GROUPED_WGRAD)
-RESULTS = Path(__file__).with_name("results")
-
-
-@dataclass(frozen=True)
-class Work:
-    """How a kernel divides a problem: tiles, who shares them, and how many SMs it takes."""
-
-    block_m: int
-    block_n: int
-    rows_shared: int = 1
-    columns_shared: int = 1
-    sms: int = HOPPER_SMS
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Of one problem; `waves` = tiles of the busiest SM, `share` = of its cycles, those of the tensor core."""
-
-    step: Step
-    waves: int
-    share: float
-    clock: float
-    seconds: float
-    tflops: float
-    bound: str
+RESULTS = RECORDS
 
 
 # DeepGEMM's tiles for the sizes it has published (block M, block N, CTAs that share the rows, the columns), on the
@@ -90,63 +38,9 @@ DEEPGEMM = {
 }
 
 
-def memory_bytes(problem: Problem) -> float:
-    """Bytes that must cross HBM: codes and scales once, the output once (read and written in FP32 where added into)."""
-    p = problem
-    num_k = ceil_div(p.k, 128)
-    codes = (p.m + p.n) * p.k
-    scales = 4.0 * num_k * (p.m + (p.n if p.kind == "columns" else ceil_div(p.n, 128)))
-    out = p.m * p.n * (8 if p.kind == "columns" else 2)
-    return p.groups * (codes + scales + out)
-
-
-def predict(problem: Problem, work: Work, *, device: str = "H100") -> Prediction:
-    """Time and TFLOPS of `problem`, divided as `work` says, on a `device`."""
-    p, sms, summed = problem, work.sms, problem.op in SUMMED
-    # TMA adds in L2 for one CTA alone; DeepGEMM adds so always.
-    by_tma = summed and p.k >= ADDED_BY_TMA and work.rows_shared == 1
-    step = step_of(
-        work.block_m,
-        work.block_n,
-        columns=p.kind == "columns",
-        rows_shared=work.rows_shared,
-        columns_shared=work.columns_shared,
-    )
-    pair = max(work.rows_shared, work.columns_shared)
-    blocks = (work.block_m * work.columns_shared, work.block_n * work.rows_shared)
-    programs = p.groups * ceil_div(p.m, blocks[0]) * ceil_div(p.n, blocks[1])
-    waves = ceil_div(programs, sms // pair)
-    one = tile_cycles(step, work.block_m, work.block_n, p.k, summed=SUM_CYCLES_BY_TMA if by_tma else 0.0)
-    steps = ceil_div(p.k, 128)
-    share = p.flops / 2 / MACS_PER_CYCLE / sms / (waves * one)
-    clock = min(FASTEST_CLOCK, CLOCK - CLOCK_PER_SHARE * share)
-    compute, memory = waves * one / clock, memory_bytes(p) / HBM_BYTES_PER_SECOND[device]
-    seconds = max(compute, memory)
-    if summed and not by_tma:
-        seconds += NOT_HIDDEN * min(compute, memory)
-    units = {name: getattr(step, name) for name in ("tensor", "promotion", "shared", "chain")}
-    loads = steps * step.l2 >= one - (SUM_CYCLES_BY_TMA * work.block_m * work.block_n if by_tma else 0.0)
-    bound = "hbm" if memory > compute else "l2" if loads else max(units, key=lambda name: units[name])
-    seconds += START_SECONDS
-    return Prediction(step, waves, share, clock, seconds, p.flops / seconds / 1e12, bound)
-
-
-def work_of(problem: Problem, *, pairs: bool, sms: int = HOPPER_SMS) -> tuple[Work, Tile]:
-    """What the back end does of `problem`, with pairs of CTAs or without."""
-    p = problem
-    tile = choose("gluon", p.op, p.m, p.n, p.k, groups=p.groups, sms=sms, pairs=pairs)
-    return Work(tile.block_m, tile.block_n, 2 if tile.multicast else 1, sms=sms), tile
-
-
 def measured(name: str = "gluon") -> dict[str, float]:
     """ "op label" -> TFLOPS of candidate `name` in the committed records of an H100."""
-    found = {}
-    for path in sorted(RESULTS.glob("*-h100.json")):
-        for record in json.loads(path.read_text()):
-            op, _, candidate = record["name"].partition(" ")
-            if record["metric"] == "throughput" and candidate == name:
-                found[f"{op} {record['shape']}"] = record["value"]
-    return found
+    return dict(throughputs("H100", name))
 
 
 def rows(sms: int = HOPPER_SMS) -> Iterator[dict[str, str]]:

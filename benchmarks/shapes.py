@@ -5,36 +5,7 @@ Dense and grouped sizes are DeepGEMM's (github.com/deepseek-ai/DeepGEMM, its REA
 stand beside, not a baseline, for it was measured elsewhere; ratios are only taken inside one run.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
-Kind = Literal["rows", "columns"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """`groups` products of [M, K] by [N, K]. kind "rows": 1x128 by 128x128 scales, BF16 out (Fprop, Dgrad; M is the
-    rows of one group); "columns": both 1x128 along K, added into FP32 (Wgrad; K is the tokens of one group)."""
-
-    op: str
-    m: int
-    n: int
-    k: int
-    kind: Kind = "rows"
-    groups: int = 1
-    published: float | None = None
-
-    @property
-    def flops(self) -> float:
-        """Multiply-adds counted as two."""
-        return 2.0 * self.groups * self.m * self.n * self.k
-
-    @property
-    def label(self) -> str:
-        """The size in words a reader can repeat."""
-        size = f"M{self.m} N{self.n} K{self.k}"
-        return size if self.groups == 1 else f"E{self.groups} {size}"
-
+from fp8moe.plan.gemm_model import Problem as Problem
 
 DENSE = (
     Problem("gemm", 4096, 7168, 16384, published=1519),

@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from benchmarks import model, model_casts
-from benchmarks.model import DEEPGEMM, PROBLEMS, Work, measured, memory_bytes, predict, work_of
-from benchmarks.shapes import DENSE, GROUPED, GROUPED_WGRAD, Problem
+from benchmarks.model import DEEPGEMM, PROBLEMS, measured
+from benchmarks.shapes import DENSE, GROUPED, GROUPED_WGRAD
+from fp8moe.plan import gemm_model
+from fp8moe.plan.gemm_model import Problem, Work, memory_bytes, predict, work_of
 
 TALL, PAIR = Work(256, 128), Work(256, 128, rows_shared=2)
 CLOSE = 0.15
@@ -26,7 +28,7 @@ def test_waves_and_time():
     share = 4096 * 2112 * 7168 / 4096 / 132 / cycles
     assert (p.waves, p.bound) == (3, "l2") and p.share == pytest.approx(share)
     assert p.clock == pytest.approx(2.026e9 - 0.4e9 * share)
-    assert p.seconds == pytest.approx(cycles / p.clock + model.START_SECONDS)
+    assert p.seconds == pytest.approx(cycles / p.clock + gemm_model.START_SECONDS)
     assert p.tflops == pytest.approx(2 * 4096 * 2112 * 7168 / p.seconds / 1e12)
     assert predict(problem, Work(256, 128, sms=272)).waves == 1
     assert predict(problem, PAIR).waves == 3 and predict(problem, PAIR).bound == "shared"
@@ -36,7 +38,7 @@ def test_waves_and_time():
 def test_the_clock_falls_with_the_work_of_the_tensor_core():
     busy, idle = predict(DENSE[0], PAIR), predict(Problem("gemm", 4096, 4096, 128), TALL)
     assert busy.share > 0.8 and busy.clock < 1.72e9
-    assert idle.share < 0.2 and 1.94e9 < idle.clock <= model.FASTEST_CLOCK
+    assert idle.share < 0.2 and 1.94e9 < idle.clock <= gemm_model.FASTEST_CLOCK
 
 
 def test_what_the_memory_bounds_is_said_and_a_sum_hides_a_quarter_of_its_shorter_phase():

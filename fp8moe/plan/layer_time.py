@@ -1,0 +1,119 @@
+"""Seconds of a block's pass, alone and in an overlapped pair: compute phases and messages on two streams.
+
+Phases start in the order of `parallel.overlap.PAIR`, and a message starts when what stands before it is computed. Compute
+waits for a message where its phase reads it. So a pair of blocks takes the longer of compute and messages, and whatever
+of a message finds nothing to hide under. While messages may run, products and attention have the SMs that
+`parallel.communication_sms` leaves.
+
+The host launches one kernel after another: a pass takes no less than its launches take.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from fp8moe.layers.recipe import Recipe
+from fp8moe.model.config import ModelConfig
+from fp8moe.parallel.overlap import PAIR
+from fp8moe.plan.attention_work import add_attention
+from fp8moe.plan.cluster import Cluster
+from fp8moe.plan.mlp_work import add_mlp
+from fp8moe.plan.network import Exchange, exchange_seconds
+from fp8moe.plan.rates import Card, Parts, added, launches_of, parts_of, total
+from fp8moe.plan.work import BlockWork
+
+MESSAGE_LAUNCHES = 4  # of a message on the communication stream: pack, send, unpack, sum
+COMPUTE = ("attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a block's time depends on beside its number: tokens of a micro-batch, and how they reach the experts."""
+
+    model: ModelConfig
+    recipe: Recipe
+    tokens: int
+    seq_len: int
+    exchange: Exchange
+    imbalance: float = 1.0
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """Of one block: seconds of each (part, phase), messages included, launches of F, B and W, and compute by kind."""
+
+    seconds: dict[tuple[str, str], float]
+    launches: dict[str, int]
+    parts: dict[str, Parts]
+
+    def compute(self, part: str) -> float:
+        """Seconds of compute in F, B or W."""
+        return sum(self.seconds[part, phase] for phase in COMPUTE)
+
+    def messages(self, part: str) -> float:
+        """Seconds of messages in F or B."""
+        return self.seconds.get((part, "dispatch"), 0.0) + self.seconds.get((part, "combine"), 0.0)
+
+
+@functools.lru_cache(maxsize=2048)
+def block_time(sizes: Sizes, dense: bool, layer: int, card: Card, cluster: Cluster) -> BlockTime:
+    """Times of a block like number `layer`, on a card."""
+    s, fp8 = sizes, sizes.recipe.fp8
+    work = BlockWork()
+    add_attention(work, s.model, s.recipe, layer, s.tokens, s.seq_len)
+    add_mlp(work, s.model, s.recipe, layer, s.tokens, s.exchange.ep, s.imbalance)
+    seconds: dict[tuple[str, str], float] = {}
+    launches, parts = {}, {}
+    for part in "FBW":
+        phases = {phase: getattr(work, phase)[part] for phase in COMPUTE}
+        timed = {phase: parts_of(pieces, card) for phase, pieces in phases.items()}
+        seconds |= {(part, phase): total(one) for phase, one in timed.items()}
+        parts[part] = added(*timed.values())
+        launches[part] = sum(launches_of(pieces) for pieces in phases.values())
+    if not dense and s.exchange.ep > 1:
+        for part, phase, coded, ids in (
+            ("F", "dispatch", fp8, True),
+            ("F", "combine", False, False),
+            ("B", "combine", fp8, False),
+            ("B", "dispatch", False, False),
+        ):
+            seconds[part, phase] = exchange_seconds(s.model, s.exchange, cluster, s.tokens, fp8=coded, with_ids=ids)
+            launches[part] += MESSAGE_LAUNCHES
+    return BlockTime(seconds, launches, parts)
+
+
+_PHASES = {("B", "combine"): "B", ("F", "dispatch"): "F", ("B", "dispatch"): "B", ("F", "combine"): "F"}
+# The message that a phase of compute reads: its own block's, or for attention's forward the block before it.
+_READS = {("F", "attn"): ("F", "combine"), ("B", "mlp"): ("B", "combine"), ("F", "mlp"): ("F", "dispatch"),
+          ("B", "attn"): ("B", "dispatch")}  # fmt: skip
+
+
+def pair_seconds(forward: Sequence[BlockTime], backward: Sequence[BlockTime], *, overlap: bool = True) -> float:
+    """Seconds of the forward of some blocks beside the whole backward of others, both in the order they run.
+
+    Either may be empty. overlap=False: one phase after the other, messages too.
+    """
+    compute = messages = 0.0  # when each stream is free
+    arrived: dict[tuple[str, str], float] = {}
+    for ahead, back in zip_longest(forward, backward):
+        for part, phase in PAIR:
+            block = ahead if part == "F" else back
+            if block is None or (part, phase) not in block.seconds:
+                continue
+            length = block.seconds[part, phase]
+            if (part, phase) in _PHASES:
+                messages = max(messages, compute) + length
+                arrived[part, phase] = messages
+                if not overlap:
+                    compute = messages
+            else:
+                compute = max(compute, arrived.get(_READS.get((part, phase), ("", "")), 0.0)) + length
+    return max(compute, messages)
+
+
+def alone_seconds(blocks: Sequence[BlockTime], part: str) -> float:
+    """Seconds of the F, B or W of some blocks with nothing beside it: compute and messages one after the other."""
+    return sum(block.compute(part) + block.messages(part) for block in blocks)

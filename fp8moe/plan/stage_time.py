@@ -1,0 +1,140 @@
+"""Seconds of a pipeline stage on one micro-batch: its blocks, and the embedding, the head and the MTP module at the ends.
+
+The head computes its gradients in its forward (`model.head_loss`), so all of its time is F's. `StageCosts` are the
+simulator's costs with each stage's own times, measured pairs included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fp8moe.model.partition import Stage
+from fp8moe.plan.cluster import Cluster
+from fp8moe.plan.layer_time import BlockTime, Sizes, alone_seconds, block_time, pair_seconds
+from fp8moe.plan.rates import Card, Parts, added, host_seconds, launches_of, parts_of, total
+from fp8moe.plan.work import Pass, Piece, Product
+from fp8moe.schedule.action import Action, Kind
+from fp8moe.schedule.simulate import Costs
+
+ENDS = "embedding, head and loss"
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage: its blocks on all SMs and on those that messages leave, and what stands at its ends, by F, B, W."""
+
+    blocks: tuple[BlockTime, ...]
+    beside: tuple[BlockTime, ...]
+    ends: Mapping[str, Parts]
+    launches: Mapping[str, int]
+    card: Card
+
+    def end(self, part: str) -> float:
+        """Seconds of the ends."""
+        return total(self.ends[part])
+
+    def host(self, parts: str) -> float:
+        """Seconds that the host takes for the launches of `parts`."""
+        return host_seconds(sum(self.launches[part] for part in parts), self.card)
+
+    def alone(self, part: str) -> float:
+        """Seconds of F, B or W with nothing beside it."""
+        blocks = alone_seconds(self.blocks, part)
+        return max(blocks + self.end(part), self.host(part))
+
+    def backward(self, *, overlap: bool) -> float:
+        """Seconds of the whole backward, whose messages hide under its own weight gradients."""
+        hidden = pair_seconds((), tuple(reversed(self.beside if overlap else self.blocks)), overlap=overlap)
+        plain = alone_seconds(self.blocks, "B") + alone_seconds(self.blocks, "W")
+        return max(min(hidden, plain) + self.end("B") + self.end("W"), self.host("BW"))
+
+    def compute(self) -> float:
+        """Seconds of all compute, on all SMs."""
+        return sum(block.compute(part) for block in self.blocks for part in "FBW") + sum(map(self.end, "FBW"))
+
+    def messages(self) -> float:
+        """Seconds of all messages to experts and back."""
+        return sum(block.messages(part) for block in self.blocks for part in "FB")
+
+    def parts(self) -> Parts:
+        """Seconds of all compute by kind and source."""
+        return added(*(block.parts[part] for block in self.blocks for part in "FBW"), *self.ends.values())
+
+
+def paired(ahead: StageTime, back: StageTime, *, overlap: bool) -> float:
+    """Seconds of the forward of one stage overlapped with the whole backward of another."""
+    forward, backward = (ahead.beside, back.beside) if overlap else (ahead.blocks, back.blocks)
+    seconds = pair_seconds(forward, tuple(reversed(backward)), overlap=overlap)
+    seconds += ahead.end("F") + back.end("B") + back.end("W")
+    serial = ahead.alone("F") + alone_seconds(back.blocks, "B") + alone_seconds(back.blocks, "W")
+    serial += back.end("B") + back.end("W")
+    return max(min(seconds, serial), ahead.host("F") + back.host("BW"))
+
+
+@dataclass(frozen=True)
+class StageCosts(Costs):
+    """Times of every stage. forward, backward, weight and overlapped of `Costs` are not read."""
+
+    alone: tuple[tuple[float, float, float, float], ...] = ()  # F, B, W, BW of each stage
+    pairs: Mapping[tuple[int, int], float] = field(default_factory=dict)  # (F's stage, B's stage) -> FB
+
+    def of(self, action: Action) -> float:
+        """Seconds that an action takes of its rank."""
+        if action.kind.is_message:
+            return 0.0
+        if action.kind is Kind.FB:
+            assert action.paired is not None
+            return self.pairs[action.stage, action.paired.stage]
+        return self.alone[action.stage][(Kind.F, Kind.B, Kind.W, Kind.BW).index(action.kind)]
+
+
+def ends_of(sizes: Sizes, stage: Stage) -> dict[str, list[Piece]]:
+    """What a stage computes beside its blocks: look-up, final norm, head with its loss and gradients, MTP's projection."""
+    model, tokens, fp8 = sizes.model, sizes.tokens, sizes.recipe.fp8
+    dim, vocab = model.dim, model.vocab_size
+    pieces: dict[str, list[Piece]] = {"F": [], "B": [], "W": []}
+    looked_up = stage.embedding + stage.mtp
+    if looked_up:
+        pieces["F"].append(Pass("add", ENDS, looked_up * tokens * dim * 4))
+        pieces["W"].append(Pass("add", ENDS, looked_up * tokens * dim * 10))
+    for _ in range(stage.head + stage.mtp):
+        pieces["F"] += [
+            Pass("norm", ENDS, tokens * dim * 4),
+            Product(tokens, vocab, dim),
+            Pass("cross entropy", ENDS, tokens * vocab * 4),
+            Product(tokens, dim, vocab),
+            Product(vocab, dim, tokens, columns=True),
+        ]
+        pieces["B"].append(Pass("norm backward", ENDS, tokens * dim * 8.5))
+    if stage.mtp:
+        pieces["F"] += [Pass("norm", ENDS, 2 * tokens * dim * 4), Product(tokens, dim, 2 * dim, fp8=fp8)]
+        pieces["B"] += [Product(tokens, 2 * dim, dim, fp8=fp8), Pass("norm backward", ENDS, 2 * tokens * dim * 6.5)]
+        pieces["W"].append(Product(dim, 2 * dim, tokens, columns=True, fp8=fp8))
+    return pieces
+
+
+def stage_time(sizes: Sizes, stage: Stage, card: Card, beside: Card, cluster: Cluster) -> StageTime:
+    """Times of a stage; `beside` is the card while messages run."""
+    layers = [*stage.layers, *([sizes.model.num_layers] if stage.mtp else [])]
+    dense = [sizes.model.is_dense(layer) for layer in layers]
+    like = [_like(sizes, layer) for layer in layers]
+
+    def timed(on: Card) -> tuple[BlockTime, ...]:
+        return tuple(block_time(sizes, d, n, on, cluster) for d, n in zip(dense, like, strict=True))
+
+    pieces = ends_of(sizes, stage)
+    blocks = timed(card)
+    launches = {part: sum(b.launches[part] for b in blocks) + launches_of(pieces[part]) for part in "FBW"}
+    ends = {part: parts_of(pieces[part], card) for part in "FBW"}
+    return StageTime(blocks, timed(beside) if beside != card else blocks, ends, launches, card)
+
+
+def _like(sizes: Sizes, layer: int) -> int:
+    """The first block that costs what block `layer` does, so that equal blocks are timed once."""
+    model = sizes.model
+
+    def kind(n: int) -> tuple[bool, float]:
+        return model.is_dense(n), model.attention.core_flops(sizes.seq_len, causal=True, layer=n)
+
+    return next(n for n in range(layer + 1) if kind(n) == kind(layer))
