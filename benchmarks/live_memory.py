@@ -31,7 +31,7 @@ class TrackStorages(TorchDispatchMode):
 
     def live_bytes(self) -> int:
         """Bytes of the recorded storages that something still holds."""
-        return sum(size for ref, size in self._bytes.values() if not ref.expired())
+        return sum(size for ref, size in list(self._bytes.values()) if not ref.expired())
 
 
 class TrackPeak(TrackStorages):

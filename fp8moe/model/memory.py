@@ -130,8 +130,7 @@ class ExpertRows:
 class MicroBatch:
     """What passes a stage at once: sequences of seq_len tokens, computed and kept by `recipe`.
 
-    rows: of a mixture's dispatch; None: one rank, experts evenly loaded and no row padding. mask: bytes a token of an
-    attention mask, which a kernel that reads a dense one keeps.
+    rows: of a mixture's dispatch; None: one rank, experts evenly loaded and no row padding.
     """
 
     sequences: int
@@ -175,6 +174,53 @@ def pass_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> list[flo
     return [*passes, ends] if stage.head else passes
 
 
+def rotation_bytes(config: ModelConfig, sizes: MicroBatch) -> float:
+    """Bytes of the rotations of a micro-batch, which each stage makes and its passes share; cosines and sines, FP32."""
+    return 4.0 * config.attention.rope_dim * sizes.tokens
+
+
+def deferred_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> float:
+    """Bytes that the weight gradients of a micro-batch keep where a schedule puts them off, behind its backward.
+
+    Of each Linear the gradient of its output, cast along columns under FP8, and what its input's columns are made of;
+    of the router the gradient of its logits; of the embedding and of the MTP module's entrance the gradient that they
+    got. The losses add theirs in their forward.
+    """
+    c, recipe = config, sizes.recipe
+    wide = recipe.dtype.itemsize
+    total = sum(_block_deferred(c, layer, sizes) for layer in blocks_of(c, stage))
+    total += stage.embedding * (wide * c.dim + 8) * sizes.tokens
+    if stage.mtp:
+        sources = 2 * _norm_source(c.dim, recipe)
+        total += (sources + _columns(recipe) * c.dim + wide * c.dim + 8) * sizes.tokens
+    return total
+
+
+def _block_deferred(c: ModelConfig, layer: int, sizes: MicroBatch) -> float:
+    recipe = sizes.recipe
+    wide, cast = recipe.dtype.itemsize, _columns(recipe)
+    keeps = Recompute.SWIGLU not in recipe.recompute and not recipe.fp8
+    per_hidden = 2 * cast + (wide if keeps else 2 * cast)  # the gradient, and the product or what it is made of
+    per_token = cast * sum(n for n, _ in c.attention.linears(c.dim)) + c.attention.input_bytes(recipe)
+    per_token += 2 * _norm_source(c.dim, recipe)
+    if c.is_dense(layer):
+        return (per_token + cast * c.dim + per_hidden * c.dense_hidden) * sizes.tokens
+    rows, e = sizes.expert_rows(c.router.topk), c.experts
+    per_token += 4 * e.num_experts + per_hidden * e.hidden * e.num_shared + (e.num_shared > 0) * cast * c.dim
+    return per_token * sizes.tokens + (per_hidden * e.hidden + 2 * cast * c.dim + 4 * (not keeps)) * rows.experts
+
+
+def _columns(recipe: Recipe) -> float:
+    """Bytes of a value that a weight gradient reads: a code and its share of a 1x128 tile's scale under FP8."""
+    return 1 + 4 / TILE if recipe.fp8 else recipe.dtype.itemsize
+
+
+def _norm_source(dim: int, recipe: Recipe) -> float:
+    """Bytes a token of what the output of a norm is made again of, and of that output where it is kept."""
+    kept = 1 if Recompute.NORM in recipe.recompute else 2
+    return kept * recipe.dtype.itemsize * dim + INVERSE_RMS * recipe.fp8
+
+
 def _block_bytes(c: ModelConfig, layer: int, sizes: MicroBatch) -> float:
     """Bytes that block number `layer` keeps.
 
@@ -184,8 +230,7 @@ def _block_bytes(c: ModelConfig, layer: int, sizes: MicroBatch) -> float:
     always.
     """
     recipe = sizes.recipe
-    again, wide = recipe.recompute, recipe.dtype.itemsize
-    cached = 1 + 4 / TILE if recipe.fp8 else wide  # a code and its share of a 1x128 tile's scale
+    again, wide, cached = recipe.recompute, recipe.dtype.itemsize, _columns(recipe)
     per_hidden = 2 * cached + (0 if Recompute.SWIGLU in again or recipe.fp8 else wide)
     per_token = 2 * (wide * c.dim + INVERSE_RMS) + c.attention.kept_bytes(recipe)
     if Recompute.NORM not in again:

@@ -1,45 +1,67 @@
 """What a rank keeps at once by its schedule: activations of micro-batches on their way, messages between ranks.
 
-A stage's activations of a micro-batch are kept from its forward to the end of its weight gradients. In an overlapped
-pair one micro-batch's forward fills up while another's backward empties, block beside block, so a pair needs a block
-more than before it and not a stage.
+A stage keeps a micro-batch's activations from its forward to its backward, and what its weight gradients read from
+there until these are done. In an overlapped pair one micro-batch's forward fills up while another's backward empties,
+block beside block, so a pair needs a block more than before it and not a stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 
 from fp8moe.schedule.action import Action, Kind, Schedule
 
-BySize = Sequence[Sequence[float]]  # bytes of each pass of each stage
+
+@dataclass(frozen=True)
+class StageBytes:
+    """Bytes of one micro-batch in a stage: of each pass from forward to backward; `deferred`, from there to its W."""
+
+    passes: tuple[float, ...]
+    deferred: float
+
+    @property
+    def total(self) -> float:
+        """Of all passes."""
+        return sum(self.passes)
 
 
-def most_held(schedule: Schedule, rank: int, by_stage: BySize, *, overlap: bool = True) -> float:
+def most_held(schedule: Schedule, rank: int, stages: Sequence[StageBytes], *, overlap: bool = True) -> float:
     """Most bytes of activations that `rank` keeps at once. overlap: pairs are interleaved, else one after the other."""
+    totals = [stage.total for stage in stages]
+    deferred = [stage.deferred for stage in stages]
     held = most = 0.0
     for action in schedule.actions[rank]:
-        if action.kind is Kind.FB and overlap:
-            most = max(most, held + _pair_excess(action, by_stage))
-        for kind, stage, _, _ in action.parts():
-            if kind is Kind.F:
-                held += sum(by_stage[stage])
-                if not (action.kind is Kind.FB and overlap):
-                    most = max(most, held)
-            elif kind is Kind.W:
-                held -= sum(by_stage[stage])
-        most = max(most, held)
+        paired = action.paired if overlap else None
+        if paired is not None:
+            most = max(most, held + pair_excess(stages[action.stage].passes, stages[paired.stage].passes))
+            held += totals[action.stage] - totals[paired.stage]
+        elif not action.kind.is_message:
+            held = _held_after(action, held, totals, deferred)
+            forward = action.kind in (Kind.F, Kind.FB)
+            most = max(most, held + (totals[action.paired.stage] if action.paired else 0) if forward else held)
     return most
 
 
-def _pair_excess(action: Action, by_stage: BySize) -> float:
-    """Most bytes that a pair keeps beyond what was kept before it, its passes taken side by side."""
-    assert action.paired is not None
+def _held_after(action: Action, held: float, totals: Sequence[float], deferred: Sequence[float]) -> float:
+    for kind, stage, _, _ in action.parts():
+        if kind is Kind.F:
+            held += totals[stage]
+        elif kind is Kind.B:
+            held += deferred[stage] - totals[stage]
+        else:
+            held -= deferred[stage]
+    return held
+
+
+def pair_excess(ahead: Sequence[float], back: Sequence[float]) -> float:
+    """Most bytes that a pair keeps beyond what was kept before it; bytes of the passes of both, forward order."""
     held = most = 0.0
-    for ahead, back in zip_longest(by_stage[action.stage], reversed(by_stage[action.paired.stage]), fillvalue=0.0):
-        held += ahead
+    for filled, emptied in zip_longest(ahead, reversed(back), fillvalue=0.0):
+        held += filled
         most = max(most, held)
-        held -= back
+        held -= emptied
     return most
 
 

@@ -16,11 +16,11 @@ from functools import lru_cache
 
 import torch
 
-from fp8moe.model.memory import MicroBatch, pass_bytes, rank_weights
+from fp8moe.model.memory import MicroBatch, deferred_bytes, pass_bytes, rank_weights, rotation_bytes
 from fp8moe.model.partition import Stage
 from fp8moe.plan.communicators import GIB, communicator_bytes
 from fp8moe.plan.expert_rows import expert_rows
-from fp8moe.plan.held import most_held, most_messages
+from fp8moe.plan.held import StageBytes, most_held, most_messages
 from fp8moe.plan.workspace import attention_work, dispatch_work, loss_work, mlp_work, optimizer_work
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule
@@ -70,7 +70,7 @@ def rank_memory(
     stages = stages_of(config)
     rows = expert_rows(config, imbalance, on_gpu=on_gpu)
     sizes = MicroBatch(config.micro_batch, config.seq_len, config.recipe, rows)
-    by_stage = [pass_bytes(config.model, stage, sizes) for stage in stages]
+    by_stage = [stage_bytes(config, stage, sizes) for stage in stages]
     return tuple(
         _rank(config, schedule, stages, sizes, by_stage, pp_rank, gpus_per_node if on_gpu else None)
         for pp_rank in range(config.parallel.pp)
@@ -80,6 +80,18 @@ def rank_memory(
 def worst_rank(ranks: tuple[RankMemory, ...]) -> RankMemory:
     """The rank with the most."""
     return max(ranks, key=lambda rank: rank.total)
+
+
+def stage_bytes(config: TrainConfig, stage: Stage, sizes: MicroBatch) -> StageBytes:
+    """What a stage keeps of one micro-batch: its passes, the rotations that they share, weight gradients put off."""
+    first, *others = pass_bytes(config.model, stage, sizes)
+    rotations = rotation_bytes(config.model, sizes)
+    return StageBytes((first + rotations, *others), deferred_bytes(config.model, stage, sizes))
+
+
+def _most_blocks(schedule: Schedule, pp_rank: int, by_stage: list[StageBytes]) -> float:
+    """Most passes of micro-batches, blocks nearly all of them, that are held at once."""
+    return most_held(schedule, pp_rank, [StageBytes((1.0,) * len(s.passes), len(s.passes)) for s in by_stage])
 
 
 def fragmentation_bytes(blocks: float) -> float:
@@ -108,7 +120,7 @@ def _rank(
     schedule: Schedule,
     stages: tuple[Stage, ...],
     sizes: MicroBatch,
-    by_stage: list[list[float]],
+    by_stage: list[StageBytes],
     pp_rank: int,
     gpus_per_node: int | None,
 ) -> RankMemory:
@@ -133,5 +145,5 @@ def _rank(
     if gpus_per_node is not None:
         kinds["communicators"] = communicator_bytes(config, pp_rank, gpus_per_node)
         kinds["CUDA context"] = CUDA_CONTEXT
-        kinds["fragmentation"] = fragmentation_bytes(most_held(schedule, pp_rank, [[1.0] * len(s) for s in by_stage]))
+        kinds["fragmentation"] = fragmentation_bytes(_most_blocks(schedule, pp_rank, by_stage))
     return RankMemory(pp_rank, kinds, {kind: max(0.0, size) for kind, size in in_turn.items()})

@@ -1,7 +1,7 @@
 """Memory that a rank takes while it computes and lets go again: of attention, an MLP, messages, the losses, an update.
 
 Formulas of what the code allocates on a GPU beside what a micro-batch keeps, each at its largest, which is in the
-backward. `tests/plan/test_workspace.py` holds them against the allocations of the real launchers.
+backward. `tests/fake_cuda/test_workspace.py` holds them against the allocations of the real launchers.
 
 Legend: T tokens, R rows of experts, N and S rows that arrive and are sent, D model, F hidden.
 """

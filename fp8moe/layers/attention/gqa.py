@@ -159,6 +159,10 @@ class GqaConfig:
             total += wide * (self.queries + 2 * self.keys)
         return total
 
+    def input_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token of attention's output, which the last Linear reads and its weight gradient, put off, keeps."""
+        return (1.5 + 4 / 128 if recipe.fp8 else recipe.dtype.itemsize) * self.queries
+
     def work_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that the backward of one layer takes while it runs, beside what is kept.
 

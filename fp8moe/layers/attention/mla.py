@@ -139,6 +139,20 @@ class MlaConfig:
             total += wide * self.num_heads * (2 * self.qk_dim + self.nope_dim + self.v_dim)
         return total
 
+    def input_bytes(self, recipe: Recipe) -> float:
+        """Bytes a token of what the Linears behind the first read: what weight gradients that are put off keep.
+
+        The latents with the 1/rms of each where columns are made of it, their norms without recomputation, attention's
+        output.
+        """
+        wide, latents = recipe.dtype.itemsize, self.kv_lora_rank + (self.q_lora_rank or self.queries)
+        saved_output = 1.5 + 4 / 128 if recipe.fp8 else wide
+        total = wide * (latents + self.rope_dim) + saved_output * self.num_heads * self.v_dim
+        total += 4 * recipe.fp8 * (2 if self.q_lora_rank else 1)
+        if Recompute.NORM not in recipe.recompute:
+            total += wide * (self.kv_lora_rank + self.q_lora_rank)
+        return total
+
     def work_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that the backward of one layer takes while it runs, beside what is kept.
 
