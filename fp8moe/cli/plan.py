@@ -1,4 +1,4 @@
-"""`fp8moe plan`: whether a run fits a cluster's GPUs, how fast it will be and what it will cost, without any of them."""
+"""`fp8moe plan`: whether a run fits a cluster's GPUs, how fast it will be and what it will cost; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # they load torch, which --help need not wait for
     from fp8moe.train.config import TrainConfig
 
 DESCRIPTION = """\
-Predict a run's memory, speed and cost on a cluster; no GPU, no data and no other process is needed. Settings are those of
-`fp8moe train`, and cluster=NAME (h100_8 without it) with keys like cluster.nodes=4 cluster.price_per_gpu_hour=3.
+Predict a run's memory, speed and cost on a cluster; no GPU and no data is needed. Settings are those of `fp8moe train`,
+and cluster=NAME (h100_8 without it) with keys like cluster.nodes=4 cluster.price_per_gpu_hour=3.
 
   fp8moe plan experiment=dsv3_pretrain parallel=dsv3_2048 cluster=h800_2048
   fp8moe plan --search model=qwen3_30b_a3b seq_len=4096 batch.sequences=512 cluster=h100_8x8
@@ -35,7 +35,9 @@ def command_parser() -> Parser:
     """The parser of the command line."""
     parser = make_parser("plan", DESCRIPTION, settings=True)
     add = parser.add_argument
-    add("--search", action="store_true", help="rank every layout of these GPUs, and print the line that trains the best")
+    add(
+        "--search", action="store_true", help="rank every layout of these GPUs, and print the line that trains the best"
+    )
     add("--tokens", metavar="N", help="tokens that time and cost are counted to: 14.8T, 2e12 (those of all steps)")
     add("--json", metavar="FILE", help="write every figure")
     return parser
@@ -47,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     tokens = None if arguments.tokens is None else parse_tokens(arguments.tokens)
     from fp8moe.cli.cluster import compose_cluster, split_settings
     from fp8moe.plan.layouts import as_written
+    from fp8moe.plan.prediction import tokens_of
 
     of_cluster, settings = split_settings(arguments.settings)
     cluster = compose_cluster(of_cluster)
@@ -60,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"can't be planned as written: {error}")
     else:
-        code = _print_plan(laid, cluster, tokens, [*refused, *more], document)
+        count = tokens_of(config) if tokens is None else tokens
+        code = _print_plan(laid, cluster, count, [*refused, *more], document)
     try:
         if arguments.search:
             code = _print_search(config, cluster, settings, refused, document)
@@ -77,7 +81,9 @@ def parse_tokens(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < 1e18:
-        raise ConfigError(f"--tokens {text!r} must be a number of tokens from 1 to 1e18: write for example 14.8T or 2e12")
+        raise ConfigError(
+            f"--tokens {text!r} must be a number of tokens from 1 to 1e18: write for example 14.8T or 2e12"
+        )
     return number
 
 
@@ -101,12 +107,12 @@ def configuration(settings: Sequence[str], cluster: Cluster) -> tuple[TrainConfi
 
 
 def _print_plan(
-    config: TrainConfig, cluster: Cluster, tokens: float | None, refused: list[str], document: dict[str, Any]
+    laid: TrainConfig, cluster: Cluster, tokens: float, refused: list[str], document: dict[str, Any]
 ) -> int:
     from fp8moe.plan.plan_text import plan_text
     from fp8moe.plan.prediction import as_json, predict
 
-    found = predict(config, cluster, tokens)
+    found = predict(laid, cluster, tokens)
     print(plan_text(found, refused))
     document |= {"refused": refused, **as_json(found)}
     return 0 if found.fits else EXIT["memory"]
@@ -115,15 +121,16 @@ def _print_plan(
 def _print_search(
     config: TrainConfig, cluster: Cluster, settings: list[str], refused: list[str], document: dict[str, Any]
 ) -> int:
-    from fp8moe.plan.search import fits_nowhere, paste, search, search_json, search_text, smaller_memory
+    from fp8moe.plan.search import paste, search
+    from fp8moe.plan.search_text import search_json, search_text
 
     found = search(config, cluster)
+    document["search"] = search_json(found)
     if not found.best:
-        raise OutOfMemoryError(fits_nowhere(config, found, cluster))
-    line = paste(config, [*settings, *([PLACEHOLDER] if refused else [])], found.best[0].sized.config, cluster)
-    smaller = smaller_memory(found, cluster)
-    print(f"\n{search_text(found, cluster)}\n\nto train in the first{_where(cluster)}:\n  {line}\n\n{smaller}")
-    document["search"] = {**search_json(found), "command": line, "smaller_memory": smaller}
+        raise OutOfMemoryError(found.smaller)
+    line = paste(config, [*settings, *([PLACEHOLDER] if refused else [])], found.best[0].config, cluster)
+    document["search"]["command"] = line
+    print(f"\n{search_text(found, cluster)}\n\nto train in the first{_where(cluster)}:\n  {line}\n\n{found.smaller}")
     return 0
 
 

@@ -1,26 +1,27 @@
 """Train's check before it allocates: whether every rank fits its memory, and the nearest layout that would.
 
 On a GPU the whole formula counts (`plan.memory`): weights, optimizer state, activations, buffers and the allowance for
-fragmentation, routing balanced. On a CPU the machine's processes share one memory, whose free part changes and which may
-be paged; there only the least that a run needs is compared (`plan.machine_memory`), so that nothing that fits is
-refused. `plan=off` skips both.
+fragmentation, routing balanced. On a CPU the machine's processes share one memory, which other programs use too; there
+only the least that a run needs is compared (`plan.machine_memory`), so that nothing that fits is refused. `plan=off`
+skips both.
 
 The nearest layout is the one with the fewest changed keys; of those the one that changes the smallest things: first the
-micro-batch, then what is computed again, then how experts are shared out, last the pipeline. It changes no result but by
-the order of sums.
+micro-batch, then what is computed again, then how experts are shared out, last the pipeline. Results change by the order
+of sums alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
 from dataclasses import replace
 
 import torch
 
 from fp8moe.errors import ConfigError
-from fp8moe.plan.layouts import KEYS, changed, layouts
+from fp8moe.plan.fitting import legal_layouts
+from fp8moe.plan.layouts import changed
 from fp8moe.plan.machine_memory import check_host
-from fp8moe.plan.memory import RankMemory, rank_memory
+from fp8moe.plan.memory import RankMemory, rank_memory, worst_rank
 from fp8moe.train.config import TrainConfig
 
 GB = 1e9
@@ -55,41 +56,36 @@ def check_gpu(config: TrainConfig, there: int, gpus_per_node: int) -> None:
     )
 
 
-def advice(config: TrainConfig, there: int, gpus_per_node: int) -> str:
+def advice(config: TrainConfig, there: float, gpus_per_node: int) -> str:
     """What to use in place of a resolved configuration that does not fit."""
     found = nearest_fitting(config, there, gpus_per_node)
     if found is not None:
         need = worst_of(found, gpus_per_node).total
-        return f"use {' '.join(changed(config, found))} ({need / GB:.1f} GB)"
-    least = min(worst_of(one, gpus_per_node).total for one in _nearest_first(config, gpus_per_node))
-    count = config.parallel.pp * config.dp
+        return f"use {shlex.join(changed(config, found))} ({need / GB:.1f} GB)"
+    gpus = config.parallel.pp * config.dp
+    legal = legal_layouts(config, gpus, gpus_per_node)
     return (
-        f"no layout of {count} GPUs fits, the least needs {least / GB:.1f} GB: use more GPUs, a smaller model or a "
-        f"shorter seq_len than {config.seq_len} (fp8moe plan --search says what fits)"
+        f"no layout of {gpus} GPUs fits, the least needs {legal.bytes(legal.least()) / GB:.1f} GB: use more GPUs, a "
+        f"smaller model or seq_len below {config.seq_len} (fp8moe plan --search says what would fit)"
     )
 
 
 def worst_of(config: TrainConfig, gpus_per_node: int) -> RankMemory:
     """The pipeline rank that needs most, routing balanced."""
-    return max(rank_memory(config, gpus_per_node=gpus_per_node), key=lambda rank: rank.total)
+    return worst_rank(rank_memory(config, gpus_per_node=gpus_per_node))
 
 
 def nearest_fitting(config: TrainConfig, there: float, gpus_per_node: int) -> TrainConfig | None:
-    """The layout nearest to a resolved configuration's whose every rank fits into `there` bytes; None: none does."""
-    for one in _nearest_first(config, gpus_per_node):
-        if worst_of(one, gpus_per_node).total <= there:
-            return one
-    return None
+    """The layout nearest to a resolved configuration's whose every rank fits into `there` bytes; None: none does.
 
-
-def _nearest_first(config: TrainConfig, gpus_per_node: int) -> Iterator[TrainConfig]:
-    """Every legal layout, with optimizer state shared out and not where it is not, the nearest first."""
-    count = config.parallel.pp * config.dp
-    found = list(layouts(config, count, gpus_per_node))
+    Where the optimizer's state is on every replica whole, layouts that share it out count too.
+    """
+    gpus = config.parallel.pp * config.dp
+    found = [one for alike in legal_layouts(config, gpus, gpus_per_node).fitting(there) for one in alike]
     if config.optimizer.sharding == "none":
-        sharded = replace(config.optimizer, sharding="zero1")
-        found += [replace(one, optimizer=sharded) for one in found]
-    yield from sorted(found, key=lambda one: _distance(config, one))
+        shared = replace(config, optimizer=replace(config.optimizer, sharding="zero1"))
+        found += [one for alike in legal_layouts(shared, gpus, gpus_per_node).fitting(there) for one in alike]
+    return min(found, key=lambda one: _distance(config, one), default=None)
 
 
 def _distance(before: TrainConfig, after: TrainConfig) -> tuple[float, ...]:

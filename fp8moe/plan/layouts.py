@@ -1,4 +1,4 @@
-"""Layouts of a configuration on a number of GPUs: pp x ep x dp x schedule x recompute x micro-batch, by train's own rules.
+"""Layouts of a configuration on a number of GPUs: pp x ep x dp x schedule x recompute x micro-batch, by train's rules.
 
 A layout is legal where `train.config.laid_out` accepts it, which is what `fp8moe train` does first. Three settings that
 are none of a layout's keys follow it where they would forbid it: the start and the increment of a batch that grows are
@@ -124,7 +124,9 @@ def applied(config: TrainConfig, layout: Layout, gpus: int) -> TrainConfig:
         parallel=parallel,
         recompute=layout.recompute,
         batch=_batch(config.batch, layout.micro_batch, unit, *microbatches(schedule, pp)),
-        validation=config.validation if samples == config.validation.samples else replace(config.validation, samples=samples),
+        validation=config.validation
+        if samples == config.validation.samples
+        else replace(config.validation, samples=samples),
     )
 
 

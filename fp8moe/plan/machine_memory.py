@@ -31,8 +31,9 @@ def check_host(config: TrainConfig, local_processes: int) -> None:
     if config.optimizer.sharding == "none" and config.dp > 1:
         out = f"use optimizer.sharding=zero1, or {out.removeprefix('use ')}"
     raise ConfigError(
-        f"{whose} at least {need * local_processes / 1e9:.3g} GB for weights, gradients and optimizer state ({parameters:.3g} "
-        f"parameters each) and this machine has {there / 1e9:.3g} GB: {out}, or more machines (parallel.pp, parallel.ep), or plan=off to try"
+        f"{whose} at least {need * local_processes / 1e9:.3g} GB for weights, gradients and optimizer state "
+        f"({parameters:.3g} parameters each) and this machine has {there / 1e9:.3g} GB: {out}, or more machines "
+        "(parallel.pp, parallel.ep)"
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8moe.plan.memory import RankMemory
-from fp8moe.plan.prediction import HOUR, Prediction, imbalance_of, memory_of, worst
+from fp8moe.layers.recipe import Recompute
+from fp8moe.plan.memory import KINDS, worst_rank
+from fp8moe.plan.prediction import Prediction, imbalance_of, memory_of
 from fp8moe.plan.schedule_tables import table
 from fp8moe.schedule.build import build_schedule, microbatches
 from fp8moe.train.config import TrainConfig, stages_of
 
 GB = 1e9
+COLUMNS = 12  # of a table of memory, before the next begins
 SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -24,7 +26,7 @@ def plan_text(found: Prediction, refused: Sequence[str]) -> str:
 
 def layout_words(config: TrainConfig) -> str:
     """A resolved configuration's layout in one line."""
-    again = ", ".join(sorted(config.recompute)) or "nothing"
+    again = ", ".join(name for name in Recompute if name in config.recompute) or "nothing"
     return (
         f"pp={config.parallel.pp} dp={config.dp} ep={config.ep} {config.parallel.schedule}, "
         f"{config.num_microbatches} micro-batches of {config.micro_batch}, recomputed: {again}"
@@ -53,47 +55,72 @@ def _memory(found: Prediction) -> str:
     limit, most = memory_of(found.cluster), found.worst
     spare = limit - most.total
     verdict = f"fits, {spare / GB:.1f} GB to spare" if spare >= 0 else f"does not fit, {-spare / GB:.1f} GB too much"
+    search = "" if found.fits else "; fp8moe plan --search lists the layouts that do"
     lines = [
         f"{verdict}: pipeline rank {most.pp_rank} needs {most.total / GB:.1f} GB of the GPU's {limit / GB:.1f} GB "
-        f"(GB = 1e9 bytes), routing balanced",
+        f"(GB = 1e9 bytes), routing balanced{search}",
         _imbalanced(found),
     ]
-    stages = stages_of(found.config)
-    held = held_by_rank(found.config)
-    kinds = list(dict.fromkeys(kind for rank in found.balanced for kind in rank.kinds))
-    rows = [
-        _memory_row(rank, kinds, found.imbalanced, "; ".join(str(stages[index]) for index in held[rank.pp_rank]))
-        for rank in found.balanced
+    groups = _alike(found)
+    kinds = [kind for kind in KINDS if any(rank.kinds[kind] for rank in found.balanced)]
+    for start in range(0, len(groups), COLUMNS):
+        shown = groups[start : start + COLUMNS]
+        first = [found.balanced[ranks[0]] for ranks in shown]
+        rows = [(kind, *(f"{rank.kinds[kind] / GB:.2f}" for rank in first)) for kind in kinds]
+        rows.append(("all", *(f"{rank.total / GB:.2f}" for rank in first)))
+        if found.imbalanced is not None:
+            over = [f"{found.imbalanced[rank.pp_rank].total / GB:.2f}" for rank in first]
+            rows.append((f"all at {imbalance_of(found.config):g} times", *over))
+        lines += ["", table(("GB of pipeline rank", *map(ranges, shown)), rows)]
+    absent = [f"{kind} {size / GB:.2f}" for kind, size in most.left_out.items() if size]
+    if absent:
+        lines += [f"never there together with those of rank {most.pp_rank}, and smaller: {', '.join(absent)}"]
+    return "\n".join([*lines, "", *_stages(found.config)])
+
+
+def _alike(found: Prediction) -> list[list[int]]:
+    """Pipeline ranks that need the same to 10 MB of every kind stand together."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for rank in found.balanced:
+        key = tuple(f"{rank.kinds[kind] / GB:.2f}" for kind in KINDS)
+        groups.setdefault(key, []).append(rank.pp_rank)
+    return list(groups.values())
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """1,2,3,7 as 1-3,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _stages(config: TrainConfig) -> list[str]:
+    """A line for all pipeline ranks that hold the same stages."""
+    stages, parallel = stages_of(config), config.parallel
+    least, _ = microbatches(parallel.schedule, parallel.pp)  # who holds what is the same for any number
+    schedule = build_schedule(parallel.schedule, parallel.pp, least)
+    holders: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(parallel.pp):
+        holders.setdefault(tuple(sorted({stage for _, stage in schedule.held_by(rank)})), []).append(rank)
+    return [
+        f"pipeline rank {ranges(ranks)}: {'; '.join(str(stages[index]) for index in held)}"
+        for held, ranks in holders.items()
     ]
-    over = () if found.imbalanced is None else (f"at {imbalance_of(found.config):g}",)
-    return "\n".join([*lines, table(("rank", *kinds, "all", *over, "stages"), rows)])
 
 
 def _imbalanced(found: Prediction) -> str:
     if found.imbalanced is None:
-        return "parallel.max_imbalance=null sets no limit to the rows of a rank: uneven routing needs more, without a bound"
-    most, limit = worst(found.imbalanced), memory_of(found.cluster)
+        return "parallel.max_imbalance=null limits no rank's rows: uneven routing needs more, without a bound"
+    most, limit = worst_rank(found.imbalanced), memory_of(found.cluster)
     verdict = "fits too" if most.total <= limit else "does not fit"
     return (
-        f"where a rank receives {imbalance_of(found.config):g} times an even share: {verdict}, rank {most.pp_rank} needs "
-        f"{most.total / GB:.1f} GB"
+        f"where a rank receives {imbalance_of(found.config):g} times an even share: {verdict}, rank {most.pp_rank} "
+        f"needs {most.total / GB:.1f} GB"
     )
-
-
-def _memory_row(
-    rank: RankMemory, kinds: Sequence[str], imbalanced: Sequence[RankMemory] | None, stages: str
-) -> tuple[str, ...]:
-    over = () if imbalanced is None else (f"{imbalanced[rank.pp_rank].total / GB:.1f}",)
-    sizes = [f"{rank.kinds.get(kind, 0.0) / GB:.2f}" for kind in kinds]
-    return (str(rank.pp_rank), *sizes, f"{rank.total / GB:.1f}", *over, stages)
-
-
-def held_by_rank(config: TrainConfig) -> list[list[int]]:
-    """Numbers of the stages that each pipeline rank holds."""
-    parallel = config.parallel
-    least, _ = microbatches(parallel.schedule, parallel.pp)  # who holds what is the same for any number
-    schedule = build_schedule(parallel.schedule, parallel.pp, least)
-    return [sorted({stage for _, stage in schedule.held_by(rank)}) for rank in range(parallel.pp)]
 
 
 def _time(found: Prediction) -> str:
@@ -106,15 +133,15 @@ def _time(found: Prediction) -> str:
 
 
 def _run(found: Prediction) -> str:
-    time, mfu, cluster = found.time, found.mfu, found.cluster
+    time, cluster, tokens = found.time, found.cluster, found.tokens
     whole = time.tokens_per_second_per_gpu * cluster.gpus
     return "\n".join(
         [
             f"{time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {short(whole)} tokens/s in all",
-            f"MFU {mfu['causal']:.1%} (causal), {mfu['non_causal']:.1%} (non-causal) of {cluster.bf16_tflops:g} TFLOPS",
+            f"MFU {time.mfu:.1%} (causal), {time.mfu_noncausal:.1%} (non-causal) of {cluster.bf16_tflops:g} TFLOPS",
             f"communication hidden {time.hidden:.1%}, exposed {time.exposed_communication_seconds:.3g} s; bubble "
             f"{time.bubble:.1%}; optimizer {time.optimizer_seconds:.3g} s",
-            f"{short(found.tokens)} tokens: {found.seconds / (24 * HOUR):.3g} days, {found.gpu_hours:,.0f} GPU hours, "
-            f"${found.price:,.0f} at ${cluster.price_per_gpu_hour:g} a GPU hour",
+            f"{short(tokens)} tokens: {time.days(tokens):.3g} days, {time.gpu_hours(tokens):,.0f} GPU hours, "
+            f"${time.cost(tokens):,.0f} at ${cluster.price_per_gpu_hour:g} a GPU hour",
         ]
     )

@@ -7,18 +7,14 @@ taken at the full batch's tokens a second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fp8moe.model.flops import flops_per_token
 from fp8moe.plan.cluster import Cluster
-from fp8moe.plan.memory import RankMemory, rank_memory
+from fp8moe.plan.memory import RankMemory, rank_memory, worst_rank
 from fp8moe.plan.step_time import StepTime, step_time
 from fp8moe.train.batch import global_batch
 from fp8moe.train.config import TrainConfig
-
-HOUR = 3600.0
 
 
 @dataclass(frozen=True)
@@ -39,59 +35,25 @@ class Prediction:
     @property
     def worst(self) -> RankMemory:
         """The pipeline rank that needs most memory, routing balanced."""
-        return worst(self.balanced)
+        return worst_rank(self.balanced)
 
     @property
     def fits(self) -> bool:
         """Whether every rank fits its GPU, routing balanced."""
         return self.worst.total <= memory_of(self.cluster)
 
-    @property
-    def mfu(self) -> dict[str, float]:
-        """Share of the BF16 peak, the FLOPs of attention counted causal and not (`model.flops`)."""
-        rate = self.time.tokens_per_second_per_gpu / (self.cluster.bf16_tflops * 1e12)
-        model, length = self.config.model, self.config.seq_len
-        return {
-            "causal": flops_per_token(model, length) * rate,
-            "non_causal": flops_per_token(model, length, causal=False) * rate,
-        }
 
-    @property
-    def seconds(self) -> float:
-        """Of the whole run."""
-        return self.tokens / (self.time.tokens_per_second_per_gpu * self.cluster.gpus)
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.seconds * self.cluster.gpus / HOUR
-
-    @property
-    def price(self) -> float:
-        """US dollars."""
-        return self.gpu_hours * self.cluster.price_per_gpu_hour
-
-
-def predict(config: TrainConfig, cluster: Cluster, tokens: float | None = None) -> Prediction:
-    """The prediction of a resolved configuration. tokens: of the whole run; None: those of its steps."""
-    limit = imbalance_of(config)
+def predict(config: TrainConfig, cluster: Cluster, tokens: float) -> Prediction:
+    """The prediction of a resolved configuration. tokens: of the whole run."""
+    limit, per_node = imbalance_of(config), cluster.gpus_per_node
     return Prediction(
         config,
         cluster,
-        memory_on(config, cluster),
-        None if limit is None else memory_on(config, cluster, limit),
+        rank_memory(config, gpus_per_node=per_node),
+        None if limit is None else rank_memory(config, gpus_per_node=per_node, imbalance=limit),
         step_time(config, cluster),
-        float(tokens_of(config)) if tokens is None else tokens,
+        tokens,
     )
-
-
-def memory_on(config: TrainConfig, cluster: Cluster, imbalance: float = 1.0) -> tuple[RankMemory, ...]:
-    """Memory of every pipeline rank on the cluster's GPUs."""
-    return rank_memory(config, gpus_per_node=cluster.gpus_per_node, imbalance=imbalance)
-
-
-def worst(ranks: Sequence[RankMemory]) -> RankMemory:
-    """The rank that needs most."""
-    return max(ranks, key=lambda rank: rank.total)
 
 
 def memory_of(cluster: Cluster) -> float:
@@ -128,12 +90,12 @@ def as_json(found: Prediction) -> dict[str, Any]:
         },
         "time": asdict(time),
         "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
-        "mfu": found.mfu,
+        "mfu": {"causal": time.mfu, "non_causal": time.mfu_noncausal},
         "run": {
             "tokens": found.tokens,
-            "days": found.seconds / (24 * HOUR),
-            "gpu_hours": found.gpu_hours,
-            "price": found.price,
+            "days": time.days(found.tokens),
+            "gpu_hours": time.gpu_hours(found.tokens),
+            "price": time.cost(found.tokens),
         },
     }
 

@@ -26,7 +26,7 @@ from fp8moe.plan.layer_time import Sizes
 from fp8moe.plan.network import Exchange, neighbour_seconds
 from fp8moe.plan.rates import Card
 from fp8moe.plan.stage_time import StageCosts, StageTime, paired, stage_time
-from fp8moe.plan.update_time import update_time
+from fp8moe.plan.update_time import UpdateTime, update_time
 from fp8moe.schedule.build import FOLDED, build_schedule, num_stages
 from fp8moe.schedule.replay import Replay
 from fp8moe.train.config import TrainConfig, stages_of
@@ -146,27 +146,37 @@ def _costs(config: TrainConfig, cluster: Cluster, times: tuple[StageTime, ...], 
     return StageCosts(message=message, alone=alone, pairs=pairs)
 
 
-def step_time(config: TrainConfig, cluster: Cluster) -> StepTime:
-    """Time of a step of the full batch of a resolved configuration. Errors: ConfigError for FP32, which nobody times."""
+@dataclass(frozen=True)
+class _Timed:
+    """Stages with their times, and the schedule's costs."""
+
+    sizes: Sizes
+    stages: tuple[Stage, ...]
+    times: tuple[StageTime, ...]
+    costs: StageCosts
+
+
+def _timed(config: TrainConfig, cluster: Cluster) -> _Timed:
     if config.precision.mode is Precision.FP32:
         raise ConfigError("precision.mode=fp32 has no timed kernels: use precision=bf16 or precision=fp8")
     sizes, stages = _sizes(config, cluster), _stages(config)
-    parallel, pp = config.parallel, config.parallel.pp
+    parallel = config.parallel
     card = Card(cluster.gpu, cluster.hbm_gb_per_second * 1e9, config.recipe.fp8)
     left = HOPPER_SMS - parallel.communication_sms if config.ep > 1 else HOPPER_SMS
     beside = Card(card.name, card.hbm, card.fp8, left)
     times = tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
-    costs = _costs(config, cluster, times, sizes.tokens)
+    return _Timed(sizes, stages, times, _costs(config, cluster, times, sizes.tokens))
+
+
+def step_time(config: TrainConfig, cluster: Cluster) -> StepTime:
+    """Time of a step of the full batch of a resolved configuration. Errors: ConfigError for FP32, which nobody times."""
+    timed = _timed(config, cluster)
+    stages, times, costs, parallel = timed.stages, timed.times, timed.costs, config.parallel
+    pp = parallel.pp
     makespan, busy = _simulated(parallel.schedule, pp, config.num_microbatches, costs)
     busiest = max(range(pp), key=busy.__getitem__)
     mine = _rank_stages(config, busiest, len(stages))
-    update = update_time(
-        config,
-        cluster,
-        tuple(stages[index] for index in mine),
-        backward=sum(costs.alone[index][3] for index in mine),
-        forward=sum(costs.alone[index][0] for index in mine),
-    )
+    update = _update(config, cluster, timed, mine)
     seconds = makespan + update.exposed + update.update
     passes = config.num_microbatches / len(mine) if parallel.schedule == "dualpipe" else config.num_microbatches
     parts = _parts([times[index] for index in mine], passes)
@@ -202,3 +212,39 @@ def _parts(times: list[StageTime], passes: float) -> list[Part]:
             found[key] = found.get(key, 0.0) + seconds * passes
     ordered = sorted(found.items(), key=lambda item: -item[1])
     return [Part(name, seconds, source) for (name, source), seconds in ordered]
+
+
+def least_seconds(config: TrainConfig, cluster: Cluster) -> float:
+    """A bound that `step_time` does not fall below, without the schedule: a search leaves out what is slower than it.
+
+    A rank starts when the first micro-batch has reached it, and computes all of its passes; under 1f1b the last
+    backward then goes back to the first rank. An overlapped pair takes as long as the compute of its two passes. Of the
+    ranks' updates the shortest counts.
+    """
+    timed = _timed(config, cluster)
+    schedule, pp, count = config.parallel.schedule, config.parallel.pp, config.num_microbatches
+    alone = timed.costs.alone
+    passed, updated = [], []
+    for rank in range(pp):
+        mine = _rank_stages(config, rank, len(timed.stages))
+        before = range(min(rank, pp - 1 - rank) if schedule == "dualpipe" else rank)
+        passes = count / len(mine) if schedule == "dualpipe" else count
+        if schedule in FOLDED:
+            work = sum(timed.times[i].compute() for i in mine)
+        else:
+            forward, b, w, whole = alone[rank]
+            work = forward + min(whole, b + w)
+        back = sum(alone[i][3] for i in before) if schedule == "1f1b" else 0.0
+        passed.append(passes * work + sum(alone[i][0] for i in before) + back)
+        updated.append(_update(config, cluster, timed, mine))
+    return max(passed) + min(update.exposed + update.update for update in updated)
+
+
+def _update(config: TrainConfig, cluster: Cluster, timed: _Timed, mine: tuple[int, ...]) -> UpdateTime:
+    return update_time(
+        config,
+        cluster,
+        tuple(timed.stages[index] for index in mine),
+        backward=sum(timed.costs.alone[index][3] for index in mine),
+        forward=sum(timed.costs.alone[index][0] for index in mine),
+    )
