@@ -33,7 +33,7 @@ def check_host(config: TrainConfig, local_processes: int) -> None:
     raise ConfigError(
         f"{whose} at least {need * local_processes / 1e9:.3g} GB for weights, gradients and optimizer state "
         f"({parameters:.3g} parameters each) and this machine has {there / 1e9:.3g} GB: {out}, or more machines "
-        "(parallel.pp, parallel.ep)"
+        "(parallel.pp, parallel.ep), or plan=off to try"
     )
 
 
