@@ -42,7 +42,7 @@ def expert_rows(config: TrainConfig, imbalance: float = 1.0, *, on_gpu: bool = T
     copies = min(imbalance * tokens * topk, tokens * ep * min(topk, local))
     ranks = visits(config.model.router, num_experts, local)
     arrived = min(imbalance * tokens * ranks, tokens * ep)
-    sent, slots = tokens * ranks, tokens * min(topk, ep)
+    sent, slots = tokens * ranks, float(tokens * min(topk, ep))
     if (per_node := _ranks_per_node(config)) is not None and per_node < ep:
         nodes = visits(config.model.router, num_experts, per_node * local)
         across = tokens * nodes  # rows that reach a node's ranks, of which each hands on what it got

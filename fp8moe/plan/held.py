@@ -27,21 +27,28 @@ class StageBytes:
         return sum(self.passes)
 
 
-def most_held(schedule: Schedule, rank: int, stages: Sequence[StageBytes], *, overlap: bool = True) -> float:
-    """Most bytes of activations that `rank` keeps at once. overlap: pairs are interleaved, else one after the other."""
-    totals = [stage.total for stage in stages]
-    deferred = [stage.deferred for stage in stages]
-    held = most = 0.0
+def most_held(
+    schedule: Schedule, rank: int, stages: Sequence[StageBytes], *, overlap: bool = True
+) -> tuple[float, float]:
+    """Most bytes of activations that `rank` keeps at once: while one pass runs alone, and within an interleaved pair.
+
+    overlap: False where pairs run one after the other; then there are none.
+    """
+    totals, deferred = [stage.total for stage in stages], [stage.deferred for stage in stages]
+    held = alone = in_pair = 0.0
     for action in schedule.actions[rank]:
-        paired = action.paired if overlap else None
-        if paired is not None:
-            most = max(most, held + pair_excess(stages[action.stage].passes, stages[paired.stage].passes))
+        paired = action.paired
+        if paired is None:
+            if not action.kind.is_message:
+                held = _held_after(action, held, totals, deferred)
+                alone = max(alone, held)
+        elif overlap:
+            in_pair = max(in_pair, held + pair_excess(stages[action.stage].passes, stages[paired.stage].passes))
             held += totals[action.stage] - totals[paired.stage]
-        elif not action.kind.is_message:
-            held = _held_after(action, held, totals, deferred)
-            forward = action.kind in (Kind.F, Kind.FB)
-            most = max(most, held + (totals[action.paired.stage] if action.paired else 0) if forward else held)
-    return most
+        else:
+            alone = max(alone, held + totals[action.stage])
+            held += totals[action.stage] - totals[paired.stage]
+    return alone, in_pair
 
 
 def _held_after(action: Action, held: float, totals: Sequence[float], deferred: Sequence[float]) -> float:

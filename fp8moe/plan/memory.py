@@ -37,7 +37,7 @@ PAGE = 20 * 2**20  # that PyTorch's allocator maps and unmaps at once with expan
 # Driver, kernels and library handles: 0.52 GiB measured on an H100 by pith-train's memory estimator; and cuBLAS's
 # workspaces, which PyTorch makes 32 MiB a stream on Hopper, for the two streams that multiply.
 CUDA_CONTEXT = 0.52 * GIB + 2 * 32 * 2**20
-SATURATED = 4  # micro-batches a pipeline rank; more of them change no rank's most
+SATURATED = 2  # micro-batches a pipeline rank; more of them change no rank's most
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def stage_bytes(config: TrainConfig, stage: Stage, sizes: MicroBatch) -> StageBy
 
 def _most_blocks(schedule: Schedule, pp_rank: int, by_stage: list[StageBytes]) -> float:
     """Most passes of micro-batches, blocks nearly all of them, that are held at once."""
-    return most_held(schedule, pp_rank, [StageBytes((1.0,) * len(s.passes), len(s.passes)) for s in by_stage])
+    ones = [StageBytes((1.0,) * len(stage.passes), len(stage.passes)) for stage in by_stage]
+    return max(most_held(schedule, pp_rank, ones))
 
 
 def fragmentation_bytes(blocks: float) -> float:
@@ -129,11 +130,13 @@ def _rank(
     weights = rank_weights(config.model, held, config.ep)
     kinds = dict.fromkeys(KINDS, 0.0)
     kinds |= state_bytes(weights, config.recipe, config.optimizer, replicas_of(config))
-    kinds["activations"] = most_held(schedule, pp_rank, by_stage, overlap=config.parallel.overlap)
+    most = most_held(schedule, pp_rank, by_stage, overlap=config.parallel.overlap)
+    kinds["activations"], kinds["dispatch buffers"] = max(
+        zip(most, dispatch_work(config, held, sizes), strict=True), key=sum
+    )
     kinds["data"] = float(config.num_microbatches * sizes.tokens * (32 if config.data.document_mask else 24))
     hidden = sizes.tokens * config.model.dim * config.recipe.dtype.itemsize
     kinds["pipeline buffers"] = float(most_messages(schedule, pp_rank) * hidden)
-    kinds["dispatch buffers"] = dispatch_work(config, held, sizes)
     in_turn = {
         "attention workspace": attention_work(config, held, sizes),
         "MLP workspace": mlp_work(config, held, sizes),

@@ -25,10 +25,7 @@ MUON_BYTES = 14  # for each value that is multiplied together (`muon_step`)
 
 
 def attention_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
-    """Of a block's attention: what the layer says, gradients of the residual stream and of its norm, a norm's output.
-
-    A kernel that reads a dense mask, as all do but FlexAttention, has one byte for each pair of tokens of a sequence.
-    """
+    """Of a block's attention: what the layer says, the residual stream's and its norm's gradients, a norm's output."""
     c, wide = config.model, sizes.recipe.dtype.itemsize
     if not any(blocks_of(c, stage) for stage in held):
         return 0.0
@@ -58,23 +55,23 @@ def mlp_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> f
     return largest
 
 
-def dispatch_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
-    """Of the messages to experts in flight: S rows sent and N arrived; in an overlapped pair one each way.
+def dispatch_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> tuple[float, float]:
+    """Of the messages to experts in flight, S rows sent and N arrived: of one pass alone, and of an overlapped pair.
 
-    Combine and dispatch's backward carry the unquantized dtype, the other two FP8 where the recipe has it.
+    The most is in dispatch's backward: partial sums of the N rows, joined with the weights' gradients in a copy, the S
+    rows that come back, and their sums. In a pair the other pass's rows are beside them, under FP8 in FP8.
     """
     c, recipe = config.model, sizes.recipe
     has_experts = any(not c.is_dense(layer) for stage in held for layer in blocks_of(c, stage))
     if config.ep == 1 or not has_experts:
-        return 0.0
+        return 0.0, 0.0
     rows, wide = sizes.expert_rows(c.router.topk), recipe.dtype.itemsize
-    total = rows.sent + max(rows.sent, rows.arrived)
-    paired = config.parallel.overlap and config.parallel.schedule in ("dualpipe", "dualpipev")
-    beside = paired * c.dim * (1 + 1 / TILE if recipe.fp8 else wide)
     buffers = 0.0
     if config.parallel.dispatcher == "deep_ep":
         buffers = NVLINK_BYTES + (RDMA_BYTES if config.ep > RANKS_PER_NODE else 0)
-    return total * (wide * c.dim + beside + 6 * c.router.topk) + buffers
+    alone = buffers + (rows.sent + 2 * rows.arrived + sizes.tokens) * wide * c.dim
+    payload = c.dim * (1 + 1 / TILE if recipe.fp8 else wide) + 6 * c.router.topk
+    return alone, alone + (rows.sent + rows.arrived) * payload
 
 
 def loss_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch, device: torch.device) -> float:
@@ -103,5 +100,8 @@ def optimizer_work(config: TrainConfig, weights: Weights) -> float:
     if optimizer.kind != "muon":
         return 0.0
     c = config.model
-    shapes = [*c.attention.linears(c.dim), (c.dim, max(c.dense_hidden, c.experts.hidden * max(1, c.experts.num_shared)))]
+    shapes = [
+        *c.attention.linears(c.dim),
+        (c.dim, max(c.dense_hidden, c.experts.hidden * max(1, c.experts.num_shared))),
+    ]
     return float(MUON_BYTES * max(BATCH_VALUES, *(n * k for n, k in shapes)))

@@ -50,9 +50,7 @@ def state_bytes(
     }
 
 
-def expected_bytes(
-    model: Transformer, optimizer: OptimizerConfig, replicas: Mapping[bool, int]
-) -> dict[str, float]:
+def expected_bytes(model: Transformer, optimizer: OptimizerConfig, replicas: Mapping[bool, int]) -> dict[str, float]:
     """The same of parameters that are counted on a model."""
     return state_bytes(counted_weights(model), model.recipe, optimizer, replicas)
 

@@ -156,11 +156,12 @@ class MlaConfig:
     def work_bytes(self, recipe: Recipe) -> float:
         """Bytes a token that the backward of one layer takes while it runs, beside what is kept.
 
-        Queries, keys and the product of keys and values where they are made again, their gradients, the output and its
-        gradient; and of the kernel the sum of the queries' gradient and a number a head, in FP32.
+        Queries, keys and the product of keys and values where they are made again, their gradients, that of the output
+        and, under FP8, the output itself, unpacked; and of the kernel the sum of the queries' gradient and a number a
+        head, in FP32.
         """
         again = 2 * self.qk_dim + self.nope_dim + self.v_dim if Recompute.MLA_UP in recipe.recompute else 0
-        a_head = again + 2 * self.qk_dim + self.v_dim + 2 * self.v_dim
+        a_head = again + 2 * self.qk_dim + (3 if recipe.fp8 else 2) * self.v_dim
         return self.num_heads * (recipe.dtype.itemsize * a_head + 4 * self.qk_dim + 4)
 
     def positions(self, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Positions:
