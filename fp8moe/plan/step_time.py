@@ -183,6 +183,7 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
         backward=sum(costs[0].alone[index][3] for index in mine),
         forward=sum(costs[0].alone[index][0] for index in mine),
     )
+    makespan = max(makespan, whole)  # equal but for rounding where nobody waits
     seconds = makespan + update.exposed + update.update
     passes = config.num_microbatches / (2 if parallel.schedule == "dualpipe" else 1)
     messages = passes * sum(times[index].messages() for index in mine)
