@@ -198,7 +198,7 @@ def test_the_wheel_holds_kernels_and_configs(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (tree / name).write_bytes((ROOT / name).read_bytes())
     expected = {"fp8moe/__init__.py"}
-    for path in guards.files_under(ROOT, "fp8moe", "kernels", "configs"):
+    for path in guards.files_under(ROOT, "fp8moe", "kernels", "configs", "benchmarks/results"):
         inside = path.relative_to(ROOT)
         (tree / inside).parent.mkdir(parents=True, exist_ok=True)
         (tree / inside).write_bytes(path.read_bytes())
@@ -207,6 +207,8 @@ def test_the_wheel_holds_kernels_and_configs(tmp_path):
     for name in ("kernels", "configs"):
         (tree / name).mkdir(exist_ok=True)
         (tree / "fp8moe" / name).symlink_to(f"../{name}")
+    (tree / "fp8moe/plan/records").symlink_to("../../benchmarks/results")
+    expected |= {f"fp8moe/plan/records/{path.name}" for path in (tree / "benchmarks/results").glob("*-h100.json")}
     build = "from setuptools import build_meta; build_meta.build_wheel('.')"
     done = run([sys.executable, "-c", build], tree)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -30,6 +30,12 @@ GROUPED_SHARE = 0.97
 BF16_TILES = ((128, 256, 1.0), (128, 192, 0.97), (128, 128, 0.9))  # rows, columns, share of the rate
 CLOCK = 1.75e9
 RECORD, MODEL = "record", "model"
+_FP8_OPS = {  # (grouped, columns)
+    (False, False): "gemm",
+    (False, True): "gemm_columns",
+    (True, False): "grouped_gemm",
+    (True, True): "grouped_wgrad",
+}
 
 
 class Timed(NamedTuple):
@@ -54,8 +60,7 @@ def _measured(product: Product, card: str) -> float | None:
     """Seconds of the record of that size; a weight gradient's two sizes count in either order."""
     p = product
     if p.fp8:
-        rows, columns = ("grouped_gemm", "grouped_wgrad") if p.grouped else ("gemm", "gemm_columns")
-        found, op = throughputs(card, "gluon"), columns if p.columns else rows
+        found, op = throughputs(card, "gluon"), _FP8_OPS[p.grouped, p.columns]
     elif p.columns:
         return None
     else:
@@ -69,11 +74,7 @@ def _measured(product: Product, card: str) -> float | None:
 
 def _modelled(p: Product, card: str, sms: int) -> float:
     if p.fp8:
-        op = (
-            ("grouped_wgrad" if p.columns else "grouped_gemm")
-            if p.grouped
-            else ("gemm_columns" if p.columns else "gemm")
-        )
+        op = _FP8_OPS[p.grouped, p.columns]
         problem = Problem(op, p.m, p.n, p.k, "columns" if p.columns else "rows", p.groups)
         return predict(problem, work_of(problem, pairs=False, sms=sms)[0], device=card).seconds
     if p.columns:

@@ -1,11 +1,12 @@
 """Seconds of a block's pass, alone and in an overlapped pair: compute phases and messages on two streams.
 
-Phases start in the order of `parallel.overlap.PAIR`, and a message starts when what stands before it is computed. Compute
-waits for a message where its phase reads it. So a pair of blocks takes the longer of compute and messages, and whatever
-of a message finds nothing to hide under. While messages may run, products and attention have the SMs that
+Phases start in the order of `parallel.overlap.PAIR`, and a message starts when what stands before it is computed.
+Compute waits for a message where its phase reads it. So a pair of blocks takes the longer of compute and messages, and
+whatever of a message finds nothing to hide under. In a pair, products and attention have the SMs that
 `parallel.communication_sms` leaves.
 
-The host launches one kernel after another: a pass takes no less than its launches take.
+The host launches one kernel after another: a pass takes no less than its launches take. Those of messages are made by
+another thread and left out.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from fp8moe.plan.network import Exchange, exchange_seconds
 from fp8moe.plan.rates import Card, Parts, added, launches_of, parts_of, total
 from fp8moe.plan.work import BlockWork
 
-MESSAGE_LAUNCHES = 4  # of a message on the communication stream: pack, send, unpack, sum
 COMPUTE = ("attn", "mlp")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a block's time depends on beside its number: tokens of a micro-batch, and how they reach the experts."""
+    """What a block's time depends on beside its number: tokens of a micro-batch, and how they reach the experts.
+
+    imbalance: what the busiest rank receives over an even share. padding: length of messages over that of even ones.
+    """
 
     model: ModelConfig
     recipe: Recipe
@@ -39,6 +42,7 @@ class Sizes:
     seq_len: int
     exchange: Exchange
     imbalance: float = 1.0
+    padding: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,12 @@ class BlockTime:
     def messages(self, part: str) -> float:
         """Seconds of messages in F or B."""
         return self.seconds.get((part, "dispatch"), 0.0) + self.seconds.get((part, "combine"), 0.0)
+
+    @property
+    def quiet(self) -> BlockTime:
+        """The same without messages."""
+        compute = {key: seconds for key, seconds in self.seconds.items() if key[1] in COMPUTE}
+        return BlockTime(compute, self.launches, self.parts)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -80,8 +90,8 @@ def block_time(sizes: Sizes, dense: bool, layer: int, card: Card, cluster: Clust
             ("B", "combine", fp8, False),
             ("B", "dispatch", False, False),
         ):
-            seconds[part, phase] = exchange_seconds(s.model, s.exchange, cluster, s.tokens, fp8=coded, with_ids=ids)
-            launches[part] += MESSAGE_LAUNCHES
+            rows = s.tokens * max(s.imbalance, s.padding)
+            seconds[part, phase] = exchange_seconds(s.model, s.exchange, cluster, rows, fp8=coded, with_ids=ids)
     return BlockTime(seconds, launches, parts)
 
 

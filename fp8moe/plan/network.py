@@ -5,8 +5,8 @@ experts lie on is an expectation: of E experts a token draws K without replaceme
 admits, and a place with e of them is missed with probability (E-e)/E * (E-e-1)/(E-1) * ...
 
     all_to_all     a row to each rank that holds one of its experts; both kinds of link work side by side
-    node_limited   a row to each such node over the network, then to each such rank over NVLink; one hop after the other,
-                   or of the next chunk beside
+    node_limited   a row to each such node over the network, then to each such rank over NVLink; one hop after the
+                   other, or beside that of the next chunk
     deep_ep        the same bytes, the two hops side by side
 
 An FP8 row is its codes and a byte a scale; ids and weights of its experts travel with it. What comes back is BF16. Rows
@@ -57,7 +57,7 @@ def places_hit(model: ModelConfig, places: int) -> float:
 
 
 def exchange_seconds(
-    model: ModelConfig, exchange: Exchange, cluster: Cluster, tokens: int, *, fp8: bool, with_ids: bool
+    model: ModelConfig, exchange: Exchange, cluster: Cluster, tokens: float, *, fp8: bool, with_ids: bool
 ) -> float:
     """Seconds of one message of all tokens of a micro-batch, to the experts or back; 0 where a rank has them all."""
     if exchange.ep == 1:

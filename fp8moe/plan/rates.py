@@ -2,15 +2,20 @@
 
     products     `gemm_time`: record or model
     passes       bytes over what that kernel reaches of a copy's bandwidth, the SHARES below, measured on an H100
-    attention    FLOPs over a rate that grows with the tiles there are to share out:
-                     547 TFLOPS * tiles / (tiles + 151), tiles of 128 queries and one head, forward and backward together
-                 through the two 4,096-token records of `layer-h100.json` (128 heads: 528, 16 heads: 423 TFLOPS); beside
-                 it FlashAttention-3's paper (arXiv 2407.08608) has 590-640 forward, causal, head size 128
+    attention    FLOPs over a rate that grows with the tiles there are to share out, of 128 queries and one head:
+                     547 TFLOPS * tiles / (tiles + 151), forward and backward alike
+                 through the two 4,096-token records of `layer-h100.json` (128 heads: 528, 16 heads: 423 TFLOPS, cuDNN);
+                 FlashAttention-3 (arXiv 2407.08608) reaches 590 to 640 forward, causal, head size 128
     launches     3 microseconds of device time for a kernel that moves nothing
 
-The host needs time for each launch, and a phase takes the longer of the two: HOST_SECONDS. Source: the layer records of
-an H100 (9.39 ms for 85 launches in BF16, 12.0 for 88 in FP8, both bound by the host), times what has been taken off
-since then as `bench_host` measured it (BF16 0.76, FP8 0.67; `docs/layer.md`, CUDA graphs).
+A layer under sustained load is slower than its kernels one by one: at full power the clock falls. All of these are
+multiplied by SUSTAINED, a measured layer's time over the sum of its pieces: 1.14, 1.11, 1.09 and 1.08 in FP8 and 1.04,
+1.03, 0.99 and 1.03 in BF16 for the four layers of `layer-h100.json` that are not bound by their host (`dsv3` at 4,096
+and 16,384 tokens, `dsv2_lite` and `qwen3_mixture` at 16,384); their means are taken.
+
+The host needs time for each launch, and a pass takes the longer of the two: HOST_SECONDS. Source: the two layers of
+that file that the host binds in BF16 (9.39 ms for 75 launches as counted here, 8.37 for 66: 126 microseconds), times
+0.755, what launches cost since, which `bench_host` measured on a CPU (`docs/layer.md`, CUDA graphs).
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ SHARES = {
 ATTENTION_RATE, HALF_TILES = 547e12, 151
 SMALL_SECONDS = 3e-6
 PASS_SECONDS = 3e-6  # of a pass over memory, whatever its size
-HOST_SECONDS = {False: 84e-6, True: 91e-6}  # of a launch, by whether the model is FP8
+SUSTAINED = {False: 1.02, True: 1.10}  # by whether the model is FP8
+HOST_SECONDS = 95e-6  # of a launch
 
 RECORD, MODEL, BYTES, FLOPS = "record", "model", "bytes", "FLOPs"
 
@@ -84,7 +90,7 @@ def parts_of(pieces: Iterable[Piece], card: Card) -> Parts:
     parts: Parts = defaultdict(float)
     for piece in pieces:
         kind, source, seconds = seconds_of(piece, card)
-        parts[kind, source] += seconds
+        parts[kind, source] += seconds * SUSTAINED[card.fp8]
     return dict(parts)
 
 
@@ -111,6 +117,6 @@ def added(*many: Parts) -> Parts:
     return dict(parts)
 
 
-def host_seconds(launches: float, card: Card) -> float:
+def host_seconds(launches: float) -> float:
     """Seconds that the host takes for so many launches."""
-    return launches * HOST_SECONDS[card.fp8]
+    return launches * HOST_SECONDS

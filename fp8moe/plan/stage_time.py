@@ -1,7 +1,7 @@
-"""Seconds of a pipeline stage on one micro-batch: its blocks, and the embedding, the head and the MTP module at the ends.
+"""Seconds of a pipeline stage on one micro-batch: its blocks; embedding, head and MTP module at the ends.
 
 The head computes its gradients in its forward (`model.head_loss`), so all of its time is F's. `StageCosts` are the
-simulator's costs with each stage's own times, measured pairs included.
+simulator's costs with each stage's own times, pairs included.
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ ENDS = "embedding, head and loss"
 
 
 @dataclass(frozen=True)
+class View:
+    """What a time takes in beside compute: messages to experts, launches, fewer SMs beside messages."""
+
+    messages: bool = True
+    host: bool = True
+    fewer_sms: bool = True
+
+
+WHOLE = View()
+
+
+@dataclass(frozen=True)
 class StageTime:
     """One stage: its blocks on all SMs and on those that messages leave, and what stands at its ends, by F, B, W."""
 
@@ -30,28 +42,31 @@ class StageTime:
     launches: Mapping[str, int]
     card: Card
 
-    def end(self, part: str) -> float:
+    def end(self, parts: str) -> float:
         """Seconds of the ends."""
-        return total(self.ends[part])
+        return sum(total(self.ends[part]) for part in parts)
 
-    def host(self, parts: str) -> float:
+    def host(self, parts: str, view: View) -> float:
         """Seconds that the host takes for the launches of `parts`."""
-        return host_seconds(sum(self.launches[part] for part in parts), self.card)
+        return host_seconds(sum(self.launches[part] for part in parts)) if view.host else 0.0
 
-    def alone(self, part: str) -> float:
+    def seen(self, view: View, *, overlap: bool) -> tuple[BlockTime, ...]:
+        """The blocks as they run beside others' messages."""
+        blocks = self.beside if view.fewer_sms and overlap else self.blocks
+        return blocks if view.messages else tuple(block.quiet for block in blocks)
+
+    def alone(self, part: str, view: View = WHOLE) -> float:
         """Seconds of F, B or W with nothing beside it."""
-        blocks = alone_seconds(self.blocks, part)
-        return max(blocks + self.end(part), self.host(part))
+        return max(alone_seconds(self.seen(view, overlap=False), part) + self.end(part), self.host(part, view))
 
-    def backward(self, *, overlap: bool) -> float:
+    def backward(self, view: View = WHOLE, *, overlap: bool) -> float:
         """Seconds of the whole backward, whose messages hide under its own weight gradients."""
-        hidden = pair_seconds((), tuple(reversed(self.beside if overlap else self.blocks)), overlap=overlap)
-        plain = alone_seconds(self.blocks, "B") + alone_seconds(self.blocks, "W")
-        return max(min(hidden, plain) + self.end("B") + self.end("W"), self.host("BW"))
+        blocks = pair_seconds((), self.seen(view, overlap=overlap)[::-1], overlap=overlap)
+        return max(blocks + self.end("BW"), self.host("BW", view))
 
     def compute(self) -> float:
         """Seconds of all compute, on all SMs."""
-        return sum(block.compute(part) for block in self.blocks for part in "FBW") + sum(map(self.end, "FBW"))
+        return sum(block.compute(part) for block in self.blocks for part in "FBW") + self.end("FBW")
 
     def messages(self) -> float:
         """Seconds of all messages to experts and back."""
@@ -62,14 +77,11 @@ class StageTime:
         return added(*(block.parts[part] for block in self.blocks for part in "FBW"), *self.ends.values())
 
 
-def paired(ahead: StageTime, back: StageTime, *, overlap: bool) -> float:
+def paired(ahead: StageTime, back: StageTime, view: View = WHOLE, *, overlap: bool) -> float:
     """Seconds of the forward of one stage overlapped with the whole backward of another."""
-    forward, backward = (ahead.beside, back.beside) if overlap else (ahead.blocks, back.blocks)
-    seconds = pair_seconds(forward, tuple(reversed(backward)), overlap=overlap)
-    seconds += ahead.end("F") + back.end("B") + back.end("W")
-    serial = ahead.alone("F") + alone_seconds(back.blocks, "B") + alone_seconds(back.blocks, "W")
-    serial += back.end("B") + back.end("W")
-    return max(min(seconds, serial), ahead.host("F") + back.host("BW"))
+    blocks = ahead.seen(view, overlap=overlap), back.seen(view, overlap=overlap)[::-1]
+    seconds = pair_seconds(*blocks, overlap=overlap) + ahead.end("F") + back.end("BW")
+    return max(seconds, ahead.host("F", view) + back.host("BW", view))
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ class StageCosts(Costs):
 
 
 def ends_of(sizes: Sizes, stage: Stage) -> dict[str, list[Piece]]:
-    """What a stage computes beside its blocks: look-up, final norm, head with its loss and gradients, MTP's projection."""
+    """What a stage computes beside its blocks: look-up, final norm, head, loss, their gradients, MTP's projection."""
     model, tokens, fp8 = sizes.model, sizes.tokens, sizes.recipe.fp8
     dim, vocab = model.dim, model.vocab_size
     pieces: dict[str, list[Piece]] = {"F": [], "B": [], "W": []}

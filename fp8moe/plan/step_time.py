@@ -1,19 +1,22 @@
-"""Seconds of one step of a run on a cluster, by its parts, each with its source; what follows for speed, days and money.
+"""Seconds of one step of a run on a cluster, by parts with their sources; what follows for speed, days and money.
 
-    pieces of work (`attention_work`, `mlp_work`)  ->  seconds (`rates`, `gemm_time`)  ->  blocks and pairs (`layer_time`)
-    ->  stages (`stage_time`)  ->  the schedule, simulated (`schedule.simulate`)  ->  + collectives and update
+    pieces of work (`attention_work`, `mlp_work`)  ->  seconds (`rates`, `gemm_time`)
+    ->  blocks and pairs (`layer_time`)  ->  stages (`stage_time`)
+    ->  the schedule (`schedule.simulate`, replayed)  ->  + collectives and the update (`update_time`)
 
-Sources: "record" was measured on this card at this size, "model" is the performance model of products, "bytes" over the
-bandwidth that a copy reaches, "FLOPs" over attention's measured rate, "network model" bytes over the cluster's rates,
-"simulator" the schedule's waits, "launches" the host. The parts of the busiest rank add up to the step.
+Sources: "record" was measured on this card at this size, "model" is the performance model, "bytes" over what a copy
+reaches, "FLOPs" over attention's measured rate, "network model" bytes over the cluster's rates, "simulator" the
+schedule's waits, "launches" the host. The parts of the busiest rank add up to the step.
 
-A long schedule repeats itself: it is simulated at two numbers of micro-batches, and the rest is a straight line.
+A long schedule repeats itself: it is timed at two numbers of micro-batches, and the rest is a straight line. Left out:
+uneven routing, jitter between ranks, input, checkpoints, validation, Muon's orthogonalization.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.tiles import HOPPER_SMS
@@ -22,16 +25,19 @@ from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import flops_per_token
 from fp8moe.model.partition import Stage, partition
 from fp8moe.plan.cluster import Cluster
-from fp8moe.plan.layer_time import Sizes
+from fp8moe.plan.layer_time import Sizes, alone_seconds
 from fp8moe.plan.network import Exchange, neighbour_seconds
-from fp8moe.plan.rates import Card
-from fp8moe.plan.stage_time import StageCosts, StageTime, paired, stage_time
+from fp8moe.plan.rates import BYTES, MODEL, Card, added
+from fp8moe.plan.stage_time import WHOLE, StageCosts, StageTime, View, paired, stage_time
 from fp8moe.plan.update_time import UpdateTime, update_time
 from fp8moe.schedule.build import FOLDED, build_schedule, num_stages
 from fp8moe.schedule.replay import Replay
 from fp8moe.train.config import TrainConfig, stages_of
 
 SECONDS_AN_HOUR, SECONDS_A_DAY = 3600.0, 86400.0
+NETWORK, HOST = "network model", "launches"
+# What a step takes with everything, without the host's waits, without messages too, and on all SMs as well.
+VIEWS = (View(), View(host=False), View(messages=False, host=False), View(False, False, False))
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class StepTime:
     hidden: float
     optimizer_seconds: float
     exposed_communication_seconds: float
+    forward_seconds: float  # all forwards of the busiest rank's blocks, alone: what to recompute them whole would add
     parts: tuple[Part, ...]
     flops_per_token: float  # causal
     flops_per_token_noncausal: float
@@ -94,14 +101,14 @@ def _replay(name: str, pp: int, num_microbatches: int) -> Replay:
     return Replay(build_schedule(name, pp, num_microbatches))
 
 
-def _simulated(name: str, pp: int, num_microbatches: int, costs: StageCosts) -> tuple[float, list[float]]:
-    """Makespan and each rank's busy seconds; a long schedule by a line through two shorter ones."""
+def _line(name: str, pp: int, num_microbatches: int, value: Callable[[Replay], Sequence[float]]) -> list[float]:
+    """`value` of a schedule; of a long one by a line through two shorter ones."""
     short = 2 * pp + 2 + num_microbatches % 2
     if num_microbatches <= short + 2:
-        return _replay(name, pp, num_microbatches).run(costs.of, costs.message)
-    (made, busy), (later, more) = (_replay(name, pp, m).run(costs.of, costs.message) for m in (short, short + 2))
+        return list(value(_replay(name, pp, num_microbatches)))
+    one, two = (value(_replay(name, pp, m)) for m in (short, short + 2))
     further = (num_microbatches - short) / 2
-    return made + (later - made) * further, [a + (b - a) * further for a, b in zip(busy, more, strict=True)]
+    return [a + (b - a) * further for a, b in zip(one, two, strict=True)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,83 +127,99 @@ def _stages(config: TrainConfig) -> tuple[Stage, ...]:
     return _partition(config.model, count, config.seq_len, parallel.schedule in FOLDED, parallel.layout)
 
 
-def _sizes(config: TrainConfig, cluster: Cluster) -> Sizes:
+def _sizes(config: TrainConfig, cluster: Cluster, imbalance: float) -> Sizes:
     parallel = config.parallel
     per_node = min(parallel.ranks_per_node or cluster.gpus_per_node, cluster.gpus_per_node)
     exchange = Exchange(parallel.dispatcher, config.ep, min(per_node, config.ep), parallel.chunks)
-    return Sizes(config.model, config.recipe, config.micro_batch * config.seq_len, config.seq_len, exchange)
+    tokens, padding = config.micro_batch * config.seq_len, parallel.capacity_factor or 1.0
+    return Sizes(config.model, config.recipe, tokens, config.seq_len, exchange, imbalance, padding)
 
 
-def _rank_stages(config: TrainConfig, rank: int, count: int) -> tuple[int, ...]:
-    folded = config.parallel.schedule in FOLDED
-    return (rank, count - 1 - rank) if folded else (rank,)
-
-
-def _costs(config: TrainConfig, cluster: Cluster, times: tuple[StageTime, ...], tokens: int) -> StageCosts:
+def _costs(config: TrainConfig, times: tuple[StageTime, ...], message: float, view: View) -> StageCosts:
     overlap, count = config.parallel.overlap, len(times)
-    alone = tuple((t.alone("F"), t.alone("B"), t.alone("W"), t.backward(overlap=overlap)) for t in times)
+    alone = tuple(
+        (t.alone("F", view), t.alone("B", view), t.alone("W", view), t.backward(view, overlap=overlap)) for t in times
+    )
     pairs = {}
     if config.parallel.schedule in FOLDED:
         for stage in range(count):
             for other in {stage, count - 1 - stage}:
-                pairs[stage, other] = paired(times[stage], times[other], overlap=overlap)
-    message = 0.0
-    if config.parallel.pp > 1:
-        message = neighbour_seconds(cluster, config.dp, 2.0 * tokens * config.model.dim)
+                pairs[stage, other] = paired(times[stage], times[other], view, overlap=overlap)
     return StageCosts(message=message, alone=alone, pairs=pairs)
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """Stages with their times, and the schedule's costs."""
+def _times(
+    config: TrainConfig, cluster: Cluster, stages: tuple[Stage, ...], imbalance: float = 1.0
+) -> tuple[StageTime, ...]:
+    sizes = _sizes(config, cluster, imbalance)
+    card = Card(cluster.gpu, cluster.hbm_gb_per_second * 1e9, config.recipe.fp8)
+    left = HOPPER_SMS - config.parallel.communication_sms if config.ep > 1 else HOPPER_SMS
+    beside = replace(card, sms=left)
+    return tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
 
-    sizes: Sizes
-    stages: tuple[Stage, ...]
-    times: tuple[StageTime, ...]
-    costs: StageCosts
+
+def _message(config: TrainConfig, cluster: Cluster) -> float:
+    """Seconds of a message between neighbours of the pipeline."""
+    size = 2.0 * config.micro_batch * config.seq_len * config.model.dim
+    return neighbour_seconds(cluster, config.dp, size) if config.parallel.pp > 1 else 0.0
 
 
-def _timed(config: TrainConfig, cluster: Cluster) -> _Timed:
+def _held(config: TrainConfig, rank: int) -> tuple[int, ...]:
+    """Numbers of the stages of a pipeline rank."""
+    last = num_stages(config.parallel.schedule, config.parallel.pp) - 1
+    return (rank, last - rank) if config.parallel.schedule in FOLDED else (rank,)
+
+
+def _update(config: TrainConfig, cluster: Cluster, mine: tuple[int, ...], costs: StageCosts) -> UpdateTime:
+    return update_time(
+        config,
+        cluster,
+        tuple(_stages(config)[index] for index in mine),
+        backward=sum(costs.alone[index][3] for index in mine),
+        forward=sum(costs.alone[index][0] for index in mine),
+    )
+
+
+def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) -> StepTime:
+    """Time of a step of the full batch of a resolved configuration.
+
+    imbalance: what the busiest rank's experts receive over an even share. Errors: ConfigError for FP32, not timed.
+    """
     if config.precision.mode is Precision.FP32:
         raise ConfigError("precision.mode=fp32 has no timed kernels: use precision=bf16 or precision=fp8")
-    sizes, stages = _sizes(config, cluster), _stages(config)
-    parallel = config.parallel
-    card = Card(cluster.gpu, cluster.hbm_gb_per_second * 1e9, config.recipe.fp8)
-    left = HOPPER_SMS - parallel.communication_sms if config.ep > 1 else HOPPER_SMS
-    beside = Card(card.name, card.hbm, card.fp8, left)
-    times = tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
-    return _Timed(sizes, stages, times, _costs(config, cluster, times, sizes.tokens))
-
-
-def step_time(config: TrainConfig, cluster: Cluster) -> StepTime:
-    """Time of a step of the full batch of a resolved configuration. Errors: ConfigError for FP32, which nobody times."""
-    timed = _timed(config, cluster)
-    stages, times, costs, parallel = timed.stages, timed.times, timed.costs, config.parallel
-    pp = parallel.pp
-    makespan, busy = _simulated(parallel.schedule, pp, config.num_microbatches, costs)
-    busiest = max(range(pp), key=busy.__getitem__)
-    mine = _rank_stages(config, busiest, len(stages))
-    update = _update(config, cluster, timed, mine)
+    parallel, pp, stages = config.parallel, config.parallel.pp, _stages(config)
+    times = _times(config, cluster, stages, imbalance)
+    at = (parallel.schedule, pp, config.num_microbatches)
+    message = _message(config, cluster)
+    costs = [_costs(config, times, message, view) for view in VIEWS]
+    (makespan,) = _line(*at, lambda replay: (replay.makespan(costs[0].of, message),))
+    busy = [_line(*at, lambda replay, one=one: replay.busy(one.of)) for one in costs]  # type: ignore[misc]
+    busiest = max(range(pp), key=busy[0].__getitem__)
+    whole, device, fewer, computed = (one[busiest] for one in busy)
+    mine = _held(config, busiest)
+    update = _update(config, cluster, mine, costs[0])
+    makespan = max(makespan, whole)  # equal but for rounding where nobody waits
     seconds = makespan + update.exposed + update.update
-    passes = config.num_microbatches / len(mine) if parallel.schedule == "dualpipe" else config.num_microbatches
-    parts = _parts([times[index] for index in mine], passes)
-    computed = sum(part.seconds for part in parts)
+    passes = config.num_microbatches / (2 if parallel.schedule == "dualpipe" else 1)
     messages = passes * sum(times[index].messages() for index in mine)
-    exposed = max(0.0, busy[busiest] - computed)
-    parts += [
-        Part("waits for messages, fewer SMs, launches", exposed, "network model"),
-        Part("bubble", makespan - busy[busiest], "simulator"),
-        Part("gradients and weights between replicas", update.exposed, "network model"),
-        Part("optimizer", update.update, "bytes"),
+    parts = [
+        *_parts([times[index] for index in mine], passes, computed),
+        Part("fewer SMs beside messages", fewer - computed, MODEL),
+        Part("waits for messages", device - fewer, NETWORK),
+        Part("waits for the host", whole - device, HOST),
+        Part("bubble", makespan - whole, "simulator"),
+        Part("gradients and weights between replicas", update.exposed, NETWORK),
+        Part("optimizer", update.update, BYTES),
     ]
     return StepTime(
         seconds=seconds,
         tokens=config.batch.sequences * config.seq_len,
         gpus=pp * config.dp,
-        bubble=(makespan - busy[busiest]) / seconds,
-        hidden=max(0.0, 1 - exposed / messages) if messages else 1.0,
+        bubble=(makespan - whole) / seconds,
+        hidden=max(0.0, 1 - (device - fewer) / messages) if messages else 1.0,
         optimizer_seconds=update.update,
-        exposed_communication_seconds=exposed + update.exposed,
+        exposed_communication_seconds=device - fewer + update.exposed,
+        forward_seconds=passes * sum(alone_seconds(times[index].blocks, "F") for index in mine),
         parts=tuple(parts),
         flops_per_token=flops_per_token(config.model, config.seq_len),
         flops_per_token_noncausal=flops_per_token(config.model, config.seq_len, causal=False),
@@ -205,46 +228,35 @@ def step_time(config: TrainConfig, cluster: Cluster) -> StepTime:
     )
 
 
-def _parts(times: list[StageTime], passes: float) -> list[Part]:
-    found: dict[tuple[str, str], float] = {}
-    for time in times:
-        for key, seconds in time.parts().items():
-            found[key] = found.get(key, 0.0) + seconds * passes
+def _parts(times: list[StageTime], passes: float, computed: float) -> list[Part]:
+    """Compute by kind and source, longest first. `computed` is their sum as the schedule counts it."""
+    found = added(*(time.parts() for time in times))
+    scale = computed / (passes * sum(found.values()))
     ordered = sorted(found.items(), key=lambda item: -item[1])
-    return [Part(name, seconds, source) for (name, source), seconds in ordered]
+    return [Part(name, seconds * passes * scale, source) for (name, source), seconds in ordered]
 
 
 def least_seconds(config: TrainConfig, cluster: Cluster) -> float:
     """A bound that `step_time` does not fall below, without the schedule: a search leaves out what is slower than it.
 
     A rank starts when the first micro-batch has reached it, and computes all of its passes; under 1f1b the last
-    backward then goes back to the first rank. An overlapped pair takes as long as the compute of its two passes. Of the
-    ranks' updates the shortest counts.
+    backward then goes back to the first rank. An overlapped pair takes as long as the compute, or the launches, of its
+    two passes. Of the ranks' updates the shortest counts.
     """
-    timed = _timed(config, cluster)
     schedule, pp, count = config.parallel.schedule, config.parallel.pp, config.num_microbatches
-    alone = timed.costs.alone
+    times = _times(config, cluster, _stages(config))
+    costs = _costs(config, times, _message(config, cluster), WHOLE)
     passed, updated = [], []
     for rank in range(pp):
-        mine = _rank_stages(config, rank, len(timed.stages))
-        before = range(min(rank, pp - 1 - rank) if schedule == "dualpipe" else rank)
-        passes = count / len(mine) if schedule == "dualpipe" else count
+        mine = _held(config, rank)
+        passes = count / 2 if schedule == "dualpipe" else count
         if schedule in FOLDED:
-            work = sum(timed.times[i].compute() for i in mine)
+            work = sum(max(times[i].compute(), times[i].host("FBW", WHOLE)) for i in mine)
         else:
-            forward, b, w, whole = alone[rank]
+            forward, b, w, whole = costs.alone[rank]
             work = forward + min(whole, b + w)
-        back = sum(alone[i][3] for i in before) if schedule == "1f1b" else 0.0
-        passed.append(passes * work + sum(alone[i][0] for i in before) + back)
-        updated.append(_update(config, cluster, timed, mine))
+        before = range(min(rank, pp - 1 - rank) if schedule == "dualpipe" else rank)
+        back = sum(costs.alone[i][3] for i in before) if schedule == "1f1b" else 0.0
+        passed.append(passes * work + sum(costs.alone[i][0] for i in before) + back)
+        updated.append(_update(config, cluster, mine, costs))
     return max(passed) + min(update.exposed + update.update for update in updated)
-
-
-def _update(config: TrainConfig, cluster: Cluster, timed: _Timed, mine: tuple[int, ...]) -> UpdateTime:
-    return update_time(
-        config,
-        cluster,
-        tuple(timed.stages[index] for index in mine),
-        backward=sum(timed.costs.alone[index][3] for index in mine),
-        forward=sum(timed.costs.alone[index][0] for index in mine),
-    )

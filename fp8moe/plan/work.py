@@ -1,4 +1,4 @@
-"""Pieces of work of a step: products, passes over memory, attention, and messages, before anyone says how long they take.
+"""Pieces of work of a step: products, passes over memory, attention; how long they take is said elsewhere.
 
 A piece is a pure count: sizes, bytes or FLOPs of one micro-batch on one rank. `rates` turns it into seconds on a card.
 """

@@ -7,6 +7,7 @@ that an event waits for stands before it. A replay walks that order with new cos
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Replay:
         self._links: dict[tuple[int, int], int] = {}
         costs: dict[tuple[Kind, int, int | None], int] = {}
         self._samples: list[Action] = []
+        self._counts: list[dict[int, int]] = [defaultdict(int) for _ in range(self._ranks)]
         self._events = []
         for _, rank, index in order:
             action = schedule.actions[rank][index]
@@ -51,6 +53,7 @@ class Replay:
             if key not in costs:
                 costs[key] = len(costs)
                 self._samples.append(action)
+            self._counts[rank][costs[key]] += 1
             waits = tuple(self._message(rank, one.message) for one in receives(schedule, action))
             self._events.append(_Event(rank, costs[key], waits))
 
@@ -63,10 +66,15 @@ class Replay:
         link = self._links.setdefault(ends, len(self._links))
         return _Event(rank, -1, (self._message(ends[1], action.message),), link)
 
-    def run(self, cost: Callable[[Action], float], message: float) -> tuple[float, list[float]]:
-        """(makespan, each rank's busy time); cost: of a computation, which may depend on its kind and stages alone."""
+    def busy(self, cost: Callable[[Action], float]) -> list[float]:
+        """Each rank's time of computations; cost: of one, which may depend on its kind and stages alone."""
         spent = [cost(action) for action in self._samples]
-        clock, busy = [0.0] * self._ranks, [0.0] * self._ranks
+        return [sum(count * spent[kind] for kind, count in counts.items()) for counts in self._counts]
+
+    def makespan(self, cost: Callable[[Action], float], message: float) -> float:
+        """When the last rank is done."""
+        spent = [cost(action) for action in self._samples]
+        clock = [0.0] * self._ranks
         free = [0.0] * len(self._links)
         first: list[float | None] = [None] * len(self._messages)  # the earlier of a message's two ends
         arrived = [0.0] * len(self._messages)
@@ -86,5 +94,4 @@ class Replay:
                 if arrived[number] > start:
                     start = arrived[number]
             clock[rank] = start + spent[event.cost]
-            busy[rank] += spent[event.cost]
-        return max(clock), busy
+        return max(clock)
