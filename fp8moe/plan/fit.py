@@ -6,8 +6,8 @@ only the least that a run needs is compared (`plan.machine_memory`), so that not
 skips both.
 
 The nearest layout is the one with the fewest changed keys; of those the one that changes the smallest things: first the
-micro-batch, then what is computed again, then how experts are shared out, last the pipeline. Results change by the order
-of sums alone.
+micro-batch, then what is computed again, then how experts are shared out, last the pipeline. Of results, only the order
+of sums changes.
 """
 
 from __future__ import annotations

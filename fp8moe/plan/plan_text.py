@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fp8moe.layers.recipe import Recompute
+from fp8moe.model.memory import rank_parameters
 from fp8moe.plan.memory import KINDS, worst_rank
 from fp8moe.plan.prediction import Prediction, imbalance_of, memory_of
 from fp8moe.plan.schedule_tables import table
@@ -107,7 +108,8 @@ def _stages(config: TrainConfig) -> list[str]:
     for rank in range(parallel.pp):
         holders.setdefault(tuple(sorted({stage for _, stage in schedule.held_by(rank)})), []).append(rank)
     return [
-        f"pipeline rank {ranges(ranks)}: {'; '.join(str(stages[index]) for index in held)}"
+        f"pipeline rank {ranges(ranks)}: {'; '.join(str(stages[index]) for index in held)}; "
+        f"{rank_parameters(config.model, [stages[index] for index in held], config.ep) / 1e9:.3f}e9 parameters"
         for held, ranks in holders.items()
     ]
 

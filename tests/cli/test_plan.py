@@ -53,6 +53,7 @@ def test_deepseek_v3_as_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["run"]["price"] == pytest.approx(2.0 * found["run"]["gpu_hours"])
     assert found["fits"] == (max(rank.total for rank in ranks) <= 85e9)
     assert f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU" in out
+    assert "pipeline rank 0,15: embedding + blocks 0-3; block 60 + head + MTP; 4.934e9 parameters" in out
     for part in found["time"]["parts"]:
         assert re.search(rf"^{re.escape(part['name'])} .* {re.escape(part['source'])}$", out, re.MULTILINE)
 
@@ -117,7 +118,7 @@ def test_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["run"]["gpu_hours"] == pytest.approx(8 * seconds / 3600)
     assert (parse_tokens("300"), parse_tokens("2e12"), parse_tokens("1.5b")) == (300, 2e12, 1.5e9)
     for text in ("x", "0", "-1", "1e30", "1.2.3", ""):
-        with pytest.raises(ConfigError, match="--tokens .* must be a number of tokens"):
+        with pytest.raises(ConfigError, match=r"--tokens .* must be a number of tokens"):
             parse_tokens(text)
 
 
@@ -166,3 +167,12 @@ def test_mistakes_are_one_sentence(words: list[str], says: str, capsys: pytest.C
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *LITE, "--json", str(tmp_path / "no" / "where.json")]) == 2
     assert "where.json can't be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_is_planned_with_its_own_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(compose([*LITE, "name=theirs", "batch.micro_batch=2"]).text)
+    main(["plan", f"resume={tmp_path}", "seq_len=1024", "cluster=h100_8"])
+    out = capsys.readouterr().out
+    assert out.startswith("theirs on h100_8: 8 H100 in 1 node;") and "32 sequences of 1,024 tokens a step" in out

@@ -52,7 +52,13 @@ def test_harder_cases_change_more() -> None:
 
 
 def test_state_that_is_nowhere_shared_out_is_shared_first() -> None:
-    words = [*WORDS, "batch.micro_batch=1", "parallel.ep=1", "optimizer.sharding=none", "recompute=[norm,mla_up,swiglu]"]
+    words = [
+        *WORDS,
+        "batch.micro_batch=1",
+        "parallel.ep=1",
+        "optimizer.sharding=none",
+        "recompute=[norm,mla_up,swiglu]",
+    ]
     config = resolve(compose(words).config, 8)
     shared = resolve(compose([*words, "optimizer.sharding=zero1"]).config, 8)
     assert "use optimizer.sharding=zero1 (" in refusal(config, need(shared) + 1)

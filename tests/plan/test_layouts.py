@@ -73,11 +73,15 @@ def test_a_cut_by_hand_stays_where_it_has_as_many_stages() -> None:
     config = compose([*TINY, "parallel.pp=2", "parallel.layout=[1,3]"]).config
     for one in layouts(config, 4, 8):
         two = one.parallel.pp == 2 and one.parallel.schedule != "dualpipev"
-        assert one.parallel.layout == ((1, 3) if two or (one.parallel.pp, one.parallel.schedule) == (1, "dualpipev") else None)
+        assert one.parallel.layout == (
+            (1, 3) if two or (one.parallel.pp, one.parallel.schedule) == (1, "dualpipev") else None
+        )
 
 
 def test_deepspeed_and_two_hops_keep_their_rules() -> None:
-    config = compose([*TINY, "optimizer.sharding=deepspeed", "optimizer.moments=fp32", "checkpoint.background=false"]).config
+    config = compose(
+        [*TINY, "optimizer.sharding=deepspeed", "optimizer.moments=fp32", "checkpoint.background=false"]
+    ).config
     assert {one.parallel.pp for one in layouts(config, 4, 8)} == {1} and not list(layouts(config, 1, 8))
     config = compose([*TINY, "parallel.dispatcher=node_limited"]).config
     assert {one.ep for one in layouts(config, 8, 3)} == {1, 2}  # 4 and 8 are no multiples of the 3 of a node

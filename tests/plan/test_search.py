@@ -1,4 +1,4 @@
-"""The search against brute force, its bounds, the line to paste, and sentences where less memory, or none, is enough."""
+"""The search against brute force, its bounds, the line to paste, and what is said of less memory and of too little."""
 
 from __future__ import annotations
 
@@ -63,7 +63,15 @@ def test_no_layout_is_faster_than_its_bound() -> None:
 
 
 def test_the_pasted_line_is_what_was_found() -> None:
-    words = [*WORDS, "parallel.pp=2", "recompute=[norm]", "steps=77", "name=mine", "optimizer.eps=1e-7", "parallel.dp=4"]
+    words = [
+        *WORDS,
+        "parallel.pp=2",
+        "recompute=[norm]",
+        "steps=77",
+        "name=mine",
+        "optimizer.eps=1e-7",
+        "parallel.dp=4",
+    ]
     words += ["batch.ramp_from=8", "batch.ramp_samples=1000", "validation.samples=30"]
     config, cluster = compose(words).config, cluster_of()
     best = search(config, cluster).best[0].config
@@ -82,7 +90,9 @@ def test_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     least = legal.bytes(legal.least()) / 1e9
     module = sys.modules["fp8moe.plan.search"]
     monkeypatch.setattr(module, "HOPPERS", (10.0, least - 0.1, 85.0))
-    assert search(config, cluster).smaller.startswith(f"GPUs of {least - 0.1:g} GB, the next smaller, would not do: the")
+    assert search(config, cluster).smaller.startswith(
+        f"GPUs of {least - 0.1:g} GB, the next smaller, would not do: the"
+    )
     assert f" {least:.1f} GB (pp=" in search(config, cluster).smaller
     monkeypatch.setattr(module, "HOPPERS", (10.0, least + 0.1, 85.0))
     smaller = search(config, cluster).smaller
@@ -90,7 +100,9 @@ def test_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         search(config, replace(cluster, memory_gb=size)).best[0].time.tokens_per_second_per_gpu
         for size in (85.0, least + 0.1)
     )
-    assert after < before and f" would be {1 - after / before:.1%} slower: " in smaller and f" {after:,.0f} to" in smaller
+    assert (
+        after < before and f" would be {1 - after / before:.1%} slower: " in smaller and f" {after:,.0f} to" in smaller
+    )
     monkeypatch.setattr(module, "HOPPERS", (84.5, 85.0))
     assert search(config, cluster).smaller.startswith("no Hopper GPU has less memory; ")
 
