@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
     "keys": ("fp8moe.cli.keys", "list the keys of a run, or those that a word finds: fp8moe keys warmup"),
-    "memory": ("fp8moe.cli.memory", "print the memory of weights and optimizer state on every pipeline rank"),
+    "plan": ("fp8moe.cli.plan", "predict a run's memory, speed and cost on a cluster, and search its layouts"),
     "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
     "report": ("fp8moe.cli.report", "make an HTML page of a run, or of several side by side"),

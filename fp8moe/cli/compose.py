@@ -1,10 +1,10 @@
 """Settings of a command line to a `TrainConfig`: hydra composes a plain dict, which is converted strictly.
 
-Hydra and OmegaConf are used in this file only. The compose API is used and not `@hydra.main`, which makes a run
-directory a rank, sets up logging, and exits 1 on an unknown key. Settings are hydra's overrides: `key=value`,
-`group=choice`, dotted keys. They are checked before hydra reads them, so that a mistyped key or choice gives one
-sentence with the nearest right one. In the conversion every key must be a field of the dataclass and every value of the
-field's type; a union of dataclasses is chosen by its tag, the field `kind`.
+Hydra and OmegaConf are used here and in `cluster` only. The compose API is used and not `@hydra.main`, which makes a
+run directory a rank, sets up logging, and exits 1 on an unknown key. Settings are hydra's overrides: `key=value`,
+`group=choice`, dotted keys. They are checked before hydra reads them: a mistyped key or choice gives one sentence with
+the nearest right one. In the conversion every key must be a field of the dataclass and every value of the field's type;
+a union of dataclasses is chosen by its tag, the field `kind`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from fp8moe.train.config import TrainConfig
 
 T = TypeVar("T")
 
+_OWNERS = {"hydra": "hydra, which only composes the configuration here", "cluster": "fp8moe plan"}  # of other settings
 _FILE = "file-"  # before the name of an experiment that is a file of the user's
 CONFIGS = Path(fp8moe.__file__).resolve().parent / "configs"
 
@@ -164,8 +165,8 @@ def check(override: Override, known: Sequence[str]) -> None:
         )
     if override.package is not None:
         raise ConfigError(f"{shown(line)} would put {key} in another place: leave @{override.package} out")
-    if key.startswith("hydra"):
-        raise ConfigError(f"{key} is a setting of hydra, which only composes the configuration here: leave it out")
+    if owner := _OWNERS.get(key.split(".")[0].split("/")[0]):
+        raise ConfigError(f"{key} is a setting of {owner}: leave it out")
     groups, value = config_groups(), override.value()
     if key in groups:
         _check_choice(key, value)
@@ -180,12 +181,12 @@ def _check_choice(group: str, value: object) -> None:
         return
     choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
     if value not in choices and not (group == "experiment" and _is_file(value)):
-        raise ConfigError(f"{group}={value!s:.60} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+        raise ConfigError(f"{group}={value!s:.60} is not one of {', '.join(choices)}{nearest(value, choices)}")
 
 
 def config_groups() -> set[str]:
-    """Names of the groups of configs/."""
-    return {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    """Names of a run's groups in configs/."""
+    return {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"cluster"}
 
 
 def keys_in(group: str, choice: object) -> list[str]:
@@ -289,12 +290,12 @@ def _family(classes: Sequence[Any], value: object, path: str) -> Any:
 def _choice(value: object, choices: tuple[Any, ...], path: str) -> object:
     if value not in choices:
         raise ConfigError(
-            f"{path}={shown(value)} is not one of {', '.join(map(str, choices))}{_nearest(value, choices)}"
+            f"{path}={shown(value)} is not one of {', '.join(map(str, choices))}{nearest(value, choices)}"
         )
     return value
 
 
-def _nearest(value: object, choices: Sequence[Any]) -> str:
+def nearest(value: object, choices: Sequence[Any]) -> str:
     near = get_close_matches(str(value), [str(choice) for choice in choices], 1)
     return f": did you mean {near[0]}?" if near else ""
 
@@ -304,8 +305,7 @@ def _scalar(hint: type, value: object, path: str) -> object:
         return float(min(max(value, -(2**1023)), 2**1023))  # a larger one is no float; what it is for refuses this too
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    advice = ""
+    wanted, advice = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint], ""
     if hint is int and isinstance(value, float) and abs(value) < 1e9:
         advice = f": use {round(value)}"
     elif hint is str:

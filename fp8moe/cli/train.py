@@ -63,7 +63,7 @@ def _run(argv: Sequence[str]) -> int:
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
-    from fp8moe.plan.machine_memory import check_fits
+    from fp8moe.plan.fit import check_fits
     from fp8moe.plan.micro_batch import choose_micro_batch
     from fp8moe.train.config import resolve
     from fp8moe.train.rendezvous import place
@@ -126,7 +126,7 @@ def _rank(argv: Sequence[str]) -> int:
         from fp8moe.data.check import check_files
         from fp8moe.generate.samples import last_lines
         from fp8moe.interop.hf_model import open_released
-        from fp8moe.plan.machine_memory import check_fits
+        from fp8moe.plan.fit import check_fits
         from fp8moe.plan.micro_batch import choose_micro_batch
         from fp8moe.train.config import resolve
         from fp8moe.train.loop import train

@@ -12,6 +12,8 @@ from typing import Literal
 
 from fp8moe.limits import POSITIVE, Range, check_fields
 
+RATE = Range(above=0, use="configs/cluster has examples")
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -37,12 +39,12 @@ class Cluster:
             "cluster",
             nodes=POSITIVE,
             gpus_per_node=POSITIVE,
-            memory_gb=Range(above=0),
-            bf16_tflops=Range(above=0),
-            fp8_tflops=Range(above=0),
-            hbm_gb_per_second=Range(above=0),
-            nvlink_gb_per_second=Range(above=0),
-            network_gb_per_second=Range(above=0),
+            memory_gb=RATE,
+            bf16_tflops=RATE,
+            fp8_tflops=RATE,
+            hbm_gb_per_second=RATE,
+            nvlink_gb_per_second=RATE,
+            network_gb_per_second=RATE,
             nvlink_microseconds=Range(least=0),
             network_microseconds=Range(least=0),
             price_per_gpu_hour=Range(least=0),

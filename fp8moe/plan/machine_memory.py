@@ -1,8 +1,8 @@
-"""Whether a machine can hold a run at all, by closed formulas, before a process starts or a directory is made.
+"""Whether the memory of a CPU's machine can hold a run at all, by closed formulas, before a process starts.
 
 What is compared is the least that the run needs: weights, gradients, masters and moments of the pipeline's ranks on
 average, shared out over every replica. No activations and no buffers are counted, so that nothing that fits is refused;
-what passes here and does not fit is an OutOfMemoryError of its step.
+what passes here and does not fit is an OutOfMemoryError of its step. A GPU's memory is `plan.fit`'s.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-
-import torch
 
 from fp8moe.errors import ConfigError
 from fp8moe.layers.recipe import Precision
@@ -22,25 +20,20 @@ from fp8moe.train.memory import replicas_of
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def check_fits(config: TrainConfig, local_processes: int) -> None:
-    """Raise ConfigError where a resolved configuration needs more memory than there is.
-
-    local_processes: those of this machine, which share its memory on a CPU; a GPU is one process's.
-    """
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    count = 1 if on_gpu else local_processes
-    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_bytes()
+def check_host(config: TrainConfig, local_processes: int) -> None:
+    """Raise ConfigError where the processes of this machine need more memory than it has."""
+    there = host_bytes()
     parameters, need = least_of_rank(config)
-    if there is None or need * count <= there:
+    if there is None or need * local_processes <= there:
         return
-    where = "a GPU" if on_gpu else "this machine"
-    whose = "a rank needs" if count == 1 else f"{count} processes on this machine need"
+    whose = "a rank needs" if local_processes == 1 else f"{local_processes} processes on this machine need"
     out = "use a smaller model (model.dim, model.num_layers, model.experts.num_experts)"
     if config.optimizer.sharding == "none" and config.dp > 1:
         out = f"use optimizer.sharding=zero1, or {out.removeprefix('use ')}"
     raise ConfigError(
-        f"{whose} at least {need * count / 1e9:.3g} GB for weights, gradients and optimizer state ({parameters:.3g} "
-        f"parameters each) and {where} has {there / 1e9:.3g} GB: {out}, or more machines (parallel.pp, parallel.ep)"
+        f"{whose} at least {need * local_processes / 1e9:.3g} GB for weights, gradients and optimizer state "
+        f"({parameters:.3g} parameters each) and this machine has {there / 1e9:.3g} GB: {out}, or more machines "
+        "(parallel.pp, parallel.ep), or plan=off to try"
     )
 
 

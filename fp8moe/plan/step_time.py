@@ -28,8 +28,8 @@ from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.layer_time import Sizes, alone_seconds
 from fp8moe.plan.network import Exchange, neighbour_seconds
 from fp8moe.plan.rates import BYTES, MODEL, Card, added
-from fp8moe.plan.stage_time import StageCosts, StageTime, View, paired, stage_time
-from fp8moe.plan.update_time import update_time
+from fp8moe.plan.stage_time import WHOLE, StageCosts, StageTime, View, paired, stage_time
+from fp8moe.plan.update_time import UpdateTime, update_time
 from fp8moe.schedule.build import FOLDED, build_schedule, num_stages
 from fp8moe.schedule.replay import Replay
 from fp8moe.train.config import TrainConfig, stages_of
@@ -158,6 +158,28 @@ def _times(
     return tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
 
 
+def _message(config: TrainConfig, cluster: Cluster) -> float:
+    """Seconds of a message between neighbours of the pipeline."""
+    size = 2.0 * config.micro_batch * config.seq_len * config.model.dim
+    return neighbour_seconds(cluster, config.dp, size) if config.parallel.pp > 1 else 0.0
+
+
+def _held(config: TrainConfig, rank: int) -> tuple[int, ...]:
+    """Numbers of the stages of a pipeline rank."""
+    last = num_stages(config.parallel.schedule, config.parallel.pp) - 1
+    return (rank, last - rank) if config.parallel.schedule in FOLDED else (rank,)
+
+
+def _update(config: TrainConfig, cluster: Cluster, mine: tuple[int, ...], costs: StageCosts) -> UpdateTime:
+    return update_time(
+        config,
+        cluster,
+        tuple(_stages(config)[index] for index in mine),
+        backward=sum(costs.alone[index][3] for index in mine),
+        forward=sum(costs.alone[index][0] for index in mine),
+    )
+
+
 def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) -> StepTime:
     """Time of a step of the full batch of a resolved configuration.
 
@@ -168,21 +190,14 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
     parallel, pp, stages = config.parallel, config.parallel.pp, _stages(config)
     times = _times(config, cluster, stages, imbalance)
     at = (parallel.schedule, pp, config.num_microbatches)
-    size = 2.0 * config.micro_batch * config.seq_len * config.model.dim
-    message = neighbour_seconds(cluster, config.dp, size) if pp > 1 else 0.0
+    message = _message(config, cluster)
     costs = [_costs(config, times, message, view) for view in VIEWS]
     (makespan,) = _line(*at, lambda replay: (replay.makespan(costs[0].of, message),))
     busy = [_line(*at, lambda replay, one=one: replay.busy(one.of)) for one in costs]  # type: ignore[misc]
     busiest = max(range(pp), key=busy[0].__getitem__)
     whole, device, fewer, computed = (one[busiest] for one in busy)
-    mine = (busiest, len(stages) - 1 - busiest) if parallel.schedule in FOLDED else (busiest,)
-    update = update_time(
-        config,
-        cluster,
-        tuple(stages[index] for index in mine),
-        backward=sum(costs[0].alone[index][3] for index in mine),
-        forward=sum(costs[0].alone[index][0] for index in mine),
-    )
+    mine = _held(config, busiest)
+    update = _update(config, cluster, mine, costs[0])
     makespan = max(makespan, whole)  # equal but for rounding where nobody waits
     seconds = makespan + update.exposed + update.update
     passes = config.num_microbatches / (2 if parallel.schedule == "dualpipe" else 1)
@@ -219,3 +234,29 @@ def _parts(times: list[StageTime], passes: float, computed: float) -> list[Part]
     scale = computed / (passes * sum(found.values()))
     ordered = sorted(found.items(), key=lambda item: -item[1])
     return [Part(name, seconds * passes * scale, source) for (name, source), seconds in ordered]
+
+
+def least_seconds(config: TrainConfig, cluster: Cluster) -> float:
+    """A bound that `step_time` does not fall below, without the schedule: a search leaves out what is slower than it.
+
+    A rank starts when the first micro-batch has reached it, and computes all of its passes; under 1f1b the last
+    backward then goes back to the first rank. An overlapped pair takes as long as the compute, or the launches, of its
+    two passes. Of the ranks' updates the shortest counts.
+    """
+    schedule, pp, count = config.parallel.schedule, config.parallel.pp, config.num_microbatches
+    times = _times(config, cluster, _stages(config))
+    costs = _costs(config, times, _message(config, cluster), WHOLE)
+    passed, updated = [], []
+    for rank in range(pp):
+        mine = _held(config, rank)
+        passes = count / 2 if schedule == "dualpipe" else count
+        if schedule in FOLDED:
+            work = sum(max(times[i].compute(), times[i].host("FBW", WHOLE)) for i in mine)
+        else:
+            forward, b, w, whole = costs.alone[rank]
+            work = forward + min(whole, b + w)
+        before = range(min(rank, pp - 1 - rank) if schedule == "dualpipe" else rank)
+        back = sum(costs.alone[i][3] for i in before) if schedule == "1f1b" else 0.0
+        passed.append(passes * work + sum(costs.alone[i][0] for i in before) + back)
+        updated.append(_update(config, cluster, mine, costs))
+    return max(passed) + min(update.exposed + update.update for update in updated)

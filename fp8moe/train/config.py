@@ -96,6 +96,8 @@ class TrainConfig:
     # record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures
     profile: bool = False
     report: bool = True  # write run_dir/report.html at the run's end, also where it ends early
+    # on: a run that the formulas of `fp8moe plan` give more memory than there is doesn't start; off: it is tried
+    plan: Literal["on", "off"] = "on"
 
     def __post_init__(self) -> None:
         check_fields(
@@ -198,13 +200,11 @@ def _check_tokens(micro_batch: int, seq_len: int) -> None:
         )
 
 
-def resolve(
-    config: TrainConfig, world_size: int, foreign: checkpoint.OpenForeign = checkpoint.no_foreign
-) -> TrainConfig:
-    """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
+def laid_out(config: TrainConfig, world_size: int, ranks_per_node: int) -> TrainConfig:
+    """Check what depends on the number of processes alone; fill in dp, ep, the micro-batch and the ranks of a node.
 
-    foreign: opens weights of `init_from` that are no checkpoint's. The kernels' back end is chosen here too, so that
-    one that can't run is refused before anything starts. Raises ValueError or ConfigError. Starts and writes nothing.
+    Reads nothing of this machine, so that any number of processes can be planned for anywhere. Raises ValueError or
+    ConfigError.
     """
     parallel = config.parallel
     experts = config.model.experts.num_experts
@@ -220,15 +220,34 @@ def resolve(
     dp = world_size // parallel.pp
     batch = resolve_batch(config.batch, dp, least=least, multiple=multiple)
     assert batch.micro_batch is not None
-    config.validation.check(dp, batch.micro_batch)
     if config.precision.mode is Precision.FP8:
         _check_tokens(batch.micro_batch, config.seq_len)
+    ep = math.gcd(dp, experts) if ep is None else ep
+    filled = dataclasses.replace(parallel, dp=dp, ep=ep)
+    if parallel.dispatcher == "node_limited":
+        per_node = parallel.ranks_per_node or ranks_per_node
+        ranks_in_node(ep, per_node)
+        filled = dataclasses.replace(filled, ranks_per_node=per_node)
+    return dataclasses.replace(config, parallel=filled, batch=batch)
+
+
+def resolve(
+    config: TrainConfig, world_size: int, foreign: checkpoint.OpenForeign = checkpoint.no_foreign
+) -> TrainConfig:
+    """Check what depends on the number of processes and on this machine; fill in dp, ep and the micro-batch.
+
+    foreign: opens weights of `init_from` that are no checkpoint's. The kernels' back end is chosen here too, so that
+    one that can't run is refused before anything starts. Raises ValueError or ConfigError. Starts and writes nothing.
+    """
+    config = laid_out(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+    parallel = config.parallel
+    config.validation.check(config.dp, config.micro_batch)
     if config.precision.backend is not None:
         set_backend(config.precision.backend)
     if config.optimizer.sharding == "deepspeed":
         check_deepspeed(
             pp=parallel.pp,
-            dp=dp,
+            dp=config.dp,
             background=config.checkpoint.background,
             averaged=config.ema.decay is not None,
         )
@@ -238,15 +257,9 @@ def resolve(
     _check_resume(config, foreign)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda needs at least 1 CUDA device and torch sees 0: use device=cpu")
-    ep = math.gcd(dp, experts) if ep is None else ep
-    filled = dataclasses.replace(parallel, dp=dp, ep=ep)
-    if parallel.dispatcher == "node_limited":
-        per_node = parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-        ranks_in_node(ep, per_node)
-        filled = dataclasses.replace(filled, ranks_per_node=per_node)
     if parallel.dispatcher == "deep_ep":
         check_deep_ep(config.precision.mode)
-    return dataclasses.replace(config, parallel=filled, batch=batch)
+    return config
 
 
 def foreign_weights(config: TrainConfig, foreign: checkpoint.OpenForeign) -> checkpoint.ForeignWeights | None:

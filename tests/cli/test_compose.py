@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fp8moe.cli.compose import CONFIGS, MOVED, as_yaml, compose, keys_of, to_dataclass
+from fp8moe.cli.compose import CONFIGS, MOVED, as_yaml, compose, config_groups, keys_of, to_dataclass
 from fp8moe.errors import ConfigError
 from fp8moe.layers.attention import GqaConfig, MlaConfig
 from fp8moe.layers.attention.core import YarnConfig
@@ -51,7 +51,7 @@ def test_every_key_is_in_the_files_and_so_can_be_overridden() -> None:
             }, name
 
 
-@pytest.mark.parametrize("group", [path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir()])
+@pytest.mark.parametrize("group", sorted(config_groups()))
 def test_every_choice_composes(group: str) -> None:
     for name in choices(group):
         indexed = f"{group}/{name}" == "data/indexed" or (group == "experiment" and name != "quickstart")
@@ -113,6 +113,8 @@ def test_the_quickstart_runs_on_one_to_eight_processes() -> None:
         (["foo"], "'foo' is not a setting: write key=value"),
         (["steps=1,2"], r"'steps=1,2' gives several values and steps takes one: write a list as \[a,b\]"),
         (["hydra.run.dir=x"], "hydra.run.dir is a setting of hydra"),
+        (["cluster=h100_8"], "cluster is a setting of fp8moe plan: leave it out"),
+        (["cluster.nodes=4"], "cluster.nodes is a setting of fp8moe plan: leave it out"),
         (["steps=[1"], r"'steps=\[1' can't be read as key=value"),
         (["steps=${nothing}"], "nothing"),
         (["steps=five"], "steps='five' .* must be a whole number"),

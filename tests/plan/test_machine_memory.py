@@ -13,6 +13,7 @@ from fp8moe.__main__ import main
 from fp8moe.errors import ConfigError
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.plan import machine_memory
+from fp8moe.plan.fit import check_fits
 from fp8moe.train.build import empty_model
 from fp8moe.train.config import stages_of
 from fp8moe.train.memory import expected_bytes, replicas_of
@@ -39,15 +40,15 @@ def test_a_machine_that_is_too_small(corpus: list[str], monkeypatch: pytest.Monk
     config = configured(corpus, world_size=2)
     _, need = machine_memory.least_of_rank(config)
     monkeypatch.setattr(machine_memory, "host_bytes", lambda: int(2 * need))
-    machine_memory.check_fits(config, 1)
-    machine_memory.check_fits(config, 2)
+    machine_memory.check_host(config, 1)
+    machine_memory.check_host(config, 2)
     with pytest.raises(ConfigError, match=r"3 processes on this machine need at least .* GB .* and this machine has"):
-        machine_memory.check_fits(config, 3)
+        machine_memory.check_host(config, 3)
     unsharded = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, sharding="none"))
     with pytest.raises(ConfigError, match=r": use optimizer\.sharding=zero1, or a smaller model"):
-        machine_memory.check_fits(unsharded, 4)
+        machine_memory.check_host(unsharded, 4)
     monkeypatch.setattr(machine_memory, "host_bytes", lambda: None)
-    machine_memory.check_fits(config, 10**9)
+    machine_memory.check_host(config, 10**9)
 
 
 def test_a_limit_of_the_processes_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +77,10 @@ def test_the_command_refuses_at_once_and_makes_nothing(
         err = capsys.readouterr().err
         assert says in err and err.count("\n") == 1 and time.process_time() - begin < 2.0, err
     assert not run.exists()
+
+
+def test_plan_off_skips_it(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_memory, "host_bytes", lambda: 1)
+    check_fits(configured(corpus, "plan=off"), 1)
+    with pytest.raises(ConfigError, match="this machine has"):
+        check_fits(configured(corpus), 1)

@@ -1,0 +1,100 @@
+"""Train's check before it allocates: whether every rank fits its memory, and the nearest layout that would.
+
+On a GPU the whole formula counts (`plan.memory`): weights, optimizer state, activations, buffers and the allowance for
+fragmentation, routing balanced. On a CPU the machine's processes share one memory, which other programs use too; there
+only the least that a run needs is compared (`plan.machine_memory`), so that nothing that fits is refused. `plan=off`
+skips both.
+
+The nearest layout is the one with the fewest changed keys; of those the one that changes the smallest things: first the
+micro-batch, then what is computed again, then how experts are shared out, last the pipeline. Of results, only the order
+of sums changes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import torch
+
+from fp8moe.errors import ConfigError
+from fp8moe.plan.fitting import legal_layouts
+from fp8moe.plan.layouts import changed
+from fp8moe.plan.machine_memory import check_host
+from fp8moe.plan.memory import RankMemory, rank_memory, worst_rank
+from fp8moe.train.config import TrainConfig
+
+GB = 1e9
+# How much a changed key disturbs, by its place: of two layouts with as many changed keys the cheaper one is nearer.
+COST = {"batch.micro_batch": 1, "recompute": 2, "optimizer.sharding": 3, "parallel.ep": 4, "parallel.schedule": 5}
+
+
+def check_fits(config: TrainConfig, local_processes: int) -> None:
+    """Raise ConfigError where a resolved configuration needs more memory than there is.
+
+    local_processes: those of this machine, which share its memory on a CPU; a GPU is one process's.
+    """
+    if config.plan == "off":
+        return
+    if config.device != "cpu" and torch.cuda.is_available():
+        check_gpu(config, torch.cuda.get_device_properties(0).total_memory, local_processes)
+    else:
+        check_host(config, local_processes)
+
+
+def check_gpu(config: TrainConfig, there: int, gpus_per_node: int) -> None:
+    """Raise ConfigError where a rank needs more than `there`, the bytes of each GPU, with the nearest layout."""
+    most = worst_of(config, gpus_per_node)
+    if most.total <= there:
+        return
+    largest = ", ".join(
+        f"{kind} {size / GB:.1f}" for kind, size in sorted(most.kinds.items(), key=lambda item: -item[1])[:3]
+    )
+    raise ConfigError(
+        f"pipeline rank {most.pp_rank} needs {most.total / GB:.1f} GB ({largest}) and a GPU has {there / GB:.1f} GB, "
+        f"{(most.total - there) / GB:.1f} GB too little: {advice(config, there, gpus_per_node)}, or plan=off to try"
+    )
+
+
+def advice(config: TrainConfig, there: float, gpus_per_node: int) -> str:
+    """What to use in place of a resolved configuration that does not fit."""
+    found = nearest_fitting(config, there, gpus_per_node)
+    if found is not None:
+        need = worst_of(found, gpus_per_node).total
+        return f"use {shlex.join(changed(config, found))} ({need / GB:.1f} GB)"
+    gpus = config.parallel.pp * config.dp
+    legal = legal_layouts(config, gpus, gpus_per_node)
+    return (
+        f"no layout of {gpus} GPUs fits, the least needs {legal.bytes(legal.least()) / GB:.1f} GB: use more GPUs, a "
+        f"smaller model or seq_len below {config.seq_len} (fp8moe plan --search says what would fit)"
+    )
+
+
+def worst_of(config: TrainConfig, gpus_per_node: int) -> RankMemory:
+    """The pipeline rank that needs most, routing balanced."""
+    return worst_rank(rank_memory(config, gpus_per_node=gpus_per_node))
+
+
+def nearest_fitting(config: TrainConfig, there: float, gpus_per_node: int) -> TrainConfig | None:
+    """The layout nearest to a resolved configuration's whose every rank fits into `there` bytes; None: none does.
+
+    Where the optimizer's state is on every replica whole, layouts that share it out count too.
+    """
+    gpus = config.parallel.pp * config.dp
+    found = [one for alike in legal_layouts(config, gpus, gpus_per_node).fitting(there) for one in alike]
+    if config.optimizer.sharding == "none":
+        shared = replace(config, optimizer=replace(config.optimizer, sharding="zero1"))
+        found += [one for alike in legal_layouts(shared, gpus, gpus_per_node).fitting(there) for one in alike]
+    return min(found, key=lambda one: _distance(config, one), default=None)
+
+
+def _distance(before: TrainConfig, after: TrainConfig) -> tuple[float, ...]:
+    keys = [setting.partition("=")[0] for setting in changed(before, after)]
+    return (
+        len(keys),
+        sum(COST.get(key, len(COST) + 1) for key in keys),
+        -after.micro_batch,
+        len(after.recompute),
+        abs(after.parallel.pp - before.parallel.pp),
+        abs(after.ep - before.ep),
+    )
