@@ -295,7 +295,7 @@ def text_violations(
     """Lines of the project's own text files that match `pattern`."""
     broken = []
     for path in (*files_under(root, *folders), *(root / name for name in top_files)):
-        if not path.is_file():
+        if not path.is_file() or b"\0" in path.read_bytes()[:1024]:  # pictures
             continue
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             if pattern.search(line):
