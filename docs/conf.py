@@ -42,6 +42,7 @@ exclude_patterns = [".*", "build", "runs", "fp8moe"]  # fp8moe/kernels is kernel
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_heading_anchors = 3
+highlight_language = "none"  # blocks are shell lines, tables and what a program says
 
 autodoc_inherit_docstrings = False  # torch's own are written for its site
 autodoc_member_order = "bysource"

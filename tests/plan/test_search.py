@@ -16,7 +16,7 @@ from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.fitting import legal_layouts
 from fp8moe.plan.layouts import layouts
 from fp8moe.plan.memory import rank_memory
-from fp8moe.plan.search import can_fit, paste, search
+from fp8moe.plan.search import can_fit, fastest, paste, search
 from fp8moe.plan.step_time import least_seconds, step_time
 from fp8moe.train.config import TrainConfig, resolve
 
@@ -46,11 +46,14 @@ def test_brute_force_agrees(words: list[str], share: float) -> None:
     times = {shape(one): step_time(one, cluster).seconds for one in fit}
     found = search(config, cluster)
     assert (found.legal, found.fit) == (len(every), len(fit))
-    wanted = sorted(times.values())[:5]
-    assert [one.time.seconds for one in found.best] == pytest.approx(wanted, rel=1e-12)
     assert all(times[shape(one.config)] == one.time.seconds for one in found.best)
-    assert len({shape(one.config) for one in found.best}) == 5
     legal = legal_layouts(config, 8, 8)
+    for count in (1, 2, 5, 30, len(fit)):
+        best = fastest(legal, legal.fitting(limit), cluster, count)
+        wanted = sorted(times.values())[:count]
+        assert [one.time.seconds for one in best] == pytest.approx(wanted, rel=1e-12)
+        assert len({shape(one.config) for one in best}) == len(best)
+        assert count != 5 or best == found.best
     assert legal.bytes(legal.least()) == min(map(need, every))
 
 
