@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -13,9 +13,10 @@ from fp8moe.parallel.pipeline import Pipeline
 from fp8moe.parallel.stream import Stream
 from fp8moe.plan.memory import RankMemory, rank_memory
 from fp8moe.schedule.action import Action
+from fp8moe.train.config import TrainConfig
 from fp8moe.train.memory import measured_bytes
 from fp8moe.train.step import train_step
-from tests.train.runs import built, configured
+from tests.train.runs import built
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Live:
     kept: int
 
 
-def live(settings: Sequence[str], world_size: int) -> Live:
-    """One training step of a run on this process, inside `run_ranks`.
+def live(config: TrainConfig) -> Live:
+    """One training step of a resolved configuration on this process, inside `run_ranks`.
 
     Tensors are counted by storage, those of the communication thread too, but for messages: receive buffers that nobody
     has asked for yet and tensors that are being sent.
     """
-    run = built(configured(settings, world_size=world_size))
+    run = built(config)
     tracked, most = TrackStorages(), 0
     compute, start = Pipeline._compute, Stream.start
 
@@ -59,6 +60,6 @@ def live(settings: Sequence[str], world_size: int) -> Live:
     return Live(planned, measured_bytes(run.model, run.optimizer), most)
 
 
-def every(of_layouts: dict[str, list[str]], world_size: int) -> dict[str, Live]:
+def every(of_layouts: Mapping[str, TrainConfig]) -> dict[str, Live]:
     """`live` of one layout after the other, on the same processes."""
-    return {name: live(settings, world_size) for name, settings in of_layouts.items()}
+    return {name: live(config) for name, config in of_layouts.items()}

@@ -67,8 +67,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Live]]:
     """What four processes allocate in one step of each layout, by rank."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
     base = ["model=tiny", *SIZES, "device=cpu", "steps=4", *corpus]
-    layouts = {name: [*base, *layout] for name, layout in LAYOUTS.items()}
-    return run_ranks(every, WORLD, layouts, WORLD, timeout=280)
+    layouts = {name: resolve(compose([*base, *layout]).config, WORLD) for name, layout in LAYOUTS.items()}
+    return run_ranks(every, WORLD, layouts, timeout=280)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
