@@ -17,11 +17,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-import yaml
-
-from fp8moe.cli.compose import CONFIGS, compose
+from fp8moe.cli.cluster import compose_cluster
+from fp8moe.cli.compose import compose
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.step_time import StepTime, step_time
 from fp8moe.schedule.build import microbatches
@@ -100,15 +98,7 @@ CASES = (
 
 def read_cluster(name: str) -> Cluster:
     """The cluster of `configs/cluster/NAME.yaml`."""
-    return Cluster(**_values(name))
-
-
-def _values(name: str) -> dict[str, Any]:
-    values = yaml.safe_load((CONFIGS / "cluster" / f"{name}.yaml").read_text())
-    base: dict[str, Any] = {}
-    for other in values.pop("defaults", []):
-        base |= _values(other)
-    return base | values
+    return compose_cluster([f"cluster={name}"])
 
 
 @functools.cache
