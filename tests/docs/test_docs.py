@@ -29,7 +29,16 @@ END_TO_END = ("first_run", "own_text", "hugging_face", "eight_gpus", "spikes")
 # Lines that are executed wherever they stand in a block: they need no run. A search takes minutes: the plan is made.
 ANYWHERE = ("schedule", "plan")
 # Not executed: they need a GPU, a cluster, minutes, or a fault made by hand.
-LEFT_OUT = ("warmup", "numerics", "torchrun", "dsv2_lite_8gpu", "--search", "--model", "runs/hang", "parallel.timeout=8")
+LEFT_OUT = (
+    "warmup",
+    "numerics",
+    "torchrun",
+    "dsv2_lite_8gpu",
+    "--search",
+    "--model",
+    "runs/hang",
+    "parallel.timeout=8",
+)
 FAILS = {"optimizer.schedule.peak=10.0": 5}  # a page shows what failure looks like
 
 TYPED = [one for page in pages() for one in commands(page)]
