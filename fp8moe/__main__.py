@@ -18,20 +18,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once too: `cli.threa
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
-    "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
-    "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
-    "import": ("fp8moe.cli.import_model", "make a run directory of a released model"),
-    "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
-    "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
     "keys": ("fp8moe.cli.keys", "list the keys of a run, or those that a word finds: fp8moe keys warmup"),
     "plan": ("fp8moe.cli.plan", "predict a run's memory, speed and cost on a cluster, and search its layouts"),
+    "doctor": ("fp8moe.cli.doctor", "look for what would prevent or slow a run on this machine, or on all nodes"),
+    "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
+    "import": ("fp8moe.cli.import_model", "make a run directory of a released model"),
+    "watch": ("fp8moe.cli.watch", "show a run in the terminal while it trains"),
+    "report": ("fp8moe.cli.report", "make an HTML page of a run, or of several side by side"),
     "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
-    "report": ("fp8moe.cli.report", "make an HTML page of a run, or of several side by side"),
+    "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),
     "inspect": ("fp8moe.cli.checkpoint:inspect", "print what a checkpoint holds"),
-    "doctor": ("fp8moe.cli.doctor", "look for what would prevent or slow a run on this machine, or on all nodes"),
-    "watch": ("fp8moe.cli.watch", "show a run in the terminal while it trains"),
+    "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),
+    "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
     "warmup": ("fp8moe.cli.warmup", "compile every kernel that a configuration needs, before the run"),
 }
 
@@ -46,7 +46,16 @@ def _usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; `argv` defaults to the arguments of the process."""
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `fp8moe ... | head`: the reader has gone, and the interpreter must not flush to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
@@ -73,9 +82,8 @@ def _run(module: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("fp8moe: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `fp8moe ... | head`: the reader has gone, and the interpreter must not flush to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        raise
     except Exception as error:
         from fp8moe.cli.command import explain
 
