@@ -42,9 +42,18 @@ COST_KEYS = {"F": "forward", "B": "backward", "W": "weight", "FB": "overlapped",
 DEEPSEEK = "deepseek-v3"
 
 
+DESCRIPTION = """\
+Simulate, draw and compare pipeline schedules.
+
+  fp8moe schedule --pp 8 --microbatches 20                              dualpipe, drawn in the terminal
+  fp8moe schedule --pp 16 --microbatches 120 --cost deepseek-v3 --compare
+  fp8moe schedule --name zb1p --svg zb1p.svg
+"""
+
+
 def command_parser() -> Parser:
     """The parser of the command line."""
-    parser = make_parser("schedule", "Simulate, draw and compare pipeline schedules.", settings=True)
+    parser = make_parser("schedule", DESCRIPTION, settings=True)
     add = parser.add_argument
     add("--name", default="dualpipe", metavar="NAME", help=f"{', '.join(SCHEDULES)} (dualpipe)")
     add("--pp", type=int, default=8, metavar="N", help="pipeline ranks (8)")

@@ -34,7 +34,9 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 def test_every_command_prints_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
-    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: fp8moe {command} ")
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith(f"usage: fp8moe {command} ")
+    assert f"\n  fp8moe {command} " in shown, "an example is missing"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
