@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
     "numerics": ("fp8moe.cli.numerics", "train the same run in FP8, BF16 and FP32 and compare the losses"),
     "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
+    "data": ("fp8moe.cli.data", "print what token files hold: documents, lengths, bytes per token, samples"),
     "import": ("fp8moe.cli.import_model", "make a run directory of a released model"),
     "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "schedule": ("fp8moe.cli.schedule", "print, draw and simulate a pipeline schedule"),

@@ -12,9 +12,10 @@ import pytest
 
 from fp8moe.cli import tokenize
 from fp8moe.cli.tokenize import main
-from fp8moe.data import sources
+from fp8moe.data import readers
 from fp8moe.data.indexed import IndexedDataset
-from fp8moe.data.tokenizer import load_tokenizer, token_byte_strings
+from fp8moe.data.token_bytes import token_byte_strings
+from fp8moe.data.tokenizer import load_tokenizer
 
 TEXTS = ["first\ndocument é\r\n", "second 🙂 <|endoftext|> here", "third " * 30]
 
@@ -66,10 +67,10 @@ def test_a_given_tokenizer_is_used_and_kept(inputs: Path, tmp_path: Path) -> Non
 def test_long_files_and_large_inputs_are_cut_and_sampled(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE_CHARS", 50)
+    monkeypatch.setattr(readers, "PIECE_CHARS", 50)
     monkeypatch.setattr(tokenize, "TRAINING_SAMPLE_BYTES", 100)
     sampled = list(tokenize._training_sample([inputs / "b.txt"], "text"))
-    pieces = [text for text, _ in sources.read_pieces(inputs / "b.txt")]
+    pieces = [text for text, _ in readers.read_pieces(inputs / "b.txt")]
     assert len(pieces) > 8 and sampled == pieces[::5]  # 480 bytes are to give 100
     assert list(tokenize._training_sample([inputs / "b.txt"] * 2, "text")) == (pieces * 2)[::10]
     assert main(["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300"]) == 0
@@ -105,7 +106,7 @@ def test_a_failure_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
     [
         (["--input", "{in}/none"], 3, "none does not exist"),
         (["--input", "{in}/c.txt"], 3, "have 0 documents with text"),
-        (["--input", "{in}/a.jsonl", "--json-key", "body"], 3, "no key 'body'"),
+        (["--input", "{in}/a.jsonl", "--text-key", "body"], 3, "no key 'body'"),
         (["--input", "{in}", "--vocab-size", "100"], 2, "vocab_size=100 is too small"),
         (["--input", "{in}", "--tokenizer", "{in}/none.json"], 3, "none.json does not exist"),
         (["--input", "{in}", "--tokenizer", "{in}/b.txt"], 3, "is not a tokenizer.json"),
