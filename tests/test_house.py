@@ -86,26 +86,6 @@ def test_the_first_call_sets_up_and_the_second_installs_nothing(make, tmp_path):
     assert (code, lines) == (0, [".venv: -m pytest -m not gpu -n 2 --dist loadfile [OMP=1]"])
 
 
-def test_train_on_a_text_tokenizes_it_once_and_again_when_it_is_newer(make, tmp_path):
-    text = tmp_path / "my book.txt"
-    text.write_text("text")
-    _, lines, _ = make("train", "VENV=", f"DATA={text}", "ARGS=steps=2")
-    prefix = re.search(r"--output (runs/text/my_book_txt-\d+) ", lines[0])[1]
-    trains = f"fp8moe train --nproc auto experiment=quickstart data.source=indexed data.paths=[{prefix}] steps=2 [OMP=]"
-    assert lines == [f"host: -m fp8moe tokenize --force --input {text} --output {prefix} [OMP=]", f"host: -m {trains}"]
-    written = tmp_path / "tree" / f"{prefix}.idx"
-    written.parent.mkdir(parents=True)
-    written.touch()
-    assert make("train", "VENV=", f"DATA={text}", "ARGS=steps=2")[1] == [f"host: -m {trains}"]
-    os.utime(text, (written.stat().st_mtime + 9,) * 2)
-    assert len(make("train", "VENV=", f"DATA={text}")[1]) == 2
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / text.name).write_text("text")
-    assert prefix not in make("train", "VENV=", f"DATA={tmp_path / 'other' / text.name}")[1][0], "another book"
-    code, lines, _ = make("train", "VENV=", f"DATA={text}", FAIL_ON="tokenize")
-    assert code != 0 and len(lines) == 1
-
-
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_pins_are_those_of_the_machine_or_of_the_caller(kind, make, tmp_path):
     """A folder of its own in front of PATH has an nvidia-smi that sees a GPU, or none; PINS has the last word."""

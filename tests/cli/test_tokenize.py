@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fp8moe.cli import tokenize
+from fp8moe.cli.compose import compose
 from fp8moe.cli.tokenize import main
 from fp8moe.data import readers
 from fp8moe.data.indexed import IndexedDataset
@@ -54,6 +57,26 @@ def test_text_comes_back(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     ratio = sum(map(len, EXPECTED)) / (len(stored.tokens) - 4)
     assert f"4 documents from 3 files, {len(stored.tokens)} tokens, {ratio:.3f} bytes/token" in said
     assert str(stored.tokens.dtype) == "uint16"
+
+
+def test_it_ends_with_the_command_that_trains_on_the_files(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command is read by the shell's rules and by hydra's, and has a larger vocabulary only where it is needed."""
+    (inputs / "d.png").write_bytes(b"")
+    for name in ("plain", "a b, [c]'d"):
+        assert main(["--input", str(inputs), "--output", str(tmp_path / name), "--vocab-size", "300"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(r"0\.0 MB of text in \d+\.\d s: \d+\.\d\d MB/s", out[1])
+        assert out[2:4] == ["left out: 2 empty documents", f"passed over 1 other file: {inputs / 'd.png'}"]
+        words = shlex.split(out[4].removeprefix("next: "))
+        assert words[:4] == ["fp8moe", "train", "--nproc", "auto"]
+        config = compose(words[4:]).config
+        assert config.data.paths == (str(tmp_path / name),) and config.data.source == "indexed"
+        assert config.model.vocab_size == config.data.vocab_size == 4096
+    for size, expected in ((4096, 4096), (4097, 4224)):
+        config = compose(shlex.split(tokenize.next_command("x", size))[4:]).config
+        assert config.model.vocab_size == config.data.vocab_size == expected
 
 
 def test_a_given_tokenizer_is_used_and_kept(inputs: Path, tmp_path: Path) -> None:
