@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -154,6 +155,7 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 def _start(tokenizer: str) -> None:
     """Prepare a worker process: its tokenizer, one thread, and an end when its parent has ended."""
     global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent ends them
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core
     _tokenizer = Tokenizer.from_str(tokenizer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
