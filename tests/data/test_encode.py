@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,19 @@ def arguments(corpus: Path, prefix: Path, *more: str) -> list[str]:
     return ["--input", str(corpus), "--output", str(prefix), "--tokenizer", given, *more]
 
 
+def has_ended(group: int) -> bool:
+    """Whether a process group has no process any more within 20 seconds; what is left then is killed."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    os.killpg(group, signal.SIGKILL)
+    return False
+
+
 def test_the_same_bytes_for_every_number_of_processes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,13 +87,14 @@ def test_a_run_that_was_killed_goes_on(corpus: Path, tmp_path: Path, workers: st
     assert tokenize.main(arguments(corpus, tmp_path / "whole", "--workers", "1")) == 0
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = arguments(corpus, tmp_path / "x", "--workers", workers)
-    killed = subprocess.Popen([sys.executable, "-c", PROGRAM, "0.2", *command], env=environment)
+    killed = subprocess.Popen([sys.executable, "-c", PROGRAM, "0.2", *command], env=environment, start_new_session=True)
     parts, deadline = tmp_path / "x.parts", time.monotonic() + 60
     while len(list(parts.glob("*.npz"))) < 3 and time.monotonic() < deadline:
         assert killed.poll() is None
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait(timeout=30)
+    assert has_ended(killed.pid), "its encoding processes are still there"
     kept = {path.name for path in parts.glob("*.npz")}
     assert kept and not (tmp_path / "x.bin").exists() and list(tmp_path.glob(".x.bin.*"))
     (corpus / "a.jsonl").write_text((corpus / "a.jsonl").read_text())  # another time of change means nothing
@@ -113,6 +129,21 @@ def test_changed_text_is_encoded_again(corpus: Path, tmp_path: Path, monkeypatch
         path.write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"npz can't be read .* delete .*x.parts"):
         encoded(0, text)
+
+
+def test_an_encoding_process_that_ends_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "PART_CHARS", 100)
+
+    def pieces() -> Iterator[tuple[str, bool]]:
+        for number in range(40):
+            if number == 20:
+                for child in multiprocessing.active_children():
+                    child.kill()
+            yield f"piece {number} " * 30, True
+
+    encoder = Encoder(train_tokenizer(["piece"], 300), 0, 2, tmp_path / "x.parts")
+    with pytest.raises(DataError, match=r"one of 2 encoding processes ended, .* use fewer --workers; .*x.parts"):
+        list(encoder.encode(pieces()))
 
 
 def test_nobody_else_writes_the_same_files(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from fp8moe.cli import tokenize
+from fp8moe.data import readers
 from fp8moe.data import token_bytes as module
+from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.token_bytes import token_byte_strings
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, load_tokenizer, num_ids
 from fp8moe.errors import DataError
@@ -65,6 +69,22 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(tmp_path: Path, style
     again = Tokenizer.from_str(tokenizer.to_str())  # what is kept beside the token files
     again.save(str(tmp_path / "again.json"))
     assert ids_of(load_tokenizer(tmp_path / "again.json"), TEXTS[0]) == ids_of(tokenizer, TEXTS[0])
+
+
+@pytest.mark.parametrize("style", ["prepend", "metaspace"])
+def test_token_files_have_the_bytes_of_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str) -> None:
+    """Documents in many pieces as well: no space is counted at their beginnings."""
+    monkeypatch.setattr(readers, "PIECE_CHARS", 40)
+    text = "A line of words, an ümlaut and 漢字\n" * 30
+    (tmp_path / "in.txt").write_text(text)
+    given = str(metaspace(tmp_path / "t.json", style))
+    command = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "x"), "--tokenizer", given]
+    assert tokenize.main(command) == 0
+    source = IndexedDataset(tmp_path / "x")
+    tokenizer = load_tokenizer(tmp_path / "x.tokenizer.json")
+    sizes = np.array([len(string) for string in token_byte_strings(tokenizer)])
+    assert int(sizes[source.tokens].sum()) == len(text.encode()) and int(source.tokens[-1]) == 2
+    assert tokenizer.decode(source.tokens[:-1].tolist()) == text
 
 
 @pytest.mark.parametrize("style", ["prepend", "metaspace"])
