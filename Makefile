@@ -4,6 +4,7 @@
 #   VENV=                (empty, or none) use PYTHON as it is, a container's own for example, and install nothing
 #   PINS=cpu             constraints/cpu.txt or cuda.txt; without it the latter where there is a GPU
 #   ARGS="key=value"     handed on: to `fp8moe train`, to pytest, or to every benchmark
+#   DATA=book.txt        text, or a folder of it, for `make train`; none is the embedded corpus
 #   WORKERS=2            files that `make test` runs at once
 
 SHELL := /bin/bash
@@ -15,6 +16,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+DATA ?=
 WORKERS ?= 2
 NPROC ?= auto
 BENCH_OUT ?= runs/bench
@@ -45,15 +47,26 @@ endif
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@sed -n '3,7s/^# //p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '3,8s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: setup
 setup: $(SETUP) ## make .venv when it is missing or older than its pins
 
 # Options first, then keys: ARGS may hold either.
+# A text is tokenized once, and again when it, or a file below it, is newer than its token files; two of one name in
+# different folders have different ones.
 .PHONY: train
-train: $(SETUP) ## train the main job on the embedded corpus: 4 processes on CPU, or every GPU found
+train: $(SETUP) ## train the main job on the embedded corpus, or DATA=book.txt: 4 processes on CPU, or every GPU found
+ifeq ($(DATA),)
 	$(RUN) -m fp8moe train --nproc $(NPROC) experiment=quickstart $(ARGS)
+else
+	@name="$$(basename "$(DATA)" | tr -c 'A-Za-z0-9\n' _)-$$(realpath "$(DATA)" | cksum | cut -d ' ' -f 1)"; \
+	tokens="runs/text/$$name"; \
+	if [ ! -e "$$tokens.idx" ] || [ -n "$$(find "$(DATA)" -newer "$$tokens.idx" -print -quit)" ]; then \
+	  $(RUN) -m fp8moe tokenize --force --input "$(DATA)" --output "$$tokens"; \
+	fi; \
+	$(RUN) -m fp8moe train --nproc $(NPROC) experiment=quickstart data.source=indexed "data.paths=[$$tokens]" $(ARGS)
+endif
 
 # One thread a process: the tests start processes of their own, and two cores thrash when each takes both.
 .PHONY: test

@@ -1,38 +1,47 @@
-"""`fp8moe tokenize`: encodes text files or JSON lines as a token file (`PREFIX.bin`, `.idx`, `.tokenizer.json`).
+"""`fp8moe tokenize`: encodes text files, JSON lines and tables as a token file (PREFIX.bin, .idx, .tokenizer.json).
 
 Text is read as a stream, so inputs may be larger than memory. Without `--tokenizer` a byte-level BPE is trained first,
-on pieces taken evenly from all inputs; then the inputs are read a second time and encoded.
+on pieces taken evenly from all inputs; then the inputs are read a second time and encoded, in parallel and part by
+part (`data.encode`). Finished parts, and a tokenizer trained on much text, lie in PREFIX.parts until all is written:
+after a kill the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import hashlib
+import json
 import os
+import re
+import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import yaml
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fp8moe.cli.command import Parser, make_parser, parse
-from fp8moe.data.durable import make_folder, unwritable
-from fp8moe.data.indexed import IndexedWriter
-from fp8moe.data.sources import find_files, is_inside_run, read_pieces
-from fp8moe.data.tokenizer import (
-    encode_pieces,
-    end_of_text_id,
-    load_tokenizer,
-    num_ids,
-    train_tokenizer,
-)
+from fp8moe.data.compressed import COMPRESSED_ENDINGS
+from fp8moe.data.durable import FULL, make_folder, unwritable, write_text
+from fp8moe.data.encode import Encoder
+from fp8moe.data.indexed import IndexedWriter, padded_vocabulary
+from fp8moe.data.intake import Intake
+from fp8moe.data.readers import find_files, is_inside_run, named, read_pieces
+from fp8moe.data.readers_arrow import TABLE_ENDINGS
+from fp8moe.data.tokenizer import end_of_text_id, load_tokenizer, num_ids, train_tokenizer
 from fp8moe.errors import ConfigError, DataError, SpaceError
 
 ENDINGS = (".bin", ".idx", ".tokenizer.json")
 TRAINING_SAMPLE_BYTES = 64 << 20
 RUN_SHARE = 16
+_PACKED = 4  # bytes of text, about, in a byte of a compressed file
+_DEFAULT_MODEL = Path(__file__).parents[1] / "configs" / "model" / "tiny.yaml"
 
 
 def command_parser() -> Parser:
@@ -46,16 +55,17 @@ def command_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="text files (one document each), .jsonl files (one document a line), or folders of .txt, .md and .jsonl",
+        help="text files (one document each); .jsonl, or .json with an object a line (one document a line); these as "
+        ".gz or .zst; .parquet; folders of them; folders that datasets.save_to_disk wrote",
     )
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="path of the files to write, without an ending"
     )
     parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)"
+        "--text-key", default="text", metavar="KEY", help="key or column that has the text (default: text)"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", metavar="FILE", help="byte-level tokenizer.json to encode with")
+    which.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to encode with: byte-level, or as Llama 2's")
     which.add_argument(
         "--vocab-size", type=int, default=4096, metavar="N", help="vocabulary size of the BPE to train (default: 4096)"
     )
@@ -64,7 +74,8 @@ def command_parser() -> Parser:
         metavar="TOKEN",
         help="token that ends a document (default: <|endoftext|> or another usual name)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="number of encoding threads (default: one a core)")
+    parser.add_argument("--drop-duplicates", action="store_true", help="leave out texts that came before, exactly")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of encoding processes (default: one a core)")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     return parser
 
@@ -81,22 +92,71 @@ def main(argv: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _set_workers(options.workers)
+    workers = _workers(options.workers)
     taken = [options.output + ending for ending in ENDINGS if os.path.lexists(options.output + ending)]
     if taken and not options.force:
         raise ConfigError(f"{taken[0]} exists and would be replaced: use another --output or add --force")
-    files = find_files(options.input)
-    if options.tokenizer is not None:
-        tokenizer = load_tokenizer(options.tokenizer)
-    else:
-        tokenizer = train_tokenizer(_training_sample(files, options.json_key), options.vocab_size)
+    found = find_files(options.input)
+    parts = Path(f"{options.output}.parts")
+    tokenizer = _tokenizer(options, found.files, parts)
     end = end_of_text_id(tokenizer, options.end_of_text)
-    with _output_folder(options.output):
-        documents, tokens, num_bytes = _encode(files, options, tokenizer, end)
+    intake = Intake(found.files, options.text_key, options.drop_duplicates)
+    encoder = Encoder(tokenizer, end, workers, parts)
+    begun = time.monotonic()
+    with _output_folder(options.output), _only_writer(parts):
+        documents, tokens, num_bytes = _encode(found.files, options.output, tokenizer, intake, encoder)
+        shutil.rmtree(parts, ignore_errors=True)
+    seconds = time.monotonic() - begun
     print(
-        f"{options.output}.bin: {documents} documents from {len(files)} files, {tokens} tokens, "
+        f"{options.output}.bin: {documents} documents from {len(found.files)} files, {tokens} tokens, "
         f"{num_bytes / (tokens - documents):.3f} bytes/token, vocabulary {num_ids(tokenizer)}"
     )
+    print(f"{num_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: {num_bytes / 1e6 / seconds:.2f} MB/s", end="")
+    print(f", {encoder.reused} parts were encoded before" if encoder.reused else "")
+    if intake.empty or options.drop_duplicates:
+        dropped = f", {intake.duplicates} exact duplicates" if options.drop_duplicates else ""
+        print(f"left out: {intake.empty} empty documents{dropped}")
+    if found.passed_over:
+        print(f"passed over {named(found.passed_over)}")
+    print(f"next: {next_command(options.output, num_ids(tokenizer))}")
+
+
+def next_command(prefix: str, size: int) -> str:
+    """The command that trains on token files of `size` ids."""
+    plain = re.fullmatch(r"[\w./-]+", prefix)
+    path = prefix if plain else '"' + prefix.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    words = ["fp8moe", "train", "--nproc", "auto", "experiment=quickstart", "data.source=indexed"]
+    words.append(f"data.paths=[{path}]")
+    if size > yaml.safe_load(_DEFAULT_MODEL.read_text(encoding="utf-8"))["vocab_size"]:
+        words.append(f"model.vocab_size={padded_vocabulary(size)}")
+    return " ".join(word if re.fullmatch(r"[\w./=\[\]-]+", word) else shlex.quote(word) for word in words)
+
+
+def _workers(workers: int | None) -> int:
+    if workers is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers < 1:
+        raise ConfigError(f"--workers {workers} must be at least 1")
+    return workers
+
+
+def _tokenizer(options: argparse.Namespace, files: list[Path], parts: Path) -> Tokenizer:
+    """The one given, or one trained on the files; kept in `parts` where a killed run left that."""
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer)
+    status = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = json.dumps([status, options.text_key, options.vocab_size])
+    kept = parts / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+    if kept.is_file():
+        return load_tokenizer(kept)
+    tokenizer = train_tokenizer(_training_sample(files, options.text_key), options.vocab_size)
+    if sum(map(_text_bytes, files)) > TRAINING_SAMPLE_BYTES:  # otherwise it is quickly trained again
+        try:
+            make_folder(parts)
+            write_text(kept, tokenizer.to_str())
+        except OSError as error:
+            raise unwritable(parts, error, _advice(parts)) from error
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -107,6 +167,8 @@ def _output_folder(prefix: str) -> Iterator[None]:
         made = make_folder(folder)
         yield
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            shutil.rmtree(f"{prefix}.parts", ignore_errors=True)
         for one in made:
             with contextlib.suppress(OSError):
                 one.rmdir()
@@ -115,30 +177,51 @@ def _output_folder(prefix: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _only_writer(parts: Path) -> Iterator[None]:
+    """Hold the folder of the output locked for these token files; remove what killed runs left of unfinished ones."""
+    prefix = parts.with_suffix("")
+    lock = prefix.with_name(f".{prefix.name}.lock")
+    with open(lock, "ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another fp8moe tokenize writes {prefix}: wait for it, or use another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            for ending in ENDINGS:
+                for left in lock.parent.glob(f".{prefix.name}{ending}.*"):
+                    left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def _advice(folder: Path) -> str:
     existing = next(one for one in (folder, *folder.parents) if one.is_dir())
     free = shutil.disk_usage(existing).free / 1e9
     return f"nothing was written, {free:.2f} GB are free there; use another --output"
 
 
-def _set_workers(workers: int | None) -> None:
-    if workers is None:
-        return
-    if workers < 1:
-        raise ConfigError(f"--workers {workers} must be at least 1")
-    # The thread pool of the tokenizers library reads these when it is first used.
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+def _is_packed(file: Path) -> bool:
+    return file.suffix.lower() in COMPRESSED_ENDINGS + TABLE_ENDINGS
 
 
-def _training_sample(files: list[Path], json_key: str) -> Iterator[str]:
+def _text_bytes(file: Path) -> int:
+    return file.stat().st_size * (_PACKED if _is_packed(file) else 1)
+
+
+def _training_sample(files: list[Path], text_key: str) -> Iterator[str]:
     """Every n-th piece of the input, with n chosen so that the pieces have about TRAINING_SAMPLE_BYTES in all.
 
     Of the pieces of a long run without white space every RUN_SHARE-th: a merge is counted in each piece that has the
     pair, and pieces of thousands of characters have nearly all pairs.
     """
-    every = 1 + sum(file.stat().st_size for file in files) // TRAINING_SAMPLE_BYTES
-    pieces = _thinned(text for file in files for text, _ in read_pieces(file, json_key))
+    every = 1 + sum(map(_text_bytes, files)) // TRAINING_SAMPLE_BYTES
+    pieces = _thinned(text for file in files for text, _ in read_pieces(file, text_key))
     return (text for number, text in enumerate(pieces) if number % every == 0)
 
 
@@ -150,29 +233,27 @@ def _thinned(pieces: Iterable[str]) -> Iterator[str]:
             yield piece
 
 
-def _encode(files: list[Path], options: argparse.Namespace, tokenizer: Tokenizer, end: int) -> tuple[int, int, int]:
+def _encode(
+    files: list[Path], prefix: str, tokenizer: Tokenizer, intake: Intake, encoder: Encoder
+) -> tuple[int, int, int]:
     """Writes the three files and returns (documents, tokens including end-of-text, bytes of text)."""
-    num_bytes = 0
-    total = sum(file.stat().st_size for file in files)
-
-    def pieces() -> Iterator[tuple[str, bool]]:
-        nonlocal num_bytes
-        for file in files:
-            for text, ends in read_pieces(file, options.json_key):
-                size = len(text.encode())
-                num_bytes += size
-                bar.update(size)
-                yield text, ends
-
+    num_bytes = document_bytes = 0
+    total = None if any(map(_is_packed, files)) else sum(file.stat().st_size for file in files)
     # disable=None shows the bar only when standard error is a terminal.
     with (
         tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="encode") as bar,
-        IndexedWriter(options.output, num_ids(tokenizer)) as writer,
+        IndexedWriter(prefix, num_ids(tokenizer)) as writer,
     ):
-        for ids, ends in encode_pieces(tokenizer, pieces(), end):
-            writer.write(ids)
-            if ends:
-                writer.end_document()
+        for part in encoder.encode(intake.pieces()):
+            for ids, size, ends in part.pieces():
+                writer.write(ids)
+                document_bytes += size
+                if ends:
+                    is_dropped = intake.is_dropped()
+                    writer.drop_document() if is_dropped else writer.end_document()
+                    num_bytes += 0 if is_dropped else document_bytes
+                    document_bytes = 0
+            bar.update(int(part.sizes.sum()))
         if writer.num_documents == 0:
             raise DataError(
                 f"the {len(files)} input files have 0 documents with text: nothing was written, give files with text"

@@ -36,9 +36,11 @@ from torch import Tensor
 from fp8moe.data import sources
 from fp8moe.data.cache import built_folder, cache_root, key_of, read_number
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
-from fp8moe.data.packing import IGNORED_LABEL, Batch, Dataset, PackedDataset, every_document, split_documents
+from fp8moe.data.packing import IGNORED_LABEL, Batch, Dataset, PackedDataset, every_document
 from fp8moe.data.sampler import BlendedDataset
 from fp8moe.data.sources import DataConfig
+from fp8moe.data.split import split
+from fp8moe.data.token_bytes import token_byte_strings
 from fp8moe.data.tokenizer import (
     TokenizerInfo,
     check_size,
@@ -48,7 +50,6 @@ from fp8moe.data.tokenizer import (
     load_tokenizer,
     num_ids,
     save_tokenizer,
-    token_byte_strings,
     tokenizer_beside,
     train_tokenizer,
 )
@@ -165,9 +166,9 @@ def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, valid
         if config.validation_paths:
             train.append(_pack(source, every_document(source), config, root, seq_len, seed))
         else:
-            kept, held_out = split_documents(source, config.validation_share)
-            train.append(_pack(source, kept, config, root, seq_len, seed))
-            validation.append(_pack(source, held_out, config, root, seq_len, _VALIDATION_SEED))
+            parts, kept, held_out = split(source, config.validation_share, seq_len)
+            train.append(_pack(parts, kept, config, root, seq_len, seed))
+            validation.append(_pack(parts, held_out, config, root, seq_len, _VALIDATION_SEED))
     validation_weights: Sequence[float] = weights
     if config.validation_paths:
         held = [IndexedDataset(path) for path in config.validation_paths]

@@ -39,12 +39,19 @@ VERSION = 1
 DTYPES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 22
+_TILE = 128
 _MAX_SEQUENCE = 2**31 - 1
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
     """The type of stored ids: uint16 where every id below `vocab_size` fits, else int32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
+
+
+def padded_vocabulary(size: int) -> int:
+    """The vocabulary that a model of `size` ids should have: the next multiple of 128, of which tensor cores take whole
+    tiles in the embedding and the head."""
+    return -(-size // _TILE) * _TILE
 
 
 class IndexedWriter:
@@ -100,6 +107,14 @@ class IndexedWriter:
             )
         if self._open_length:
             self._lengths.append(self._open_length)
+        self._open_length = 0
+
+    def drop_document(self) -> None:
+        """Takes back what was written of the open document."""
+        assert self._bin is not None
+        self._bin.seek(-self._open_length * self.dtype.itemsize, os.SEEK_CUR)
+        self._bin.truncate()
+        self.num_tokens -= self._open_length
         self._open_length = 0
 
     def __exit__(
@@ -205,9 +220,11 @@ class IndexedDataset:
             return
         at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         found = int(ids[at])
-        advice = (
-            f"use a vocab_size of at least {found + 1}" if found >= 0 else "an id is at least 0: write the file again"
-        )
+        # The largest of all, or the next run would stop at the next larger one.
+        chunks = range(0, len(self.tokens), _CHUNK) if found >= 0 else ()
+        largest = max((int(self.tokens[one : one + _CHUNK].max()) for one in chunks), default=found)
+        advice = f"ids go up to {largest}, use model.vocab_size={padded_vocabulary(largest + 1)}"
+        advice = advice if found >= 0 else "an id is at least 0: write the file again"
         raise DataError(
             f"{self.bin_path}: token {start + at} has id {found}, outside a vocabulary of {vocab_size}: {advice}"
         )

@@ -1,4 +1,4 @@
-"""Sources of text: the data settings, the embedded corpus, and the text files that `fp8moe tokenize` reads.
+"""Sources of text: the data settings and the embedded corpus.
 
 **The embedded corpus** is the source code and docstrings of the Python standard library that runs this program: real
 text on every machine, nothing to download. A document is a file. Left out, and why:
@@ -13,29 +13,17 @@ The corpus holds out validation text by file: files are taken in the order of th
 they make up the wanted share of the BYTES. A threshold on the hash was refused: with so few files it misses the share
 by chance. A file larger than a quarter of the wanted bytes is skipped, or the largest (0.7 MB of help topics) would be
 most of the validation set.
-
-**Text files** are read as a stream of pieces (text, ends its document), and at most a million characters, or one JSON
-line, are in memory. A `.jsonl` file holds one document a line. Any other file is one document, cut at line ends about
-every million characters, so a file may be larger than memory. A run of more than 4,096 characters without white space,
-or of white space alone, is cut after each 4,096, since BPE takes quadratic time in the length of a run: the ids of
-such text differ from those of the uncut text at the cuts, its bytes do not; no other text is concerned. Text is kept
-byte for byte: no newline is translated, nothing is normalized, and text that is not UTF-8 is an error that names the
-place.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
-import re
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from fp8moe.data.durable import unreadable
 from fp8moe.errors import ConfigError, DataError
@@ -46,13 +34,6 @@ SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 )
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
-TEXT_ENDINGS = (".txt", ".text", ".md")
-JSON_ENDINGS = (".jsonl", ".ndjson")
-PIECE_CHARS = 1 << 20
-_LINE_CHARS = 1 << 16
-RUN_CHARS = 4096
-_RUN = re.compile(rf"\S{{{RUN_CHARS}}}|\s{{{RUN_CHARS}}}")
-_LONG_RUN = re.compile(rf"\S{{{RUN_CHARS}}}(?=\S)|\s{{{RUN_CHARS}}}(?=\s)")
 
 
 @dataclass(frozen=True)
@@ -67,9 +48,10 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     # prefixes of validation token files, mixed by their sizes; empty: validation_share counts
     validation_paths: tuple[str, ...] = ()
-    validation_share: float = 0.025  # share held out of the training data, by file (stdlib) or by document (indexed)
-    # a byte-level tokenizer.json; None: trained on the corpus (stdlib) or PREFIX.tokenizer.json (indexed; where
-    # there is none, there are no bits per byte)
+    # share held out of the training data: by file (stdlib); by document, or the end of a single one (indexed)
+    validation_share: float = 0.025
+    # a tokenizer.json, byte-level or as Llama 2's; None: trained on the corpus (stdlib) or PREFIX.tokenizer.json
+    # (indexed; where there is none, there are no bits per byte)
     tokenizer: str | None = None
     vocab_size: int = 4096  # token ids are below it; configs/: the model's; also of a tokenizer trained here
     document_mask: bool = False  # attention stays within a document, and the first token of a document is not predicted
@@ -194,110 +176,3 @@ def content_key(documents: list[Document]) -> str:
         digest.update(f"{document.name}\0{len(text)}\0".encode())
         digest.update(text)
     return digest.hexdigest()
-
-
-def find_files(inputs: Iterable[str]) -> list[Path]:
-    """The files in `inputs`, and those with a known ending below the folders in `inputs` (sorted), each file once.
-
-    Raises DataError where one does not exist, or a folder below can't be listed: its text would be missing silently.
-    """
-    found: dict[Path, None] = {}
-    for name in inputs:
-        path = Path(name)
-        try:
-            if path.is_dir():
-                found.update(dict.fromkeys(sorted(_known_below(path))))
-            elif path.is_file():
-                found[path] = None
-            else:
-                raise DataError(f"{name} does not exist: give text files, .jsonl files or folders of them")
-        except OSError as error:
-            raise unreadable(error.filename or name, error) from error
-    if not found:
-        endings = ", ".join(TEXT_ENDINGS + JSON_ENDINGS)
-        raise DataError(f"0 files found in {', '.join(map(str, inputs))}: a folder must hold files ending in {endings}")
-    return list(found)
-
-
-def _known_below(root: Path) -> Iterator[Path]:
-    """Files with a known ending below `root`; links to folders are not followed. Raises OSError."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for folder, _, names in os.walk(root, onerror=refuse):
-        for name in names:
-            file = Path(folder, name)
-            if file.suffix.lower() in TEXT_ENDINGS + JSON_ENDINGS and file.is_file():
-                yield file
-
-
-def read_pieces(path: Path, json_key: str = "text") -> Iterator[tuple[str, bool]]:
-    """The pieces of one file; an empty document has none. Raises DataError, naming the place, at unreadable text."""
-    is_json = path.suffix.lower() in JSON_ENDINGS
-    try:
-        # newline="": no newline is translated; a JSON line may also end in \r\n, JSON ignores the \r.
-        with open(path, encoding="utf-8", newline="" if not is_json else "\n") as handle:
-            yield from _json_documents(handle, path, json_key) if is_json else _text_document(handle)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"{path} is not UTF-8 text (byte 0x{byte:02x}, {error.reason}): convert it to UTF-8") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _text_document(handle: TextIO) -> Iterator[tuple[str, bool]]:
-    previous = ""
-    # A file may be one endless line: at most _LINE_CHARS are read to reach a line end.
-    while piece := handle.read(PIECE_CHARS):
-        piece += "" if piece.endswith("\n") else handle.readline(_LINE_CHARS)
-        if previous:
-            yield from _cut(previous, False)
-        previous = piece
-    if previous:
-        yield from _cut(previous, True)
-
-
-def _cut(text: str, ends: bool) -> Iterator[tuple[str, bool]]:
-    """The text in pieces, cut after every RUN_CHARS of a run without white space, or of nothing else."""
-    start = 0
-    for run in _LONG_RUN.finditer(text):
-        yield text[start : run.end()], False
-        start = run.end()
-    yield text[start:], ends
-
-
-def is_inside_run(piece: str) -> bool:
-    """Whether a piece is from within a long run."""
-    return _RUN.fullmatch(piece) is not None
-
-
-def _json_documents(handle: TextIO, path: Path, json_key: str) -> Iterator[tuple[str, bool]]:
-    for number, line in enumerate(handle, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path} line {number} is not JSON ({error.msg} at column {error.colno}): write one JSON object a line"
-            ) from error
-        except (RecursionError, ValueError) as error:  # nested too deep; a number of more than 4,300 digits
-            raise DataError(f"{path} line {number} can't be read as JSON ({error}): remove that line") from error
-        if not isinstance(record, dict) or json_key not in record:
-            keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-            keys = keys if len(keys) <= 200 else f"{keys[:200]}..."
-            raise DataError(f"{path} line {number} has no key {json_key!r}, it has {keys or 'none'}: use --json-key")
-        text = record[json_key]
-        if not isinstance(text, str):
-            raise DataError(
-                f"{path} line {number}: the value of {json_key!r} is of type {type(text).__name__}, it must be a string"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise DataError(
-                f"{path} line {number}: character {error.start} is half of a surrogate pair: remove it or write both"
-            ) from error
-        if text:
-            yield from _cut(text, True)

@@ -1,8 +1,7 @@
 """Tokenizer: byte-level BPE by the `tokenizers` library, trained here or read from a tokenizer.json.
 
-In a byte-level vocabulary every token is a string of bytes, and the tokens of a text, joined, are its UTF-8 bytes. Only
-then are bits per byte exact and comparable between tokenizers and with a model of plain bytes; a tokenizer of another
-kind (SentencePiece with its `▁`) is refused, because its bytes could only be estimated.
+A tokenizer that is read must be byte-level or of Llama 2's kind, whose tokens, joined, are the UTF-8 bytes of the text
+(`token_bytes`): only then are bits per byte exact. Any other kind is refused.
 
 Special tokens have no bytes, and encoding never makes one from text: a file that contains the characters
 `<|endoftext|>` is text like any other; only `encode_pieces` ends a document. Every vocabulary trained here reserves the
@@ -23,6 +22,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fp8moe.data.durable import is_file, unreadable, write_text
+from fp8moe.data.indexed import padded_vocabulary
+from fp8moe.data.token_bytes import SPACE, cut_words, is_byte_level, is_metaspace, needs_cuts, without_prefix
 from fp8moe.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -73,7 +74,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer.json. Raises DataError when it is missing, unreadable, broken, or not byte-level."""
+    """Reads a tokenizer.json; one of Llama 2's kind without its space in front of a text (`token_bytes`).
+
+    Raises DataError when it is missing, unreadable, broken, or of a kind that loses bytes.
+    """
     text = _read(path)
     try:
         tokenizer = Tokenizer.from_str(text.decode())
@@ -86,9 +90,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise DataError(f"{path} has a vocabulary of 0 tokens: a tokenizer needs at least 1")
     if num_ids(tokenizer) > MAX_IDS:
         raise DataError(f"{path} has ids up to {num_ids(tokenizer) - 1} and token files hold ids below {MAX_IDS}")
-    if not _is_byte_level(json.loads(tokenizer.to_str()).get("decoder")):
-        raise DataError(f"{path} is not a byte-level tokenizer (its decoder is not ByteLevel): use a byte-level BPE")
-    return tokenizer
+    parts = json.loads(tokenizer.to_str())
+    if is_byte_level(parts):
+        return tokenizer
+    if is_metaspace(parts):
+        return Tokenizer.from_str(json.dumps(without_prefix(parts)))
+    raise DataError(
+        f"{path} is not a byte-level tokenizer (its decoder is not ByteLevel), nor one of {SPACE} with byte fallback "
+        "that changes no other character, as Llama 2's: use one of them"
+    )
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
@@ -106,15 +116,6 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
     write_text(Path(path), tokenizer.to_str(pretty=True))
 
 
-def _is_byte_level(decoder: dict[str, object] | None) -> bool:
-    if decoder is None:
-        return False
-    inner = decoder.get("decoders")
-    if isinstance(inner, list):
-        return any(_is_byte_level(part) for part in inner)
-    return decoder.get("type") == "ByteLevel"
-
-
 def num_ids(tokenizer: Tokenizer) -> int:
     """One more than the largest id: the smallest vocabulary a model of this tokenizer may have."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -128,37 +129,6 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
             return int(token_id)
     wanted = repr(name) if name is not None else f"by any of the names {', '.join(KNOWN_END_OF_TEXT)}"
     raise DataError(f"the tokenizer has no end-of-text token {wanted}: give the name of one it has")
-
-
-def _byte_of_character() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (source: GPT-2's released encoder).
-
-    Printable Latin-1 characters stand for themselves; the other 68 bytes are written as the characters from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    mapping = {chr(byte): byte for byte in printable}
-    mapping.update({chr(0x100 + i): byte for i, byte in enumerate(hidden)})
-    return mapping
-
-
-def token_byte_strings(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of each id, by id; empty for special tokens and unused ids."""
-    byte_of = _byte_of_character()
-    added = tokenizer.get_added_tokens_decoder()
-    strings = [b""] * num_ids(tokenizer)
-    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
-        if token_id in added:
-            strings[token_id] = b"" if added[token_id].special else token.encode()
-            continue
-        try:
-            strings[token_id] = bytes(byte_of[character] for character in token)
-        except KeyError:
-            raise DataError(
-                f"token {token_id} of the tokenizer, {token!r}, has characters that stand for no byte: "
-                "use a byte-level BPE"
-            ) from None
-    return strings
 
 
 def encode_pieces(
@@ -184,9 +154,12 @@ def encode_pieces(
 def _encode_batch(
     tokenizer: Tokenizer, batch: list[tuple[str, bool]], end_of_text: int
 ) -> Iterator[tuple[NDArray[np.int64], bool]]:
-    encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-    for encoding, (_, ends) in zip(encodings, batch, strict=True):
-        yield np.array([*encoding.ids, end_of_text] if ends else encoding.ids, dtype=np.int64), ends
+    cut = needs_cuts(tokenizer)
+    texts = [cut_words(text) if cut else [text] for text, _ in batch]
+    encodings = iter(tokenizer.encode_batch_fast([one for parts in texts for one in parts], add_special_tokens=False))
+    for parts, (_, ends) in zip(texts, batch, strict=True):
+        ids = [id_ for _ in parts for id_ in next(encodings).ids]
+        yield np.array([*ids, end_of_text] if ends else ids, dtype=np.int64), ends
 
 
 def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -194,7 +167,8 @@ def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     size = num_ids(tokenizer)
     if size > vocab_size:
         raise ConfigError(
-            f"the tokenizer has ids up to {size - 1} and data.vocab_size is {vocab_size}: use {size} or more"
+            f"the tokenizer has ids up to {size - 1} and data.vocab_size, by default the model's vocabulary, is "
+            f"{vocab_size}: use model.vocab_size={padded_vocabulary(size)}"
         )
 
 

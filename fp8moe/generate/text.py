@@ -19,7 +19,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from fp8moe.data.tokenizer import KNOWN_END_OF_TEXT, load_tokenizer, num_ids, token_byte_strings
+from fp8moe.data.token_bytes import token_byte_strings
+from fp8moe.data.tokenizer import KNOWN_END_OF_TEXT, load_tokenizer, num_ids
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.limits import shown
 

@@ -1,8 +1,8 @@
 """The files beside a released model's weights: its tokenizer, its generation defaults, its config.json.
 
 An import keeps them unchanged in `huggingface/` of the run directory, and an export puts them back. tokenizer.json is
-used where it is one of ours (byte-level); another kind, or one that needs remote code, is copied and not used: nothing
-here executes a file.
+used where its tokens are bytes (`data.token_bytes`); another kind, or one that needs remote code, is copied and not
+used: nothing here executes a file.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from fp8moe.cli import tokenize
+from fp8moe.cli.compose import compose
 from fp8moe.cli.tokenize import main
-from fp8moe.data import sources
+from fp8moe.data import readers
 from fp8moe.data.indexed import IndexedDataset
-from fp8moe.data.tokenizer import load_tokenizer, token_byte_strings
+from fp8moe.data.token_bytes import token_byte_strings
+from fp8moe.data.tokenizer import load_tokenizer
 
 TEXTS = ["first\ndocument é\r\n", "second 🙂 <|endoftext|> here", "third " * 30]
 
@@ -55,6 +59,26 @@ def test_text_comes_back(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert str(stored.tokens.dtype) == "uint16"
 
 
+def test_it_ends_with_the_command_that_trains_on_the_files(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command is read by the shell's rules and by hydra's, and has a larger vocabulary only where it is needed."""
+    (inputs / "d.png").write_bytes(b"")
+    for name in ("plain", "a b, [c]'d"):
+        assert main(["--input", str(inputs), "--output", str(tmp_path / name), "--vocab-size", "300"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(r"0\.0 MB of text in \d+\.\d s: \d+\.\d\d MB/s", out[1])
+        assert out[2:4] == ["left out: 2 empty documents", f"passed over 1 other file: {inputs / 'd.png'}"]
+        words = shlex.split(out[4].removeprefix("next: "))
+        assert words[:4] == ["fp8moe", "train", "--nproc", "auto"]
+        config = compose(words[4:]).config
+        assert config.data.paths == (str(tmp_path / name),) and config.data.source == "indexed"
+        assert config.model.vocab_size == config.data.vocab_size == 4096
+    for size, expected in ((4096, 4096), (4097, 4224)):
+        config = compose(shlex.split(tokenize.next_command("x", size))[4:]).config
+        assert config.model.vocab_size == config.data.vocab_size == expected
+
+
 def test_a_given_tokenizer_is_used_and_kept(inputs: Path, tmp_path: Path) -> None:
     assert main(["--input", str(inputs / "b.txt"), "--output", str(tmp_path / "x"), "--vocab-size", "280"]) == 0
     given = tmp_path / "x.tokenizer.json"
@@ -66,10 +90,10 @@ def test_a_given_tokenizer_is_used_and_kept(inputs: Path, tmp_path: Path) -> Non
 def test_long_files_and_large_inputs_are_cut_and_sampled(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE_CHARS", 50)
+    monkeypatch.setattr(readers, "PIECE_CHARS", 50)
     monkeypatch.setattr(tokenize, "TRAINING_SAMPLE_BYTES", 100)
     sampled = list(tokenize._training_sample([inputs / "b.txt"], "text"))
-    pieces = [text for text, _ in sources.read_pieces(inputs / "b.txt")]
+    pieces = [text for text, _ in readers.read_pieces(inputs / "b.txt")]
     assert len(pieces) > 8 and sampled == pieces[::5]  # 480 bytes are to give 100
     assert list(tokenize._training_sample([inputs / "b.txt"] * 2, "text")) == (pieces * 2)[::10]
     assert main(["--input", str(inputs), "--output", str(tmp_path / "x"), "--vocab-size", "300"]) == 0
@@ -105,7 +129,7 @@ def test_a_failure_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
     [
         (["--input", "{in}/none"], 3, "none does not exist"),
         (["--input", "{in}/c.txt"], 3, "have 0 documents with text"),
-        (["--input", "{in}/a.jsonl", "--json-key", "body"], 3, "no key 'body'"),
+        (["--input", "{in}/a.jsonl", "--text-key", "body"], 3, "no key 'body'"),
         (["--input", "{in}", "--vocab-size", "100"], 2, "vocab_size=100 is too small"),
         (["--input", "{in}", "--tokenizer", "{in}/none.json"], 3, "none.json does not exist"),
         (["--input", "{in}", "--tokenizer", "{in}/b.txt"], 3, "is not a tokenizer.json"),

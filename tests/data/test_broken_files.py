@@ -23,7 +23,8 @@ from fp8moe.cli import tokenize
 from fp8moe.data.build import open_data
 from fp8moe.data.cache import built_folder
 from fp8moe.data.indexed import IndexedDataset
-from fp8moe.data.sources import DataConfig, find_files
+from fp8moe.data.readers import find_files
+from fp8moe.data.sources import DataConfig
 from fp8moe.data.tokenizer import load_tokenizer
 from fp8moe.errors import ConfigError, DataError
 from tests.train.runs import SMALL, VOCABULARY, write_corpus
@@ -233,7 +234,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "in" / "closed").mkdir(parents=True)
     (tmp_path / "in" / "a.txt").write_text("text")
     (tmp_path / "in" / "closed" / "b.txt").write_text("text")
-    assert [path.name for path in find_files([str(tmp_path / "in")])] == ["a.txt", "b.txt"]
+    assert [path.name for path in find_files([str(tmp_path / "in")]).files] == ["a.txt", "b.txt"]
     monkeypatch.setattr(os, "scandir", refuses("closed", os.scandir))
     with pytest.raises(DataError, match=r"closed can't be read \(Permission denied\)"):
         find_files([str(tmp_path / "in")])
@@ -244,8 +245,8 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
     [
         (b'{"text": "a", "n": ' + b"[" * 99999, "line 1 can't be read as JSON (maximum recursion depth"),
         (b'{"text": ' + b"1" * 5000 + b"}", "line 1 can't be read as JSON (Exceeds the limit"),
-        (b'{"a\\nb": 1}', "line 1 has no key 'text', it has a b: use --json-key"),
-        (json.dumps({"k" * 9999: 1}).encode(), "kkk...: use --json-key"),
+        (b'{"a\\nb": 1}', "line 1 has no key 'text', it has a b: use --text-key"),
+        (json.dumps({"k" * 9999: 1}).encode(), "kkk...: use --text-key"),
         (b'{"text": "\xff"}', "is not UTF-8 text (byte 0xff"),
     ],
 )

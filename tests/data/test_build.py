@@ -21,7 +21,8 @@ from fp8moe.data.cache import key_of
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.packing import PackedDataset, every_document
 from fp8moe.data.sources import DataConfig
-from fp8moe.data.tokenizer import file_hash, save_tokenizer, token_byte_strings, train_tokenizer
+from fp8moe.data.token_bytes import token_byte_strings
+from fp8moe.data.tokenizer import file_hash, save_tokenizer, train_tokenizer
 from fp8moe.errors import ConfigError, DataError
 
 MakeTokens = Callable[..., IndexedDataset]
@@ -178,7 +179,10 @@ def test_a_given_tokenizer(small_library: Path, tmp_path: Path) -> None:
     data = open_data(stdlib(tmp_path / "c", tokenizer=str(tmp_path / "t.json")), seq_len=32, seed=1)
     assert data.tokenizer is not None and data.tokenizer.size < 300
     assert data.token_bytes is not None and data.token_bytes.shape == (400,)
-    with pytest.raises(ConfigError, match=r"ids up to \d+ and data.vocab_size is 260: use \d+ or more"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ids up to \d+ and data.vocab_size, .*, is 260: use model.vocab_size=\d+",
+    ):
         open_data(stdlib(tmp_path / "c", tokenizer=str(tmp_path / "t.json"), vocab_size=260), seq_len=32, seed=1)
     with pytest.raises(DataError, match=r"none.json does not exist"):
         open_data(stdlib(tmp_path / "c", tokenizer=str(tmp_path / "none.json")), seq_len=32, seed=1)
@@ -248,7 +252,10 @@ def test_the_tokenizer_beside_the_files(make_tokens: MakeTokens, tmp_path: Path)
         open_data(indexed(tmp_path, "a", "b"), seq_len=8, seed=1)
     with pytest.raises(DataError, match="can't be mixed"):
         open_data(indexed(tmp_path, "a", validation_paths=(f"{tmp_path}/b",)), seq_len=8, seed=1)
-    with pytest.raises(ConfigError, match=r"ids up to 259 and data.vocab_size is 255: use 260 or more"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ids up to 259 and data.vocab_size, .*, is 255: use model.vocab_size=384",
+    ):
         open_data(indexed(tmp_path, "a", vocab_size=255), seq_len=8, seed=1)
     nameless = tmp_path / "n.json"
     nameless.write_text(tokenizer.to_str().replace("<|endoftext|>", "<|stop|>"))
@@ -260,7 +267,10 @@ def test_the_tokenizer_beside_the_files(make_tokens: MakeTokens, tmp_path: Path)
 
 def test_a_token_past_the_vocabulary_is_found_at_the_start(make_tokens: MakeTokens, tmp_path: Path) -> None:
     make_tokens([list(range(500)), [3, 999, 4]], name="a")
-    with pytest.raises(DataError, match=r"a.bin: token 501 has id 999, outside a vocabulary of 999.* at least 1000"):
+    with pytest.raises(
+        DataError,
+        match=r"a.bin: token 501 has id 999, .* of 999: ids go up to 999, use model.vocab_size=1024",
+    ):
         open_data(indexed(tmp_path, "a", vocab_size=999), seq_len=8, seed=1)
     open_data(indexed(tmp_path, "a"), seq_len=2, seed=1)
 
@@ -268,7 +278,7 @@ def test_a_token_past_the_vocabulary_is_found_at_the_start(make_tokens: MakeToke
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([[1] * 40], "has 1 document"),
+        ([[1] * 17], r"has 17 tokens in 1 document, .* 2 \* \(seq_len \+ 1\) = 18: use seq_len=7 or add text"),
         ([[1] * 40, [2] * 3], "has 3 tokens in 1 documents and a sample needs seq_len \\+ 1 = 9"),
         (None, "does not exist"),
     ],

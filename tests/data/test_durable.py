@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from fp8moe.cli import tokenize
-from fp8moe.data import durable, sources
+from fp8moe.data import durable, readers
 from fp8moe.data.durable import copy_file, make_folder, sync, unwritable, write_text
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
-from fp8moe.data.sources import RUN_CHARS, is_inside_run, read_pieces
+from fp8moe.data.readers import RUN_CHARS, is_inside_run, read_pieces
 from fp8moe.data.tokenizer import load_tokenizer, train_tokenizer
 from fp8moe.errors import ConfigError, DataError, SpaceError
 
@@ -162,7 +162,7 @@ def test_runs_without_white_space_are_cut(tmp_path: Path, monkeypatch: pytest.Mo
     }  # fmt: skip
     assert [is_inside_run(piece) for piece, _ in pieces["long"]] == [False, True, True, False]
     assert not is_inside_run("x" * (RUN_CHARS - 1) + " ")
-    monkeypatch.setattr(sources, "PIECE_CHARS", 1000)  # pieces of a file: the same text
+    monkeypatch.setattr(readers, "PIECE_CHARS", 1000)  # pieces of a file: the same text
     assert "".join(piece for piece, _ in read_pieces(tmp_path / "long.txt")) == texts["long"]
 
 

@@ -95,7 +95,9 @@ def test_the_largest_id_comes_back_on_both_sides_of_uint16(tmp_path: Path, vocab
     data = IndexedDataset(tmp_path / "x")
     assert data.tokens.tolist() == ids and data.bin_path.stat().st_size == 8 * bytes_an_id
     data.check_vocabulary(vocab_size)
-    with pytest.raises(DataError, match=f"token 1 has id {vocab_size - 1}, .* at least {vocab_size}$"):
+    with pytest.raises(
+        DataError, match=f"token 1 has id {vocab_size - 1}, .*: ids go up to {vocab_size - 1}, use model.vocab_size=65"
+    ):
         data.check_vocabulary(vocab_size - 1)
 
 
@@ -230,7 +232,10 @@ def test_ids_past_the_vocabulary_are_found_with_their_place(tmp_path: Path, monk
     write_by_hand(tmp_path / "z", "i", [list(range(11)), [500, 3, 700]], [0, 1, 2])
     data = IndexedDataset(tmp_path / "z")
     data.check_vocabulary(701)
-    with pytest.raises(DataError, match=r"z.bin: token 11 has id 500, outside a vocabulary of 500.* at least 501"):
+    with pytest.raises(
+        DataError,
+        match=r"z.bin: token 11 has id 500, outside a vocabulary of 500: ids go up to 700, use model.vocab_size=768",
+    ):
         data.check_vocabulary(500)
     with pytest.raises(DataError, match="token 13 has id 700"):
         data.check_vocabulary(700)
@@ -253,7 +258,7 @@ def test_ids_are_read_only_when_their_type_allows_bad_ones(tmp_path: Path, monke
 def test_the_first_bad_id_is_named(tmp_path: Path, ids: list[int]) -> None:
     write_by_hand(tmp_path / "z", "b", [ids], [0, 1])
     at = next(i for i, token in enumerate(ids) if token in (9, -1))
-    advice = "use a vocab_size of at least 10" if ids[at] == 9 else "an id is at least 0"
+    advice = "ids go up to 9, use model.vocab_size=128" if ids[at] == 9 else "an id is at least 0"
     with pytest.raises(DataError, match=f"token {at} has id {ids[at]}, outside a vocabulary of 9: {advice}"):
         IndexedDataset(tmp_path / "z").check_vocabulary(9)
 

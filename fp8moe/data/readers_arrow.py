@@ -1,0 +1,104 @@
+"""Reads the text of parquet files and of Hugging Face data sets on disk, by pyarrow, without a network.
+
+`datasets.save_to_disk` writes a folder of `.arrow` files (Arrow's stream format) that `state.json` lists in order;
+other `.arrow` files there are the library's caches and are left out. A folder of several splits has
+`dataset_dict.json`. The `datasets` package itself is not needed: it would bring a network client and a cache to read
+one column.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fp8moe.errors import DataError
+
+TABLE_ENDINGS = (".parquet", ".arrow")
+SPLITS = "dataset_dict.json"
+_ROWS = 256
+_FILE_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has none
+
+
+def splits_of(folder: Path) -> list[str]:
+    """The splits of a data set that was saved with several; empty for any other folder. Raises DataError, OSError."""
+    record = folder / SPLITS
+    return [str(name) for name in _listed(record, "splits")] if record.is_file() else []
+
+
+def files_of_dataset(folder: Path) -> list[Path] | None:
+    """The files of a saved data set, in order; None for any other folder. Raises DataError, OSError."""
+    record = folder / "state.json"
+    if not record.is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    files = [folder / str(one["filename"]) for one in _listed(record, "_data_files")]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{record} lists {file.name}, which is missing: copy the data set again")
+    return files
+
+
+def _listed(record: Path, key: str) -> list[Any]:
+    try:
+        listed = json.loads(record.read_text(encoding="utf-8"))[key]
+        if not isinstance(listed, list):
+            raise TypeError(f"{key} is no list")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{record} can't be read as the record of a data set ({error}): copy it again") from error
+    return listed
+
+
+def read_column(path: Path, column: str) -> Iterator[str]:
+    """The values of a column of text, in order, "" where there is none.
+
+    Raises DataError: pyarrow is missing, the file is broken, it has no such column, or the column holds no text.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow: pip install 'fp8moe[data]'") from error
+    try:
+        schema, batches = _opened(pyarrow, path, column)
+        _check(pyarrow, path, schema, column)
+        for batch in batches:
+            for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
+                yield "" if text is None else text
+    except (pyarrow.ArrowException, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} can't be read by pyarrow ({reason}): it is cut off or damaged, copy it again") from (
+            error
+        )
+
+
+def _opened(pyarrow: Any, path: Path, column: str) -> tuple[Any, Iterator[Any]]:
+    """(schema, record batches that have at least the column if the schema has it)."""
+    if path.suffix.lower() == ".parquet":
+        table = pyarrow.parquet.ParquetFile(path)
+        columns = [column] if column in table.schema_arrow.names else []
+        return table.schema_arrow, table.iter_batches(batch_size=_ROWS, columns=columns)
+    with open(path, "rb") as handle:
+        is_file = handle.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+    source = pyarrow.memory_map(str(path))
+    if not is_file:
+        stream = pyarrow.ipc.open_stream(source)
+        return stream.schema, iter(stream)
+    reader = pyarrow.ipc.open_file(source)
+    return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _check(pyarrow: Any, path: Path, schema: Any, column: str) -> None:
+    def is_text(kind: Any) -> bool:
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+
+    texts = [one.name for one in schema if is_text(one.type)]
+    use = f"use --text-key {texts[0]}" if texts else "no column of it holds text"
+    if column not in schema.names:
+        names = ", ".join(schema.names) or "none"
+        names = names if len(names) <= 200 else f"{names[:200]}..."
+        raise DataError(f"{path} has no column {column!r}, it has {names}: {use}")
+    kind = schema.field(column).type
+    if not is_text(kind):
+        raise DataError(f"{path}: column {column!r} is of type {kind}, it must be text: {use}")
