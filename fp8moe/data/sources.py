@@ -74,6 +74,7 @@ class DataConfig:
     vocab_size: int = 4096  # token ids are below it; configs/: the model's; also of a tokenizer trained here
     document_mask: bool = False  # attention stays within a document, and the first token of a document is not predicted
     cache_dir: str | None = None  # folder for prepared data; None: $XDG_CACHE_HOME/fp8moe, or ~/.cache/fp8moe
+    prefetch: int = 2  # steps whose batches a thread reads ahead of training; 0: training reads them itself
 
     def __post_init__(self) -> None:
         check_fields(
@@ -82,6 +83,7 @@ class DataConfig:
             weights=Range(least=0, use="use a finite number >= 0"),
             validation_share=Range(above=0, most=0.5, use="the default is 0.025"),
             vocab_size=Range(least=1, most=2**24),
+            prefetch=Range(least=0, most=64),
         )
         if self.source not in SOURCES:
             raise ConfigError(f"data.source={self.source!r} is not a data source: use {' or '.join(SOURCES)}")

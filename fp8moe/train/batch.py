@@ -8,7 +8,7 @@ doesn't give the steps it grew in; here it grows linearly in consumed samples an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,13 +111,18 @@ def microbatches_of(ids: Sequence[int], size: int) -> list[Sequence[int]]:
     return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in pinned memory where `device` is a GPU, else itself."""
+    return _each(batch, Tensor.pin_memory) if device.type == "cuda" else batch
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; to a GPU they go by pinned memory, without a wait for the copies."""
     if device.type == "cpu":
         return batch
+    # From pageable memory the host would wait for the copy, and with it for everything before it on the stream.
+    return _each(pinned(batch, device), lambda tensor: tensor.to(device, non_blocking=True))
 
-    def moved(tensor: Tensor) -> Tensor:
-        # From pageable memory the host would wait for the copy, and with it for everything before it on the stream.
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-    return Batch(moved(batch.inputs_BS), moved(batch.labels_BS), moved(batch.positions_BS), batch.document_lengths)
+def _each(batch: Batch, made: Callable[[Tensor], Tensor]) -> Batch:
+    return Batch(made(batch.inputs_BS), made(batch.labels_BS), made(batch.positions_BS), batch.document_lengths)

@@ -35,6 +35,7 @@ from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.random_state import seed_random
+from fp8moe.train.reading import step_reader
 from fp8moe.train.run import Run
 from fp8moe.train.run_state import begin_from, check_space, perturb_weights, restore
 
@@ -71,6 +72,7 @@ def build(
         data=data,
         identity=identity,
         sampler=Sampler(len(data.train), config.seed),
+        reader=step_reader(config, data.train, mesh, device),
         model=model,
         dispatcher=dispatcher,
         stages=stages,

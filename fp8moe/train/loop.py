@@ -109,6 +109,7 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
             run_logger.print(last_lines(run))
         return summary
     finally:
+        run.reader.close()
         run_logger.close()
 
 
