@@ -7,8 +7,8 @@ something else was read, as after a resume or a rollback. At most `ahead` reads 
 An error of a read is raised by the `take` that wants it, not before. Where the thread has ended, as in a process forked
 from this one, `take` raises instead of waiting for good.
 
-Refused: a process instead of a thread. Reading is memory maps and numpy, which release the interpreter's lock for most of
-their time, and a process would copy every batch once more and has to be watched, stopped and restarted.
+Refused: a process instead of a thread. Reading is memory maps and numpy, which release the interpreter's lock for most
+of their time, and a process would copy every batch once more and has to be watched, stopped and restarted.
 """
 
 from __future__ import annotations

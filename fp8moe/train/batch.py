@@ -64,6 +64,14 @@ def global_batch(config: BatchConfig, consumed: int) -> int:
     return min(config.sequences, max(config.ramp_from, int(wanted / increment) * increment))
 
 
+def total_samples(config: BatchConfig, steps: int) -> int:
+    """Sequences of the first `steps` steps."""
+    consumed = done = 0
+    while done < steps and config.ramp_from is not None and consumed < config.ramp_samples:
+        consumed, done = consumed + global_batch(config, consumed), done + 1
+    return consumed + (steps - done) * config.sequences
+
+
 def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
     """The configuration with `micro_batch` filled in, after a check that every size of the batch suits dp ranks.
 

@@ -14,6 +14,7 @@ import torch
 from torch.nn import Parameter
 
 from fp8moe.data.build import Data, open_data
+from fp8moe.data.fim import fim_in_words
 from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
 from fp8moe.layers.attention.choice import chosen
@@ -161,6 +162,8 @@ def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:
         None if data.tokenizer is None else content_hash(data.tokenizer.path),
         config.data.document_mask,
         config.data.validation_share,
+        config.data.packing,
+        fim_in_words(config.data),
     )
 
 
