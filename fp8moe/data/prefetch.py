@@ -2,7 +2,7 @@
 
 A read is named by the sample number that it begins at, and each name follows from the one before (`following`). So the
 state of a run stays (seed, consumed): `take(first)` gives what was read ahead for `first`, or discards all of it where
-something else was read, as after a resume or a rollback. At most `ahead` reads are kept or under way.
+something else was read, as after a resume or a rollback. At most `ahead` reads are kept or being done.
 
 An error of a read is raised by the `take` that wants it, not before. Where the thread has ended, as in a process forked
 from this one, `take` raises instead of waiting for good.
@@ -64,13 +64,13 @@ class Prefetcher(Generic[T]):
             raise
 
     def discard(self) -> None:
-        """Forget what was read ahead; a read that is under way ends unused."""
+        """Forget what was read ahead; a read that has begun ends unused."""
         for _, future in self._reads:
             future.cancel()
         self._reads.clear()
 
     def close(self) -> None:
-        """End the thread, without waiting for a read that is under way."""
+        """End the thread, without waiting for a read that has begun."""
         self.discard()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)

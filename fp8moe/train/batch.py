@@ -121,7 +121,7 @@ def microbatches_of(ids: Sequence[int], size: int) -> list[Sequence[int]]:
 
 def pinned(batch: Batch, device: torch.device) -> Batch:
     """The batch in pinned memory where `device` is a GPU, else itself."""
-    return _each(batch, Tensor.pin_memory) if device.type == "cuda" else batch
+    return _each(batch, lambda tensor: tensor.pin_memory()) if device.type == "cuda" else batch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
