@@ -51,6 +51,15 @@ def test_batches_are_the_same_read_ahead_or_not(corpus: list[str], mask: str) ->
     ahead.reader.close()
 
 
+def test_nothing_is_read_twice_while_the_batch_grows(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = built(configured([*corpus, *RAMP], "data.prefetch=2"))
+    batch, firsts = run.data.train.batch, list[int]()
+    monkeypatch.setattr(run.data.train, "batch", lambda ids: firsts.append(ids[0]) or batch(ids))
+    reads(run, 9)
+    run.reader.close()
+    assert firsts == sorted(set(firsts))
+
+
 def test_a_run_has_the_same_losses_read_ahead_or_not(corpus: list[str], tmp_path: Path) -> None:
     losses = []
     for ahead in (0, 2):
