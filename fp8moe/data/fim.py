@@ -9,8 +9,8 @@ epoch holds the documents' new lengths; so every token of the text still is seen
 Both cuts are drawn evenly from the places between two characters, the document's ends included, so that a model learns
 to go on in the middle of a word. A cut is made on the bytes of the tokens: the tokens up to NEAR before and behind it
 are encoded anew on both sides, the others stay as they are, since a byte pair encoder looks no farther than a word. So
-the cost of a cut does not grow with its document. Where the text of the new ids is not the same bytes (a tokenizer that
-normalizes or adds a space, text that is not UTF-8), the cut is made before the token that holds it.
+what a cut encodes does not grow with its document. Where the text of the new ids is not the same bytes (a tokenizer
+that normalizes or adds a space, text that is not UTF-8), the cut is made before the token that holds it.
 
 Refused: encoding whole parts anew, which a book would pay once for every sample it reaches into; and FIM of packed
 samples, which mixes documents and drops tokens.
