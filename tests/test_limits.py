@@ -28,7 +28,8 @@ ZERO = {
     "mtp_depth", "mtp_weight", "num_dense_layers", "num_shared", "q_lora_rank", "aux_loss_alpha", "bias_gamma",
     "mscale", "mscale_all", "layout", "beta1", "beta2", "muon_beta", "weight_decay", "warmup_steps", "factor",
     "bias_gamma_until", "mtp_weight_until", "mtp_weight_after", "fp8_every", "experts_every", "ramp_samples", "every",
-    "keep_every", "seed", "max_skipped_steps", "consistency_every", "completions", "init_perturbation",
+    "keep_every", "seed", "max_skipped_steps", "consistency_every", "completions", "init_perturbation", "fim_rate",
+    "prefetch",
 }  # fmt: skip
 NOT_ZERO = {"YarnConfig.factor", "LoggingConfig.every", "EmaConfig.every"}
 HUGE = {"until": 1e18, "clip_norm": 1e30, "rope_theta": 1e12, "seed": 10**12, "ramp_samples": 10**12}

@@ -59,6 +59,9 @@ _NAMES = {
     "data.validation_share": "split validation_split_percentage val_split eval_ratio",
     "data.tokenizer": "tokenizer_model tokenizer_path tokenizer_name tokenizer_type hf_assets_path",
     "data.document_mask": "reset_attention_mask attn_mask_type block_causal",
+    "data.packing": "packing sample_packing pack_sequences packing_strategy",
+    "data.fim_tokens": "fim_prefix_token fim_suffix_token fim_middle_token",
+    "data.prefetch": "num_workers dataloader_num_workers prefetch_factor dataloader_prefetch_factor",
     "data.cache_dir": "data_cache_path",
     "checkpoint.every": "save_interval save_steps checkpoint_interval ckpt_interval checkpoint.interval save_every",
     "checkpoint.keep": "save_total_limit keep_latest_k max_checkpoints max_to_keep",
@@ -129,6 +132,7 @@ _OTHER_VALUES = {
     *("precision", "recompute", "lr_schedule", "optimizer.kind", "optimizer.sharding", "optimizer.schedule.phases"),
     *("optimizer.moments", "parallel.schedule", "parallel.layout", "parallel.dispatcher", "parallel.timeout"),
     *("data.paths", "data.weights", "data.validation_paths", "data.validation_share", "data.tokenizer"),
+    *("data.packing", "data.fim_tokens", "data.prefetch"),
     *("data.document_mask", "batch.ramp_from", "logging.wandb", "model.num_dense_layers", "model.attention.yarn"),
     *("model.attention.backend", "model.attention.qk_norm", "model.experts.num_shared", "model.router.score"),
 }

@@ -6,16 +6,8 @@ process on a node without that cache prepares them itself. Prepared folders, eac
 - `checked-*`: empty; it exists once every id of a token file was checked against the vocabulary size;
 - `order-*`: the sample order of one epoch; `bigram-*`: the figure of the byte bigram model.
 
-The validation order always uses seed 0, so its first K samples are the same text in every run.
-
-The byte bigram model is the baseline that a language model must beat, in bits per byte of the same samples. Its symbols
-are the 256 bytes and one "end" for a token without bytes (end-of-text); P(b | a) = (count(a, b) + 1) / (count(a) + 257)
-with counts over training text. Both models must predict the end and neither counts it as a byte, so they compare:
-
-    model:   sum of nats over predicted tokens / ln 2 / sum of `token_bytes` over predicted tokens
-    bigram:  sum of bits over the symbols of predicted tokens / the same sum of bytes
-
-It reads tokens and takes their bytes from the vocabulary, so it also measures token files written elsewhere.
+The validation order always uses seed 0 and the plain stream, so its first K samples are the same text in every run:
+packing by documents and fill-in-the-middle concern training alone, and figures of runs with and without compare.
 """
 
 from __future__ import annotations
@@ -23,24 +15,25 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import tokenizers
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8moe.data import sources
+from fp8moe.data.bigram import bigram_bits_per_byte
 from fp8moe.data.cache import built_folder, cache_root, key_of, read_number
+from fp8moe.data.fim import FillInTheMiddle, open_fim
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
-from fp8moe.data.packing import IGNORED_LABEL, Batch, Dataset, PackedDataset, every_document
+from fp8moe.data.packing import Dataset, PackedDataset, every_document
 from fp8moe.data.sampler import BlendedDataset
 from fp8moe.data.sources import DataConfig
 from fp8moe.data.split import split
-from fp8moe.data.token_bytes import token_byte_strings
 from fp8moe.data.tokenizer import (
     TokenizerInfo,
     check_size,
@@ -53,16 +46,13 @@ from fp8moe.data.tokenizer import (
     tokenizer_beside,
     train_tokenizer,
 )
-from fp8moe.errors import DataError
+from fp8moe.data.vocabulary import load_vocabulary
 
 logger = logging.getLogger(__name__)
 
 _STDLIB_FORMAT = 1
 _BIGRAM_FORMAT = 1
 _VALIDATION_SEED = 0
-END_SYMBOL = 256
-NUM_SYMBOLS = 257
-_CHUNK_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -148,10 +138,11 @@ def _open_stdlib(config: DataConfig, root: Path, seq_len: int, seed: int, valida
 
     folder = built_folder(root, f"stdlib-{key}", build)
     train, validation = (IndexedDataset(folder / name) for name in ("train", "validation"))
+    fim = open_fim(config, folder / "tokenizer.json", seed)
     return _assemble(
         config,
         root,
-        _pack(train, every_document(train), config, root, seq_len, seed),
+        _pack_training(train, every_document(train), config, root, seq_len, seed, fim),
         _pack(validation, every_document(validation), config, root, seq_len, _VALIDATION_SEED),
         folder / "tokenizer.json",
         validation_samples,
@@ -160,24 +151,26 @@ def _open_stdlib(config: DataConfig, root: Path, seq_len: int, seed: int, valida
 
 def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, validation_samples: int | None) -> Data:
     weights = list(config.weights) or [1.0] * len(config.paths)
+    if config.tokenizer is not None:
+        tokenizer: Path | None = Path(config.tokenizer)
+    else:
+        tokenizer = tokenizer_beside(config.paths + config.validation_paths)
     train: list[Dataset] = []
     validation: list[Dataset] = []
-    for source in [IndexedDataset(path) for path in config.paths]:  # a missing file is found before any is read
+    opened = [IndexedDataset(path) for path in config.paths]  # a missing file is found before any is read
+    fim = open_fim(config, tokenizer, seed)
+    for source in opened:
         if config.validation_paths:
-            train.append(_pack(source, every_document(source), config, root, seq_len, seed))
+            train.append(_pack_training(source, every_document(source), config, root, seq_len, seed, fim))
         else:
             parts, kept, held_out = split(source, config.validation_share, seq_len)
-            train.append(_pack(parts, kept, config, root, seq_len, seed))
+            train.append(_pack_training(parts, kept, config, root, seq_len, seed, fim))
             validation.append(_pack(parts, held_out, config, root, seq_len, _VALIDATION_SEED))
     validation_weights: Sequence[float] = weights
     if config.validation_paths:
         held = [IndexedDataset(path) for path in config.validation_paths]
         validation = [_pack(part, every_document(part), config, root, seq_len, _VALIDATION_SEED) for part in held]
         validation_weights = [len(part) for part in validation]
-    if config.tokenizer is not None:
-        tokenizer: Path | None = Path(config.tokenizer)
-    else:
-        tokenizer = tokenizer_beside(config.paths + config.validation_paths)
     return _assemble(
         config,
         root,
@@ -188,8 +181,27 @@ def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, valid
     )
 
 
+def _pack_training(
+    source: IndexedDataset,
+    documents: NDArray[Any],
+    config: DataConfig,
+    root: Path,
+    seq_len: int,
+    seed: int,
+    fim: FillInTheMiddle | None,
+) -> PackedDataset:
+    return _pack(source, documents, config, root, seq_len, seed, config.packing, fim)
+
+
 def _pack(
-    source: IndexedDataset, documents: NDArray[np.int64], config: DataConfig, root: Path, seq_len: int, seed: int
+    source: IndexedDataset,
+    documents: NDArray[Any],
+    config: DataConfig,
+    root: Path,
+    seq_len: int,
+    seed: int,
+    packing: str = "stream",
+    fim: FillInTheMiddle | None = None,
 ) -> PackedDataset:
     checked = key_of(source.fingerprint, config.vocab_size)
     built_folder(root, f"checked-{checked}", lambda _: source.check_vocabulary(config.vocab_size))
@@ -201,6 +213,8 @@ def _pack(
         vocab_size=config.vocab_size,
         document_mask=config.document_mask,
         cache=root,
+        packing=packing,
+        fim=fim,
     )
     dataset.prepare()
     return dataset
@@ -221,14 +235,8 @@ def _assemble(
     """Adds the figures that need a tokenizer."""
     if tokenizer_path is None:
         return Data(train, validation, config.vocab_size, None, None, None)
-    tokenizer = load_tokenizer(tokenizer_path)
-    check_size(tokenizer, config.vocab_size)
-    strings = token_byte_strings(tokenizer)
-    strings += [b""] * (config.vocab_size - len(strings))
-    try:
-        end = end_of_text_id(tokenizer)
-    except DataError:
-        end = None  # token files already mark where documents end
+    vocabulary = load_vocabulary(tokenizer_path, config.vocab_size)
+    strings = vocabulary.strings
     texts = [train.fingerprint, validation.fingerprint, file_hash(tokenizer_path)]
     key = key_of(_BIGRAM_FORMAT, texts, config.document_mask, validation_samples or 0)
 
@@ -238,77 +246,5 @@ def _assemble(
 
     bigram = read_number(built_folder(root, f"bigram-{key}", build) / "bits_per_byte.json")
     token_bytes = torch.tensor([len(string) for string in strings], dtype=torch.int64)
-    info = TokenizerInfo(tokenizer_path, num_ids(tokenizer), end)
+    info = TokenizerInfo(tokenizer_path, num_ids(vocabulary.tokenizer), vocabulary.end_of_text)
     return Data(train, validation, config.vocab_size, info, token_bytes, bigram)
-
-
-class ByteBigram:
-    """The byte bigram model: counts pairs of symbols, and scores text by them (see the top of this module).
-
-    token_strings: the bytes of each token id, empty for special tokens.
-    counts: int64 [257, 257], how often the second symbol followed the first in the batches counted.
-    """
-
-    def __init__(self, token_strings: Sequence[bytes]) -> None:
-        symbols = [np.frombuffer(string, dtype=np.uint8).astype(np.int64) for string in token_strings]
-        symbols = [string if string.size else np.array([END_SYMBOL]) for string in symbols]
-        self._lengths = np.array([string.size for string in symbols], dtype=np.int64)
-        self._starts = np.cumsum(self._lengths) - self._lengths
-        self._symbols = np.concatenate(symbols)
-        self.counts = np.zeros((NUM_SYMBOLS, NUM_SYMBOLS), dtype=np.int64)
-
-    def _pairs(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(symbol before, symbol) for every symbol of every predicted token of a batch."""
-        inputs_BS, labels_BS = batch.inputs_BS.numpy(), batch.labels_BS.numpy()
-        # The windows again: inputs and last label. A masked last label is not predicted, so any id may replace it.
-        tokens = np.concatenate([inputs_BS, np.maximum(labels_BS[:, -1:], 0)], axis=1)
-        predicted = np.zeros(tokens.shape, dtype=bool)
-        predicted[:, 1:] = labels_BS != IGNORED_LABEL
-        flat = tokens.reshape(-1)
-        lengths = self._lengths[flat]
-        owner = np.repeat(np.arange(flat.size), lengths)
-        within = np.arange(owner.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        symbols = self._symbols[self._starts[flat][owner] + within]
-        wanted = predicted.reshape(-1)[owner]
-        return symbols[:-1][wanted[1:]], symbols[1:][wanted[1:]]
-
-    def count(self, batch: Batch) -> None:
-        """Adds the predicted tokens of a batch to the counts."""
-        before, symbol = self._pairs(batch)
-        flat = np.bincount(before * NUM_SYMBOLS + symbol, minlength=NUM_SYMBOLS**2)
-        self.counts += flat.reshape(NUM_SYMBOLS, NUM_SYMBOLS)
-
-    def score(self, batch: Batch) -> tuple[float, int]:
-        """(bits, bytes) of the predicted tokens of a batch."""
-        before, symbol = self._pairs(batch)
-        seen = self.counts.sum(axis=1)
-        bits = np.log2(seen[before] + NUM_SYMBOLS) - np.log2(self.counts[before, symbol] + 1)
-        return float(bits.sum()), int((symbol != END_SYMBOL).sum())
-
-
-def _chunks(dataset: Dataset, num_samples: int) -> Iterator[Batch]:
-    per_chunk = max(1, _CHUNK_TOKENS // dataset.window(0).tokens.size)
-    for start in range(0, num_samples, per_chunk):
-        yield dataset.batch(range(start, min(start + per_chunk, num_samples)))
-
-
-def bigram_bits_per_byte(
-    train: Dataset,
-    validation: Dataset,
-    token_strings: Sequence[bytes],
-    *,
-    validation_samples: int | None = None,
-    train_tokens: int = 1 << 24,
-) -> float:
-    """Bits per byte of `validation` under a byte bigram model counted over one epoch of `train`.
-
-    validation_samples: number of samples scored, from the first; None: one epoch.
-    train_tokens: number of tokens counted at most, about; the 66,049 probabilities change little after that.
-    """
-    model = ByteBigram(token_strings)
-    seq_len = train.window(0).tokens.size - 1
-    for batch in _chunks(train, min(len(train), max(1, train_tokens // seq_len))):
-        model.count(batch)
-    scores = [model.score(batch) for batch in _chunks(validation, validation_samples or len(validation))]
-    bits, num_bytes = sum(bits for bits, _ in scores), sum(count for _, count in scores)
-    return bits / max(1, num_bytes)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fp8moe.data.fim import open_fim
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.sources import DataConfig
 from fp8moe.data.tokenizer import check_size, load_tokenizer, tokenizer_beside
 
 
 def check_files(config: DataConfig) -> None:
-    """Raises DataError at a token file or tokenizer that is missing, unreadable or broken, ConfigError at one that has
-    more ids than `vocab_size`. Writes nothing."""
+    """Raises DataError at a token file or tokenizer that is missing, unreadable or broken, or lacks a sentinel of FIM,
+    ConfigError at one that has more ids than `vocab_size`. Writes nothing."""
     for prefix in (*config.paths, *config.validation_paths):
         IndexedDataset(prefix)
     given = None if config.tokenizer is None else Path(config.tokenizer)
     path = given or tokenizer_beside(config.paths + config.validation_paths)
     if path is not None:
         check_size(load_tokenizer(path), config.vocab_size)
+    if path is not None or config.source == "indexed":
+        open_fim(config, path, 0)

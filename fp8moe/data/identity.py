@@ -14,8 +14,9 @@ from typing import Any
 from fp8moe.data.durable import unreadable
 from fp8moe.errors import ConfigError
 
+NO_FIM = "data.fim_rate=0"
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
-CHANGES = ("data", "tokenizer", "document_mask", "validation_share")  # what `resume_changes` may name
+CHANGES = ("data", "tokenizer", "document_mask", "validation_share", "packing", "fim")  # what `resume_changes` may name
 
 
 def content_hash(path: Path) -> str:
@@ -38,14 +39,19 @@ def content_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """Hashes of the training and validation text with their mixture, and of the tokenizer; two settings that change
-    what a model sees of them."""
+    """Hashes of the training and validation text with their mixture, and of the tokenizer; the settings that change
+    what a model sees of them.
+
+    fim: rate and names of fill-in-the-middle, in words. The defaults are those of checkpoints without packing and FIM.
+    """
 
     train: str
     validation: str
     tokenizer: str | None
     document_mask: bool
     validation_share: float
+    packing: str = "stream"
+    fim: str = NO_FIM
 
     @property
     def text(self) -> tuple[str, str]:
@@ -70,6 +76,11 @@ def check_same_data(where: object, stored: dict[str, Any], here: DataIdentity, a
         share = there.validation_share
         sentence = f"with data.validation_share={share} and this run has {here.validation_share}"
         _refuse(where, "validation_share", f"{sentence}, so that it would train on held-out text: use {share}", allowed)
+    if there.packing != here.packing:
+        sentence = f"with data.packing={there.packing} and this run has {here.packing}: use {there.packing}"
+        _refuse(where, "packing", sentence, allowed)
+    if there.fim != here.fim:
+        _refuse(where, "fim", f"with {there.fim} and this run has {here.fim}: use the former", allowed)
     if there.tokenizer != here.tokenizer:
         advice = "use data.tokenizer=PATH of its run's tokenizer.json"
         _refuse(where, "tokenizer", f"with another tokenizer than this run's: {advice}", allowed)

@@ -4,13 +4,13 @@ For each epoch the documents are put in a random order, joined, and cut; windows
 by one, so that every token but the first is predicted exactly once and the last input of a window has its label. Fewer
 than seq_len tokens at the end of an epoch are dropped (different ones each epoch, as the order differs). Then the
 windows are shuffled. Sample n of the endless stream is window `shuffle[n mod N]` of epoch n div N, where N is the
-number of windows.
+number of windows. That is `packing=stream`; with `packing=documents` whole documents fill samples (`best_fit`), of
+which one is as long, ends in padding and shares no token with another.
 
-The index of an epoch is four int64 arrays: `documents` (their order), `first` and `offset` (for each window, the place
-of its first document in that order and the token within that document), and `shuffle`. It depends on document lengths,
-seq_len, seed and epoch alone, is computed by whole-array operations, cached as .npy, and read by memory map, so the
-ranks of a node share its pages. The permutations are those of numpy's `RandomState`, whose streams are frozen: a run
-resumed with another numpy sees the same order (`Generator` was refused: its streams may change between versions).
+With fill-in-the-middle (`fim`) the documents of an epoch have other lengths than those of another, so the number of its
+samples differs as well, and the index holds the lengths.
+
+The index of an epoch (`order`) is cached as .npy and read by memory map, so the ranks of a node share its pages.
 
 Legend: B samples, S seq_len.
 """
@@ -18,6 +18,7 @@ Legend: B samples, S seq_len.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8moe.data.cache import built_folder, key_of
+from fp8moe.data.fim import FillInTheMiddle
 from fp8moe.data.indexed import IndexedDataset
+from fp8moe.data.order import documents_index, epoch_index
 from fp8moe.errors import ConfigError, DataError
 
 IGNORED_LABEL = -100
 _INDEX_FORMAT = 1
 _INDEX_ARRAYS = ("documents", "first", "offset", "shuffle")
+_FIM_ARRAYS = ("lengths", "chosen")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Batch:
     inputs_BS: token ids. labels_BS: the id after each input, or -100 where none is predicted.
     positions_BS: 0, 1, 2, ...; from 0 again at each document when the document mask is on.
     document_lengths: inputs of each document, or part of one, in the order of the samples, none longer than its sample;
-    None when the document mask is off.
+    padding counts as a document. None when the document mask is off.
     """
 
     inputs_BS: Tensor
@@ -55,10 +59,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """One sample. tokens: int64 [S + 1]; starts: int64, the places in it where a document begins; the first is 0."""
+    """One sample. tokens: int64 [S + 1]; starts: int64, the places in it where a document begins; the first is 0.
+
+    padding: so many tokens at the end are padding, of id 0, and not predicted.
+    """
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int64]
+    padding: int = 0
 
 
 class Dataset(Protocol):
@@ -84,12 +92,16 @@ def collate(windows: Sequence[Window], *, document_mask: bool) -> Batch:
     """Stacks windows into a batch; with `document_mask` a label that starts another document is -100, see `Batch`."""
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
     inputs_BS, labels_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    filled = [tokens.shape[1] - window.padding for window in windows]
+    for row, end in enumerate(filled):
+        labels_BS[row, end - 1 :] = IGNORED_LABEL
     if not document_mask:
         positions_BS = torch.arange(inputs_BS.shape[1]).expand_as(inputs_BS).contiguous()
         return Batch(inputs_BS, labels_BS, positions_BS, None)
     is_start = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, window in enumerate(windows):
         is_start[row, torch.from_numpy(window.starts)] = True
+        is_start[row, filled[row] : filled[row] + 1] = True
     labels_BS = labels_BS.masked_fill(is_start[:, 1:], IGNORED_LABEL)
     place = torch.arange(inputs_BS.shape[1])
     start_of_document = torch.where(is_start[:, :-1], place, 0).cummax(dim=1).values
@@ -98,24 +110,11 @@ def collate(windows: Sequence[Window], *, document_mask: bool) -> Batch:
     return Batch(inputs_BS, labels_BS, place - start_of_document, tuple(lengths.tolist()))
 
 
-def epoch_index(lengths: NDArray[np.int64], seq_len: int, seed: int, epoch: int) -> dict[str, NDArray[np.int64]]:
-    """The index of one epoch over documents of `lengths` (int64, all above 0); see the top of this module."""
-    random = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, epoch])
-    documents = random.permutation(len(lengths)).astype(np.int64)
-    ends = np.cumsum(lengths[documents])
-    num_samples = (int(ends[-1]) - 1) // seq_len
-    starts = np.arange(num_samples, dtype=np.int64) * seq_len
-    first = np.searchsorted(ends, starts, side="right").astype(np.int64)
-    offset = starts - (ends[first] - lengths[documents[first]])
-    shuffle = random.permutation(num_samples).astype(np.int64)
-    return {"documents": documents, "first": first, "offset": offset, "shuffle": shuffle}
-
-
 class PackedDataset:
     """Samples of the documents of one `IndexedDataset`.
 
     documents: int64 numbers of the documents; empty ones are left out.
-    cache: folder for the indices.
+    cache: folder for the indices. packing: stream or documents. fim: what rearranges a share of the documents.
     Raises ConfigError, and DataError when the documents have too few tokens for one sample.
     """
 
@@ -129,6 +128,8 @@ class PackedDataset:
         vocab_size: int,
         document_mask: bool,
         cache: Path,
+        packing: str = "stream",
+        fim: FillInTheMiddle | None = None,
     ) -> None:
         if seq_len < 1:
             raise ConfigError(f"seq_len={seq_len} must be at least 1")
@@ -144,15 +145,34 @@ class PackedDataset:
                 f"seq_len + 1 = {seq_len + 1}: use seq_len={max(1, self.num_tokens - 1)} or add text"
             )
         self._source, self._seq_len, self._seed, self._vocab_size = source, seq_len, seed, vocab_size
-        self.document_mask = document_mask
+        self.document_mask, self.whole_documents, self._fim = document_mask, packing == "documents", fim
         self._cache = cache
         self._indices: dict[int, dict[str, NDArray[np.int64]]] = {}
         self._chosen = hashlib.sha256(self._documents.tobytes()).hexdigest()
-        self.fingerprint = key_of(_INDEX_FORMAT, source.fingerprint, self._chosen, seq_len, seed)
+        # What is not used is no part of the name, so that caches of earlier versions are found.
+        more = ([packing] if self.whole_documents else []) + ([fim.key] if fim is not None else [])
+        self.fingerprint = key_of(_INDEX_FORMAT, source.fingerprint, self._chosen, seq_len, seed, *more)
+        self._ends: list[int] = []  # samples of the first epochs, added up; with FIM alone
 
     def __len__(self) -> int:
-        """Number of samples in an epoch."""
+        """Number of samples in an epoch, with FIM in the first."""
+        if self.whole_documents or self._fim is not None:
+            return len(self._index(0)["shuffle"])
         return (self.num_tokens - 1) // self._seq_len
+
+    @property
+    def name(self) -> str:
+        """Folder and name of the token files."""
+        return "/".join(Path(self._source.prefix).parts[-2:])
+
+    def tokens_with_fim(self) -> int:
+        """Tokens of the first epoch, those that fill-in-the-middle adds included."""
+        return self.num_tokens if self._fim is None else int(self._index(0)["lengths"].sum())
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that are not empty."""
+        return len(self._documents)
 
     def content(self) -> str:
         """A hash of the text alone, wherever its files lie."""
@@ -171,46 +191,90 @@ class PackedDataset:
 
     def _load_index(self, epoch: int) -> dict[str, NDArray[np.int64]]:
         def build(folder: Path) -> None:
-            for name, values in epoch_index(self._lengths, self._seq_len, self._seed, epoch).items():
+            make = documents_index if self.whole_documents else epoch_index
+            changed = {} if self._fim is None else self._fim_index(self._fim, epoch)
+            arrays = make(changed.get("lengths", self._lengths), self._seq_len, self._seed, epoch)
+            for name, values in (arrays | changed).items():
                 np.save(folder / f"{name}.npy", values)
 
+        names = _INDEX_ARRAYS if self._fim is None else _INDEX_ARRAYS + _FIM_ARRAYS
         folder = built_folder(self._cache, f"order-{self.fingerprint}-{epoch}", build)
         try:
             # np.load refuses pickles unless it is told otherwise.
-            index = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _INDEX_ARRAYS}
-            sizes = [len(index[name]) for name in _INDEX_ARRAYS]
+            index = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+            sizes = [len(index[name]) for name in names]
             if any(values.dtype != np.int64 or values.ndim != 1 for values in index.values()):
                 raise ValueError("its arrays are not int64")
         except (OSError, ValueError, EOFError, TypeError) as error:
             raise DataError(f"the cached sample order {folder} can't be read ({error}): delete that folder") from error
-        if sizes != [len(self._lengths), len(self), len(self), len(self)]:
+        if self.whole_documents:
+            expected = [sizes[0], sizes[3] + 1, sizes[0], sizes[3]]
+        else:
+            samples = len(self) if self._fim is None else sizes[3]
+            expected = [len(self._lengths), samples, samples, samples]
+        if sizes[:4] != expected or (self._fim is not None and sizes[4] != len(self._lengths)):
             raise DataError(
                 f"the cached sample order {folder} has {sizes[0]} documents and {sizes[3]} samples instead of "
-                f"{len(self._lengths)} and {len(self)}: delete that folder"
+                f"{expected[0]} and {expected[3]}: delete that folder"
             )
         return index
+
+    def _fim_index(self, fim: FillInTheMiddle, epoch: int) -> dict[str, NDArray[np.int64]]:
+        """The documents of an epoch that FIM is applied to, and the lengths of all."""
+        chosen, lengths = fim.chosen(len(self._lengths), epoch), self._lengths.copy()
+        lengths[chosen] = [len(fim.apply(self._read(one), one, epoch)) for one in chosen.tolist()]
+        return {"lengths": lengths, "chosen": chosen}
+
+    def _read(self, document: int, offset: int = 0, count: int | None = None) -> NDArray[Any]:
+        """Ids of a document as it is stored. Raises DataError at one outside the vocabulary."""
+        begin = int(self._source.document_offsets[self._entry(self._documents, document)]) + offset
+        ids = self._source.tokens[begin : begin + (int(self._lengths[document]) if count is None else count)]
+        self._source.check_ids(ids, begin, self._vocab_size)
+        return ids
+
+    def _part(self, epoch: int, document: int, offset: int, most: int) -> NDArray[Any]:
+        """At most `most` ids of a document of an epoch, from `offset` on. Raises DataError."""
+        if self._fim is not None:
+            chosen = self._index(epoch)["chosen"]
+            at = int(np.searchsorted(chosen, document))
+            if at < len(chosen) and chosen[at] == document:
+                return self._fim.apply(self._read(document), document, epoch)[offset : offset + most]
+        return self._read(document, offset, min(self._entry(self._lengths, document) - offset, most))
+
+    def _epoch_of(self, sample_id: int) -> tuple[int, int]:
+        """(epoch, number in it) of a sample."""
+        if self._fim is None:
+            return divmod(sample_id, len(self))
+        while not self._ends or self._ends[-1] <= sample_id:
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before + len(self._index(len(self._ends))["shuffle"]))
+        epoch = bisect_right(self._ends, sample_id)
+        return epoch, sample_id - (self._ends[epoch - 1] if epoch else 0)
 
     def window(self, sample_id: int) -> Window:
         """The tokens of sample `sample_id` >= 0. Raises DataError at an id outside the vocabulary."""
         assert sample_id >= 0
-        epoch, within = divmod(sample_id, len(self))
+        epoch, within = self._epoch_of(sample_id)
         index = self._index(epoch)
         number = self._entry(index["shuffle"], within)
-        place, offset = self._entry(index["first"], number), self._entry(index["offset"], number)
-        tokens = np.empty(self._seq_len + 1, dtype=np.int64)
+        place = self._entry(index["first"], number)
+        stop = self._entry(index["first"], number + 1) if self.whole_documents else len(index["documents"]) + 1
+        offset = 0 if self.whole_documents else self._entry(index["offset"], number)
+        tokens = np.zeros(self._seq_len + 1, dtype=np.int64)
         starts, filled = [], 0
-        while filled < len(tokens):
+        while filled < len(tokens) and place < stop:
             document = self._entry(index["documents"], place)
-            begin = int(self._source.document_offsets[self._entry(self._documents, document)]) + offset
-            count = min(int(self._lengths[document]) - offset, len(tokens) - filled)
-            if offset < 0 or count < 1:
+            if self.whole_documents:
+                offset = self._entry(index["offset"], place)
+            if not 0 <= offset < self._entry(index.get("lengths", self._lengths), document):
                 raise self._damaged()
-            piece = self._source.tokens[begin : begin + count]
-            self._source.check_ids(piece, begin, self._vocab_size)
-            tokens[filled : filled + count] = piece
+            part = self._part(epoch, document, offset, len(tokens) - filled)
+            tokens[filled : filled + len(part)] = part
             starts.append(filled)
-            filled, place, offset = filled + count, place + 1, 0
-        return Window(tokens, np.array(starts, dtype=np.int64))
+            filled, place, offset = filled + len(part), place + 1, 0
+        if not filled:
+            raise self._damaged()
+        return Window(tokens, np.array(starts, dtype=np.int64), len(tokens) - filled)
 
     def _entry(self, values: NDArray[np.int64], place: int) -> int:
         if not 0 <= place < len(values):

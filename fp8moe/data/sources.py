@@ -24,6 +24,7 @@ import sysconfig
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fp8moe.data.durable import unreadable
 from fp8moe.errors import ConfigError, DataError
@@ -55,7 +56,14 @@ class DataConfig:
     tokenizer: str | None = None
     vocab_size: int = 4096  # token ids are below it; configs/: the model's; also of a tokenizer trained here
     document_mask: bool = False  # attention stays within a document, and the first token of a document is not predicted
+    # stream: documents joined and cut anywhere; documents: whole documents fill samples by best fit, with padding
+    packing: Literal["stream", "documents"] = "stream"
+    fim_rate: float = 0.0  # share of the training documents in the order prefix, suffix, middle (fill-in-the-middle)
+    # names of its three tokens: begin, hole, end; empty: DeepSeek's, <｜fim▁begin｜> and so on, or else <|fim_prefix|>,
+    # <|fim_suffix|>, <|fim_middle|>, those that the tokenizer has
+    fim_tokens: tuple[str, ...] = ()
     cache_dir: str | None = None  # folder for prepared data; None: $XDG_CACHE_HOME/fp8moe, or ~/.cache/fp8moe
+    prefetch: int = 2  # steps whose batches a thread reads ahead of training; 0: training reads them itself
 
     def __post_init__(self) -> None:
         check_fields(
@@ -64,6 +72,8 @@ class DataConfig:
             weights=Range(least=0, use="use a finite number >= 0"),
             validation_share=Range(above=0, most=0.5, use="the default is 0.025"),
             vocab_size=Range(least=1, most=2**24),
+            fim_rate=Range(least=0, most=1, use="use 0 for none, DeepSeek-V3 has 0.1"),
+            prefetch=Range(least=0, most=64),
         )
         if self.source not in SOURCES:
             raise ConfigError(f"data.source={self.source!r} is not a data source: use {' or '.join(SOURCES)}")
@@ -75,6 +85,11 @@ class DataConfig:
             raise ConfigError(
                 "data.source=stdlib takes no data.paths, data.weights or data.validation_paths, "
                 f"got {len(self.paths)}, {len(self.weights)} and {len(self.validation_paths)}: use data.source=indexed"
+            )
+        if len(self.fim_tokens) not in (0, 3):
+            raise ConfigError(
+                f"data.fim_tokens has {len(self.fim_tokens)} names and takes 3, for begin, hole and end: "
+                "give three, or none for those that the tokenizer has"
             )
         self._check_weights()
 

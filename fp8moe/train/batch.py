@@ -8,7 +8,7 @@ doesn't give the steps it grew in; here it grows linearly in consumed samples an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,14 @@ def global_batch(config: BatchConfig, consumed: int) -> int:
     return min(config.sequences, max(config.ramp_from, int(wanted / increment) * increment))
 
 
+def total_samples(config: BatchConfig, steps: int) -> int:
+    """Sequences of the first `steps` steps."""
+    consumed = done = 0
+    while done < steps and config.ramp_from is not None and consumed < config.ramp_samples:
+        consumed, done = consumed + global_batch(config, consumed), done + 1
+    return consumed + (steps - done) * config.sequences
+
+
 def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
     """The configuration with `micro_batch` filled in, after a check that every size of the batch suits dp ranks.
 
@@ -111,13 +119,18 @@ def microbatches_of(ids: Sequence[int], size: int) -> list[Sequence[int]]:
     return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in pinned memory where `device` is a GPU, else itself."""
+    return _each(batch, lambda tensor: tensor.pin_memory()) if device.type == "cuda" else batch
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; to a GPU they go by pinned memory, without a wait for the copies."""
     if device.type == "cpu":
         return batch
+    # From pageable memory the host would wait for the copy, and with it for everything before it on the stream.
+    return _each(pinned(batch, device), lambda tensor: tensor.to(device, non_blocking=True))
 
-    def moved(tensor: Tensor) -> Tensor:
-        # From pageable memory the host would wait for the copy, and with it for everything before it on the stream.
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-    return Batch(moved(batch.inputs_BS), moved(batch.labels_BS), moved(batch.positions_BS), batch.document_lengths)
+def _each(batch: Batch, made: Callable[[Tensor], Tensor]) -> Batch:
+    return Batch(made(batch.inputs_BS), made(batch.labels_BS), made(batch.positions_BS), batch.document_lengths)

@@ -14,6 +14,7 @@ import torch
 from torch.nn import Parameter
 
 from fp8moe.data.build import Data, open_data
+from fp8moe.data.fim import fim_in_words
 from fp8moe.data.identity import DataIdentity, check_same_data, content_hash
 from fp8moe.data.sampler import Sampler
 from fp8moe.layers.attention.choice import chosen
@@ -35,6 +36,7 @@ from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.random_state import seed_random
+from fp8moe.train.reading import step_reader
 from fp8moe.train.run import Run
 from fp8moe.train.run_state import begin_from, check_space, perturb_weights, restore
 
@@ -71,6 +73,7 @@ def build(
         data=data,
         identity=identity,
         sampler=Sampler(len(data.train), config.seed),
+        reader=step_reader(config, data.train, mesh, device),
         model=model,
         dispatcher=dispatcher,
         stages=stages,
@@ -159,6 +162,8 @@ def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:
         None if data.tokenizer is None else content_hash(data.tokenizer.path),
         config.data.document_mask,
         config.data.validation_share,
+        config.data.packing,
+        fim_in_words(config.data),
     )
 
 

@@ -85,7 +85,7 @@ class TrainConfig:
     # each weight that a new run begins from is multiplied by 1 + this or 1 - this, at random
     # (`train.perturbation`)
     init_perturbation: float = 0.0
-    # what of its data a resumed run may change: data, tokenizer, document_mask, validation_share
+    # what of its data a resumed run may change: data, tokenizer, document_mask, validation_share, packing, fim
     resume_changes: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the processes; auto: the GPU where there is one
     max_skipped_steps: int = 2  # consecutive steps that may be skipped for a loss or gradient that is not finite

@@ -125,6 +125,7 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
         run_logger.note_event("failure", str(error))
         raise
     finally:
+        run.reader.close()
         run_logger.close()
 
 

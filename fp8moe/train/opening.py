@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fp8moe.data.mixture import table, uses
 from fp8moe.kernels import backend
 from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
+from fp8moe.train.batch import total_samples
 from fp8moe.train.memory import in_words, measured_bytes
 from fp8moe.train.run import Run
 from fp8moe.train.summary import count_of
@@ -19,7 +21,7 @@ def memory_of_largest_rank(run: Run) -> str:
 
 
 def opening(run: Run) -> str:
-    """The lines that begin a run: the model, the processes, the batch, the formula of MFU, the run directory."""
+    """The lines that begin a run: model, processes, batch, data, the formula of MFU, the run directory."""
     config, mesh = run.config, run.mesh
     counts = count_parameters(config.model)
     flops = flops_per_token(config.model, config.seq_len)
@@ -32,6 +34,7 @@ def opening(run: Run) -> str:
         f"ep {mesh.ep}; kernels: {backend.resolve()}",
         *_averaging(run),
         f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
+        *_data(run),
         formula
         + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
         + ("" if run.device.type == "cuda" else "; none on a CPU"),
@@ -42,6 +45,14 @@ def opening(run: Run) -> str:
     if run.step:
         lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
     return "\n".join(lines)
+
+
+def _data(run: Run) -> list[str]:
+    """What the whole run sees of each of its sources, as a table."""
+    config = run.config
+    found = uses(run.data.train, total_samples(config.batch, config.steps), config.seq_len)
+    fim = [] if config.data.fim_rate == 0 else [f"fill-in-the-middle in {config.data.fim_rate:.3g} of the documents"]
+    return [*table(found), *fim]
 
 
 def _averaging(run: Run) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp8moe.data.build import Data
 from fp8moe.data.identity import DataIdentity
+from fp8moe.data.prefetch import Prefetcher
 from fp8moe.data.sampler import Sampler
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.router import Router
@@ -25,6 +26,7 @@ from fp8moe.train.guard import Guard
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.preempt import Preemption
 from fp8moe.train.processes import wait_for_all
+from fp8moe.train.reading import StepBatches
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class SavePoint:
 class Run:
     """The parts and the state of a run on this rank.
 
-    step: steps done. stages: all of the pipeline's. model: of the stages that this rank holds. zero: what shards the
-    optimizer's state among replicas; None where each keeps it whole. ema: the average of the weights, where there is
-    one. save_is_due: a checkpoint is owed for this step, or for one before that was skipped. loads: tokens that each
-    expert has had in the whole run, by name of those stages' routers. point: the end of the last step, which a
-    preempted run saves. shapes: of all parameters of the whole model, with all experts, for checkpoints.
+    step: steps done. reader: gives the batches of a step. stages: all of the pipeline's. model: of the stages that this
+    rank holds. zero: what shards the optimizer's state among replicas; None where each keeps it whole. ema: the average
+    of the weights, where there is one. save_is_due: a checkpoint is owed for this step, or for one before that was
+    skipped. loads: tokens that each expert has had in the whole run, by name of those stages' routers. point: the end
+    of the last step, which a preempted run saves. shapes: of all parameters of the whole model, with all experts, for
+    checkpoints.
     """
 
     config: TrainConfig
@@ -57,6 +60,7 @@ class Run:
     data: Data
     identity: DataIdentity
     sampler: Sampler
+    reader: Prefetcher[StepBatches]
     model: Transformer
     dispatcher: Dispatcher
     stages: tuple[Stage, ...]

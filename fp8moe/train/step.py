@@ -28,13 +28,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8moe.data.packing import Batch
-from fp8moe.data.sampler import rank_slice
 from fp8moe.errors import NonFiniteError
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import update_bias, violations
 from fp8moe.model.flops import mfu
-from fp8moe.model.loss import LossCounts, LossTally, LossWeights, count_predicted, loss_weights
+from fp8moe.model.loss import LossCounts, LossTally, LossWeights, loss_weights
 from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
@@ -42,7 +41,7 @@ from fp8moe.parallel.pipeline import Pipeline
 from fp8moe.profile.spans import EXPOSED, PhaseLaps, Stopwatch, listening, marking, span
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
-from fp8moe.train.batch import global_batch, microbatches_of, to_device
+from fp8moe.train.batch import global_batch, to_device
 from fp8moe.train.build import tied_embedding
 from fp8moe.train.cast_shares import cast_shares, casts_of
 from fp8moe.train.finite_state import described, not_finite
@@ -132,12 +131,11 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
 def next_batches(run: Run) -> tuple[list[Batch], LossCounts]:
     """This rank's micro-batches of the next global batch, and what the whole of it predicts. Collective over dp."""
     config, mesh = run.config, run.mesh
-    sequences = global_batch(config.batch, run.sampler.consumed)
-    mine = rank_slice(run.sampler.next_indices(sequences), mesh.dp_rank, mesh.dp)
-    batches = [run.data.train.batch(ids) for ids in microbatches_of(mine, config.micro_batch)]
-    counted = torch.tensor([count_predicted(batch.labels_BS) for batch in batches]).sum(0)
-    main_tokens, mtp_tokens = all_reduce(counted, mesh.dp_group).tolist()
-    return batches, LossCounts(main_tokens, mtp_tokens, sequences)
+    first = run.sampler.consumed
+    sequences = len(run.sampler.next_indices(global_batch(config.batch, first)))
+    read = run.reader.take(first)
+    main_tokens, mtp_tokens = all_reduce(read.predicted, mesh.dp_group).tolist()
+    return read.batches, LossCounts(main_tokens, mtp_tokens, sequences)
 
 
 def forward_backward(

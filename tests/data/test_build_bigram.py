@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fp8moe.data import build
-from fp8moe.data.build import ByteBigram, bigram_bits_per_byte
+from fp8moe.data import bigram
+from fp8moe.data.bigram import ByteBigram, bigram_bits_per_byte
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.packing import Batch, PackedDataset, Window, collate, every_document
 
@@ -46,7 +46,7 @@ def pairs_by_hand(data: PackedDataset, samples: int) -> list[tuple[int, int]]:
 def test_bits_per_byte_by_hand(
     make_tokens: MakeTokens, tmp_path: Path, document_mask: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_CHUNK_TOKENS", 12)  # several chunks
+    monkeypatch.setattr(bigram, "_CHUNK_TOKENS", 12)  # several chunks
     random = np.random.RandomState(1)
 
     def data(name: str, count: int) -> PackedDataset:
@@ -127,7 +127,7 @@ def test_which_samples_are_counted_and_scored(
     train_tokens: int,
     counted: list[list[int]],
 ) -> None:
-    monkeypatch.setattr(build, "_CHUNK_TOKENS", chunk_tokens)  # a window has 5 tokens and predicts 4
+    monkeypatch.setattr(bigram, "_CHUNK_TOKENS", chunk_tokens)  # a window has 5 tokens and predicts 4
     source = make_tokens([[1, 2] * 14 + [1]], 8)
     train, validation = (Recorded(packed(source, tmp_path / "c", document_mask=False)) for _ in range(2))
     bigram_bits_per_byte(train, validation, STRINGS, validation_samples=3, train_tokens=train_tokens)

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fp8moe.data.identity import BLOCK_BYTES, DataIdentity, check_same_data, content_hash
+from fp8moe.data.fim import fim_in_words
+from fp8moe.data.identity import BLOCK_BYTES, CHANGES, DataIdentity, check_same_data, content_hash
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.packing import PackedDataset, every_document
 from fp8moe.data.sampler import BlendedDataset
+from fp8moe.data.sources import DataConfig
 from fp8moe.errors import ConfigError
 
 HERE = DataIdentity("train", "validation", "tokenizer", document_mask=False, validation_share=0.2)
@@ -70,15 +72,37 @@ def test_hash_of_a_file(tmp_path: Path, size: int) -> None:
         ({"document_mask": True}, "document_mask", "with data.document_mask=true and this run has false: use true"),
         ({"validation_share": 0.1, "train": "x"}, "validation_share", r"with data.validation_share=0.1 and this run h"),
         ({"tokenizer": "x", "train": "x"}, "tokenizer", "with another tokenizer than this run's: use data.tokenizer="),
+        ({"packing": "documents"}, "packing", "with data.packing=documents and this run has stream: use documents"),
+        (
+            {"fim": "data.fim_rate=0.1"},
+            "fim",
+            "with data.fim_rate=0.1 and this run has data.fim_rate=0: use the former",
+        ),
         ({"validation": "x"}, "data", "on other text than this run reads: use its own data settings"),
         ({"train": "x"}, "data", "on other text than this run reads: use its own data settings"),
     ],
 )
 def test_each_difference_has_its_sentence_and_can_be_meant(changed, change, sentence) -> None:
     stored = dataclasses.replace(HERE, **changed).as_stored()
-    others = tuple(name for name in ("data", "tokenizer", "document_mask", "validation_share") if name != change)
+    others = tuple(name for name in CHANGES if name != change)
     with pytest.raises(ConfigError, match=sentence) as refused:
         check_same_data(Path("run"), stored, HERE, others)
     assert f"resume_changes=[{change}] if it is meant" in str(refused.value)
     check_same_data(Path("run"), stored, HERE, (change,))
     check_same_data(Path("run"), HERE.as_stored(), HERE, ())
+
+
+def test_a_checkpoint_from_before_packing_and_fim_is_one_without() -> None:
+    stored = {name: value for name, value in HERE.as_stored().items() if name not in ("packing", "fim")}
+    check_same_data(Path("run"), stored, HERE, ())
+    with pytest.raises(ConfigError, match=r"with data\.packing=stream and this run has documents"):
+        check_same_data(Path("run"), stored, dataclasses.replace(HERE, packing="documents"), ())
+
+
+def test_fim_in_words() -> None:
+    assert fim_in_words(DataConfig()) == HERE.fim
+    assert fim_in_words(DataConfig(fim_rate=0.1)) == "data.fim_rate=0.1"
+    assert (
+        fim_in_words(DataConfig(fim_rate=0.1, fim_tokens=("a", "b", "c")))
+        == "data.fim_rate=0.1 data.fim_tokens=[a,b,c]"
+    )

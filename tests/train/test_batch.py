@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8moe.data.packing import Batch
-from fp8moe.train.batch import BatchConfig, global_batch, microbatches_of, resolve_batch, to_device
+from fp8moe.train.batch import BatchConfig, global_batch, microbatches_of, resolve_batch, to_device, total_samples
 
 RAMP = BatchConfig(sequences=15360, micro_batch=1, ramp_from=3072, ramp_samples=114_501_953, increment=3072)
 
@@ -124,3 +124,12 @@ def test_a_batch_stays_on_a_cpu() -> None:
     batch = Batch(*torch.arange(3).expand(3, 1, 3), None)
     assert to_device(batch, torch.device("cpu")) is batch
     assert to_device(batch, torch.device("meta")).labels_BS.device.type == "meta"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 7, 30])
+@pytest.mark.parametrize("ramp", [{}, {"ramp_from": 4, "ramp_samples": 40, "increment": 2}])
+def test_samples_of_a_run_are_those_of_its_steps(steps: int, ramp: dict[str, int]) -> None:
+    config, consumed = BatchConfig(16, **ramp), 0
+    for _ in range(steps):
+        consumed += global_batch(config, consumed)
+    assert total_samples(config, steps) == consumed

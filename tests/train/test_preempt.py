@@ -188,6 +188,29 @@ def test_a_wait_wherever_it_is_does_not_keep_a_signal_off(
     assert said in (run_dir / "preempted").read_text()
 
 
+def _read_hangs() -> None:
+    """The thread that reads ahead hangs at the samples of step 3, as on a file server that is gone."""
+    from fp8moe.train import reading
+
+    preempt.GRACE = 0.5
+    original = reading.microbatches_of
+
+    def hangs(ids: list[int], size: int) -> object:
+        if ids[0] >= 16:
+            time.sleep(1000)
+        return original(ids, size)
+
+    reading.microbatches_of = hangs  # type: ignore[assignment]
+
+
+def test_a_read_that_hangs_does_not_keep_a_signal_off(start: Callable[..., Job], tmp_path: Path) -> None:
+    job = start("steps=100000", world_size=1, change=_read_hangs)
+    job.wait_for(lambda: steps(tmp_path / "run")[-1:] == [2])
+    job.send(0, signal.SIGTERM)
+    assert job.codes(25.0) == [PREEMPTED]
+    assert saved(tmp_path / "run") == 2
+
+
 def test_a_second_interrupt_ends_at_once(start: Callable[..., Job], tmp_path: Path) -> None:
     job = start("steps=100000", world_size=1, change=_slow_step_long)
     job.wait_for((tmp_path / "run" / "stuck").exists)
