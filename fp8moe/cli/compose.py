@@ -305,6 +305,8 @@ def _scalar(hint: type, value: object, path: str) -> object:
         return float(min(max(value, -(2**1023)), 2**1023))  # a larger one is no float; what it is for refuses this too
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
+    if hint is bool and value in ("on", "off"):  # YAML takes these for true and false, the command line for text
+        return value == "on"
     wanted, advice = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint], ""
     if hint is int and isinstance(value, float) and abs(value) < 1e9:
         advice = f": use {round(value)}"

@@ -34,7 +34,7 @@ def check_fits(config: TrainConfig, local_processes: int) -> None:
 
     local_processes: those of this machine, which share its memory on a CPU; a GPU is one process's.
     """
-    if config.plan == "off":
+    if not config.plan:
         return
     if config.device != "cpu" and torch.cuda.is_available():
         check_gpu(config, torch.cuda.get_device_properties(0).total_memory, local_processes)

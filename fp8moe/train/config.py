@@ -96,8 +96,8 @@ class TrainConfig:
     # record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures
     profile: bool = False
     report: bool = True  # write run_dir/report.html at the run's end, also where it ends early
-    # on: a run that the formulas of `fp8moe plan` give more memory than there is doesn't start; off: it is tried
-    plan: Literal["on", "off"] = "on"
+    # a run that the formulas of `fp8moe plan` give more memory than there is doesn't start; false or off: it is tried
+    plan: bool = True
 
     def __post_init__(self) -> None:
         check_fields(

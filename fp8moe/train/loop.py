@@ -61,15 +61,13 @@ def train(
         preemption.join(mesh)
         run_dir = claim_run_dir(config, mesh)
         preemption.on_end.append(partial(release_run_dir, run_dir, mesh))
-        reporting = (
-            partial(report, run_dir) if report is not None and config.report and mesh.rank == 0 else lambda: None
-        )
-        preemption.on_end.append(lambda _: reporting())
         with released(run_dir), log_file(run_dir, mesh.rank), contextlib.ExitStack() as at_end:
-            at_end.callback(reporting)
             try:
                 run = build(config, mesh, device, run_dir, foreign)
                 run.preemption = preemption
+                if report is not None and config.report and run.is_first:  # a run that is refused changes no file
+                    at_end.callback(report, run_dir)
+                    preemption.on_end.append(lambda _: report(run_dir))
                 if run.is_first:
                     tokenizer = run.data.tokenizer
                     describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)

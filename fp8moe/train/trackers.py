@@ -35,9 +35,8 @@ class LoggingConfig:
     wandb: bool = False  # also log to Weights & Biases, offline where no key is set
     wandb_project: str = "fp8moe"  # project of Weights & Biases
     tensorboard: bool = False  # also write event files for TensorBoard, into the run directory
-    prometheus: str | None = (
-        None  # path of the file for Prometheus's node_exporter; null: metrics.prom in the run directory
-    )
+    # path of the file for Prometheus's node_exporter, ending in .prom; null: metrics.prom in the run directory
+    prometheus: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "logging", every=POSITIVE, fp8_every=COUNT, experts_every=COUNT)

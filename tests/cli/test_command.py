@@ -92,6 +92,8 @@ REQUIRED = {
     "import": ["models/a", "runs/a"],
     "export": ["runs/a", "out/a"],
     "eval": ["runs/a"],
+    "report": ["runs/a"],
+    "watch": ["runs/a"],
 }
 UNKNOWN = {name: [*REQUIRED.get(name, []), "--bogus"] for name in COMMANDS}
 ABBREVIATED = {name: [*REQUIRED.get(name, []), "--nam", "x"] for name in COMMANDS}

@@ -130,7 +130,7 @@ def test_a_run_that_trains(tmp_path: Path) -> None:
            step(12, val_loss=2.5, val_bits_per_byte=1.25, mfu=0.4, slowest_rank=1, slowest_rank_seconds_behind=8.1),
            '{"step": 13, "lo')  # fmt: skip
     append(folder / "events.jsonl", {"kind": "start", "step": 0, "time": NOW, "text": "begins"},
-           {"kind": "checkpoint", "step": 10, "time": NOW - 125, "text": "step-10 is complete"},
+           {"kind": "checkpoint", "step": 10, "time": time.time() - 125, "text": "step-10 is complete"},
            {"kind": "straggler", "step": 12, "time": NOW, "text": "slowest rank 1 (node01, gpu 3) [red]"})  # fmt: skip
     append(folder / "expert_load.jsonl", {"step": 12, "first_step": 9, "layers": {"one": [1.0, 1.0, 1.0, 1.0],
            "two": [0.0, 0.5, 1.0, 2.5]}})  # fmt: skip
