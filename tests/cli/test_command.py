@@ -93,6 +93,7 @@ REQUIRED = {
     "export": ["runs/a", "out/a"],
     "eval": ["runs/a"],
     "report": ["runs/a"],
+    "data": ["tokens/a"],
     "watch": ["runs/a"],
 }
 UNKNOWN = {name: [*REQUIRED.get(name, []), "--bogus"] for name in COMMANDS}

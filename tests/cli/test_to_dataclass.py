@@ -52,6 +52,7 @@ def test_values_arrive_as_the_types_say() -> None:
     assert made == Outer(Inner(3), Colour.RED, "a", ("x", "y"), (Inner(1, 2.0),), Inner(0), None, True)
     assert isinstance(made.parts[0].share, float) and isinstance(made.colour, Colour)
     assert to_dataclass(Outer, GOOD) == Outer(Inner(3), Colour.RED, "a")
+    assert [to_dataclass(Outer, GOOD | {"flag": word}).flag for word in ("on", "off")] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_values_arrive_as_the_types_say() -> None:
         ({"inner": {"size": True}}, r"inner.size=True \(bool\) must be a whole number"),
         ({"inner": {"size": 1, "share": "1e-3"}}, "inner.share='1e-3' .* must be a number"),
         ({"inner": {"size": None}}, "inner.size=None .* must be a whole number"),
+        ({"flag": "yes"}, r"flag='?yes'? \(str\) must be true or false"),
         ({"flag": 1}, r"flag=1 \(int\) must be true or false"),
         ({"limit": 1.5}, "limit=1.5 .*: use 2"),
         ({"colour": "bleu"}, "colour='bleu' is not one of red, blue: did you mean blue?"),

@@ -18,7 +18,8 @@ from fp8moe.data.fim import FillInTheMiddle, open_fim, sentinel_ids
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.packing import PackedDataset, every_document
 from fp8moe.data.sources import DataConfig
-from fp8moe.data.tokenizer import save_tokenizer, token_byte_strings, train_tokenizer
+from fp8moe.data.token_bytes import token_byte_strings
+from fp8moe.data.tokenizer import save_tokenizer, train_tokenizer
 from fp8moe.errors import ConfigError, DataError
 
 WORDS = (
