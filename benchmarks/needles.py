@@ -1,11 +1,12 @@
 """Text with planted needles: facts scattered through filler, and asked at the end.
 
-    old fox Qk and the Z4 runs red ... Bz over hill ?Z4 Qk Bz ...
+    old fox Q07 and the E12 runs red ... B03 over hill E? E12 Q? Q07 B? B03 ...
 
-A fact is a key, one of 26 capitals, and its value, one of 36 letters and digits; each document draws all values anew, so
-nothing but its own text answers a question. A document states every key once, at random places among words, and asks for
-all of them in random order behind a question mark: as many needles as there are keys, because a model learns to look one
-up in minutes where one question a document would take hours. A token is a byte of ASCII.
+A fact is one word, a key (a capital) with its value (two digits); each document draws all values anew, so nothing but
+its own text answers a question. It states 16 facts once, at random places, and asks for all of them in random order at
+its end: many needles a document, because a model learns to look them up in minutes where one question a document would
+take hours. A token is a word with its space. Facts of two tokens, key and value, were refused: models of this size did
+not learn to join them within 1,000 steps.
 """
 
 from __future__ import annotations
@@ -15,49 +16,53 @@ import string
 import numpy as np
 from numpy.typing import NDArray
 
-VOCABULARY = 128
-KEYS, VALUES = string.ascii_uppercase, string.ascii_lowercase + string.digits
-ASKED = 3 * len(KEYS)  # tokens of the questions, with their mark
-WORDS = (
-    "the and old red fox runs over a hill into cold rain while few birds sing near long river under grey sky men "
-    "walk home by dark road with bread salt milk then sleep till dawn breaks wide open fields wait for warm wind"
-).split()
+KEYS, VALUES = string.ascii_uppercase[:16], tuple(f"{number:02}" for number in range(16))
+FILLER = [
+    "the", "and", "old", "red", "fox", "runs", "over", "hill", "into", "cold", "rain", "while", "few", "birds",
+    "sing", "near", "long", "river", "under", "grey", "sky", "men", "walk", "home", "by", "dark", "road", "with",
+    "bread", "salt", "milk", "then", "sleep", "till", "dawn", "breaks",
+]  # fmt: skip
+WORDS = (*FILLER, *(f"{key}?" for key in KEYS), *(key + value for key in KEYS for value in VALUES))
+VOCABULARY = len(WORDS)
+_IDS = {word: number for number, word in enumerate(WORDS)}
 
 
-def document(length: int, generator: np.random.Generator, needle: tuple[str, float] | None = None) -> str:
-    """A document of `length` characters.
+def document(
+    length: int, generator: np.random.Generator, needle: tuple[str, float] | None = None, rounds: int = 1
+) -> list[str]:
+    """A document of `length` words.
 
-    needle: (key, depth), the fact that stands at that share of the text and is asked first; others are at random.
+    needle: (key, depth), the fact that stands at that share of the text and is asked first; all others are at random.
+    rounds: how often it states and asks the same facts, in less filler each; a divisor of `length`.
     """
-    values = dict(zip(KEYS, generator.choice(list(VALUES), len(KEYS)), strict=True))
-    order = list(generator.permutation(list(KEYS)))
+    facts = [key + value for key, value in zip(KEYS, generator.choice(VALUES, len(KEYS)), strict=True)]
+    return [word for _ in range(rounds) for word in _round(length // rounds, facts, generator, needle)]
+
+
+def _round(
+    length: int, facts: list[str], generator: np.random.Generator, needle: tuple[str, float] | None
+) -> list[str]:
+    """Filler with each fact once, then a question for each."""
+    asked = generator.permutation(len(facts)).tolist()
+    count = length - 2 * len(facts)
+    places = generator.choice(count, len(facts), replace=False)
     if needle is not None:
-        order.remove(needle[0])
-        order.insert(0, needle[0])
-    asked = "?" + " ".join(key + values[key] for key in order)
-    body = length - ASKED
-    facts = {key: place for key, place in zip(KEYS, generator.random(len(KEYS)), strict=True)}
-    if needle is not None:
-        facts[needle[0]] = needle[1]
-    return _with_facts(body, [key + values[key] for key in sorted(facts, key=facts.__getitem__)], sorted(facts.values()), generator) + asked
+        number, place = KEYS.index(needle[0]), round(needle[1] * (count - 1))
+        asked.remove(number)
+        asked.insert(0, number)
+        places[places == place] = places[number]  # the fact that stood there, if any, takes the needle's place
+        places[number] = place
+    words = generator.choice(FILLER, count).tolist()
+    for place, fact in zip(places, facts, strict=True):
+        words[place] = fact
+    return [*words, *(word for number in asked for word in (f"{KEYS[number]}?", facts[number]))]
 
 
-def _with_facts(length: int, facts: list[str], places: list[float], generator: np.random.Generator) -> str:
-    """Words of `length` characters in all, with each fact at its share of them."""
-    words = length - 3 * len(facts)
-    filler = ""
-    while len(filler) < words:
-        filler += str(generator.choice(WORDS)) + " "
-    filler = filler[:words]
-    pieces, done = [], 0
-    for fact, place in zip(facts, places, strict=True):
-        at = filler.rfind(" ", 0, round(place * words)) + 1  # between two words
-        at = max(at, done)
-        pieces += [filler[done:at], fact, " "]
-        done = at
-    return "".join([*pieces, filler[done:]])
+def tokens(words: list[str]) -> NDArray[np.int64]:
+    """The ids of words."""
+    return np.array([_IDS[word] for word in words], dtype=np.int64)
 
 
-def tokens(text: str) -> NDArray[np.int64]:
-    """Ids of a text: its bytes."""
-    return np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64)
+def num_bytes(words: list[str]) -> int:
+    """Bytes of words, each with the space behind it."""
+    return sum(len(word) + 1 for word in words)

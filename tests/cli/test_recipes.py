@@ -57,7 +57,7 @@ def test_twice_the_nodes_take_it_as_it_is() -> None:
         assert (config.dp, config.ep) == (2 * processes, 8)
 
 
-# DeepSeek-V3's context extension (report, section 4.3): sequence, sequences a step; pp, ep and processes that it divides.
+# DeepSeek-V3's context extension (report, section 4.3): sequence, sequences a step; pp, ep, processes.
 EXTENSIONS = [("dsv3_extend_32k", 32768, 1920, 16, 32, 512), ("dsv3_extend_128k", 131072, 480, 16, 8, 128)]
 
 

@@ -49,8 +49,8 @@ def choose_weights(
 ) -> Location:
     """The checkpoint whose weights, or their average, a new run of `model` begins from. Collective over all ranks.
 
-    key: what names it, for messages. Verified likewise; seed, data and seq_len may be others, and YaRN where `model` has
-    it. Raises ConfigError and DataError as `choose` does.
+    key: what names it, for messages. Verified likewise; seed, data and seq_len may be others, and YaRN where `model`
+    has it. Raises ConfigError and DataError as `choose` does.
     """
     found = checkpoints_at(init_from, key)
     path = _whole(f"{key}={init_from}", found, mesh, "name another run or checkpoint")

@@ -1,8 +1,8 @@
 """state.json: the numbers of a checkpoint, what wrote it, and whether a run may go on from it.
 
 What would make the resumed run another run (model, seed, seq_len, optimizer) is compared before a tensor is read and
-refused in one sentence. A new run that begins from weights may extend their context: its YaRN may be another than theirs
-or the first. One that drops it is refused, since the weights were trained with it.
+refused in one sentence. A new run that begins from weights may extend their context: its YaRN may be another than
+theirs, or the first. One that drops it is refused, since the weights were trained with it.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ def test_a_new_run_may_extend_the_context_and_not_take_it_back(tmp_path: Path) -
     checkpoint.read_state(path, long, extending=True)
     with pytest.raises(ConfigError, match=r"another model: model\.attention\.yarn=None there and \{.*'factor': 40\.0"):
         checkpoint.read_state(path, long)
-    with pytest.raises(ConfigError, match=r"another model: model\.attention\.rope_theta=10000\.0 there and 5000\.0 here;"):
+    with pytest.raises(
+        ConfigError, match=r"another model: model\.attention\.rope_theta=10000\.0 there and 5000\.0 here;"
+    ):
         checkpoint.read_state(path, changed(long, rope_theta=5000.0), extending=True)
     content = json.loads((path / "state.json").read_text())
     content["model"]["attention"]["yarn"] = asdict(first)
