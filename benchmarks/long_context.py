@@ -50,7 +50,7 @@ SMALL = (
     *("logging.every=20", "validation.samples=16", "validation.completions=0", "report=false"),
 )
 # Steps, sequences a step, learning rate, rounds of a document: of the training at 256, and of the extension.
-PHASES = {SHORT: (1000, 8, 5e-3, (1, 2, 4)), LONG: (100, 4, 2e-3, (1,))}
+PHASES = {SHORT: (1200, 8, 5e-3, (1, 2, 4)), LONG: (50, 4, 2e-3, (1,))}
 
 
 def write_documents(prefix: Path, length: int, rounds: Sequence[int], count: int) -> None:

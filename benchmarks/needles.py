@@ -1,8 +1,8 @@
 """Text with planted needles: facts scattered through filler, and asked at the end.
 
-    old fox Q07 and the E12 runs red ... B03 over hill E? E12 Q? Q07 B? B03 ...
+    old fox K7 and the E2 runs red ... B3 over hill E? E2 K? K7 B? B3 ...
 
-A fact is one word, a key (a capital) with its value (two digits); each document draws all values anew, so nothing but
+A fact is one word, a key (a capital) with its value (a digit); each document draws all values anew, so nothing but
 its own text answers a question. It states 16 facts once, at random places, and asks for all of them in random order at
 its end: many needles a document, because a model learns to look them up in minutes where one question a document would
 take hours. A token is a word with its space. Facts of two tokens, key and value, were refused: models of this size did
@@ -16,7 +16,7 @@ import string
 import numpy as np
 from numpy.typing import NDArray
 
-KEYS, VALUES = string.ascii_uppercase[:16], tuple(f"{number:02}" for number in range(16))
+KEYS, VALUES = string.ascii_uppercase[:16], string.digits
 FILLER = [
     "the", "and", "old", "red", "fox", "runs", "over", "hill", "into", "cold", "rain", "while", "few", "birds",
     "sing", "near", "long", "river", "under", "grey", "sky", "men", "walk", "home", "by", "dark", "road", "with",
@@ -35,7 +35,7 @@ def document(
     needle: (key, depth), the fact that stands at that share of the text and is asked first; all others are at random.
     rounds: how often it states and asks the same facts, in less filler each; a divisor of `length`.
     """
-    facts = [key + value for key, value in zip(KEYS, generator.choice(VALUES, len(KEYS)), strict=True)]
+    facts = [key + value for key, value in zip(KEYS, generator.choice(list(VALUES), len(KEYS)), strict=True)]
     return [word for _ in range(rounds) for word in _round(length // rounds, facts, generator, needle)]
 
 

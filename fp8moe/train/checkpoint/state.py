@@ -77,8 +77,8 @@ def read_state(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
     ours = json.loads(json.dumps(asdict(model)))
-    theirs = extended(theirs, ours) if extending else theirs
-    differing = [f"model.{key}={there} there and {here} here" for key, there, here in differences(theirs, ours)]
+    found = differences(extended(theirs, ours) if extending else theirs, ours)
+    differing = [f"model.{key}={there} there and {here} here" for key, there, here in found]
     if differing:
         raise ConfigError(
             f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
