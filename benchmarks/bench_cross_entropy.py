@@ -27,8 +27,8 @@ from fp8moe.model.head_loss import chunk_tokens, head_loss
 from fp8moe.model.loss import IGNORE
 
 SUBJECT = "Head and cross entropy"
-# Tokens, vocabulary, width: DeepSeek-V3's head on one and four sequences; the quickstart's, and a narrow one.
-SIZES = {"cuda": ((4096, 129_280, 7168), (16384, 129_280, 7168)), "cpu": ((4096, 4096, 256), (4096, 129_280, 64))}
+# Tokens, vocabulary, width: DeepSeek-V3's head on one and four sequences; the quickstart's.
+SIZES = {"cuda": ((4096, 129_280, 7168), (16384, 129_280, 7168)), "cpu": ((4096, 4096, 256),)}
 IGNORED = 11  # every so many labels one is ignored
 
 

@@ -67,7 +67,7 @@ def train(folder: Path, length: int, steps: int, *settings: str) -> float:
     """`fp8moe train` at `length`, to folder/LENGTH; its seconds. Raises CalledProcessError where it fails."""
     _, sequences, peak, rounds = PHASES[length]
     prefix = folder / f"text-{length}"
-    write_documents(prefix, length, rounds, max(steps * sequences * 11 // 10, 64))  # 1 epoch, and what is held out
+    write_documents(prefix, length, rounds, max(steps * sequences * 11 // 10, 128))  # 1 epoch, and what is held out
     words = [
         *("fp8moe", "train", *SMALL, f"data.paths=[{prefix}]", f"data.cache_dir={folder / 'cache'}"),
         *(f"run_dir={folder / str(length)}", f"seq_len={length}", f"model.max_seq_len={length}", f"steps={steps}"),

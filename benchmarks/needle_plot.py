@@ -34,7 +34,7 @@ def heat_maps(records: Sequence[Record], lengths: Sequence[int], depths: Sequenc
                 x, fill = left + i * wide, _colour(value)
                 parts.append(f'<rect x="{x}" y="{y}" width="{wide - 2}" height="{tall - 2}" fill="{fill}"/>')
                 parts.append(text(x + 0.5 * wide, y + tall / 2 + 4, f"{value:.2f}", "middle"))
-        parts.append(text(left, height - 14, "tokens of the document across, depth of the fact down", "start"))
+        parts.append(text(left, height - 14, "tokens across, depth of the fact down", "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
