@@ -24,7 +24,7 @@ from fp8moe.interop.hf_dir import HfDirectory, is_hf_directory
 from fp8moe.interop.names import Parameter, Source
 from fp8moe.model.config import ModelConfig
 from fp8moe.train.checkpoint import Pieces
-from fp8moe.train.checkpoint.state import differences
+from fp8moe.train.checkpoint.state import differences, extended
 
 CHUNK = 1 << 24  # values read at once
 Mtp = Literal["auto", "keep", "drop"]
@@ -108,9 +108,9 @@ class HfModel:
         return found
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ConfigError unless a run's model is this one, free settings apart."""
+        """Raise ConfigError unless a run's model is this one, free settings and a context extension apart."""
         theirs, ours = json.loads(json.dumps(asdict(self.config))), json.loads(json.dumps(asdict(model)))
-        found = sorted(differences(theirs, ours), key=lambda one: not one[0].endswith("kind"))
+        found = sorted(differences(extended(theirs, ours), ours), key=lambda one: not one[0].endswith("kind"))
         for key, there, here in found:
             raise ConfigError(
                 f"init_from={self.directory.folder} has model.{key}={there} and this run has {here}: use {there}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 
 from fp8moe.cli.compose import compose
 from fp8moe.plan.memory import rank_memory, worst_rank
+from fp8moe.train.checkpoint.state import differences, extended
 from fp8moe.train.config import TrainConfig, resolve, stages_of
+from fp8moe.train.lr import Progress, learning_rate
 
 # Name, processes, AdamW or Muon, tokens a step, peak, factor of the peak at the end, GB of the worst rank.
 RECIPES = [
@@ -52,3 +55,36 @@ def test_twice_the_nodes_take_it_as_it_is() -> None:
     for name, processes, *_ in RECIPES:
         config = resolve(compose([f"experiment={name}", "data.paths=[tokens/a]"]).config, 2 * processes)
         assert (config.dp, config.ep) == (2 * processes, 8)
+
+
+# DeepSeek-V3's context extension (report, section 4.3): sequence, sequences a step; pp, ep, processes.
+EXTENSIONS = [("dsv3_extend_32k", 32768, 1920, 16, 32, 512), ("dsv3_extend_128k", 131072, 480, 16, 8, 128)]
+
+
+@pytest.mark.parametrize(("name", "seq_len", "sequences", "pp", "ep", "processes"), EXTENSIONS)
+def test_the_extension_is_as_published(
+    name: str, seq_len: int, sequences: int, pp: int, ep: int, processes: int
+) -> None:
+    layout = [f"parallel.pp={pp}", f"parallel.ep={ep}", "parallel.schedule=dualpipe"]
+    config = resolve(compose([f"experiment={name}", "data.paths=[tokens/a]", *layout]).config, processes)
+    assert (config.name, config.seq_len, config.batch.sequences, config.steps) == (name, seq_len, sequences, 1000)
+    assert config.num_microbatches * config.dp == sequences and config.precision.mode == "fp8"
+    plain = compose(["model=dsv3_671b"]).config.model
+    yarn = config.model.attention.yarn
+    assert plain.attention.yarn is None and plain.max_seq_len == 4096, "pretraining at 4K is without YaRN"
+    assert yarn is not None and (yarn.factor, yarn.beta_slow, yarn.beta_fast) == (40.0, 1.0, 32.0)
+    assert yarn.original_max_seq_len == plain.max_seq_len and yarn.amplitude == 1.0
+    assert yarn.softmax_factor == pytest.approx((0.1 * math.log(40.0) + 1) ** 2)
+    schedule, pretraining = config.optimizer.schedule, compose(["optimizer=adamw_dsv3"]).config.optimizer.schedule
+    rates = {learning_rate(schedule, Progress(step, 1000, 0)) for step in range(1000)}
+    assert rates == {7.3e-6} and pretraining.peak * pretraining.phases[-1].factor == pytest.approx(7.3e-6, rel=1e-5)
+    state = asdict(config.model), asdict(plain)
+    assert [key for key, *_ in differences(extended(state[1], state[0]), state[0])] == [], "init_from takes it"
+
+
+def test_the_extension_does_not_fit_one_gpu_a_sequence() -> None:
+    """Activations of a sequence of 32K or more exceed 80 GB until a sequence can be split; `fp8moe plan` says so."""
+    for name, _, _, pp, ep, processes in EXTENSIONS:
+        layout = [f"parallel.pp={pp}", f"parallel.ep={ep}", "parallel.schedule=dualpipe"]
+        config = resolve(compose([f"experiment={name}", "data.paths=[tokens/a]", *layout]).config, processes)
+        assert worst_rank(rank_memory(config)).kinds["activations"] > 80e9

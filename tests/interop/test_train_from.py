@@ -172,4 +172,6 @@ def test_a_run_of_another_model_is_refused(corpus, hf):
         configured(corpus, hf, "model.router.route_scale=1.0")
     with pytest.raises(ConfigError, match=r"holds no average of weights: use init_from_ema=false"):
         configured(corpus, hf, "init_from_ema=true")
+    longer = configured(corpus, hf, "model.attention.yarn={factor: 4.0}", "model.max_seq_len=4096")
+    assert longer.model.attention.yarn.factor == 4.0, "an extension of its context is no other model"
     assert built(configured(corpus, hf, "model.mtp_depth=0")).model.mtp is None

@@ -174,6 +174,16 @@ def test_a_gigabyte_holds_the_loss_of_production(no_data: None) -> None:
     assert walked(2048, vocab_size, dim).operations == first
 
 
+def test_an_eighth_of_whole_logits(no_data: None) -> None:
+    """4,096 tokens of DeepSeek-V3's vocabulary beside whole logits under autograd: 14 bytes a logit at their peak."""
+    tokens, vocab_size, dim = 4096, 129_280, 64
+    head, x = built(Precision.BF16, vocab_size, dim), torch.empty(tokens, dim, dtype=torch.bfloat16)
+    with TrackPeak() as whole:
+        plain(head, x, torch.empty(tokens, dtype=torch.int64), torch.empty(()))
+    assert whole.most >= 12 * tokens * vocab_size, whole.most / tokens / vocab_size
+    assert 8 * walked(tokens, vocab_size, dim).most <= whole.most
+
+
 def test_on_a_cpu_the_peak_grows_with_the_hidden_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """BF16, whose weight gradient copies a chunk's logits to FP32."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 128 * V * 6)

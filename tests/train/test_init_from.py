@@ -121,6 +121,17 @@ def test_a_damaged_one_is_passed_over_and_what_can_not_serve_is_said(
         configured(corpus, f"init_from={tmp_path / 'plain'}", "init_from_ema=true")
 
 
+def test_a_longer_context_begins_from_the_weights_and_is_not_resumed(corpus: list[str], origin: Path) -> None:
+    yarn = "model.attention.yarn={factor: 8.0, original_max_seq_len: 32}"
+    longer = ["seq_len=256", "model.max_seq_len=2048", "precision=bf16", yarn]
+    run = built(configured(corpus, f"init_from={origin}", *longer))
+    assert run.model.config.attention.yarn is not None and run.model.config.max_seq_len == 2048
+    assert torch.equal(masters(run.optimizer)["head.weight"].flatten(), _head(origin, corpus))
+    path = origin / "checkpoints" / "step-2"
+    with pytest.raises(ConfigError, match=r"another model: model\.attention\.yarn=None there and \{"):
+        configured(corpus, f"resume={path}", "precision=bf16", yarn, "steps=3")
+
+
 def test_a_run_like_another_has_weights_of_its_own(origin: Path, corpus: list[str], tmp_path: Path) -> None:
     typed = configured(corpus, f"init_from={origin}", f"run_dir={tmp_path}")
     describe_start(tmp_path, 0, as_yaml(typed), None)

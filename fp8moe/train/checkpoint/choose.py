@@ -49,8 +49,8 @@ def choose_weights(
 ) -> Location:
     """The checkpoint whose weights, or their average, a new run of `model` begins from. Collective over all ranks.
 
-    key: what names it, for messages. Verified likewise; seed, data and seq_len may be others. Raises ConfigError and
-    DataError as `choose` does.
+    key: what names it, for messages. Verified likewise; seed, data and seq_len may be others, and YaRN where `model`
+    has it. Raises ConfigError and DataError as `choose` does.
     """
     found = checkpoints_at(init_from, key)
     path = _whole(f"{key}={init_from}", found, mesh, "name another run or checkpoint")
@@ -81,7 +81,7 @@ def _whole(key: str, found: list[Location], mesh: Mesh, advice: str) -> Location
 
 
 def _check_weights(path: Location, model: ModelConfig, averaged: bool) -> None:
-    read_state(path, model)
+    read_state(path, model, extending=True)
     if averaged and not any(name.startswith("ema.") for name in stored_names(path)):
         raise ConfigError(
             f"{path} holds no average of the weights, which init_from_ema=true asks for: use init_from_ema=false"

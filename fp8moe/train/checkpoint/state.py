@@ -1,7 +1,8 @@
 """state.json: the numbers of a checkpoint, what wrote it, and whether a run may go on from it.
 
 What would make the resumed run another run (model, seed, seq_len, optimizer) is compared before a tensor is read and
-refused in one sentence.
+refused in one sentence. A new run that begins from weights may extend their context: its YaRN may be another than
+theirs, or the first. One that drops it is refused, since the weights were trained with it.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def read_state(
     seed: int | None = None,
     seq_len: int | None = None,
     optimizer: str | None = None,
+    extending: bool = False,
 ) -> RunState:
-    """Numbers of the checkpoint at `path`.
+    """Numbers of the checkpoint at `path`. extending: the model's YaRN may be another than the checkpoint's, not none.
 
     Raises ConfigError unless its format and model, and the seed, seq_len and optimizer that are given, are these.
     """
@@ -75,7 +77,8 @@ def read_state(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
     ours = json.loads(json.dumps(asdict(model)))
-    differing = [f"model.{key}={there} there and {here} here" for key, there, here in differences(theirs, ours)]
+    found = differences(extended(theirs, ours) if extending else theirs, ours)
+    differing = [f"model.{key}={there} there and {here} here" for key, there, here in found]
     if differing:
         raise ConfigError(
             f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
@@ -120,6 +123,13 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], group: str =
             yield from differences(there, here, f"{key}.")
         elif there != here and key not in FREE_FIELDS:
             yield key, repr(there), repr(here)
+
+
+def extended(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Their model with our YaRN, where we have one: what a context extension of their weights changes beside
+    max_seq_len, which is free. Rotations and the softmax scale have no tensors."""
+    yarn = ours["attention"]["yarn"]
+    return theirs if yarn is None else {**theirs, "attention": {**theirs["attention"], "yarn": yarn}}
 
 
 def run_configuration(path: Location) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 
 from fp8moe.cli.compose import compose, keys_of
 from fp8moe.errors import ConfigError, DataError
+from fp8moe.layers.attention.core import YarnConfig
 from fp8moe.model.config import ModelConfig
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint import CheckpointConfig, RunState
@@ -150,6 +151,28 @@ def test_only_free_fields_may_differ(tmp_path: Path) -> None:
         f"model.norm_eps={BASE.norm_eps} there and 0.5 here, model.router.topk={topk} there and 1 here; use its own "
         "model settings"
     )
+
+
+def test_a_new_run_may_extend_the_context_and_not_take_it_back(tmp_path: Path) -> None:
+    """YaRN is added or changed by a run that begins from the weights; nothing else may differ, and a resume changes
+    nothing."""
+    path, first, second = save(tmp_path, 1), YarnConfig(), YarnConfig(factor=8.0, original_max_seq_len=64)
+    long = changed(BASE, yarn=first, max_seq_len=40 * 4096)
+    checkpoint.read_state(path, long, extending=True)
+    with pytest.raises(ConfigError, match=r"another model: model\.attention\.yarn=None there and \{.*'factor': 40\.0"):
+        checkpoint.read_state(path, long)
+    with pytest.raises(
+        ConfigError, match=r"another model: model\.attention\.rope_theta=10000\.0 there and 5000\.0 here;"
+    ):
+        checkpoint.read_state(path, changed(long, rope_theta=5000.0), extending=True)
+    content = json.loads((path / "state.json").read_text())
+    content["model"]["attention"]["yarn"] = asdict(first)
+    (path / "state.json").write_text(json.dumps(content))
+    checkpoint.read_state(path, changed(long, yarn=second), extending=True)
+    with pytest.raises(ConfigError, match=r"another model: model\.attention\.yarn\.factor=40\.0 there and 8\.0 here, "):
+        checkpoint.read_state(path, changed(long, yarn=second))
+    with pytest.raises(ConfigError, match=r"model\.attention\.yarn=\{.*\} there and None here"):
+        checkpoint.read_state(path, BASE, extending=True)
 
 
 def test_a_key_that_an_earlier_version_did_not_have_takes_its_default(tmp_path: Path) -> None:
