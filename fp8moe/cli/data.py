@@ -18,10 +18,16 @@ from fp8moe.data.token_bytes import token_byte_strings
 from fp8moe.data.tokenizer import end_of_text_id, load_tokenizer, num_ids, tokenizer_beside
 from fp8moe.errors import ConfigError, DataError
 
+DESCRIPTION = """\
+Print what token files hold: documents, tokens, bytes a token, lengths, duplicates, samples.
+
+  fp8moe data tokens/mine --samples 3
+"""
+
 
 def command_parser() -> Parser:
     """The parser of the command line."""
-    parser = make_parser("data", "Print what token files hold.")
+    parser = make_parser("data", DESCRIPTION)
     parser.add_argument("path", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx, or one of these files")
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples of text to show (default: 2)")
     parser.add_argument("--size", type=int, default=128, metavar="N", help="tokens of a sample (default: 128)")

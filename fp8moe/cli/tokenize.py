@@ -44,12 +44,17 @@ _PACKED = 4  # bytes of text, about, in a byte of a compressed file
 _DEFAULT_MODEL = Path(__file__).parents[1] / "configs" / "model" / "tiny.yaml"
 
 
+DESCRIPTION = """\
+Encode text as PREFIX.bin and PREFIX.idx (the layout of Megatron), with PREFIX.tokenizer.json.
+
+  fp8moe tokenize --input mine.jsonl --output tokens/mine                        trains a tokenizer of 4,096 tokens
+  fp8moe tokenize --input texts/ more.parquet --tokenizer tokenizer.json --output tokens/mine
+"""
+
+
 def command_parser() -> Parser:
     """The parser of the command line."""
-    parser = make_parser(
-        "tokenize",
-        "Encode text as PREFIX.bin and PREFIX.idx (the layout of Megatron), with PREFIX.tokenizer.json.",
-    )
+    parser = make_parser("tokenize", DESCRIPTION)
     parser.add_argument(
         "--input",
         nargs="+",
