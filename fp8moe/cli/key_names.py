@@ -59,7 +59,7 @@ _NAMES = {
     "data.validation_share": "split validation_split_percentage val_split eval_ratio",
     "data.tokenizer": "tokenizer_model tokenizer_path tokenizer_name tokenizer_type hf_assets_path",
     "data.document_mask": "reset_attention_mask attn_mask_type block_causal",
-    "data.packing": "packing sample_packing pack_sequences packing_strategy",
+    "data.packing": "sample_packing pack_sequences packing_strategy",
     "data.fim_tokens": "fim_prefix_token fim_suffix_token fim_middle_token",
     "data.prefetch": "num_workers dataloader_num_workers prefetch_factor dataloader_prefetch_factor",
     "data.cache_dir": "data_cache_path",

@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,10 +30,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8moe.data.cache import built_folder, key_of
-from fp8moe.data.fim import FillInTheMiddle
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.order import documents_index, epoch_index
 from fp8moe.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # it needs the package tokenizers, which a GPU machine's benchmarks do without
+    from fp8moe.data.fim import FillInTheMiddle
 
 IGNORED_LABEL = -100
 _INDEX_FORMAT = 1
