@@ -142,7 +142,7 @@ def _open_stdlib(config: DataConfig, root: Path, seq_len: int, seed: int, valida
     return _assemble(
         config,
         root,
-        _pack_training(train, every_document(train), config, root, seq_len, seed, fim),
+        _pack(train, every_document(train), config, root, seq_len, seed, config.packing, fim),
         _pack(validation, every_document(validation), config, root, seq_len, _VALIDATION_SEED),
         folder / "tokenizer.json",
         validation_samples,
@@ -161,10 +161,10 @@ def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, valid
     fim = open_fim(config, tokenizer, seed)
     for source in opened:
         if config.validation_paths:
-            train.append(_pack_training(source, every_document(source), config, root, seq_len, seed, fim))
+            train.append(_pack(source, every_document(source), config, root, seq_len, seed, config.packing, fim))
         else:
             parts, kept, held_out = split(source, config.validation_share, seq_len)
-            train.append(_pack_training(parts, kept, config, root, seq_len, seed, fim))
+            train.append(_pack(parts, kept, config, root, seq_len, seed, config.packing, fim))
             validation.append(_pack(parts, held_out, config, root, seq_len, _VALIDATION_SEED))
     validation_weights: Sequence[float] = weights
     if config.validation_paths:
@@ -179,18 +179,6 @@ def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, valid
         tokenizer,
         validation_samples,
     )
-
-
-def _pack_training(
-    source: IndexedDataset,
-    documents: NDArray[Any],
-    config: DataConfig,
-    root: Path,
-    seq_len: int,
-    seed: int,
-    fim: FillInTheMiddle | None,
-) -> PackedDataset:
-    return _pack(source, documents, config, root, seq_len, seed, config.packing, fim)
 
 
 def _pack(
