@@ -136,3 +136,25 @@ def test_the_run_logger_is_closed_once_when_a_step_fails(
     with pytest.raises(RuntimeError, match="this step fails"):
         run_to_end(run, time.perf_counter())
     assert closed == [0]
+
+
+def test_a_report_is_made_however_a_run_ends_unless_it_never_began(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for and ended, asked for and failed; not asked for, or refused while it was built."""
+    made: list[str] = []
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise RuntimeError("it fails")
+
+    def run(name: str, *settings: str) -> None:
+        words = ("steps=1", "precision=bf16", "checkpoint.at_end=false", f"run_dir={tmp_path / name}", *settings)
+        train(configured(corpus, *words), as_yaml, report=lambda run_dir: made.append(run_dir.name))
+
+    run("ended")
+    run("unasked", "report=false")
+    for name, stage in (("failed", "train_step"), ("refused", "build")):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="it fails"):
+            patch.setattr(f"fp8moe.train.loop.{stage}", fails)
+            run(name)
+    assert made == ["ended", "failed"]
