@@ -195,12 +195,13 @@ def _refit(tree: dict[str, Any], settings: Sequence[str], world_size: int) -> No
         return
     before, dp = parallel["dp"], max(1, world_size // parallel["pp"])
     parallel["dp"] = None
-    chosen = math.gcd(before, tree["model"]["experts"]["num_experts"])  # as `train.config.resolve` does
+    cp = parallel.get("cp", 1)
+    chosen = math.gcd(before // cp, tree["model"]["experts"]["num_experts"])  # as `train.config.resolve` does
     if "parallel.ep" not in keys and parallel["ep"] and (parallel["ep"] == chosen or dp % parallel["ep"]):
         parallel["ep"] = None
     sequences, micro_batch = batch["sequences"], batch["micro_batch"]
-    whole = micro_batch and micro_batch * before == sequences
-    if "batch.micro_batch" not in keys and micro_batch and (whole or sequences % (dp * micro_batch)):
+    whole = micro_batch and micro_batch * before // cp == sequences
+    if "batch.micro_batch" not in keys and micro_batch and (whole or sequences % (max(1, dp // cp) * micro_batch)):
         batch["micro_batch"] = None
 
 

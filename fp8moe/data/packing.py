@@ -32,6 +32,7 @@ from torch import Tensor
 from fp8moe.data.cache import built_folder, key_of
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.order import documents_index, epoch_index
+from fp8moe.data.whole import WholeSequences
 from fp8moe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # it needs the package tokenizers, which a GPU machine's benchmarks do without
@@ -51,12 +52,14 @@ class Batch:
     positions_BS: 0, 1, 2, ...; from 0 again at each document when the document mask is on.
     document_lengths: inputs of each document, or part of one, in the order of the samples, none longer than its sample;
     padding counts as a document. None when the document mask is off.
+    whole: set where the tensors hold a part of every sequence (`parallel.cp`); lengths are always of whole sequences.
     """
 
     inputs_BS: Tensor
     labels_BS: Tensor
     positions_BS: Tensor
     document_lengths: tuple[int, ...] | None
+    whole: WholeSequences | None = None
 
 
 @dataclass(frozen=True)

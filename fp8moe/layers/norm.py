@@ -32,6 +32,7 @@ class Feeds(Enum):
     LINEAR = (False, True, False)
     MLP = (False, True, True)
     MOE = (True, True, True)  # the router reads y, dispatch and shared experts the rows
+    GATHER = (False, True, True)  # Linears of other ranks
 
 
 class RMSNorm(nn.Module):
@@ -43,7 +44,7 @@ class RMSNorm(nn.Module):
         self.recompute = Recompute.NORM in recipe.recompute
         tensor, rows, usual = feeds.value
         self.power_of_two = (
-            usual if feeds is Feeds.MOE else recipe.power_of_two(usual)
+            usual if feeds in (Feeds.MOE, Feeds.GATHER) else recipe.power_of_two(usual)
         )  # rows that travel have no choice
         self.rows = rows and recipe.fp8
         self.tensor = tensor or not self.rows or not self.recompute

@@ -12,11 +12,12 @@ A_YEAR = 365 * 24 * 3600.0
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the mesh and how ranks communicate. World = pp x dp, ep inside dp."""
+    """Sizes of the mesh and how ranks communicate. World = pp x dp; ep and cp inside dp."""
 
     pp: int = 1  # pipeline ranks
     dp: int | None = None  # data-parallel ranks of each pipeline rank; None: processes / pp
     ep: int | None = None  # ranks that share the experts, within dp; None: the most that experts divide over
+    cp: int = 1  # ranks within dp that share the tokens of every sequence; dp / cp of them read sequences of their own
     # of the pipeline (`fp8moe.schedule.build`); dualpipev is of use at pp=1 too: it hides experts' messages of
     # one micro-batch under the compute of another
     schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
@@ -48,6 +49,7 @@ class ParallelConfig:
             pp=ranks,
             dp=ranks,
             ep=ranks,
+            cp=ranks,
             communication_sms=Range(least=1, most=1024),
             layout=COUNT,
             ranks_per_node=ranks,

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8moe.data.packing import Batch
+from fp8moe.data.packing import Batch, WholeSequences
+from fp8moe.layers.attention.zigzag import part_of
 from fp8moe.limits import Range, check_fields
+from fp8moe.model.config import FP8_MULTIPLE
+from fp8moe.model.loss import mtp_labels
+from fp8moe.model.transformer import next_ids
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,13 @@ def total_samples(config: BatchConfig, steps: int) -> int:
     return consumed + (steps - done) * config.sequences
 
 
-def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
+def resolve_batch(config: BatchConfig, dp: int, *, cp: int = 1, least: int = 1, multiple: int = 1) -> BatchConfig:
     """The configuration with `micro_batch` filled in, after a check that every size of the batch suits dp ranks.
 
-    Every size must be a multiple of dp x micro_batch. least, multiple: the micro-batches that the schedule needs, in
-    multiples of. Raises ValueError with the nearest legal size.
+    Every size must be a multiple of dp / cp x micro_batch; cp divides dp. least, multiple: the micro-batches that the
+    schedule needs, in multiples of. Raises ValueError with the nearest legal size.
     """
+    dp, ranks = dp // cp, data_ranks_in_words(cp)
     if config.micro_batch is None:
         fitting = micro_batches(config, dp, least=least, multiple=multiple)
         config = dataclasses.replace(config, micro_batch=max(fitting, default=1))
@@ -90,17 +95,46 @@ def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int
         if size % unit:
             nearest = max(1, round(size / unit)) * unit
             raise ValueError(
-                f"batch.{name}={size} must be a multiple of dp x batch.micro_batch = {dp} x {config.micro_batch} = "
+                f"batch.{name}={size} must be a multiple of {ranks} x batch.micro_batch = {dp} x {config.micro_batch} = "
                 f"{unit}: use {nearest}"
             )
         if (size // unit < least and name != "increment") or (size // unit) % multiple:
             enough = max(least, -(-(size // unit) // multiple) * multiple) * unit
             raise ValueError(
-                f"batch.{name}={size} makes {size // unit} micro-batches of dp x batch.micro_batch = {dp} x "
+                f"batch.{name}={size} makes {size // unit} micro-batches of {ranks} x batch.micro_batch = {dp} x "
                 f"{config.micro_batch} sequences and the pipeline's schedule needs at least {least}"
                 f"{f', in multiples of {multiple}' if multiple > 1 else ''}: use {enough}"
             )
     return config
+
+
+def check_tokens(micro_batch: int, seq_len: int, cp: int) -> None:
+    """Raise ValueError unless FP8 can cast a rank's tokens of a micro-batch, which it does along both dimensions."""
+    tokens = micro_batch * seq_len // cp
+    if tokens % FP8_MULTIPLE:
+        multiple = FP8_MULTIPLE * cp
+        nearest = max(multiple, round(seq_len / multiple) * multiple)
+        share = f" / parallel.cp={cp}" if cp > 1 else ""
+        raise ValueError(
+            f"batch.micro_batch x seq_len{share} = {micro_batch} x {seq_len}{share and f' / {cp}'} = {tokens} tokens "
+            f"must be a multiple of {FP8_MULTIPLE}, which FP8 needs: use seq_len={nearest}"
+        )
+
+
+def check_parts(seq_len: int, cp: int) -> None:
+    """Raise ValueError unless a sequence can be cut into two equal parts a rank."""
+    if cp > 1 and seq_len % (2 * cp):
+        nearest = max(2 * cp, round(seq_len / (2 * cp)) * 2 * cp)
+        legal = max((d for d in range(1, cp) if seq_len % (2 * d) == 0), default=1)
+        raise ValueError(
+            f"parallel.cp={cp} cuts a sequence into 2 x {cp} equal parts and seq_len={seq_len} is no multiple of "
+            f"{2 * cp}: use seq_len={nearest} or parallel.cp={legal}"
+        )
+
+
+def data_ranks_in_words(cp: int) -> str:
+    """How the number of ranks that read sequences of their own is written."""
+    return "dp" if cp == 1 else "dp / cp"
 
 
 def micro_batches(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> list[int]:
@@ -132,5 +166,23 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return _each(pinned(batch, device), lambda tensor: tensor.to(device, non_blocking=True))
 
 
+def share_of(batch: Batch, rank: int, cp: int) -> Batch:
+    """The tokens of every sequence that rank `rank` of `cp` computes; what lies across its borders is looked up here."""
+    if cp == 1:
+        return batch
+    whole = WholeSequences(
+        part_of(next_ids(batch).view_as(batch.inputs_BS), rank, cp),
+        part_of(mtp_labels(batch.labels_BS), rank, cp),
+        batch.positions_BS,
+    )
+    inputs_BS, labels_BS, positions_BS = (
+        part_of(x, rank, cp) for x in (batch.inputs_BS, batch.labels_BS, batch.positions_BS)
+    )
+    return Batch(inputs_BS, labels_BS, positions_BS, batch.document_lengths, whole)
+
+
 def _each(batch: Batch, made: Callable[[Tensor], Tensor]) -> Batch:
-    return Batch(made(batch.inputs_BS), made(batch.labels_BS), made(batch.positions_BS), batch.document_lengths)
+    whole = batch.whole
+    if whole is not None:
+        whole = WholeSequences(made(whole.next_ids_BS), made(whole.mtp_labels_BS), made(whole.positions_BS))
+    return Batch(made(batch.inputs_BS), made(batch.labels_BS), made(batch.positions_BS), batch.document_lengths, whole)

@@ -150,7 +150,7 @@ def _dispatcher(config: TrainConfig, mesh: Mesh) -> Dispatcher:
         chunks=config.parallel.chunks,
         capacity_factor=config.parallel.capacity_factor,
         max_imbalance=config.parallel.max_imbalance,
-        max_tokens=config.micro_batch * config.seq_len,
+        max_tokens=config.rank_tokens,
     )
 
 

@@ -20,14 +20,14 @@ from fp8moe.errors import ConfigError
 from fp8moe.kernels.backend import set_backend
 from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, Precision, Recipe, Recompute, Scales
 from fp8moe.limits import COUNT, POSITIVE, Range, check_fields
-from fp8moe.model.config import FP8_MULTIPLE, ModelConfig
+from fp8moe.model.config import ModelConfig
 from fp8moe.model.partition import Stage, partition
 from fp8moe.parallel.config import ParallelConfig
 from fp8moe.parallel.dispatch.deep_ep import check_deep_ep
 from fp8moe.parallel.mesh import ranks_in_node, validate_mesh
 from fp8moe.schedule.build import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
-from fp8moe.train.batch import BatchConfig, resolve_batch
+from fp8moe.train.batch import BatchConfig, check_parts, check_tokens, data_ranks_in_words, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.ema import EmaConfig
 from fp8moe.train.guard import GuardConfig
@@ -134,8 +134,9 @@ class TrainConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """Precision, recomputation and scales of the model."""
-        return Recipe(self.precision.mode, frozenset(self.recompute), self.precision.scales)
+        """Precision, recomputation and scales of the model, and whether keys are gathered."""
+        gathered = self.parallel.cp > 1
+        return Recipe(self.precision.mode, frozenset(self.recompute), self.precision.scales, gathered)
 
     @property
     def dp(self) -> int:
@@ -148,6 +149,16 @@ class TrainConfig:
         return _resolved(self.parallel.ep)
 
     @property
+    def data_ranks(self) -> int:
+        """Data-parallel ranks, or groups that share sequences, that read sequences of their own."""
+        return self.dp // self.parallel.cp
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of a micro-batch that a rank of a resolved configuration holds."""
+        return self.micro_batch * self.seq_len // self.parallel.cp
+
+    @property
     def micro_batch(self) -> int:
         """Sequences that a rank of a resolved configuration computes at once."""
         return _resolved(self.batch.micro_batch)
@@ -155,7 +166,7 @@ class TrainConfig:
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of the full batch on each data-parallel rank of a resolved configuration."""
-        return self.batch.sequences // (self.dp * self.micro_batch)
+        return self.batch.sequences // (self.data_ranks * self.micro_batch)
 
 
 def _resolved(value: int | None) -> int:
@@ -189,17 +200,6 @@ def is_tied(config: TrainConfig) -> bool:
     return config.model.mtp_depth > 0 and config.parallel.pp > 1 and config.parallel.schedule not in FOLDED
 
 
-def _check_tokens(micro_batch: int, seq_len: int) -> None:
-    """Raises ValueError unless FP8 can cast the tokens of a micro-batch, which it does along both dimensions."""
-    tokens = micro_batch * seq_len
-    if tokens % FP8_MULTIPLE:
-        nearest = max(FP8_MULTIPLE, round(seq_len / FP8_MULTIPLE) * FP8_MULTIPLE)
-        raise ValueError(
-            f"batch.micro_batch x seq_len = {micro_batch} x {seq_len} = {tokens} tokens must be a multiple of "
-            f"{FP8_MULTIPLE}, which FP8 needs: use seq_len={nearest}"
-        )
-
-
 def laid_out(config: TrainConfig, world_size: int, ranks_per_node: int) -> TrainConfig:
     """Check what depends on the number of processes alone; fill in dp, ep, the micro-batch and the ranks of a node.
 
@@ -214,15 +214,16 @@ def laid_out(config: TrainConfig, world_size: int, ranks_per_node: int) -> Train
             f"{world_size}: use parallel.dp={world_size // parallel.pp} or start {parallel.pp * parallel.dp}"
         )
     ep = parallel.ep
-    validate_mesh(world_size, parallel.pp, 1 if ep is None else ep, experts)
+    validate_mesh(world_size, parallel.pp, 1 if ep is None else ep, experts, cp=parallel.cp)
+    check_parts(config.seq_len, parallel.cp)
     least, multiple = microbatches(parallel.schedule, parallel.pp)
     stages_of(config)
     dp = world_size // parallel.pp
-    batch = resolve_batch(config.batch, dp, least=least, multiple=multiple)
+    batch = resolve_batch(config.batch, dp, cp=parallel.cp, least=least, multiple=multiple)
     assert batch.micro_batch is not None
     if config.precision.mode is Precision.FP8:
-        _check_tokens(batch.micro_batch, config.seq_len)
-    ep = math.gcd(dp, experts) if ep is None else ep
+        check_tokens(batch.micro_batch, config.seq_len, parallel.cp)
+    ep = math.gcd(dp // parallel.cp, experts) if ep is None else ep
     filled = dataclasses.replace(parallel, dp=dp, ep=ep)
     if parallel.dispatcher == "node_limited":
         per_node = parallel.ranks_per_node or ranks_per_node
@@ -241,7 +242,7 @@ def resolve(
     """
     config = laid_out(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
     parallel = config.parallel
-    config.validation.check(config.dp, config.micro_batch)
+    config.validation.check(config.data_ranks, config.micro_batch, of=data_ranks_in_words(parallel.cp))
     if config.precision.backend is not None:
         set_backend(config.precision.backend)
     if config.optimizer.sharding == "deepspeed":

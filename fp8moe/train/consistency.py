@@ -28,7 +28,7 @@ from fp8moe.errors import ReplicaError
 from fp8moe.layers.linear import QuantizedWeight, is_expert
 from fp8moe.parallel.collectives import gather
 from fp8moe.parallel.place import listed_ranks
-from fp8moe.train.batch import microbatches_of
+from fp8moe.train.batch import microbatches_of, share_of
 from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.run import Run
 from fp8moe.train.step import forward_passes
@@ -134,8 +134,9 @@ def _repeats(run: Run) -> bool:
     """Whether a forward done twice gives the same losses; in a mirrored pipeline one in each direction. Collective."""
     mesh, size = run.mesh, run.config.micro_batch
     directions = 2 if mesh.mirrored else 1
-    ids = rank_slice(list(range(mesh.dp * directions * size)), mesh.dp_rank, mesh.dp)
-    batches = [run.data.validation.batch(part) for part in microbatches_of(ids, size)]
+    ids = rank_slice(list(range(mesh.data_ranks * directions * size)), mesh.data_rank, mesh.data_ranks)
+    whole = [run.data.validation.batch(part) for part in microbatches_of(ids, size)]
+    batches = [share_of(batch, mesh.cp_rank, mesh.cp) for batch in whole]
     one, other = (forward_passes(run, batches).view(torch.int64) for _ in range(2))
     run.dispatcher.verify()
     return torch.equal(one, other)

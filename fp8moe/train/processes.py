@@ -95,6 +95,7 @@ def mesh_of(config: TrainConfig, device: torch.device) -> Mesh:
         mirrored=parallel.schedule == "dualpipe",
         nccl_ctas=parallel.communication_sms if device.type == "cuda" else None,
         tied=is_tied(config),
+        cp=parallel.cp,
     )
 
 

@@ -16,7 +16,7 @@ from fp8moe.data.prefetch import Prefetcher
 from fp8moe.data.sampler import rank_slice
 from fp8moe.model.loss import count_predicted
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.train.batch import global_batch, microbatches_of, pinned
+from fp8moe.train.batch import global_batch, microbatches_of, pinned, share_of
 from fp8moe.train.config import TrainConfig
 
 
@@ -33,9 +33,10 @@ def step_reader(config: TrainConfig, dataset: Dataset, mesh: Mesh, device: torch
 
     def read(consumed: int) -> StepBatches:
         stop = consumed + global_batch(config.batch, consumed)
-        mine = rank_slice(list(range(consumed, stop)), mesh.dp_rank, mesh.dp)
-        batches = [dataset.batch(ids) for ids in microbatches_of(mine, config.micro_batch)]
-        predicted = torch.tensor([count_predicted(batch.labels_BS) for batch in batches]).sum(0)
+        mine = rank_slice(list(range(consumed, stop)), mesh.data_rank, mesh.data_ranks)
+        whole = [dataset.batch(ids) for ids in microbatches_of(mine, config.micro_batch)]
+        batches = [share_of(batch, mesh.cp_rank, mesh.cp) for batch in whole]
+        predicted = torch.tensor([count_predicted(batch) for batch in batches]).sum(0)
         return StepBatches([pinned(batch, device) for batch in batches], predicted)
 
     def use_device() -> None:

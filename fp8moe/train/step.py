@@ -190,13 +190,12 @@ def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights
     """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
     config, tally = run.config, LossTally(run.device)
     on_device = [to_device(batch, run.device) for batch in batches]
-    tokens = config.micro_batch * config.seq_len
     Pipeline(
         schedule,
         run.mesh.pp_rank,
         run.links,
         StagePasses(run.model, run.stages, on_device, weights, tally),
-        empty=partial(torch.empty, tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
+        empty=partial(torch.empty, config.rank_tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
         overlap=config.parallel.overlap,
         sms=sms_for_gemms(run),
         observer=run.zero,
@@ -213,8 +212,8 @@ _schedule = lru_cache(build_schedule)  # a batch that grows comes with a few siz
 
 
 def sms_for_gemms(run: Run) -> int | None:
-    """The GPU's SMs less those of the experts' messages; None on a CPU, and without such messages."""
-    if run.device.type != "cuda" or run.mesh.ep == 1:
+    """The GPU's SMs less those of the layers' messages; None on a CPU, and without such messages."""
+    if run.device.type != "cuda" or run.mesh.ep * run.mesh.cp == 1:
         return None
     count: int = torch.cuda.get_device_properties(run.device).multi_processor_count
     return max(1, count - run.config.parallel.communication_sms)

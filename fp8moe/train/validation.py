@@ -19,7 +19,7 @@ from fp8moe.data.sampler import rank_slice
 from fp8moe.limits import COUNT, Range, check_fields
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.train.batch import microbatches_of
+from fp8moe.train.batch import microbatches_of, share_of
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class ValidationConfig:
         """Whether to validate after step number `step` (from 1) of `steps`; after the last always."""
         return step == steps or (self.every > 0 and step % self.every == 0)
 
-    def check(self, dp: int, micro_batch: int) -> None:
+    def check(self, dp: int, micro_batch: int, *, of: str = "dp") -> None:
         """Raises ValueError unless every rank gets the same whole number of micro-batches."""
         unit = dp * micro_batch
         if self.samples % unit:
             nearest = max(1, round(self.samples / unit)) * unit
             raise ValueError(
-                f"validation.samples={self.samples} must be a multiple of dp x batch.micro_batch = {dp} x "
+                f"validation.samples={self.samples} must be a multiple of {of} x batch.micro_batch = {dp} x "
                 f"{micro_batch} = {unit}: use {nearest}"
             )
 
@@ -75,8 +75,9 @@ def validate(
     forward: micro-batches -> nats summed over their predicted tokens (0 on a rank without the head).
     token_bytes: int64 [vocab_size], bytes of each id.
     """
-    mine = rank_slice(list(range(samples)), mesh.dp_rank, mesh.dp)
-    batches = [dataset.batch(ids) for ids in microbatches_of(mine, micro_batch)]
+    mine = rank_slice(list(range(samples)), mesh.data_rank, mesh.data_ranks)
+    whole = [dataset.batch(ids) for ids in microbatches_of(mine, micro_batch)]
+    batches = [share_of(batch, mesh.cp_rank, mesh.cp) for batch in whole]
     labels = torch.cat([batch.labels_BS[batch.labels_BS != IGNORED_LABEL] for batch in batches])
     in_bytes = 0 if token_bytes is None else int(token_bytes[labels].sum())
     nats = float(all_reduce(forward(batches).cpu(), mesh.world_group))

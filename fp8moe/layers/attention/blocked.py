@@ -9,8 +9,8 @@ Numerics, those of the fused kernels on GPUs: scores, softmax and the gradient o
 gradient of scores are rounded to the dtype of v where they enter a product; each output is one product with FP32 sums,
 rounded once. In FP32 nothing is rounded.
 
-Legend: B sequences, S tokens of a sequence, H heads, G of B x H heads at a time, d features of a query or key, V of a
-value, J heads of keys and values.
+Legend: B sequences, S tokens of a sequence, L where keys are more, H heads, G of B x H heads at a time, J heads of keys
+and values, d features of a query or key, V of a value.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def blocked_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """q [B, S, H, d], k [B, S, J, d], v [B, S, J, V] of one dtype -> [B, S, H, V]; causal, of one sequence length.
+    """q [B, S, H, d], k [B, L, J, d], v [B, L, J, V] of one dtype -> [B, S, H, V]; causal, the last query at the last key.
 
-    J divides H. window: tokens that a query sees, itself included. sinks: FP32 [H], a logit more in each query's
-    softmax, without a value.
+    J divides H, L is at least S. window: tokens that a query sees, itself included. sinks: FP32 [H], a logit more in
+    each query's softmax, without a value.
     """
     if k.shape[2] != q.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    assert q.shape == k.shape, (q.shape, k.shape)
+    assert q.shape[2:] == k.shape[2:] and q.shape[1] <= k.shape[1], (q.shape, k.shape)
     return _BlockedAttention.apply(q, k, v, sinks, scale, window)
 
 
@@ -54,19 +54,25 @@ class _Softmax:
     num_heads: int
     window: int | None
     sinks: Tensor | None
+    ahead: int  # keys before the first query
+
+    def placed(self, block: slice) -> slice:
+        """The keys of the tokens of a block of queries."""
+        return slice(block.start + self.ahead, block.stop + self.ahead)
 
     def past(self, block: slice) -> slice:
         """The keys that some query of `block` sees."""
-        return slice(0 if self.window is None else max(0, block.start - self.window + 1), block.stop)
+        placed = self.placed(block)
+        return slice(0 if self.window is None else max(0, placed.start - self.window + 1), placed.stop)
 
     def probabilities(self, queries: Tensor, keys: Tensor, heads: slice, block: slice) -> tuple[Tensor, Tensor | None]:
         """Softmax of FP32 scores, [G, block, past], and the sink's share [G, block]."""
         scores, past = torch.bmm(queries, keys.mT), self.past(block)
         if self.window is None:
             size = block.stop - block.start
-            scores[:, :, block] += torch.full((size, size), float("-inf"), device=scores.device).triu_(1)
+            scores[:, :, self.placed(block)] += torch.full((size, size), float("-inf"), device=scores.device).triu_(1)
         else:
-            scores.masked_fill_(self._hidden(block, past, self.window), float("-inf"))
+            scores.masked_fill_(self._hidden(self.placed(block), past, self.window), float("-inf"))
         if self.sinks is None:
             return torch.softmax(scores, -1, out=scores), None
         sinks_G = self.sinks[torch.arange(heads.start, heads.start + len(queries)) % self.num_heads]
@@ -86,10 +92,11 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.softmax = scale, _Softmax(q.shape[2], window, None if sinks is None else sinks.detach())
+        ahead = k.shape[1] - q.shape[1]
+        ctx.scale, ctx.softmax = scale, _Softmax(q.shape[2], window, None if sinks is None else sinks.detach(), ahead)
         values = _heads_first(v)
         queries, keys = _heads_first(q).float() * scale, _heads_first(k).float()
-        out = torch.empty_like(values)
+        out = values.new_empty(len(values), q.shape[1], v.shape[3])
         for heads in _groups(values):
             for block in _blocks(q.shape[1]):
                 past = ctx.softmax.past(block)
@@ -104,13 +111,14 @@ class _BlockedAttention(torch.autograd.Function):
         queries, keys, values, gradients = q.float() * ctx.scale, k.float(), v.float(), dy.float()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         d_sinks = v.new_zeros(len(v), dtype=torch.float32)
-        seq_len = q.shape[1]
+        # Of the future nothing is written or read; what a window hides is read as zero, and what lies between blocks of
+        # queries and blocks of keys that do not begin together.
+        is_read = softmax.window is not None or softmax.ahead % _QUERIES
         for heads in _groups(v):
-            # Of the future nothing is written or read; what a window hides is read as zero.
-            make = v.new_empty if softmax.window is None else v.new_zeros
-            p_GSS = make(len(q[heads]), seq_len, seq_len)
+            make = v.new_zeros if is_read else v.new_empty
+            p_GSS = make(len(q[heads]), q.shape[1], k.shape[1])
             d_scores_GSS = make(p_GSS.shape)
-            for block in _blocks(seq_len):
+            for block in _blocks(q.shape[1]):
                 past = softmax.past(block)
                 p, sink = softmax.probabilities(queries[heads, block], keys[heads, past], heads, block)
                 dp = torch.bmm(gradients[heads, block], values[heads, past].mT)
@@ -120,8 +128,8 @@ class _BlockedAttention(torch.autograd.Function):
                 d_scores = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32)
                 d_scores_GSS[:, block, past] = d_scores.mul_(ctx.scale)
                 dq[heads, block] = product(d_scores_GSS[:, block, past], k[heads, past])
-            for block in _blocks(seq_len):
-                later = slice(block.start, None)
+            for block in _blocks(k.shape[1]):
+                later = slice(max(0, block.start - softmax.ahead), None)
                 dk[heads, block] = product(d_scores_GSS[:, later, block].mT, q[heads, later])
                 dv[heads, block] = product(p_GSS[:, later, block].mT, dy[heads, later])
         back = (_heads_back(x, like) for x, like in zip((dq, dk, dv), ctx.saved_tensors, strict=True))

@@ -11,6 +11,9 @@ that grows with the square of the sequence, and are not asked. The first takes v
 heads go to flash-attn 4 where it is installed, else to FlexAttention. That was refused for plain causal heads: cuDNN is
 faster there. Refused too: documents padded to the longest for cuDNN, several times the work at the lengths of web text.
 
+Queries of a part of a sequence (`context`) meet more keys than they are: the same kernels take both lengths, aligned at
+their ends.
+
 On a CPU no kernel has variable length: one is called for each document (`documents.by_document`). Heads that PyTorch's
 fused kernel doesn't take go by blocks of queries (`blocked`). FlexAttention has no backward there.
 
@@ -60,7 +63,7 @@ class Heads:
     """Heads of attention: features of a query or key, and of a value; their dtype; whether documents are masked.
 
     group: query heads that share a head of keys and values. window: some layers' queries see so many tokens at most.
-    sinks: a logit more in each softmax.
+    sinks: a logit more in each softmax. parted: there are fewer queries than keys, those of a part of each sequence.
     """
 
     qk_dim: int
@@ -70,14 +73,15 @@ class Heads:
     group: int = 1
     window: int | None = None
     sinks: bool = False
+    parted: bool = False
 
     @property
     def banded(self) -> bool:
-        """Whether scores are masked beyond causality."""
-        return self.masked or self.window is not None
+        """Whether scores are masked beyond the causality of equally many queries and keys."""
+        return self.masked or self.parted or self.window is not None
 
     def __str__(self) -> str:
-        mask = "masked by documents" if self.masked else "causal"
+        mask = ("masked by documents" if self.masked else "causal") + (", of a part's queries" if self.parted else "")
         shared = "" if self.group == 1 else f", {self.group} queries a key"
         window = "" if self.window is None else f", windows of {self.window}"
         return f"{self.qk_dim}/{self.v_dim} heads{shared}, {mask}{window}{', with sinks' if self.sinks else ''}"
@@ -154,7 +158,7 @@ def choose(setting: str, heads: Heads, machine: Machine) -> str:
         runs = next((kernel for kernel, reason in reasons.items() if reason is None), None)
         if runs is None:
             told = "; ".join(f"{LABELS[kernel]}: {reason}" for kernel, reason in reasons.items())
-            other = ", or use data.document_mask=false" if heads.masked else ""
+            other = ", or use parallel.cp=1" if heads.parted else ", or use data.document_mask=false" if heads.masked else ""
             raise ValueError(
                 f"model.attention.backend=auto finds no kernel for {heads} ({told}): install triton{other}"
             )
@@ -162,7 +166,9 @@ def choose(setting: str, heads: Heads, machine: Machine) -> str:
     reason = why_not(setting, heads, machine)
     if reason is not None:
         nearest = choose(AUTO, heads, machine)
-        other = ", or data.document_mask=false" if heads.masked and machine.kind == "cuda" else ""
+        other = ""
+        if machine.kind == "cuda":
+            other = ", or parallel.cp=1" if heads.parted else ", or data.document_mask=false" if heads.masked else ""
         raise ValueError(
             f"model.attention.backend={setting} cannot run {heads}: {reason}: use model.attention.backend="
             f"{nearest if nearest in SETTINGS else AUTO}{other}"

@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fp8moe.layers.attention.blocked import blocked_attention
 from fp8moe.layers.attention.cache import CachedForward
+from fp8moe.layers.attention.context import Context
 from fp8moe.layers.attention.documents import Documents, by_document
-from fp8moe.layers.attention.masks import causal_blocks, window_mask
+from fp8moe.layers.attention.masks import causal_blocks, causal_mask
 from fp8moe.layers.attention.sinks import with_sinks
 from fp8moe.limits import Range, check_fields
 
@@ -86,7 +87,8 @@ class YarnConfig:
 class Positions:
     """Where tokens stand: rotations [T, rope_dim/2], and the documents they belong to where those are kept apart.
 
-    cached: caches that the tokens are written to and attend to (`cache`); None in training.
+    cached: caches that the tokens are written to and attend to (`cache`); None in training. context: the whole
+    sequences where the tokens are a part of each; documents are then its.
     """
 
     num_sequences: int
@@ -94,6 +96,17 @@ class Positions:
     sin: Tensor
     documents: Documents | None = None
     cached: CachedForward | None = None
+    context: Context | None = None
+
+    @property
+    def of_keys(self) -> tuple[Tensor, Tensor]:
+        """cos, sin of the tokens whose keys are attended to."""
+        return (self.cos, self.sin) if self.context is None else (self.context.cos, self.context.sin)
+
+    @property
+    def masked(self) -> bool:
+        """Whether documents are kept apart."""
+        return (self.documents if self.context is None else self.context.documents) is not None
 
     @property
     def seq_len(self) -> int:
@@ -112,9 +125,11 @@ class Positions:
     def blocks(self, window: int | None) -> BlockMask:
         """FlexAttention's blocks of scores that hold anything, made once for all layers of one window."""
         if window not in self._by_window:
-            documents = self.documents
+            documents, places, keys = self.documents, None, self.seq_len
+            if self.context is not None:
+                documents, places, keys = self.context.documents, self.context.places, self.context.seq_len
             numbers_BS = None if documents is None else documents.numbers_T.view(self.num_sequences, -1)
-            self._by_window[window] = causal_blocks(self.seq_len, self.cos.device, window, numbers_BS)
+            self._by_window[window] = causal_blocks(keys, self.cos.device, window, numbers_BS, places)
         return self._by_window[window]
 
 
@@ -153,7 +168,9 @@ def rotation(positions_T: Tensor, dim: int, theta: float, yarn: YarnConfig | Non
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, window: int | None = None) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by torch; a head of keys and values may serve a run of query heads."""
-    mask = None if window is None or window >= q.shape[1] else window_mask(q.shape[1], window, q.device)
+    queries, keys = q.shape[1], k.shape[1]
+    is_masked = queries != keys or (window is not None and window < keys)
+    mask = causal_mask(queries, keys, window, q.device) if is_masked else None
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -167,21 +184,38 @@ def _pinned(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) 
         return _sdpa(q, k, v, scale)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, *, parts: Documents, window: int | None = None) -> Tensor:
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    parts: Documents,
+    key_parts: Documents | None = None,
+    window: int | None = None,
+) -> Tensor:
     """[B, S, H, d] -> [B, S, H, d] by torch's kernel of variable length, whose values are as wide as its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
+    keys = key_parts or parts
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[2] != k.shape[2]:
         options["enable_gqa"] = True
-    ends, longest, (q_TH, k_TJ, v_TJ) = parts.cumulative_N, parts.longest, (x.flatten(0, 1) for x in (q, k, v))
-    out: Any = varlen_attn(q_TH, k_TJ, v_TJ, ends, ends, longest, longest, **options)
+    lengths = parts.cumulative_N, keys.cumulative_N, parts.longest, keys.longest
+    out: Any = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), *lengths, **options)
     made: Tensor = out.unflatten(0, q.shape[:2])
     return made
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, parts: Documents | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    parts: Documents | None = None,
+    key_parts: Documents | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """[B, S, H, d] -> [B, S, H, V] by flash-attn 4, whose Hopper kernels take 192/128 heads."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
@@ -192,9 +226,9 @@ def _flash(
     if parts is None:
         out = flash_attn_func(q, k, v, **options)
     else:
-        ends = parts.cumulative_N
-        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-        options |= {"max_seqlen_q": parts.longest, "max_seqlen_k": parts.longest}
+        keys = key_parts or parts
+        options |= {"cu_seqlens_q": parts.cumulative_N, "cu_seqlens_k": keys.cumulative_N}
+        options |= {"max_seqlen_q": parts.longest, "max_seqlen_k": keys.longest}
         out = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **options)
     out = out[0] if isinstance(out, tuple) else out
     made: Tensor = out if parts is None else out.unflatten(0, q.shape[:2])
@@ -248,17 +282,37 @@ def attend(
 
     kernel: one of `BACKENDS` that takes what is asked (`choice`). G divides H: a head of keys and values serves H / G
     query heads, one after the other. window: tokens that a query sees, itself included. sinks: FP32 [H], a logit more
-    in the softmax of each head, without a value.
+    in the softmax of each head, without a value. With a `context` q has the tokens of a part of each sequence.
     """
     options: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
-    band = None if window is None or window >= positions.seq_len else window
+    band = None if window is None or window >= k.shape[1] else window
     if kernel == "flex":
         return _flex(q, k, v, scale, blocks=positions.blocks(band), **options)
     if band is not None:
         options["window"] = band
+    if positions.context is not None:
+        return attend_in_runs(kernel, q, k, v, scale, positions.context, **options)
     documents = positions.documents
     if kernel == "varlen" or (kernel == "flash" and documents is not None):
         options["parts"] = positions.parts
     elif documents is not None:
-        return by_document(BACKENDS[kernel], q, k, v, scale, documents, **options)
+        tokens = (x.flatten(0, 1) for x in (q, k, v))
+        outputs = by_document(BACKENDS[kernel], *tokens, scale, documents, documents, **options)
+        return torch.cat(outputs).unflatten(0, q.shape[:2])
     return BACKENDS[kernel](q, k, v, scale, **options)
+
+
+def attend_in_runs(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context, **options: Any
+) -> Tensor:
+    """The same for a part of each sequence, its chunks one after the other, by a kernel that takes both lengths."""
+    q_t, k_T, v_T = (x.flatten(0, 1) for x in (q, k, v))
+    outputs = []
+    for run in context.runs:
+        parts = q_t[run.queries], k_T[run.keys], v_T[run.keys]
+        if kernel in ("varlen", "flash"):
+            options |= {"parts": run.query_parts, "key_parts": run.key_parts}
+            outputs.append(BACKENDS[kernel](*(x[None] for x in parts), scale, **options)[0])
+        else:
+            outputs += by_document(BACKENDS[kernel], *parts, scale, run.query_parts, run.key_parts, **options)
+    return torch.cat(outputs).unflatten(0, q.shape[:2])

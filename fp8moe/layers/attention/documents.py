@@ -45,14 +45,20 @@ class Documents:
 
 def by_document(
     kernel: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q_TH: Tensor,
+    k_TH: Tensor,
+    v_TH: Tensor,
     scale: float,
     documents: Documents,
+    key_documents: Documents,
     **options: object,
-) -> Tensor:
-    """Attention of [B, S, H, d] by a kernel that knows no documents, called once for each."""
-    parts = [x.flatten(0, 1).split(documents.lengths) for x in (q, k, v)]
-    outputs = [kernel(*(x[None] for x in one), scale, **options)[0] for one in zip(*parts, strict=True)]
-    return torch.cat(outputs).unflatten(0, q.shape[:2])
+) -> list[Tensor]:
+    """Attention of [T, H, d] by a kernel that knows no documents, called once for each -> its output of each."""
+    queries, keys, values = (
+        x.split(lengths.lengths)
+        for x, lengths in ((q_TH, documents), (k_TH, key_documents), (v_TH, key_documents))
+    )
+    return [
+        kernel(q[None], k[None], v[None], scale, **options)[0]
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
