@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fp8moe.layers.attention.context_bytes import context_deferred_bytes, context_kept_bytes
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe, Recompute
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import block_parameters, count_parameters
@@ -130,17 +131,19 @@ class ExpertRows:
 class MicroBatch:
     """What passes a stage at once: sequences of seq_len tokens, computed and kept by `recipe`.
 
-    rows: of a mixture's dispatch; None: one rank, experts evenly loaded and no row padding.
+    rows: of a mixture's dispatch; None: one rank, experts evenly loaded and no row padding. cp: ranks that share the
+    sequences, of which this one has `tokens`.
     """
 
     sequences: int
     seq_len: int
     recipe: Recipe = Recipe(Precision.FP8, FULL_RECOMPUTE)  # noqa: RUF009  frozen
     rows: ExpertRows | None = None
+    cp: int = 1
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.seq_len
+        return self.sequences * self.seq_len // self.cp
 
     def expert_rows(self, topk: int) -> ExpertRows:
         """`rows`, or those of one rank."""
@@ -175,8 +178,12 @@ def pass_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> list[flo
 
 
 def rotation_bytes(config: ModelConfig, sizes: MicroBatch) -> float:
-    """Bytes of the rotations of a micro-batch, which each stage makes and its passes share; cosines and sines, FP32."""
-    return 4.0 * config.attention.rope_dim * sizes.tokens
+    """Bytes of the rotations of a micro-batch, which each stage makes and its passes share; cosines and sines, FP32.
+
+    Where ranks share sequences those of all their tokens stand beside the rank's own.
+    """
+    whole = sizes.cp if sizes.cp > 1 else 0
+    return 4.0 * config.attention.rope_dim * sizes.tokens * (1 + whole)
 
 
 def deferred_bytes(config: ModelConfig, stage: Stage, sizes: MicroBatch) -> float:
@@ -202,7 +209,7 @@ def _block_deferred(c: ModelConfig, layer: int, sizes: MicroBatch) -> float:
     keeps = Recompute.SWIGLU not in recipe.recompute and not recipe.fp8
     per_hidden = 2 * cast + (wide if keeps else 2 * cast)  # the gradient, and the product or what it is made of
     per_token = cast * sum(n for n, _ in c.attention.linears(c.dim)) + c.attention.input_bytes(recipe)
-    per_token += 2 * _norm_source(c.dim, recipe)
+    per_token += context_deferred_bytes(c.attention, recipe, sizes.cp) + 2 * _norm_source(c.dim, recipe)
     if c.is_dense(layer):
         return (per_token + cast * c.dim + per_hidden * c.dense_hidden) * sizes.tokens
     rows, e = sizes.expert_rows(c.router.topk), c.experts
@@ -233,6 +240,7 @@ def _block_bytes(c: ModelConfig, layer: int, sizes: MicroBatch) -> float:
     again, wide, cached = recipe.recompute, recipe.dtype.itemsize, _columns(recipe)
     per_hidden = 2 * cached + (0 if Recompute.SWIGLU in again or recipe.fp8 else wide)
     per_token = 2 * (wide * c.dim + INVERSE_RMS) + c.attention.kept_bytes(recipe)
+    per_token += context_kept_bytes(c.attention, recipe, sizes.cp)
     if Recompute.NORM not in again:
         per_token += wide * 2 * c.dim
     if c.is_dense(layer):

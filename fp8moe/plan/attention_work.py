@@ -1,8 +1,14 @@
-"""What the attention phase of a block computes, reads and writes: the rows of `docs/layer.md`, for any sizes.
+"""What the attention phases of a block compute, read and write: the rows of `docs/layer.md`, for any sizes.
 
 In FP8 every product takes rows made by the pass before it and its weight gradient takes columns: of the recomputed
 norms, and of attention's output kept in 12 bits. BF16 is the same with plain products and no casts. Bytes count each
 tensor once; those of products are with the products (`gemm_time`).
+
+Where `cp` ranks share sequences, what is computed before the gather stands in the phase `keys`, what need not wait for it
+in `queries`. A rank's queries see as many keys as those of any other, so core attention is the whole sequences' over cp;
+it runs chunk by chunk (`Context.runs`), and the gradients of each chunk's keys are widened to all keys and added. In
+latent attention every rank makes keys and values of all tokens: the up projection, its gradients and the rotation are
+`Shared`.
 
 Legend: T tokens of a micro-batch, D model.
 """
@@ -12,101 +18,154 @@ from __future__ import annotations
 from fp8moe.layers.attention import GqaConfig, MlaConfig
 from fp8moe.layers.recipe import Recipe, Recompute
 from fp8moe.model.config import ModelConfig
-from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Small
+from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Shared, Small
 
 CAST = 1 + 4 / 128  # bytes of a value in 1x128 tiles, its scale included
 E5M6 = 1.5 + 4 / 128
 NORM, CASTS, ADD = "norms and rotation", "casts", "element-wise"
 
 
-def linear(work: BlockWork, phase: str, tokens: int, n: int, k: int, *, fp8: bool, again: bool = False) -> None:
-    """A Linear's three products, in a block's `attn` or `mlp`; again: its forward runs in the backward once more."""
+def linear(
+    work: BlockWork,
+    phase: str,
+    tokens: int,
+    n: int,
+    k: int,
+    *,
+    fp8: bool,
+    again: bool = False,
+    cp: int = 1,
+    ahead: str | None = None,
+) -> None:
+    """A Linear's three products, in a phase of a block; again: its forward runs in the backward once more.
+
+    cp: ranks each of which multiplies the tokens of all. ahead: the phase of the forward, where that is another.
+    """
     part = getattr(work, phase)
-    part["F"].append(Product(tokens, n, k, fp8=fp8))
-    part["B"].append(Product(tokens, k, n, fp8=fp8))
+    tokens *= cp
+    forward = shared(Product(tokens, n, k, fp8=fp8), cp)
+    getattr(work, ahead or phase)["F"].append(forward)
+    part["B"].append(shared(Product(tokens, k, n, fp8=fp8), cp))
     if again:
-        part["B"].append(Product(tokens, n, k, fp8=fp8))
-    part["W"].append(Product(n, k, tokens, columns=True, fp8=fp8))
+        part["B"].append(forward)
+    part["W"].append(shared(Product(n, k, tokens, columns=True, fp8=fp8), cp))
 
 
-def add_attention(work: BlockWork, model: ModelConfig, recipe: Recipe, layer: int, tokens: int, seq_len: int) -> None:
-    """Norm, attention and the residual sum of block number `layer`."""
+def shared(piece: Product | Pass, cp: int) -> Piece:
+    """A piece for the tokens of `cp` ranks, each of which computes it."""
+    return Shared(piece, cp) if cp > 1 else piece
+
+
+def add_attention(
+    work: BlockWork, model: ModelConfig, recipe: Recipe, layer: int, tokens: int, seq_len: int, cp: int = 1
+) -> None:
+    """Norm, attention and the residual sum of block number `layer`. tokens: of one of cp ranks that share sequences."""
     a, dim, fp8 = model.attention, model.dim, recipe.fp8
-    wide, seq = 2.0, min(seq_len, tokens)
+    wide, seq = 2.0, min(seq_len, tokens * cp)
     rows = CAST if fp8 else wide
     f, b, w = (work.attn[which] for which in "FBW")
-    f.append(Pass("norm", NORM, tokens * dim * (wide + rows)))
+    keys = work.keys if cp > 1 else work.attn
+    keys["F"].append(Pass("norm", NORM, tokens * dim * (wide + rows)))
     core = tokens * a.core_flops(seq, causal=True, layer=layer)
     if isinstance(a, MlaConfig):
-        _mla(work, a, recipe, dim, tokens)
+        _mla(work, a, recipe, dim, tokens, cp)
         head, backward = a.num_heads * a.v_dim, (3 * a.qk_dim + 2 * a.v_dim) / (a.qk_dim + a.v_dim)
     else:
-        _gqa(work, a, recipe, dim, tokens)
+        _gqa(work, a, recipe, dim, tokens, cp)
         head, backward = a.num_heads * a.head_dim, 2.5
-    tiles = a.num_heads * tokens / 128
-    f.append(Attention(core, tiles))
-    b.append(Attention(core * backward, tiles))
+    tiles, runs = a.num_heads * tokens / 128, 2 * tokens * cp // seq if cp > 1 else 1
+    for _ in range(runs):
+        f.append(Attention(core / runs, tiles / runs))
+        b.append(Attention(core / runs * backward, tiles / runs))
     linear(work, "attn", tokens, dim, head, fp8=fp8)
     f.append(Pass("norm, residual", NORM, tokens * dim * (4 * wide + (CAST if fp8 else 0.0))))
-    b.append(Pass("norm backward", NORM, tokens * dim * 8.5))  # of both norms of the block
+    keys["B"].append(Pass("norm backward", NORM, tokens * dim * 8.5))  # of both norms of the block
     b.append(Pass("norm backward", NORM, tokens * dim * 8.5))
     b.append(Pass("add", ADD, 2 * tokens * dim * 6))
+    if cp > 1:
+        b.append(_gradients_of_keys(a, tokens, cp, runs))
     if fp8:
         f.append(Pass("cast", CASTS, tokens * head * (wide + CAST)))
         f.append(Pass("pack", CASTS, tokens * head * (wide + E5M6)))
         b.append(Pass("cast both", CASTS, tokens * dim * (wide + 2 * CAST)))
         b.append(Pass("unpack", CASTS, tokens * head * (wide + E5M6)))
         w.append(Pass("columns of 12 bits", CASTS, tokens * head * (CAST + E5M6)))
-        w.append(Pass("norm columns", CASTS, tokens * dim * (wide + CAST)))
+        keys["W"].append(Pass("norm columns", CASTS, tokens * dim * (wide + CAST)))
     elif Recompute.NORM in recipe.recompute:
-        w.append(Pass("norm", NORM, 2 * tokens * dim * wide))
+        keys["W"].append(Pass("norm", NORM, 2 * tokens * dim * wide))
     b.append(Small(2))
 
 
-def _mla(work: BlockWork, a: MlaConfig, recipe: Recipe, dim: int, tokens: int) -> None:
+def _gradients_of_keys(a: MlaConfig | GqaConfig, tokens: int, cp: int, runs: int) -> Piece:
+    """Every run's gradients of keys and values, cleared and copied as long as all of them, and summed.
+
+    The runs of a sequence have half a chunk more keys than it has tokens, together; that half chunk is left out.
+    """
+    values = a.num_heads * (a.qk_dim + a.v_dim) if isinstance(a, MlaConfig) else 2 * a.keys
+    passes = runs + 2 + 3 * (runs - 1)
+    return shared(Pass("add", ADD, passes * tokens * cp * values * 2), cp)
+
+
+def _mla(work: BlockWork, a: MlaConfig, recipe: Recipe, dim: int, tokens: int, cp: int) -> None:
     fp8, again = recipe.fp8, Recompute.MLA_UP in recipe.recompute
     f, b, w = (work.attn[which] for which in "FBW")
-    latents = a.kv_lora_rank + a.q_lora_rank
+    first, ahead = ("keys", "queries") if cp > 1 else ("attn", "attn")
+    keys, before = getattr(work, first), getattr(work, ahead)["F"]
     queries, kv = a.queries, a.num_heads * (a.nope_dim + a.v_dim)
     rows = CAST if fp8 else 2.0
-    first, *ups, _ = a.linears(dim)
-    linear(work, "attn", tokens, *first, fp8=fp8)
-    for n, k in ups:
-        linear(work, "attn", tokens, n, k, fp8=fp8, again=again)
-    norms = [Pass("norm", NORM, tokens * k * (2 + rows)) for _, k in ups]
+    down, *up_queries, up_keys, _ = a.linears(dim)
+    linear(work, first, tokens, *down, fp8=fp8)
+    for n, k in up_queries:
+        linear(work, "attn", tokens, n, k, fp8=fp8, again=again, ahead=ahead)
+    linear(work, "attn", tokens, *up_keys, fp8=fp8, again=again, cp=cp)
+    norm = {k: Pass("norm", NORM, tokens * k * (2 + rows)) for k in (a.kv_lora_rank, a.q_lora_rank)}
     # Keys are read with their values, and written with the rotated part of all heads.
-    rotations = [
+    of_queries = [
+        *([norm[a.q_lora_rank]] if up_queries else []),
         Pass("rotation", NORM, tokens * queries * 4),
-        Pass("rotation", NORM, tokens * 2 * (kv + queries)),
     ]
-    f += [*norms, *rotations]
+    of_keys = shared(Pass("rotation", NORM, tokens * cp * 2 * (kv + queries)), cp)
+    keys["F"].append(norm[a.kv_lora_rank])
+    before += of_queries
+    f.append(of_keys)
     if again:
-        b += [*norms, *rotations]
+        b += [*of_queries, of_keys]
+        if cp == 1:  # rows that were gathered are kept
+            b.append(norm[a.kv_lora_rank])
     b += [
-        Pass("rotation", NORM, tokens * 2 * (queries + a.num_heads * a.v_dim + kv)),
+        shared(Pass("rotation", NORM, tokens * cp * 2 * (queries + a.num_heads * a.v_dim + kv)), cp),
         Pass("rotation", NORM, tokens * queries * 4),
-        Pass("add", ADD, tokens * first[0] * 4),
-        *(Pass("norm backward", NORM, tokens * k * 6.5) for _, k in ups),
+        *(Pass("norm backward", NORM, tokens * k * 6.5) for _, k in up_queries),
+    ]
+    keys["B"] += [
+        Pass("add", ADD, tokens * down[0] * 4),
+        Pass("norm backward", NORM, tokens * a.kv_lora_rank * 6.5),
     ]
     if fp8:
-        widths = [n for n, _ in ups] + [first[0]]
-        b += [Pass("cast both", CASTS, tokens * n * (2 + 2 * CAST)) for n in widths]
+        b += [Pass("cast both", CASTS, tokens * n * (2 + 2 * CAST)) for n, _ in up_queries]
+        b.append(shared(Pass("cast both", CASTS, tokens * cp * kv * (2 + 2 * CAST)), cp))
+        keys["B"].append(Pass("cast both", CASTS, tokens * down[0] * (2 + 2 * CAST)))
+    latents = a.q_lora_rank + (a.kv_lora_rank if cp == 1 else 0)
+    if fp8:
         w.append(Pass("norm columns", CASTS, tokens * latents * (2 + CAST)))
     elif Recompute.NORM in recipe.recompute:
         w.append(Pass("norm", NORM, tokens * latents * 4))
+    if fp8 and cp > 1:
+        w.append(shared(Pass("columns of rows", CASTS, tokens * cp * a.kv_lora_rank * 2 * CAST), cp))
 
 
-def _gqa(work: BlockWork, a: GqaConfig, recipe: Recipe, dim: int, tokens: int) -> None:
+def _gqa(work: BlockWork, a: GqaConfig, recipe: Recipe, dim: int, tokens: int, cp: int) -> None:
     fp8, again = recipe.fp8, Recompute.MLA_UP in recipe.recompute
-    f, b = work.attn["F"], work.attn["B"]
+    first, keys = ("keys", work.keys) if cp > 1 else ("attn", work.attn)
     turned, outputs = a.queries + a.keys, a.queries + 2 * a.keys
-    linear(work, "attn", tokens, outputs, dim, fp8=fp8, again=again)
+    linear(work, first, tokens, outputs, dim, fp8=fp8)
     passes: list[Piece] = [Pass("rotation", NORM, tokens * turned * 4)]
     if a.qk_norm != "none":
         passes.append(Pass("norm", NORM, tokens * turned * 4))
-    f += passes
+    keys["F"] += passes
     if again:
-        b += passes
+        work.attn["B"] += [Product(tokens, outputs, dim, fp8=fp8), *passes]
+    b = keys["B"]
     b.append(Pass("rotation", NORM, tokens * turned * 4))
     if a.qk_norm != "none":
         b.append(Pass("norm backward", NORM, tokens * turned * 6))

@@ -17,7 +17,7 @@ states no formula. Of its source (src/init.cc, src/transport/net.cc) and of what
 
 from __future__ import annotations
 
-from fp8moe.parallel.mesh import EXPERT_AXES
+from fp8moe.parallel.mesh import LAYER_AXES
 from fp8moe.train.config import TrainConfig, is_tied
 
 MIB, GIB = 2**20, 2**30
@@ -35,7 +35,7 @@ def group_sizes(config: TrainConfig, pp_rank: int) -> dict[str, int]:
     """
     parallel, pp, dp, ep = config.parallel, config.parallel.pp, config.dp, config.ep
     copies = 2 if parallel.schedule == "dualpipe" else 1
-    sizes = {"ep": ep, "dense": dp * copies, "expert": dp * copies // ep}
+    sizes = {"ep": ep, "cp": parallel.cp, "dense": dp * copies, "expert": dp * copies // ep}
     if parallel.dispatcher == "node_limited":
         local = min(ep, parallel.ranks_per_node or ep)
         sizes |= {"rail": ep // local, "node": local}
@@ -49,7 +49,7 @@ def on_node(axis: str, size: int, config: TrainConfig, gpus_per_node: int) -> in
     """Of the ranks of a group, those on one node: neighbours, or ranks that stand a whole axis apart."""
     if axis == "node":
         return size
-    apart = {"expert": config.ep, "rail": config.parallel.ranks_per_node or config.ep, "pp": config.dp}
+    apart = {"expert": config.ep, "cp": config.ep, "rail": config.parallel.ranks_per_node or config.ep, "pp": config.dp}
     if axis == "tie":
         return 2 if config.parallel.pp * config.dp <= gpus_per_node else 1
     return min(size, max(1, gpus_per_node // apart.get(axis, 1)))
@@ -68,7 +68,7 @@ def communicator_bytes(config: TrainConfig, pp_rank: int, gpus_per_node: int) ->
     for axis, size in group_sizes(config, pp_rank).items():
         beside = on_node(axis, size, config, gpus_per_node)
         total += NODE_GROUP if beside > 1 else NETWORK_GROUP
-        if axis in EXPERT_AXES:
+        if axis in LAYER_AXES:
             total += _exchange_bytes(size, beside, min(CHANNELS, sms))
     return total
 

@@ -31,7 +31,7 @@ def visits(router: RouterConfig, num_experts: int, size: int) -> float:
 
 def expert_rows(config: TrainConfig, imbalance: float = 1.0, *, on_gpu: bool = True) -> ExpertRows:
     """The rows of a resolved configuration's dispatch on the rank that gets `imbalance` times the even share."""
-    tokens, topk = config.micro_batch * config.seq_len, config.model.router.topk
+    tokens, topk = config.rank_tokens, config.model.router.topk
     num_experts, ep = config.model.experts.num_experts, config.ep
     local = num_experts // ep
     if ep == 1:
@@ -55,7 +55,7 @@ def _fixed_rows(config: TrainConfig, factor: float) -> ExpertRows:
     """The rows of fixed messages, which have the same size whatever the routing."""
     from fp8moe.parallel.dispatch.counts import Capacity, EpTopology, fixed
 
-    tokens, router = config.micro_batch * config.seq_len, config.model.router
+    tokens, router = config.rank_tokens, config.model.router
     per_node = _ranks_per_node(config)
     shape = (config.ep, 1) if per_node is None else (config.ep // per_node, per_node)
     topology = EpTopology(None, config.model.experts.num_experts, *shape)  # type: ignore[arg-type]  # sizes alone

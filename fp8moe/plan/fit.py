@@ -6,8 +6,8 @@ only the least that a run needs is compared (`plan.machine_memory`), so that not
 skips both.
 
 The nearest layout is the one with the fewest changed keys; of those the one that changes the smallest things: first the
-micro-batch, then what is computed again, then how experts are shared out, last the pipeline. Of results, only the order
-of sums changes.
+micro-batch, then what is computed again, then how experts and sequences are shared out, last the pipeline. Of results,
+only the order of sums changes, and under FP8 the rounding of latents that are sent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from fp8moe.train.config import TrainConfig
 
 GB = 1e9
 # How much a changed key disturbs, by its place: of two layouts with as many changed keys the cheaper one is nearer.
-COST = {"batch.micro_batch": 1, "recompute": 2, "optimizer.sharding": 3, "parallel.ep": 4, "parallel.schedule": 5}
+CHEAPEST_FIRST = (
+    *("batch.micro_batch", "recompute", "optimizer.sharding", "parallel.ep", "parallel.cp", "parallel.schedule"),
+)
+COST = {key: cost for cost, key in enumerate(CHEAPEST_FIRST, 1)}
 
 
 def check_fits(config: TrainConfig, local_processes: int) -> None:
@@ -97,4 +100,5 @@ def _distance(before: TrainConfig, after: TrainConfig) -> tuple[float, ...]:
         len(after.recompute),
         abs(after.parallel.pp - before.parallel.pp),
         abs(after.ep - before.ep),
+        abs(after.parallel.cp - before.parallel.cp),
     )

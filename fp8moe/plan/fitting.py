@@ -18,20 +18,21 @@ from fp8moe.train.config import TrainConfig
 
 MARGIN = 1.05
 Names = tuple[Recompute, ...]
-Key = tuple[int, str, int, int, Names]
+Group = tuple[int, str, int, int]  # pp, schedule, ep, cp
+Key = tuple[Group, int, Names]
 
 
 @dataclass
 class Layouts:
     """Every legal layout of a configuration; the memory of each is computed once, when it is asked for.
 
-    recomputed: what the backward may compute again, the least first. groups: (pp, schedule, ep) -> layouts of growing
+    recomputed: what the backward may compute again, the least first. groups: (pp, schedule, ep, cp) -> layouts of growing
     micro-batch that compute again all they can.
     """
 
     gpus_per_node: int
     recomputed: list[Names]
-    groups: dict[tuple[int, str, int], list[TrainConfig]]
+    groups: dict[Group, list[TrainConfig]]
     known: dict[Key, float] = field(default_factory=dict)
 
     @property
@@ -47,8 +48,7 @@ class Layouts:
         return self.known[key]
 
     def fitting(self, limit: float) -> list[list[TrainConfig]]:
-        """Those that need at most `limit` bytes: a list for each pp, schedule, ep and micro-batch, least recomputed
-        first."""
+        """Those that need at most `limit` bytes: a list for each group and micro-batch, least recomputed first."""
         return [fit for group in self.groups.values() for fit in self._fitting(group, limit)]
 
     def _fitting(self, group: Sequence[TrainConfig], limit: float) -> Iterator[list[TrainConfig]]:
@@ -72,13 +72,17 @@ class Layouts:
 def legal_layouts(config: TrainConfig, gpus: int, gpus_per_node: int) -> Layouts:
     """Every legal layout of a configuration, which need not be resolved."""
     recomputed = recompute_sets(config.precision.mode)
-    groups: dict[tuple[int, str, int], list[TrainConfig]] = {}
+    groups: dict[Group, list[TrainConfig]] = {}
     for one in layouts(config, gpus, gpus_per_node, recomputed[-1:]):
-        groups.setdefault((one.parallel.pp, one.parallel.schedule, one.ep), []).append(one)
+        groups.setdefault(_group_of(one), []).append(one)
     return Layouts(gpus_per_node, recomputed, groups)
 
 
 def key_of(config: TrainConfig) -> Key:
     """What tells the layouts of one configuration apart."""
+    return _group_of(config), config.micro_batch, config.recompute
+
+
+def _group_of(config: TrainConfig) -> Group:
     parallel = config.parallel
-    return parallel.pp, parallel.schedule, config.ep, config.micro_batch, config.recompute
+    return parallel.pp, parallel.schedule, config.ep, parallel.cp

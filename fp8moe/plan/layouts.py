@@ -1,9 +1,13 @@
-"""Layouts of a configuration on a number of GPUs: pp x ep x dp x schedule x recompute x micro-batch, by train's rules.
+"""Layouts of a configuration on a number of GPUs: pp x ep x cp x schedule x recompute x micro-batch, by train's rules.
 
 A layout is legal where `train.config.laid_out` accepts it, which is what `fp8moe train` does first. Three settings that
 are none of a layout's keys follow it where they would forbid it: the start and the increment of a batch that grows are
 rounded up to the next size that makes enough micro-batches, `validation.samples` to the nearest that every rank gets an
 equal share of, and `parallel.layout` is left out where it has another number of stages. All else stays as it is.
+
+Ranks share sequences (`parallel.cp`) where a micro-batch is one sequence, and keep 2,048 tokens of it each: two ranks
+with two sequences compute as many tokens as one with one, and gather keys for it; shorter parts read all weights for few
+rows. The settings' own cp is always tried.
 """
 
 from __future__ import annotations
@@ -19,15 +23,16 @@ from fp8moe.layers.recipe import Precision, Recompute
 from fp8moe.parallel.mesh import divisors
 from fp8moe.plan.cluster import Cluster
 from fp8moe.schedule.build import SCHEDULES, microbatches, num_stages
-from fp8moe.train.batch import BatchConfig
+from fp8moe.train.batch import BatchConfig, data_ranks_in_words
 from fp8moe.train.config import TrainConfig, laid_out
 
 # The keys of a layout, and those that follow it, in the order in which they are written.
 KEYS = ("parallel.pp", "parallel.ep", "parallel.schedule", "batch.micro_batch", "recompute")
 FOLLOWING = (
-    *("parallel.dp", "parallel.layout", "batch.ramp_from", "batch.increment", "validation.samples"),
+    *("parallel.cp", "parallel.dp", "parallel.layout", "batch.ramp_from", "batch.increment", "validation.samples"),
     "optimizer.sharding",
 )
+LEAST_PART = 2048  # tokens of a sequence that a rank has where several share it
 
 
 class Layout(NamedTuple):
@@ -38,6 +43,7 @@ class Layout(NamedTuple):
     schedule: str
     micro_batch: int
     recompute: tuple[Recompute, ...]
+    cp: int = 1
 
 
 def as_written(config: TrainConfig, cluster: Cluster) -> tuple[TrainConfig, tuple[str, ...]]:
@@ -56,7 +62,7 @@ def as_written(config: TrainConfig, cluster: Cluster) -> tuple[TrainConfig, tupl
         found = laid_out(replace(config, batch=constant), cluster.gpus, cluster.gpus_per_node)
         refused.append(f"{error}; planned with the full batch of {constant.sequences}")
     try:
-        found.validation.check(found.dp, found.micro_batch)
+        found.validation.check(found.data_ranks, found.micro_batch, of=data_ranks_in_words(found.parallel.cp))
     except ValueError as error:
         refused.append(str(error))
     return found, tuple(refused)
@@ -72,15 +78,26 @@ def layouts(
     recomputed = recompute_sets(config.precision.mode) if recomputed is None else recomputed
     for pp in divisors(gpus):
         dp = gpus // pp
-        if config.batch.sequences % dp or (config.optimizer.sharding == "deepspeed" and (pp > 1 or dp == 1)):
+        if config.optimizer.sharding == "deepspeed" and (pp > 1 or dp == 1):
             continue
-        for schedule in SCHEDULES:
-            for micro_batch in divisors(config.batch.sequences // dp):
-                for ep in divisors(math.gcd(dp, config.model.experts.num_experts)):
-                    layout = Layout(pp, ep, schedule, micro_batch, recomputed[0])
+        for cp, micro_batch in _shares(config, dp):
+            for schedule in SCHEDULES:
+                for ep in divisors(math.gcd(dp // cp, config.model.experts.num_experts)):
+                    layout = Layout(pp, ep, schedule, micro_batch, recomputed[0], cp)
                     found = laid_out_as(config, layout, gpus, gpus_per_node)
                     if found is not None:  # what is computed again forbids nothing
                         yield from (replace(found, recompute=names) for names in recomputed)
+
+
+def _shares(config: TrainConfig, dp: int) -> Iterator[tuple[int, int]]:
+    """(ranks that share a sequence, sequences of a micro-batch), the second ascending, that dp ranks could take."""
+    for cp in divisors(dp):
+        data_ranks, own = dp // cp, cp in (1, config.parallel.cp)
+        if config.batch.sequences % data_ranks or config.seq_len % (2 * cp):
+            continue
+        if own or config.seq_len >= cp * LEAST_PART:
+            sizes = divisors(config.batch.sequences // data_ranks)
+            yield from ((cp, size) for size in (sizes if own else sizes[:1]))
 
 
 def recompute_sets(precision: Precision) -> list[tuple[Recompute, ...]]:
@@ -112,10 +129,11 @@ def applied(config: TrainConfig, layout: Layout, gpus: int) -> TrainConfig:
         pp=pp,
         dp=None,
         ep=layout.ep,
+        cp=layout.cp,
         schedule=cast(Literal["1f1b", "zb1p", "dualpipe", "dualpipev"], schedule),
         layout=by_hand if stays else None,
     )
-    unit = dp * layout.micro_batch
+    unit = dp // layout.cp * layout.micro_batch
     samples = config.validation.samples
     if samples % unit:
         samples = max(1, round(samples / unit)) * unit

@@ -21,7 +21,7 @@ from fp8moe.model.partition import Stage
 from fp8moe.plan.communicators import GIB, communicator_bytes
 from fp8moe.plan.expert_rows import expert_rows
 from fp8moe.plan.held import StageBytes, most_held, most_messages
-from fp8moe.plan.workspace import attention_work, dispatch_work, loss_work, mlp_work, optimizer_work
+from fp8moe.plan.workspace import attention_work, dispatch_work, gather_work, loss_work, mlp_work, optimizer_work
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train.config import TrainConfig, stages_of
@@ -30,9 +30,10 @@ from fp8moe.train.memory import replicas_of, state_bytes
 
 IN_TURN = ("attention workspace", "MLP workspace", "logits and loss", "optimizer step")
 KINDS = (
-    *STATE, "activations", "data", "dispatch buffers", "pipeline buffers", *IN_TURN, "communicators", "CUDA context",
-    "fragmentation",
+    *STATE, "activations", "data", "dispatch buffers", "gather buffers", "pipeline buffers", *IN_TURN, "communicators",
+    "CUDA context", "fragmentation",
 )  # fmt: skip
+OF_PASSES = ("activations", "dispatch buffers", "gather buffers")
 PAGE = 20 * 2**20  # that PyTorch's allocator maps and unmaps at once with expandable segments, of large tensors
 # Driver, kernels and library handles: 0.52 GiB measured on an H100 by pith-train's memory estimator; and cuBLAS's
 # workspaces, which PyTorch makes 32 MiB a stream on Hopper, for the two streams that multiply.
@@ -69,7 +70,7 @@ def rank_memory(
     schedule = schedule_of(config)
     stages = stages_of(config)
     rows = expert_rows(config, imbalance, on_gpu=on_gpu)
-    sizes = MicroBatch(config.micro_batch, config.seq_len, config.recipe, rows)
+    sizes = MicroBatch(config.micro_batch, config.seq_len, config.recipe, rows, config.parallel.cp)
     by_stage = [stage_bytes(config, stage, sizes) for stage in stages]
     return tuple(
         _rank(config, schedule, stages, sizes, by_stage, pp_rank, gpus_per_node if on_gpu else None)
@@ -106,6 +107,15 @@ def fragmentation_bytes(blocks: float) -> float:
     return blocks * PAGE
 
 
+def _data_bytes(config: TrainConfig) -> int:
+    """Bytes of the data of one of a rank's tokens: id, label, position and, of masked documents, their number.
+
+    Where ranks share sequences also the ids and labels behind it, and positions of whole sequences.
+    """
+    masked, cp = 8 * config.data.document_mask, config.parallel.cp
+    return 24 + masked if cp == 1 else 40 + 8 * cp + masked * cp
+
+
 def schedule_of(config: TrainConfig) -> Schedule:
     """A schedule in which every rank holds as much as in that of the configuration, of few micro-batches."""
     pp, count = config.parallel.pp, config.num_microbatches
@@ -134,14 +144,15 @@ def _rank(
     kinds["activations"], kinds["dispatch buffers"] = max(
         zip(most, dispatch_work(config, held, sizes), strict=True), key=sum
     )
-    kinds["data"] = float(config.num_microbatches * sizes.tokens * (32 if config.data.document_mask else 24))
+    kinds["data"] = float(config.num_microbatches * sizes.tokens * _data_bytes(config))
+    kinds["gather buffers"] = gather_work(config, held, sizes)
     hidden = sizes.tokens * config.model.dim * config.recipe.dtype.itemsize
     kinds["pipeline buffers"] = float(most_messages(schedule, pp_rank) * hidden)
     in_turn = {
         "attention workspace": attention_work(config, held, sizes),
         "MLP workspace": mlp_work(config, held, sizes),
         "logits and loss": loss_work(config, held, sizes, torch.device("cuda" if on_gpu else "cpu")),
-        "optimizer step": optimizer_work(config, weights) - kinds["activations"] - kinds["dispatch buffers"],
+        "optimizer step": optimizer_work(config, weights) - sum(kinds[kind] for kind in OF_PASSES),
     }
     largest = max(in_turn, key=lambda kind: in_turn[kind])
     kinds[largest] = max(0.0, in_turn.pop(largest))

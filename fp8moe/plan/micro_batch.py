@@ -45,13 +45,13 @@ def choose_micro_batch(config: TrainConfig, world_size: int, gpus_per_node: int)
 def choose_for(config: TrainConfig, world_size: int, gpus_per_node: int, there: int) -> Chosen:
     """The same for GPUs of `there` bytes. Where none fits it is the smallest; what else is wrong `resolve` says."""
     parallel, experts = config.parallel, config.model.experts.num_experts
-    dp = world_size // parallel.pp
-    ep = parallel.ep or math.gcd(dp, experts)
-    if dp < 1 or dp % ep or experts % ep:
+    dp, cp = world_size // parallel.pp, parallel.cp
+    ep = parallel.ep or math.gcd(dp // cp, experts)
+    if dp < 1 or dp % (cp * ep) or experts % ep or config.seq_len % (2 * cp):
         return Chosen(config, None)
     least, multiple = microbatches(parallel.schedule, parallel.pp)
     sizes = [
-        size for size in micro_batches(config.batch, dp, least=least, multiple=multiple) if _suits(config, dp, size)
+        size for size in micro_batches(config.batch, dp // cp, least=least, multiple=multiple) if _suits(config, dp, size)
     ]
     filled = dataclasses.replace(parallel, dp=dp, ep=ep)
     imbalance = parallel.max_imbalance or IMBALANCE
@@ -73,4 +73,6 @@ def choose_for(config: TrainConfig, world_size: int, gpus_per_node: int, there: 
 def _suits(config: TrainConfig, dp: int, size: int) -> bool:
     """Whether validation and FP8 take micro-batches of that size, as `resolve` asks."""
     fp8 = config.precision.mode is Precision.FP8
-    return config.validation.samples % (dp * size) == 0 and (not fp8 or size * config.seq_len % FP8_MULTIPLE == 0)
+    cp = config.parallel.cp
+    tokens = size * config.seq_len // cp
+    return config.validation.samples % (dp // cp * size) == 0 and (not fp8 or tokens % FP8_MULTIPLE == 0)

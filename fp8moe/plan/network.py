@@ -12,6 +12,10 @@ admits, and a place with e of them is missed with probability (E-e)/E * (E-e-1)/
 An FP8 row is its codes and a byte a scale; ids and weights of its experts travel with it. What comes back is BF16. Rows
 are put together before they leave and summed when they return, on the communication stream: two passes over them.
 
+Ranks that share sequences gather the rows that keys are made of, a collective, and send shares of their gradients in an
+all-to-all (`parallel.context`). Rows are put in the order of the sequences by one pass over all of them; shares are cut,
+joined and summed in FP32.
+
 A collective over W ranks moves (W-1)/W of its bytes. Where a group has several ranks in a node, each ring crosses
 between nodes on another network port, so their rates add up, to no more than NVLink's.
 """
@@ -26,6 +30,7 @@ from fp8moe.model.config import ModelConfig
 from fp8moe.plan.cluster import Cluster
 
 SCALE_TILE = 128
+FP32 = 4
 ID_BYTES, WEIGHT_BYTES = 2, 4
 
 
@@ -42,6 +47,30 @@ class Exchange:
     def nodes(self) -> int:
         """Nodes that the ranks span."""
         return ceil_div(self.ep, self.per_node)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """The ranks that share sequences, and how many of them are on a node."""
+
+    cp: int
+    per_node: int
+
+    def seconds(self, cluster: Cluster, tokens: float, row: float) -> float:
+        """Of a gather of `row` bytes for each of a rank's tokens."""
+        whole = self.cp * tokens * row
+        moved = collective_seconds(cluster, self.cp, self.per_node, whole)
+        return moved + 2 * whole / (cluster.hbm_gb_per_second * 1e9)
+
+    def scatter_seconds(self, cluster: Cluster, tokens: float, values: float, wide: float) -> float:
+        """Of the sums of shares, `values` of `wide` bytes for each token; both kinds of link work side by side."""
+        share, near = tokens * values * wide, self.per_node
+        moved = share * (near - 1) / (cluster.nvlink_gb_per_second * 1e9) + cluster.nvlink_microseconds * 1e-6
+        if self.cp > near:
+            network = share * (self.cp - near) / (cluster.network_gb_per_second * 1e9)
+            moved = max(moved, network + cluster.network_microseconds * 1e-6)
+        passes = self.cp * (4 * share + tokens * values * (wide + 2 * FP32))
+        return moved + passes / (cluster.hbm_gb_per_second * 1e9)
 
 
 def places_hit(model: ModelConfig, places: int) -> float:

@@ -28,8 +28,9 @@ def plan_text(found: Prediction, refused: Sequence[str]) -> str:
 def layout_words(config: TrainConfig) -> str:
     """A resolved configuration's layout in one line."""
     again = ", ".join(name for name in Recompute if name in config.recompute) or "nothing"
+    shared = f"cp={config.parallel.cp} " if config.parallel.cp > 1 else ""
     return (
-        f"pp={config.parallel.pp} dp={config.dp} ep={config.ep} {config.parallel.schedule}, "
+        f"pp={config.parallel.pp} dp={config.dp} ep={config.ep} {shared}{config.parallel.schedule}, "
         f"{config.num_microbatches} micro-batches of {config.micro_batch}, recomputed: {again}"
     )
 

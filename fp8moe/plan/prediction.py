@@ -106,6 +106,7 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
         "pp": config.parallel.pp,
         "dp": config.dp,
         "ep": config.ep,
+        "cp": config.parallel.cp,
         "schedule": config.parallel.schedule,
         "micro_batch": config.micro_batch,
         "num_microbatches": config.num_microbatches,

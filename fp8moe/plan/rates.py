@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from fp8moe.kernels.tiles import HOPPER_SMS
 from fp8moe.plan.gemm_time import product_time
-from fp8moe.plan.work import Attention, Pass, Piece, Product
+from fp8moe.plan.work import Attention, Pass, Piece, Product, Shared, Small
 
 # Of a copy's bandwidth, by kernel: benchmarks/results on an H100 (quantize, norm, rope, swiglu, permute, adamw).
 SHARES = {
@@ -56,6 +56,8 @@ PASS_SECONDS = 3e-6  # of a pass over memory, whatever its size
 SUSTAINED = {False: 1.02, True: 1.10}  # by whether the model is FP8
 HOST_SECONDS = 95e-6  # of a launch
 
+REDUNDANT = "keys of other ranks' tokens"  # the kind of what every rank that shares a sequence computes again
+
 RECORD, MODEL, BYTES, FLOPS = "record", "model", "bytes", "FLOPs"
 
 
@@ -72,7 +74,7 @@ class Card:
 Parts = dict[tuple[str, str], float]  # (kind of work, source) -> seconds
 
 
-def seconds_of(piece: Piece, card: Card) -> tuple[str, str, float]:
+def seconds_of(piece: Product | Pass | Attention | Small, card: Card) -> tuple[str, str, float]:
     """(kind, source, seconds) of one piece of work."""
     if isinstance(piece, Product):
         timed = product_time(piece, card.name, card.sms)
@@ -88,16 +90,21 @@ def seconds_of(piece: Piece, card: Card) -> tuple[str, str, float]:
 def parts_of(pieces: Iterable[Piece], card: Card) -> Parts:
     """Seconds by kind and source."""
     parts: Parts = defaultdict(float)
-    for piece in pieces:
+    for one in pieces:
+        piece, ranks = (one.piece, one.ranks) if isinstance(one, Shared) else (one, 1)
         kind, source, seconds = seconds_of(piece, card)
-        parts[kind, source] += seconds * SUSTAINED[card.fp8]
+        seconds *= SUSTAINED[card.fp8]
+        parts[kind, source] += seconds / ranks
+        if ranks > 1:
+            parts[REDUNDANT, source] += seconds - seconds / ranks
     return dict(parts)
 
 
 def launches_of(pieces: Iterable[Piece]) -> int:
     """Kernels that the pieces launch; a norm's backward is two, attention's three."""
     count = 0
-    for piece in pieces:
+    for one in pieces:
+        piece = one.piece if isinstance(one, Shared) else one
         count += getattr(piece, "launches", 1)
         count += isinstance(piece, Pass) and piece.kernel == "norm backward"
     return count

@@ -16,6 +16,7 @@ HEADER = (
     "pp",
     "dp",
     "ep",
+    "cp",
     "schedule",
     "micro-batch",
     "recomputed",
@@ -32,7 +33,8 @@ def search_text(found: Search, cluster: Cluster) -> str:
     rows = []
     for number, one in enumerate(found.best, 1):
         config, time = one.config, one.time
-        sizes = (number, config.parallel.pp, config.dp, config.ep, config.parallel.schedule, config.micro_batch)
+        parallel = config.parallel
+        sizes = (number, parallel.pp, config.dp, config.ep, parallel.cp, parallel.schedule, config.micro_batch)
         again = ",".join(name for name in Recompute if name in config.recompute) or "-"
         shares = [f"{share:.1%}" for share in (time.mfu, time.bubble, time.hidden)]
         speed = f"{time.tokens_per_second_per_gpu:,.0f}"

@@ -22,9 +22,10 @@ ENDS = "embedding, head and loss"
 
 @dataclass(frozen=True)
 class View:
-    """What a time takes in beside compute: messages to experts, launches, fewer SMs beside messages."""
+    """What a time takes in beside compute: messages to experts and of keys, launches, fewer SMs beside messages."""
 
     messages: bool = True
+    keys: bool = True
     host: bool = True
     fewer_sms: bool = True
 
@@ -53,7 +54,8 @@ class StageTime:
     def seen(self, view: View, *, overlap: bool) -> tuple[BlockTime, ...]:
         """The blocks as they run beside others' messages."""
         blocks = self.beside if view.fewer_sms and overlap else self.blocks
-        return blocks if view.messages else tuple(block.quiet for block in blocks)
+        left_out = (("dispatch", "combine") if not view.messages else ()) + (("gather",) if not view.keys else ())
+        return tuple(block.without(*left_out) for block in blocks) if left_out else blocks
 
     def alone(self, part: str, view: View = WHOLE) -> float:
         """Seconds of F, B or W with nothing beside it."""
@@ -69,7 +71,7 @@ class StageTime:
         return sum(block.compute(part) for block in self.blocks for part in "FBW") + self.end("FBW")
 
     def messages(self) -> float:
-        """Seconds of all messages to experts and back."""
+        """Seconds of all messages."""
         return sum(block.messages(part) for block in self.blocks for part in "FB")
 
     def parts(self) -> Parts:

@@ -25,8 +25,9 @@ from fp8moe.model.config import ModelConfig
 from fp8moe.model.flops import flops_per_token
 from fp8moe.model.partition import Stage, partition
 from fp8moe.plan.cluster import Cluster
+from fp8moe.plan.communicators import on_node
 from fp8moe.plan.layer_time import Sizes, alone_seconds
-from fp8moe.plan.network import Exchange, neighbour_seconds
+from fp8moe.plan.network import Exchange, Gather, neighbour_seconds
 from fp8moe.plan.rates import BYTES, MODEL, Card, added
 from fp8moe.plan.stage_time import WHOLE, StageCosts, StageTime, View, paired, stage_time
 from fp8moe.plan.update_time import UpdateTime, update_time
@@ -36,8 +37,12 @@ from fp8moe.train.config import TrainConfig, stages_of
 
 SECONDS_AN_HOUR, SECONDS_A_DAY = 3600.0, 86400.0
 NETWORK, HOST = "network model", "launches"
-# What a step takes with everything, without the host's waits, without messages too, and on all SMs as well.
-VIEWS = (View(), View(host=False), View(messages=False, host=False), View(False, False, False))
+# What a step takes with everything, without the host's waits, without messages of keys too, without those to experts,
+# and on all SMs as well.
+VIEWS = (
+    *(View(), View(host=False), View(keys=False, host=False)),
+    *(View(messages=False, keys=False, host=False), View(False, False, False, False)),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Part:
 @dataclass(frozen=True)
 class StepTime:
     """One step of the full batch. bubble: share of the step that the busiest rank waits for others; hidden: share of
-    the messages to experts that compute hides (1.0 where there are none)."""
+    the layers' messages that compute hides (1.0 where there are none)."""
 
     seconds: float
     tokens: int
@@ -131,8 +136,9 @@ def _sizes(config: TrainConfig, cluster: Cluster, imbalance: float) -> Sizes:
     parallel = config.parallel
     per_node = min(parallel.ranks_per_node or cluster.gpus_per_node, cluster.gpus_per_node)
     exchange = Exchange(parallel.dispatcher, config.ep, min(per_node, config.ep), parallel.chunks)
-    tokens, padding = config.micro_batch * config.seq_len, parallel.capacity_factor or 1.0
-    return Sizes(config.model, config.recipe, tokens, config.seq_len, exchange, imbalance, padding)
+    tokens, padding, cp = config.rank_tokens, parallel.capacity_factor or 1.0, parallel.cp
+    gather = Gather(cp, on_node("cp", cp, config, cluster.gpus_per_node)) if cp > 1 else None
+    return Sizes(config.model, config.recipe, tokens, config.seq_len, exchange, imbalance, padding, gather)
 
 
 def _costs(config: TrainConfig, times: tuple[StageTime, ...], message: float, view: View) -> StageCosts:
@@ -153,14 +159,14 @@ def _times(
 ) -> tuple[StageTime, ...]:
     sizes = _sizes(config, cluster, imbalance)
     card = Card(cluster.gpu, cluster.hbm_gb_per_second * 1e9, config.recipe.fp8)
-    left = HOPPER_SMS - config.parallel.communication_sms if config.ep > 1 else HOPPER_SMS
+    left = HOPPER_SMS - config.parallel.communication_sms if config.ep * config.parallel.cp > 1 else HOPPER_SMS
     beside = replace(card, sms=left)
     return tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
 
 
 def _message(config: TrainConfig, cluster: Cluster) -> float:
     """Seconds of a message between neighbours of the pipeline."""
-    size = 2.0 * config.micro_batch * config.seq_len * config.model.dim
+    size = 2.0 * config.rank_tokens * config.model.dim
     return neighbour_seconds(cluster, config.dp, size) if config.parallel.pp > 1 else 0.0
 
 
@@ -191,11 +197,12 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
     times = _times(config, cluster, stages, imbalance)
     at = (parallel.schedule, pp, config.num_microbatches)
     message = _message(config, cluster)
-    costs = [_costs(config, times, message, view) for view in VIEWS]
+    views = VIEWS if parallel.cp > 1 else tuple(view for view in VIEWS if view.keys == view.messages)
+    costs = [_costs(config, times, message, view) for view in views]
     (makespan,) = _line(*at, lambda replay: (replay.makespan(costs[0].of, message),))
     busy = [_line(*at, lambda replay, one=one: replay.busy(one.of)) for one in costs]  # type: ignore[misc]
     busiest = max(range(pp), key=busy[0].__getitem__)
-    whole, device, fewer, computed = (one[busiest] for one in busy)
+    whole, device, *no_keys, fewer, computed = (one[busiest] for one in busy)
     mine = _held(config, busiest)
     update = _update(config, cluster, mine, costs[0])
     makespan = max(makespan, whole)  # equal but for rounding where nobody waits
@@ -205,7 +212,8 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
     parts = [
         *_parts([times[index] for index in mine], passes, computed),
         Part("fewer SMs beside messages", fewer - computed, MODEL),
-        Part("waits for messages", device - fewer, NETWORK),
+        *(Part("waits for messages of keys", device - one, NETWORK) for one in no_keys),
+        Part("waits for messages", (no_keys or [device])[0] - fewer, NETWORK),
         Part("waits for the host", whole - device, HOST),
         Part("bubble", makespan - whole, "simulator"),
         Part("gradients and weights between replicas", update.exposed, NETWORK),

@@ -50,15 +50,27 @@ class Small:
     launches: int
 
 
-Piece = Product | Pass | Attention | Small
+@dataclass(frozen=True)
+class Shared:
+    """A piece that each of `ranks` ranks computes for the tokens of all of them: what is not its own is redundant."""
+
+    piece: Product | Pass
+    ranks: int
+
+
+Piece = Product | Pass | Attention | Small | Shared
 
 
 @dataclass
 class BlockWork:
     """A block's pieces of compute on one micro-batch, by the phases of a pass (`model.phases`): F, B and W of each.
 
-    What dispatch and combine compute beside their messages stands in the phase that waits for it or starts it.
+    What dispatch and combine compute beside their messages stands in the phase that waits for it or starts it. keys:
+    before the gather, where ranks share sequences (`model.context_phases`); queries: the beginning of attn's forward,
+    which does not wait for it.
     """
 
+    keys: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})
+    queries: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})
     attn: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})
     mlp: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fp8moe.layers.attention.context_bytes import context_message_bytes, context_work_bytes
 from fp8moe.model.head_loss import chunk_tokens
 from fp8moe.model.memory import TILE, MicroBatch, Weights, blocks_of
 from fp8moe.model.partition import Stage
@@ -25,11 +26,21 @@ MUON_BYTES = 14  # for each value that is multiplied together (`muon_step`)
 
 
 def attention_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
-    """Of a block's attention: what the layer says, the residual stream's and its norm's gradients, a norm's output."""
+    """Of a block's attention: what the layer says, the residual stream's and its norm's gradients, a norm's output.
+
+    Where ranks share sequences the layer holds keys and values of all their tokens.
+    """
     c, wide = config.model, sizes.recipe.dtype.itemsize
     if not any(blocks_of(c, stage) for stage in held):
         return 0.0
-    return sizes.tokens * (c.attention.work_bytes(sizes.recipe) + 3 * wide * c.dim)
+    return sizes.tokens * (context_work_bytes(c.attention, sizes.recipe, sizes.cp) + 3 * wide * c.dim)
+
+
+def gather_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
+    """Of a layer's messages to the ranks that share its sequences, in flight beside another's compute."""
+    if not any(blocks_of(config.model, stage) for stage in held):
+        return 0.0
+    return sizes.tokens * context_message_bytes(config.model.attention, sizes.recipe, sizes.cp)
 
 
 def mlp_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
