@@ -6,6 +6,10 @@ profile): attention of the forward hides the dispatch of the backward's gradient
 forward's dispatch, and so on, every message under compute. The order of the published trace's annotations was refused:
 taken as start order it leaves the forward's combine exposed.
 
+Where ranks share sequences (`model.context_phases`) attention has a message of its own. The forward's gather starts
+before the pair's first message, which the same queue carries, for attention reads it first; it hides under the queries'
+projections, which are inside attn. The scatter of its gradients hides under attention's weight gradients.
+
 What has no partner runs in the same order, alone: a dense block has no messages, one of two stages may have more
 blocks, and the embedding, the head and the MTP module's projection stand outside the pairs.
 """
@@ -20,6 +24,8 @@ from fp8moe.profile.spans import span
 
 # (F forward | B backward | W weight gradients, phase)
 PAIR = (
+    ("F", "keys"),
+    ("F", "gather"),
     ("B", "combine"),
     ("F", "attn"),
     ("F", "dispatch"),
@@ -29,7 +35,10 @@ PAIR = (
     ("F", "mlp"),
     ("F", "combine"),
     ("B", "attn"),
+    ("B", "gather"),
     ("W", "attn"),
+    ("B", "keys"),
+    ("W", "keys"),
 )
 WeightGradients = tuple[tuple[str, Callable[[], None]], ...]  # of named phases
 _PAIRED = frozenset(name for _, name in PAIR)

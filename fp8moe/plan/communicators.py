@@ -17,7 +17,7 @@ states no formula. Of its source (src/init.cc, src/transport/net.cc) and of what
 
 from __future__ import annotations
 
-from fp8moe.parallel.mesh import EXPERT_AXES
+from fp8moe.parallel.mesh import LAYER_AXES
 from fp8moe.train.config import TrainConfig, is_tied
 
 MIB, GIB = 2**20, 2**30
@@ -68,7 +68,7 @@ def communicator_bytes(config: TrainConfig, pp_rank: int, gpus_per_node: int) ->
     for axis, size in group_sizes(config, pp_rank).items():
         beside = on_node(axis, size, config, gpus_per_node)
         total += NODE_GROUP if beside > 1 else NETWORK_GROUP
-        if axis in EXPERT_AXES:
+        if axis in LAYER_AXES:
             total += _exchange_bytes(size, beside, min(CHANNELS, sms))
     return total
 
