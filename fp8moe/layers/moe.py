@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
+from fp8moe.layers.attention.context import ContextExchange
 from fp8moe.layers.dispatch import Announced, Dispatcher, Received, combined, dispatched
 from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.layers.mlp import ExpertBiases, Mlp, gated_mlp
 from fp8moe.layers.operand import Activation, Rows, activation
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
-from fp8moe.layers.router import Router, RouterConfig
+from fp8moe.layers.router import BalanceShare, Router, RouterConfig
 from fp8moe.limits import SIZE, Range, check_fields
 
 
@@ -68,12 +69,16 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class Routed:
-    """Tokens ready to be dispatched: cast activations, the announcement of their experts, and their routing weights."""
+    """Tokens ready to be dispatched: cast activations, the announcement of their experts, and their routing weights.
+
+    The balance loss and, where ranks share sequences, the value of this rank's share are those of `Routing`.
+    """
 
     x: Activation
     announced: Announced
     topk_weights_TK: Tensor
     balance_loss: Tensor
+    balance_share: BalanceShare | None = None
 
 
 class MoE(nn.Module):
@@ -89,16 +94,16 @@ class MoE(nn.Module):
         shared = experts.num_shared * experts.hidden
         self.shared = Mlp(dim, shared, recipe, limit=experts.limit) if shared else None
 
-    def route(self, x_TD: Tensor | Recallable, num_sequences: int) -> Routed:
+    def route(self, x_TD: Tensor | Recallable, num_sequences: int, exchange: ContextExchange | None = None) -> Routed:
         """Choose experts, announce how many rows go where; one cast serves dispatch and the shared experts alike.
 
         A norm has made it already, with the tensor that the router reads (`Feeds.MOE`).
         """
         x_TD = kept(x_TD)
-        routing = self.router(x_TD, num_sequences)
+        routing = self.router(x_TD, num_sequences, exchange)
         announced = self.dispatcher.announce(routing.topk_ids_TK)
         x = activation(x_TD, self.recipe, power_of_two=True)
-        return Routed(x, announced, routing.topk_weights_TK, routing.balance_loss)
+        return Routed(x, announced, routing.topk_weights_TK, routing.balance_loss, routing.balance_share)
 
     def compute(self, received: Received, x: Activation) -> tuple[Tensor, Tensor | None]:
         """The compute between the two messages: y [R, D] of the routed experts, [T, D] of the shared ones."""

@@ -178,3 +178,18 @@ class _HandleFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+
+def revealed(handle: Tensor, values: Tensor) -> Tensor:
+    """The inverse of `detached_handle`: the values, whose gradient goes to the placeholder."""
+    return _RevealFunction.apply(handle, values)
+
+
+class _RevealFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

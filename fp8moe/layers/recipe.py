@@ -6,8 +6,8 @@ Precision
     fp8    as bf16, and every product of every Linear and expert Linear takes E4M3 operands with fine-grained scales
            (DeepSeek-V3 report, section 3.3); embedding, head, router gate, norms and attention itself stay in BF16
 Scales of FP8 (`Scales`): whether they are powers of two
-    recipe         where they travel (dispatched activations, gradients sent back, gathered latents), for inputs of `o` and of gate + up,
-                   and where columns are made of rows or of 12 bits; FP32 everywhere else
+    recipe         where they travel (dispatched activations, gradients sent back, gathered latents), for inputs of `o`
+                   and of gate + up, and where columns are made of rows or of 12 bits; FP32 everywhere else
     fp32           FP32 wherever the format allows; not where scales travel, a byte each, and not in columns made of FP8
                    rows (requantized, SwiGLU's) or of E5M6, which a power of two makes nearly exact
     power_of_two   everywhere, weights and gradients included: on a CPU one BF16 product then does (`kernels/README.md`)
@@ -74,7 +74,7 @@ FULL_RECOMPUTE = frozenset(Recompute)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Precision, recomputation and scales of a model, and whether its sequences are shared; layers are built from it."""
+    """Precision, recomputation and scales of a model, whether keys are gathered; every layer is built from it."""
 
     precision: Precision
     recompute: frozenset[Recompute] = DEFAULT_RECOMPUTE

@@ -5,9 +5,10 @@
     mlp       shared experts, grouped GEMMs, SwiGLU            compute
     combine   rows back, sum, residual                         communication
 
-A dense block has no communication and is two phases, attn and mlp. Training runs the phases (`phases`). `forward` calls
-the same pieces in order under ordinary autograd: for evaluation of single blocks, export, and as the tests' reference.
-Both give equal bits: sums are written in one order.
+Where ranks share sequences attn is three: keys (norm and projections), gather (communication), attn (the rest). A dense
+block has no experts' communication and no such phases. Training runs the phases (`phases`). `forward` calls the same
+pieces in order under ordinary autograd: for evaluation of single blocks, export, and as the tests' reference. Both give
+equal bits: sums are written in one order.
 
 Legend: T tokens, D model.
 """
@@ -15,10 +16,12 @@ Legend: T tokens, D model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from fp8moe.layers.attention import Positions
+from fp8moe.layers.attention.context import Arrive, Local
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.mlp import Mlp
 from fp8moe.layers.moe import MoE, Routed
@@ -59,11 +62,26 @@ class Block(nn.Module):
         Each norm is one pass with the residual stream beside it: the sum before it, the sum of gradients behind it.
         """
         x_TD, normed_TD = self.attn_norm.with_residual(x_TD)
-        h_TD, normed_TD = self.mlp_norm.with_residual(x_TD, self.attn(normed_TD, positions))
+        return self._route(x_TD, self.attn(normed_TD, positions), positions)
+
+    def local(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Local]:
+        """The keys phase: the residual stream, and what attention makes of this rank's tokens before the gather."""
+        x_TD, normed_TD = self.attn_norm.with_residual(x_TD)
+        return x_TD, self.attn.local(normed_TD, positions)
+
+    def attend_to_whole(
+        self, x_TD: Tensor, own: tuple[Tensor, ...], state: Any, arrive: Arrive, positions: Positions
+    ) -> Attended:
+        """The attn phase behind the gather; own, state: those of `Local`."""
+        return self._route(x_TD, self.attn.finish(own, state, arrive, positions), positions)
+
+    def _route(self, x_TD: Tensor, delta_TD: Tensor, positions: Positions) -> Attended:
+        h_TD, normed_TD = self.mlp_norm.with_residual(x_TD, delta_TD)
         if self.moe is None:
             assert self.mlp is not None
             return Attended(h_TD, self.mlp.cast(normed_TD), None)
-        routed = self.moe.route(normed_TD, positions.num_sequences)
+        exchange = None if positions.context is None else positions.context.exchange
+        routed = self.moe.route(normed_TD, positions.num_sequences, exchange)
         return Attended(h_TD, routed.x, routed)
 
     def forward(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -74,4 +92,7 @@ class Block(nn.Module):
             assert self.mlp is not None
             return h_TD + self.mlp(attended.x), h_TD.new_zeros(()).float()
         assert self.moe is not None
-        return h_TD + self.moe(routed), routed.balance_loss
+        y_TD, balance_loss = h_TD + self.moe(routed), routed.balance_loss
+        if routed.balance_share is not None:
+            balance_loss = balance_loss + routed.balance_share.value()
+        return y_TD, balance_loss

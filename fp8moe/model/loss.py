@@ -43,9 +43,10 @@ def mtp_labels(labels_BS: Tensor) -> Tensor:
     return after_next.masked_fill(labels_BS == IGNORE, IGNORE)
 
 
-def count_predicted(labels_BS: Tensor) -> tuple[int, int]:
-    """(next tokens, tokens after the next) that labels [B, S] ask to predict."""
-    return int((labels_BS != IGNORE).sum()), int((mtp_labels(labels_BS) != IGNORE).sum())
+def count_predicted(labels_BS: Tensor, mtp_labels_BS: Tensor | None = None) -> tuple[int, int]:
+    """(next tokens, tokens after the next) that labels [B, S] ask to predict; mtp_labels: where these are a part."""
+    after_next_BS = mtp_labels(labels_BS) if mtp_labels_BS is None else mtp_labels_BS
+    return int((labels_BS != IGNORE).sum()), int((after_next_BS != IGNORE).sum())
 
 
 @dataclass(frozen=True)

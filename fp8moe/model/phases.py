@@ -28,7 +28,9 @@ from fp8moe.layers.dispatch import (
 from fp8moe.layers.moe import MoE, with_shared
 from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, detached_handle
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Phase, run_detached
+from fp8moe.layers.router import BalanceShare
 from fp8moe.model.block import Attended, Block
+from fp8moe.model.context_phases import ContextPass
 
 State = TypeVar("State")
 
@@ -43,10 +45,14 @@ class BalanceLoss:
 
 @dataclass(frozen=True)
 class AttnState:
-    """attn -> dispatch, mlp: the cast input of the MLP, and the announcement of its rows, if they are dispatched."""
+    """attn -> dispatch, mlp: the cast input of the MLP, and the announcement of its rows, if they are dispatched.
+
+    balance_share: where ranks share sequences, the value of this rank's share of the balance loss, on its way.
+    """
 
     operand: Operand
     announced: Announced | None
+    balance_share: BalanceShare | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +99,9 @@ def release(state: State | None) -> State:
 class _BlockPass:
     """What both kinds of a block's pass share: source, gradient, the attn phase and its graph."""
 
-    input_gradient: Tensor
-
     def __init__(self, block: Block, source: Callable[[], Tensor], positions: Positions, balance: BalanceLoss) -> None:
         self.block, self._source, self._positions, self._balance = block, source, positions, balance
+        self._context = None if positions.context is None else ContextPass(block, source, positions)
         self._attn_wgrads, self._mlp_wgrads = DeferredWgrads(), DeferredWgrads()
         self._attn_state: AttnState | None = None
         self._mlp_backward_state: MlpBackwardState | None = None
@@ -105,17 +110,40 @@ class _BlockPass:
         """Where the gradient of the output will come from."""
         self._gradient = gradient
 
+    @property
+    def _first_phases(self) -> tuple[Phase, ...]:
+        return () if self._context is None else self._context.phases
+
+    @property
+    def input_gradient(self) -> Tensor:
+        """The gradient of what the source gave."""
+        return self._dx_TD if self._context is None else self._context.input_gradient
+
     def _attend(self) -> None:
-        def attn(x_TD: Tensor) -> tuple[tuple[Tensor, ...], AttnState]:
-            attended: Attended = self.block.attend(x_TD, self._positions)
+        x_TD, own, state = (self._source(), (), None) if self._context is None else self._context.before_attn()
+
+        def attn(x_TD: Tensor, *own: Tensor) -> tuple[tuple[Tensor, ...], AttnState]:
+            attended: Attended
+            if self._context is None:
+                attended = self.block.attend(x_TD, self._positions)
+            else:
+                attended = self.block.attend_to_whole(x_TD, own, state, self._context.arrive, self._positions)
             outputs: tuple[Tensor, ...] = attended.h_TD, detached_handle(attended.x.autograd_handle)
             routed = attended.routed
             if routed is None:
                 return outputs, AttnState(attended.x.operand, None)
             outputs = *outputs, routed.topk_weights_TK, routed.balance_loss
-            return outputs, AttnState(attended.x.operand, routed.announced)
+            return outputs, AttnState(attended.x.operand, routed.announced, routed.balance_share)
 
-        self._attn_graph, self._attn_state = run_detached(attn, self._source(), wgrads=self._attn_wgrads)
+        self._attn_graph, self._attn_state = run_detached(attn, x_TD, *own, wgrads=self._attn_wgrads)
+
+    def _attend_backward(self, *grads: Tensor | None) -> None:
+        dx_TD, *d_own = self._attn_graph.backward(*grads)
+        assert dx_TD is not None
+        if self._context is None:
+            self._dx_TD = dx_TD
+        else:
+            self._context.after_attn(dx_TD, *d_own)
 
 
 class DensePass(_BlockPass):
@@ -124,6 +152,7 @@ class DensePass(_BlockPass):
     @property
     def phases(self) -> tuple[Phase, ...]:
         return (
+            *self._first_phases,
             Phase("attn", "compute", self._attend, self._attn_backward, self._attn_wgrads.run),
             Phase("mlp", "compute", self._mlp, self._mlp_backward, self._mlp_wgrads.run),
         )
@@ -151,9 +180,7 @@ class DensePass(_BlockPass):
 
     def _attn_backward(self) -> None:
         late, self._mlp_backward_state = release(self._mlp_backward_state), None
-        (dx_TD,) = self._attn_graph.backward(late.dy_TD, late.d_normed_TD)
-        assert dx_TD is not None
-        self.input_gradient = dx_TD
+        self._attend_backward(late.dy_TD, late.d_normed_TD)
 
 
 class MoePass(_BlockPass):
@@ -175,6 +202,7 @@ class MoePass(_BlockPass):
     @property
     def phases(self) -> tuple[Phase, ...]:
         return (
+            *self._first_phases,
             Phase("attn", "compute", self._attn, self._attn_backward, self._attn_wgrads.run),
             Phase("dispatch", "communication", self._dispatch, self._dispatch_backward),
             Phase("mlp", "compute", self._mlp, self._mlp_backward, self._mlp_wgrads.run),
@@ -188,19 +216,24 @@ class MoePass(_BlockPass):
 
     def _attn(self) -> None:
         self._attend()
-        *_, balance_loss = self._attn_graph.outputs
-        self._balance.tally(balance_loss)
+        if release(self._attn_state).balance_share is None:
+            *_, balance_loss = self._attn_graph.outputs
+            self._balance.tally(balance_loss)
 
     def _dispatch(self) -> None:
         state = release(self._attn_state)
         assert state.announced is not None
         weights_TK = self._attn_graph.outputs[2]
         self._dispatch_message = self._moe.dispatcher.dispatch(state.operand.rows, state.announced, weights_TK)
-        self._attn_state = AttnState(state.operand, None)
+        self._attn_state = AttnState(state.operand, None, state.balance_share)
 
     def _mlp(self) -> None:
         arrived, self._dispatch_message = release(self._dispatch_message).wait(), None
-        operand, self._attn_state = release(self._attn_state).operand, None  # its rows are done with after this
+        state, self._attn_state = release(self._attn_state), None
+        operand = state.operand  # its rows are done with after this
+        if state.balance_share is not None:
+            self._balance.tally(state.balance_share.value())
+        del state
         h_TD, handle_TD, *_ = self._attn_graph.take()
 
         def mlp(handle_RD: Tensor, weights_R: Tensor, handle_TD: Tensor) -> tuple[tuple[Tensor, ...], MlpState]:
@@ -256,9 +289,7 @@ class MoePass(_BlockPass):
         if late.d_normed_TD is not None:
             d_normed_TD = late.d_normed_TD + d_normed_TD
         d_balance = d_weights_TK.new_full((), self._balance.weight)
-        (dx_TD,) = self._attn_graph.backward(late.dy_TD, d_normed_TD, d_weights_TK, d_balance)
-        assert dx_TD is not None
-        self.input_gradient = dx_TD
+        self._attend_backward(late.dy_TD, d_normed_TD, d_weights_TK, d_balance)
 
 
 def pass_through(

@@ -22,10 +22,10 @@ from fp8moe.layers.linear import Embedding
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Pass, Phase, run_detached
 from fp8moe.model.block import Block
 from fp8moe.model.head_loss import head_loss
-from fp8moe.model.loss import LossTally, LossWeights, mtp_labels
+from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.partition import Stage
 from fp8moe.model.phases import BalanceLoss, pass_through
-from fp8moe.model.transformer import Inputs, Mtp, Transformer, next_ids
+from fp8moe.model.transformer import Inputs, Mtp, Transformer, labels_after_next, next_ids
 
 
 class StagePasses:
@@ -49,7 +49,7 @@ class StagePasses:
     def __call__(self, stage: int, microbatch: int, source: Callable[[], Tensor] | None) -> Sequence[Pass]:
         """The chain for micro-batch number `microbatch`; `source` gives the input of every stage but the first."""
         here, batch, model = self._stages[stage], self._batches[microbatch], self._model
-        positions = model.positions(batch.positions_BS, batch.document_lengths)
+        positions = model.positions_of(batch)
         passes: list[Pass] = []
 
         def before() -> Callable[[], Tensor]:
@@ -72,7 +72,7 @@ class StagePasses:
                 entrance = MtpEntrancePass(model, before(), next_ids(batch))
                 passes.append(entrance)
                 add_block(model.mtp.block)
-            passes.append(LossPass(model, before(), batch.labels_BS, self._weights, self._tally, entrance=entrance))
+            passes.append(LossPass(model, before(), batch, self._weights, self._tally, entrance=entrance))
         for one, behind in pairwise(passes):
             one.backward_from(_InputGradient(behind))
         return passes
@@ -224,14 +224,14 @@ class LossPass(_OnePhase):
         self,
         model: Transformer,
         source: Callable[[], Tensor],
-        labels_BS: Tensor,
+        batch: Inputs,
         weights: LossWeights,
         tally: LossTally,
         *,
         entrance: MtpEntrancePass | None = None,
     ) -> None:
         super().__init__()
-        self._model, self._source, self._labels_BS, self._entrance = model, source, labels_BS, entrance
+        self._model, self._source, self._batch, self._entrance = model, source, batch, entrance
         self._weights, self._tally = weights, tally
 
     def _norm(self, hidden_TD: Tensor) -> tuple[tuple[Tensor], None]:
@@ -247,7 +247,7 @@ class LossPass(_OnePhase):
 
     def _forward(self) -> None:
         self._graph, _ = run_detached(self._norm, self._source(), wgrads=self._wgrads)
-        main, mtp = (self._labels_BS, self._weights.main), (mtp_labels(self._labels_BS), self._weights.mtp)
+        main, mtp = (self._batch.labels_BS, self._weights.main), (labels_after_next(self._batch), self._weights.mtp)
         (normed_TD,) = self._graph.take()
         if self._entrance is None:
             loss, self._gradient_here = self._head_loss(normed_TD, *main)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fp8moe.layers.attention import Positions
+from fp8moe.layers.attention.context import Context, ContextExchange
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.linear import Embedding, Linear, attach_main_grads, is_expert, quantize_weights
 from fp8moe.layers.norm import RMSNorm
@@ -26,6 +28,17 @@ from fp8moe.model.block import Block
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.head_loss import head_loss_sum
 from fp8moe.model.loss import LossSums, mtp_labels
+
+
+class Whole(Protocol):
+    """Of the whole sequences behind a part of each; see `data.whole.WholeSequences`."""
+
+    @property
+    def next_ids_BS(self) -> Tensor: ...
+    @property
+    def mtp_labels_BS(self) -> Tensor: ...
+    @property
+    def positions_BS(self) -> Tensor: ...
 
 
 class Inputs(Protocol):
@@ -39,6 +52,8 @@ class Inputs(Protocol):
     def positions_BS(self) -> Tensor: ...
     @property
     def document_lengths(self) -> tuple[int, ...] | None: ...
+    @property
+    def whole(self) -> Whole | None: ...
 
 
 class Transformer(nn.Module):
@@ -46,7 +61,7 @@ class Transformer(nn.Module):
 
     The MTP module belongs to the part that has both ends. Parameters are uninitialised until `init_weights`; every one
     has a zeroed FP32 `main_grad`, and `main_grads` are the buffers behind them. gradients=False: it has none, for a
-    model that is never trained.
+    model that is never trained. context: for batches that hold a part of every sequence.
     """
 
     def __init__(
@@ -59,9 +74,11 @@ class Transformer(nn.Module):
         embedding: bool = True,
         head: bool = True,
         gradients: bool = True,
+        context: ContextExchange | None = None,
     ) -> None:
         super().__init__()
         c = self.config = config
+        self.context = context
         self.recipe = recipe
         numbers = range(c.num_layers) if layers is None else sorted(layers)
         self.embedding = Embedding(c.vocab_size, c.dim, recipe) if embedding else None
@@ -75,6 +92,15 @@ class Transformer(nn.Module):
     def positions(self, positions_BS: Tensor, document_lengths: tuple[int, ...] | None = None) -> Positions:
         """What attention needs to know of tokens at `positions_BS` [B, S], documents apart if they are given."""
         return self.config.attention.positions(positions_BS, document_lengths)
+
+    def positions_of(self, batch: Inputs) -> Positions:
+        """The same of a batch's tokens and, where they are a part of each sequence, of the whole."""
+        if batch.whole is None:
+            return self.positions(batch.positions_BS, batch.document_lengths)
+        assert self.context is not None, "a model without `context` was given parts of sequences"
+        whole = self.positions(batch.whole.positions_BS, batch.document_lengths)
+        context = Context(self.context, whole.num_sequences, whole.cos, whole.sin, whole.documents)
+        return replace(self.positions(batch.positions_BS), context=context)
 
     def block(self, layer: int) -> Block:
         """Block number `layer` of the whole model."""
@@ -93,15 +119,14 @@ class Transformer(nn.Module):
     def forward(self, batch: Inputs) -> LossSums:
         """The loss sums of one micro-batch, under ordinary autograd; needs embedding and head."""
         assert self.embedding is not None and self.norm is not None and self.head is not None
-        positions = self.positions(batch.positions_BS, batch.document_lengths)
-        labels_BS = batch.labels_BS
+        positions, labels_BS = self.positions_of(batch), batch.labels_BS
         hidden_TD, balance = self.run_blocks(self.embedding(batch.inputs_BS.flatten()), positions)
         normed = self.norm(hidden_TD)
         main = head_loss_sum(self.head, normed, labels_BS.flatten())
         mtp = torch.zeros_like(main)
         if self.mtp is not None and self.training:
             mtp_TD, mtp_balance = self.mtp(normed.tensor, self.embedding(next_ids(batch)), positions)
-            mtp = head_loss_sum(self.head, mtp_TD, mtp_labels(labels_BS).flatten())
+            mtp = head_loss_sum(self.head, mtp_TD, labels_after_next(batch).flatten())
             balance = balance + mtp_balance
         return LossSums(main, mtp, balance)
 
@@ -172,8 +197,15 @@ class Mtp(nn.Module):
 
 def next_ids(batch: Inputs) -> Tensor:
     """The token after each, [T] int64; behind the last of a sequence its label, or any where that is not predicted."""
+    if batch.whole is not None:
+        return batch.whole.next_ids_BS.flatten()
     last = batch.labels_BS[:, -1:].clamp(min=0)
     return torch.cat([batch.inputs_BS[:, 1:], last], dim=1).flatten()
+
+
+def labels_after_next(batch: Inputs) -> Tensor:
+    """What the MTP module predicts of each token, [B, S], as `mtp_labels`."""
+    return mtp_labels(batch.labels_BS) if batch.whole is None else batch.whole.mtp_labels_BS
 
 
 def generator_of(*names: object) -> torch.Generator:

@@ -16,7 +16,7 @@ class ParallelConfig:
 
     pp: int = 1  # pipeline ranks
     dp: int | None = None  # data-parallel ranks of each pipeline rank; None: processes / pp
-    ep: int | None = None  # ranks that share the experts, within dp; None: the most that experts divide over
+    ep: int | None = None  # ranks that share the experts, within dp; None: the most of dp / cp that experts divide over
     cp: int = 1  # ranks within dp that share the tokens of every sequence; dp / cp of them read sequences of their own
     # of the pipeline (`fp8moe.schedule.build`); dualpipev is of use at pp=1 too: it hides experts' messages of
     # one micro-batch under the compute of another

@@ -1,8 +1,8 @@
 """Messages of context parallelism: gathers of keys' rows, sums of their gradients, totals of expert loads.
 
-They run on the communication stream, in one queue with the experts' messages: what a phase waits for first stands first.
-A gather sends each rank's rows once to every other rank, (cp - 1) t rows in all; FP8 rows with a byte a scale. A scatter
-is an all-to-all of shares that are added here: NCCL's reduce-scatter would round every partial sum to BF16.
+They run on the communication stream, in one queue with the experts' messages: what a phase waits for first stands
+first. A gather sends each rank's rows once to every other rank, (cp - 1) t rows in all; FP8 rows with a byte a scale. A
+scatter is an all-to-all of shares that are added here: NCCL's reduce-scatter would round every partial sum to BF16.
 
 Bytes a token and layer that a rank receives for DeepSeek-V3 at 131,072 tokens and cp 8, in BF16: gathered latents
 1,152 x 7/8, ring attention on keys and values 81,920 x 7/8 (128 heads of 192 + 128 values).
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 

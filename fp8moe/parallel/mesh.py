@@ -1,9 +1,10 @@
 """Process mesh: world = pp x dp, dp = edp x ep, ep innermost; the process groups that a rank belongs to.
 
 Ranks that exchange tokens sit side by side, on one node where it fits. Dense parameters are replicated over `dp`,
-expert parameters over `edp` (the ranks that hold the same experts). Context parallelism divides edp: cp ranks of one ep
-rank share sequences, each a part of every one, so dp / cp ranks read data of their own. Every group carries the configured timeout: torch
-gives groups 30 minutes whatever the world's is. The mesh is an argument to all that needs it, never a global.
+expert parameters over `edp` (the ranks that hold the same experts). Context parallelism divides edp: cp ranks of one
+ep rank share sequences, each a part of every one, so dp / cp ranks read data of their own. Every group carries the
+configured timeout: torch gives groups 30 minutes whatever the world's is. The mesh is an argument to all that needs it,
+never a global.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def validate_mesh(world_size: int, pp: int, ep: int, num_experts: int, *, cp: in
     if dp // ep % cp:
         of_ep = "" if ep == 1 else f" / parallel.ep = {dp} / {ep}"
         raise ValueError(
-            f"parallel.cp={cp} does not divide the {dp} data-parallel processes{of_ep}: use {listed(divisors(dp // ep))}"
+            f"parallel.cp={cp} does not divide the {dp} data-parallel processes{of_ep}: "
+            f"use {listed(divisors(dp // ep))}"
         )
 
 
@@ -240,8 +242,8 @@ def nccl_options(max_ctas: int) -> Any:
 def warm_up(mesh: Mesh, device: torch.device) -> None:
     """Open the connections that steps use and their buffers, before weights are allocated. Collective.
 
-    All-to-alls are those of experts and of context parallelism alone: in other groups their connections would take memory for nothing. `Links`
-    opens the pipeline's; beside a world, dp's messages are the host's.
+    All-to-alls are those of experts and of context parallelism alone: in other groups their connections would take
+    memory for nothing. `Links` opens the pipeline's; beside a world, dp's messages are the host's.
     """
     idle = {mesh.up_group, mesh.down_group, None if mesh.dp_group is mesh.world_group else mesh.dp_group}
     with_exchange = {mesh.ep_group, mesh.rail_group, mesh.node_group, mesh.cp_group}

@@ -7,8 +7,8 @@ forward's dispatch, and so on, every message under compute. The order of the pub
 taken as start order it leaves the forward's combine exposed.
 
 Where ranks share sequences (`model.context_phases`) attention has a message of its own. The forward's gather starts
-before the pair's first message, which the same queue carries, for attention reads it first, and hides under the queries'
-projections; the scatter of its gradients hides under attention's weight gradients.
+before the pair's first message, which the same queue carries, for attention reads it first; it hides under the queries'
+projections, which are inside attn. The scatter of its gradients hides under attention's weight gradients.
 
 What has no partner runs in the same order, alone: a dense block has no messages, one of two stages may have more
 blocks, and the embedding, the head and the MTP module's projection stand outside the pairs.

@@ -18,8 +18,7 @@ from fp8moe.data.packing import Batch, WholeSequences
 from fp8moe.layers.attention.zigzag import part_of
 from fp8moe.limits import Range, check_fields
 from fp8moe.model.config import FP8_MULTIPLE
-from fp8moe.model.loss import mtp_labels
-from fp8moe.model.transformer import next_ids
+from fp8moe.model.transformer import labels_after_next, next_ids
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ def resolve_batch(config: BatchConfig, dp: int, *, cp: int = 1, least: int = 1, 
         if size % unit:
             nearest = max(1, round(size / unit)) * unit
             raise ValueError(
-                f"batch.{name}={size} must be a multiple of {ranks} x batch.micro_batch = {dp} x {config.micro_batch} = "
-                f"{unit}: use {nearest}"
+                f"batch.{name}={size} must be a multiple of {ranks} x batch.micro_batch = {dp} x "
+                f"{config.micro_batch} = {unit}: use {nearest}"
             )
         if (size // unit < least and name != "increment") or (size // unit) % multiple:
             enough = max(least, -(-(size // unit) // multiple) * multiple) * unit
@@ -167,12 +166,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def share_of(batch: Batch, rank: int, cp: int) -> Batch:
-    """The tokens of every sequence that rank `rank` of `cp` computes; what lies across its borders is looked up here."""
+    """The tokens of every sequence that rank `rank` of `cp` computes, and what it needs of those behind its borders."""
     if cp == 1:
         return batch
     whole = WholeSequences(
         part_of(next_ids(batch).view_as(batch.inputs_BS), rank, cp),
-        part_of(mtp_labels(batch.labels_BS), rank, cp),
+        part_of(labels_after_next(batch), rank, cp),
         batch.positions_BS,
     )
     inputs_BS, labels_BS, positions_BS = (

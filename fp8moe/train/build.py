@@ -24,6 +24,7 @@ from fp8moe.model.partition import Stage
 from fp8moe.model.stage import pass_parameters
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.collectives import gather
+from fp8moe.parallel.context import ContextMessages
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
@@ -171,7 +172,8 @@ def build_model(
     config: TrainConfig, mesh: Mesh, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
 ) -> Transformer:
     """The model of this rank's stages, with its initial weights; attention's kernel is chosen, and said, here."""
-    model = empty_model(config, mesh.pp_rank, stages, dispatcher, device)
+    context = None if mesh.cp_group is None else ContextMessages(mesh.cp_group)
+    model = empty_model(config, mesh.pp_rank, stages, dispatcher, device, context)
     attention = config.model.attention
     chosen(attention.backend, attention.heads(config.recipe, masked=config.data.document_mask), device)
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
@@ -179,7 +181,12 @@ def build_model(
 
 
 def empty_model(
-    config: TrainConfig, pp_rank: int, stages: tuple[Stage, ...], dispatcher: Dispatcher, device: torch.device
+    config: TrainConfig,
+    pp_rank: int,
+    stages: tuple[Stage, ...],
+    dispatcher: Dispatcher,
+    device: torch.device,
+    context: ContextMessages | None = None,
 ) -> Transformer:
     """The model of a pipeline rank's stages without weights, on any device.
 
@@ -194,6 +201,7 @@ def empty_model(
             layers=[layer for stage in held for layer in stage.layers],
             embedding=any(stage.embedding or stage.mtp for stage in held),
             head=any(stage.head for stage in held),
+            context=context,
         )
 
 

@@ -15,6 +15,7 @@ from fp8moe.data.packing import Batch, Dataset
 from fp8moe.data.prefetch import Prefetcher
 from fp8moe.data.sampler import rank_slice
 from fp8moe.model.loss import count_predicted
+from fp8moe.model.transformer import labels_after_next
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.batch import global_batch, microbatches_of, pinned, share_of
 from fp8moe.train.config import TrainConfig
@@ -36,7 +37,8 @@ def step_reader(config: TrainConfig, dataset: Dataset, mesh: Mesh, device: torch
         mine = rank_slice(list(range(consumed, stop)), mesh.data_rank, mesh.data_ranks)
         whole = [dataset.batch(ids) for ids in microbatches_of(mine, config.micro_batch)]
         batches = [share_of(batch, mesh.cp_rank, mesh.cp) for batch in whole]
-        predicted = torch.tensor([count_predicted(batch) for batch in batches]).sum(0)
+        counts = [count_predicted(batch.labels_BS, labels_after_next(batch)) for batch in batches]
+        predicted = torch.tensor(counts).sum(0)
         return StepBatches([pinned(batch, device) for batch in batches], predicted)
 
     def use_device() -> None:

@@ -188,14 +188,14 @@ def forward_passes(run: Run, batches: Sequence[Batch]) -> Tensor:
 
 def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
     """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
-    config, tally = run.config, LossTally(run.device)
+    config, tally, dtype = run.config, LossTally(run.device), run.config.precision.mode.dtype
     on_device = [to_device(batch, run.device) for batch in batches]
     Pipeline(
         schedule,
         run.mesh.pp_rank,
         run.links,
         StagePasses(run.model, run.stages, on_device, weights, tally),
-        empty=partial(torch.empty, config.rank_tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
+        empty=partial(torch.empty, config.rank_tokens, config.model.dim, dtype=dtype, device=run.device),
         overlap=config.parallel.overlap,
         sms=sms_for_gemms(run),
         observer=run.zero,

@@ -14,6 +14,7 @@ class Tokens:
     labels_BS: Tensor
     positions_BS: Tensor
     document_lengths: tuple[int, ...] | None = None
+    whole: None = None
 
     def sequences(self, part: slice) -> Tokens:
         return Tokens(self.inputs_BS[part], self.labels_BS[part], self.positions_BS[part])

@@ -15,12 +15,14 @@ from fp8moe.parallel.overlap import PAIR, deferred_wgrads, run_backward, run_for
 
 PHASES = {
     "moe": ("attn", "dispatch", "mlp", "combine"),
+    "shared moe": ("keys", "gather", "attn", "dispatch", "mlp", "combine"),
+    "shared dense": ("keys", "gather", "attn", "mlp"),
     "dense": ("attn", "mlp"),
     "embedding": ("embed",),
     "join": ("join",),
     "loss": ("loss",),
 }
-MESSAGES = ("dispatch", "combine")
+MESSAGES = ("gather", "dispatch", "combine")
 Log = list[tuple[str, str, int]]
 
 
@@ -51,25 +53,33 @@ def paired(forward: list[str], backward: list[str]) -> Log:
 
 
 def test_two_layers_follow_the_list() -> None:
-    log = paired(["moe", "moe"], ["moe", "moe"])
+    log = paired(["shared moe"] * 2, ["shared moe"] * 2)
     assert [(part, name) for part, name, _ in log] == [*PAIR, *PAIR]
-    assert {number for part, _, number in log[:10] if part == "F"} == {0}
-    assert {number for part, _, number in log[:10] if part != "F"} == {101}
+    first = log[: len(PAIR)]
+    assert {number for part, _, number in first if part == "F"} == {0}
+    assert {number for part, _, number in first if part != "F"} == {101}
+    alone = [entry for entry in PAIR if entry[1] not in ("keys", "gather")]
+    assert [(part, name) for part, name, _ in paired(["moe"], ["moe"])] == alone
 
 
-def test_every_message_travels_under_compute() -> None:
-    log = paired(["moe"] * 3, ["moe"] * 3)
+@pytest.mark.parametrize("kind", ["moe", "shared moe"])
+def test_every_message_travels_under_compute(kind: str) -> None:
+    """But a forward's gather, which attention itself hides: it begins with what needs none of it."""
+    log = paired([kind] * 3, [kind] * 3)
     needs = {("F", "dispatch"): ("F", "mlp", 0), ("F", "combine"): ("F", "attn", 1),
-             ("B", "combine"): ("B", "mlp", 0), ("B", "dispatch"): ("B", "attn", 0)}  # fmt: skip
+             ("B", "combine"): ("B", "mlp", 0), ("B", "dispatch"): ("B", "attn", 0),
+             ("B", "gather"): ("B", "keys", 0)}  # fmt: skip
+    if kind == "shared moe":
+        needs["F", "combine"] = ("F", "keys", 1)
     checked = 0
     for at, (part, name, number) in enumerate(log):
-        if name in MESSAGES:
+        if name in MESSAGES and (part, name) != ("F", "gather"):
             needing_part, needing, later = needs[part, name]
             if (needing_part, needing, number + later) in log:
                 between = log[at + 1 : log.index((needing_part, needing, number + later))]
                 assert any(other not in MESSAGES for _, other, _ in between), (part, name, number)
                 checked += 1
-    assert checked == 4 * 3 - 1  # the last combine's output leaves the stage
+    assert checked == (4 if kind == "moe" else 5) * 3 - 1  # the last combine's output leaves the stage
 
 
 @settings(max_examples=60, deadline=None)

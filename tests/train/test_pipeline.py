@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.data.sampler import rank_slice
+from fp8moe.layers.attention.zigzag import joined_parts
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing, update_bias
@@ -42,7 +43,7 @@ def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
     gaps: list[float] = []
 
     def record(name: str) -> Any:
-        def hook(router: Router, inputs: tuple[Recallable, int], routing: Routing) -> None:
+        def hook(router: Router, inputs: tuple[Recallable, int, object], routing: Routing) -> None:
             calls[name].append(routing.topk_ids_TK)
             gaps.append(gap(router, inputs[0].tensor))
 
@@ -54,7 +55,7 @@ def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
     losses = forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
     norm = reduce(run)
     schedule = build_schedule(parallel.schedule, parallel.pp, len(batches))
-    mine = rank_slice(list(range(SEQUENCES)), mesh.dp_rank, mesh.dp)
+    mine = rank_slice(list(range(SEQUENCES)), mesh.data_rank, mesh.data_ranks)
     seen: dict[str, list[int]] = {}
     for direction, stage in schedule.held_by(mesh.pp_rank):
         travelling = [mine[i] for i in range(len(batches)) if schedule.direction_of(i) == direction]
@@ -63,7 +64,9 @@ def one_step(settings: list[str], world_size: int) -> dict[str, Any]:
         if run.stages[stage].mtp:
             seen["mtp.block.moe.router"] = travelling
     choices = {
-        (name, sequence): ids for name, made in calls.items() for sequence, ids in zip(seen[name], made, strict=True)
+        (name, sequence, mesh.cp_rank): ids
+        for name, made in calls.items()
+        for sequence, ids in zip(seen[name], made, strict=True)
     }
     loads = {name: router.counts_E.clone() for name, router in run.routers().items()}
     grads = {name: [(one.first, values.clone()) for one, values in found] for name, found in summed(run).items()}
@@ -116,7 +119,14 @@ def test_fp32_step_is_the_one_process_step(
 
 
 def check(answers: list[dict[str, Any]], alone: dict[str, Any], *, mtp_tied: bool) -> None:
-    choices = {key: ids for answer in answers for key, ids in answer["choices"].items()}
+    parts: dict[tuple[str, int], dict[int, Tensor]] = {}
+    for answer in answers:
+        for (name, sequence, rank), ids in answer["choices"].items():
+            parts.setdefault((name, sequence), {})[rank] = ids
+    choices = {
+        (*key, 0): joined_parts(torch.stack([found[rank] for rank in range(len(found))]), 1)
+        for key, found in parts.items()
+    }
     assert choices.keys() == alone["choices"].keys()
     assert [key for key in choices if not torch.equal(choices[key], alone["choices"][key])] == []
     for answer in answers:

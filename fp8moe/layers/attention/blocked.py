@@ -36,10 +36,10 @@ def blocked_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """q [B, S, H, d], k [B, L, J, d], v [B, L, J, V] of one dtype -> [B, S, H, V]; causal, the last query at the last key.
+    """q [B, S, H, d], k [B, L, J, d], v [B, L, J, V] of one dtype -> [B, S, H, V]; causal.
 
-    J divides H, L is at least S. window: tokens that a query sees, itself included. sinks: FP32 [H], a logit more in
-    each query's softmax, without a value.
+    J divides H, L is at least S: the last query is at the last key. window: tokens that a query sees, itself included.
+    sinks: FP32 [H], a logit more in each query's softmax, without a value.
     """
     if k.shape[2] != q.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))

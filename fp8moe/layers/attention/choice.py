@@ -80,6 +80,11 @@ class Heads:
         """Whether scores are masked beyond the causality of equally many queries and keys."""
         return self.masked or self.parted or self.window is not None
 
+    @property
+    def without_bands(self) -> str:
+        """The setting that more kernels could do with; empty where there is none."""
+        return "parallel.cp=1" if self.parted else "data.document_mask=false" if self.masked else ""
+
     def __str__(self) -> str:
         mask = ("masked by documents" if self.masked else "causal") + (", of a part's queries" if self.parted else "")
         shared = "" if self.group == 1 else f", {self.group} queries a key"
@@ -158,7 +163,7 @@ def choose(setting: str, heads: Heads, machine: Machine) -> str:
         runs = next((kernel for kernel, reason in reasons.items() if reason is None), None)
         if runs is None:
             told = "; ".join(f"{LABELS[kernel]}: {reason}" for kernel, reason in reasons.items())
-            other = ", or use parallel.cp=1" if heads.parted else ", or use data.document_mask=false" if heads.masked else ""
+            other = f", or use {heads.without_bands}" if heads.without_bands else ""
             raise ValueError(
                 f"model.attention.backend=auto finds no kernel for {heads} ({told}): install triton{other}"
             )
@@ -166,9 +171,7 @@ def choose(setting: str, heads: Heads, machine: Machine) -> str:
     reason = why_not(setting, heads, machine)
     if reason is not None:
         nearest = choose(AUTO, heads, machine)
-        other = ""
-        if machine.kind == "cuda":
-            other = ", or parallel.cp=1" if heads.parted else ", or data.document_mask=false" if heads.masked else ""
+        other = f", or {heads.without_bands}" if heads.without_bands and machine.kind == "cuda" else ""
         raise ValueError(
             f"model.attention.backend={setting} cannot run {heads}: {reason}: use model.attention.backend="
             f"{nearest if nearest in SETTINGS else AUTO}{other}"

@@ -2,15 +2,15 @@
 
 A rank holds a zigzag part of each sequence (`zigzag`) and everything but attention works on tokens alone. Attention
 gathers what keys and values are made of: latents where there are any (MLA: 576 values a token in DeepSeek-V3, and not
-128 heads of keys and values), else keys and values of the few key heads (GQA). Both are gathered at once. Ring
-attention was refused: it moves the same bytes, for MLA 71 times as many, in cp - 1 messages that each wait for a kernel,
-and merges cp outputs by their log-sum-exps, which PyTorch's fused kernels don't all give; what it would save is the room
-for whole keys. Going back, each rank has a share of the gradient of everything that was gathered; the shares travel in
-the dtype of activations and are added in FP32, in the order of the ranks.
+128 heads of keys and values), else keys and values of the few key heads (GQA). Each rank makes the keys of all tokens.
+Going back it has a share of the gradient of everything that was gathered; shares travel in the dtype of activations and
+are added in FP32, in the order of the ranks. Ring attention was refused: on keys and values it moves 71 times the bytes
+of MLA's latents and as many as GQA's, in cp - 1 messages with a kernel behind each, whose outputs are merged by
+log-sum-exps that PyTorch's fused kernels don't all give. It would save the room for whole keys.
 
 `Local` is what a layer makes of its own tokens before the gather, `Whole` what it reads of all tokens behind it. The
-exchange between the two is a message: in a schedule a phase of its own (`model.context_phases`), under ordinary autograd
-`gathered`, which waits where the schedule would. Both give equal bits.
+exchange between the two is a message: in a schedule a phase of its own (`model.context_phases`), under ordinary
+autograd `gathered`, which waits where the schedule would. Both give equal bits.
 
 Legend: B sequences, S tokens of a sequence, T = B x S, t = T / cp tokens of a rank, n features.
 """
@@ -146,11 +146,20 @@ class Whole:
     rows: tuple[Rows, ...]
 
 
+@dataclass(frozen=True)
+class Queries:
+    """A rank's queries [B, S / cp, H, d], and what makes its own q, k and v again: the state of grouped heads."""
+
+    values: Tensor
+    again: Callable[[], tuple[Tensor, Tensor, Tensor]]
+
+
 Arrive = Callable[[], Whole]  # waits for the gather; called when a layer has nothing else to do
 
 
-def leaves(rows: Sequence[Rows], like: Tensor) -> Whole:
+def leaves(rows: Sequence[Rows]) -> Whole:
     """What has arrived, at the beginning of a graph: the handles are its leaves, placeholders of FP8 rows."""
+    like = next(x for x in rows if isinstance(x, Tensor))
     handles = (placeholder(x.shape, like) if isinstance(x, Fp8Tensor) else x for x in rows)
     return Whole(tuple(handle.detach().requires_grad_() for handle in handles), tuple(rows))
 
@@ -171,8 +180,7 @@ class _GatherFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Sequence[Rows], context: Context, *shared: Tensor) -> tuple[Tensor, ...]:
         ctx.context = context
-        whole = leaves(rows, shared[0])
-        return tuple(handle.detach().view_as(handle) for handle in whole.handles)
+        return tuple(handle.detach() for handle in leaves(rows).handles)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -201,8 +201,9 @@ def _varlen(
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[2] != k.shape[2]:
         options["enable_gqa"] = True
-    lengths = parts.cumulative_N, keys.cumulative_N, parts.longest, keys.longest
-    out: Any = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), *lengths, **options)
+    q_TH, k_TJ, v_TJ = (x.flatten(0, 1) for x in (q, k, v))
+    ends, key_ends = parts.cumulative_N, keys.cumulative_N
+    out: Any = varlen_attn(q_TH, k_TJ, v_TJ, ends, key_ends, parts.longest, keys.longest, **options)
     made: Tensor = out.unflatten(0, q.shape[:2])
     return made
 
@@ -296,8 +297,8 @@ def attend(
     if kernel == "varlen" or (kernel == "flash" and documents is not None):
         options["parts"] = positions.parts
     elif documents is not None:
-        tokens = (x.flatten(0, 1) for x in (q, k, v))
-        outputs = by_document(BACKENDS[kernel], *tokens, scale, documents, documents, **options)
+        q_TH, k_TH, v_TH = (x.flatten(0, 1) for x in (q, k, v))
+        outputs = by_document(BACKENDS[kernel], q_TH, k_TH, v_TH, scale, documents, documents, **options)
         return torch.cat(outputs).unflatten(0, q.shape[:2])
     return BACKENDS[kernel](q, k, v, scale, **options)
 
@@ -309,10 +310,11 @@ def attend_in_runs(
     q_t, k_T, v_T = (x.flatten(0, 1) for x in (q, k, v))
     outputs = []
     for run in context.runs:
-        parts = q_t[run.queries], k_T[run.keys], v_T[run.keys]
+        queries, keys, values = q_t[run.queries], k_T[run.keys], v_T[run.keys]
         if kernel in ("varlen", "flash"):
             options |= {"parts": run.query_parts, "key_parts": run.key_parts}
-            outputs.append(BACKENDS[kernel](*(x[None] for x in parts), scale, **options)[0])
+            outputs.append(BACKENDS[kernel](queries[None], keys[None], values[None], scale, **options)[0])
         else:
-            outputs += by_document(BACKENDS[kernel], *parts, scale, run.query_parts, run.key_parts, **options)
+            parts = run.query_parts, run.key_parts
+            outputs += by_document(BACKENDS[kernel], queries, keys, values, scale, *parts, **options)
     return torch.cat(outputs).unflatten(0, q.shape[:2])

@@ -55,10 +55,8 @@ def by_document(
 ) -> list[Tensor]:
     """Attention of [T, H, d] by a kernel that knows no documents, called once for each -> its output of each."""
     queries, keys, values = (
-        x.split(lengths.lengths)
-        for x, lengths in ((q_TH, documents), (k_TH, key_documents), (v_TH, key_documents))
+        x.split(lengths.lengths) for x, lengths in ((q_TH, documents), (k_TH, key_documents), (v_TH, key_documents))
     )
     return [
-        kernel(q[None], k[None], v[None], scale, **options)[0]
-        for q, k, v in zip(queries, keys, values, strict=True)
+        kernel(q[None], k[None], v[None], scale, **options)[0] for q, k, v in zip(queries, keys, values, strict=True)
     ]

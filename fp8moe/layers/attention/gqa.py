@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
+from fp8moe.layers.attention.context import Arrive, Local, Queries, gathered
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, rotation
 from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.kept_output import keep_in_e5m6
@@ -34,7 +35,7 @@ from fp8moe.layers.attention.sinks import make_sinks, widened
 from fp8moe.layers.bias import add_bias, make_bias
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.operand import recast
+from fp8moe.layers.operand import detached_handle, recast, revealed
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
@@ -184,7 +185,9 @@ class GqaConfig:
         """
         window = self.window if layer is None else self.window_of(layer)
         group = self.num_heads // self.num_kv_heads
-        return Heads(self.head_dim, self.head_dim, recipe.dtype, masked, group, window, self.sinks)
+        return Heads(
+            self.head_dim, self.head_dim, recipe.dtype, masked, group, window, self.sinks, parted=recipe.gathered
+        )
 
     def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> GroupedQueryAttention:
         """The layer of block number `layer`, in a model of `dim` features."""
@@ -212,22 +215,51 @@ class GroupedQueryAttention(nn.Module):
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
-        c, x = self.config, kept(x_TD)
-        qkv_TN = self.qkv(x)
-        if self.qkv_bias is not None:
-            qkv_TN = add_bias(qkv_TN, self.qkv_bias)
-        qkv = self._heads(qkv_TN, positions)
-        sinks = None if self.sinks is None else widened(self.sinks)
+        x = kept(x_TD)
+        if positions.context is not None:
+            local = self.local(x, positions)
+            return self.finish(local.own, local.state, gathered(local, positions.context), positions)
+        qkv = self._heads(self._product(x), positions)
         if positions.cached is not None:
             self._keep(positions.cached, *qkv[1:])
             if not positions.cached.is_first:
+                sinks = None if self.sinks is None else widened(self.sinks)
                 return self._output(self._attend_to_cache(qkv[0], positions.cached, sinks))
-        heads = c.heads(self.recipe, masked=positions.documents is not None, layer=self.layer)
-        choice = chosen(c.backend, heads, qkv_TN.device)
+        return self._attend(qkv, qkv, self._heads_again(x, positions), positions)
+
+    def local(self, x_TD: Tensor | Recallable, positions: Positions) -> Local:
+        """What a rank makes of its own tokens: queries, and what is gathered, keys and values."""
+        x = kept(x_TD)
+        q, k, v = self._heads(self._product(x), positions)
+        shared = k.flatten(0, 1).flatten(1), v.flatten(0, 1).flatten(1)
+        again = self._heads_again(x, positions)
+        return Local((detached_handle(q),), shared, tuple(x.detach() for x in shared), Queries(q.detach(), again))
+
+    def finish(self, own: tuple[Tensor, ...], state: Queries, arrive: Arrive, positions: Positions) -> Tensor:
+        """Attention of this rank's queries to all tokens."""
+        q, again = revealed(own[0], state.values), state.again
+        k, v = (x.view(len(q), -1, self.config.num_kv_heads, self.config.head_dim) for x in arrive().handles)
+        return self._attend((q, k, v), (q,), lambda: again()[:1], positions)
+
+    def _product(self, x: Recallable) -> Tensor:
+        qkv_TN = self.qkv(x)
+        return qkv_TN if self.qkv_bias is None else add_bias(qkv_TN, self.qkv_bias)
+
+    def _attend(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        recomputed: Sequence[Tensor],
+        again: Callable[[], Sequence[Tensor]],
+        positions: Positions,
+    ) -> Tensor:
+        """Core attention and the output's projection; under recomputation `again` makes `recomputed` once more."""
+        c, sinks = self.config, None if self.sinks is None else widened(self.sinks)
+        heads = c.heads(self.recipe, masked=positions.masked, layer=self.layer)
+        choice = chosen(c.backend, heads, qkv[0].device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)
         if Recompute.MLA_UP in self.recipe.recompute:
-            recompute_saved(captured, qkv, self._heads_again(x, positions))
+            recompute_saved(captured, recomputed, again)
         return self._output(out, captured, saves_output=choice.saves_output)
 
     def _output(self, out: Tensor, captured: Sequence[SavedTensor] = (), *, saves_output: bool = False) -> Tensor:

@@ -22,15 +22,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
+from fp8moe.layers.attention.cache import CachedForward, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
+from fp8moe.layers.attention.context import Arrive, Local, gathered
 from fp8moe.layers.attention.core import Positions, YarnConfig, attend, rotation
 from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.kept_output import keep_in_e5m6
+from fp8moe.layers.attention.latent_cache import LatentCache, by_heads
 from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
-from fp8moe.layers.linear import Linear, product
+from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import Feeds, RMSNorm
-from fp8moe.layers.operand import Rows, recast
+from fp8moe.layers.operand import Activation, Rows, from_rows, ready_cast, recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
@@ -170,7 +172,7 @@ class MlaConfig:
 
     def heads(self, recipe: Recipe, *, masked: bool) -> Heads:
         """What attention's kernels must take; masked: documents are kept apart."""
-        return Heads(self.qk_dim, self.v_dim, recipe.dtype, masked)
+        return Heads(self.qk_dim, self.v_dim, recipe.dtype, masked, parted=recipe.gathered)
 
     def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> LatentAttention:
         """The layer, in a model of `dim` features: the same for every block, its norms have an eps of their own."""
@@ -188,7 +190,8 @@ class LatentAttention(nn.Module):
         self.qkv_a = Linear(dim, sum(rows), recipe, matrix_rows=rows)
         self.q_norm = RMSNorm(c.q_lora_rank, recipe, eps=c.norm_eps, feeds=Feeds.LINEAR) if c.q_lora_rank else None
         self.q_b = Linear(c.q_lora_rank, c.queries, recipe) if c.q_lora_rank else None
-        self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=c.norm_eps, feeds=Feeds.LINEAR)
+        feeds = Feeds.GATHER if recipe.gathered else Feeds.LINEAR
+        self.kv_norm = RMSNorm(c.kv_lora_rank, recipe, eps=c.norm_eps, feeds=feeds)
         self.kv_b = Linear(c.kv_lora_rank, c.num_heads * (c.nope_dim + c.v_dim), recipe)
         self.o = Linear(c.num_heads * c.v_dim, dim, recipe)
         if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward
@@ -196,8 +199,10 @@ class LatentAttention(nn.Module):
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
-        c = self.config
-        q_a, kv_a, k_rope = self.qkv_a(x_TD).split([c.q_lora_rank or c.queries, c.kv_lora_rank, c.rope_dim], dim=-1)
+        if positions.context is not None:
+            local = self.local(x_TD, positions)
+            return self.finish(local.own, None, gathered(local, positions.context), positions)
+        q_a, kv_a, k_rope = self._down(x_TD)
         q_latent = kept(q_a) if self.q_norm is None else self.q_norm(q_a)
         kv_latent = self.kv_norm(kv_a)
         q = q_latent.tensor if self.q_b is None else self.q_b(q_latent)
@@ -205,12 +210,50 @@ class LatentAttention(nn.Module):
             self._keep(positions.cached, kv_latent.recall(), k_rope, positions)
             if not positions.cached.is_first:
                 return self._output(self._attend_to_latents(q, positions, positions.cached))
-        qkv = self._heads(q, self.kv_b(kv_latent), k_rope, positions)
-        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.documents is not None), qkv[0].device)
+        kv, kv_rows = self.kv_b(kv_latent), recast(kv_latent, self.recipe)
+        return self._attend(self._heads(q, kv, k_rope, positions), q_latent, kv_rows, k_rope, positions)
+
+    def local(self, x_TD: Tensor | Recallable, positions: Positions) -> Local:
+        """What a rank makes of its own tokens: the queries' latent and, gathered, the keys' and the rotary part.
+
+        Under FP8 the keys' latent travels in FP8, and columns are made of what arrives, as those of dispatched rows.
+        """
+        q_a, kv_a, k_rope = self._down(x_TD)
+        kv_latent = self.kv_norm(kv_a)
+        ready = ready_cast(kv_latent, self.recipe)
+        rows = kv_latent.tensor.detach() if ready is None else ready.rows
+        return Local((q_a,), (kv_latent.tensor, k_rope), (rows, k_rope.detach()))
+
+    def finish(self, own: tuple[Tensor, ...], state: None, arrive: Arrive, positions: Positions) -> Tensor:
+        """Attention of this rank's queries to all tokens; their projections hide the gather."""
+        (q_a,) = own
+        q_latent = kept(q_a) if self.q_norm is None else self.q_norm(q_a)
+        q = q_latent.tensor if self.q_b is None else self.q_b(q_latent)
+        whole = arrive()
+        (latent, k_rope), rows = whole.handles, whole.rows[0]
+        kv = self.kv_b(Activation(latent, from_rows(rows)))
+        return self._attend(self._heads(q, kv, k_rope, positions), q_latent, lambda: rows, k_rope, positions)
+
+    def _down(self, x_TD: Tensor | Recallable) -> tuple[Tensor, ...]:
+        """Both latents before their norms, and the keys' rotary part."""
+        c = self.config
+        return self.qkv_a(x_TD).split([c.q_lora_rank or c.queries, c.kv_lora_rank, c.rope_dim], dim=-1)
+
+    def _attend(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        q_latent: Recallable,
+        kv_rows: Callable[[], Rows],
+        k_rope: Tensor,
+        positions: Positions,
+    ) -> Tensor:
+        """Core attention and the output's projection; the latents are for the backward."""
+        c = self.config
+        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.masked), qkv[0].device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
         if Recompute.MLA_UP in self.recipe.recompute:
-            again = self._heads_again(q_latent, kv_latent, k_rope.detach(), positions)
+            again = self._heads_again(q_latent, kv_rows, k_rope.detach(), positions)
             recompute_saved(captured, qkv, again)
         return self._output(out, captured, saves_output=choice.saves_output)
 
@@ -224,10 +267,9 @@ class LatentAttention(nn.Module):
     def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """What the up projections give, and the shared rotary part of keys -> q, k, v [B, S, H, d] for attention."""
         c = self.config
+        cos, sin = positions.of_keys
         q = rotated_queries(q.unflatten(-1, (c.num_heads, -1)), positions.cos, positions.sin)
-        k, v = keys_and_values(
-            kv.unflatten(-1, (c.num_heads, -1)), k_rope, positions.cos, positions.sin, nope_dim=c.nope_dim
-        )
+        k, v = keys_and_values(kv.unflatten(-1, (c.num_heads, -1)), k_rope, cos, sin, nope_dim=c.nope_dim)
 
         def by_sequence(t: Tensor) -> Tensor:  # [T, H, d] -> [B, S, H, d]
             return t.unflatten(0, (positions.num_sequences, -1))
@@ -235,12 +277,11 @@ class LatentAttention(nn.Module):
         return by_sequence(q), by_sequence(k), by_sequence(v)
 
     def _heads_again(
-        self, q_latent: Recallable, kv_latent: Recallable, k_rope: Tensor, positions: Positions
+        self, q_latent: Recallable, kv_rows: Callable[[], Rows], k_rope: Tensor, positions: Positions
     ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """The same from the latents, recast or recalled: casts and products repeated, without autograd."""
         recall_q = q_latent.recall
         q_rows: Callable[[], Rows] | None = None if self.q_b is None else recast(q_latent, self.recipe)
-        kv_rows = recast(kv_latent, self.recipe)
 
         def again() -> tuple[Tensor, Tensor, Tensor]:
             q = recall_q() if self.q_b is None or q_rows is None else self.q_b.fprop(q_rows())
@@ -263,26 +304,10 @@ class LatentAttention(nn.Module):
         assert isinstance(cache, LatentCache)
         q = rotated_queries(q.unflatten(-1, (c.num_heads, -1)), positions.cos, positions.sin)
         q_nope, q_rope = q.split([c.nope_dim, c.rope_dim], dim=-1)
-        queries = torch.cat([_by_heads(q_nope, cache.key_up_HNR), q_rope], dim=-1)
+        queries = torch.cat([by_heads(q_nope, cache.key_up_HNR), q_rope], dim=-1)
         entries = cached.read(self).unsqueeze(2)  # one head of keys
         latents = entries[..., : c.kv_lora_rank]
         queries = queries.unflatten(0, (positions.num_sequences, -1))
         sums = attend_to_cache(queries, entries, latents, c.softmax_scale, cached.mask_BSL)
-        out = _by_heads(sums.flatten(0, 1), cache.value_up_HRV)
+        out = by_heads(sums.flatten(0, 1), cache.value_up_HRV)
         return out.unflatten(0, (positions.num_sequences, -1))
-
-
-class LatentCache(LayerCache):
-    """Latents and rotated key parts; beside them the up projection in two: keys' [H, nope, R], values' [H, R, v]."""
-
-    def __init__(self, attention: LatentAttention, rows: int, length: int) -> None:
-        c, up = attention.config, attention.kv_b
-        weight = up.blocks.dequantize(up.weight.dtype) if attention.recipe.fp8 else up.weight.detach()
-        super().__init__(rows, length, c.kv_lora_rank + c.rope_dim, weight)
-        keys, values = weight.unflatten(0, (c.num_heads, -1)).split([c.nope_dim, c.v_dim], dim=1)
-        self.key_up_HNR, self.value_up_HRV = keys.contiguous(), values.mT.contiguous()
-
-
-def _by_heads(x_THN: Tensor, weight_HNM: Tensor) -> Tensor:
-    """[T, H, N] times each head's [N, M] -> [T, H, M]."""
-    return product(x_THN.transpose(0, 1), weight_HNM).transpose(0, 1)

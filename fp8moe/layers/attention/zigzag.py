@@ -33,7 +33,7 @@ def parts_of(x_Tn: Tensor, num_sequences: int, cp: int) -> Tensor:
 
 def joined_parts(parts: Tensor, num_sequences: int) -> Tensor:
     """The inverse: [cp, T / cp, n] of any strides -> contiguous [T, n]."""
-    cp, _, features = parts.shape
+    features = parts.shape[2]
     both = parts.unflatten(1, (num_sequences, 2, -1))  # [cp, B, 2, C, n]
     early, late = both[:, :, 0].transpose(0, 1), both[:, :, 1].flip(0).transpose(0, 1)
     return torch.cat([early, late], dim=1).reshape(-1, features)
