@@ -174,8 +174,9 @@ def build_model(
     """The model of this rank's stages, with its initial weights; attention's kernel is chosen, and said, here."""
     context = None if mesh.cp_group is None else ContextMessages(mesh.cp_group)
     model = empty_model(config, mesh.pp_rank, stages, dispatcher, device, context)
-    attention = config.model.attention
-    chosen(attention.backend, attention.heads(config.recipe, masked=config.data.document_mask), device)
+    attention, masked = config.model.attention, config.data.document_mask
+    heads = attention.heads(config.recipe, masked=masked, parted=config.recipe.gathered)
+    chosen(attention.backend, heads, device)
     init_weights(model, config.seed, ep_rank=mesh.ep_rank)
     return model
 

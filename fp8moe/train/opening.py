@@ -6,6 +6,7 @@ from fp8moe.data.mixture import table, uses
 from fp8moe.kernels import backend
 from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
+from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.batch import total_samples
 from fp8moe.train.memory import in_words, measured_bytes
 from fp8moe.train.run import Run
@@ -31,7 +32,7 @@ def opening(run: Run) -> str:
     lines = [
         f"{config.name}: {_short(counts.total)} parameters, {_short(counts.active)} active a token{mtp}",
         f"{config.precision.mode.value} on {processes} ({run.device.type}): {_pipeline(run)}dp {mesh.dp}, experts over "
-        f"ep {mesh.ep}; kernels: {backend.resolve()}",
+        f"ep {mesh.ep}{_shared(mesh)}; kernels: {backend.resolve()}",
         *_averaging(run),
         f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
         *_data(run),
@@ -60,6 +61,11 @@ def _averaging(run: Run) -> list[str]:
     if run.ema is None:
         return []
     return [f"average of the weights: decay {run.ema.decay}, {run.ema.num_bytes / 1e9:.3g} GB on the host a rank"]
+
+
+def _shared(mesh: Mesh) -> str:
+    """How many ranks share each sequence; empty where none do."""
+    return "" if mesh.cp == 1 else f", sequences over cp {mesh.cp}"
 
 
 def _pipeline(run: Run) -> str:

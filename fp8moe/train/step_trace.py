@@ -100,7 +100,8 @@ def name_of(run: Run) -> str:
     schedule = build_schedule(parallel.schedule, parallel.pp, run.config.num_microbatches)
     stages = sorted({stage for _, stage in schedule.held_by(mesh.pp_rank)})
     words = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
-    return f"rank {mesh.rank} (pp {mesh.pp_rank}, dp {mesh.dp_rank}, ep {mesh.ep_rank}; {words})"
+    part = "" if mesh.cp == 1 else f", cp {mesh.cp_rank}"
+    return f"rank {mesh.rank} (pp {mesh.pp_rank}, dp {mesh.dp_rank}, ep {mesh.ep_rank}{part}; {words})"
 
 
 def step_figures(run: Run, ranks: Sequence[RankTrace]) -> StepFigures:

@@ -116,7 +116,7 @@ def test_one_after_the_other_does_the_same_work(kinds: list[str]) -> None:
 
 def test_the_order_is_the_documented_one() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "pipeline.md").read_text()
-    (line,) = (line for line in page.splitlines() if line.startswith("    B combine | "))
+    (line,) = (line for line in page.splitlines() if line.startswith("    F keys | "))
     assert [tuple(entry.split()) for entry in line.split("|")] == list(PAIR)
 
 

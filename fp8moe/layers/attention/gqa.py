@@ -178,16 +178,14 @@ class GqaConfig:
         documents = None if lengths is None else Documents(lengths, cos.device)
         return Positions(len(positions_BS), cos, sin, documents)
 
-    def heads(self, recipe: Recipe, *, masked: bool, layer: int | None = None) -> Heads:
+    def heads(self, recipe: Recipe, *, masked: bool, parted: bool = False, layer: int | None = None) -> Heads:
         """What attention's kernels must take in block number `layer` (None: in one of those with a window, if any are).
 
-        masked: documents are kept apart.
+        masked: documents are kept apart. parted: queries are those of a part of each sequence.
         """
         window = self.window if layer is None else self.window_of(layer)
         group = self.num_heads // self.num_kv_heads
-        return Heads(
-            self.head_dim, self.head_dim, recipe.dtype, masked, group, window, self.sinks, parted=recipe.gathered
-        )
+        return Heads(self.head_dim, self.head_dim, recipe.dtype, masked, group, window, self.sinks, parted)
 
     def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> GroupedQueryAttention:
         """The layer of block number `layer`, in a model of `dim` features."""
@@ -211,7 +209,7 @@ class GroupedQueryAttention(nn.Module):
         self.o_bias = make_bias(dim, recipe) if c.o_bias else None
         self.sinks = make_sinks(c.num_heads, recipe) if c.sinks else None
         if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward
-            heads = c.heads(recipe, masked=False, layer=layer)
+            heads = c.heads(recipe, masked=False, parted=recipe.gathered, layer=layer)
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
@@ -254,7 +252,8 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """Core attention and the output's projection; under recomputation `again` makes `recomputed` once more."""
         c, sinks = self.config, None if self.sinks is None else widened(self.sinks)
-        heads = c.heads(self.recipe, masked=positions.masked, layer=self.layer)
+        masked, parted = positions.masked, positions.context is not None
+        heads = c.heads(self.recipe, masked=masked, parted=parted, layer=self.layer)
         choice = chosen(c.backend, heads, qkv[0].device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)

@@ -32,7 +32,7 @@ from fp8moe.layers.attention.latent_cache import LatentCache, by_heads
 from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import Feeds, RMSNorm
-from fp8moe.layers.operand import Activation, Rows, from_rows, ready_cast, recast
+from fp8moe.layers.operand import Activation, Rows, activation, from_rows, ready_cast, recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
@@ -170,9 +170,9 @@ class MlaConfig:
         documents = None if lengths is None else Documents(lengths, cos.device)
         return Positions(len(positions_BS), cos, sin, documents)
 
-    def heads(self, recipe: Recipe, *, masked: bool) -> Heads:
-        """What attention's kernels must take; masked: documents are kept apart."""
-        return Heads(self.qk_dim, self.v_dim, recipe.dtype, masked, parted=recipe.gathered)
+    def heads(self, recipe: Recipe, *, masked: bool, parted: bool = False) -> Heads:
+        """What attention's kernels must take; masked: documents are kept apart; parted: queries are those of a part."""
+        return Heads(self.qk_dim, self.v_dim, recipe.dtype, masked, parted=parted)
 
     def build(self, dim: int, recipe: Recipe, *, norm_eps: float, layer: int) -> LatentAttention:
         """The layer, in a model of `dim` features: the same for every block, its norms have an eps of their own."""
@@ -195,7 +195,7 @@ class LatentAttention(nn.Module):
         self.kv_b = Linear(c.kv_lora_rank, c.num_heads * (c.nope_dim + c.v_dim), recipe)
         self.o = Linear(c.num_heads * c.v_dim, dim, recipe)
         if not self.o.weight.is_meta:  # a back end that can't run is refused before the first forward
-            heads = c.heads(recipe, masked=False)
+            heads = c.heads(recipe, masked=False, parted=recipe.gathered)
             choose(c.backend, heads, machine_of(self.o.weight.device, heads))
 
     def forward(self, x_TD: Tensor | Recallable, positions: Positions) -> Tensor:
@@ -210,7 +210,8 @@ class LatentAttention(nn.Module):
             self._keep(positions.cached, kv_latent.recall(), k_rope, positions)
             if not positions.cached.is_first:
                 return self._output(self._attend_to_latents(q, positions, positions.cached))
-        kv, kv_rows = self.kv_b(kv_latent), recast(kv_latent, self.recipe)
+        kv_x = activation(kv_latent, self.recipe, power_of_two=self.kv_norm.power_of_two)
+        kv, kv_rows = self.kv_b(kv_x), recast(kv_latent, self.recipe)
         return self._attend(self._heads(q, kv, k_rope, positions), q_latent, kv_rows, k_rope, positions)
 
     def local(self, x_TD: Tensor | Recallable, positions: Positions) -> Local:
@@ -249,7 +250,8 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Core attention and the output's projection; the latents are for the backward."""
         c = self.config
-        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.masked), qkv[0].device)
+        heads = c.heads(self.recipe, masked=positions.masked, parted=positions.context is not None)
+        choice = chosen(c.backend, heads, qkv[0].device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
         if Recompute.MLA_UP in self.recipe.recompute:
