@@ -89,9 +89,7 @@ def whole_keys_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, heads_at_once: in
     return heads * recipe.dtype.itemsize * (made + gradients)
 
 
-def context_work_bytes(
-    a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, heads_at_once: int | None = None
-) -> float:
+def context_work_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, heads_at_once: int | None = None) -> float:
     """What `work_bytes` is with keys of whole sequences; `work_bytes` itself for one rank."""
     total = a.work_bytes(recipe)
     if cp == 1:
