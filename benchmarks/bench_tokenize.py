@@ -4,8 +4,8 @@
 
 The text is the source code of this Python's standard library, repeated until it has that size, as JSON lines; copies
 begin with their number, so that no part of the text is a repetition. Both sides take the same tokenizer, trained on
-that text beforehand, and write token files: each is a process timed from its start to its end, imports included. The ids
-are compared and must be the same. The peer is `datasets_tokenize`. `threads` is its single process with the
+that text beforehand, and write token files: each is a process timed from its start to its end, imports included. The
+ids are compared and must be the same. The peer is `datasets_tokenize`. `threads` is its single process with the
 threads of the library tokenizers; without it each process has one thread, as those of fp8moe have. It is measured
 where the package `datasets` is installed, which this project needs for nothing else.
 """

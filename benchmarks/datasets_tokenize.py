@@ -2,10 +2,10 @@
 
     python -m benchmarks.datasets_tokenize INPUT.jsonl TOKENIZER.json OUTPUT.bin NUM_PROC CACHE
 
-`load_dataset`, then `map` in batches of 1,000 documents on NUM_PROC processes, then the ids of all documents, written one
-after the other as uint16: what nanoGPT's `data/openwebtext/prepare.py` does, but in batches, and in shards of 1,000
-documents where that takes 1,024 of any size; both are faster. A document's ids end with id 0, the end-of-text of the
-tokenizers trained here. It imports nothing of fp8moe.
+`load_dataset`, then `map` in batches of 1,000 documents on NUM_PROC processes, then the ids of all documents, written
+one after the other as uint16: what nanoGPT's `data/openwebtext/prepare.py` does, but in batches, and in shards of
+1,000 documents where that takes 1,024 of any size; both are faster. A document's ids end with id 0, the end-of-text
+of the tokenizers trained here. It imports nothing of fp8moe.
 """
 
 from __future__ import annotations
