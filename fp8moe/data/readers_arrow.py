@@ -101,7 +101,9 @@ def read_column(path: Path, column: str) -> Iterator[str]:
         for batch in batches:
             for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
                 yield "" if text is None else text
-    except (pyarrow.ArrowException, EOFError) as error:
+    except (pyarrow.ArrowException, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's of broken content has none
+            raise
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} can't be read by pyarrow ({reason}): it is cut off or damaged, copy it again") from (
             error
