@@ -46,7 +46,7 @@ PARTS = (
 # Not here: those that need the trainer's packages, several processes, or no GPU.
 APART = (
     *("bench_step", "bench_recompute", "bench_pipeline", "bench_dispatch", "bench_checkpoint", "bench_gradients"),
-    *("bench_zero", "bench_generate"),
+    *("bench_zero", "bench_generate", "bench_tokenize"),
 )
 SHOWN = ("throughput", "bandwidth", "time")  # a figure's metric in the last table, the first that a part records
 

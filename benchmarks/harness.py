@@ -34,7 +34,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 L2_FLUSHES = 8
-PACKAGES = ("torch", "triton", "numpy", "transformer-engine", "deep-gemm")
+PACKAGES = ("torch", "triton", "numpy", "transformer-engine", "deep-gemm", "tokenizers", "datasets")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""The card of token files: what they hold, in figures and as samples of their text.
+"""The card of token files: what they hold in figures; `card_samples` has samples of their text.
 
 Counted in one pass, in the order of the file, by chunks of the memory map: tokens by id, which gives the bytes of the
 text and the ids that are used, and a hash of 16 bytes for every document, which finds exact duplicates (about 100 bytes
-of memory a document). A document is empty if it has no token besides the end-of-text. Samples are spread evenly over
-the file and are what a training sample of that place would hold; the same ones are shown every time.
+of memory a document). A document is empty if it has no token besides the end-of-text.
 """
 
 from __future__ import annotations
@@ -35,17 +34,6 @@ class Card:
     largest_id: int
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Tokens from `start` on: ids int64; documents: (place among them, number) of the documents that begin there;
-    document: the number of the one that the first token belongs to."""
-
-    start: int
-    ids: NDArray[np.int64]
-    document: int
-    documents: list[tuple[int, int]]
-
-
 def card_of(source: IndexedDataset, token_bytes: NDArray[np.int64] | None, end_of_text: int | None) -> Card:
     """Reads token files whole. token_bytes: int64 [ids], bytes of each id; an id past them has none."""
     lengths = np.diff(source.document_offsets)
@@ -72,21 +60,6 @@ def card_of(source: IndexedDataset, token_bytes: NDArray[np.int64] | None, end_o
     return Card(
         len(source), empty, duplicates, len(source.tokens), lengths, num_bytes, len(used), int(used.max(initial=0))
     )
-
-
-def samples_of(source: IndexedDataset, number: int, size: int) -> list[Sample]:
-    """`number` samples of `size` tokens, fewer where the file has fewer, spread evenly from its first to its last."""
-    total = len(source.tokens)
-    size = min(size, total)
-    starts = np.unique(np.linspace(0, total - size, number).astype(np.int64)).tolist()
-    offsets = source.document_offsets
-    samples = []
-    for start in starts:
-        first = int(np.searchsorted(offsets, start, side="right")) - 1
-        begin = range(int(np.searchsorted(offsets, start)), int(np.searchsorted(offsets, start + size)))
-        places = [(int(offsets[one]) - start, one) for one in begin if one < len(source)]
-        samples.append(Sample(start, source.tokens[start : start + size].astype(np.int64), first, places))
-    return samples
 
 
 def histogram(lengths: NDArray[np.int64], width: int = 40) -> list[str]:

@@ -67,11 +67,13 @@ class Window:
     """One sample. tokens: int64 [S + 1]; starts: int64, the places in it where a document begins; the first is 0.
 
     padding: so many tokens at the end are padding, of id 0, and not predicted.
+    origins: of each of `starts` the document's number in its file, and the place in it; empty where nobody knows.
     """
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int64]
     padding: int = 0
+    origins: tuple[tuple[int, int], ...] = ()
 
 
 class Dataset(Protocol):
@@ -266,7 +268,7 @@ class PackedDataset:
         stop = self._entry(index["first"], number + 1) if self.whole_documents else len(index["documents"]) + 1
         offset = 0 if self.whole_documents else self._entry(index["offset"], number)
         tokens = np.zeros(self._seq_len + 1, dtype=np.int64)
-        starts, filled = [], 0
+        starts, origins, filled = [], [], 0
         while filled < len(tokens) and place < stop:
             document = self._entry(index["documents"], place)
             if self.whole_documents:
@@ -276,10 +278,11 @@ class PackedDataset:
             part = self._part(epoch, document, offset, len(tokens) - filled)
             tokens[filled : filled + len(part)] = part
             starts.append(filled)
+            origins.append((int(self._documents[document]), offset))
             filled, place, offset = filled + len(part), place + 1, 0
         if not filled:
             raise self._damaged()
-        return Window(tokens, np.array(starts, dtype=np.int64), len(tokens) - filled)
+        return Window(tokens, np.array(starts, dtype=np.int64), len(tokens) - filled, tuple(origins))
 
     def _entry(self, values: NDArray[np.int64], place: int) -> int:
         if not 0 <= place < len(values):

@@ -27,7 +27,7 @@ from typing import TextIO
 
 from fp8moe.data.compressed import COMPRESSED_ENDINGS, open_text
 from fp8moe.data.durable import unreadable
-from fp8moe.data.readers_arrow import SPLITS, TABLE_ENDINGS, files_of_dataset, read_column, splits_of
+from fp8moe.data.readers_arrow import RECORDS, TABLE_ENDINGS, files_of_dataset, read_column, splits_of
 from fp8moe.errors import DataError
 
 TEXT_ENDINGS = (".txt", ".text", ".md")
@@ -97,7 +97,7 @@ def _search(root: Path, found: Found) -> None:
         if known is not None:  # what lies beside them is the library's own
             taken.extend((Path(folder), place, file) for place, file in enumerate(known))
             continue
-        for file in (Path(folder, name) for name in names if name != SPLITS):
+        for file in (Path(folder, name) for name in names if name not in RECORDS):
             if _is_readable(file):
                 taken.append((file, 0, file))
             elif file.is_file():

@@ -1,9 +1,10 @@
 """Reads the text of parquet files and of Hugging Face data sets on disk, by pyarrow, without a network.
 
 `datasets.save_to_disk` writes a folder of `.arrow` files (Arrow's stream format) that `state.json` lists in order;
-other `.arrow` files there are the library's caches and are left out. A folder of several splits has
-`dataset_dict.json`. The `datasets` package itself is not needed: it would bring a network client and a cache to read
-one column.
+other `.arrow` files there are the library's caches, or left of an earlier save, and are left out. A folder of several
+splits has `dataset_dict.json`. The folder in which `load_dataset` keeps a data set has `dataset_info.json` alone,
+which names its splits, beside `NAME-SPLIT.arrow`, or several with numbers, or parquet, and caches named `cache-*`.
+The `datasets` package itself is not needed: it would bring a network client and a cache to read one column.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from fp8moe.errors import DataError
 
 TABLE_ENDINGS = (".parquet", ".arrow")
 SPLITS = "dataset_dict.json"
+INFO = "dataset_info.json"
+RECORDS = (SPLITS, INFO)
 _ROWS = 256
 _FILE_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has none
 
@@ -28,25 +31,58 @@ def splits_of(folder: Path) -> list[str]:
 
 
 def files_of_dataset(folder: Path) -> list[Path] | None:
-    """The files of a saved data set, in order; None for any other folder. Raises DataError, OSError."""
+    """The files of a data set that was saved or loaded, in order; None for any other folder.
+
+    Raises DataError, also where a loaded one has several splits, and OSError.
+    """
     record = folder / "state.json"
-    if not record.is_file() or not (folder / "dataset_info.json").is_file():
+    if not (folder / INFO).is_file():
         return None
-    files = [folder / str(one["filename"]) for one in _listed(record, "_data_files")]
+    if not record.is_file():
+        return _files_of_loaded(folder)
+    try:
+        files = [folder / str(one["filename"]) for one in _listed(record, "_data_files")]
+    except (KeyError, TypeError) as error:
+        raise _unknown(record, f"a file without a name: {error}") from error
     for file in files:
         if not file.is_file():
             raise DataError(f"{record} lists {file.name}, which is missing: copy the data set again")
     return files
 
 
+def _files_of_loaded(folder: Path) -> list[Path] | None:
+    tables = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_ENDINGS)
+    files = [path for path in tables if not path.name.startswith("cache-")]
+    splits = _read(folder / INFO).get("splits") if files else None
+    if not isinstance(splits, dict) or not splits:  # another program's record of that name
+        return None
+    if len(splits) > 1:
+        raise DataError(
+            f"{folder} is a data set of the splits {', '.join(splits)}: give the files of one of them, "
+            f"{folder / f'*-{next(iter(splits))}*{files[0].suffix}'}"
+        )
+    return files
+
+
 def _listed(record: Path, key: str) -> list[Any]:
-    try:
-        listed = json.loads(record.read_text(encoding="utf-8"))[key]
-        if not isinstance(listed, list):
-            raise TypeError(f"{key} is no list")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{record} can't be read as the record of a data set ({error}): copy it again") from error
+    listed = _read(record).get(key)
+    if not isinstance(listed, list):
+        raise _unknown(record, f"it has no list {key!r}")
     return listed
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _unknown(record, error) from error
+    if not isinstance(found, dict):
+        raise _unknown(record, "it is no object")
+    return found
+
+
+def _unknown(record: Path, reason: object) -> DataError:
+    return DataError(f"{record} can't be read as the record of a data set ({reason}): copy it again")
 
 
 def read_column(path: Path, column: str) -> Iterator[str]:
@@ -65,7 +101,9 @@ def read_column(path: Path, column: str) -> Iterator[str]:
         for batch in batches:
             for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
                 yield "" if text is None else text
-    except (pyarrow.ArrowException, EOFError) as error:
+    except (pyarrow.ArrowException, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's of broken content has none
+            raise
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} can't be read by pyarrow ({reason}): it is cut off or damaged, copy it again") from (
             error
@@ -91,7 +129,8 @@ def _opened(pyarrow: Any, path: Path, column: str) -> tuple[Any, Iterator[Any]]:
 def _check(pyarrow: Any, path: Path, schema: Any, column: str) -> None:
     def is_text(kind: Any) -> bool:
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+        tests = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+        return any(test(kind) for test in tests)
 
     texts = [one.name for one in schema if is_text(one.type)]
     use = f"use --text-key {texts[0]}" if texts else "no column of it holds text"

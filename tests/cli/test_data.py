@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from fp8moe.__main__ import main
 from fp8moe.data import card as module
-from fp8moe.data.card import card_of, histogram, samples_of
+from fp8moe.data.card import card_of, histogram
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.tokenizer import save_tokenizer, train_tokenizer
 
@@ -39,19 +40,6 @@ def test_the_figures(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert card_of(source, None, None).empty == 0, "an end-of-text that nobody knows is a token like any other"
 
 
-def test_samples(prefix: Path) -> None:
-    source = IndexedDataset(prefix)
-    starts = source.document_offsets.tolist()
-    samples = samples_of(source, 5, 9)
-    assert samples[0].start == 0 and samples[-1].start == len(source.tokens) - 9 and len(samples) == 5
-    for sample in samples:
-        assert sample.ids.tolist() == source.tokens[sample.start : sample.start + 9].tolist()
-        inside = range(sample.start, sample.start + 9)
-        assert sample.documents == [(at - sample.start, n) for n, at in enumerate(starts[:-1]) if at in inside]
-        assert starts[sample.document] <= sample.start < starts[sample.document + 1]
-    assert len(samples_of(source, 3, 10**6)) == 1
-
-
 def test_the_histogram() -> None:
     lines = histogram(np.array([0, 1, 2, 3, 3, 4, 7, 8, 1500]), width=8)
     rows = [line.split() for line in lines]
@@ -72,15 +60,18 @@ def test_the_command(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = len("".join(TEXTS).encode())
     assert f"{size:,} bytes of text, {size / (len(source.tokens) - 7):.3f} bytes/token" in out
     assert "1 documents are empty, 3 are exact duplicates" in out and "7 documents" in out
-    assert '[document 0 begins] "one é"' in out and '[document 6 begins] "x"' in out
     assert main(["data", str(prefix), "--samples", "1", "--size", "3", "--tokenizer", f"{prefix}.tokenizer.json"]) == 0
-    assert "tokens 0 to 2:\n" in capsys.readouterr().out
+    assert "sample 0, 4 tokens:\n" in capsys.readouterr().out
     assert main(["data", str(prefix), "--samples", "0"]) == 0
-    assert "begins" not in capsys.readouterr().out
+    assert "sample" not in capsys.readouterr().out
     Path(f"{prefix}.tokenizer.json").unlink()
     assert main(["data", str(prefix), "--size", "4"]) == 0
     out = capsys.readouterr().out
-    assert "no tokenizer beside it" in out and " ".join(map(str, source.tokens[:4].tolist())) in out
+    assert "no tokenizer beside it" in out
+    shown = [
+        int(word) for line in out.splitlines() if "predicted" in line for word in line.split("predicted")[1].split()[1:]
+    ]
+    assert len(shown) == 10 and set(shown) <= set(source.tokens.tolist())
 
 
 @pytest.mark.parametrize(
@@ -90,12 +81,91 @@ def test_the_command(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["{t}", "--samples", "-1"], 2, "--samples -1 must be at least 0: use 0 for none"),
         (["{t}", "--size", "0"], 2, "--size 0 must be at least 1"),
         (["{t}", "--tokenizer", "{none}"], 3, "none does not exist"),
+        (["{t}", "--fim-rate", "1.5"], 2, "--fim-rate 1.5 must be at least 0 and at most 1"),
+        (["{t}", "--fim-rate", "nan"], 2, "--fim-rate nan must be at least 0 and at most 1"),
+        (["{t}", "--seed", "-1"], 2, "--seed -1 must be at least 0"),
+        (
+            ["{t}", "--fim-tokens", "<|fim_prefiks|>", "<|fim_suffix|>", "<|fim_middle|>"],
+            3,
+            "no token '<|fim_prefiks|>', which data.fim_tokens names: the nearest that it has is '<|fim_prefix|>'",
+        ),
+        (["{bare}", "--fim-rate", "0.5"], 2, "--fim-rate 0.5 needs a tokenizer and {bare} has none beside it"),
     ],
 )
 def test_bad_input(
     prefix: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
 ) -> None:
-    words = [word.replace("{t}", str(prefix)).replace("{none}", str(prefix.parent / "none")) for word in arguments]
-    assert main(["data", *words]) == code
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and error.startswith("fp8moe data: ")
+    with IndexedWriter(prefix.parent / "bare", 270) as writer:
+        writer.write(np.arange(9))
+        writer.end_document()
+    places = {"{t}": str(prefix), "{none}": str(prefix.parent / "none"), "{bare}": str(prefix.parent / "bare")}
+    for name, place in places.items():
+        arguments, said = [word.replace(name, place) for word in arguments], said.replace(name, place)
+    assert main(["data", *arguments]) == code
+    out, error = capsys.readouterr()
+    assert not out and said in error and error.count("\n") == 1 and error.startswith("fp8moe data: ")
+
+
+LINE = re.compile(
+    r"  (?:document (\d+), tokens? ([\d,]+)(?:-([\d,]+))?|padding)\s+(prefix |suffix |middle |)\s*"
+    r"(not predicted|predicted) +([\d,]+)(?:  (.*))?"
+)
+
+
+def lines_of(out: str) -> list[tuple[str | None, ...]]:
+    """(document, first token, last, part, mask, tokens, text) of each line of the samples, which follow `sample`."""
+    found = [LINE.fullmatch(line) for line in out.partition("sample 0")[2].splitlines() if line.startswith("  ")]
+    assert found and all(found)
+    return [one.groups() for one in found if one]
+
+
+def test_samples_show_borders_padding_and_what_is_predicted(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", str(prefix), "--size", "30", "--samples", "9", "--packing", "documents"]
+    assert main([*words, "--document-mask"]) == 0
+    rows, seen = lines_of(capsys.readouterr().out), {}
+    for before, row in zip([None, *rows], rows, strict=False):
+        document, first, last, part, mask, count, text = row
+        assert not part
+        if document is None:
+            assert mask == "not predicted" and before is not None and not text
+            continue
+        assert int(count) == int(last or first) - int(first) + 1
+        assert mask == ("not predicted" if int(first) == 0 else "predicted"), "a document's first token alone"
+        seen[int(document)] = seen.get(int(document), "") + text
+    spoken = {n: text.replace('""', "").replace('" "', " ").replace('"', "") for n, text in seen.items()}
+    assert {n: "".join(text.split()) for n, text in spoken.items()} == {
+        n: "".join(text.split()) + "<|endoftext|>" for n, text in enumerate(TEXTS)
+    }
+    places = sum(int(row[5]) for row in rows)
+    assert places % 31 == 0 and places - sum(int(row[5]) for row in rows if row[0] is None) == len(
+        IndexedDataset(prefix).tokens
+    )
+    assert main(words) == 0
+    rows = lines_of(capsys.readouterr().out)
+    assert sum(row[4] == "not predicted" and row[0] is not None for row in rows) == places // 31, (
+        "a sample's first alone"
+    )
+
+
+def test_samples_name_the_parts_of_fill_in_the_middle(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", str(prefix), "--size", "60", "--samples", "9", "--packing", "documents", "--fim-rate", "1"]
+    assert main([*words, "--document-mask"]) == 0
+    parts: dict[int, dict[str, str]] = {}
+    for document, _, _, part, _, _, text in lines_of(capsys.readouterr().out):
+        if document is not None:
+            part = (part or "").strip()
+            of = parts.setdefault(int(document), {})
+            of[part] = of.get(part, "") + (text or "").replace('"', "")
+    sentinels = {"prefix": "<|fim_prefix|>", "suffix": "<|fim_suffix|>", "middle": "<|fim_middle|>"}
+    for number, text in enumerate(TEXTS):
+        if not text:
+            assert parts[number] == {"": "<|endoftext|>"}, "a document without text stays"
+            continue
+        assert list(parts[number]) == list(sentinels)
+        said = {}
+        for name, sentinel in sentinels.items():
+            assert parts[number][name].startswith(sentinel)
+            said[name] = parts[number][name].removeprefix(sentinel)
+        assert said["middle"].endswith("<|endoftext|>")
+        whole = said["prefix"] + said["middle"].removesuffix("<|endoftext|>") + said["suffix"]
+        assert "".join(whole.split()) == "".join(text.split())

@@ -148,6 +148,23 @@ def test_bad_input_is_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_table_that_is_broken_or_has_no_such_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": [1, 2] * 99, "body": ["one", "two"] * 99}), path)
+    words = ["--input", str(path), "--output", str(tmp_path / "x"), "--workers", "1"]
+    content = bytearray(path.read_bytes())
+    assert main(words) == 3
+    assert f"{path} has no column 'text', it has id, body: use --text-key body" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    for broken in (content[:-9], content[: len(content) // 2], b"PAR1" + bytes(400) + b"PAR1", content[:4] + bytes(99)):
+        path.write_bytes(broken)
+        assert main([*words, "--text-key", "body"]) == 3
+        said = capsys.readouterr().err
+        assert f"{path} can't be read by pyarrow" in said and "copy it again" in said and said.count("\n") == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["a.parquet"], "nothing is left"
+
+
 def test_workers_without_torch_in_a_process_of_its_own(inputs: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from fp8moe.cli.tokenize import main; code = main(sys.argv[1:])\n"

@@ -155,6 +155,16 @@ def test_by_the_command_line(fault: str, corpus: Path, tmp_path: Path, capsys: p
         assert {path.name for path in run_dir.iterdir()} == {"logs", "starts.jsonl"}
 
 
+def test_a_sentinel_that_the_tokenizer_lacks(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data=indexed", f"data.paths=[{corpus / 'grammar'}]", f"data.cache_dir={tmp_path / 'cache'}"]
+    words += [f"run_dir={tmp_path / 'run'}", "data.fim_rate=0.1", "precision=bf16"]
+    names = 'data.fim_tokens=["<|fim_prefix|>","<|fim_sufix|>","<|fim_middle|>"]'
+    assert main(["train", *SMALL, *words, names]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("fp8moe: ") and said.count("\n") == 1
+    assert "no token '<|fim_sufix|>', which data.fim_tokens names: the nearest that it has is '<|fim_suffix|>'" in said
+
+
 def refuses(name: str, real: Callable[..., object]) -> Callable[..., object]:
     """`real`, but where its path ends in `name` access is denied; root may read everything."""
 
