@@ -46,7 +46,7 @@ def test_every_key_that_an_advice_names_is_one() -> None:
         ("checkpoint.interval=5", "checkpoint.interval is not a key: use checkpoint.every=5"),
         ("zero_stage=1", "zero_stage is not a key: use optimizer.sharding=..."),  # whose values are others
         ("bf16=true", "bf16 is not a key: use precision=bf16"),
-        ("tp=8", "tp is not a key: no layer is split over ranks here, by tensor or context: use parallel.ep=... or p"),
+        ("tp=8", "tp is not a key: no matrix is split over ranks here: use parallel.ep=..., p"),
         ("world_size=8", "world_size is not a key: the launcher starts the processes: use fp8moe train --nproc N, or "),
         ("gradient_accumulation_steps=8", "gradient_accumulation_steps is not a key: a step accumulates batch.sequen"),
         ("+lr=1", "lr is not a key: use optimizer.schedule.peak=1"),
