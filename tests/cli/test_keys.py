@@ -133,7 +133,7 @@ def test_a_word_finds_keys(capsys: pytest.CaptureFixture[str]) -> None:
         "no key has 'optimzer.eps' in its name or meaning; the nearest:\noptimizer.eps="
     )
     assert "parallel.ep=null" in said("share", "the", "experts")
-    assert said("tensor-parallel-size").startswith("tensor-parallel-size is not a key: no layer is split over ranks")
+    assert said("tensor-parallel-size").startswith("tensor-parallel-size is not a key: no matrix is split over ranks")
     everything = said()
     assert (
         all(f"\n{name}" in f"\n{everything}" for name in KEYS) and "lr_schedule=NAME   one of constant, " in everything
