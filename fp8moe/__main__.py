@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("fp8moe.cli.watch", "show a run in the terminal while it trains"),
     "report": ("fp8moe.cli.report", "make an HTML page of a run, or of several side by side"),
     "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
+    "distill": ("fp8moe.cli.distill", "have a teacher answer prompts and keep what verifiers accept"),
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
     "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),

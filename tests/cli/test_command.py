@@ -91,6 +91,7 @@ REQUIRED = {
     "generate": ["runs/a"],
     "import": ["models/a", "runs/a"],
     "export": ["runs/a", "out/a"],
+    "distill": ["generate", "runs/a", "--prompts", "a", "--output", "b"],
     "eval": ["runs/a"],
     "report": ["runs/a"],
     "data": ["tokens/a"],

@@ -1,9 +1,9 @@
 """`answer`: the final answer of a text equals the row's.
 
-The final answer is the last of: a `\\boxed{...}`, a line `Answer: X` (also within `**`), a line `#### X`. Two answers are
-equal as numbers where both are plain numbers or fractions, exactly (7, 7.0, 14/2, \\frac{14}{2}, 1,000, $5, 50%: signs of
-money and percent are dropped), else as texts without white space, dollar signs of LaTeX and a full stop at the end.
-Refused: algebra (`x+1 = 1+x`), which takes a computer algebra system; a verifier of one's own can call one.
+The final answer is the last of: a `\\boxed{...}`, a line `Answer: X` (also within `**`), a line `#### X`. Two answers
+are equal as numbers where both are plain numbers or fractions, exactly (7, 7.0, 14/2, \\frac{14}{2}, 1,000, $5, 50%:
+signs of money and percent are dropped), else as texts without white space, dollar signs of LaTeX and a full stop at the
+end. Refused: algebra (`x+1 = 1+x`), which takes a computer algebra system; a verifier of one's own can call one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 from fp8moe.post.verify.verdict import Verdict
 
-_LINE = re.compile(r"^[ \t>*_]*(?:final )?answer[ \t*_]*:[ \t*_]*(\S.*?)[ \t*_]*$|^####[ \t]*(\S.*?)[ \t]*$", re.I | re.M)
+_LINE = re.compile(
+    r"^[ \t>*_]*(?:final )?answer[ \t*_]*:[ \t*_]*(\S.*?)[ \t*_]*$|^####[ \t]*(\S.*?)[ \t]*$", re.I | re.M
+)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _LATEX_FRACTION = re.compile(r"(-?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _DROPPED = re.compile(r"\\(?:left|right|[,;!: ])|\\?[$%]|\\[()\[\]]|\s")
@@ -73,7 +75,8 @@ def _number(text: str) -> Fraction | None:
 
 
 def verify_answer(text: str, row: Mapping[str, Any]) -> Verdict:
-    """Whether the final answer of `text` is that of row["answer"]: text or a number, or a solution that ends with it."""
+    """Whether the final answer of `text` is that of row["answer"]: text or a number, or a solution that ends with
+    it."""
     given = str(row["answer"])
     wanted = final_answer(given) or given
     found = final_answer(text)

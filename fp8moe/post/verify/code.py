@@ -34,7 +34,8 @@ def last_block(text: str) -> str | None:
 def code(
     *, seconds: float = 5.0, cpu_seconds: int = 5, memory_mb: int = 1024, file_mb: int = 8, output_kb: int = 64
 ) -> Verifier:
-    """A verifier that runs the block with row["tests"] under these limits. Raises ValueError for a limit that is none."""
+    """A verifier that runs the block with row["tests"] under these limits. Raises ValueError for a limit that is
+    none."""
     limits = Limits(float(seconds), cpu_seconds, memory_mb, file_mb, output_kb)
 
     def verify(text: str, row: Mapping[str, Any]) -> Verdict:

@@ -28,9 +28,9 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 ALLOW, REFUSE, ABSENT = 0x7FFF0000, 0x00050001, 0x00050026  # EPERM, ENOSYS
 LOAD, IS, HAS, AT_LEAST, RETURN = 0x20, 0x15, 0x45, 0x35, 0x06  # of classic BPF
 CLONE_THREAD = 0x10000
-# System calls, by machine: (audit's name of it, always refused, those whose first argument must be this process, clone).
-# Refused: fork, vfork, socket, ptrace, process_vm_writev, io_uring_setup, unshare, setns, mount, setsid, setpgid, tkill,
-# rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal. Own process only: kill, tgkill. Then prlimit64.
+# System calls, by machine: (audit's name of it, always refused, those whose first argument must be this process,
+# clone). Refused: fork, vfork, socket, ptrace, process_vm_writev, io_uring_setup, unshare, setns, mount, setsid,
+# setpgid, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal. Own process only: kill, tgkill. Then prlimit64.
 CALLS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int, int]] = {
     "x86_64": (
         0xC000003E,
@@ -56,7 +56,13 @@ def filter_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
         rules += [(IS, 0, 1, call), (RETURN, 0, 0, REFUSE)]
     by_argument = [*((call, IS, pid) for call in own), (prlimit, IS, 0), (clone, HAS, CLONE_THREAD)]
     for call, test, value in by_argument:
-        rules += [(IS, 0, 4, call), (LOAD, 0, 0, 16), (test, 1, 0, value), (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
+        rules += [
+            (IS, 0, 4, call),
+            (LOAD, 0, 0, 16),
+            (test, 1, 0, value),
+            (RETURN, 0, 0, REFUSE),
+            (RETURN, 0, 0, ALLOW),
+        ]
     return [*rules, (RETURN, 0, 0, ALLOW)]
 
 
@@ -112,7 +118,9 @@ def confine(limits: dict[str, int]) -> list[str]:
         with contextlib.suppress(ValueError, OSError):
             for which, value in values:
                 hard = resource.getrlimit(which)[1]
-                resource.setrlimit(which, (value, value) if hard in (resource.RLIM_INFINITY, -1) else (min(value, hard),) * 2)
+                resource.setrlimit(
+                    which, (value, value) if hard in (resource.RLIM_INFINITY, -1) else (min(value, hard),) * 2
+                )
             force.append(name)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -140,7 +148,9 @@ def run(job: dict[str, Any]) -> str:
             return f"MemoryError in the {name}"
         except BaseException as error:
             words = "".join(traceback.format_exception_only(error)).strip().splitlines()
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == f"<{name}>"]
+            lines = [
+                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == f"<{name}>"
+            ]
             return f"{words[-1][:200] if words else 'error'} in the {name}" + (f", line {lines[-1]}" if lines else "")
     return ""
 

@@ -36,7 +36,9 @@ _WORDS = re.compile(r"[^\W]{1,24}|[^\w\s]")  # an endless word falls into pieces
 
 
 def verify_ended(text: str, row: Mapping[str, Any]) -> Verdict:
-    """Whether the sample came to its end: row["ended"] is "stop". A text that was cut teaches to stop anywhere."""
+    """Whether the sample came to its end, row["ended"] is "stop", with any text. A cut one teaches to stop anywhere."""
+    if not text.strip():
+        return Verdict(False, "it is empty")
     ended = row.get("ended", "stop")
     return Verdict(ended == "stop", "" if ended == "stop" else f"it was cut: {ended}")
 

@@ -1,7 +1,8 @@
 """Verifiers by name: `answer`, `code:seconds=2`, `length:max_tokens=512`, or `module:function` of one's own.
 
 What stands behind the name are the keyword arguments of the function that makes the verifier; for a function of one's
-own they are passed on at every call. Built-in names come first, so a module of such a name needs its package's name too.
+own they are passed on at every call. Built-in names come first, so a module of such a name needs its package's name
+too.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def _own(spec: str, module: str, function: str) -> Verifier:
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:
-        raise ConfigError(f"--verify {spec}: {module} can't be imported ({error}): name an importable module") from error
+        raise ConfigError(
+            f"--verify {spec}: {module} can't be imported ({error}): name an importable module"
+        ) from error
     if not callable(found):
         raise ConfigError(f"--verify {spec}: {module} has no function {function}: name one of (text, row) -> Verdict")
     verify: Verifier = found

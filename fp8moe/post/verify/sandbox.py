@@ -35,8 +35,8 @@ _STARTS = 10.0  # seconds beyond the program's own that an interpreter may take 
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds: wall clock of program and tests. cpu_seconds: of all its threads. memory_mb: address space. file_mb: of a
-    file, and of all in its folder. output_kb: of stdout and stderr together."""
+    """seconds: wall clock of program and tests. cpu_seconds: of all its threads. memory_mb: address space. file_mb: of
+    a file, and of all in its folder. output_kb: of stdout and stderr together."""
 
     seconds: float = 5.0
     cpu_seconds: int = 5

@@ -15,7 +15,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """ok: accepted. reason: why not, one short sentence. raised: the verifier failed, which says nothing of the text."""
+    """ok: accepted. reason: why not, one short sentence. raised: the verifier failed, which says nothing of the
+    text."""
 
     ok: bool
     reason: str = ""
