@@ -51,7 +51,7 @@ class EndpointConfig:
     tries: int = 6
     wait: float = 1.0
     timeout: float = 600.0
-    body: Mapping[str, Any] | None = None
+    body: Mapping | None = None
 
     def __post_init__(self) -> None:
         ranges = {
