@@ -13,10 +13,12 @@ from typing import Any
 
 from fp8moe.cli.launch import is_worker
 from fp8moe.cli.trained import find_trained
+from fp8moe.data.chat_template import CONFIG_FILE, TEMPLATE_FILE, ChatTemplate, open_template
+from fp8moe.data.chat_tokens import encode_asked, end_of_turn
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.generate.decode import GenerationConfig
 from fp8moe.generate.sampling import SamplingConfig
-from fp8moe.generate.text import chat_template, check_stops, render_chat
+from fp8moe.generate.text import check_stops
 from fp8moe.post.distill.collect import Collector, Wanted
 from fp8moe.post.distill.endpoint import EndpointConfig, EndpointTeacher
 from fp8moe.post.distill.forms import FORMS, SYSTEM_PROMPT
@@ -132,6 +134,9 @@ class Own:
             self._trained = replace(self._trained, source=str(newest))
         self._vocabulary = self._trained.vocabulary()
         self._ends = self._vocabulary.ends | {self._vocabulary.token(name) for name in arguments.stop_token}
+        self._template = None if arguments.plain else self._chat_template()
+        if self._template is not None and (turn := end_of_turn(self._template, self._vocabulary.tokenizer)) is not None:
+            self._ends |= {turn}
         self._encode = self._encoder()
         self.identity: dict[str, Any] = {"teacher": "fp8moe", "model": arguments.run, "step": step}
         self.identity |= {"ema": arguments.ema, "plain": arguments.plain, "settings": arguments.settings}
@@ -154,15 +159,22 @@ class Own:
                 mesh.rank == 0,
             )
 
-    def _encoder(self) -> Callable[[Messages], list[int]]:
-        """Messages to token ids: through the tokenizer's chat template, or as plain text."""
-        vocabulary = self._vocabulary
-        if self._arguments.plain:
-            return lambda messages: vocabulary.encode("\n\n".join(message["content"] for message in messages))
+    def _chat_template(self) -> ChatTemplate:
+        """The chat template beside the tokenizer. Raises ConfigError and DataError."""
+        folder = self._trained.tokenizer.parent
         try:
-            template = chat_template(self._trained.tokenizer.parent)
+            return open_template(None, self._trained.tokenizer, self._vocabulary.tokenizer)
         except ConfigError as error:
-            raise ConfigError(f"{str(error).rpartition(':')[0]}: use --plain, or add one") from error
-        end = None if vocabulary.end_of_text is None else vocabulary.tokenizer.id_to_token(vocabulary.end_of_text)
-        names = {"bos_token": "", "eos_token": end or ""}
-        return lambda messages: vocabulary.encode(render_chat(template, messages, names), special=True)
+            if "has no chat template" not in str(error):
+                raise
+            raise ConfigError(
+                f"{folder} has no chat template, neither {TEMPLATE_FILE} nor in {CONFIG_FILE}: use --plain, or add one"
+            ) from error
+
+    def _encoder(self) -> Callable[[Messages], list[int]]:
+        """Messages to token ids: through the chat template beside the tokenizer, or as plain text."""
+        vocabulary = self._vocabulary
+        if self._template is None:
+            return lambda messages: vocabulary.encode("\n\n".join(message["content"] for message in messages))
+        template = self._template
+        return lambda messages: encode_asked(template, vocabulary.tokenizer, messages)

@@ -27,6 +27,7 @@ from fp8moe.post.verify.verdict import NamedVerifier, Verdict, judge
 from fp8moe.train.provenance import commit
 
 Sample = dict[str, Any]
+_NO_TEXT = {0xFDD0: "?", 0xFDD1: "?"}  # no conversation may have them; nor half a surrogate pair, which JSON can spell
 _NAMED = 10  # samples of one kind of trouble that are named; all are counted
 _logger = logging.getLogger(__name__)
 

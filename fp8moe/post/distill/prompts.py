@@ -52,6 +52,8 @@ def read_prompts(path: str, verifiers: Sequence[NamedVerifier] = ()) -> list[Pro
 def _check(path: str, number: int, row: Mapping[str, Any], verifiers: Sequence[NamedVerifier]) -> None:
     if not row["prompt"].strip():
         raise DataError(f"prompt {number} of {path} is empty: give at least one character")
+    if row["prompt"].encode("utf-8", "replace").decode() != row["prompt"]:
+        raise DataError(f"prompt {number} of {path} has half of a surrogate pair, which no text has: remove it")
     for verifier in verifiers:
         for key in verifier.needs:
             if key not in row:

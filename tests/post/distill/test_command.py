@@ -17,6 +17,7 @@ import pytest
 
 from fp8moe import __version__
 from fp8moe.__main__ import main
+from fp8moe.data.chat_rows import read_conversations
 from fp8moe.post.distill.forms import SYSTEM_PROMPT
 from tests.post.distill.served import Answer, Decide, chat, right, served
 
@@ -72,6 +73,8 @@ def test_rows_provenance_and_the_table(tmp_path: Path, capsys: pytest.CaptureFix
         options = ("--samples", "4", "--verify", "answer", "--verify", "length:max_tokens=20")
         assert distilled(endpoint.url, tmp_path, *options) == 0
     table = capsys.readouterr().out
+    conversations = list(read_conversations(tmp_path / "out.jsonl"))
+    assert [len(messages) for _, messages in conversations] == [2] * count(table, "kept"), "fp8moe sft reads them"
     kinds = [body["seed"] % 4 for body in endpoint.bodies]
     assert len(set(body["seed"] for body in endpoint.bodies)) == 40 and set(kinds) == {0, 1, 2, 3}
     assert (count(table, "prompts"), count(table, "samples"), count(table, "accepted")) == (10, 40, kinds.count(3))
@@ -254,6 +257,7 @@ def test_other_settings_do_not_add_to_the_same_file(tmp_path: Path, capsys: pyte
         ('{"prompt": "1+1"}', ("--verify", "answer"), 3, "has no answer, which --verify answer needs"),
         ('{"prompt": "1+1"}', ("--verify", "code"), 3, "has no tests, which --verify code needs"),
         ('{"prompt": " "}', (), 3, "prompt 1 of"),
+        ('{"prompt": "\\ud800"}', (), 3, "half of a surrogate pair"),
         ('{"question": "1+1"}', (), 3, "needs the keys prompt"),
         ('{"prompt": "1+1", "answer": true}', (), 3, "neither text nor a number"),
         ('{"prompt": "1+1", "tests": [1]}', (), 3, "neither text nor a list of texts"),
@@ -274,6 +278,16 @@ def test_bad_input_is_one_sentence(
     shown = capsys.readouterr()
     assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_text_that_is_none_is_replaced(tmp_path: Path) -> None:
+    """Half a surrogate pair, which JSON can spell, and the noncharacters that chat templates mark answers with."""
+    write_prompts(tmp_path, 1)
+    body = json.dumps(chat("a\ud800b\ufdd0c")[2]).encode()
+    with served(lambda *_: (200, {}, body)) as endpoint:
+        assert distilled(endpoint.url, tmp_path) == 0
+    ((_, messages),) = read_conversations(tmp_path / "out.jsonl")
+    assert messages[-1]["content"] == "a?b?c"
 
 
 def test_nothing_accepted_is_an_error_of_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
