@@ -27,7 +27,7 @@ from fp8moe.post.verify.verdict import NamedVerifier, Verdict, judge
 from fp8moe.train.provenance import commit
 
 Sample = dict[str, Any]
-_NO_TEXT = {0xFDD0: "?", 0xFDD1: "?"}  # no conversation may have them; nor half a surrogate pair, which JSON can spell
+_NO_TEXT = {0xFDD0: "?", 0xFDD1: "?"}  # with which chat templates mark answers
 _NAMED = 10  # samples of one kind of trouble that are named; all are counted
 _logger = logging.getLogger(__name__)
 
@@ -146,9 +146,7 @@ class Collector:
         request = reply.request
         own = {"draw": request.draw, **self.wanted.settings} if identity.get("teacher") != "original" else {}
         made = {"version": fp8moe.__version__, "commit": commit(), "time": datetime.now(UTC).isoformat("T", "seconds")}
-        text = (
-            response_of(reply, request.form).encode("utf-8", "replace").decode()
-        )  # half of a surrogate pair is no text
+        text = response_of(reply, request.form).encode("utf-8", "replace").decode().translate(_NO_TEXT)
         return {
             "prompt_id": request.prompt,
             "line": self._rows[request.prompt].number,
