@@ -98,7 +98,9 @@ def test_what_is_left_out_is_counted(opened: Open) -> None:
     assert (cut.counts.conversations, cut.counts.unanswered, cut.counts.too_long, cut.counts.truncated) == (4, 1, 1, 1)
     assert len(cut) == cut.counts.kept == 2 and np.diff(cut.document_offsets).max() == 41
     assert cut.predicted is not None and cut.counts.learned == int(cut.predicted.sum())
-    assert cut.described().startswith("chat.jsonl: 4 conversations, 1 without an answer left out, 1 too long left out, 1 ")
+    assert cut.described().startswith(
+        "chat.jsonl: 4 conversations, 1 without an answer left out, 1 too long left out, 1 "
+    )
     dropped = opened(rows, seq_len=40, drops=True)
     assert (len(dropped), dropped.counts.too_long, dropped.counts.truncated) == (1, 2, 0)
     assert dropped.content() != cut.content() and dropped.fingerprint != cut.fingerprint
@@ -197,7 +199,9 @@ def test_files_are_mixed_and_validation_may_have_its_own(tmp_path: Path) -> None
     assert len(described(data.train)) == 2
     held_out = {one for epoch in (0, 1) for one in conversations(data.validation, epoch)}
     assert len(held_out) == 1 and len(data.train) > len(data.validation)
-    with pytest.raises(DataError, match=r"chat.jsonl has 1 document and holding one out needs 2: set data.validation_p"):
+    with pytest.raises(
+        DataError, match=r"chat.jsonl has 1 document and holding one out needs 2: set data.validation_p"
+    ):
         data_of(tmp_path, ROWS[:1])
 
 
