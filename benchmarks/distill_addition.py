@@ -2,11 +2,11 @@
 
     python -m benchmarks.distill_addition [--teacher runs/sft_addition/sft] [--folder runs/distill_addition] [--quick]
 
-The teacher is the run that `benchmarks.sft_addition` leaves. The student, of two layers in place of three, is trained on the
-embedded corpus; then the teacher answers training problems by `fp8moe distill generate`, what `answer` accepts is
-fine-tuning data, and the student is fine-tuned on it. It never sees the solutions of `fp8moe.post.tasks`. Measured: the
-share of samples that are rejected, and of held-out problems answered right by the teacher and by the student before and
-after.
+The teacher is the run that `benchmarks.sft_addition` leaves. The student, of two layers in place of three, is trained
+on the embedded corpus; then the teacher answers training problems by `fp8moe distill generate`, what `answer` accepts
+is fine-tuning data, and the student is fine-tuned on it. It never sees the solutions of `fp8moe.post.tasks`.
+Measured: the share of samples that are rejected, and of held-out problems answered right by the teacher and by the
+student before and after.
 """
 
 from __future__ import annotations
