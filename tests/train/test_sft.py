@@ -114,9 +114,10 @@ def test_resuming_changes_no_bit_and_another_seed_does(chat: list[str], tmp_path
     middle = tmp_path / "whole" / "checkpoints" / "step-2"
     config = resolve(compose_run([*settings, f"run_dir={tmp_path / 'other'}"], 1, None, begin)[0].config, 1)
     run = built(replace(config, resume=str(middle)))
+    assert run.step == 2
     run_to_end(run, time.perf_counter())
     assert differing(stored(run), whole) == []
-    assert differing(finished([*settings, "seed=1"]), whole)
+    assert differing(finished([*settings, "seed=1", f"run_dir={tmp_path / 'seed'}"]), whole)
 
 
 LAYOUTS = [("parallel.ep=2", 2), ("parallel.schedule=dualpipev", 1)]
