@@ -222,3 +222,27 @@ def test_the_first_row_is_looked_at_before_a_run_starts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1 has no messages, it has text"):
         data_of(tmp_path, [{"text": "a"}])
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_stream_of_conversations_is_learned_where_the_assistant_speaks_too(tmp_path: Path) -> None:
+    data = data_of(tmp_path, packing="stream", document_mask=False)
+    template, tokenizer = data.chat, chat_tokenizer()
+    assert template is not None and isinstance(data.train, PackedDataset)
+    masks = {}
+    for row in ROWS:
+        ids, mask = encode_conversation(template, tokenizer, row["messages"])
+        masks[tuple(ids.tolist())] = mask
+    whole = {key: mask for key, mask in masks.items() if len(key) < 40}
+    found = 0
+    for sample in range(len(data.train)):
+        window = data.train.window(sample)
+        assert window.predicted is not None
+        for start, end in zip(window.starts[:-1].tolist(), window.starts[1:].tolist(), strict=True):
+            if (key := tuple(window.tokens[start:end].tolist())) in whole:
+                assert window.predicted[start:end].tolist() == whole[key].tolist()
+                found += 1
+        if len(window.starts) > 1 and window.starts[1] > 1:  # the end of a conversation that a window before began
+            tail = tuple(window.tokens[: window.starts[1]].tolist())
+            ends = {tuple(mask[-len(tail) :].tolist()) for key, mask in masks.items() if key[-len(tail) :] == tail}
+            assert tuple(window.predicted[: len(tail)].tolist()) in ends
+    assert found > 10
