@@ -18,15 +18,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once too: `cli.threa
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
+    "sft": ("fp8moe.cli.sft", "fine-tune a model on conversations; as train, with other data and defaults"),
     "keys": ("fp8moe.cli.keys", "list the keys of a run, or those that a word finds: fp8moe keys warmup"),
     "plan": ("fp8moe.cli.plan", "predict a run's memory, speed and cost on a cluster, and search its layouts"),
     "doctor": ("fp8moe.cli.doctor", "look for what would prevent or slow a run on this machine, or on all nodes"),
     "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
-    "data": ("fp8moe.cli.data", "print what token files hold: documents, lengths, bytes per token, samples"),
+    "data": ("fp8moe.cli.data", "print what token files or conversations hold: lengths, bytes per token, samples"),
     "import": ("fp8moe.cli.import_model", "make a run directory of a released model"),
     "watch": ("fp8moe.cli.watch", "show a run in the terminal while it trains"),
     "report": ("fp8moe.cli.report", "make an HTML page of a run, or of several side by side"),
     "generate": ("fp8moe.cli.generate", "continue prompts or answer a chat with a trained model"),
+    "distill": ("fp8moe.cli.distill", "have a teacher answer prompts and keep what verifiers accept"),
     "eval": ("fp8moe.cli.evaluate", "bits per byte of text and accuracy of multiple choice, by a trained model"),
     "export": ("fp8moe.cli.export_model", "write a checkpoint for vLLM, SGLang and transformers"),
     "verify": ("fp8moe.cli.checkpoint:verify", "verify the bytes of a run's checkpoints"),

@@ -1,4 +1,5 @@
-"""`fp8moe data PREFIX`: the card of token files: size, documents, lengths, and samples of training with their mask."""
+"""`fp8moe data PREFIX`: the card of token files: size, documents, lengths, samples of training with their mask; or of a
+file of conversations (`chat_data`)."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from fp8moe.cli.chat_data import print_chat
 from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.data.card import Card, card_of, histogram
 from fp8moe.data.card_samples import Segment, training_samples
+from fp8moe.data.chat_rows import is_chat_file
 from fp8moe.data.fim import FillInTheMiddle, open_fim, sentinel_ids
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.sources import DataConfig
@@ -26,17 +29,21 @@ from fp8moe.errors import ConfigError, DataError
 
 DESCRIPTION = """\
 Print what token files hold: documents, tokens, bytes a token, lengths, duplicates, and samples as training sees them:
-for each run of tokens its document, its part under fill-in-the-middle, and whether the loss predicts it.
+for each run of tokens its document, its part under fill-in-the-middle, and whether the loss predicts it. Of a file of
+conversations: what is learned of them.
 
   fp8moe data tokens/mine --samples 3
   fp8moe data tokens/mine --packing documents --document-mask --fim-rate 1
+  fp8moe data chat.jsonl --tokenizer runs/base/tokenizer.json --chat-template plain
 """
 
 
 def command_parser() -> Parser:
     """The parser of the command line."""
     parser = make_parser("data", DESCRIPTION)
-    parser.add_argument("path", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx, or one of these files")
+    parser.add_argument(
+        "path", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx, or one of these, or a chat"
+    )
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples to show (default: 2)")
     parser.add_argument(
         "--size",
@@ -53,6 +60,9 @@ def command_parser() -> Parser:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and cuts (default: 0)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: PREFIX.tokenizer.json)")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="of a chat: chatml, plain, FILE (default: the tokenizer's)"
+    )
     return parser
 
 
@@ -68,6 +78,9 @@ def main(argv: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     _check(options)
+    if is_chat_file(Path(options.path)):
+        print_chat(Path(options.path), options)
+        return
     prefix = options.path
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[: -len(".bin")]

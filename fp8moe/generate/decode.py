@@ -17,7 +17,7 @@ tokens are exchanged each step, so that all ranks know every completion and deci
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,10 +106,12 @@ def generate(
     *,
     num_ids: int,
     accept: Accept,
+    draws: Sequence[int] | None = None,
 ) -> tuple[list[Completion], Figures]:
     """Completions of `prompts` (token ids), the same on every rank. Collective over all ranks; no pipeline.
 
     num_ids: ids below it are generated. accept: called on every rank for every token, in order within a completion.
+    draws: for each prompt the number that, with the seed, decides what it draws; its place in `prompts` if None.
     Raises ConfigError for a prompt that is empty or too long, and for mtp without an MTP module.
     """
     context = model.config.max_seq_len
@@ -120,8 +122,11 @@ def generate(
     figures, training = Figures(), model.training
     deadline = None if config.seconds is None else time.perf_counter() + config.seconds
     model.eval()
+    numbers = range(len(prompts)) if draws is None else draws
     for start in range(0, len(completions), config.batch):
-        _Batch(model, completions[start : start + config.batch], config, mesh, num_ids, accept, deadline).run(figures)
+        batch = completions[start : start + config.batch]
+        draw_of = {one.number: numbers[one.number] for one in batch}
+        _Batch(model, batch, config, mesh, num_ids, accept, deadline, draw_of).run(figures)
     model.train(training)
     return completions, figures
 
@@ -151,9 +156,10 @@ class _Batch:
         num_ids: int,
         accept: Accept,
         deadline: float | None,
+        draw_of: Mapping[int, int],
     ) -> None:
         self._completions, self._config, self._mesh, self._accept = completions, config, mesh, accept
-        self._deadline = deadline
+        self._deadline, self._draw_of = deadline, draw_of
         self._first = completions[0].number
         dealt = completions[mesh.dp_rank :: mesh.dp]
         missing = -(-len(completions) // mesh.dp) - len(dealt)
@@ -163,7 +169,7 @@ class _Batch:
         device = next(model.parameters()).device
         length = max(self._limits) + 2  # the last two tokens may come at once, and a guess behind them
         self._session = Session(model, len(mine), length, mtp=config.mtp)
-        self._sampler = Sampler(config.sampling, [one.number for one in mine], num_ids, device)
+        self._sampler = Sampler(config.sampling, [draw_of[one.number] for one in mine], num_ids, device)
 
     def run(self, figures: Figures) -> None:
         """All completions to their ends."""
@@ -222,7 +228,9 @@ class _Batch:
             one.place += len(tokens)
 
     def _draw(self, sequences: Sequence[_Sequence], hidden_BD: Tensor) -> list[int]:
-        return self._sampler.draw([one.completion.number for one in sequences], self._session.logits(hidden_BD))
+        return self._sampler.draw(
+            [self._draw_of[one.completion.number] for one in sequences], self._session.logits(hidden_BD)
+        )
 
     def _guess(self, hidden_BD: Tensor) -> list[int]:
         """The MTP module's likeliest tokens."""

@@ -102,7 +102,7 @@ def test_of_many_documents_some_are_packed(
 
 
 def test_padding_is_a_segment_of_its_own() -> None:
-    window = Window(np.array([5, 6, 7, 0, 0]), np.array([0, 1]), 2, ((4, 9), (2, 0)))
+    window = Window(np.array([5, 6, 7, 0, 0]), np.array([0, 1]), 2, origins=((4, 9), (2, 0)))
     found = segments(window, [np.zeros(1), np.zeros(2)], True)
     assert [(one.ids.tolist(), one.document, one.place, one.predicted) for one in found] == [
         ([5], 4, 9, False), ([6], 2, 0, False), ([7], 2, 1, True), ([0, 0], None, 0, False)]  # fmt: skip
