@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.linear import Embedding, Linear, attach_main_grads, is_expert, product, quantize_weights
+from fp8moe.layers.linear import Embedding, Linear, LinearPart, attach_main_grads, is_expert, product, quantize_weights
+from fp8moe.layers.operand import activation
 from fp8moe.layers.phase import DeferredWgrads
 from fp8moe.layers.recipe import Precision, Recipe
 from tests.distance import calc_diff
@@ -44,6 +45,34 @@ def test_products_against_fp64(precision: Precision, n_in: int, n_out: int, toke
     assert calc_diff(y.detach(), x64 @ w64.T, x64, w64) <= bound
     assert calc_diff(x.grad, dy64 @ w64, dy64, w64.T) <= bound
     assert calc_diff(linear.weight.main_grad, dy64.T @ x64, dy64.T, x64.T) <= bound  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("at_once", [False, True])
+def test_parts_make_the_whole(precision: Precision, at_once: bool) -> None:
+    """Outputs and weight gradients of parts are rows of the whole's, the input's gradients add up to it."""
+    whole, linear = (build(256, 640, precision) for _ in range(2))
+    with torch.no_grad():
+        for one in (whole, linear):  # rows of other sizes, or one block's scale would do for another
+            one.weight *= 2.0 ** torch.arange(640).div(128, rounding_mode="floor")[:, None]
+            one.quantize()
+    x, dy = tensors(linear, 64)
+    y = whole(x)
+    y.backward(dy)
+    expected = x.grad
+    x.grad = None
+    parts = [slice(0, 128), slice(128, 512), slice(512, 640)]
+    wgrads, given = DeferredWgrads(), activation(x, linear.recipe, power_of_two=linear.recipe.power_of_two(False))
+    for rows in parts:
+        out = LinearPart(linear, rows, at_once=at_once)(given)
+        torch.testing.assert_close(out, y[:, rows], rtol=1e-6, atol=0.0)
+        with wgrads.collect():
+            out.backward(dy[:, rows])
+        assert bool(linear.weight.main_grad[rows].any()) == at_once  # type: ignore[index]
+    wgrads.run()
+    assert expected is not None and x.grad is not None
+    assert calc_diff(x.grad, expected.double(), dy.double(), whole.weight.detach().double().T) <= BOUND[precision]
+    torch.testing.assert_close(linear.weight.main_grad, whole.weight.main_grad, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -24,16 +24,17 @@ FAMILIES = {"mla": SETTINGS, "gqa": GROUPED, "gpt_oss": GPT_OSS}
 MASK = "data.document_mask=true"
 WIDER = "batch.micro_batch=2"
 FEW = ("model.num_layers=2", "model.num_dense_layers=1")
-# family, settings of the one process, cp, ep, pp, schedule
+# family, settings of the one process, replicas, cp, ep, pp, schedule
 CASES = [
-    ("mla", (), 2, 1, 1, "1f1b"),
-    ("mla", (), 4, 1, 1, "1f1b"),
-    ("mla", (), 2, 2, 1, "dualpipev"),
-    ("mla", (MASK,), 2, 1, 2, "zb1p"),
-    ("mla", (MASK,), 2, 1, 2, "dualpipe"),
-    ("gqa", (MASK,), 4, 1, 1, "dualpipev"),
-    ("gpt_oss", (), 2, 1, 1, "1f1b"),
-    ("gpt_oss", (MASK,), 2, 2, 1, "1f1b"),
+    ("mla", (), 1, 2, 1, 1, "1f1b"),
+    ("mla", (), 1, 4, 1, 1, "1f1b"),
+    ("mla", (MASK,), 2, 2, 1, 1, "1f1b"),
+    ("mla", (), 1, 2, 2, 1, "dualpipev"),
+    ("mla", (MASK,), 1, 2, 1, 2, "zb1p"),
+    ("mla", (MASK,), 1, 2, 1, 2, "dualpipe"),
+    ("gqa", (MASK,), 1, 4, 1, 1, "dualpipev"),
+    ("gpt_oss", (), 1, 2, 1, 1, "1f1b"),
+    ("gpt_oss", (MASK,), 1, 2, 2, 1, "1f1b"),
 ]
 
 
@@ -55,11 +56,19 @@ def alone(corpus: list[str]) -> Any:
     return answer
 
 
-@pytest.mark.parametrize("family, settings, cp, ep, pp, schedule", CASES)
+@pytest.mark.parametrize("family, settings, replicas, cp, ep, pp, schedule", CASES)
 def test_fp32_step_is_the_one_process_step(
-    corpus: list[str], alone: Any, family: str, settings: tuple[str, ...], cp: int, ep: int, pp: int, schedule: str
+    corpus: list[str],
+    alone: Any,
+    family: str,
+    settings: tuple[str, ...],
+    replicas: int,
+    cp: int,
+    ep: int,
+    pp: int,
+    schedule: str,
 ) -> None:
-    world = cp * ep * pp
+    world = replicas * cp * ep * pp
     words = [*corpus, *FAMILIES[family], *settings, "precision=fp32", f"parallel.cp={cp}", f"parallel.ep={ep}",
              f"parallel.pp={pp}", f"parallel.schedule={schedule}"]  # fmt: skip
     check(run_ranks(one_step, world, words, world), alone(family, settings), mtp_tied=schedule == "zb1p")
