@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("warmup compiles for the GPU that it runs on and torch sees 0: run it on a node with GPUs")
     cache = choose_cache(arguments.cache)
     os.environ[CACHE_VARIABLE] = str(cache)
-    sizes = gemm_sizes(config.model, config.micro_batch * config.seq_len, config.ep)
+    sizes = gemm_sizes(config.model, config.rank_tokens, config.ep)
     start = time.perf_counter()
     for name, call in calls(sizes, torch.device("cuda")):
         call()

@@ -26,13 +26,13 @@ from fp8moe.layers.recipe import Recipe, Recompute
 
 
 class Feeds(Enum):
-    """Who reads a norm's output: (y itself, rows under FP8, rows whose scales are powers of two)."""
+    """Who reads a norm's output: (y itself, rows under FP8, rows whose scales are powers of two, rows travel)."""
 
-    TENSOR = (True, False, False)  # what is never FP8, or is joined with something first
-    LINEAR = (False, True, False)
-    MLP = (False, True, True)
-    MOE = (True, True, True)  # the router reads y, dispatch and shared experts the rows
-    GATHER = (False, True, True)  # Linears of other ranks
+    TENSOR = (True, False, False, False)  # what is never FP8, or is joined with something first
+    LINEAR = (False, True, False, False)
+    MLP = (False, True, True, False)
+    MOE = (True, True, True, True)  # the router reads y, dispatch and shared experts the rows
+    GATHER = (False, True, True, True)  # Linears of other ranks
 
 
 class RMSNorm(nn.Module):
@@ -42,10 +42,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.recompute = Recompute.NORM in recipe.recompute
-        tensor, rows, usual = feeds.value
-        self.power_of_two = (
-            usual if feeds in (Feeds.MOE, Feeds.GATHER) else recipe.power_of_two(usual)
-        )  # rows that travel have no choice
+        tensor, rows, usual, travels = feeds.value
+        # Rows that travel have no choice.
+        self.power_of_two = usual if travels else recipe.power_of_two(usual)
         self.rows = rows and recipe.fp8
         self.tensor = tensor or not self.rows or not self.recompute
         self.weight = nn.Parameter(torch.ones(dim, dtype=recipe.dtype))

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
 from fp8moe.layers.attention.zigzag import joined_parts, parts_of
 from fp8moe.layers.dispatch import Handle
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import all_gather, all_reduce_in_message, start_all_to_all
-from fp8moe.parallel.dispatch.payload import joined, pack, row_bytes, unpack
+from fp8moe.parallel.dispatch.payload import from_bytes, joined, pack, row_bytes, scales
 from fp8moe.parallel.stream import communication_stream
 
 
@@ -50,8 +51,7 @@ class ContextMessages:
 
         def finish(arrived: Tensor) -> tuple[Rows, ...]:
             columns = arrived.split([row_bytes(one) for one in rows], dim=2)
-            whole = [joined_parts(column, num_sequences) for column in columns]
-            return tuple(unpack(part, one) for part, one in zip(whole, rows, strict=True))
+            return tuple(_whole(column, one, num_sequences) for column, one in zip(columns, rows, strict=True))
 
         return communication_stream(mine.device).start(message, finish, "keys")
 
@@ -82,3 +82,11 @@ class ContextMessages:
             return summed
 
         return communication_stream(x.device).start(message, lambda arrived: arrived, "expert loads", takes_sms=False)
+
+
+def _whole(column: Tensor, like: Rows, num_sequences: int) -> Rows:
+    """Bytes [cp, t, n] of rows like `like` -> the rows of all tokens, in contiguous memory as GEMMs read it."""
+    if not isinstance(like, Fp8Tensor):
+        return from_bytes(joined_parts(column, num_sequences), like.dtype)
+    codes, exponents = (joined_parts(part, num_sequences) for part in column.split(like.shape[1], dim=2))
+    return Fp8Tensor(codes.view(E4M3), scales(exponents))

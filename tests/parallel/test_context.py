@@ -39,7 +39,9 @@ def messages(dtype: torch.dtype, fp8: bool, cp: int) -> dict[str, Any]:
     rows: Rows = quantize_rows(latent, power_of_two=True) if fp8 else latent
     sent_bytes()
     message = exchange.gather((rows, rope), SEQUENCES)
-    whole = [one.dequantize() if isinstance(one, Fp8Tensor) else one for one in message.wait()]
+    arrived = message.wait()
+    assert all((one.data if isinstance(one, Fp8Tensor) else one).is_contiguous() for one in arrived)
+    whole = [one.dequantize() if isinstance(one, Fp8Tensor) else one for one in arrived]
     sent = sum(sent_bytes().values())
     shares = drawn(dtype, LATENT, 3, cp)[rank], drawn(dtype, ROPE, 4, cp)[rank]
     sums = exchange.scatter(shares, SEQUENCES).wait()

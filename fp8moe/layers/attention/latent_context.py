@@ -129,6 +129,7 @@ def attend_to_whole(attention: Latent, own: tuple[Tensor, ...], arrive: Arrive, 
         if Recompute.MLA_UP in recipe.recompute:
             recompute_saved(saved, qkv, partial(_again, group, rows, k_rope.detach(), heads_of))
         captured += saved
+        del qkv  # or these keys would live while the next are made
     return attention.output(outputs, captured, saves_output=choice.saves_output)
 
 
