@@ -3,7 +3,7 @@
 `MlaConfig.kept_bytes`, `input_bytes` and `work_bytes` count a layer that makes all it reads. With `cp` ranks a layer keeps
 the rows that were gathered, of whole sequences, and while it runs it holds keys, values and their gradients of whole
 sequences: in latent attention of every head, made of the rows by an up projection that each rank multiplies for all
-tokens. For DeepSeek-V3 at 131,072 tokens that is 38 GB in one layer's backward, whatever cp is. Heads taken in groups
+tokens. For DeepSeek-V3 at 131,072 tokens that is 32 GB in one layer's backward, whatever cp is. Heads taken in groups
 would need `heads_at_once` of them; all bytes of that kind are `whole_keys_bytes`.
 
 Every figure is of one token: of a row that is gathered (`row_bytes`, `ring_row_bytes`, `whole_keys_bytes`), or of one of
@@ -75,18 +75,21 @@ def context_deferred_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int) ->
 def whole_keys_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, heads_at_once: int | None = None) -> float:
     """Bytes a token of whole sequences that its keys, values and their gradients take in a layer's backward.
 
-    heads_at_once: heads of keys that exist together; None: all. Latent attention: the product of keys and values, of
-    which values are a view, and keys, where they are made again. Either: the gradients of both; and since every run of
-    queries (`Context.runs`) has keys of its own, its gradient of them, of half of the tokens at most while the other
-    run's is there, and a copy as long as all keys.
+    heads_at_once: heads of keys that exist together; None: all. Every run of queries (`Context.runs`) has gradients of its
+    own keys, which are widened to all tokens and added; the second run's keys are half of the tokens at most. The most is
+    there while a run's gradients are computed, beside keys and the product of keys and values, of which values are a
+    view, where latent attention has made them again; or, where keys stay, as gathered ones do, while they are widened.
     """
     if isinstance(a, MlaConfig):
         heads, key, value = heads_at_once or a.num_heads, a.qk_dim, a.v_dim
-        made = key + a.nope_dim + value if Recompute.MLA_UP in recipe.recompute else 0
+        let_go = key + a.nope_dim + value
+        made = let_go if Recompute.MLA_UP in recipe.recompute else 0
     else:
-        heads, key, value, made = heads_at_once or a.num_kv_heads, a.head_dim, a.head_dim, 0
-    gradients = key + value + (key + value) / 2 + key
-    return heads * recipe.dtype.itemsize * (made + gradients)
+        heads, key, value = heads_at_once or a.num_kv_heads, a.head_dim, a.head_dim
+        made = let_go = 0
+    run = (key + value) / 2
+    computed, widened = made + max(key, run), run + max(key, value) - let_go
+    return heads * recipe.dtype.itemsize * (key + value + max(computed, widened))
 
 
 def context_work_bytes(
