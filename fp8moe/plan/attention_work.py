@@ -4,11 +4,11 @@ In FP8 every product takes rows made by the pass before it and its weight gradie
 norms, and of attention's output kept in 12 bits. BF16 is the same with plain products and no casts. Bytes count each
 tensor once; those of products are with the products (`gemm_time`).
 
-Where `cp` ranks share sequences, what is computed before the gather stands in the phase `keys`, what need not wait for it
-in `queries`. A rank's queries see as many keys as those of any other, so core attention is the whole sequences' over cp;
-it runs chunk by chunk (`Context.runs`), and the gradients of each chunk's keys are widened to all keys and added. In
-latent attention every rank makes keys and values of all tokens: the up projection, its gradients and the rotation are
-`Shared`.
+Where `cp` ranks share sequences, what is computed before the gather stands in the phase `keys`, what need not wait for
+it in `queries`. A rank's queries see as many keys as those of any other, so core attention is the whole sequences' over
+cp; it runs chunk by chunk (`Context.runs`), and the gradients of each chunk's keys are widened to all keys and added.
+In latent attention every rank makes keys and values of all tokens: the up projection, its gradients and the rotation
+are `Shared`.
 
 Legend: T tokens of a micro-batch, D model.
 """

@@ -83,7 +83,7 @@ def _memory(found: Prediction) -> str:
 
 
 def _keys(config: TrainConfig) -> str:
-    """What ranks that share sequences send each other, beside what ring attention would, and hold of whole sequences."""
+    """What ranks that share sequences send each other, beside ring attention's, and hold of whole sequences."""
     a, recipe, cp, tokens = config.model.attention, config.recipe, config.parallel.cp, config.rank_tokens
     row, ring = row_bytes(a, recipe), ring_row_bytes(a, recipe)
     whole = whole_keys_bytes(a, recipe) * tokens * cp

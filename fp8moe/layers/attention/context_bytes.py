@@ -1,13 +1,13 @@
-"""Bytes of attention whose keys come from the ranks that share sequences (`context`), beside those of one rank's tokens.
+"""Bytes of attention whose keys come from the ranks that share sequences (`context`): messages, what a layer keeps.
 
-`MlaConfig.kept_bytes`, `input_bytes` and `work_bytes` count a layer that makes all it reads. With `cp` ranks a layer keeps
-the rows that were gathered, of whole sequences, and while it runs it holds keys, values and their gradients of whole
-sequences: in latent attention of every head, made of the rows by an up projection that each rank multiplies for all
-tokens. For DeepSeek-V3 at 131,072 tokens that is 32 GB in one layer's backward, whatever cp is. Heads taken in groups
-would need `heads_at_once` of them; all bytes of that kind are `whole_keys_bytes`.
+`MlaConfig.kept_bytes`, `input_bytes` and `work_bytes` count a layer that makes all it reads. With `cp` ranks a layer
+keeps the rows that were gathered, of whole sequences, and while it runs it holds keys, values and their gradients of
+whole sequences: in latent attention of every head, made of the rows by an up projection that each rank multiplies for
+all tokens. For DeepSeek-V3 at 131,072 tokens that is 32 GB in one layer's backward, whatever cp is. Heads taken in
+groups would need `heads_at_once` of them; all bytes of that kind are `whole_keys_bytes`.
 
-Every figure is of one token: of a row that is gathered (`row_bytes`, `ring_row_bytes`, `whole_keys_bytes`), or of one of
-the rank's own tokens, of which there are cp times as many in whole sequences (the others).
+Every figure is of one token: of a row that is gathered (`row_bytes`, `ring_row_bytes`, `whole_keys_bytes`), or of one
+of the rank's own tokens, of which there are cp times as many in whole sequences (the others).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def ring_row_bytes(a: MlaConfig | GqaConfig, recipe: Recipe) -> float:
 def context_kept_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int) -> float:
     """Bytes that a layer keeps for its backward beyond `kept_bytes`; 0 for one rank.
 
-    The rows of whole sequences, as they arrived, and their unpacked scales. Latent attention without `mla_up` keeps keys
-    and the product of keys and values of whole sequences; without `norm` the normed latent itself is not kept, since rows
-    stand for it. Gathered keys and values are kept in place of the rank's own.
+    The rows of whole sequences, as they arrived, and their unpacked scales. Latent attention without `mla_up` keeps
+    keys and the product of keys and values of whole sequences; without `norm` the normed latent itself is not kept,
+    since rows stand for it. Gathered keys and values are kept in place of the rank's own.
     """
     if cp == 1:
         return 0.0
@@ -61,8 +61,8 @@ def context_kept_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int) -> flo
 def context_deferred_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int) -> float:
     """Bytes that weight gradients which are put off keep beyond those of a layer of one rank; 0 for that.
 
-    Of latent attention's up projection: the gradients of its output for all tokens, under FP8 cast along columns, and the
-    gathered rows.
+    Of latent attention's up projection: the gradients of its output for all tokens, under FP8 cast along columns, and
+    the gathered rows.
     """
     if cp == 1 or isinstance(a, GqaConfig):
         return 0.0
@@ -75,10 +75,11 @@ def context_deferred_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int) ->
 def whole_keys_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, heads_at_once: int | None = None) -> float:
     """Bytes a token of whole sequences that its keys, values and their gradients take in a layer's backward.
 
-    heads_at_once: heads of keys that exist together; None: all. Every run of queries (`Context.runs`) has gradients of its
-    own keys, which are widened to all tokens and added; the second run's keys are half of the tokens at most. The most is
-    there while a run's gradients are computed, beside keys and the product of keys and values, of which values are a
-    view, where latent attention has made them again; or, where keys stay, as gathered ones do, while they are widened.
+    heads_at_once: heads of keys that exist together; None: all. Every run of queries (`Context.runs`) has gradients of
+    its own keys, which are widened to all tokens and added; the second run's keys are half of the tokens at most. The
+    most is there while a run's gradients are computed, beside keys and the product of keys and values, of which values
+    are a view, where latent attention has made them again; or, where keys stay, as gathered ones do, while they are
+    widened.
     """
     if isinstance(a, MlaConfig):
         heads, key, value = heads_at_once or a.num_heads, a.qk_dim, a.v_dim
@@ -92,9 +93,7 @@ def whole_keys_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, heads_at_once: in
     return heads * recipe.dtype.itemsize * (key + value + max(computed, widened))
 
 
-def context_work_bytes(
-    a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, heads_at_once: int | None = None
-) -> float:
+def context_work_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, heads_at_once: int | None = None) -> float:
     """What `work_bytes` is with keys of whole sequences; `work_bytes` itself for one rank."""
     total = a.work_bytes(recipe)
     if cp == 1:
@@ -108,8 +107,10 @@ def context_work_bytes(
 
 
 def context_message_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int) -> float:
-    """Bytes of the larger of a layer's two messages: shares of the gradients, twice as they are cut for the ranks and as
-    they arrive, and their sum in FP32; 0 for one rank."""
+    """Bytes of the larger of a layer's two messages; 0 for one rank.
+
+    Shares of the gradients joined, as they are cut for the ranks and as they arrive, and their sum in FP32.
+    """
     values = gathered_values(a)
     return values * (3 * cp * recipe.dtype.itemsize + 4.0) if cp > 1 else 0.0
 
