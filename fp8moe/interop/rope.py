@@ -9,7 +9,7 @@ from typing import Any
 
 from fp8moe.errors import ConfigError
 from fp8moe.interop.config_json import Keys
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 
 _PLAIN = ("default", "yarn")
 

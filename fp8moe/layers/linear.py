@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fp8moe.kernels.embedding import embedding_wgrad
-from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.fp8 import BLOCK_TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.quantize import quantize_blocks
 from fp8moe.layers.operand import Activation, Rows, activation, from_gradient
@@ -81,6 +81,8 @@ def _quantize_loaded(module: nn.Module, _: object) -> None:
 class Linear(QuantizedWeight):
     """y = x W^T with x [T, in_features] -> y [T, out_features]; `weight` [out_features, in_features]."""
 
+    defers_wgrad = True
+
     def __init__(
         self, in_features: int, out_features: int, recipe: Recipe, *, matrix_rows: tuple[int, ...] | None = None
     ) -> None:
@@ -99,12 +101,49 @@ class Linear(QuantizedWeight):
         return gemm(dy, self.transposed_blocks) if isinstance(dy, Fp8Tensor) else product(dy, self.weight.detach())
 
     def wgrad(self, dy_columns: Rows, x_columns: Rows) -> None:
-        main_grad: Tensor = self.weight.main_grad  # type: ignore[attr-defined]
-        if isinstance(dy_columns, Fp8Tensor) and isinstance(x_columns, Fp8Tensor):
-            gemm(dy_columns, x_columns, out_dtype=torch.float32, accumulate=main_grad)
-        else:
-            assert isinstance(dy_columns, Tensor) and isinstance(x_columns, Tensor)
-            wgrad(dy_columns, x_columns, main_grad)
+        add_wgrad(main_grad_of(self.weight), dy_columns, x_columns)
+
+
+class LinearPart:
+    """Some outputs of a Linear: its three products on `rows` of the weight, in FP8 from and to multiples of 128.
+
+    at_once: the weight gradient is not put off, where what it would keep is large.
+    """
+
+    def __init__(self, linear: Linear, rows: slice, *, at_once: bool = False) -> None:
+        self.linear, self.rows, self.defers_wgrad = linear, rows, not at_once
+        self.recipe = linear.recipe
+
+    def __call__(self, x: Activation) -> Tensor:
+        """[T, in_features] -> [T, rows]."""
+        return _LinearFunction.apply(x.autograd_handle, self.linear.weight, x, self)
+
+    def fprop(self, x: Rows) -> Tensor:
+        if not isinstance(x, Fp8Tensor):
+            return product(x, self.linear.weight.detach()[self.rows].T)
+        blocks, (tile, _) = self.linear.blocks, BLOCK_TILE
+        rows = slice(self.rows.start // tile, ceil_div(self.rows.stop, tile))
+        return gemm(x, Fp8Tensor(blocks.data[self.rows], blocks.scale[rows], BLOCK_TILE))
+
+    def dgrad(self, dy: Rows) -> Tensor:
+        if not isinstance(dy, Fp8Tensor):
+            return product(dy, self.linear.weight.detach()[self.rows])
+        blocks, (tile, _) = self.linear.transposed_blocks, BLOCK_TILE
+        rows = slice(self.rows.start // tile, ceil_div(self.rows.stop, tile))
+        data, scale = blocks.data[:, self.rows].contiguous(), blocks.scale[:, rows].contiguous()
+        return gemm(dy, Fp8Tensor(data, scale, BLOCK_TILE))
+
+    def wgrad(self, dy_columns: Rows, x_columns: Rows) -> None:
+        add_wgrad(main_grad_of(self.linear.weight)[self.rows], dy_columns, x_columns)
+
+
+def add_wgrad(main_grad: Tensor, dy_columns: Rows, x_columns: Rows) -> None:
+    """main_grad [N, K] (FP32) += dy^T x of columns of both."""
+    if isinstance(dy_columns, Fp8Tensor) and isinstance(x_columns, Fp8Tensor):
+        gemm(dy_columns, x_columns, out_dtype=torch.float32, accumulate=main_grad)
+    else:
+        assert isinstance(dy_columns, Tensor) and isinstance(x_columns, Tensor)
+        wgrad(dy_columns, x_columns, main_grad)
 
 
 # Elsewhere PyTorch multiplies BF16 matrices on a CPU in a plain loop, twenty times slower than FP32 ones.
@@ -127,7 +166,9 @@ class _LinearFunction(torch.autograd.Function):
     """The weight is an argument only so that autograd enters when the input needs no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, autograd_handle: Tensor, weight: Tensor, x: Activation, linear: Linear) -> Tensor:
+    def forward(
+        ctx: Any, autograd_handle: Tensor, weight: Tensor, x: Activation, linear: Linear | LinearPart
+    ) -> Tensor:
         ctx.columns, ctx.linear = x.operand.columns, linear
         return linear.fprop(x.operand.rows)
 
@@ -136,7 +177,10 @@ class _LinearFunction(torch.autograd.Function):
         linear, x_columns = ctx.linear, ctx.columns
         dy = from_gradient(grads[0], linear.recipe)
         dy_columns = dy.columns
-        submit(lambda: linear.wgrad(dy_columns(), x_columns()))
+        if linear.defers_wgrad:
+            submit(lambda: linear.wgrad(dy_columns(), x_columns()))
+        else:
+            linear.wgrad(dy_columns(), x_columns())
         return linear.dgrad(dy.rows) if ctx.needs_input_grad[0] else None, None, None, None
 
 

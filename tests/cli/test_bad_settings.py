@@ -19,7 +19,7 @@ from fp8moe.cli.compose import as_yaml, compose, config_groups, keys_of, to_data
 from fp8moe.cli.compose import composed as composed_of
 from fp8moe.cli.resume import _put, overlaid
 from fp8moe.errors import ConfigError
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.train.config import TrainConfig, resolve
 
 SECRET = "never-in-any-file"

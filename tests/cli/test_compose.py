@@ -13,7 +13,7 @@ import yaml
 from fp8moe.cli.compose import CONFIGS, MOVED, as_yaml, compose, config_groups, keys_of, to_dataclass
 from fp8moe.errors import ConfigError
 from fp8moe.layers.attention import GqaConfig, MlaConfig
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.flops import count_parameters
 from fp8moe.train.config import TrainConfig, resolve, stages_of

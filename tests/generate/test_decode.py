@@ -15,7 +15,7 @@ from fp8moe.generate.decode import Completion, GenerationConfig
 from fp8moe.generate.sampling import SamplingConfig
 from fp8moe.generate.session import Session
 from fp8moe.layers.attention import cache
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.dispatch import make_dispatcher

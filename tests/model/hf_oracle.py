@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.config import ModelConfig

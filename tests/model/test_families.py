@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.config import ModelConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from tests.model.oracles.gpt_oss import gpt_oss_names, their_gpt_oss
 from tests.model.shapes import changed, model_config
 from tests.model.test_families import compare, ours_of

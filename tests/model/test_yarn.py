@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.transformer import Transformer
 from tests.model.batches import tokens

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fp8moe.layers.attention import latent_context
 from fp8moe.layers.linear import main_grad_of
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.loss import loss_weights, total_loss
 from fp8moe.profile.spans import Stopwatch
 from fp8moe.train.step import forward_backward, next_batches
@@ -61,6 +63,33 @@ def test_fp32_step_is_the_one_process_step(
     words = [*corpus, *FAMILIES[family], *settings, "precision=fp32", f"parallel.cp={cp}", f"parallel.ep={ep}",
              f"parallel.pp={pp}", f"parallel.schedule={schedule}"]  # fmt: skip
     check(run_ranks(one_step, world, words, world), alone(family, settings), mtp_tied=schedule == "zb1p")
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention takes as few heads at once as it may; ranks are forked from here."""
+    monkeypatch.setattr(latent_context, "KEY_BYTES", 1)
+
+
+def test_fp32_step_in_groups_of_heads_is_the_one_process_step(
+    corpus: list[str], alone: Any, small_groups: None
+) -> None:
+    assert (
+        latent_context.heads_at_once(configured([*corpus, *SETTINGS]).model.attention, Recipe(Precision.FP32), 1) == 1
+    )
+    words = [*corpus, *SETTINGS, MASK, "precision=fp32", "parallel.cp=2", "recompute=[norm,mla_up,swiglu]"]
+    check(run_ranks(one_step, 2, words, 2), alone("mla", (MASK,)), mtp_tied=False)
+
+
+def test_groups_of_heads_change_no_bit_of_an_fp8_forward(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each head's products are the same; gradients are sums over groups, rounded, and recomputed as they were."""
+    heads = ("model.attention.nope_dim=64", "model.attention.rope_dim=64", "model.attention.v_dim=64")
+    words = [*corpus, *SETTINGS, *FEW, *heads, MASK, "precision=fp8", "parallel.cp=2", "batch.sequences=2",
+             "seq_len=256", "parallel.schedule=dualpipev"]  # fmt: skip
+    at_once = run_ranks(losses_of, 2, words, 2)
+    monkeypatch.setattr(latent_context, "KEY_BYTES", 1)
+    assert run_ranks(losses_of, 2, words, 2) == at_once
+    assert run_ranks(steps_that_differ, 2, words, [["recompute=[norm,mla_up,swiglu]"]], 2) == [[], []]
 
 
 def autograd_differs(settings: list[str], world: int) -> list[str]:

@@ -18,7 +18,7 @@ Legend: B sequences, S tokens of a sequence, T = B x S, t = T / cp tokens of a r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -111,6 +111,24 @@ class Context:
                 )
         return tuple(found)
 
+    @functools.cached_property
+    def query_parts(self) -> Documents:
+        """The queries of each document of each run."""
+        return _all((run.query_parts for run in self.runs), self.cos.device)
+
+    @functools.cached_property
+    def key_parts(self) -> Documents:
+        """Their keys, in the order of `by_run`."""
+        return _all((run.key_parts for run in self.runs), self.cos.device)
+
+    def by_run(self, x_TH: Tensor) -> Tensor:
+        """Keys or values [T, H, d] -> those of each run, one after the other; what two runs read is there twice."""
+        return torch.cat([x_TH[run.keys] for run in self.runs])
+
+
+def _all(parts: Iterable[Documents], device: torch.device) -> Documents:
+    return Documents(tuple(length for one in parts for length in one.lengths), device)
+
 
 def _parts(lengths: Sequence[int], ends: Sequence[int], start: int, stop: int) -> list[tuple[int, int]]:
     """(queries, keys) of each document that has tokens in [start, stop), whose keys begin with the document."""
@@ -144,14 +162,6 @@ class Whole:
 
     handles: tuple[Tensor, ...]
     rows: tuple[Rows, ...]
-
-
-@dataclass(frozen=True)
-class Queries:
-    """A rank's queries [B, S / cp, H, d], and what makes its own q, k and v again: the state of grouped heads."""
-
-    values: Tensor
-    again: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 Arrive = Callable[[], Whole]  # waits for the gather; called when a layer has nothing else to do

@@ -25,17 +25,19 @@ import torch
 from torch import Tensor, nn
 
 from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
-from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
-from fp8moe.layers.attention.context import Arrive, Local, Queries, gathered
-from fp8moe.layers.attention.core import Positions, YarnConfig, attend, rotation
+from fp8moe.layers.attention.choice import Choice, Heads, choose, chosen, machine_of
+from fp8moe.layers.attention.context import Arrive, Local, gathered
+from fp8moe.layers.attention.core import Positions, attend
 from fp8moe.layers.attention.documents import Documents
+from fp8moe.layers.attention.grouped_context import Queries, attend_to_whole, local_heads
 from fp8moe.layers.attention.kept_output import keep_in_e5m6
 from fp8moe.layers.attention.rotary import rotated_queries
 from fp8moe.layers.attention.sinks import make_sinks, widened
+from fp8moe.layers.attention.yarn import YarnConfig, rotation
 from fp8moe.layers.bias import add_bias, make_bias
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import RMSNorm
-from fp8moe.layers.operand import detached_handle, recast, revealed
+from fp8moe.layers.operand import recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
@@ -217,33 +219,33 @@ class GroupedQueryAttention(nn.Module):
         if positions.context is not None:
             local = self.local(x, positions)
             return self.finish(local.own, local.state, gathered(local, positions.context), positions)
-        qkv = self._heads(self._product(x), positions)
+        qkv = self.heads_of(self.product_of(x), positions)
         if positions.cached is not None:
             self._keep(positions.cached, *qkv[1:])
             if not positions.cached.is_first:
                 sinks = None if self.sinks is None else widened(self.sinks)
                 return self._output(self._attend_to_cache(qkv[0], positions.cached, sinks))
-        return self._attend(qkv, qkv, self._heads_again(x, positions), positions)
+        return self.attend(qkv, qkv, self.heads_again(x, positions), positions)
 
     def local(self, x_TD: Tensor | Recallable, positions: Positions) -> Local:
-        """What a rank makes of its own tokens: queries, and what is gathered, keys and values."""
-        x = kept(x_TD)
-        q, k, v = self._heads(self._product(x), positions)
-        shared = k.flatten(0, 1).flatten(1), v.flatten(0, 1).flatten(1)
-        again = self._heads_again(x, positions)
-        return Local((detached_handle(q),), shared, tuple(x.detach() for x in shared), Queries(q.detach(), again))
+        """What a rank makes of its own tokens, before the gather of `grouped_context`."""
+        return local_heads(self, x_TD, positions)
 
     def finish(self, own: tuple[Tensor, ...], state: Queries, arrive: Arrive, positions: Positions) -> Tensor:
-        """Attention of this rank's queries to all tokens."""
-        q, again = revealed(own[0], state.values), state.again
-        k, v = (x.view(len(q), -1, self.config.num_kv_heads, self.config.head_dim) for x in arrive().handles)
-        return self._attend((q, k, v), (q,), lambda: again()[:1], positions)
+        """Attention of this rank's queries to all tokens, behind it."""
+        return attend_to_whole(self, own, state, arrive, positions)
 
-    def _product(self, x: Recallable) -> Tensor:
+    def product_of(self, x: Recallable) -> Tensor:
         qkv_TN = self.qkv(x)
         return qkv_TN if self.qkv_bias is None else add_bias(qkv_TN, self.qkv_bias)
 
-    def _attend(
+    def choice(self, positions: Positions, device: torch.device) -> Choice:
+        """The kernel of core attention."""
+        masked, parted = positions.masked, positions.context is not None
+        heads = self.config.heads(self.recipe, masked=masked, parted=parted, layer=self.layer)
+        return chosen(self.config.backend, heads, device)
+
+    def attend(
         self,
         qkv: tuple[Tensor, Tensor, Tensor],
         recomputed: Sequence[Tensor],
@@ -252,9 +254,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """Core attention and the output's projection; under recomputation `again` makes `recomputed` once more."""
         c, sinks = self.config, None if self.sinks is None else widened(self.sinks)
-        masked, parted = positions.masked, positions.context is not None
-        heads = c.heads(self.recipe, masked=masked, parted=parted, layer=self.layer)
-        choice = chosen(c.backend, heads, qkv[0].device)
+        choice = self.choice(positions, qkv[0].device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions, window=self.window, sinks=sinks)
         if Recompute.MLA_UP in self.recipe.recompute:
@@ -265,12 +265,12 @@ class GroupedQueryAttention(nn.Module):
         """Attention's output [B, S, H, d] and what it saved -> [T, D]."""
         if self.recipe.precision is Precision.FP8:
             power_of_two = self.recipe.power_of_two(True)
-            y_TD = self.o(keep_in_e5m6(out, captured, saves_output=saves_output, power_of_two=power_of_two))
+            y_TD = self.o(keep_in_e5m6([out], captured, saves_output=saves_output, power_of_two=power_of_two))
         else:
             y_TD = self.o(out.flatten(0, 1).flatten(1))
         return y_TD if self.o_bias is None else add_bias(y_TD, self.o_bias)
 
-    def _heads(self, qkv_TN: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, qkv_TN: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """The product -> q [B, S, H, d], k and v [B, S, G, d] for attention."""
         c = self.config
         q, k, v = qkv_TN.split([c.queries, c.keys, c.keys], dim=-1)
@@ -302,7 +302,7 @@ class GroupedQueryAttention(nn.Module):
         mask_BSL = cached.window_mask_BSL(self.window)
         return attend_to_cache(q, keys, values, self.config.softmax_scale, mask_BSL, sinks)
 
-    def _heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    def heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """The same from the layer's input, recast or recalled: casts and products repeated, without autograd."""
         rows = recast(x, self.recipe)
 
@@ -310,7 +310,7 @@ class GroupedQueryAttention(nn.Module):
             qkv_TN = self.qkv.fprop(rows())
             if self.qkv_bias is not None:
                 qkv_TN += self.qkv_bias
-            return self._heads(qkv_TN, positions)
+            return self.heads_of(qkv_TN, positions)
 
         return again
 

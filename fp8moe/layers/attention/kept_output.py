@@ -28,43 +28,59 @@ from fp8moe.layers.recompute import SavedTensor
 
 
 def keep_in_e5m6(
-    out: Tensor, captured: Sequence[SavedTensor], *, saves_output: bool = False, power_of_two: bool = True
+    outputs: Sequence[Tensor],
+    captured: Sequence[SavedTensor],
+    *,
+    saves_output: bool = False,
+    power_of_two: bool = True,
 ) -> Activation:
     """Attention's output, BF16 [B, S, H, V], as an activation [T, H V] whose backward has 12 bits a value.
 
-    `captured` is what attention saved for its backward; saves_output: its output must be among it; power_of_two: of the
-    rows' scales, those of the columns always are. ValueError if H V, or at the weight gradient T, is no multiple of 16;
-    RuntimeError if the output was to be found and is not, when the BF16 tensor would live on beside the packed one.
+    outputs: those of one or more groups of heads, each of a call of attention. `captured` is what attention saved for
+    its backward; saves_output: its outputs must be among it. power_of_two: of the rows' scales, those of the columns
+    always are. ValueError if H V, or at the weight gradient T, is no multiple of 16; RuntimeError if an output was to
+    be found and is not, when the BF16 tensor would live on beside the packed one.
     """
-    out_TN = out.flatten(0, 1).flatten(1)
+    out_TN = joined_heads(outputs)
     rows = quantize_rows(out_TN.detach(), power_of_two=power_of_two)
     if not torch.is_grad_enabled():
         return Activation(out_TN, Operand(rows, _nothing_was_kept))
-    packed, found = pack_e5m6(out_TN.detach()), False
-    for saved in captured:
-        tensor = saved.tensor
-        if tensor is None or tensor.data_ptr() != out.data_ptr():
-            continue
-        if tensor.numel() == out.numel() and tensor.dtype == out.dtype:
-            saved.replace(partial(_unpack, packed, out.shape, out.stride(), tensor.shape, tensor.stride()))
-            found = True
-    if saves_output and captured and not found:
-        raise RuntimeError(
-            f"attention's kernel saved {len(captured)} tensors and none is its output {list(out.shape)}: FP8 would"
-            " keep the output twice; use model.attention.backend=sdpa and report this"
-        )
+    packed, first = pack_e5m6(out_TN.detach()), 0
+    for out in outputs:
+        features = slice(first, first + out.shape[2] * out.shape[3])
+        first, found = features.stop, False
+        for saved in captured:
+            tensor = saved.tensor
+            if tensor is None or tensor.data_ptr() != out.data_ptr():
+                continue
+            if tensor.numel() == out.numel() and tensor.dtype == out.dtype:
+                like = out.shape, out.stride(), tensor.shape, tensor.stride()
+                saved.replace(partial(_unpack, packed, features, *like))
+                found = True
+        if saves_output and captured and not found:
+            raise RuntimeError(
+                f"attention's kernel saved {len(captured)} tensors and none is its output {list(out.shape)}: FP8 would"
+                " keep the output twice; use model.attention.backend=sdpa and report this"
+            )
     return Activation(out_TN, Operand(rows, lambda: e5m6_to_columns(packed)))
+
+
+def joined_heads(outputs: Sequence[Tensor]) -> Tensor:
+    """[B, S, H, V] of each group of heads -> [T, H V] of all."""
+    out = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=2)
+    return out.flatten(0, 1).flatten(1)
 
 
 def _unpack(
     packed: E5m6Tensor,
+    features: slice,
     shape: torch.Size,
     stride: tuple[int, ...],
     saved_shape: torch.Size,
     saved_stride: tuple[int, ...],
 ) -> Tensor:
     """The values in memory laid out as the output's was, seen as what was saved of it."""
-    values = unpack_e5m6(packed).view(shape)
+    values = unpack_e5m6(packed)[:, features].reshape(shape)
     if values.stride() != stride:
         values = torch.empty_strided(shape, stride, dtype=values.dtype, device=values.device).copy_(values)
     return values.as_strided(saved_shape, saved_stride)

@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from fp8moe.layers.attention.cache import CachedForward, attend_to_cache
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.context import Arrive, Local, gathered
-from fp8moe.layers.attention.core import Positions, YarnConfig, attend, rotation
+from fp8moe.layers.attention.core import Positions, attend
 from fp8moe.layers.attention.documents import Documents
-from fp8moe.layers.attention.kept_output import keep_in_e5m6
+from fp8moe.layers.attention.kept_output import joined_heads, keep_in_e5m6
 from fp8moe.layers.attention.latent_cache import LatentCache, by_heads
+from fp8moe.layers.attention.latent_context import attend_to_whole, local_latents
 from fp8moe.layers.attention.rotary import keys_and_values, rotated_queries
+from fp8moe.layers.attention.yarn import YarnConfig, rotation
 from fp8moe.layers.linear import Linear
 from fp8moe.layers.norm import Feeds, RMSNorm
-from fp8moe.layers.operand import Activation, Rows, activation, from_rows, ready_cast, recast
+from fp8moe.layers.operand import Rows, activation, recast
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 from fp8moe.limits import SIZE, Range, check_fields
@@ -202,40 +204,27 @@ class LatentAttention(nn.Module):
         if positions.context is not None:
             local = self.local(x_TD, positions)
             return self.finish(local.own, None, gathered(local, positions.context), positions)
-        q_a, kv_a, k_rope = self._down(x_TD)
+        q_a, kv_a, k_rope = self.down(x_TD)
         q_latent = kept(q_a) if self.q_norm is None else self.q_norm(q_a)
         kv_latent = self.kv_norm(kv_a)
         q = q_latent.tensor if self.q_b is None else self.q_b(q_latent)
         if positions.cached is not None:
             self._keep(positions.cached, kv_latent.recall(), k_rope, positions)
             if not positions.cached.is_first:
-                return self._output(self._attend_to_latents(q, positions, positions.cached))
+                return self.output([self._attend_to_latents(q, positions, positions.cached)])
         kv_x = activation(kv_latent, self.recipe, power_of_two=self.kv_norm.power_of_two)
         kv, kv_rows = self.kv_b(kv_x), recast(kv_latent, self.recipe)
-        return self._attend(self._heads(q, kv, k_rope, positions), q_latent, kv_rows, k_rope, positions)
+        return self._attend(self.heads_of(q, kv, k_rope, positions), q_latent, kv_rows, k_rope, positions)
 
     def local(self, x_TD: Tensor | Recallable, positions: Positions) -> Local:
-        """What a rank makes of its own tokens: the queries' latent and, gathered, the keys' and the rotary part.
-
-        Under FP8 the keys' latent travels in FP8, and columns are made of what arrives, as those of dispatched rows.
-        """
-        q_a, kv_a, k_rope = self._down(x_TD)
-        kv_latent = self.kv_norm(kv_a)
-        ready = ready_cast(kv_latent, self.recipe)
-        rows = kv_latent.tensor.detach() if ready is None else ready.rows
-        return Local((q_a,), (kv_latent.tensor, k_rope), (rows, k_rope.detach()))
+        """What a rank makes of its own tokens, before the gather of `latent_context`."""
+        return local_latents(self, x_TD)
 
     def finish(self, own: tuple[Tensor, ...], state: None, arrive: Arrive, positions: Positions) -> Tensor:
-        """Attention of this rank's queries to all tokens; their projections hide the gather."""
-        (q_a,) = own
-        q_latent = kept(q_a) if self.q_norm is None else self.q_norm(q_a)
-        q = q_latent.tensor if self.q_b is None else self.q_b(q_latent)
-        whole = arrive()
-        (latent, k_rope), rows = whole.handles, whole.rows[0]
-        kv = self.kv_b(Activation(latent, from_rows(rows)))
-        return self._attend(self._heads(q, kv, k_rope, positions), q_latent, lambda: rows, k_rope, positions)
+        """Attention of this rank's queries to all tokens, behind it."""
+        return attend_to_whole(self, own, arrive, positions)
 
-    def _down(self, x_TD: Tensor | Recallable) -> tuple[Tensor, ...]:
+    def down(self, x_TD: Tensor | Recallable) -> tuple[Tensor, ...]:
         """Both latents before their norms, and the keys' rotary part."""
         c = self.config
         return self.qkv_a(x_TD).split([c.q_lora_rank or c.queries, c.kv_lora_rank, c.rope_dim], dim=-1)
@@ -250,35 +239,39 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Core attention and the output's projection; the latents are for the backward."""
         c = self.config
-        heads = c.heads(self.recipe, masked=positions.masked, parted=positions.context is not None)
-        choice = chosen(c.backend, heads, qkv[0].device)
+        choice = chosen(c.backend, c.heads(self.recipe, masked=positions.masked), qkv[0].device)
         with capture_saved() as captured:
             out = attend(choice.kernel, *qkv, c.softmax_scale, positions)
         if Recompute.MLA_UP in self.recipe.recompute:
-            again = self._heads_again(q_latent, kv_rows, k_rope.detach(), positions)
+            again = self.heads_again(q_latent, kv_rows, k_rope.detach(), positions)
             recompute_saved(captured, qkv, again)
-        return self._output(out, captured, saves_output=choice.saves_output)
+        return self.output([out], captured, saves_output=choice.saves_output)
 
-    def _output(self, out: Tensor, captured: Sequence[SavedTensor] = (), *, saves_output: bool = False) -> Tensor:
-        """Attention's output [B, S, H, V] and what it saved -> [T, D]."""
+    def output(
+        self, outputs: Sequence[Tensor], captured: Sequence[SavedTensor] = (), *, saves_output: bool = False
+    ) -> Tensor:
+        """Attention's output [B, S, H, V] of each group of heads and what it saved -> [T, D]."""
         if self.recipe.precision is Precision.FP8:
             power_of_two = self.recipe.power_of_two(True)
-            return self.o(keep_in_e5m6(out, captured, saves_output=saves_output, power_of_two=power_of_two))
-        return self.o(out.flatten(0, 1).flatten(1))
+            return self.o(keep_in_e5m6(outputs, captured, saves_output=saves_output, power_of_two=power_of_two))
+        return self.o(joined_heads(outputs))
 
-    def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """What the up projections give, and the shared rotary part of keys -> q, k, v [B, S, H, d] for attention."""
+    def heads_of(self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """What the up projections give, and the shared rotary part of keys -> q, k, v [B, S, H, d] for attention.
+
+        Of all heads, or of those that both projections have.
+        """
         c = self.config
         cos, sin = positions.of_keys
-        q = rotated_queries(q.unflatten(-1, (c.num_heads, -1)), positions.cos, positions.sin)
-        k, v = keys_and_values(kv.unflatten(-1, (c.num_heads, -1)), k_rope, cos, sin, nope_dim=c.nope_dim)
+        q = rotated_queries(q.unflatten(-1, (-1, c.qk_dim)), positions.cos, positions.sin)
+        k, v = keys_and_values(kv.unflatten(-1, (-1, c.nope_dim + c.v_dim)), k_rope, cos, sin, nope_dim=c.nope_dim)
 
         def by_sequence(t: Tensor) -> Tensor:  # [T, H, d] -> [B, S, H, d]
             return t.unflatten(0, (positions.num_sequences, -1))
 
         return by_sequence(q), by_sequence(k), by_sequence(v)
 
-    def _heads_again(
+    def heads_again(
         self, q_latent: Recallable, kv_rows: Callable[[], Rows], k_rope: Tensor, positions: Positions
     ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """The same from the latents, recast or recalled: casts and products repeated, without autograd."""
@@ -287,7 +280,7 @@ class LatentAttention(nn.Module):
 
         def again() -> tuple[Tensor, Tensor, Tensor]:
             q = recall_q() if self.q_b is None or q_rows is None else self.q_b.fprop(q_rows())
-            return self._heads(q, self.kv_b.fprop(kv_rows()), k_rope, positions)
+            return self.heads_of(q, self.kv_b.fprop(kv_rows()), k_rope, positions)
 
         return again
 

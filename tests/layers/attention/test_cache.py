@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp8moe.layers.attention import GqaConfig, MlaConfig, Positions
 from fp8moe.layers.attention.cache import CachedForward, attend_to_cache
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe
 

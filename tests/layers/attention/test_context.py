@@ -13,7 +13,7 @@ from torch.nn.attention import varlen
 
 from fp8moe.layers.attention import core
 from fp8moe.layers.attention.context import Context
-from fp8moe.layers.attention.core import Positions, attend
+from fp8moe.layers.attention.core import Positions, attend, keys_in_order
 from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.masks import causal_mask
 from fp8moe.layers.attention.zigzag import joined_parts, part_of, parts_of
@@ -96,8 +96,10 @@ def in_parts(kernel: str, qkv: list[Tensor], cp: int, lengths: tuple[int, ...] |
     for rank in range(cp):
         mine = part_of(q, rank, cp)
         nothing = torch.empty(mine.shape[0] * mine.shape[1], 0)
-        positions = Positions(2, nothing, nothing, context=context(rank, cp, 24, lengths))
-        outputs.append(attend(kernel, mine, k, v, 0.3, positions, window=window).flatten(2).flatten(0, 1))
+        where = context(rank, cp, 24, lengths)
+        keys, values = (keys_in_order(kernel, x, where) for x in (k, v))
+        positions = Positions(2, nothing, nothing, context=where)
+        outputs.append(attend(kernel, mine, keys, values, 0.3, positions, window=window).flatten(2).flatten(0, 1))
     return joined_parts(torch.stack(outputs), 2).view(2, 24, H, -1)
 
 

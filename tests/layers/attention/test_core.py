@@ -38,7 +38,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_kept_in_e5m6(attend: Callable[[], Tensor]) -> Activation:
     with capture_saved() as captured:
         out = attend()
-    return keep_in_e5m6(out, captured)
+    return keep_in_e5m6([out], captured)
 
 
 def as_rows(out: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def test_without_gradients_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fp8moe.layers.attention.kept_output.pack_e5m6", None)
     with torch.no_grad():
         assert torch.equal(attention(x, positions), expected)
-        unasked = keep_in_e5m6(torch.ones(1, 16, 1, 16, dtype=torch.bfloat16), [])
+        unasked = keep_in_e5m6([torch.ones(1, 16, 1, 16, dtype=torch.bfloat16)], [])
     with pytest.raises(AssertionError, match="ran without gradients"):
         unasked.operand.columns()
     with pytest.raises(TypeError):
@@ -235,11 +235,11 @@ def test_an_output_that_should_have_been_saved_and_was_not_is_an_error() -> None
     with capture_saved() as captured:
         out = saver.function(q)
     with pytest.raises(RuntimeError, match=r"saved 2 tensors and none is its output \[2, 32, 4, 32\].*backend=sdpa"):
-        keep_in_e5m6(out, captured, saves_output=True)
+        keep_in_e5m6([out], captured, saves_output=True)
     with capture_saved() as captured:
         out = sdpa(*qkv())
-    keep_in_e5m6(out, captured, saves_output=True)
+    keep_in_e5m6([out], captured, saves_output=True)
     assert sum(saved.tensor is None for saved in captured) == 1
     with capture_saved() as captured:
         out = sdpa(*(t.detach() for t in qkv()))
-    keep_in_e5m6(out, captured, saves_output=True)  # nothing asks for gradients, nothing was saved
+    keep_in_e5m6([out], captured, saves_output=True)  # nothing asks for gradients, nothing was saved

@@ -90,7 +90,7 @@ def test_the_output_is_kept_packed(cuda: torch.device, kernel: str, masked: bool
     expected = torch.autograd.grad(plain.flatten(0, 1).flatten(1), (q, k, v), dout)
     with capture_saved() as captured:
         out = attend(kernel, q, k, v, qk_dim**-0.5, where)
-    kept = keep_in_e5m6(out, captured, saves_output=True)
+    kept = keep_in_e5m6([out], captured, saves_output=True)
     assert sum(saved.tensor is None for saved in captured) == 1
     got = torch.autograd.grad(kept.autograd_handle, (q, k, v), dout)
     assert all(calc_diff(ours, theirs) < 1e-4 for ours, theirs in zip(got, expected, strict=True))

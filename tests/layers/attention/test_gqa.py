@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from benchmarks.live_memory import TrackStorages
 from fp8moe.layers.attention import core
 from fp8moe.layers.attention.choice import Heads
-from fp8moe.layers.attention.core import YarnConfig
 from fp8moe.layers.attention.gqa import GqaConfig, GroupedQueryAttention
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.linear import Linear, attach_main_grads, main_grad_of, matrices, quantize_weights
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.phase import DeferredWgrads
@@ -212,7 +212,7 @@ def test_recomputed_heads_are_freed_and_change_no_bit(
         made.extend(StorageWeakRef(t.untyped_storage()) for t in qkv[:2])
         return qkv
 
-    monkeypatch.setattr(GroupedQueryAttention, "_heads", watched)
+    monkeypatch.setattr(GroupedQueryAttention, "heads_of", watched)
     for recompute in (frozenset(), FULL_RECOMPUTE):
         attention = build(config, Recipe(precision, recompute))
         made.clear()

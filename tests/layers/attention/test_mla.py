@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.live_memory import TrackStorages
 from fp8moe.layers.attention import core
-from fp8moe.layers.attention.core import YarnConfig
 from fp8moe.layers.attention.mla import LatentAttention, MlaConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.linear import Linear, attach_main_grads, quantize_weights
 from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.recipe import DEFAULT_RECOMPUTE, FULL_RECOMPUTE, Precision, Recipe, Recompute
@@ -154,7 +154,7 @@ def test_recomputed_heads_are_freed_and_made_once_more(
         made.extend(StorageWeakRef(t.untyped_storage()) for t in qkv)
         return qkv
 
-    monkeypatch.setattr(LatentAttention, "_heads", watched)
+    monkeypatch.setattr(LatentAttention, "heads_of", watched)
     x = torch.randn(B * S, DIM).to(precision.dtype).requires_grad_()
     y = attention(x, FUSED.positions(arange()))
     recomputing = recompute is FULL_RECOMPUTE

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8moe.kernels.rope import rope_queries
-from fp8moe.layers.attention.core import YarnConfig, inverse_frequencies, rotation, yarn_frequencies
+from fp8moe.layers.attention.yarn import YarnConfig, inverse_frequencies, rotation, yarn_frequencies
 
 V3 = YarnConfig(factor=40.0, original_max_seq_len=4096)
 

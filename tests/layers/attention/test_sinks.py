@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fp8moe.layers.attention import GqaConfig, blocked, core
 from fp8moe.layers.attention.choice import AUTO, Heads, Machine, choose, chosen, why_not
-from fp8moe.layers.attention.core import Positions, YarnConfig, attend, yarn_frequencies
+from fp8moe.layers.attention.core import Positions, attend
 from fp8moe.layers.attention.documents import Documents
 from fp8moe.layers.attention.sinks import make_sinks, widened, with_sinks
+from fp8moe.layers.attention.yarn import YarnConfig, yarn_frequencies
 from fp8moe.layers.linear import attach_main_grads, main_grad_of, quantize_weights
 from fp8moe.layers.phase import DeferredWgrads
 from fp8moe.layers.recipe import Precision, Recipe

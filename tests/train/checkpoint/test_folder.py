@@ -13,7 +13,7 @@ import torch
 
 from fp8moe.cli.compose import compose, keys_of
 from fp8moe.errors import ConfigError, DataError
-from fp8moe.layers.attention.core import YarnConfig
+from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.model.config import ModelConfig
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint import CheckpointConfig, RunState
