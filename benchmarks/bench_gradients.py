@@ -27,7 +27,7 @@ from benchmarks.harness import Report, make_parser, paired_ratio, parse_argument
 from benchmarks.local_ranks import run_on_ranks
 from benchmarks.pipeline_trials import TIMEOUT, built, configured
 from fp8moe.parallel.collectives import gather, sent_bytes
-from fp8moe.parallel.zero import Zero1
+from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.profile.spans import Stopwatch
 from fp8moe.train.run import Run
 from fp8moe.train.step import forward_backward, next_batches, reduce, training_schedule

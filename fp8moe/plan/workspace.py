@@ -16,7 +16,7 @@ from fp8moe.layers.attention.context_bytes import context_message_bytes, context
 from fp8moe.model.head_loss import chunk_tokens
 from fp8moe.model.memory import TILE, MicroBatch, Weights, blocks_of
 from fp8moe.model.partition import Stage
-from fp8moe.parallel.buckets import BUCKET
+from fp8moe.parallel.sharding.buckets import BUCKET
 from fp8moe.parallel.dispatch.deep_ep import NVLINK_BYTES, RANKS_PER_NODE, RDMA_BYTES
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.memory import replicas_of

@@ -28,7 +28,7 @@ from fp8moe.parallel.context import ContextMessages
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.parallel.zero import Zero1
+from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, foreign_weights, stages_of

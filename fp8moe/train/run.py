@@ -18,7 +18,7 @@ from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.parallel.zero import Zero1
+from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.ema import Ema

@@ -13,7 +13,7 @@ from fp8moe.layers.attention.zigzag import joined_parts
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recompute import Recallable
 from fp8moe.layers.router import Router, Routing, update_bias
-from fp8moe.parallel.buckets import Span
+from fp8moe.parallel.sharding.buckets import Span
 from fp8moe.profile.spans import Stopwatch
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train.run import Run

@@ -7,19 +7,50 @@ Legend: T tokens of whole sequences, t of this rank, G heads of keys, d features
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from fp8moe.layers.attention.choice import Choice
 from fp8moe.layers.attention.context import Arrive, Local
 from fp8moe.layers.attention.core import Positions, keys_in_order
 from fp8moe.layers.operand import detached_handle, revealed
 from fp8moe.layers.recompute import Recallable, kept
 
-if TYPE_CHECKING:
-    from fp8moe.layers.attention.gqa import GroupedQueryAttention
+
+class GroupedSizes(Protocol):
+    """Key heads of grouped-query attention; see `gqa.GqaConfig`."""
+
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+class Grouped(Protocol):
+    """A layer of grouped-query attention, `gqa.GroupedQueryAttention`."""
+
+    @property
+    def config(self) -> GroupedSizes: ...
+
+    def product_of(self, x: Recallable) -> Tensor: ...
+
+    def heads_of(self, qkv_TN: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]: ...
+
+    def choice(self, positions: Positions, device: torch.device) -> Choice: ...
+
+    def attend(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        recomputed: Sequence[Tensor],
+        again: Callable[[], Sequence[Tensor]],
+        positions: Positions,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +61,7 @@ class Queries:
     again: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
-def local_heads(attention: GroupedQueryAttention, x_TD: Tensor | Recallable, positions: Positions) -> Local:
+def local_heads(attention: Grouped, x_TD: Tensor | Recallable, positions: Positions) -> Local:
     """Queries, which stay here, and what is gathered: keys and values [t, G d]."""
     x = kept(x_TD)
     q, k, v = attention.heads_of(attention.product_of(x), positions)
@@ -40,7 +71,7 @@ def local_heads(attention: GroupedQueryAttention, x_TD: Tensor | Recallable, pos
 
 
 def attend_to_whole(
-    attention: GroupedQueryAttention, own: tuple[Tensor, ...], state: Queries, arrive: Arrive, positions: Positions
+    attention: Grouped, own: tuple[Tensor, ...], state: Queries, arrive: Arrive, positions: Positions
 ) -> Tensor:
     """Attention of this rank's queries to all tokens -> [t, D]."""
     q, again, handles, context = revealed(own[0], state.values), state.again, arrive().handles, positions.context

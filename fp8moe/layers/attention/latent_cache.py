@@ -5,21 +5,44 @@ Legend: T tokens, H heads, R features of the latent, N and M any.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from fp8moe.layers.attention.cache import LayerCache
-from fp8moe.layers.linear import product
+from fp8moe.layers.linear import Linear, product
+from fp8moe.layers.recipe import Recipe
 
-if TYPE_CHECKING:
-    from fp8moe.layers.attention.mla import LatentAttention
+
+class LatentSizes(Protocol):
+    """Sizes of latent attention; see `mla.MlaConfig`."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def kv_lora_rank(self) -> int: ...
+    @property
+    def nope_dim(self) -> int: ...
+    @property
+    def rope_dim(self) -> int: ...
+    @property
+    def v_dim(self) -> int: ...
+
+
+class Latent(Protocol):
+    """What the cache reads of a layer of latent attention."""
+
+    recipe: Recipe
+    kv_b: Linear
+
+    @property
+    def config(self) -> LatentSizes: ...
 
 
 class LatentCache(LayerCache):
     """Latents and rotated key parts; beside them the up projection in two: keys' [H, nope, R], values' [H, R, v]."""
 
-    def __init__(self, attention: LatentAttention, rows: int, length: int) -> None:
+    def __init__(self, attention: Latent, rows: int, length: int) -> None:
         c, up = attention.config, attention.kv_b
         weight = up.blocks.dequantize(up.weight.dtype) if attention.recipe.fp8 else up.weight.detach()
         super().__init__(rows, length, c.kv_lora_rank + c.rope_dim, weight)

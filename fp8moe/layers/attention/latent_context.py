@@ -16,28 +16,68 @@ Legend: T tokens of whole sequences, H heads, H' of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import BLOCK_TILE
-from fp8moe.layers.attention.choice import chosen
+from fp8moe.layers.attention.choice import Heads, chosen
 from fp8moe.layers.attention.context import Arrive, Local
 from fp8moe.layers.attention.core import Positions, attend, keys_in_order
-from fp8moe.layers.linear import LinearPart
+from fp8moe.layers.linear import Linear, LinearPart
+from fp8moe.layers.norm import RMSNorm
 from fp8moe.layers.operand import Activation, Rows, activation, from_rows, ready_cast, recast
 from fp8moe.layers.recipe import Recipe, Recompute
 from fp8moe.layers.recompute import Recallable, SavedTensor, capture_saved, kept, recompute_saved
 
-if TYPE_CHECKING:
-    from fp8moe.layers.attention.mla import LatentAttention, MlaConfig
-
 KEY_BYTES = 2 << 30  # of the keys, and of their product with the values, of a group of heads
 
 
-def heads_at_once(config: MlaConfig, recipe: Recipe, tokens: int) -> int:
+class LatentSizes(Protocol):
+    """Heads of latent attention and their kernel; see `mla.MlaConfig`."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def qk_dim(self) -> int: ...
+    @property
+    def nope_dim(self) -> int: ...
+    @property
+    def v_dim(self) -> int: ...
+    @property
+    def softmax_scale(self) -> float: ...
+    @property
+    def backend(self) -> str: ...
+
+    def heads(self, recipe: Recipe, *, masked: bool, parted: bool) -> Heads: ...
+
+
+class Latent(Protocol):
+    """A layer of latent attention, `mla.LatentAttention`."""
+
+    recipe: Recipe
+    q_norm: RMSNorm | None
+    q_b: Linear | None
+    kv_norm: RMSNorm
+    kv_b: Linear
+
+    @property
+    def config(self) -> LatentSizes: ...
+
+    def down(self, x_TD: Tensor | Recallable) -> tuple[Tensor, ...]: ...
+
+    def heads_of(
+        self, q: Tensor, kv: Tensor, k_rope: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def output(
+        self, outputs: Sequence[Tensor], captured: Sequence[SavedTensor] = (), *, saves_output: bool = False
+    ) -> Tensor: ...
+
+
+def heads_at_once(config: LatentSizes, recipe: Recipe, tokens: int) -> int:
     """Heads of a group at `tokens` of whole sequences: the most that KEY_BYTES hold, a divisor of all.
 
     Under FP8 a group ends on a block of both up projections' weights.
@@ -54,7 +94,7 @@ def heads_at_once(config: MlaConfig, recipe: Recipe, tokens: int) -> int:
     return max((heads for heads in legal if heads * a_head <= KEY_BYTES), default=legal[0])
 
 
-def local_latents(attention: LatentAttention, x_TD: Tensor | Recallable) -> Local:
+def local_latents(attention: Latent, x_TD: Tensor | Recallable) -> Local:
     """The queries' latent, which stays here, and what is gathered: the keys' latent and their rotary part."""
     q_a, kv_a, k_rope = attention.down(x_TD)
     kv_latent = attention.kv_norm(kv_a)
@@ -63,9 +103,7 @@ def local_latents(attention: LatentAttention, x_TD: Tensor | Recallable) -> Loca
     return Local((q_a,), (kv_latent.tensor, k_rope), (rows, k_rope.detach()))
 
 
-def attend_to_whole(
-    attention: LatentAttention, own: tuple[Tensor, ...], arrive: Arrive, positions: Positions
-) -> Tensor:
+def attend_to_whole(attention: Latent, own: tuple[Tensor, ...], arrive: Arrive, positions: Positions) -> Tensor:
     """Attention of this rank's queries to all tokens -> [t, D]; the queries' projections hide the gather."""
     c, recipe, context = attention.config, attention.recipe, positions.context
     assert context is not None
@@ -106,7 +144,7 @@ def _again(
 class _Group:
     """The up projections of heads [first, first + count)."""
 
-    def __init__(self, attention: LatentAttention, first: int, count: int, q_latent: Recallable) -> None:
+    def __init__(self, attention: Latent, first: int, count: int, q_latent: Recallable) -> None:
         c, recipe = attention.config, attention.recipe
 
         def of_heads(features: int) -> slice:

@@ -30,7 +30,7 @@ class OptimizerConfig:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, times the learning rate
     clip_norm: float = 1.0  # bound of the global gradient norm
-    # masters and moments shared out over ranks that hold the same parameters: zero1 (`parallel.zero`),
+    # masters and moments shared out over ranks that hold the same parameters: zero1 (`parallel.sharding.zero`),
     # deepspeed or none; auto: zero1 where there is more than one such rank
     sharding: Sharding = "auto"
     muon_beta: float = 0.95  # of Muon's momentum

@@ -6,8 +6,8 @@ parameter through a table of addresses was refused, views are what gradients are
 is a slice.
 
 Where a parameter has no other replica, or nothing is shared out, a shard is a whole buffer. Under ZeRO-1 it is this
-rank's part of a bucket, and the weights leave as soon as the bucket is updated (`parallel.zero`). Muon's and AdamW's
-parameters within either are shards of their own.
+rank's part of a bucket, and the weights leave as soon as the bucket is updated (`parallel.sharding.zero`). Muon's and
+AdamW's parameters within either are shards of their own.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fp8moe.layers.linear import MainGrads, QuantizedWeight, is_expert, matrices
-from fp8moe.parallel.buckets import Matrices, no_matrices
-from fp8moe.parallel.zero import ShardedBucket, Zero1
+from fp8moe.parallel.sharding.buckets import Matrices, no_matrices
+from fp8moe.parallel.sharding.zero import ShardedBucket, Zero1
 from fp8moe.train.optimizer.adamw import AdamWUpdate
 from fp8moe.train.optimizer.config import OptimizerConfig
 from fp8moe.train.optimizer.muon import MuonUpdate

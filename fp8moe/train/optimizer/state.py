@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fp8moe.layers.linear import main_grad_of
-from fp8moe.parallel.buckets import Span
+from fp8moe.parallel.sharding.buckets import Span
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def test_recomputed_heads_are_freed_and_change_no_bit(
 ) -> None:
     config, found = CASES[case], []
     made: list[StorageWeakRef] = []
-    heads = GroupedQueryAttention._heads
+    heads = GroupedQueryAttention.heads_of
 
     def watched(self: GroupedQueryAttention, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         qkv = heads(self, *inputs)

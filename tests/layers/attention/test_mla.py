@@ -147,7 +147,7 @@ def test_recomputed_heads_are_freed_and_made_once_more(
     """The forward's q, k and v die with it under mla_up; so do, after their use, those that the backward makes."""
     attention = build(FUSED, Recipe(precision, recompute))
     made: list[StorageWeakRef] = []
-    heads = LatentAttention._heads
+    heads = LatentAttention.heads_of
 
     def watched(self: LatentAttention, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         qkv = heads(self, *inputs)

@@ -11,9 +11,9 @@ from torch import nn
 
 from fp8moe.layers.linear import Linear, MainGrads, QuantizedWeight, attach_main_grads
 from fp8moe.layers.recipe import Precision, Recipe
-from fp8moe.parallel import zero as zero_module
+from fp8moe.parallel.sharding import zero as zero_module
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.parallel.zero import Zero1
+from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 
 Log = list[tuple[str, str, int]]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from fp8moe.parallel import buckets
-from fp8moe.parallel.buckets import Bucket, make_buckets
+from fp8moe.parallel.sharding import buckets
+from fp8moe.parallel.sharding.buckets import Bucket, make_buckets
 
 
 def parameters(*sizes: int) -> list[Parameter]:
