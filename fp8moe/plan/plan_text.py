@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8moe.layers.attention.context_bytes import ring_row_bytes, row_bytes, whole_keys_bytes
+from fp8moe.layers.attention.context_bytes import key_heads_at_once, ring_row_bytes, row_bytes, whole_keys_bytes
 from fp8moe.layers.recipe import Recompute
 from fp8moe.model.memory import rank_parameters
 from fp8moe.plan.memory import KINDS, worst_rank
@@ -86,12 +86,13 @@ def _keys(config: TrainConfig) -> str:
     """What ranks that share sequences send each other, beside ring attention's, and hold of whole sequences."""
     a, recipe, cp, tokens = config.model.attention, config.recipe, config.parallel.cp, config.rank_tokens
     row, ring = row_bytes(a, recipe), ring_row_bytes(a, recipe)
-    whole = whole_keys_bytes(a, recipe) * tokens * cp
+    heads = key_heads_at_once(a, recipe, tokens * cp)
+    whole = whole_keys_bytes(a, recipe, cp, heads) * tokens * cp
     return (
         f"{cp} ranks share a sequence, {config.seq_len // cp:,} tokens each. A layer gathers {row:,.0f} bytes a token "
         f"({ring:,.0f} where keys and values of all heads travel), a rank receives "
-        f"{row * tokens * (cp - 1) / 1e6:,.1f} MB;\nin its backward keys, values and their gradients of "
-        f"{tokens * cp:,} tokens take {whole / GB:.1f} GB, whatever cp is"
+        f"{row * tokens * (cp - 1) / 1e6:,.1f} MB;\nwhile it runs, keys, values and their gradients of "
+        f"{tokens * cp:,} tokens take {whole / GB:.1f} GB, {heads} heads of keys at once"
     )
 
 

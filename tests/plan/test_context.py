@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.live_memory import TrackPeak
 from fp8moe.cli.cluster import compose_cluster
 from fp8moe.cli.compose import compose
 from fp8moe.errors import ConfigError
 from fp8moe.kernels.quantize import quantize_rows
-from fp8moe.layers.attention import GqaConfig, MlaConfig
+from fp8moe.layers.attention import GqaConfig, MlaConfig, context_bytes, core, gqa, latent_context
+from fp8moe.layers.attention.choice import Choice
 from fp8moe.layers.attention.context import Context, leaves
 from fp8moe.layers.attention.context_bytes import (
     context_message_bytes,
     context_work_bytes,
+    key_heads_at_once,
     ring_row_bytes,
     row_bytes,
     whole_keys_bytes,
@@ -44,8 +47,8 @@ from fp8moe.train.config import TrainConfig, resolve
 from tests.layers.attention.test_context import Place
 
 BF16, FP8 = (Recipe(precision, FULL_RECOMPUTE, gathered=True) for precision in (Precision.BF16, Precision.FP8))
-MLA = MlaConfig(num_heads=4, kv_lora_rank=32, nope_dim=32, rope_dim=32, v_dim=64, q_lora_rank=32, backend="sdpa")
-GQA = GqaConfig(num_heads=4, num_kv_heads=4, head_dim=64, rope_dim=64, backend="sdpa")
+MLA = MlaConfig(num_heads=16, kv_lora_rank=32, nope_dim=32, rope_dim=16, v_dim=32, q_lora_rank=32)
+GQA = GqaConfig(num_heads=16, num_kv_heads=4, head_dim=32, rope_dim=32)
 S, D = 512, 64
 
 
@@ -69,8 +72,27 @@ def test_a_row_beside_ring_attentions() -> None:
     assert row_bytes(grouped, BF16) == row_bytes(grouped, FP8) == ring_row_bytes(grouped, BF16) == 2 * 2 * 4 * 128
 
 
-def backward_peak(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, rank: int) -> int:
-    """Bytes that the backward of a layer's attn phase takes at most beyond what was alive before it."""
+class Kernel(torch.autograd.Function):
+    """A kernel of attention as its memory is seen: what it saves, and gradients; no values."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(one) for one in ctx.saved_tensors[:3])
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Any) -> Tensor:
+    out: Tensor = Kernel.apply(q, k, v)
+    return out
+
+
+def peaks(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, rank: int) -> tuple[int, int]:
+    """Bytes that the forward and the backward of a layer's attn phase take at most, beyond what was alive before."""
     torch.manual_seed(0)
     layer = a.build(D, recipe, norm_eps=1e-6, layer=0)
     for parameter in layer.parameters():
@@ -81,56 +103,69 @@ def backward_peak(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, rank: int) 
     x_TD = torch.randn(S // cp, D, dtype=torch.bfloat16)
     with TrackPeak() as tracked:
         local = layer.local(x_TD, positions)
-        rows, own, state = tuple(torch.cat([one] * cp) for one in local.rows), local.own, local.state
+        arrived, own, state = leaves([torch.cat([one] * cp) for one in local.rows]), local.own, local.state
         del local
-        arrived = leaves(rows)
 
-        def attn(*own: torch.Tensor) -> tuple[tuple[torch.Tensor], None]:
+        def attn(*own: Tensor) -> tuple[tuple[Tensor], None]:
             return (layer.finish(own, state, lambda: arrived, positions),), None
 
+        before, tracked.most = tracked.live_bytes(), 0
         graph, _ = run_detached(attn, *own, wgrads=DeferredWgrads())
+        forward = tracked.most - before
         dy_TD = torch.ones_like(graph.take()[0])
         before, tracked.most = tracked.live_bytes(), 0
         graph.backward(dy_TD)
-        return tracked.most - before
+        return forward, tracked.most - before
 
 
-@pytest.mark.parametrize("a", [MLA, GQA], ids=["mla", "gqa"])
-@pytest.mark.parametrize("again", [FULL_RECOMPUTE, frozenset[Recompute]()], ids=["again", "kept"])
-def test_whole_keys_are_what_a_layer_allocates(a: MlaConfig | GqaConfig, again: frozenset[Recompute]) -> None:
-    """The last of eight ranks, whose second run has most keys. Latent attention exactly; grouped within 10 %.
+@pytest.mark.parametrize(("a", "heads"), [(MLA, 4), (MLA, 16), (GQA, 16)], ids=["groups", "all heads", "gqa"])
+def test_a_layer_allocates_what_is_planned(
+    monkeypatch: pytest.MonkeyPatch, a: MlaConfig | GqaConfig, heads: int
+) -> None:
+    """With a kernel of variable length, without its sums of the queries' gradients in FP32, which are its own.
 
-    Without the sums of the queries' gradients in FP32, which a GPU's kernel has.
+    Planned is at least what is seen, and at most a quarter more.
     """
-    cp, recipe = 8, replace(BF16, recompute=again)
-    of_kernel = 4 * a.num_heads * (a.queries // a.num_heads + 1)
-    expected = S // cp * (context_work_bytes(a, recipe, cp) - of_kernel)
-    measured = backward_peak(a, recipe, cp, cp - 1)
-    assert measured == pytest.approx(expected, rel=0.005 if a is MLA else 0.1)
-    assert backward_peak(a, recipe, cp, 0) <= expected * 1.005
-    assert whole_keys_bytes(a, recipe) * S > 0.7 * expected, "they are most of it"
+    cp, how = 8, Choice("varlen", saves_output=True)
+    for module in (latent_context, gqa):
+        monkeypatch.setattr(module, "chosen", lambda *_: how)
+    for module in (latent_context, context_bytes):
+        monkeypatch.setattr(module, "heads_at_once", lambda *_: heads)
+    monkeypatch.setitem(core.BACKENDS, "varlen", varlen)
+    at_once = heads if isinstance(a, MlaConfig) else a.num_heads
+    of_kernel = 4 * at_once * (a.queries // a.num_heads + 1)
+    for rank in (0, cp - 1):
+        expected = S // cp * (context_work_bytes(a, BF16, cp, S) - of_kernel)
+        forward, backward = peaks(a, BF16, cp, rank)
+        assert 0.78 * expected <= max(forward, backward) <= expected
+        kept = replace(BF16, recompute=frozenset[Recompute]())
+        bound = S // cp * (context_work_bytes(a, kept, cp, S) - of_kernel)
+        assert 0.5 * bound <= peaks(a, kept, cp, rank)[1] <= 1.05 * bound < expected
 
 
 def test_whole_keys_of_heads_in_groups() -> None:
-    a = v3().model.attention
-    assert whole_keys_bytes(a, FP8) * 131072 == pytest.approx(32.2e9, rel=0.005), "docs/planning.md"
-    assert whole_keys_bytes(a, FP8, 32) * 4 == whole_keys_bytes(a, FP8)
-    whole = context_work_bytes(a, FP8, 8) - context_work_bytes(a, FP8, 8, 32)
-    assert whole == pytest.approx(8 * 0.75 * whole_keys_bytes(a, FP8))
-    assert context_work_bytes(a, FP8, 1) == a.work_bytes(FP8) and context_message_bytes(a, FP8, 1) == 0
+    """DeepSeek-V3's at 131,072 tokens, of 16 heads and of all, as docs/planning.md has them."""
+    a, tokens = v3().model.attention, 131072
+    assert isinstance(a, MlaConfig) and key_heads_at_once(a, FP8, tokens) == 16
+    keys = [whole_keys_bytes(a, FP8, 32, heads) * tokens / 1e9 for heads in (16, 128)]
+    by_hand = 2 * (16 * (448 + 2 * 320 * 65 / 64) + 3 * 576), 2 * (128 * (448 + 320 * 65 / 64) + 3 * 576)
+    assert keys == pytest.approx([features * tokens / 1e9 for features in by_hand])
+    assert [round(one, 1) for one in keys] == [5.1, 26.4]
+    assert context_work_bytes(a, FP8, 1, tokens) == a.work_bytes(FP8) and context_message_bytes(a, FP8, 1) == 0
 
 
 def test_more_ranks_a_sequence_hold_less_of_it() -> None:
-    """Activations, dispatch and pipeline buffers fall with cp, whole keys stay; communicators are one group more."""
+    """Activations, dispatch and pipeline buffers fall with cp, whole keys stay."""
     config, found = v3("parallel.pp=16", "parallel.ep=8"), []
     for cp in (1, 2, 4, 8):  # as many sequences on their way as the pipeline holds
         one = replace(config, parallel=replace(config.parallel, cp=cp))
-        found.append(worst_rank(rank_memory(resolve(one, 16 * 8 * cp))).kinds)
+        worst = worst_rank(rank_memory(resolve(one, 16 * 8 * cp)))
+        found.append(worst.kinds | worst.left_out)  # what of the work in turn is not the largest, too
     for before, after in pairwise(found):
         for kind in ("activations", "dispatch buffers", "pipeline buffers"):
             assert 0.45 * before[kind] < after[kind] < 0.6 * before[kind], kind
     workspace = [kinds["attention workspace"] for kinds in found]
-    assert min(workspace) > 32e9 and workspace[3] < 1.1 * workspace[2]
+    assert workspace[0] > 60e9 and min(workspace) > 5e9, "whole keys stay"
     assert found[0]["gather buffers"] == 0 < found[1]["gather buffers"]
 
 
@@ -152,11 +187,12 @@ def test_a_rank_computes_its_part_and_the_keys_of_all(name: str) -> None:
     add_attention(part, model, FP8, 3, tokens // cp, tokens, cp)
     a = model.attention
     up = 2.0 * tokens * a.kv_lora_rank * a.num_heads * (a.nope_dim + a.v_dim) if isinstance(a, MlaConfig) else 0.0
-    for which, passes in (("F", 1), ("B", 2), ("W", 1)):  # B: the forward again, and the gradient
+    for which, passes in (("F", 1), ("B", 3), ("W", 0)):  # B: the forward again, both gradients
         mine = split([*part.keys[which], *part.queries[which], *part.attn[which]])
         all_of_it = split(whole.attn[which])
-        assert mine[1] == passes * up
-        assert mine[0] * cp + mine[1] == pytest.approx(all_of_it[0])
+        assert mine[1] == pytest.approx(passes * up)
+        before = {"F": 1, "B": 2, "W": 1}[which] * up  # what of it a rank alone computes there
+        assert mine[0] * cp == pytest.approx(all_of_it[0] - before)
         assert mine[2] * cp == pytest.approx(all_of_it[2]), "every rank multiplies the same"
     assert not whole.keys["F"] and not whole.queries["F"] and len(part.keys["W"]) >= 1
     assert bool(part.queries["F"]) == isinstance(a, MlaConfig), "grouped queries are ready before the gather"
@@ -215,7 +251,7 @@ def named(time: StepTime, name: str) -> float:
 
 def test_a_step_with_shared_sequences() -> None:
     there = compose_cluster(["cluster=h800_2048", "cluster.nodes=512"])
-    config = resolve(v3("parallel.overlap=false"), 4096)
+    config = resolve(v3("parallel.cp=32", "parallel.overlap=false"), 4096)
     time = step_time(config, there)
     assert sum(part.seconds for part in time.parts) == pytest.approx(time.seconds)
     assert time.tokens == 480 * 131072
@@ -225,7 +261,7 @@ def test_a_step_with_shared_sequences() -> None:
     alone = step_time(resolve(v3("parallel.cp=1", "parallel.ep=32"), 512), there)
     assert REDUNDANT not in {part.name for part in alone.parts} and named(alone, "waits for messages of keys") == 0
     a_token = named(time, "attention") * 4096, named(alone, "attention") * 512
-    assert a_token[0] == pytest.approx(a_token[1], rel=0.15), "the same products, in smaller pieces"
+    assert 1.0 < a_token[0] / a_token[1] < 1.4, "the same products, 16 heads at once"
 
 
 # Layouts
@@ -284,8 +320,8 @@ def test_plan_names_the_ranks_that_share_a_sequence() -> None:
     text: Any = plan_text(found, ())
     assert "pp=16 dp=128 ep=16 cp=8 1f1b" in text and "8 ranks share a sequence, 4,096 tokens each" in text
     assert "gathers 644 bytes a token (81,920 where" in text and "a rank receives 18.5 MB" in text
-    assert "of 32,768 tokens take 8.1 GB" in text and f"\n{REDUNDANT} " in text
+    assert "of 32,768 tokens take 4.8 GB, 64 heads" in text and f"\n{REDUNDANT} " in text
     assert as_json(found)["layout"]["cp"] == 8
-    assert found.fits and found.worst.total == pytest.approx(83.3e9, rel=0.002), "docs/planning.md, the recipe"
+    assert found.fits and found.worst.total == pytest.approx(82.4e9, rel=0.002), "docs/planning.md, the recipe"
     alone = resolve(replace(config, parallel=replace(config.parallel, cp=1, dp=None)), 1024)
     assert "share a sequence" not in plan_text(predict(alone, there, 1e9), ())
