@@ -46,6 +46,7 @@ _NAMES = {
     "parallel.pp": "pipeline_parallel_size pipeline_model_parallel_size pipeline_parallel_degree pp_size",
     "parallel.dp": "data_parallel_size dp_size data_parallel_replicate_degree ddp",
     "parallel.ep": "expert_parallel_size expert_model_parallel_size expert_parallel_degree ep_size",
+    "parallel.cp": "context_parallel_size context_parallel_degree cp_size ulysses_sequence_parallel_size",
     "parallel.schedule": "pipeline_schedule pipeline_parallel_schedule pp_schedule",
     "parallel.layout": "pipeline_model_parallel_layout pipeline_parallel_split_points",
     "parallel.dispatcher": "moe_token_dispatcher_type token_dispatcher expert_parallel_comm_backend",
@@ -113,9 +114,8 @@ _ADVICE = {
     "a step accumulates batch.sequences / (dp x batch.micro_batch) micro-batches: use batch.micro_batch=...": (
         "gradient_accumulation_steps gradient_accumulation grad_accum accumulate_grad_batches num_microbatches"
     ),
-    "no layer is split over ranks here, by tensor or context: use parallel.ep=... or parallel.pp=...": (
-        "tp tp_size tensor_parallel_size tensor_model_parallel_size tensor_parallel_degree sequence_parallel cp "
-        "context_parallel_size context_parallel_degree"
+    "no matrix is split over ranks here: use parallel.ep=..., parallel.pp=..., or parallel.cp=... for long sequences": (
+        "tp tp_size tensor_parallel_size tensor_model_parallel_size tensor_parallel_degree sequence_parallel"
     ),
     "the launcher starts the processes: use fp8moe train --nproc N, or torchrun": (
         "world_size nproc nproc_per_node num_gpus gpus n_gpus nnodes num_nodes devices num_processes"

@@ -24,7 +24,7 @@ from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Span
 
 ACTION = re.compile(r"(F|BW|B|W)(\d+)\.(\d+)(?:&BW(\d+)\.\d+)?")
 PHASE = re.compile(r"[FBW] \w+")
-FOR_EXPERTS, FOR_REPLICAS, FOR_STAGES, OTHER = "wait for experts", "wait for replicas", "wait for stages", "other"
+FOR_LAYERS, FOR_REPLICAS, FOR_STAGES, OTHER = "wait for layers", "wait for replicas", "wait for stages", "other"
 Intervals = list[tuple[float, float]]  # sorted, disjoint stretches of time (start, end)
 
 
@@ -95,7 +95,7 @@ def parts_of(spans: Sequence[Span]) -> dict[str, float]:
     for span in waits:
         name = span.name.removeprefix("wait ")
         is_of_stage = name.startswith("RECV_") or name == "until all has left"
-        found[FOR_STAGES if is_of_stage else FOR_EXPERTS if name in of_experts else FOR_REPLICAS].append(span)
+        found[FOR_STAGES if is_of_stage else FOR_LAYERS if name in of_experts else FOR_REPLICAS].append(span)
     parts = {name: length(times_of(of_kind)) for name, of_kind in found.items()}
     all_waits = times_of(waits)
     for span in spans_of(spans, "rest"):

@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fp8moe.profile.figures import (
-    FOR_EXPERTS,
+    FOR_LAYERS,
     Intervals,
     RankFigures,
     kind_of,
@@ -143,7 +143,7 @@ def device_figures(work: Sequence[Kernel], spans: Sequence[Span]) -> RankFigures
     window, exposed = max(k.end for k in work) - min(k.start for k in work), without(messages, computing)
     bubble = max(0.0, window - length(computing) - exposed)
     step = max(k.end for k in whole) - min(k.start for k in whole)
-    parts = with_other({FOR_EXPERTS: exposed, **_rest(whole, spans)}, phases, step)
+    parts = with_other({FOR_LAYERS: exposed, **_rest(whole, spans)}, phases, step)
     return RankFigures(window, length(computing), length(messages), exposed, bubble, dict(phases), parts, step)
 
 

@@ -22,9 +22,12 @@ from fp8moe.generate.decode import GenerationConfig, generate
 from fp8moe.generate.scoring import token_nats
 from fp8moe.model import head_loss as module
 from fp8moe.model.loss import LossCounts, count_predicted, loss_weights, total_loss
+from fp8moe.profile.spans import Stopwatch
 from fp8moe.train.loop import run_to_end
 from fp8moe.train.run import Run
+from fp8moe.train.step import forward_backward, forward_passes, next_batches
 from tests.model.batches import tokens
+from tests.parallel.ranks import run_ranks
 from tests.train.runs import VOCABULARY, built, configured, write_corpus
 
 CHUNK, SEQ_LEN = 128, 256  # tokens
@@ -102,6 +105,22 @@ def test_no_path_makes_whole_logits(run: Run, path: str) -> None:
         walk(run)
     assert not spy.whole
     assert spy.most == rows, "the spy sees what the path makes"
+
+
+def shared_step(settings: list[str]) -> tuple[set[str], int]:
+    """What of a step and a validation of two ranks that share sequences made whole logits; the most rows of them."""
+    run = built(configured(settings, world_size=2))
+    with Spy() as spy:
+        batches, counts = next_batches(run)
+        forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
+        forward_passes(run, batches)
+    return spy.whole, spy.most
+
+
+def test_ranks_that_share_sequences_make_none(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    sizes = [f"seq_len={2 * SEQ_LEN}", "batch.sequences=2", "validation.samples=2", "parallel.cp=2", "precision=bf16"]
+    assert run_ranks(shared_step, 2, [*corpus, *sizes, "run_dir=null"]) == [(set(), CHUNK)] * 2
 
 
 def test_the_spy_finds_whole_logits(run: Run) -> None:

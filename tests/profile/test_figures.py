@@ -47,7 +47,7 @@ def test_a_rank_whose_figures_are_known() -> None:
     assert figures.bubble == (27 - 9) - 10 - 1  # 3 waited, 1 between the actions, 1 + 2 at the ends
     assert figures.phases == {"F attn": 2.0, "F dispatch": 0.5, "F mlp": 4.5, "B mlp": 2.0, "W mlp": 1.0}
     assert figures.step == 30.0  # 3 + 1 waited, 10 in phases, 1 between the actions that nothing names
-    assert figures.parts == {"wait for stages": 3.0, "wait for experts": 1.0, "optimizer": 15.0, "other": 1.0}
+    assert figures.parts == {"wait for stages": 3.0, "wait for layers": 1.0, "optimizer": 15.0, "other": 1.0}
 
 
 def test_waits_belong_to_what_is_waited_for_and_to_no_other_part() -> None:
@@ -154,7 +154,7 @@ def test_kernels_of_a_known_step() -> None:
     assert (figures.window, figures.computing) == pytest.approx((11.0, 7.0))
     assert figures.bubble == pytest.approx(11 - 7 - 2)
     assert figures.phases == pytest.approx({"F attn": 4.0, "F mlp": 3.0})
-    assert figures.parts == pytest.approx({"wait for experts": 2.0, "optimizer": 10.0, "other": 11.0})
+    assert figures.parts == pytest.approx({"wait for layers": 2.0, "optimizer": 10.0, "other": 11.0})
     assert figures.step == pytest.approx(30.0)
     with pytest.raises(RuntimeError, match="none of the given spans"):
         kernels(trace, [compute("F other", 0.0, 1.0)])

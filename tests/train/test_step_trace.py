@@ -38,7 +38,7 @@ def test_a_traced_step(corpus: list[str], tmp_path: Path) -> None:
     assert summary["trace"]["bubble"] >= 0 and summary["trace"]["bubble_simulated"] == pytest.approx(0.0, abs=1e-9)
     assert {"F attn", "F mlp", "B mlp", "W attn", "F embed", "B loss"} <= summary["trace"]["phases"].keys()
     parts, phases = summary["trace"]["parts"], summary["trace"]["phases"]
-    assert {"data", "reduce", "optimizer", "wait for experts", "other"} <= parts.keys() and min(parts.values()) >= 0
+    assert {"data", "reduce", "optimizer", "wait for layers", "other"} <= parts.keys() and min(parts.values()) >= 0
     assert parts["optimizer"] > 0 and parts["reduce"] > 0
     whole = sum(parts.values()) + sum(phases.values())
     assert 0.5 * summary["trace"]["step_seconds"] < whole <= summary["trace"]["step_seconds"] * (1 + 1e-9)
