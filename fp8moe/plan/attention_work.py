@@ -4,11 +4,11 @@ In FP8 every product takes rows made by the pass before it and its weight gradie
 norms, and of attention's output kept in 12 bits. BF16 is the same with plain products and no casts. Bytes count each
 tensor once; those of products are with the products (`gemm_time`).
 
-Where `cp` ranks share sequences, what is computed before the gather stands in the phase `keys`, what need not wait for it
-in `queries`. A rank's queries see as many keys as those of any other, so core attention is the whole sequences' over cp;
-it runs chunk by chunk (`Context.runs`), and the gradients of each chunk's keys are widened to all keys and added. In
-latent attention every rank makes keys and values of all tokens: the up projection, its gradients and the rotation are
-`Shared`.
+Where `cp` ranks share sequences, what is computed before the gather stands in the phase `keys`, what need not wait for
+it in `queries`. A rank's queries see as many keys as those of any other, so core attention is the whole sequences' over
+cp; the keys of its two chunks are copied, and their gradients widened to all keys and added. In latent attention every
+rank makes keys and values of all tokens, group by group of heads: the up projection, its gradients, the weights' among
+them in the backward, and the rotation are `Shared`.
 
 Legend: T tokens of a micro-batch, D model.
 """
@@ -16,6 +16,7 @@ Legend: T tokens of a micro-batch, D model.
 from __future__ import annotations
 
 from fp8moe.layers.attention import GqaConfig, MlaConfig
+from fp8moe.layers.attention.context_bytes import key_heads_at_once
 from fp8moe.layers.recipe import Recipe, Recompute
 from fp8moe.model.config import ModelConfig
 from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Shared, Small
@@ -35,20 +36,22 @@ def linear(
     fp8: bool,
     again: bool = False,
     cp: int = 1,
+    groups: int = 1,
     ahead: str | None = None,
 ) -> None:
     """A Linear's three products, in a phase of a block; again: its forward runs in the backward once more.
 
-    cp: ranks each of which multiplies the tokens of all. ahead: the phase of the forward, where that is another.
+    cp: ranks each of which multiplies the tokens of all; then weight gradients run in the backward. groups: equal parts
+    of the outputs, one after the other. ahead: the phase of the forward, where that is another.
     """
     part = getattr(work, phase)
-    tokens *= cp
-    forward = shared(Product(tokens, n, k, fp8=fp8), cp)
-    getattr(work, ahead or phase)["F"].append(forward)
-    part["B"].append(shared(Product(tokens, k, n, fp8=fp8), cp))
+    tokens, n = tokens * cp, n // groups
+    forward = [shared(Product(tokens, n, k, fp8=fp8), cp)] * groups
+    getattr(work, ahead or phase)["F"] += forward
+    part["B"] += [shared(Product(tokens, k, n, fp8=fp8), cp)] * groups
     if again:
-        part["B"].append(forward)
-    part["W"].append(shared(Product(n, k, tokens, columns=True, fp8=fp8), cp))
+        part["B"] += forward
+    part["W" if cp == 1 else "B"] += [shared(Product(n, k, tokens, columns=True, fp8=fp8), cp)] * groups
 
 
 def shared(piece: Product | Pass, cp: int) -> Piece:
@@ -73,17 +76,18 @@ def add_attention(
     else:
         _gqa(work, a, recipe, dim, tokens, cp)
         head, backward = a.num_heads * a.head_dim, 2.5
-    tiles, runs = a.num_heads * tokens / 128, 2 * tokens * cp // seq if cp > 1 else 1
-    for _ in range(runs):
-        f.append(Attention(core / runs, tiles / runs))
-        b.append(Attention(core / runs * backward, tiles / runs))
+    tiles, groups = a.num_heads * tokens / 128, head_groups(a, recipe, tokens, cp)
+    f += [Attention(core / groups, tiles / groups)] * groups
+    b += [Attention(core / groups * backward, tiles / groups)] * groups
     linear(work, "attn", tokens, dim, head, fp8=fp8)
     f.append(Pass("norm, residual", NORM, tokens * dim * (4 * wide + (CAST if fp8 else 0.0))))
     keys["B"].append(Pass("norm backward", NORM, tokens * dim * 8.5))  # of both norms of the block
     b.append(Pass("norm backward", NORM, tokens * dim * 8.5))
     b.append(Pass("add", ADD, 2 * tokens * dim * 6))
     if cp > 1:
-        b.append(_gradients_of_keys(a, tokens, cp, runs))
+        copies, gradients = _keys_by_run(a, tokens, cp, 2 * tokens * cp // seq)
+        f.append(copies)
+        b += [gradients, *([copies] if Recompute.MLA_UP in recipe.recompute else [])]
     if fp8:
         f.append(Pass("cast", CASTS, tokens * head * (wide + CAST)))
         f.append(Pass("pack", CASTS, tokens * head * (wide + E5M6)))
@@ -96,28 +100,35 @@ def add_attention(
     b.append(Small(2))
 
 
-def _gradients_of_keys(a: MlaConfig | GqaConfig, tokens: int, cp: int, runs: int) -> Piece:
-    """Every run's gradients of keys and values, cleared and copied as long as all of them, and summed.
+def head_groups(a: MlaConfig | GqaConfig, recipe: Recipe, tokens: int, cp: int) -> int:
+    """Groups of heads that run one after the other; 1 where a rank has whole sequences, or gathers keys."""
+    if cp == 1 or isinstance(a, GqaConfig):
+        return 1
+    return a.num_heads // key_heads_at_once(a, recipe, tokens * cp)
+
+
+def _keys_by_run(a: MlaConfig | GqaConfig, tokens: int, cp: int, runs: int) -> tuple[Piece, Piece]:
+    """Copies of keys and values for each run, and the way back: cleared and copied as long as all keys, and summed.
 
     The runs of a sequence have half a chunk more keys than it has tokens, together; that half chunk is left out.
     """
-    values = a.num_heads * (a.qk_dim + a.v_dim) if isinstance(a, MlaConfig) else 2 * a.keys
-    passes = runs + 2 + 3 * (runs - 1)
-    return shared(Pass("add", ADD, passes * tokens * cp * values * 2), cp)
+    values = 2 * tokens * cp * (a.num_heads * (a.qk_dim + a.v_dim) if isinstance(a, MlaConfig) else 2 * a.keys)
+    back = (runs + 2 + 3 * (runs - 1)) * values
+    return shared(Pass("add", ADD, 2 * values), cp), shared(Pass("add", ADD, back), cp)
 
 
 def _mla(work: BlockWork, a: MlaConfig, recipe: Recipe, dim: int, tokens: int, cp: int) -> None:
     fp8, again = recipe.fp8, Recompute.MLA_UP in recipe.recompute
     f, b, w = (work.attn[which] for which in "FBW")
-    first, ahead = ("keys", "queries") if cp > 1 else ("attn", "attn")
+    groups, (first, ahead) = head_groups(a, recipe, tokens, cp), ("keys", "queries") if cp > 1 else ("attn", "attn")
     keys, before = getattr(work, first), getattr(work, ahead)["F"]
     queries, kv = a.queries, a.num_heads * (a.nope_dim + a.v_dim)
     rows = CAST if fp8 else 2.0
     down, *up_queries, up_keys, _ = a.linears(dim)
     linear(work, first, tokens, *down, fp8=fp8)
     for n, k in up_queries:
-        linear(work, "attn", tokens, n, k, fp8=fp8, again=again, ahead=ahead)
-    linear(work, "attn", tokens, *up_keys, fp8=fp8, again=again, cp=cp)
+        linear(work, "attn", tokens, n, k, fp8=fp8, again=again, groups=groups, ahead=ahead)
+    linear(work, "attn", tokens, *up_keys, fp8=fp8, again=again, cp=cp, groups=groups)
     norm = {k: Pass("norm", NORM, tokens * k * (2 + rows)) for k in (a.kv_lora_rank, a.q_lora_rank)}
     # Keys are read with their values, and written with the rotated part of all heads.
     of_queries = [
@@ -146,12 +157,12 @@ def _mla(work: BlockWork, a: MlaConfig, recipe: Recipe, dim: int, tokens: int, c
         b.append(shared(Pass("cast both", CASTS, tokens * cp * kv * (2 + 2 * CAST)), cp))
         keys["B"].append(Pass("cast both", CASTS, tokens * down[0] * (2 + 2 * CAST)))
     latents = a.q_lora_rank + (a.kv_lora_rank if cp == 1 else 0)
-    if fp8:
+    if fp8 and latents:
         w.append(Pass("norm columns", CASTS, tokens * latents * (2 + CAST)))
     elif Recompute.NORM in recipe.recompute:
         w.append(Pass("norm", NORM, tokens * latents * 4))
     if fp8 and cp > 1:
-        w.append(shared(Pass("columns of rows", CASTS, tokens * cp * a.kv_lora_rank * 2 * CAST), cp))
+        b += [shared(Pass("columns of rows", CASTS, tokens * cp * a.kv_lora_rank * 2 * CAST), cp)] * groups
 
 
 def _gqa(work: BlockWork, a: GqaConfig, recipe: Recipe, dim: int, tokens: int, cp: int) -> None:

@@ -26,8 +26,8 @@ Key = tuple[Group, int, Names]
 class Layouts:
     """Every legal layout of a configuration; the memory of each is computed once, when it is asked for.
 
-    recomputed: what the backward may compute again, the least first. groups: (pp, schedule, ep, cp) -> layouts of growing
-    micro-batch that compute again all they can.
+    recomputed: what the backward may compute again, the least first. groups: (pp, schedule, ep, cp) -> layouts of
+    growing micro-batch that compute again all they can.
     """
 
     gpus_per_node: int

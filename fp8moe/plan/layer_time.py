@@ -34,9 +34,10 @@ MESSAGES = ("gather", "dispatch", "combine")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a block's time depends on beside its number: a rank's tokens of a micro-batch, and how they reach the experts.
+    """What a block's time depends on beside its number: a rank's tokens of a micro-batch, how they reach the experts.
 
-    gather: of the ranks that share sequences; None: nobody does. imbalance: what the busiest rank receives over an even share. padding: length of messages over that of even ones.
+    gather: of the ranks that share sequences; None: nobody does. imbalance: what the busiest rank receives over an even
+    share. padding: length of messages over that of even ones.
     """
 
     model: ModelConfig

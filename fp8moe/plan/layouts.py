@@ -6,8 +6,8 @@ rounded up to the next size that makes enough micro-batches, `validation.samples
 equal share of, and `parallel.layout` is left out where it has another number of stages. All else stays as it is.
 
 Ranks share sequences (`parallel.cp`) where a micro-batch is one sequence, and keep 2,048 tokens of it each: two ranks
-with two sequences compute as many tokens as one with one, and gather keys for it; shorter parts read all weights for few
-rows. The settings' own cp is always tried.
+with two sequences compute as many tokens as one with one, and gather keys for it; shorter parts read all weights for
+few rows. The settings' own cp is always tried.
 """
 
 from __future__ import annotations

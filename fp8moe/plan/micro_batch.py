@@ -51,7 +51,9 @@ def choose_for(config: TrainConfig, world_size: int, gpus_per_node: int, there: 
         return Chosen(config, None)
     least, multiple = microbatches(parallel.schedule, parallel.pp)
     sizes = [
-        size for size in micro_batches(config.batch, dp // cp, least=least, multiple=multiple) if _suits(config, dp, size)
+        size
+        for size in micro_batches(config.batch, dp // cp, least=least, multiple=multiple)
+        if _suits(config, dp, size)
     ]
     filled = dataclasses.replace(parallel, dp=dp, ep=ep)
     imbalance = parallel.max_imbalance or IMBALANCE

@@ -13,8 +13,8 @@ An FP8 row is its codes and a byte a scale; ids and weights of its experts trave
 are put together before they leave and summed when they return, on the communication stream: two passes over them.
 
 Ranks that share sequences gather the rows that keys are made of, a collective, and send shares of their gradients in an
-all-to-all (`parallel.context`). Rows are put in the order of the sequences by one pass over all of them; shares are cut,
-joined and summed in FP32.
+all-to-all (`parallel.context`). Rows are put in the order of the sequences by one pass over all of them; shares are
+cut, joined and summed in FP32.
 
 A collective over W ranks moves (W-1)/W of its bytes. Where a group has several ranks in a node, each ring crosses
 between nodes on another network port, so their rates add up, to no more than NVLink's.

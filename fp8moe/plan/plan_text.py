@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fp8moe.layers.attention.context_bytes import key_heads_at_once, ring_row_bytes, row_bytes, whole_keys_bytes
 from fp8moe.layers.recipe import Recompute
 from fp8moe.model.memory import rank_parameters
 from fp8moe.plan.memory import KINDS, worst_rank
@@ -22,7 +23,8 @@ def plan_text(found: Prediction, refused: Sequence[str]) -> str:
     parts = [_title(found)]
     if refused:
         parts.append("\n".join(["can't run as written:", *(f"  {sentence}" for sentence in refused)]))
-    return "\n\n".join([*parts, _memory(found), _time(found), _run(found)])
+    keys = [_keys(found.config)] if found.config.parallel.cp > 1 else []
+    return "\n\n".join([*parts, _memory(found), *keys, _time(found), _run(found)])
 
 
 def layout_words(config: TrainConfig) -> str:
@@ -78,6 +80,20 @@ def _memory(found: Prediction) -> str:
     if absent:
         lines += [f"never there together with those of rank {most.pp_rank}, and smaller: {', '.join(absent)}"]
     return "\n".join([*lines, "", *_stages(found.config)])
+
+
+def _keys(config: TrainConfig) -> str:
+    """What ranks that share sequences send each other, beside ring attention's, and hold of whole sequences."""
+    a, recipe, cp, tokens = config.model.attention, config.recipe, config.parallel.cp, config.rank_tokens
+    row, ring = row_bytes(a, recipe), ring_row_bytes(a, recipe)
+    heads = key_heads_at_once(a, recipe, tokens * cp)
+    whole = whole_keys_bytes(a, recipe, cp, heads) * tokens * cp
+    return (
+        f"{cp} ranks share a sequence, {config.seq_len // cp:,} tokens each. A layer gathers {row:,.0f} bytes a token "
+        f"({ring:,.0f} where keys and values of all heads travel), a rank receives "
+        f"{row * tokens * (cp - 1) / 1e6:,.1f} MB;\nwhile it runs, keys, values and their gradients of "
+        f"{tokens * cp:,} tokens take {whole / GB:.1f} GB, {heads} heads of keys at once"
+    )
 
 
 def _alike(found: Prediction) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Seconds of a step outside the passes: gradients summed to their owners, the optimizer's update, weights gathered.
 
 ZeRO-1 sends 4 bytes a parameter of gradients beside the last backward and 2 bytes of weights beside the next forward
-(`parallel.sharding.zero`). What is exposed of each is what that backward (forward) is too short to hide, and at least one
-block's share: the block whose gradients are ready last, and the one whose weights are needed first.
+(`parallel.sharding.zero`). What is exposed of each is what that backward (forward) is too short to hide, and at least
+one block's share: the block whose gradients are ready last, and the one whose weights are needed first.
 
 The update reads gradients, masters and moments and writes masters, moments and weights of the parameters that a rank
 owns; the blocks of FP8 weights are made by every rank that uses them, and gradients are cleared. Muon is counted like

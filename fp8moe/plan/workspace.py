@@ -28,12 +28,13 @@ MUON_BYTES = 14  # for each value that is multiplied together (`muon_step`)
 def attention_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
     """Of a block's attention: what the layer says, the residual stream's and its norm's gradients, a norm's output.
 
-    Where ranks share sequences the layer holds keys and values of all their tokens.
+    Where ranks share sequences the layer holds keys and values of all their tokens, for some of the heads.
     """
     c, wide = config.model, sizes.recipe.dtype.itemsize
     if not any(blocks_of(c, stage) for stage in held):
         return 0.0
-    return sizes.tokens * (context_work_bytes(c.attention, sizes.recipe, sizes.cp) + 3 * wide * c.dim)
+    of_layer = context_work_bytes(c.attention, sizes.recipe, sizes.cp, sizes.tokens * sizes.cp)
+    return sizes.tokens * (of_layer + 3 * wide * c.dim)
 
 
 def gather_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:

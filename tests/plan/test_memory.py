@@ -37,6 +37,11 @@ SIZES = (
     "model.router.top_groups=1", "model.router.force_balance=true", "seq_len=64", "batch.sequences=16",
     "batch.micro_batch=2", "validation.samples=8", "run_dir=null",
 )  # fmt: skip
+WIDE = ("model.attention.num_heads=8", "model.attention.kv_lora_rank=128", "model.router.topk=1")  # keys weigh more
+GROUPED = (
+    "model=qwen3_30b_a3b", *(word for word in SIZES if "attention" not in word), "model.attention.num_heads=8",
+    "model.attention.num_kv_heads=4", "model.attention.head_dim=32", "model.attention.rope_dim=32",
+)  # fmt: skip
 LAYOUTS = {
     "fp8, zero1, ep 2": ("precision=fp8", "parallel.ep=2"),
     "bf16, nothing sharded, pp 2": ("precision=bf16", "optimizer.sharding=none", "parallel.pp=2", "parallel.ep=1"),
@@ -59,6 +64,15 @@ LAYOUTS = {
     "bf16, ep 4 by nodes of 2": (
         "precision=bf16", "parallel.ep=4", "parallel.dispatcher=node_limited", "parallel.ranks_per_node=2",
     ),
+    "fp8, cp 2, ep 2": ("precision=fp8", "parallel.ep=2", "parallel.cp=2", *WIDE),
+    "bf16, cp 4, nothing recomputed": ("precision=bf16", "parallel.ep=1", "parallel.cp=4", "recompute=[]", *WIDE),
+    "fp8, cp 2, zb1p, norms and mla_up recomputed": (
+        "precision=fp8", "parallel.pp=2", "parallel.schedule=zb1p", "parallel.ep=1", "parallel.cp=2",
+        "recompute=[norm,mla_up]", *WIDE,
+    ),
+    "grouped queries, bf16, cp 4, mla_up recomputed": (
+        *GROUPED, "precision=bf16", "parallel.ep=1", "parallel.cp=4", "recompute=[mla_up]",
+    ),
 }  # fmt: skip
 
 
@@ -66,8 +80,11 @@ LAYOUTS = {
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Live]]:
     """What four processes allocate in one step of each layout, by rank."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
-    base = ["model=tiny", *SIZES, "device=cpu", "steps=4", *corpus]
-    layouts = {name: resolve(compose([*base, *layout]).config, WORLD) for name, layout in LAYOUTS.items()}
+    run = ["device=cpu", "steps=4", *corpus]
+    layouts = {
+        name: resolve(compose([*(() if layout[0] in GROUPED else ("model=tiny", *SIZES)), *layout, *run]).config, WORLD)
+        for name, layout in LAYOUTS.items()
+    }
     return run_ranks(every, WORLD, layouts, timeout=280)
 
 
@@ -196,6 +213,9 @@ def test_places_that_a_token_visits() -> None:
         (8, ("parallel.pp=4", "parallel.ep=2")),
         (8, ("parallel.pp=1", "parallel.ep=8")),
         (32, ("parallel.pp=1", "parallel.ep=16", "parallel.dispatcher=node_limited", "parallel.ranks_per_node=4")),
+        (64, ("parallel.pp=2", "parallel.ep=2", "parallel.cp=8")),
+        (64, ("parallel.pp=1", "parallel.ep=8", "parallel.cp=4")),
+        (64, ("parallel.pp=4", "parallel.ep=1", "parallel.cp=16", "parallel.schedule=dualpipe")),
     ],
 )  # fmt: skip
 def test_communicators_are_those_of_the_mesh(world: int, words: tuple[str, ...]) -> None:
@@ -205,7 +225,7 @@ def test_communicators_are_those_of_the_mesh(world: int, words: tuple[str, ...])
     parallel, dp = config.parallel, config.dp
     mirrored, tied = parallel.schedule == "dualpipe", is_tied(config)
     per_node = parallel.ranks_per_node if parallel.dispatcher == "node_limited" else None
-    axes = axis_ranks(parallel.pp, dp, config.ep, per_node, mirrored=mirrored, tied=tied)
+    axes = axis_ranks(parallel.pp, dp, config.ep, per_node, mirrored=mirrored, tied=tied, cp=parallel.cp)
     unused = {"up", "down"} | ({"dp"} if parallel.pp > 1 else set())
     for pp_rank in {0, parallel.pp - 1}:
         rank = pp_rank * dp

@@ -33,13 +33,19 @@ def need(config: TrainConfig) -> float:
 
 def shape(config: TrainConfig) -> tuple[object, ...]:
     parallel = config.parallel
-    return parallel.pp, config.ep, parallel.schedule, config.micro_batch, tuple(sorted(config.recompute))
+    return parallel.pp, config.ep, parallel.cp, parallel.schedule, config.micro_batch, tuple(sorted(config.recompute))
 
 
-@pytest.mark.parametrize(("words", "share"), [([], 1.0), ([], 0.4), (["precision=bf16"], 0.1)])
+LONG = ["seq_len=8192", "batch.sequences=8", "model.max_seq_len=8192"]  # parts of 4,096 and 2,048 tokens are tried
+
+
+@pytest.mark.parametrize(
+    ("words", "share"), [([], 1.0), ([], 0.4), (["precision=bf16"], 0.1), (LONG, 0.5), ([*LONG, "parallel.cp=2"], 0.1)]
+)
 def test_brute_force_agrees(words: list[str], share: float) -> None:
     config = compose([*WORDS, "batch.sequences=16", *words]).config
     every = list(layouts(config, 8, 8))
+    assert {one.parallel.cp for one in every} == ({1, 2, 4} if config.seq_len == 8192 else {1})
     limit = sorted(map(need, every))[int(share * len(every)) - 1]
     cluster = replace(cluster_of(), memory_gb=limit / 1e9)
     fit = [one for one in every if need(one) <= cluster.memory_gb * 1e9]
