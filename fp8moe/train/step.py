@@ -33,6 +33,7 @@ from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import update_bias, violations
 from fp8moe.model.flops import mfu
+from fp8moe.model.head_loss import TokenLoss
 from fp8moe.model.loss import LossCounts, LossTally, LossWeights, loss_weights
 from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce, gather
@@ -163,30 +164,43 @@ def forward_backward(
     )
 
 
-def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, stopwatch: Stopwatch) -> Tensor:
+def train_passes(
+    run: Run,
+    batches: Sequence[Batch],
+    weights: LossWeights,
+    stopwatch: Stopwatch,
+    token_loss: TokenLoss | None = None,
+) -> Tensor:
     """Forward and backward of this rank's part of every micro-batch; gradients are added into `main_grad`.
 
+    token_loss: the main loss in place of cross entropy.
     -> FP64 [3], this rank's share of the main, MTP and balance losses' sums. Collective over pipeline and experts.
     """
     schedule = training_schedule(run, len(batches))
     if run.zero is not None:
         run.zero.begin(schedule)
     with listening(PhaseLaps(stopwatch)), marking(run.device):
-        return run_pipeline(run, schedule, batches, weights)
+        return run_pipeline(run, schedule, batches, weights, token_loss)
 
 
-def forward_passes(run: Run, batches: Sequence[Batch]) -> Tensor:
+def forward_passes(run: Run, batches: Sequence[Batch], token_loss: TokenLoss | None = None) -> Tensor:
     """Forwards alone, for validation: the model in evaluation mode -> FP64 [3] as above. Collective likewise."""
     schedule = forwards(training_schedule(run, run.config.num_microbatches), len(batches))
     run.model.eval()
     try:
         with torch.no_grad():
-            return run_pipeline(run, schedule, batches, LossWeights(0.0, 0.0, 0.0))
+            return run_pipeline(run, schedule, batches, LossWeights(0.0, 0.0, 0.0), token_loss)
     finally:
         run.model.train()
 
 
-def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
+def run_pipeline(
+    run: Run,
+    schedule: Schedule,
+    batches: Sequence[Batch],
+    weights: LossWeights,
+    token_loss: TokenLoss | None = None,
+) -> Tensor:
     """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
     config, tally = run.config, LossTally(run.device)
     on_device = [to_device(batch, run.device) for batch in batches]
@@ -195,7 +209,7 @@ def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights
         schedule,
         run.mesh.pp_rank,
         run.links,
-        StagePasses(run.model, run.stages, on_device, weights, tally),
+        StagePasses(run.model, run.stages, on_device, weights, tally, token_loss),
         empty=partial(torch.empty, tokens, config.model.dim, dtype=config.precision.mode.dtype, device=run.device),
         overlap=config.parallel.overlap,
         sms=sms_for_gemms(run),
