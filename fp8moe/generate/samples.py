@@ -41,7 +41,7 @@ def _completions(run: Run) -> list[str]:
     prompts = [run.data.validation.window(sample).tokens[:length].tolist() for sample in range(count)]
     sampling = SamplingConfig(TEMPERATURE, TOP_P, run.config.seed)
     config = GenerationConfig(NEW_TOKENS, seconds=SECONDS, sampling=sampling)
-    with _exact_dispatch(run):
+    with exact_dispatch(run):
         completions, _ = generate(
             run.model,
             prompts,
@@ -62,7 +62,7 @@ def _completions(run: Run) -> list[str]:
 
 
 @contextmanager
-def _exact_dispatch(run: Run) -> Iterator[None]:
+def exact_dispatch(run: Run) -> Iterator[None]:
     """Rows of few tokens go to experts by exact counts, without the bounds that the run's dispatcher may have."""
     layers = [module for module in run.model.modules() if isinstance(module, MoE)]
     exact = exact_dispatcher(run.config, run.mesh)

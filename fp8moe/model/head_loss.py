@@ -47,7 +47,12 @@ _ROWS = 128  # a chunk is a multiple of them, as the tiles of its products are
 
 
 class TokenLoss(Protocol):
-    """A loss that depends on a token by the log-probability of its label alone; cross entropy is minus that."""
+    """A loss that depends on a token by the log-probability of its label alone; cross entropy is minus that.
+
+    temperature: the logits are divided by it first.
+    """
+
+    temperature: float
 
     def __call__(self, microbatch: int, tokens: slice, logp_C: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [C] FP32, each a function of one token's log-probability, and their derivatives by it.

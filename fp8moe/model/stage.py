@@ -79,6 +79,7 @@ class StagePasses:
             loss = LossPass(model, before(), batch.labels_BS, self._weights, self._tally, entrance=entrance)
             if self._token_loss is not None:
                 loss.token_loss = partial(self._token_loss, microbatch)
+                loss.temperature = self._token_loss.temperature
             passes.append(loss)
         for one, behind in pairwise(passes):
             one.backward_from(_InputGradient(behind))
@@ -219,7 +220,7 @@ class MtpEntrancePass(_OnePhase):
 class LossPass(_OnePhase):
     """Norm, head and cross entropy, of the main model and of the MTP module behind `entrance` where there is one.
 
-    token_loss: the main model's loss in place of cross entropy.
+    token_loss: the main model's loss in place of cross entropy, of logits divided by `temperature`.
 
     The forward computes the gradients of head and cross entropy with their values, as `model.head_loss` says, and keeps
     those of the norms' outputs until the backward. Under `torch.no_grad` it computes values alone.
@@ -228,6 +229,7 @@ class LossPass(_OnePhase):
     name = "loss"
     input_gradient: Tensor
     token_loss: TokenLossHere | None = None
+    temperature: float = 1.0
     _gradient_here: Tensor | None  # of the output of the norm that this pass computes
 
     def __init__(
@@ -277,7 +279,10 @@ class LossPass(_OnePhase):
         assert head is not None
         training = torch.is_grad_enabled()
         on_device = torch.full((), weight, dtype=torch.float32, device=normed_TD.device) if training else None
-        return head_loss(head, normed_TD, labels_BS.flatten(), on_device, token_loss)
+        if token_loss is None or self.temperature == 1:
+            return head_loss(head, normed_TD, labels_BS.flatten(), on_device, token_loss)
+        loss, dx_TD = head_loss(head, normed_TD / self.temperature, labels_BS.flatten(), on_device, token_loss)
+        return loss, None if dx_TD is None else dx_TD / self.temperature
 
     @property
     def output(self) -> Tensor:

@@ -24,7 +24,8 @@ from fp8moe.train.step import forward_passes
 class LabelLogProbs:
     """A `TokenLoss` that is cross entropy and keeps what it is given: `logp_MT`, FP32, 0 where nothing is predicted."""
 
-    def __init__(self, microbatches: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, microbatches: int, tokens: int, device: torch.device, temperature: float = 1.0) -> None:
+        self.temperature = temperature
         self.logp_MT = torch.zeros(microbatches, tokens, dtype=torch.float32, device=device)
 
     def __call__(self, microbatch: int, tokens: slice, logp_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,12 +33,12 @@ class LabelLogProbs:
         return -logp_C, torch.full_like(logp_C, -1.0)
 
 
-def label_logprobs(run: Run, batches: Sequence[Batch]) -> Tensor:
+def label_logprobs(run: Run, batches: Sequence[Batch], temperature: float = 1.0) -> Tensor:
     """FP32 [M, T] on the host: the log-probability of every label of this rank's micro-batches, in their order.
 
     The model is the run's with its present weights, in evaluation mode. Collective over pipeline and experts: every
     rank brings as many micro-batches.
     """
-    kept = LabelLogProbs(len(batches), run.config.micro_batch * run.config.seq_len, run.device)
+    kept = LabelLogProbs(len(batches), run.config.micro_batch * run.config.seq_len, run.device, temperature)
     forward_passes(run, batches, kept)
     return all_reduce(kept.logp_MT, run.mesh.pp_group).cpu()

@@ -128,6 +128,10 @@ class RunLogger:
         if slowest.is_straggler:
             self.warn(str(slowest), "straggler")
 
+    def add_figures(self, figures: Mapping[str, Any]) -> None:
+        """Add figures to the record of the step that is noted next."""
+        self._extra |= figures
+
     def note_rollback(self, rollback: Rollback) -> None:
         """Report a rollback; records of the steps that it undoes go, and the next one says what they were."""
         self.print(str(rollback))
