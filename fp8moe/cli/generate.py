@@ -19,6 +19,7 @@ from fp8moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from fp8moe.cli.trained import Trained
+    from fp8moe.data.chat_template import ChatTemplate
     from fp8moe.generate.decode import Completion, Figures, GenerationConfig
     from fp8moe.generate.text import TextStream, Vocabulary
 
@@ -79,7 +80,7 @@ def _check(arguments: argparse.Namespace, processes: int) -> None:
         raise ConfigError(f"--chat - reads stdin, which {processes} processes can't share: use one process or a file")
     _config(arguments)
     trained = find_trained(arguments, processes)
-    _ends(arguments, trained.vocabulary())
+    _ends(arguments, trained, trained.vocabulary())
 
 
 def _ways(arguments: argparse.Namespace) -> None:
@@ -98,12 +99,22 @@ def _config(arguments: argparse.Namespace) -> GenerationConfig:
     return GenerationConfig(arguments.max_tokens, arguments.batch, arguments.mtp, sampling=sampling)
 
 
-def _ends(arguments: argparse.Namespace, vocabulary: Vocabulary) -> frozenset[int]:
-    """The tokens that end a completion."""
+def _template(trained: Trained, vocabulary: Vocabulary) -> ChatTemplate:
+    from fp8moe.data.chat_template import open_template
+
+    return open_template(None, trained.tokenizer, vocabulary.tokenizer)
+
+
+def _ends(arguments: argparse.Namespace, trained: Trained, vocabulary: Vocabulary) -> frozenset[int]:
+    """The tokens that end a completion: of a chat, that which ends a turn as well."""
+    from fp8moe.data.chat_tokens import end_of_turn
     from fp8moe.generate.text import check_stops
 
     check_stops(arguments.stop)
     own = frozenset() if arguments.ignore_end else vocabulary.ends
+    if arguments.chat is not None:
+        of_turn = end_of_turn(_template(trained, vocabulary), vocabulary.tokenizer)
+        own = own if of_turn is None else own | {of_turn}
     return own | {vocabulary.token(name) for name in arguments.stop_token}
 
 
@@ -114,7 +125,7 @@ def _generate(arguments: argparse.Namespace, processes: int) -> None:
 
     trained, config = find_trained(arguments, processes), _config(arguments)
     vocabulary = trained.vocabulary()
-    ends = _ends(arguments, vocabulary)
+    ends = _ends(arguments, trained, vocabulary)
     turns = _turns(arguments, trained, vocabulary)
     first = next(turns, None)
     if first is None:
@@ -141,15 +152,14 @@ def _turns(
     arguments: argparse.Namespace, trained: Trained, vocabulary: Vocabulary
 ) -> Iterator[tuple[list[list[int]], Callable[[str], None]]]:
     """Prompts to be continued together, and what to do with the first one's completion; one a turn of a chat."""
-    from fp8moe.generate.text import chat_template, read_chat, read_prompts, render_chat
+    from fp8moe.data.chat_tokens import encode_asked
+    from fp8moe.generate.text import read_chat, read_prompts
 
     if arguments.chat is None:
         texts = [*arguments.prompt, *(text for path in arguments.file for text in read_prompts(path))]
         yield [vocabulary.encode(text) for text in texts], lambda text: None
         return
-    template = chat_template(trained.tokenizer.parent)
-    end = None if vocabulary.end_of_text is None else vocabulary.tokenizer.id_to_token(vocabulary.end_of_text)
-    names = {"bos_token": "", "eos_token": end or ""}
+    template = _template(trained, vocabulary)
     messages: list[dict[str, str]] = []
     given = iter([read_chat(arguments.chat)]) if arguments.chat != "-" else _lines_of_stdin()
 
@@ -158,7 +168,7 @@ def _turns(
 
     for more in given:
         messages.extend(more)
-        yield [vocabulary.encode(render_chat(template, messages, names), special=True)], answered
+        yield [encode_asked(template, vocabulary.tokenizer, messages)], answered
 
 
 def _lines_of_stdin() -> Iterator[list[dict[str, str]]]:

@@ -53,6 +53,7 @@ _NAMES = {
     "parallel.timeout": "distributed_timeout_minutes ddp_timeout train_timeout_seconds",
     "parallel.startup_timeout": "init_timeout_seconds",
     "precision": "dtype torch_dtype mixed_precision params_dtype fp8_format fp8_recipe fp8 bf16 fp32",
+    "epochs": "num_epochs num_train_epochs max_epochs",
     "data.paths": "data_path train_data_path dataset dataset_path dataset_name train_file train_data",
     "data.weights": "data_weights mixture blend",
     "data.validation_paths": "valid_data_path validation_file eval_dataset val_data",
@@ -121,7 +122,7 @@ _ADVICE = {
         "world_size nproc nproc_per_node num_gpus gpus n_gpus nnodes num_nodes devices num_processes"
     ),
     "a run has a number of steps, of batch.sequences x seq_len tokens each: use steps=...": (
-        "epochs num_epochs num_train_epochs max_epochs train_samples train_tokens max_tokens token_budget"
+        "train_samples train_tokens max_tokens token_budget"
     ),
 }
 ALIASES = {name: key for key, names in _NAMES.items() for name in names.split()}

@@ -15,7 +15,7 @@ the old weights, in silence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,23 @@ class Origin:
 
 
 def compose_run(
-    settings: Sequence[str], world_size: int, from_run: str | None = None
+    settings: Sequence[str],
+    world_size: int,
+    from_run: str | None = None,
+    begin: Callable[[Sequence[str]], dict[str, Any]] = tree_of,
 ) -> tuple[Composed, Origin | None]:
     """The configuration of `settings` on `world_size` processes, and the run it was taken from, if there is one.
 
-    Raises ConfigError or ValueError with one sentence.
+    begin: the tree of the settings of a run that is taken from no other. Raises ConfigError or ValueError with one
+    sentence.
     """
     typed = tree_of(settings)
     _check_places(typed)
     origin = _origin(typed, from_run)
     if origin is None:
-        return composed(typed), None
+        tree = begin(settings)
+        _steps_or_epochs(tree, settings)
+        return composed(tree), None
     tree = overlaid(origin.tree, typed, tree_of([]), settings)
     tree |= {key: typed[key] for key in (_OF_THE_COMMAND if origin.goes_on else (*_OF_THE_COMMAND, *_WEIGHTS))}
     if not origin.goes_on:
@@ -66,6 +72,7 @@ def compose_run(
     elif typed["run_dir"] is None and isinstance(origin.run, Path) and (origin.run / CONFIG_FILE).is_file():
         tree["run_dir"] = str(origin.run)
     _refit(tree, settings, world_size)
+    _steps_or_epochs(tree, settings)
     return composed(tree), origin
 
 
@@ -185,6 +192,13 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], group: str 
             yield from differences(old, new, f"{key}.")
         elif old != new:
             yield key, old, new
+
+
+def _steps_or_epochs(tree: dict[str, Any], settings: Sequence[str]) -> None:
+    """Steps that are typed count, and no epochs of an experiment or another run, unless these are typed too."""
+    keys = {parse(setting).key_or_group for setting in settings}
+    if "steps" in keys and "epochs" not in keys:
+        tree["epochs"] = None
 
 
 def _refit(tree: dict[str, Any], settings: Sequence[str], world_size: int) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.cli.launch import LAUNCHED, count_processes, die_with_launcher, end_worker, is_worker, launch
@@ -33,9 +34,18 @@ configuration: resume=runs/mine steps=200.
 """
 
 
-def command_parser() -> Parser:
-    """The parser of the command line."""
-    parser = make_parser("train", DESCRIPTION, settings=True)
+@dataclass(frozen=True)
+class Command:
+    """A command that trains. begin: the settings of a new run as a tree, from those that are typed; None: `tree_of`."""
+
+    name: str
+    parser: Callable[[], Parser]
+    begin: Callable[[Sequence[str]], dict[str, Any]] | None = None
+
+
+def parser_of(name: str, description: str) -> Parser:
+    """The parser of the command line of a command that trains."""
+    parser = make_parser(name, description, settings=True)
     parser.add_argument(
         "--nproc", metavar="N", help="processes to start on this machine; auto: one a GPU, 4 without GPUs"
     )
@@ -46,19 +56,30 @@ def command_parser() -> Parser:
     return parser
 
 
+def command_parser() -> Parser:
+    """The parser of the command line."""
+    return parser_of("train", DESCRIPTION)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code; a worker that fails ends its process with the failure's code."""
+    return run(Command("train", command_parser), argv)
+
+
+def run(command: Command, argv: Sequence[str]) -> int:
+    """The same for any command that trains."""
     if is_worker():
-        return _work(argv)
+        return _work(command, argv)
     with handling_signals(end_worker):
-        return _run(argv)
+        return _run(command, argv)
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(command: Command, argv: Sequence[str]) -> int:
     """The run in this process, or the launcher of its workers."""
-    arguments = parse(command_parser(), argv)
+    arguments = parse(command.parser(), argv)
     threads = choose_threads(os.environ) if arguments.nproc is None else None  # before torch is loaded
-    from fp8moe.cli.compose import as_yaml
+    from fp8moe.cli.compose import as_yaml, tree_of
+    from fp8moe.cli.epochs import with_steps
     from fp8moe.cli.report import at_end
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
@@ -72,19 +93,20 @@ def _run(argv: Sequence[str]) -> int:
         place(os.environ)
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
     count = num_processes or 1
-    composed, origin = compose_run(arguments.settings, count, arguments.from_run)
+    composed, origin = compose_run(arguments.settings, count, arguments.from_run, command.begin or tree_of)
     if arguments.cfg:
         print(_job_text(composed, count), end="")
         return 0
     chosen = choose_micro_batch(composed.config, count, count)
-    config = resolve(chosen.config, count, open_released)
+    config, length = with_steps(chosen.config, count)
+    config = resolve(config, count, open_released)
     check_fits(config, count)
     check_files(config.data)
-    for sentence in filter(None, (note(origin, config), chosen.sentence, threads)):
+    for sentence in filter(None, (note(origin, config), chosen.sentence, length, threads)):
         print(sentence, flush=True)
     if num_processes is not None:
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
-        return launch(["train", *from_run, *arguments.settings], num_processes)
+        return launch([command.name, *from_run, *arguments.settings], num_processes)
     from fp8moe.generate.samples import last_lines
     from fp8moe.train.loop import train
 
@@ -108,19 +130,20 @@ def _job_text(composed: Composed, world_size: int) -> str:
         return f"# as typed, since {world_size} process{'es' * (world_size > 1)} can't run it: {error}\n{composed.text}"
 
 
-def _work(argv: Sequence[str]) -> int:
+def _work(command: Command, argv: Sequence[str]) -> int:
     """One rank of the run. A failure is written for the launcher and printed once; it ends the process at once."""
     die_with_launcher()
     with handling_signals(end_worker):
-        return _rank(argv)
+        return _rank(command, argv)
 
 
-def _rank(argv: Sequence[str]) -> int:
+def _rank(command: Command, argv: Sequence[str]) -> int:
     try:
-        arguments = parse(command_parser(), argv)
+        arguments = parse(command.parser(), argv)
         if arguments.nproc is not None:
             raise ConfigError(f"--nproc={arguments.nproc} starts processes and RANK is set: leave --nproc out")
-        from fp8moe.cli.compose import as_yaml
+        from fp8moe.cli.compose import as_yaml, tree_of
+        from fp8moe.cli.epochs import with_steps
         from fp8moe.cli.report import at_end
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
@@ -134,17 +157,18 @@ def _rank(argv: Sequence[str]) -> int:
 
         here = place(os.environ)
         world_size, is_first = here.world_size, here.rank == 0
-        composed, origin = compose_run(arguments.settings, world_size, arguments.from_run)
+        composed, origin = compose_run(arguments.settings, world_size, arguments.from_run, command.begin or tree_of)
         if arguments.cfg:
             if is_first:
                 print(_job_text(composed, world_size), end="")
             return 0
         chosen = choose_micro_batch(composed.config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        config = resolve(chosen.config, world_size, open_released)
+        config, length = with_steps(chosen.config, world_size)
+        config = resolve(config, world_size, open_released)
         if LAUNCHED not in os.environ:  # else the launcher did
             check_fits(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             check_files(config.data)
-            for sentence in filter(None, (note(origin, config), chosen.sentence)):
+            for sentence in filter(None, (note(origin, config), chosen.sentence, length)):
                 if is_first:
                     print(sentence, flush=True)
         train(config, as_yaml, open_released, last_lines, at_end)

@@ -73,13 +73,23 @@ def find_trained(arguments: argparse.Namespace, world_size: int) -> Trained:
     return trained_at(arguments.run, arguments.settings, world_size, arguments.tokenizer)
 
 
-def trained_at(run: str, settings: Sequence[str], world_size: int, tokenizer: str | None = None) -> Trained:
-    """The model at `run`, its configuration changed by `settings`."""
+@dataclass(frozen=True)
+class Found:
+    """What is known of a trained model before it is used: its settings; its name for `load_model`, or the opened
+    Hugging Face directory; its run directory, where it has one; its tokenizer.json, where that exists."""
+
+    tree: Mapping[str, Any]
+    source: str | HfModel
+    folder: Path | None
+    tokenizer: Path | None
+
+
+def find_settings(run: str) -> Found:
+    """The settings of the model at `run`. Raises ConfigError."""
     if "://" not in run and is_hf_directory(Path(run)) and not (Path(run) / CONFIG_FILE).is_file():
         released, own = open_model(Path(run)), Path(run, "tokenizer.json")
-        config = _for_use(settings_of(released, own if own.is_file() else None), settings, world_size)
-        released.check(config.model)
-        return Trained(config, released, own if tokenizer is None else Path(tokenizer))
+        tokenizer = own if own.is_file() else None
+        return Found(settings_of(released, tokenizer), released, Path(run), tokenizer)
     where = checkpoint.location(run)
     with checkpoint.looking_up(run):
         found = [where] if checkpoint.is_complete(where) else checkpoint.below(where)
@@ -90,8 +100,19 @@ def trained_at(run: str, settings: Sequence[str], world_size: int, tokenizer: st
     name = run if found else tree.get("checkpoint", {}).get("path")
     if name is None:
         raise ConfigError(f"{run} holds no complete checkpoint: {ADVICE}")
-    config = _for_use(tree, settings, world_size)
-    return Trained(config, str(name), _tokenizer(run, tokenizer, folder, config))
+    own, given = (folder or Path(run)) / "tokenizer.json", tree.get("data", {}).get("tokenizer")
+    tokenizer = own if own.is_file() else None if given is None else Path(given)
+    return Found(tree, str(name), folder, tokenizer)
+
+
+def trained_at(run: str, settings: Sequence[str], world_size: int, tokenizer: str | None = None) -> Trained:
+    """The model at `run`, its configuration changed by `settings`."""
+    found = find_settings(run)
+    config = _for_use(found.tree, settings, world_size)
+    if isinstance(found.source, HfModel):
+        found.source.check(config.model)
+    own = found.tokenizer or (found.folder or Path(run)) / "tokenizer.json"
+    return Trained(config, found.source, own if tokenizer is None else Path(tokenizer))
 
 
 def _for_use(tree: Mapping[str, Any], settings: Sequence[str], world_size: int) -> TrainConfig:
@@ -119,13 +140,3 @@ def _not_a_run(run: str, where: checkpoint.Location) -> str:
     if isinstance(where, Path) and not where.exists():
         return f"{run} does not exist: {ADVICE}"
     return f"{run} is neither a run directory, with its {CONFIG_FILE}, nor a checkpoint: {ADVICE}"
-
-
-def _tokenizer(run: str, given: str | None, folder: Path | None, config: TrainConfig) -> Path:
-    """Where the tokenizer is, or should be."""
-    if given is not None:
-        return Path(given)
-    own = (folder or Path(run)) / "tokenizer.json"
-    if not own.is_file() and config.data.tokenizer is not None:
-        return Path(config.data.tokenizer)
-    return own

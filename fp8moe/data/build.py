@@ -3,11 +3,13 @@
 One process of a job prepares the data while the others wait at the caller's barrier and then find them in the cache; a
 process on a node without that cache prepares them itself. Prepared folders, each named by a hash of all its inputs:
 - `stdlib-*`: tokenizer, training and validation token files of the embedded corpus (about 4 s on two cores);
+- `chat-*`: token files and mask of a file of conversations (`chat_tokens`);
 - `checked-*`: empty; it exists once every id of a token file was checked against the vocabulary size;
 - `order-*`: the sample order of one epoch; `bigram-*`: the figure of the byte bigram model.
 
 The validation order always uses seed 0 and the plain stream, so its first K samples are the same text in every run:
 packing by documents and fill-in-the-middle concern training alone, and figures of runs with and without compare.
+Conversations are packed in both parts alike, since a stream would cut their answers from what was asked.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,14 @@ from torch import Tensor
 from fp8moe.data import sources
 from fp8moe.data.bigram import bigram_bits_per_byte
 from fp8moe.data.cache import built_folder, cache_root, key_of, read_number
+from fp8moe.data.chat_template import ChatTemplate, open_chat_tools
+from fp8moe.data.chat_tokens import open_chat_tokens
 from fp8moe.data.fim import FillInTheMiddle, open_fim
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.packing import Dataset, PackedDataset, every_document
 from fp8moe.data.sampler import BlendedDataset
 from fp8moe.data.sources import DataConfig
-from fp8moe.data.split import split
+from fp8moe.data.split import split, split_documents
 from fp8moe.data.tokenizer import (
     TokenizerInfo,
     check_size,
@@ -61,7 +66,8 @@ class Data:
 
     token_bytes: int64 [vocab_size], number of bytes of each id, 0 for special tokens and unused ids; None without a
         tokenizer. Bits per byte = sum of nats over predicted tokens / ln 2 / sum of token_bytes over their labels.
-    bigram_bits_per_byte: of a byte bigram model on the same validation text; None without a tokenizer.
+    bigram_bits_per_byte: of a byte bigram model on the same validation text; None without a tokenizer, and for chat.
+    chat: the template of conversations; None for text.
     """
 
     train: Dataset
@@ -70,6 +76,7 @@ class Data:
     tokenizer: TokenizerInfo | None
     token_bytes: Tensor | None
     bigram_bits_per_byte: float | None
+    chat: ChatTemplate | None = None
 
 
 def open_data(
@@ -93,6 +100,8 @@ def open_data(
     root = cache_root(config.cache_dir)
     if config.source == "stdlib":
         data = _open_stdlib(config, root, seq_len, seed, validation_samples)
+    elif config.source == "chat":
+        data = _open_chat(config, root, seq_len, seed)
     else:
         data = _open_indexed(config, root, seq_len, seed, validation_samples)
     if is_first:
@@ -178,6 +187,41 @@ def _open_indexed(config: DataConfig, root: Path, seq_len: int, seed: int, valid
         _mix(validation, validation_weights, config.document_mask),
         tokenizer,
         validation_samples,
+    )
+
+
+def _open_chat(config: DataConfig, root: Path, seq_len: int, seed: int) -> Data:
+    path, tokenizer, template = open_chat_tools(config)
+    open_tokens = partial(
+        open_chat_tokens,
+        template=template,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        seq_len=seq_len,
+        drops=config.long_conversations == "drop",
+        cache=root,
+    )
+    opened = [open_tokens(Path(name)) for name in config.paths]
+    held = [open_tokens(Path(name)) for name in config.validation_paths]
+    parts = [(one, every_document(one)) for one in held]
+    train: list[Dataset] = []
+    for one in opened:
+        kept, held_out = (every_document(one), None) if held else split_documents(one, config.validation_share)
+        train.append(_pack(one, kept, config, root, seq_len, seed, config.packing))
+        parts += [] if held_out is None else [(one, held_out)]
+    validation: list[Dataset] = [
+        _pack(one, numbers, config, root, seq_len, _VALIDATION_SEED, config.packing) for one, numbers in parts
+    ]
+    weights = list(config.weights) or [1.0] * len(train)
+    vocabulary = load_vocabulary(path, config.vocab_size)
+    return Data(
+        _mix(train, weights, config.document_mask),
+        _mix(validation, [len(part) for part in validation] if held else weights, config.document_mask),
+        config.vocab_size,
+        TokenizerInfo(path, num_ids(tokenizer), vocabulary.end_of_text),
+        torch.tensor([len(string) for string in vocabulary.strings], dtype=torch.int64),
+        None,
+        template,
     )
 
 

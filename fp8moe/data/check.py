@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fp8moe.data.chat_rows import read_conversations
+from fp8moe.data.chat_template import open_chat_tools
+from fp8moe.data.chat_tokens import rendered
 from fp8moe.data.fim import open_fim
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.sources import DataConfig
@@ -16,7 +19,15 @@ from fp8moe.data.tokenizer import check_size, load_tokenizer, tokenizer_beside
 
 def check_files(config: DataConfig) -> None:
     """Raises DataError at a token file or tokenizer that is missing, unreadable or broken, or lacks a sentinel of FIM,
-    ConfigError at one that has more ids than `vocab_size`. Writes nothing."""
+    ConfigError at one that has more ids than `vocab_size`; of conversations each file's first row and the template are
+    looked at. Writes nothing."""
+    if config.source == "chat":
+        _, tokenizer, template = open_chat_tools(config)
+        check_size(tokenizer, config.vocab_size)
+        for name in (*config.paths, *config.validation_paths):
+            place, messages = next(read_conversations(Path(name)))
+            rendered(template, place, messages)
+        return
     for prefix in (*config.paths, *config.validation_paths):
         IndexedDataset(prefix)
     given = None if config.tokenizer is None else Path(config.tokenizer)

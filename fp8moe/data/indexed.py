@@ -157,10 +157,12 @@ class IndexedDataset:
     tokens: all ids, flat, in the type of the file.
     document_offsets: int64 [documents + 1], the token at which each document starts; the last one is `len(tokens)`.
     fingerprint: SHA-256 of path, sizes, modification times and first MB of both files, for names in caches.
+    predicted: as long as `tokens`, 0 where a token is not predicted; None: all are (`chat_tokens` has others).
     """
 
     tokens: NDArray[np.integer[Any]]
     document_offsets: NDArray[np.int64]
+    predicted: NDArray[np.uint8] | None = None
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)

@@ -63,12 +63,14 @@ class Batch:
 class Window:
     """One sample. tokens: int64 [S + 1]; starts: int64, the places in it where a document begins; the first is 0.
 
-    padding: so many tokens at the end are padding, of id 0, and not predicted.
+    padding: so many tokens at the end are padding, of id 0, and not predicted. predicted: uint8 [S + 1], 0 where a
+    token is not predicted either, as what was asked in a chat; None: all are.
     """
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int64]
     padding: int = 0
+    predicted: NDArray[np.uint8] | None = None
 
 
 class Dataset(Protocol):
@@ -95,8 +97,10 @@ def collate(windows: Sequence[Window], *, document_mask: bool) -> Batch:
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
     inputs_BS, labels_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     filled = [tokens.shape[1] - window.padding for window in windows]
-    for row, end in enumerate(filled):
+    for row, (window, end) in enumerate(zip(windows, filled, strict=True)):
         labels_BS[row, end - 1 :] = IGNORED_LABEL
+        if window.predicted is not None:
+            labels_BS[row, torch.from_numpy(window.predicted[1:] == 0)] = IGNORED_LABEL
     if not document_mask:
         positions_BS = torch.arange(inputs_BS.shape[1]).expand_as(inputs_BS).contiguous()
         return Batch(inputs_BS, labels_BS, positions_BS, None)
@@ -141,12 +145,12 @@ class PackedDataset:
         self._documents = documents[lengths > 0]
         self._lengths = lengths[lengths > 0]
         self.num_tokens = int(self._lengths.sum())
-        if self.num_tokens < seq_len + 1:
+        if self.num_tokens < (1 if packing == "documents" else seq_len + 1):
             raise DataError(
                 f"{source.prefix} has {self.num_tokens} tokens in {len(self._documents)} documents and a sample needs "
                 f"seq_len + 1 = {seq_len + 1}: use seq_len={max(1, self.num_tokens - 1)} or add text"
             )
-        self._source, self._seq_len, self._seed, self._vocab_size = source, seq_len, seed, vocab_size
+        self.source, self._seq_len, self._seed, self._vocab_size = source, seq_len, seed, vocab_size
         self.document_mask, self.whole_documents, self._fim = document_mask, packing == "documents", fim
         self._cache = cache
         self._indices: dict[int, dict[str, NDArray[np.int64]]] = {}
@@ -165,7 +169,7 @@ class PackedDataset:
     @property
     def name(self) -> str:
         """Folder and name of the token files."""
-        return "/".join(Path(self._source.prefix).parts[-2:])
+        return "/".join(Path(self.source.prefix).parts[-2:])
 
     def tokens_with_fim(self) -> int:
         """Tokens of the first epoch, those that fill-in-the-middle adds included."""
@@ -178,7 +182,7 @@ class PackedDataset:
 
     def content(self) -> str:
         """A hash of the text alone, wherever its files lie."""
-        return key_of(self._source.content(), self._chosen)
+        return key_of(self.source.content(), self._chosen)
 
     def prepare(self) -> None:
         """Builds the index of the first epoch, unless it is in the cache."""
@@ -229,9 +233,9 @@ class PackedDataset:
 
     def _read(self, document: int, offset: int = 0, count: int | None = None) -> NDArray[Any]:
         """Ids of a document as it is stored. Raises DataError at one outside the vocabulary."""
-        begin = int(self._source.document_offsets[self._entry(self._documents, document)]) + offset
-        ids = self._source.tokens[begin : begin + (int(self._lengths[document]) if count is None else count)]
-        self._source.check_ids(ids, begin, self._vocab_size)
+        begin = int(self.source.document_offsets[self._entry(self._documents, document)]) + offset
+        ids = self.source.tokens[begin : begin + (int(self._lengths[document]) if count is None else count)]
+        self.source.check_ids(ids, begin, self._vocab_size)
         return ids
 
     def _part(self, epoch: int, document: int, offset: int, most: int) -> NDArray[Any]:
@@ -263,6 +267,7 @@ class PackedDataset:
         stop = self._entry(index["first"], number + 1) if self.whole_documents else len(index["documents"]) + 1
         offset = 0 if self.whole_documents else self._entry(index["offset"], number)
         tokens = np.zeros(self._seq_len + 1, dtype=np.int64)
+        predicted = None if self.source.predicted is None else np.zeros(len(tokens), dtype=np.uint8)
         starts, filled = [], 0
         while filled < len(tokens) and place < stop:
             document = self._entry(index["documents"], place)
@@ -272,11 +277,14 @@ class PackedDataset:
                 raise self._damaged()
             part = self._part(epoch, document, offset, len(tokens) - filled)
             tokens[filled : filled + len(part)] = part
+            if predicted is not None and self.source.predicted is not None:
+                begin = int(self.source.document_offsets[self._documents[document]]) + offset
+                predicted[filled : filled + len(part)] = self.source.predicted[begin : begin + len(part)]
             starts.append(filled)
             filled, place, offset = filled + len(part), place + 1, 0
         if not filled:
             raise self._damaged()
-        return Window(tokens, np.array(starts, dtype=np.int64), len(tokens) - filled)
+        return Window(tokens, np.array(starts, dtype=np.int64), len(tokens) - filled, predicted)
 
     def _entry(self, values: NDArray[np.int64], place: int) -> int:
         if not 0 <= place < len(values):
@@ -284,7 +292,7 @@ class PackedDataset:
         return int(values[place])
 
     def _damaged(self) -> DataError:
-        return DataError(f"the cached sample order of {self._source.prefix} is damaged: delete {self._cache}")
+        return DataError(f"the cached sample order of {self.source.prefix} is damaged: delete {self._cache}")
 
     def batch(self, sample_ids: Sequence[int]) -> Batch:
         """The samples `sample_ids`, in that order."""
@@ -294,19 +302,3 @@ class PackedDataset:
 def every_document(source: IndexedDataset) -> NDArray[np.int64]:
     """The numbers of all documents."""
     return np.arange(len(source), dtype=np.int64)
-
-
-def split_documents(source: IndexedDataset, validation_share: float) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """(train, validation) document numbers; the validation documents are evenly spaced through the file, with no seed.
-
-    So both parts have documents of every origin and date; the last documents of a file may all be of one.
-    """
-    numbers = every_document(source)
-    if len(numbers) < 2:
-        raise DataError(
-            f"{source.prefix} has {len(numbers)} document and holding one out needs 2: set data.validation_paths"
-        )
-    held_out = np.floor((numbers + 1) * validation_share) > np.floor(numbers * validation_share)
-    if not held_out.any():
-        held_out[len(numbers) // 2] = True
-    return numbers[~held_out], numbers[held_out]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,39 @@ def read_column(path: Path, column: str) -> Iterator[str]:
 
     Raises DataError: pyarrow is missing, the file is broken, it has no such column, or the column holds no text.
     """
+    with _reading(path) as pyarrow:
+        schema, batches = _opened(pyarrow, path, (column,))
+        _check(pyarrow, path, schema, column)
+        for batch in batches:
+            for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
+                yield "" if text is None else text
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows, with those of `columns` that there are; of a table that has none of them, all columns' names with None.
+
+    Raises DataError: pyarrow is missing, or the file is broken.
+    """
+    with _reading(path) as pyarrow:
+        schema, batches = _opened(pyarrow, path, columns)
+        there = [name for name in columns if name in schema.names]
+        for batch in batches:
+            if there:
+                yield from batch.select(there).to_pylist()
+            else:
+                yield from (dict.fromkeys(schema.names) for _ in range(batch.num_rows))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """pyarrow, whose errors within the block are a DataError."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow: pip install 'fp8moe[data]'") from error
     try:
-        schema, batches = _opened(pyarrow, path, column)
-        _check(pyarrow, path, schema, column)
-        for batch in batches:
-            for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
-                yield "" if text is None else text
+        yield pyarrow
     except (pyarrow.ArrowException, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} can't be read by pyarrow ({reason}): it is cut off or damaged, copy it again") from (
@@ -72,11 +95,11 @@ def read_column(path: Path, column: str) -> Iterator[str]:
         )
 
 
-def _opened(pyarrow: Any, path: Path, column: str) -> tuple[Any, Iterator[Any]]:
-    """(schema, record batches that have at least the column if the schema has it)."""
+def _opened(pyarrow: Any, path: Path, wanted: tuple[str, ...]) -> tuple[Any, Iterator[Any]]:
+    """(schema, record batches that have at least those of the wanted columns that the schema has)."""
     if path.suffix.lower() == ".parquet":
         table = pyarrow.parquet.ParquetFile(path)
-        columns = [column] if column in table.schema_arrow.names else []
+        columns = [name for name in wanted if name in table.schema_arrow.names]
         return table.schema_arrow, table.iter_batches(batch_size=_ROWS, columns=columns)
     with open(path, "rb") as handle:
         is_file = handle.read(len(_FILE_MAGIC)) == _FILE_MAGIC

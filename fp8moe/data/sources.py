@@ -30,7 +30,7 @@ from fp8moe.data.durable import unreadable
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.limits import Range, check_fields
 
-SOURCES = ("stdlib", "indexed")
+SOURCES = ("stdlib", "indexed", "chat")
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 )
@@ -41,19 +41,25 @@ SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 class DataConfig:
     """Settings of the training and validation data, checked on construction (raises ValueError)."""
 
-    # stdlib: this Python's standard library, tokenized on the first run and cached; indexed: token files
+    # stdlib: this Python's standard library, tokenized on the first run and cached; indexed: token files; chat:
+    # conversations, of which the assistant's part is learned, tokenized and cached likewise
     source: str = "stdlib"
-    paths: tuple[str, ...] = ()  # prefixes of token files, without .bin and .idx (indexed only)
+    # prefixes of token files, without .bin and .idx (indexed); files of conversations, .jsonl or .parquet (chat)
+    paths: tuple[str, ...] = ()
     # a number >= 0 a path, any sum: shares of samples, not of epochs, so a small file of a large weight
     # repeats; empty: equal
     weights: tuple[float, ...] = ()
-    # prefixes of validation token files, mixed by their sizes; empty: validation_share counts
+    # validation data, as paths, mixed by their sizes; empty: validation_share counts
     validation_paths: tuple[str, ...] = ()
     # share held out of the training data: by file (stdlib); by document, or the end of a single one (indexed)
     validation_share: float = 0.025
     # a tokenizer.json, byte-level or as Llama 2's; None: trained on the corpus (stdlib) or PREFIX.tokenizer.json
-    # (indexed; where there is none, there are no bits per byte)
+    # (indexed; where there is none, there are no bits per byte); for chat, that of init_from (fp8moe sft)
     tokenizer: str | None = None
+    # chat: chatml, plain, or a Jinja file; None: chat_template.jinja or tokenizer_config.json beside the tokenizer
+    chat_template: str | None = None
+    # chat: a conversation longer than a sample loses its end, or is left out
+    long_conversations: Literal["truncate", "drop"] = "truncate"
     vocab_size: int = 4096  # token ids are below it; configs/: the model's; also of a tokenizer trained here
     document_mask: bool = False  # attention stays within a document, and the first token of a document is not predicted
     # stream: documents joined and cut anywhere; documents: whole documents fill samples by best fit, with padding
@@ -77,6 +83,8 @@ class DataConfig:
         )
         if self.source not in SOURCES:
             raise ConfigError(f"data.source={self.source!r} is not a data source: use {' or '.join(SOURCES)}")
+        if self.source == "chat":
+            self._check_chat()
         if self.source == "indexed" and not self.paths:
             raise ConfigError(
                 "data.source=indexed needs at least 1 entry in data.paths, got 0: give the PREFIX of PREFIX.bin/.idx"
@@ -92,6 +100,17 @@ class DataConfig:
                 "give three, or none for those that the tokenizer has"
             )
         self._check_weights()
+
+    def _check_chat(self) -> None:
+        if not self.paths:
+            raise ConfigError(
+                "data.source=chat needs at least 1 entry in data.paths, got 0: give a .jsonl or .parquet file of "
+                "conversations, data.paths=[FILE]"
+            )
+        if self.fim_rate:
+            raise ConfigError(
+                f"data.fim_rate={self.fim_rate} would cut conversations of data.source=chat apart: use data.fim_rate=0"
+            )
 
     def _check_weights(self) -> None:
         if not self.weights:

@@ -2,19 +2,20 @@
 
 One book is one document: its last tokens are held out, at least those of one sample, so that a short text can be
 trained on as well. They are the end because what lies between two training parts would be seen from both sides. With
-several documents, `packing.split_documents` takes some evenly through the file.
+several documents, `split_documents` takes some evenly through the file.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fp8moe.data.cache import key_of
 from fp8moe.data.indexed import IndexedDataset
-from fp8moe.data.packing import split_documents
+from fp8moe.data.packing import every_document
 from fp8moe.errors import DataError
 
 
@@ -53,3 +54,19 @@ def split(
     # A share of a half may round to more than leaves a sample.
     divided = DividedDocument(source, max(sample, num_tokens - held_out))
     return divided, np.array([0]), np.array([1])
+
+
+def split_documents(source: IndexedDataset, validation_share: float) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """(train, validation) document numbers; the validation documents are evenly spaced through the file, with no seed.
+
+    So both parts have documents of every origin and date; the last documents of a file may all be of one.
+    """
+    numbers = every_document(source)
+    if len(numbers) < 2:
+        raise DataError(
+            f"{source.prefix} has {len(numbers)} document and holding one out needs 2: set data.validation_paths"
+        )
+    held_out = np.floor((numbers + 1) * validation_share) > np.floor(numbers * validation_share)
+    if not held_out.any():
+        held_out[len(numbers) // 2] = True
+    return numbers[~held_out], numbers[held_out]

@@ -1,8 +1,8 @@
 """The last lines of a training run: completions of held-out text by the model as it is, and the commands to go on with.
 
 The beginnings of the first validation samples are continued, on all ranks that train: a few tokens within a few
-seconds. They are drawn, by the run's seed, since a young model's likeliest text soon repeats itself. A run with a
-pipeline has no rank with the whole model and shows the commands alone.
+seconds; of conversations their first answer. They are drawn, by the run's seed, since a young model's likeliest text
+soon repeats itself. A run with a pipeline has no rank with the whole model and shows the commands alone.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def _completions(run: Run) -> list[str]:
     if run.zero is not None:
         run.zero.wait_weights()
     vocabulary = Vocabulary(tokenizer.path, run.config.model.vocab_size)
-    length = min(PROMPT_TOKENS, run.config.seq_len, run.config.model.max_seq_len - 1)
-    prompts = [run.data.validation.window(sample).tokens[:length].tolist() for sample in range(count)]
+    prompts = [_prompt(run, sample) for sample in range(count)]
     sampling = SamplingConfig(TEMPERATURE, TOP_P, run.config.seed)
     config = GenerationConfig(NEW_TOKENS, seconds=SECONDS, sampling=sampling)
     with exact_dispatch(run):
@@ -61,6 +60,16 @@ def _completions(run: Run) -> list[str]:
     return lines
 
 
+def _prompt(run: Run, sample: int) -> list[int]:
+    """The beginning of a held-out sample: a few tokens, of a conversation up to where the assistant answers."""
+    window, most = run.data.validation.window(sample), run.config.model.max_seq_len - 1
+    length = min(PROMPT_TOKENS, run.config.seq_len, most)
+    if window.predicted is not None:
+        length = min(max(int(window.predicted.argmax()), 1), run.config.seq_len, most)
+    ids: list[int] = window.tokens[:length].tolist()
+    return ids
+
+
 @contextmanager
 def exact_dispatch(run: Run) -> Iterator[None]:
     """Rows of few tokens go to experts by exact counts, without the bounds that the run's dispatcher may have."""
@@ -79,5 +88,6 @@ def _commands(run: Run) -> list[str]:
     if run.saver.newest is None:
         return []
     name = shlex.quote(str(run.run_dir))
-    generating = [] if run.data.tokenizer is None else [f'  fp8moe generate {name} --prompt "def read("']
+    ask = '--prompt "def read("' if run.data.chat is None else "--chat -"
+    generating = [] if run.data.tokenizer is None else [f"  fp8moe generate {name} {ask}"]
     return ["", "go on with", *generating, f"  fp8moe train resume={name} steps={2 * run.config.steps}"]

@@ -4,9 +4,8 @@ A token of a byte-level vocabulary is a string of bytes, so a character may come
 when its characters are whole. Text that might be the beginning of a stop string is held back until that is known; a
 stop string ends the completion and is no part of it.
 
-A chat goes through the chat template that a released model brings with its tokenizer: a Jinja template, which is data,
-run in Jinja's immutable sandbox as `transformers` does; it reaches neither files nor Python. A chat's text may name
-special tokens, which are encoded as such; a prompt's text may not, as in training.
+A chat goes through the chat template beside the tokenizer (`data.chat_template`), of which names of special tokens are
+encoded as such; in a prompt's text they are text, as in pretraining.
 """
 
 from __future__ import annotations
@@ -142,40 +141,6 @@ def json_lines(path: str, text: str, keys: Mapping[str, type | tuple[type, ...]]
     if not rows:
         raise DataError(f"{path} has 0 lines and needs at least 1: write one object a line")
     return rows
-
-
-def chat_template(folder: Path) -> str:
-    """The chat template beside a tokenizer: chat_template.jinja, or in tokenizer_config.json. Raises ConfigError."""
-    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    if isinstance(found, str):
-        return found
-    raise ConfigError(
-        f"{folder} has no chat template, neither chat_template.jinja nor in tokenizer_config.json: use --prompt"
-    )
-
-
-def render_chat(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """The text of a chat up to where the model answers; names: special tokens that templates use, bos_token for one.
-
-    Raises ConfigError where the template refuses the messages.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    try:
-        compiled = environment.from_string(template)
-        return str(compiled.render(messages=list(messages), add_generation_prompt=True, **names))
-    except TemplateError as error:
-        raise ConfigError(f"the chat template refuses these messages ({error}): change them") from error
 
 
 def read_chat(path: str) -> list[dict[str, str]]:

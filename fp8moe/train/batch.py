@@ -72,6 +72,14 @@ def total_samples(config: BatchConfig, steps: int) -> int:
     return consumed + (steps - done) * config.sequences
 
 
+def steps_for(config: BatchConfig, samples: int) -> int:
+    """The least number of steps, at least 1, that take `samples` sequences or more."""
+    consumed = done = 0
+    while config.ramp_from is not None and consumed < min(samples, config.ramp_samples):
+        consumed, done = consumed + global_batch(config, consumed), done + 1
+    return max(1, done + -(-max(0, samples - consumed) // config.sequences))
+
+
 def resolve_batch(config: BatchConfig, dp: int, *, least: int = 1, multiple: int = 1) -> BatchConfig:
     """The configuration with `micro_batch` filled in, after a check that every size of the batch suits dp ranks.
 

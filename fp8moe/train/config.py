@@ -71,8 +71,10 @@ class TrainConfig:
     validation: ValidationConfig  # when the model is scored on held-out text
     checkpoint: CheckpointConfig  # when checkpoints are saved, where, and how many stay
     name: str  # of the run, in its directory's name; None: the experiment's or the model's
-    steps: int  # optimizer steps in all
+    steps: int  # optimizer steps in all; with epochs they follow from the data
     seq_len: int  # tokens that a sequence predicts
+    # passes over the training data, which set steps; None: steps counts. Typing steps alone takes epochs back
+    epochs: float | None = None
     seed: int = 0  # of the initial weights and the order of the data
     run_dir: str | None = None  # where the run writes; None: runs/TIME-NAME
     # none; auto or required (from run_dir's newest complete checkpoint: auto starts anew without one); or the
@@ -106,6 +108,7 @@ class TrainConfig:
             self,
             "",
             steps=POSITIVE,
+            epochs=Range(above=0, most=10**6, use="use 2, or null for a number of steps"),
             seq_len=POSITIVE,
             seed=Range(least=0, most=2**63 - 1),
             max_skipped_steps=COUNT,

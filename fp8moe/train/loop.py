@@ -71,8 +71,9 @@ def train(
                     at_end.callback(report, run_dir)
                     preemption.on_end.append(lambda _: report(run_dir))
                 if run.is_first:
-                    tokenizer = run.data.tokenizer
-                    describe_start(run_dir, run.step, as_yaml(config), None if tokenizer is None else tokenizer.path)
+                    tokenizer, chat = run.data.tokenizer, run.data.chat
+                    path = None if tokenizer is None else tokenizer.path
+                    describe_start(run_dir, run.step, as_yaml(config), path, None if chat is None else chat.files())
                 with out_of_memory_in_words(run), no_collection_within_steps():
                     if method is not None:
                         method.begin(run)

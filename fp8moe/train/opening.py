@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fp8moe.data.chat_tokens import described
 from fp8moe.data.mixture import table, uses
 from fp8moe.kernels import backend
 from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
@@ -52,7 +53,7 @@ def _data(run: Run) -> list[str]:
     config = run.config
     found = uses(run.data.train, total_samples(config.batch, config.steps), config.seq_len)
     fim = [] if config.data.fim_rate == 0 else [f"fill-in-the-middle in {config.data.fim_rate:.3g} of the documents"]
-    return [*(table(found) if found else []), *fim]
+    return [*(table(found) if found else []), *fim, *described(run.data.train)]
 
 
 def _averaging(run: Run) -> list[str]:

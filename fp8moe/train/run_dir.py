@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from fp8moe.data.durable import copy_file, make_folder, sync, write_text
@@ -123,12 +124,19 @@ def mark_preempted(run_dir: Path, sentence: str) -> None:
     (run_dir / PREEMPTED).write_text(f"{sentence}\n", encoding="utf-8")
 
 
-def describe_start(run_dir: Path, step: int, config: str, tokenizer: Path | None) -> None:
-    """Write what a start after `step` steps was configured with (`config`, YAML), and keep a copy of its tokenizer."""
+def describe_start(
+    run_dir: Path, step: int, config: str, tokenizer: Path | None, beside_tokenizer: Mapping[str, str] | None = None
+) -> None:
+    """Write what a start after `step` steps was configured with (`config`, YAML), and keep a copy of its tokenizer.
+
+    beside_tokenizer: further files of text, by name: those of a chat template.
+    """
     for name in (f"config-{step}.yaml", "config.yaml"):
         write_text(run_dir / name, config)
     if tokenizer is not None and not _same_file(tokenizer, run_dir / "tokenizer.json"):
         copy_file(tokenizer, run_dir / "tokenizer.json")
+    for name, text in (beside_tokenizer or {}).items():
+        write_text(run_dir / name, text)
 
 
 def _same_file(one: Path, other: Path) -> bool:

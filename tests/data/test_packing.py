@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from fp8moe.data import packing
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.order import epoch_index
-from fp8moe.data.packing import PackedDataset, Window, collate, every_document, split_documents
+from fp8moe.data.packing import PackedDataset, Window, collate, every_document
+from fp8moe.data.split import split_documents
 from fp8moe.errors import ConfigError, DataError
 
 MakeTokens = Callable[..., IndexedDataset]

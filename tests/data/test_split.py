@@ -10,9 +10,8 @@ import pytest
 
 from fp8moe.data.build import open_data
 from fp8moe.data.indexed import IndexedDataset
-from fp8moe.data.packing import split_documents
 from fp8moe.data.sources import DataConfig
-from fp8moe.data.split import split
+from fp8moe.data.split import split, split_documents
 from fp8moe.errors import DataError
 
 MakeTokens = Callable[..., IndexedDataset]
