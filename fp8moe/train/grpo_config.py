@@ -16,14 +16,11 @@ from fp8moe.limits import COUNT, POSITIVE, Range, check_fields
 class GrpoConfig:
     """What `fp8moe grpo` samples, how it is rewarded, and the objective of the updates; no other command reads it."""
 
-    # a task of `fp8moe.post.tasks`, or a .jsonl with prompt and answer on every line
-    problems: str = "addition"
-    held_out_problems: str | None = None  # a .jsonl of problems that are scored and never trained on; None: of a task
+    task: str = "addition"  # of `fp8moe.post.tasks`, whose problems are posed where data.paths names no file
     digits: int = 2  # of a task's numbers
     train_count: int = 4096  # problems of a task that are trained on
     held_out_count: int = 512  # problems that are scored with every validation; 0: none
-    # text around a problem where the tokenizer has no chat template
-    prompt_format: str = "{prompt} "
+    prompt_format: str = "{prompt} "  # text around a problem where there is no chat template
     system: str | None = None  # the system message of a chat
     prompts: int = 32  # problems a batch of rollouts
     samples: int = 16  # completions of each, a group
