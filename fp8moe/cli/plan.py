@@ -100,8 +100,9 @@ def configuration(settings: Sequence[str], cluster: Cluster) -> tuple[TrainConfi
         return compose_run(settings, cluster.gpus)[0].config, []
     refused = []
     data = tree["data"]
-    if isinstance(data, dict) and data.get("source") == "indexed" and not data.get("paths"):
-        refused.append(f"data.paths=[] names no token files: add {PLACEHOLDER}")
+    if isinstance(data, dict) and data.get("source") in ("indexed", "chat") and not data.get("paths"):
+        files = "token files" if data["source"] == "indexed" else "files of conversations"
+        refused.append(f"data.paths=[] names no {files}: add {PLACEHOLDER}")
         tree["data"] = data | {"paths": ["PREFIX"], "weights": []}
     return composed(tree).config, refused
 

@@ -73,6 +73,8 @@ def over_trained(command: str, experiment: str, settings: Sequence[str]) -> dict
     tree = overlaid(tree, typed, tree_of([]), settings)
     if not isinstance(tree["data"], dict):
         return tree  # which is refused where it is made a configuration
+    if "seq_len" not in keys and isinstance(most := tree["model"].get("max_seq_len"), int):
+        tree["seq_len"] = min(tree["seq_len"], most)
     if "data.vocab_size" not in keys:
         tree["data"]["vocab_size"] = tree["model"]["vocab_size"]
     if tree["data"].get("tokenizer") is None and found.tokenizer is not None:

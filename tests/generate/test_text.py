@@ -12,17 +12,10 @@ from fp8moe.errors import ConfigError, DataError
 from fp8moe.generate.text import (
     TextStream,
     Vocabulary,
-    chat_template,
     check_stops,
     json_lines,
     read_chat,
     read_prompts,
-    render_chat,
-)
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -131,41 +124,13 @@ def test_bad_json_lines_are_one_sentence(text: str, words: str) -> None:
         json_lines("F", text, {"prompt": str})
 
 
-def test_chats_are_what_transformers_renders(tmp_path: Path) -> None:
-    tokenization = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [
-        {"role": "user", "content": "hé\n"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    template = TEMPLATE + "\n  {% if true %}\n{{ messages | tojson }}\n  {% endif %}\n"
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    rendered, _ = tokenization.render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=True, **names
-    )
-    assert render_chat(template, messages, names) == rendered[0]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "of the configuration"}))
-    assert chat_template(tmp_path) == "of the configuration"
-    (tmp_path / "chat_template.jinja").write_text("of the file")
-    assert chat_template(tmp_path) == "of the file"
+def test_chats_of_files(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hé\n"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chat.json").write_text(json.dumps(messages))
     assert read_chat(str(tmp_path / "chat.json")) == messages
 
 
-@pytest.mark.parametrize("template, words", [
-    ("{{ raise_exception('no system role') }}", "no system role"),
-    ("{% if %}", "refuses these messages"),
-    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses these messages"),
-    ("{{ messages.append(1) }}", "refuses these messages"),
-])  # fmt: skip
-def test_templates_run_in_a_sandbox(template: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        render_chat(template, [{"role": "user", "content": "a"}], {})
-
-
 def test_bad_chats_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no chat template, .*: use --prompt$"):
-        chat_template(tmp_path)
     for text in ("{}", "[]", '[{"role": "user"}]'):
         (tmp_path / "chat.json").write_text(text)
         with pytest.raises(DataError, match="must hold a list of at least 1 message"):
