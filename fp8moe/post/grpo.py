@@ -69,7 +69,9 @@ class Grpo:
 
     def open_data(self, config: TrainConfig, mesh: Mesh) -> Data:
         """The problems; the validation loss is that of held-out solutions. Raises ConfigError and DataError."""
-        grpo = config.grpo
+        grpo, pp = config.grpo, config.parallel.pp
+        if pp > 1:
+            raise ConfigError(f"rollouts are made by whole models and parallel.pp={pp} cuts them: use parallel.pp=1")
         self._rewards = [(name, find_reward(name)) for name in grpo.rewards]
         self._weights = grpo.reward_weights or (1.0,) * len(grpo.rewards)
         self._posed = posed = Posed(config)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fp8moe.data.packing import Batch, Window, collate
-from fp8moe.errors import ConfigError
 from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
 from fp8moe.generate.samples import exact_dispatch
 from fp8moe.train.run import Run
@@ -49,10 +48,6 @@ class BuiltIn:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        if run.mesh.pp > 1:
-            raise ConfigError(
-                f"rollouts are made by whole models and parallel.pp={run.mesh.pp} cuts them: use parallel.pp=1"
-            )
 
     def sample(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling

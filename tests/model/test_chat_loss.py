@@ -22,7 +22,12 @@ from tests.model.hf_oracle import BASE, hf_names, pair, randomize
 from tests.model.shapes import changed
 
 SEQ_LEN, VOCABULARY = 96, 300
-CONVERSATIONS = [TURNS, exchange("what is 1+2", "1+2=3")["messages"], exchange("be brief", "yes")["messages"], TURNS[1:]]
+CONVERSATIONS = [
+    TURNS,
+    exchange("what is 1+2", "1+2=3")["messages"],
+    exchange("be brief", "yes")["messages"],
+    TURNS[1:],
+]
 
 
 def opened(folder: Path, conversations: list[Any]) -> Dataset:
