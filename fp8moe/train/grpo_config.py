@@ -16,7 +16,7 @@ from fp8moe.limits import COUNT, POSITIVE, Range, check_fields
 class GrpoConfig:
     """What `fp8moe grpo` samples, how it is rewarded, and the objective of the updates; no other command reads it."""
 
-    task: str = "addition"  # of `fp8moe.post.tasks`, whose problems are posed where data.paths names no file
+    task: str = "addition"  # the task whose problems are posed where data.paths names no file: addition
     digits: int = 2  # of a task's numbers
     train_count: int = 4096  # problems of a task that are trained on
     held_out_count: int = 512  # problems that are scored with every validation; 0: none
@@ -31,7 +31,7 @@ class GrpoConfig:
     epochs: int = 1  # passes over a batch of rollouts
     # more problems are drawn, at most so many times, in place of groups that score alike (DAPO's dynamic sampling)
     dynamic_rounds: int = 0
-    rewards: tuple[str, ...] = ("accuracy", "format")  # names of `fp8moe.post.rewards`, or module:function
+    rewards: tuple[str, ...] = ("accuracy", "format")  # accuracy, format, think, or module:function
     reward_weights: tuple[float, ...] = ()  # of each reward in the sum; empty: 1
     normalize_std: bool = True  # advantages are divided by the group's deviation; Dr. GRPO: false
     # the mean that the objective is: of samples, each the mean of its tokens (sequence, GRPO); of all tokens (token,
