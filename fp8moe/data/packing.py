@@ -95,7 +95,8 @@ class Dataset(Protocol):
 def collate(windows: Sequence[Window], *, document_mask: bool) -> Batch:
     """Stacks windows into a batch; with `document_mask` a label that starts another document is -100, see `Batch`."""
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
-    inputs_BS, labels_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    # Copies: of a single sample both would be views of the same memory, and labels are written below.
+    inputs_BS, labels_BS = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     filled = [tokens.shape[1] - window.padding for window in windows]
     for row, (window, end) in enumerate(zip(windows, filled, strict=True)):
         labels_BS[row, end - 1 :] = IGNORED_LABEL

@@ -54,7 +54,9 @@ def test_every_key_is_in_the_files_and_so_can_be_overridden() -> None:
 @pytest.mark.parametrize("group", sorted(config_groups()))
 def test_every_choice_composes(group: str) -> None:
     for name in choices(group):
-        with_files = f"{group}/{name}" in ("data/indexed", "data/chat") or (group == "experiment" and name != "quickstart")
+        with_files = f"{group}/{name}" in ("data/indexed", "data/chat") or (
+            group == "experiment" and name != "quickstart"
+        )
         more = ["data.paths=[a,b]"] if with_files else []
         more += ["model=dsv3_671b"] if name == "sft" else []  # which is for the model of init_from
         composed = compose([f"{group}={name}", *more])

@@ -256,3 +256,12 @@ def test_held_out_documents_are_spread_evenly(make_tokens: MakeTokens, count: in
 def test_one_document_cannot_be_split(make_tokens: MakeTokens) -> None:
     with pytest.raises(DataError, match="has 1 document and holding one out needs 2"):
         split_documents(make_tokens([[1, 2, 3]]), 0.1)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_the_labels_of_a_single_sample_share_no_memory_with_its_inputs(document_mask: bool) -> None:
+    tokens, predicted = np.arange(1, 10), np.array([0, 0, 1, 1, 1, 0, 0, 1, 1], dtype=np.uint8)
+    window = Window(tokens, np.array([0]), padding=2, predicted=predicted)
+    batch = collate([window], document_mask=document_mask)
+    assert batch.inputs_BS.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert batch.labels_BS.tolist() == [[-100, 3, 4, 5, -100, -100, -100, -100]]
