@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("fp8moe.cli.plan", "predict a run's memory, speed and cost on a cluster, and search its layouts"),
     "doctor": ("fp8moe.cli.doctor", "look for what would prevent or slow a run on this machine, or on all nodes"),
     "tokenize": ("fp8moe.cli.tokenize", "make indexed token files from text or JSON lines"),
-    "data": ("fp8moe.cli.data", "print what token files hold: documents, lengths, bytes per token, samples"),
+    "data": ("fp8moe.cli.data", "print what token files or conversations hold: lengths, bytes per token, samples"),
     "import": ("fp8moe.cli.import_model", "make a run directory of a released model"),
     "watch": ("fp8moe.cli.watch", "show a run in the terminal while it trains"),
     "report": ("fp8moe.cli.report", "make an HTML page of a run, or of several side by side"),

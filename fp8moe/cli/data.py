@@ -1,4 +1,5 @@
-"""`fp8moe data PREFIX`: the card of token files: their size, documents, lengths, and samples of their text."""
+"""`fp8moe data PREFIX`: the card of token files: their size, documents, lengths, and samples of their text; or of a
+file of conversations (`chat_data`)."""
 
 from __future__ import annotations
 
@@ -11,27 +12,36 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from fp8moe.cli.chat_data import print_chat
 from fp8moe.cli.command import Parser, make_parser, parse
 from fp8moe.data.card import Card, Sample, card_of, histogram, samples_of
+from fp8moe.data.chat_rows import is_chat_file
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.token_bytes import token_byte_strings
 from fp8moe.data.tokenizer import end_of_text_id, load_tokenizer, num_ids, tokenizer_beside
 from fp8moe.errors import ConfigError, DataError
 
 DESCRIPTION = """\
-Print what token files hold: documents, tokens, bytes a token, lengths, duplicates, samples.
+Print what token files hold: documents, tokens, bytes a token, lengths, duplicates, samples; of a file of conversations,
+what is learned of them.
 
   fp8moe data tokens/mine --samples 3
+  fp8moe data chat.jsonl --tokenizer runs/base/tokenizer.json --chat-template plain
 """
 
 
 def command_parser() -> Parser:
     """The parser of the command line."""
     parser = make_parser("data", DESCRIPTION)
-    parser.add_argument("path", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx, or one of these files")
+    parser.add_argument(
+        "path", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx, or one of these, or a chat"
+    )
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples of text to show (default: 2)")
     parser.add_argument("--size", type=int, default=128, metavar="N", help="tokens of a sample (default: 128)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: PREFIX.tokenizer.json)")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="of a chat: chatml, plain, FILE (default: the tokenizer's)"
+    )
     return parser
 
 
@@ -50,6 +60,9 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--samples {options.samples} must be at least 0: use 0 for none")
     if options.size < 1:
         raise ConfigError(f"--size {options.size} must be at least 1: use 128")
+    if is_chat_file(Path(options.path)):
+        print_chat(Path(options.path), options)
+        return
     prefix = options.path
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[: -len(".bin")]

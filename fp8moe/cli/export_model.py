@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -170,11 +171,13 @@ def _generation(kept: Path | None, ids: dict[str, Any]) -> dict[str, str]:
 
 def _copy(kept: Path | None, path: Any, folder: Path) -> None:
     """The tokenizer's files, unchanged; those of a tokenizer made here, with what readers need beside it."""
+    from fp8moe.data.chat_template import TEMPLATE_FILE
     from fp8moe.interop.tokenizer_files import keep, write_own
 
+    own = path.parent.parent / "tokenizer.json"
     if kept is not None:
         keep(kept, folder)
-        return
-    own = path.parent.parent / "tokenizer.json"
-    if isinstance(own, Path) and own.is_file():
+    elif isinstance(own, Path) and own.is_file():
         write_own(own, folder)
+    if isinstance(own, Path) and (template := own.parent / TEMPLATE_FILE).is_file():  # of a fine-tuning
+        shutil.copyfile(template, folder / TEMPLATE_FILE)

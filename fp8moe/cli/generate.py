@@ -112,7 +112,7 @@ def _ends(arguments: argparse.Namespace, trained: Trained, vocabulary: Vocabular
 
     check_stops(arguments.stop)
     own = frozenset() if arguments.ignore_end else vocabulary.ends
-    if arguments.chat is not None:
+    if arguments.chat is not None and not arguments.ignore_end:
         of_turn = end_of_turn(_template(trained, vocabulary), vocabulary.tokenizer)
         own = own if of_turn is None else own | {of_turn}
     return own | {vocabulary.token(name) for name in arguments.stop_token}

@@ -78,7 +78,6 @@ class ChatTokens(IndexedDataset):
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"the cached {mask.parent} can't be read ({error}): delete it") from error
         self._mask = mask
-        self.fingerprint = key_of(self.fingerprint, content_hash(mask))
 
     def content(self) -> str:
         """A hash of tokens and mask, whatever the path. Raises DataError."""

@@ -73,6 +73,12 @@ def _check_count(count: int, most: int, task: str, digits: int, held_out: bool) 
         )
 
 
+def as_conversation(problem: Problem) -> dict[str, list[dict[str, str]]]:
+    """A problem and its solution as a row of a chat file."""
+    turns = ("user", problem.prompt), ("assistant", problem.solution)
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
 def extract_answer(text: str) -> str | None:
     """The answer of a solution: what stands behind the last line that begins with `Answer:`; None without one."""
     found = _ANSWER.findall(text)

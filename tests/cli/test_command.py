@@ -136,9 +136,9 @@ WORDS = [
 def test_a_wrong_command_line_is_one_sentence_and_code_2(
     command: str, words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """RANK changes nothing, except for train: its workers have their own test."""
+    """RANK changes nothing, except for what trains: its workers have their own test."""
     monkeypatch.setattr("fp8moe.cli.train.launch", None)  # not reached: no process is started
-    for rank in (None, "1") if command != "train" else (None,):
+    for rank in (None, "1") if command not in ("train", "sft") else (None,):
         if rank is not None:
             monkeypatch.setenv("RANK", rank)
         assert main([command, *words]) == 2

@@ -12,6 +12,7 @@ from fp8moe.data import card as module
 from fp8moe.data.card import card_of, histogram, samples_of
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.tokenizer import save_tokenizer, train_tokenizer
+from tests.data.chats import TURNS, chat_tokenizer, exchange, write_rows
 
 TEXTS = ["one é", "two " * 9, "", "one é", "two " * 9, "one é", "x"]
 
@@ -99,3 +100,17 @@ def test_bad_input(
     assert main(["data", *words]) == code
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("fp8moe data: ")
+
+
+def test_conversations_are_shown_with_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": TURNS}, exchange("a", "b"), {"messages": TURNS[:2]}]
+    path = write_rows(tmp_path / "chat.jsonl", rows)
+    chat_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    words = ["data", str(path), "--tokenizer", str(tmp_path / "tokenizer.json")]
+    assert main([*words, "--chat-template", "chatml", "--samples", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{path}: 3 conversations, 1 without an answer, the chat template chatml\n" in out
+    assert '  [given] "<|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\na b<|im_end|>\\n<|im_sta' in out
+    assert '  [learned] "c d<|im_end|>"\n  [given] "\\n<|im_start|>user' in out and "line 2" not in out
+    assert main(words) == 2 and "has no chat template" in capsys.readouterr().err
+    assert main(words[:2]) == 2 and "needs a tokenizer: use --tokenizer" in capsys.readouterr().err

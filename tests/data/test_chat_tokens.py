@@ -98,7 +98,9 @@ def test_what_is_left_out_is_counted(opened: Open) -> None:
     assert (cut.counts.conversations, cut.counts.unanswered, cut.counts.too_long, cut.counts.truncated) == (4, 1, 1, 1)
     assert len(cut) == cut.counts.kept == 2 and np.diff(cut.document_offsets).max() == 41
     assert cut.predicted is not None and cut.counts.learned == int(cut.predicted.sum())
-    assert cut.described().startswith("chat.jsonl: 4 conversations, 1 without an answer left out, 1 too long left out, 1 ")
+    assert cut.described().startswith(
+        "chat.jsonl: 4 conversations, 1 without an answer left out, 1 too long left out, 1 "
+    )
     dropped = opened(rows, seq_len=40, drops=True)
     assert (len(dropped), dropped.counts.too_long, dropped.counts.truncated) == (1, 2, 0)
     assert dropped.content() != cut.content() and dropped.fingerprint != cut.fingerprint
@@ -197,7 +199,9 @@ def test_files_are_mixed_and_validation_may_have_its_own(tmp_path: Path) -> None
     assert len(described(data.train)) == 2
     held_out = {one for epoch in (0, 1) for one in conversations(data.validation, epoch)}
     assert len(held_out) == 1 and len(data.train) > len(data.validation)
-    with pytest.raises(DataError, match=r"chat.jsonl has 1 document and holding one out needs 2: set data.validation_p"):
+    with pytest.raises(
+        DataError, match=r"chat.jsonl has 1 document and holding one out needs 2: set data.validation_p"
+    ):
         data_of(tmp_path, ROWS[:1])
 
 
@@ -218,3 +222,27 @@ def test_the_first_row_is_looked_at_before_a_run_starts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1 has no messages, it has text"):
         data_of(tmp_path, [{"text": "a"}])
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_stream_of_conversations_is_learned_where_the_assistant_speaks_too(tmp_path: Path) -> None:
+    data = data_of(tmp_path, packing="stream", document_mask=False)
+    template, tokenizer = data.chat, chat_tokenizer()
+    assert template is not None and isinstance(data.train, PackedDataset)
+    masks = {}
+    for row in ROWS:
+        ids, mask = encode_conversation(template, tokenizer, row["messages"])
+        masks[tuple(ids.tolist())] = mask
+    whole = {key: mask for key, mask in masks.items() if len(key) < 40}
+    found = 0
+    for sample in range(len(data.train)):
+        window = data.train.window(sample)
+        assert window.predicted is not None
+        for start, end in zip(window.starts[:-1].tolist(), window.starts[1:].tolist(), strict=True):
+            if (key := tuple(window.tokens[start:end].tolist())) in whole:
+                assert window.predicted[start:end].tolist() == whole[key].tolist()
+                found += 1
+        if len(window.starts) > 1 and window.starts[1] > 1:  # the end of a conversation that a window before began
+            tail = tuple(window.tokens[: window.starts[1]].tolist())
+            ends = {tuple(mask[-len(tail) :].tolist()) for key, mask in masks.items() if key[-len(tail) :] == tail}
+            assert tuple(window.predicted[: len(tail)].tolist()) in ends
+    assert found > 10

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from fp8moe.__main__ import main
+from fp8moe.cli.command import parse
+from fp8moe.cli.generate import _ends, command_parser
 from fp8moe.cli.trained import trained_at
 from fp8moe.generate import open as generate_open
 from fp8moe.generate.open import load_model
@@ -121,6 +123,18 @@ def test_chats_go_on_turn_by_turn(
     monkeypatch.setattr("sys.stdin", io.StringIO("delta\n\nself\n"))
     (second,) = generated(mine, tmp_path, "--chat", "-", *words)
     assert second["prompt"] == f"delta = {one['completion']} = self = "
+
+
+def test_a_chat_ends_at_the_token_that_ends_a_turn(run: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(run, mine)
+    (mine / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|fim_middle|>\n{% endfor %}")
+    trained, words = trained_at(str(mine), [], 1), [str(mine), "--chat", "messages.json"]
+    vocabulary = trained.vocabulary()
+    of_turn, of_text = vocabulary.token("<|fim_middle|>"), vocabulary.end_of_text
+    assert _ends(parse(command_parser(), words), trained, vocabulary) == {of_turn, of_text}
+    assert _ends(parse(command_parser(), [*words, "--ignore-end"]), trained, vocabulary) == set()
+    assert _ends(parse(command_parser(), [str(mine), "--prompt", "a"]), trained, vocabulary) == {of_text}
 
 
 def test_text_and_token_files_are_scored(

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from fp8moe.__main__ import main as command
 from fp8moe.cli.compose import as_yaml, compose
 from fp8moe.cli.epochs import with_steps
 from fp8moe.cli.resume import compose_run
@@ -19,6 +20,7 @@ from fp8moe.cli.sft import begin, main
 from fp8moe.data.chat_template import open_template
 from fp8moe.data.tokenizer import load_tokenizer
 from fp8moe.errors import ConfigError
+from fp8moe.generate.samples import _prompt
 from fp8moe.train.batch import BatchConfig, steps_for, total_samples
 from fp8moe.train.config import TrainConfig, resolve
 from fp8moe.train.loop import run_to_end
@@ -112,9 +114,10 @@ def test_resuming_changes_no_bit_and_another_seed_does(chat: list[str], tmp_path
     middle = tmp_path / "whole" / "checkpoints" / "step-2"
     config = resolve(compose_run([*settings, f"run_dir={tmp_path / 'other'}"], 1, None, begin)[0].config, 1)
     run = built(replace(config, resume=str(middle)))
+    assert run.step == 2
     run_to_end(run, time.perf_counter())
     assert differing(stored(run), whole) == []
-    assert differing(finished([*settings, "seed=1"]), whole)
+    assert differing(finished([*settings, "seed=1", f"run_dir={tmp_path / 'seed'}"]), whole)
 
 
 LAYOUTS = [("parallel.ep=2", 2), ("parallel.schedule=dualpipev", 1)]
@@ -148,12 +151,23 @@ def test_the_command_trains_and_leaves_what_a_chat_needs(chat: list[str], tmp_pa
     template = open_template(None, run_dir / "tokenizer.json", tokenizer)
     assert template.render([{"role": "user", "content": "a"}], asks=True) == "User:\na\nAssistant:\n"
     assert template.names["eos_token"] == "<|endoftext|>"
+    assert command(["export", str(run_dir), str(tmp_path / "out"), "--precision", "bf16"]) == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.text
     # Another fine-tuning of it needs no template to be named, and goes on where it ended.
     again = fine_tuning([*(one for one in chat if not one.startswith("init_from")), f"init_from={run_dir}"])
     assert again.data.tokenizer == str(run_dir / "tokenizer.json")
     composed, origin = compose_run([f"resume={run_dir}", "steps=9"], 1, None, begin)
     assert origin is not None and (composed.config.steps, composed.config.epochs) == (9, None)
     assert composed.config.data.source == "chat"
+
+
+def test_the_last_lines_answer_held_out_questions(chat: list[str]) -> None:
+    run = built(fine_tuning([*chat, "steps=1"]))
+    assert run.data.tokenizer is not None
+    tokenizer = load_tokenizer(run.data.tokenizer.path)
+    for sample in range(3):
+        asked = tokenizer.decode(_prompt(run, sample), skip_special_tokens=False)
+        assert asked.startswith("User:\nalpha ") and asked.endswith("\nAssistant:\n") and asked.count("User") == 1
 
 
 def test_the_opening_says_what_is_left_out_and_learned(chat: list[str]) -> None:

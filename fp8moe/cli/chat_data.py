@@ -1,0 +1,44 @@
+"""`fp8moe data FILE` of conversations: how many there are, their tokens, and samples with what is learned of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fp8moe.data.card import histogram
+from fp8moe.data.chat_rows import read_conversations
+from fp8moe.data.chat_template import open_template
+from fp8moe.data.chat_tokens import encode_conversation, rendered
+from fp8moe.data.tokenizer import load_tokenizer
+from fp8moe.errors import ConfigError
+
+
+def print_chat(path: Path, options: argparse.Namespace) -> None:
+    """Print the card of a file of conversations. Raises ConfigError and DataError."""
+    if options.tokenizer is None:
+        raise ConfigError(f"{path} holds conversations and needs a tokenizer: use --tokenizer RUN/tokenizer.json")
+    tokenizer_path = Path(options.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_path)
+    template = open_template(options.chat_template, tokenizer_path, tokenizer)
+    lengths, learned, unanswered = [], 0, 0
+    shown: list[str] = []
+    for place, messages in read_conversations(path):
+        parts = rendered(template, place, messages)
+        ids, mask = encode_conversation(template, tokenizer, messages)
+        lengths.append(len(ids))
+        learned += int(mask.sum())
+        unanswered += not mask.any()
+        if len(shown) < options.samples:
+            lines = [f"  [{'learned' if is_learned else 'given'}] {_quoted(text)}" for text, is_learned in parts]
+            shown.append("\n".join([f"\n{place}, {len(ids):,} tokens, {int(mask.sum()):,} learned:", *lines]))
+    tokens = np.array(lengths, dtype=np.int64)
+    print(f"{path}: {len(tokens):,} conversations, {unanswered:,} without an answer, {template.source}")
+    print(f"{tokens.sum():,} tokens, of which {learned / max(1, tokens.sum()):.1%} are learned")
+    print("\n".join(["", f"{'tokens':>23} {'conversations':>13}", *histogram(tokens), *shown]))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
