@@ -67,6 +67,15 @@ def test_layouts_agree(world_size: int, settings: tuple[str, ...], corpus: list[
             assert [one[name] for one in found] == pytest.approx([one[name] for one in expected], rel=2e-3, abs=1e-6)
 
 
+def test_in_fp8_the_mismatch_of_rollout_and_training_is_measured(corpus: list[str]) -> None:
+    wide = [f"model.{name}=128" for name in ("dim", "dense_hidden", "attention.q_lora_rank", "attention.kv_lora_rank")]
+    heads = ["model.attention.nope_dim=32", "model.attention.rope_dim=32", "model.attention.v_dim=64"]
+    sizes = [*wide, *heads, "model.experts.hidden=128", "seq_len=64", "grpo.samples=4"]
+    (found,) = steps(policy_config(corpus, *sizes, "precision=fp8"), 1)
+    assert 1e-6 < found["mismatch_kl"] < 0.02 and found["mismatch_largest"] > 1e-3
+    assert found["ratio_deviation"] < 1e-5 and found["kl"] == pytest.approx(0, abs=1e-6)
+
+
 def last_checkpoint(run_dir: Path) -> dict[str, bytes]:
     newest = max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
