@@ -70,6 +70,11 @@ class Grpo:
     def open_data(self, config: TrainConfig, mesh: Mesh) -> Data:
         """The problems; the validation loss is that of held-out solutions. Raises ConfigError and DataError."""
         grpo, pp = config.grpo, config.parallel.pp
+        if config.data.source != "problems":
+            raise ConfigError(
+                f"fp8moe grpo learns from problems and data.source is {config.data.source}: go on with a run of its "
+                "own, or begin from this one, init_from=RUN"
+            )
         if pp > 1:
             raise ConfigError(f"rollouts are made by whole models and parallel.pp={pp} cuts them: use parallel.pp=1")
         self._rewards = [(name, find_reward(name)) for name in grpo.rewards]

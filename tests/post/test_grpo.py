@@ -21,6 +21,7 @@ from fp8moe.train.loop import train
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
 from tests.post.runs import policy_config, policy_run
+from tests.train.runs import configured
 
 
 def steps(config: TrainConfig, count: int) -> list[dict[str, Any]]:
@@ -137,6 +138,8 @@ def test_a_sample_that_can_not_be_scored_is_named_counted_and_left_out(
 
 
 def test_what_can_not_be_is_refused(corpus: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"learns from problems and data.source is indexed: go on with a run of its"):
+        Grpo().open_data(configured(corpus), None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"parallel.pp=2 cuts them: use parallel.pp=1"):
         Grpo().open_data(policy_config(corpus, "parallel.pp=2", world_size=2), None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"grpo.max_tokens=100 follow, and a row has seq_len \+ 1 = 49: use seq_len="):
