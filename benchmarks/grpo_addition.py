@@ -33,7 +33,8 @@ GRPO = (
     *("seq_len=72", "data.document_mask=false", "batch.micro_batch=64", "validation.samples=64", "device=cpu"),
     *(f"grpo.task={TASK}", f"grpo.digits={DIGITS}", "grpo.train_count=6000", "grpo.max_tokens=40", "grpo.prompts=32"),
     *("grpo.samples=8", "grpo.minibatches=2", "grpo.rewards=[accuracy]", "grpo.clip_high=0.28"),
-    *("optimizer.schedule.peak=2e-4", "validation.every=20", "logging.every=20"),
+    *("grpo.kl=0", "optimizer.schedule.peak=2e-4", "optimizer.schedule.warmup_steps=10", "optimizer.beta2=0.99"),
+    *("validation.every=20", "logging.every=20"),
 )
 
 
@@ -73,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add("grpo", shape, "answered right", after, "share")
         longer = max(1, round(sft_steps * took / seconds))
         more = folder / f"more-{seed}"
-        words = (f"init_from={tuned}", chat, f"steps={longer}", f"seed={seed}", f"run_dir={more}")
-        command("sft", *SFT, "optimizer.schedule.peak=8e-4", *words)
+        further = (f"init_from={tuned}", chat, f"steps={longer}", f"seed={seed}", f"run_dir={more}")
+        command("sft", *SFT, "optimizer.schedule.peak=8e-4", *further)
         report.add("further sft", f"{shape}, {longer} steps", "answered right", accuracy(more, count), "share")
     report.finish()
     return 0
