@@ -78,8 +78,11 @@ def test_every_command_is_one_that_the_program_takes(typed: Typed, folder: Path)
     from fp8moe.cli.compose import compose
     from fp8moe.train.config import resolve
 
+    settings = [word for word in arguments.settings if not word.startswith("resume=")]
+    if command == "sft" and len(settings) == len(arguments.settings):
+        settings = ["data=chat", *settings]  # of the experiment that it begins with, whose model is that of init_from
     with chdir(folder):
-        config = compose([word for word in arguments.settings if not word.startswith("resume=")]).config
+        config = compose(settings).config
     is_whole = typed.block and not typed.open and not any(word.startswith(("--from", "resume=runs")) for word in words)
     if command == "train" and is_whole:
         resolve(config, typed.processes)
