@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once too: `cli.threa
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
     "sft": ("fp8moe.cli.sft", "fine-tune a model on conversations; as train, with other data and defaults"),
+    "grpo": ("fp8moe.cli.grpo", "improve a model by reinforcement learning on problems with answers (GRPO)"),
     "keys": ("fp8moe.cli.keys", "list the keys of a run, or those that a word finds: fp8moe keys warmup"),
     "plan": ("fp8moe.cli.plan", "predict a run's memory, speed and cost on a cluster, and search its layouts"),
     "doctor": ("fp8moe.cli.doctor", "look for what would prevent or slow a run on this machine, or on all nodes"),

@@ -1,13 +1,15 @@
 """Cross entropy of one chunk of logits, and its gradient in their place.
 
     loss_c = log(sum_v exp(x_cv)) - x_c,label          FP32, zero where nothing is predicted
-    x_cv <- weight * (exp(x_cv) / sum_v exp(x_cv) - [v = label])     in the dtype of the logits, zero likewise
+    x_cv <- weight_c * (exp(x_cv) / sum_v exp(x_cv) - [v = label])   in the dtype of the logits, zero likewise
 
 A head of 129,280 tokens makes logits that are larger than anything else in a step. So the loss of a few thousand tokens
 and its gradient come out of one pass over their logits, and `model.head_loss` walks a micro-batch chunk by chunk: the
 idea of Liger-Kernel's fused linear cross entropy (arXiv 2410.10989). All arithmetic is FP32, with one rounding where a
 gradient is stored. The weight is multiplied in before that rounding: a loss averaged over 63 million tokens has
-gradients near 1e-8, which BF16 holds as well as it holds 1, since its exponents are those of FP32.
+gradients near 1e-8, which BF16 holds as well as it holds 1, since its exponents are those of FP32. One weight
+serves all tokens, or each has its own: the gradient of any function of a label's log-probability is this one, with that
+function's slope for a weight.
 
 A device takes its exponentials from the hardware, to 2 units in the last place; bounds stand in the README.
 """
@@ -33,16 +35,17 @@ def cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
 
 
 def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor, losses: Tensor) -> None:
-    """The same losses; logits are overwritten by the gradient of `weight` times their sum.
+    """The same losses; logits are overwritten by the gradient of the sum of `weight` times each.
 
-    weight: an FP32 scalar on the device of the logits; `torch.full` makes one of a number without a wait.
+    weight: FP32 on the device of the logits, a scalar or [C]; `torch.full` makes one of a number without a wait.
     Raises ValueError as `cross_entropy` does, and for another weight.
     """
     _check(logits, labels, losses)
-    if weight.dtype is not torch.float32 or weight.dim() != 0 or weight.device != logits.device:
+    shaped = weight.dim() == 0 or weight.shape == labels.shape
+    if weight.dtype is not torch.float32 or not shaped or weight.device != logits.device:
         raise ValueError(
-            f"weight must be an FP32 scalar on {logits.device}, got {weight.dtype} {list(weight.shape)} on "
-            f"{weight.device}: use torch.full((), number, device=logits.device)"
+            f"weight must be an FP32 scalar, or FP32 [{len(labels)}], on {logits.device}, got {weight.dtype} "
+            f"{list(weight.shape)} on {weight.device}: use torch.full((), number, device=logits.device)"
         )
     backend.op("cross_entropy_with_gradient")(logits, labels, weight, losses)
 

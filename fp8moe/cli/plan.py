@@ -112,10 +112,11 @@ def _print_plan(
 ) -> int:
     from fp8moe.plan.plan_text import plan_text
     from fp8moe.plan.prediction import as_json, predict
+    from fp8moe.plan.rollouts import rollouts, rollouts_text
 
     found = predict(laid, cluster, tokens)
-    print(plan_text(found, refused))
-    document |= {"refused": refused, **as_json(found)}
+    print("\n".join(filter(None, (plan_text(found, refused), rollouts_text(laid)))))
+    document |= {"refused": refused, **as_json(found), "rollouts": rollouts(laid)}
     return 0 if found.fits else EXIT["memory"]
 
 

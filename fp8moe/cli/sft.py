@@ -48,18 +48,23 @@ def begin(settings: Sequence[str]) -> dict[str, Any]:
 
     Raises ConfigError.
     """
+    return over_trained("sft", EXPERIMENT, settings)
+
+
+def over_trained(command: str, experiment: str, settings: Sequence[str]) -> dict[str, Any]:
+    """The same for any command that begins with a trained model, by the experiment's name where none is typed."""
     from fp8moe.cli.compose import parse, plain_values, tree_of
     from fp8moe.cli.resume import overlaid
     from fp8moe.cli.trained import find_settings
 
     keys = {parse(setting).key_or_group for setting in settings}
     if "experiment" not in keys:
-        settings = [f"experiment={EXPERIMENT}", *settings]
+        settings = [f"experiment={experiment}", *settings]
     typed = tree_of(settings)
     if typed["init_from"] is None:
         raise ConfigError(
-            "fp8moe sft begins with a trained model and init_from is null: name a run or a Hugging Face directory, "
-            "init_from=PATH, or go on with resume=RUN"
+            f"fp8moe {command} begins with a trained model and init_from is null: name a run or a Hugging Face "
+            "directory, init_from=PATH, or go on with resume=RUN"
         )
     found = find_settings(str(typed["init_from"]))
     tree = plain_values(typed)

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fp8moe.cli.command import Parser, make_parser, parse
@@ -20,6 +21,8 @@ from fp8moe.train.signals import handling_signals
 
 if TYPE_CHECKING:
     from fp8moe.cli.compose import Composed
+    from fp8moe.train.config import TrainConfig
+    from fp8moe.train.method import Method
 
 DESCRIPTION = """\
 Train a model. Settings are key=value, groups included: model=tiny precision=bf16 parallel.ep=2 steps=100
@@ -36,11 +39,26 @@ configuration: resume=runs/mine steps=200.
 
 @dataclass(frozen=True)
 class Command:
-    """A command that trains. begin: the settings of a new run as a tree, from those that are typed; None: `tree_of`."""
+    """A command that trains. begin: the settings of a new run as a tree, from those that are typed; None: `tree_of`.
+    method: makes what its steps work on; None: pretraining."""
 
     name: str
     parser: Callable[[], Parser]
     begin: Callable[[Sequence[str]], dict[str, Any]] | None = None
+    method: Callable[[], Method] | None = None
+
+    def train(self, config: TrainConfig) -> None:
+        """Run a resolved configuration to its end."""
+        from fp8moe.cli.compose import as_yaml
+        from fp8moe.cli.report import at_end
+        from fp8moe.generate.samples import commands, last_lines
+        from fp8moe.interop.hf_model import open_released
+        from fp8moe.train.loop import train
+
+        if self.method is None:
+            train(config, as_yaml, open_released, last_lines, at_end)
+        else:
+            train(config, as_yaml, open_released, partial(commands, command=self.name), at_end, self.method())
 
 
 def parser_of(name: str, description: str) -> Parser:
@@ -78,9 +96,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     """The run in this process, or the launcher of its workers."""
     arguments = parse(command.parser(), argv)
     threads = choose_threads(os.environ) if arguments.nproc is None else None  # before torch is loaded
-    from fp8moe.cli.compose import as_yaml, tree_of
+    from fp8moe.cli.compose import tree_of
     from fp8moe.cli.epochs import with_steps
-    from fp8moe.cli.report import at_end
     from fp8moe.cli.resume import compose_run, note
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
@@ -107,10 +124,7 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     if num_processes is not None:
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
         return launch([command.name, *from_run, *arguments.settings], num_processes)
-    from fp8moe.generate.samples import last_lines
-    from fp8moe.train.loop import train
-
-    train(config, as_yaml, open_released, last_lines, at_end)
+    command.train(config)
     return 0
 
 
@@ -142,17 +156,14 @@ def _rank(command: Command, argv: Sequence[str]) -> int:
         arguments = parse(command.parser(), argv)
         if arguments.nproc is not None:
             raise ConfigError(f"--nproc={arguments.nproc} starts processes and RANK is set: leave --nproc out")
-        from fp8moe.cli.compose import as_yaml, tree_of
+        from fp8moe.cli.compose import tree_of
         from fp8moe.cli.epochs import with_steps
-        from fp8moe.cli.report import at_end
         from fp8moe.cli.resume import compose_run, note
         from fp8moe.data.check import check_files
-        from fp8moe.generate.samples import last_lines
         from fp8moe.interop.hf_model import open_released
         from fp8moe.plan.fit import check_fits
         from fp8moe.plan.micro_batch import choose_micro_batch
         from fp8moe.train.config import resolve
-        from fp8moe.train.loop import train
         from fp8moe.train.rendezvous import place
 
         here = place(os.environ)
@@ -171,7 +182,7 @@ def _rank(command: Command, argv: Sequence[str]) -> int:
             for sentence in filter(None, (note(origin, config), chosen.sentence, length)):
                 if is_first:
                     print(sentence, flush=True)
-        train(config, as_yaml, open_released, last_lines, at_end)
+        command.train(config)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)  # without a message: the launcher prints one
     except Exception as error:

@@ -52,6 +52,7 @@ from fp8moe.data.tokenizer import (
     train_tokenizer,
 )
 from fp8moe.data.vocabulary import load_vocabulary
+from fp8moe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ def open_data(
         data = _open_stdlib(config, root, seq_len, seed, validation_samples)
     elif config.source == "chat":
         data = _open_chat(config, root, seq_len, seed)
+    elif config.source == "problems":
+        raise ConfigError("data.source=problems is what fp8moe grpo learns from: use fp8moe grpo, or another data")
     else:
         data = _open_indexed(config, root, seq_len, seed, validation_samples)
     if is_first:

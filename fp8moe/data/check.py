@@ -28,6 +28,10 @@ def check_files(config: DataConfig) -> None:
             place, messages = next(read_conversations(Path(name)))
             rendered(template, place, messages)
         return
+    if config.source == "problems":
+        if config.tokenizer is not None:
+            check_size(load_tokenizer(Path(config.tokenizer)), config.vocab_size)
+        return
     for prefix in (*config.paths, *config.validation_paths):
         IndexedDataset(prefix)
     given = None if config.tokenizer is None else Path(config.tokenizer)

@@ -25,14 +25,18 @@ class SourceUse:
 
 
 def uses(dataset: Dataset, num_samples: int, seq_len: int) -> list[SourceUse]:
-    """What the first `num_samples` samples of `dataset` are of each of its sources, in their order."""
+    """What the first `num_samples` samples of `dataset` are of each of its sources, in their order.
+
+    Sources that are no token files are left out.
+    """
     if isinstance(dataset, BlendedDataset):
         parts, weights, counts = dataset.sources, dataset.weights, dataset.counts(num_samples)
     else:
         parts, weights, counts = [dataset], [1], [num_samples]
     found = []
     for part, weight, count in zip(parts, weights, counts, strict=True):
-        assert isinstance(part, PackedDataset)
+        if not isinstance(part, PackedDataset):
+            continue
         share, padding, drawn = weight / sum(weights), 0.0, count * seq_len
         if part.whole_documents:
             padding = 1 - part.tokens_with_fim() / (len(part) * (seq_len + 1))

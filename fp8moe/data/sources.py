@@ -30,7 +30,7 @@ from fp8moe.data.durable import unreadable
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.limits import Range, check_fields
 
-SOURCES = ("stdlib", "indexed", "chat")
+SOURCES = ("stdlib", "indexed", "chat", "problems")
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 )
@@ -42,9 +42,10 @@ class DataConfig:
     """Settings of the training and validation data, checked on construction (raises ValueError)."""
 
     # stdlib: this Python's standard library, tokenized on the first run and cached; indexed: token files; chat:
-    # conversations, of which the assistant's part is learned, tokenized and cached likewise
+    # conversations, of which the assistant's part is learned, tokenized and cached likewise; problems: of `fp8moe grpo`
     source: str = "stdlib"
-    # prefixes of token files, without .bin and .idx (indexed); files of conversations, .jsonl or .parquet (chat)
+    # prefixes of token files, without .bin and .idx (indexed); files of conversations, .jsonl or .parquet (chat);
+    # .jsonl with prompt and answer on every line (problems; empty: a task's)
     paths: tuple[str, ...] = ()
     # a number >= 0 a path, any sum: shares of samples, not of epochs, so a small file of a large weight
     # repeats; empty: equal

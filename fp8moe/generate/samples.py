@@ -27,7 +27,7 @@ TEMPERATURE, TOP_P = 0.7, 0.9
 
 def last_lines(run: Run) -> str:
     """Completions and commands, as text. Collective over all ranks."""
-    return "\n".join([*_completions(run), *_commands(run)])
+    return "\n".join(filter(None, ["\n".join(_completions(run)), commands(run)]))
 
 
 def _completions(run: Run) -> list[str]:
@@ -40,7 +40,7 @@ def _completions(run: Run) -> list[str]:
     prompts = [_prompt(run, sample) for sample in range(count)]
     sampling = SamplingConfig(TEMPERATURE, TOP_P, run.config.seed)
     config = GenerationConfig(NEW_TOKENS, seconds=SECONDS, sampling=sampling)
-    with _exact_dispatch(run):
+    with exact_dispatch(run):
         completions, _ = generate(
             run.model,
             prompts,
@@ -71,7 +71,7 @@ def _prompt(run: Run, sample: int) -> list[int]:
 
 
 @contextmanager
-def _exact_dispatch(run: Run) -> Iterator[None]:
+def exact_dispatch(run: Run) -> Iterator[None]:
     """Rows of few tokens go to experts by exact counts, without the bounds that the run's dispatcher may have."""
     layers = [module for module in run.model.modules() if isinstance(module, MoE)]
     exact = exact_dispatcher(run.config, run.mesh)
@@ -84,10 +84,11 @@ def _exact_dispatch(run: Run) -> Iterator[None]:
             layer.dispatcher = run.dispatcher
 
 
-def _commands(run: Run) -> list[str]:
+def commands(run: Run, command: str = "train") -> str:
+    """The commands that go on with a run of `fp8moe COMMAND`; none where it has saved nothing."""
     if run.saver.newest is None:
-        return []
+        return ""
     name = shlex.quote(str(run.run_dir))
     ask = '--prompt "def read("' if run.data.chat is None else "--chat -"
     generating = [] if run.data.tokenizer is None else [f"  fp8moe generate {name} {ask}"]
-    return ["", "go on with", *generating, f"  fp8moe train resume={name} steps={2 * run.config.steps}"]
+    return "\n".join(["", "go on with", *generating, f"  fp8moe {command} resume={name} steps={2 * run.config.steps}"])

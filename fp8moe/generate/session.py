@@ -55,6 +55,11 @@ class Session:
         x_TD, _ = mtp.block(mtp.enter(hidden_BSD.flatten(0, 1), self._embed(ids)), positions)
         return mtp.leave(x_TD).tensor.unflatten(0, (len(rows), -1))
 
+    def take(self, rows: Tensor) -> None:
+        """Make the caches those of `rows` (int64), in that order; a row may be left out, or be there several times."""
+        for cache in self._caches.values():
+            cache.entries = cache.entries[rows]
+
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V] in the model's unquantized dtype."""
         return self._head(hidden_BD)

@@ -31,6 +31,7 @@ class Vocabulary:
         """Raises DataError for a tokenizer.json that is missing, broken, or has more ids than `vocab_size`."""
         if not path.is_file():
             raise DataError(f"there is no tokenizer at {path}: name a tokenizer.json with --tokenizer PATH")
+        self.path = path
         self.tokenizer: Tokenizer = load_tokenizer(path)
         self.num_ids = num_ids(self.tokenizer)
         if self.num_ids > vocab_size:

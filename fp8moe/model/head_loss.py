@@ -18,6 +18,10 @@ would keep the gradients of all logits until then. Ordinary autograd learns the 
 `main_grad` cannot be scaled afterwards, so there the walk with gradients comes in the backward, a product more; in
 evaluation there is none. Gradients for weight one, scaled later, were refused: dW would need [V, D] of its own.
 
+A loss of its own, a `TokenLoss`, is a function of the log-probability of each label, and its gradient is that of cross
+entropy with a weight a token, minus the function's slope: so a chunk's losses come first, then the slopes, then the
+gradients. That is one more pass over a chunk's logits and no more memory.
+
 Every row of a chunk is computed as in one product of all tokens. dW is a sum of one FP32 product a chunk, so it may
 differ from a single product by the association of its sums.
 
@@ -26,7 +30,9 @@ Legend: T tokens, C of a chunk, D model, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +44,27 @@ from fp8moe.layers.recompute import Recallable
 
 CHUNK_BYTES = 512 << 20  # of a chunk's logits
 _ROWS = 128  # a chunk is a multiple of them, as the tiles of its products are
+
+
+class TokenLoss(Protocol):
+    """A loss that depends on a token by the log-probability of its label alone; cross entropy is minus that.
+
+    temperature: the logits are divided by it first.
+    """
+
+    temperature: float
+
+    def __call__(self, microbatch: int, tokens: slice, logp_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [C] FP32, each a function of one token's log-probability, and their derivatives by it.
+
+        logp_C: FP32, of the labels of `tokens`, places in the flattened micro-batch; 0 where nothing is predicted,
+        where both results must be finite and the loss 0. Nothing may wait for the device.
+        """
+        ...
+
+
+# The same of one micro-batch.
+TokenLossHere = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 
 def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -52,10 +79,13 @@ def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch
 
 
 @torch.no_grad()
-def head_loss(head: Linear, x_TD: Tensor, labels_T: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def head_loss(
+    head: Linear, x_TD: Tensor, labels_T: Tensor, weight: Tensor | None, token_loss: TokenLossHere | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Nats summed over the labels that are not -100 (an FP32 scalar), and the gradient of x times `weight`.
 
     weight: an FP32 scalar on the device, which multiplies what `main_grad` gets too; without one there is no gradient.
+    token_loss: what is summed in place of the nats.
     """
     losses_T = torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device)
     dx_TD = None if weight is None else torch.empty_like(x_TD)
@@ -63,19 +93,33 @@ def head_loss(head: Linear, x_TD: Tensor, labels_T: Tensor, weight: Tensor | Non
     chunks = zip(*(part.split(size) for part in (x_TD, labels_T, losses_T)), strict=True)
     for number, (x_CD, labels_C, losses_C) in enumerate(chunks):
         dx_CD = None if dx_TD is None else dx_TD.narrow(0, number * size, len(x_CD))
-        _walk_chunk(head, x_CD, labels_C, weight, losses_C, dx_CD)
+        here = None if token_loss is None else partial(token_loss, slice(number * size, number * size + len(x_CD)))
+        _walk_chunk(head, x_CD, labels_C, weight, losses_C, dx_CD, here)
     return losses_T.sum(dtype=torch.float64).float(), dx_TD
 
 
 def _walk_chunk(
-    head: Linear, x_CD: Tensor, labels_C: Tensor, weight: Tensor | None, losses_C: Tensor, dx_CD: Tensor | None
+    head: Linear,
+    x_CD: Tensor,
+    labels_C: Tensor,
+    weight: Tensor | None,
+    losses_C: Tensor,
+    dx_CD: Tensor | None,
+    token_loss: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
 ) -> None:
     """Write losses and dx of one chunk and add its dW; a function, so that its logits end with it."""
-    logits_CV = head.fprop(x_CD)
-    if weight is None or dx_CD is None:
+    logits_CV, of_label = head.fprop(x_CD), None
+    if weight is None or token_loss is not None:
         cross_entropy(logits_CV, labels_C, losses_C)
+    if token_loss is not None:
+        of_label, slopes_C = token_loss(-losses_C)
+        weight = None if weight is None else weight * -slopes_C
+    if weight is not None and dx_CD is not None:
+        cross_entropy_with_gradient(logits_CV, labels_C, weight, losses_C)
+    if of_label is not None:
+        losses_C.copy_(of_label)
+    if dx_CD is None:
         return
-    cross_entropy_with_gradient(logits_CV, labels_C, weight, losses_C)
     dx_CD.copy_(head.dgrad(logits_CV))
     head.wgrad(logits_CV, x_CD)
 

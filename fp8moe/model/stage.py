@@ -12,6 +12,7 @@ Legend: T tokens, D model, B sequences, S tokens of a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import Parameter
 from fp8moe.layers.linear import Embedding
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Pass, Phase, run_detached
 from fp8moe.model.block import Block
-from fp8moe.model.head_loss import head_loss
+from fp8moe.model.head_loss import TokenLoss, TokenLossHere, head_loss
 from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.partition import Stage
 from fp8moe.model.phases import BalanceLoss, pass_through
@@ -32,6 +33,7 @@ class StagePasses:
     """Makes the passes of any stage that `model` holds, for the micro-batches of one step.
 
     stages: all of the model's, by index. weights: of the losses in the total. tally: where their values are added up.
+    token_loss: of the main model's tokens; cross entropy without one.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class StagePasses:
         batches: Sequence[Inputs],
         weights: LossWeights,
         tally: LossTally,
+        token_loss: TokenLoss | None = None,
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
+        self._token_loss = token_loss
         self._weights, self._tally = weights, tally
         self._balance = BalanceLoss(weights.balance, tally.add_balance)
 
@@ -72,7 +76,11 @@ class StagePasses:
                 entrance = MtpEntrancePass(model, before(), next_ids(batch))
                 passes.append(entrance)
                 add_block(model.mtp.block)
-            passes.append(LossPass(model, before(), batch, self._weights, self._tally, entrance=entrance))
+            loss = LossPass(model, before(), batch, self._weights, self._tally, entrance=entrance)
+            if self._token_loss is not None:
+                loss.token_loss = partial(self._token_loss, microbatch)
+                loss.temperature = self._token_loss.temperature
+            passes.append(loss)
         for one, behind in pairwise(passes):
             one.backward_from(_InputGradient(behind))
         return passes
@@ -212,12 +220,16 @@ class MtpEntrancePass(_OnePhase):
 class LossPass(_OnePhase):
     """Norm, head and cross entropy, of the main model and of the MTP module behind `entrance` where there is one.
 
+    token_loss: the main model's loss in place of cross entropy, of logits divided by `temperature`.
+
     The forward computes the gradients of head and cross entropy with their values, as `model.head_loss` says, and keeps
     those of the norms' outputs until the backward. Under `torch.no_grad` it computes values alone.
     """
 
     name = "loss"
     input_gradient: Tensor
+    token_loss: TokenLossHere | None = None
+    temperature: float = 1.0
     _gradient_here: Tensor | None  # of the output of the norm that this pass computes
 
     def __init__(
@@ -250,22 +262,27 @@ class LossPass(_OnePhase):
         main, mtp = (self._batch.labels_BS, self._weights.main), (labels_after_next(self._batch), self._weights.mtp)
         (normed_TD,) = self._graph.take()
         if self._entrance is None:
-            loss, self._gradient_here = self._head_loss(normed_TD, *main)
+            loss, self._gradient_here = self._head_loss(normed_TD, *main, self.token_loss)
             self._tally.add_losses(loss)
             return
         # The module's first, whose gradients come first under autograd.
         mtp_loss, self._gradient_here = self._head_loss(normed_TD, *mtp)
         del normed_TD
-        loss, self._entrance.normed_gradient = self._head_loss(self._entrance.normed_TD, *main)
+        loss, self._entrance.normed_gradient = self._head_loss(self._entrance.normed_TD, *main, self.token_loss)
         del self._entrance.normed_TD
         self._tally.add_losses(loss, mtp_loss)
 
-    def _head_loss(self, normed_TD: Tensor, labels_BS: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
+    def _head_loss(
+        self, normed_TD: Tensor, labels_BS: Tensor, weight: float, token_loss: TokenLossHere | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         head = self._model.head
         assert head is not None
         training = torch.is_grad_enabled()
         on_device = torch.full((), weight, dtype=torch.float32, device=normed_TD.device) if training else None
-        return head_loss(head, normed_TD, labels_BS.flatten(), on_device)
+        if token_loss is None or self.temperature == 1:
+            return head_loss(head, normed_TD, labels_BS.flatten(), on_device, token_loss)
+        loss, dx_TD = head_loss(head, normed_TD / self.temperature, labels_BS.flatten(), on_device, token_loss)
+        return loss, None if dx_TD is None else dx_TD / self.temperature
 
     @property
     def output(self) -> Tensor:

@@ -20,6 +20,7 @@ from fp8moe.data.durable import write_text
 from fp8moe.report import curves, parts, tables
 from fp8moe.report.figure import Figure
 from fp8moe.report.html import Html, chip
+from fp8moe.report.policy import policy
 from fp8moe.report.run_files import read_run
 from fp8moe.report.series import MOST_RUNS, Drawn, draw
 from fp8moe.report.settings import check_comparable
@@ -72,6 +73,7 @@ def _sections(runs: list[Drawn], defaults: Mapping[str, Any] | None) -> list[tup
     return [
         ("Differences", [], tables.compared(runs) if len(runs) > 1 else ""),
         ("Learning", curves.learning(runs), ""),
+        ("Policy", policy(runs), ""),
         ("Speed", [*curves.speed(runs), *times], ""),
         ("Ranks", parts.ranks(runs), ""),
         ("Experts", [*parts.loads(runs), *([violation] if violation is not None else [])], ""),

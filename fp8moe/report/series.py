@@ -61,7 +61,10 @@ def draw(runs: list[RunFiles]) -> list[Drawn]:
         kept = [
             i
             for i, record in enumerate(run.metrics)
-            if i % every == 0 or i == last or record.get("skipped") or record.get("val_loss") is not None
+            if i % every == 0
+            or i == last
+            or record.get("skipped")
+            or any(record.get(key) is not None for key in ("val_loss", "reward"))
         ]
         positions = {record["step"]: tokens for record, tokens in zip(run.metrics, total, strict=True)}
         steps = [run.metrics[i] for i in kept]

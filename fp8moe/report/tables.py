@@ -122,10 +122,19 @@ def events(run: Drawn) -> Html:
 
 
 def samples(run: Drawn) -> Html:
-    """Generated text, the prompt set apart."""
+    """Generated text, the prompt set apart; under a line each time that it was generated, where it says when."""
     found = [sample for sample in run.files.samples if isinstance(sample, Mapping)]
-    texts = [(escape(str(sample.get("prompt", ""))), escape(str(sample.get("text", "")))) for sample in found]
-    return Html("".join(f'<pre class="sample"><span>{before}</span><b>{text}</b></pre>' for before, text in texts))
+    parts, said = [], None
+    for sample in found:
+        when = sample.get("when")
+        if when is not None and when != said:
+            share = sample.get("accuracy")
+            of = f", accuracy {share:.1%}" if isinstance(share, float) else ""
+            parts.append(f"<p>{escape(f'{when}{of}')}</p>")
+        said = when
+        before, text = escape(str(sample.get("prompt", ""))), escape(str(sample.get("text", "")))
+        parts.append(f'<pre class="sample"><span>{before}</span><b>{text}</b></pre>')
+    return Html("".join(parts))
 
 
 def configuration(run: Drawn, defaults: Mapping[str, Any] | None) -> Html:

@@ -7,6 +7,7 @@ stages of the model, the optimizer, and the checkpoint's tensors. Processes, dev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,15 +49,17 @@ def build(
     device: torch.device,
     run_dir: Path,
     foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
+    open_data: Callable[[TrainConfig, Mesh], Data] | None = None,
 ) -> Run:
     """Make the run, from the checkpoint that `resume` names where there is one, else from that of `init_from`.
 
-    foreign: opens weights that are no checkpoint's. Collective over all ranks.
+    foreign: opens weights that are no checkpoint's. open_data: what the run reads in place of token files. Collective
+    over all ranks.
     """
     path = config.checkpoint.path
     chosen = _chosen(config, mesh, run_dir)
     weights = _weights(config, mesh, foreign) if chosen is None else None
-    data = _open_data(config, mesh)
+    data = (open_data or _open_data)(config, mesh)
     identity = _data_identity(config, data)
     if chosen is not None and chosen[1].data is not None:
         check_same_data(chosen[0], chosen[1].data, identity, config.resume_changes)

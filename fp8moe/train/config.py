@@ -30,6 +30,7 @@ from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, check_parts, check_tokens, data_ranks_in_words, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.ema import EmaConfig
+from fp8moe.train.grpo_config import GrpoConfig
 from fp8moe.train.guard import GuardConfig
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_name, check_run_dir
@@ -92,6 +93,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the processes; auto: the GPU where there is one
     max_skipped_steps: int = 2  # consecutive steps that may be skipped for a loss or gradient that is not finite
     guard: GuardConfig = field(default_factory=GuardConfig)  # what follows on more of them, or on another problem
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)  # what `fp8moe grpo` samples, rewards and maximises
     # what backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same
     # bits
     recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)

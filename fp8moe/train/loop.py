@@ -23,6 +23,7 @@ from fp8moe.train.consistency import check_consistency
 from fp8moe.train.detail import Detail
 from fp8moe.train.ema import Ema
 from fp8moe.train.garbage import collect_if_due, no_collection_within_steps
+from fp8moe.train.method import Method
 from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.out_of_memory import out_of_memory_in_words
 from fp8moe.train.preempt import Preemption
@@ -48,12 +49,13 @@ def train(
     foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
     last_lines: Callable[[Run], str] | None = None,
     report: Callable[[Path], None] | None = None,
+    method: Method | None = None,
 ) -> Summary:
     """Run a resolved `config` to its end. Collective over all ranks.
 
     as_yaml: gives config.yaml's text. foreign: opens weights of `init_from` that are no checkpoint's. last_lines, which
     is collective too: what is printed behind the summary. report: called on rank 0 with the run directory however the
-    run ends, unless report=false; it must not raise.
+    run ends, unless report=false; it must not raise. method: what the steps work on; pretraining without one.
     """
     started = time.perf_counter()
     device, preemption = choose_device(config), Preemption()
@@ -63,7 +65,7 @@ def train(
         preemption.on_end.append(partial(release_run_dir, run_dir, mesh))
         with released(run_dir), log_file(run_dir, mesh.rank), contextlib.ExitStack() as at_end:
             try:
-                run = build(config, mesh, device, run_dir, foreign)
+                run = build(config, mesh, device, run_dir, foreign, None if method is None else method.open_data)
                 run.preemption = preemption
                 if report is not None and config.report and run.is_first:  # a run that is refused changes no file
                     at_end.callback(report, run_dir)
@@ -73,13 +75,17 @@ def train(
                     path = None if tokenizer is None else tokenizer.path
                     describe_start(run_dir, run.step, as_yaml(config), path, None if chat is None else chat.files())
                 with out_of_memory_in_words(run), no_collection_within_steps():
-                    return run_to_end(run, started, last_lines)
+                    if method is not None:
+                        method.begin(run)
+                    return run_to_end(run, started, last_lines, method)
             except Exception:
                 logger.exception("%s ends here", rank_in_words(mesh.rank))
                 raise
 
 
-def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None = None) -> Summary:
+def run_to_end(
+    run: Run, started: float, last_lines: Callable[[Run], str] | None = None, method: Method | None = None
+) -> Summary:
     """Train the steps that are left; `started` is the perf_counter reading that `wall_seconds` counts from."""
     config, run_logger, trace = run.config, RunLogger(run, started), StepTrace(run)
     stragglers, detail = Stragglers(run.mesh), Detail(run)
@@ -89,7 +95,13 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
         while run.step < config.steps:
             preemption.stop_here()
             with trace.around(run):
-                report = train_step(run, count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps))
+                report = train_step(
+                    run,
+                    count_fp8=config.logging.fp8_is_due(run.step + 1, config.steps),
+                    next_work=None if method is None else method.work,
+                )
+            if method is not None:
+                run_logger.add_figures(method.figures(run))
             report = dataclasses.replace(report, time=dataclasses.replace(report.time, checkpoint=waited))
             run_logger.expect(report)
             if run_logger.num_steps == 0:
@@ -99,6 +111,8 @@ def run_to_end(run: Run, started: float, last_lines: Callable[[Run], str] | None
             detail.note(report)
             if run.guard.problem is None and config.guard.consistency_is_due(run.step):
                 check_consistency(run)
+            if method is not None and run.guard.problem is None and config.validation.is_due(run.step, config.steps):
+                run_logger.add_figures(method.score(run))
             run_logger.note(report, *_validations(run))
             waited = _save(run)
             collect_if_due(run.step)

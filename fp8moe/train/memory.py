@@ -14,6 +14,8 @@ Activations are `model.memory`'s, and what else a rank's memory holds is `plan.m
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -103,3 +105,11 @@ def in_words(kinds: Mapping[str, float]) -> str:
     """'12.30 GB: weights 2.00, gradients 4.00, ...'; kinds without bytes are left out."""
     parts = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in kinds.items() if size)
     return f"{sum(kinds.values()) / 1e9:.3g} GB: {parts}"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: on its GPU, or resident where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

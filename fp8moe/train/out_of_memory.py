@@ -18,9 +18,8 @@ from fp8moe.errors import OutOfMemoryError, is_out_of_memory
 from fp8moe.layers.recipe import Recompute
 from fp8moe.parallel.place import rank_in_words
 from fp8moe.train.config import TrainConfig
-from fp8moe.train.memory import in_words, measured_bytes
+from fp8moe.train.memory import in_words, measured_bytes, memory_bytes
 from fp8moe.train.run import Run
-from fp8moe.train.step import memory_bytes
 
 LOGITS, OPTIMIZER, IMBALANCE, WEIGHTS, ACTIVATIONS = CAUSES = (
     "the head's logits and loss",

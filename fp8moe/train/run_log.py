@@ -25,6 +25,7 @@ from fp8moe.train import step_trace
 from fp8moe.train.checkpoint import Location
 from fp8moe.train.checkpoint.folder import step_of
 from fp8moe.train.events import EventLog, started_as
+from fp8moe.train.metric_names import flat
 from fp8moe.train.metrics import MetricsWriter, StepReport
 from fp8moe.train.opening import memory_of_largest_rank, opening
 from fp8moe.train.progress import ProgressDisplay
@@ -127,6 +128,15 @@ class RunLogger:
         self._extra |= {"slowest_rank": slowest.rank, "slowest_rank_seconds_behind": slowest.behind}
         if slowest.is_straggler:
             self.warn(str(slowest), "straggler")
+
+    def add_figures(self, figures: Mapping[str, Any]) -> None:
+        """Add figures to the record of the step that is noted next, and show them as often as the step."""
+        self._extra |= figures
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in flat(figures).items())
+        if self._run.step % self._run.config.logging.every == 0 or "held_out_accuracy" in figures:
+            self.print(f"  {numbers}")
+        else:
+            self._log.info("%s", numbers)
 
     def note_rollback(self, rollback: Rollback) -> None:
         """Report a rollback; records of the steps that it undoes go, and the next one says what they were."""

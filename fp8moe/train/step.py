@@ -16,10 +16,8 @@ Loss and gradient norm are those of the global batch, the same number on every r
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -33,6 +31,7 @@ from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import update_bias, violations
 from fp8moe.model.flops import mfu
+from fp8moe.model.head_loss import TokenLoss
 from fp8moe.model.loss import LossCounts, LossTally, LossWeights, loss_weights
 from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce, gather
@@ -46,6 +45,8 @@ from fp8moe.train.build import tied_embedding
 from fp8moe.train.cast_shares import cast_shares, casts_of
 from fp8moe.train.finite_state import described, not_finite
 from fp8moe.train.lr import Progress, bias_gamma, learning_rate, mtp_weight
+from fp8moe.train.memory import memory_bytes
+from fp8moe.train.method import StepWork
 from fp8moe.train.metrics import StepReport, StepSeconds
 from fp8moe.train.optimizer import DeepSpeedAdamW
 from fp8moe.train.run import Run
@@ -67,8 +68,11 @@ class Losses:
     refused: int = 0
 
 
-def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
-    """Do step number `run.step + 1`. Collective over all ranks. `count_fp8` counts what the casts of this step lose."""
+def train_step(run: Run, *, count_fp8: bool = False, next_work: Callable[[Run], StepWork] | None = None) -> StepReport:
+    """Do step number `run.step + 1`. Collective over all ranks. `count_fp8` counts what the casts of this step lose.
+
+    next_work: gives what the step works on, `next_batches` by cross entropy without one.
+    """
     config, rates = run.config, run.config.optimizer.schedule
     started, stopwatch = time.perf_counter(), Stopwatch(run.device)
     at = Progress(run.step, config.steps, run.sampler.consumed * config.seq_len)
@@ -76,7 +80,8 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     run.guard.check_rates(run.step + 1, lr, gamma)
     first_sample = run.sampler.consumed
     with span("data"):
-        batches, counts = next_batches(run)
+        work = StepWork(*next_batches(run)) if next_work is None else next_work(run)
+    counts = work.counts
     stopwatch.lap("data")
 
     run.model.main_grads.zero_()
@@ -84,21 +89,14 @@ def train_step(run: Run, *, count_fp8: bool = False) -> StepReport:
     if observing and run.zero is not None:
         run.zero.wait_weights()  # the casts of the weights belong to the update before
     with casts_of(run) if observing else contextlib.nullcontext() as casts:
-        losses = forward_backward(run, batches, counts, mtp_weight(rates, config.model.mtp_weight, at), stopwatch)
+        weight = mtp_weight(rates, config.model.mtp_weight, at) if work.mtp_weight is None else work.mtp_weight
+        losses = forward_backward(run, work.batches, counts, weight, stopwatch, work.token_loss)
     with span("reduce"):
         grad_norm = reduce(run)
 
     run.dispatcher.verify()
     violation = worst_violation(run)
-    wrong = worst_bias(run) if losses.wrong_biases else None
-    accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm, wrong)
-    with run.preemption.changing():
-        if losses.refused:
-            note_refusal(run)
-        update(run, lr, gamma, grad_norm, accepted=accepted)
-        stopwatch.lap("optimizer")
-        run.step += 1
-        run.point = save_point(run)
+    accepted = end_step(run, losses, lr, gamma, grad_norm, stopwatch)
 
     laps, seconds = stopwatch.read(), time.perf_counter() - started
     saturated, underflow = cast_shares(run, casts)
@@ -139,14 +137,19 @@ def next_batches(run: Run) -> tuple[list[Batch], LossCounts]:
 
 
 def forward_backward(
-    run: Run, batches: list[Batch], counts: LossCounts, mtp_weight: float, stopwatch: Stopwatch
+    run: Run,
+    batches: list[Batch],
+    counts: LossCounts,
+    mtp_weight: float,
+    stopwatch: Stopwatch,
+    token_loss: TokenLoss | None = None,
 ) -> Losses:
     """Add the gradients of every micro-batch into `main_grad`, and give the losses of the global batch.
 
     Collective over all ranks.
     """
     weights = loss_weights(counts, mtp_weight=mtp_weight, balance_alpha=run.config.model.router.aux_loss_alpha)
-    sums = train_passes(run, batches, weights, stopwatch)
+    sums = train_passes(run, batches, weights, stopwatch, token_loss)
     wrong = torch.stack(
         [(~router.bias_E.isfinite()).sum() for router in run.routers().values()] or [sums.new_zeros(())]
     )
@@ -157,36 +160,49 @@ def forward_backward(
     return Losses(
         main / max(counts.main_tokens, 1),
         mtp / max(counts.mtp_tokens, 1),
-        balance / counts.sequences,
+        balance / max(counts.sequences, 1),
         int(biases),
         int(refusals),
     )
 
 
-def train_passes(run: Run, batches: Sequence[Batch], weights: LossWeights, stopwatch: Stopwatch) -> Tensor:
+def train_passes(
+    run: Run,
+    batches: Sequence[Batch],
+    weights: LossWeights,
+    stopwatch: Stopwatch,
+    token_loss: TokenLoss | None = None,
+) -> Tensor:
     """Forward and backward of this rank's part of every micro-batch; gradients are added into `main_grad`.
 
+    token_loss: the main loss in place of cross entropy.
     -> FP64 [3], this rank's share of the main, MTP and balance losses' sums. Collective over pipeline and experts.
     """
     schedule = training_schedule(run, len(batches))
     if run.zero is not None:
         run.zero.begin(schedule)
     with listening(PhaseLaps(stopwatch)), marking(run.device):
-        return run_pipeline(run, schedule, batches, weights)
+        return run_pipeline(run, schedule, batches, weights, token_loss)
 
 
-def forward_passes(run: Run, batches: Sequence[Batch]) -> Tensor:
+def forward_passes(run: Run, batches: Sequence[Batch], token_loss: TokenLoss | None = None) -> Tensor:
     """Forwards alone, for validation: the model in evaluation mode -> FP64 [3] as above. Collective likewise."""
     schedule = forwards(training_schedule(run, run.config.num_microbatches), len(batches))
     run.model.eval()
     try:
         with torch.no_grad():
-            return run_pipeline(run, schedule, batches, LossWeights(0.0, 0.0, 0.0))
+            return run_pipeline(run, schedule, batches, LossWeights(0.0, 0.0, 0.0), token_loss)
     finally:
         run.model.train()
 
 
-def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
+def run_pipeline(
+    run: Run,
+    schedule: Schedule,
+    batches: Sequence[Batch],
+    weights: LossWeights,
+    token_loss: TokenLoss | None = None,
+) -> Tensor:
     """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
     config, tally, dtype = run.config, LossTally(run.device), run.config.precision.mode.dtype
     on_device = [to_device(batch, run.device) for batch in batches]
@@ -194,7 +210,7 @@ def run_pipeline(run: Run, schedule: Schedule, batches: Sequence[Batch], weights
         schedule,
         run.mesh.pp_rank,
         run.links,
-        StagePasses(run.model, run.stages, on_device, weights, tally),
+        StagePasses(run.model, run.stages, on_device, weights, tally, token_loss),
         empty=partial(torch.empty, config.rank_tokens, config.model.dim, dtype=dtype, device=run.device),
         overlap=config.parallel.overlap,
         sms=sms_for_gemms(run),
@@ -238,6 +254,20 @@ def reduce(run: Run) -> float:
     return global_grad_norm(main_grads, mesh, copy=tied if mesh.pp_rank > 0 else None)
 
 
+def end_step(run: Run, losses: Losses, lr: float, gamma: float, grad_norm: float, stopwatch: Stopwatch) -> bool:
+    """Ask the guard, update, and count the step -> whether it was accepted. Collective over all ranks."""
+    wrong = worst_bias(run) if losses.wrong_biases else None
+    accepted = run.guard.accepts(run.step + 1, losses.main + losses.mtp + losses.balance, grad_norm, wrong)
+    with run.preemption.changing():
+        if losses.refused:
+            note_refusal(run)
+        update(run, lr, gamma, grad_norm, accepted=accepted)
+        stopwatch.lap("optimizer")
+        run.step += 1
+        run.point = save_point(run)
+    return accepted
+
+
 def update(run: Run, lr: float, gamma: float, grad_norm: float, *, accepted: bool) -> None:
     """Update weights, FP8 blocks, their average, router biases and the run's loads; only if the step was accepted.
 
@@ -277,11 +307,3 @@ def worst_violation(run: Run) -> float | None:
     counts = [router.counts_E for router in run.routers().values()]
     mine = violations(torch.stack(counts)).max() if counts else torch.zeros((), device=run.device)
     return float(all_reduce(mine.double(), run.mesh.pp_group, dist.ReduceOp.MAX))
-
-
-def memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: on its GPU, or resident where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

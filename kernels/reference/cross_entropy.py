@@ -20,8 +20,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
 
 
 def cross_entropy_with_gradient(logits: Tensor, labels: Tensor, weight: Tensor, losses: Tensor) -> None:
+    start = 0
     for rows, log_softmax, predicted, column in _blocks(logits, labels, losses):
-        d_losses = torch.zeros_like(log_softmax).scatter_(1, column, (predicted * -weight)[:, None])
+        weights = weight if weight.dim() == 0 else weight[start : start + len(rows)]
+        start += len(rows)
+        d_losses = torch.zeros_like(log_softmax).scatter_(1, column, (predicted * -weights)[:, None])
         rows.copy_(torch.ops.aten._log_softmax_backward_data(d_losses, log_softmax, 1, torch.float32))
         rows.masked_fill_(~predicted[:, None], 0)  # where it was infinite or NaN too
 

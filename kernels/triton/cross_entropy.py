@@ -42,10 +42,13 @@ def fold_row(logits, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, labels, losses, weight, V, label_stride, loss_stride,
+    logits, labels, losses, weight, V, label_stride, loss_stride, weight_stride,
     GRADIENT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses [C] of logits [C, V]; GRADIENT: logits become weight * (softmax - one-hot of the label)."""
+    """losses [C] of logits [C, V]; GRADIENT: logits become weight * (softmax - one-hot of the label).
+
+    weight_stride: 0 for one weight of all rows.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row * label_stride)
     losses += row * loss_stride
@@ -55,7 +58,7 @@ def cross_entropy_kernel(
         highest, total = fold_row(logits, V, BLOCK)
         tl.store(losses, highest - predicted + tl.log(total))
         if GRADIENT:
-            w = tl.load(weight)
+            w = tl.load(weight + row * weight_stride)
             share = tl.div_rn(w, total)
             for start in range(0, V, BLOCK):
                 v = start + tl.arange(0, BLOCK)
@@ -83,8 +86,9 @@ def _launch(logits: Tensor, labels: Tensor, weight: Tensor | None, losses: Tenso
     if rows == 0:
         return
     block = min(max(next_power_of_2(size), SMALLEST_BLOCK), COLUMNS)
+    weight_stride = 0 if weight is None or weight.dim() == 0 else weight.stride(0)
     launch(
         cross_entropy_kernel, (rows,),
-        logits, labels, losses, weight, size, labels.stride(0), losses.stride(0),
+        logits, labels, losses, weight, size, labels.stride(0), losses.stride(0), weight_stride,
         GRADIENT=weight is not None, DTYPE=TL_DTYPE[logits.dtype], BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

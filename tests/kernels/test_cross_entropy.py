@@ -62,6 +62,19 @@ def test_a_weight_of_a_large_batch_loses_no_gradient():
     assert bool((tiny[unit.float().abs() > 1e-30] != 0).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_a_token_is_each_row_with_its_own(dtype, monkeypatch):
+    monkeypatch.setattr(twin, "_BLOCK", 2 * 33)  # several blocks
+    logits, labels = logits_and_labels(7, 33, dtype=dtype)
+    weights = torch.tensor([1.0, -2.0, 0.0, 3e-8, -1e-9, 5.0, 0.5])
+    losses, gradients = torch.empty(7), logits.clone()
+    cross_entropy_with_gradient(gradients, labels, weights, losses)
+    for row, weight in enumerate(weights.tolist()):
+        expected, alone = logits[row : row + 1].clone(), torch.empty(1)
+        cross_entropy_with_gradient(expected, labels[row : row + 1], torch.tensor(weight), alone)
+        assert torch.equal(gradients[row : row + 1], expected) and losses[row] == alone
+
+
 def test_nothing_to_predict():
     logits, labels = logits_and_labels(6, 33)
     logits[2, 5] = float("nan")
@@ -102,6 +115,6 @@ def test_what_does_not_fit_is_refused():
     for message, *arguments in refused:
         with pytest.raises(ValueError, match=message):
             cross_entropy(*arguments)
-    for weight in (torch.ones(1), torch.tensor(1.0, dtype=torch.float64)):
+    for weight in (torch.ones(1), torch.ones(4, 1), torch.tensor(1.0, dtype=torch.float64), torch.ones(4).double()):
         with pytest.raises(ValueError, match="weight must be an FP32 scalar"):
             cross_entropy_with_gradient(logits, labels, weight, losses)

@@ -36,6 +36,18 @@ def test_a_vocabulary_of_production_and_labels_that_stride(triton_device):
     assert_within_bounds(losses, gradients, logits, labels, 1e-8, storage=STORAGE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_a_token(triton_device, dtype):
+    logits, labels = logits_and_labels(6, 700, device=triton_device, dtype=dtype)
+    weights = torch.tensor([[1.0, -2.0, 3e-8, 0.0, -1e-9, 5.0], [9.0] * 6], device=triton_device).T[:, 0]  # it strides
+    losses, gradients = torch.empty(6, device=triton_device), logits.clone()
+    cross_entropy_with_gradient(gradients, labels, weights, losses)
+    for row in range(6):
+        expected, alone = logits[row : row + 1].clone(), torch.empty(1, device=triton_device)
+        cross_entropy_with_gradient(expected, labels[row : row + 1], weights[row].clone(), alone)
+        assert torch.equal(gradients[row : row + 1], expected) and losses[row] == alone
+
+
 def test_nothing_to_predict_and_what_is_not_finite(triton_device):
     logits, labels = logits_and_labels(6, 700, device=triton_device, dtype=torch.float32)
     labels[:] = 3

@@ -126,6 +126,42 @@ def test_evaluation_computes_values_alone(small_chunks: None) -> None:
     assert not bool(main_grad(head).any())
 
 
+def test_a_loss_of_its_own_is_autograd_of_it(small_chunks: None) -> None:
+    head, x, labels = problem(Precision.FP32)
+    targets, weight = torch.randn(T), torch.tensor(1 / 77)
+    seen: list[slice] = []
+
+    def squared(tokens: slice, logp_C: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(tokens)
+        off_C = (logp_C - targets[tokens]) * (labels[tokens] != IGNORE)
+        return off_C**2, 2 * off_C
+
+    loss, dx = head_loss(head, x, labels, weight, squared)
+    wide, matrix = x.double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    nats = nn.functional.cross_entropy(wide @ matrix.T, labels, ignore_index=IGNORE, reduction="none")
+    exact = ((-nats - targets) ** 2 * (labels != IGNORE)).sum()
+    (exact * weight).backward()
+    assert dx is not None and wide.grad is not None and matrix.grad is not None
+    assert seen == [slice(0, 128), slice(128, 256), slice(256, 300)]
+    assert abs(loss.item() / exact.item() - 1) < 1e-6
+    assert (dx - wide.grad).norm() < 2e-6 * wide.grad.norm()
+    assert (main_grad(head) - matrix.grad).norm() < 2e-6 * matrix.grad.norm()
+    value, none = head_loss(head, x, labels, None, squared)
+    assert torch.equal(value, loss) and none is None
+
+
+@pytest.mark.parametrize("precision", list(DTYPES))
+def test_cross_entropy_as_a_loss_of_its_own_is_the_same_bits(precision: Precision, small_chunks: None) -> None:
+    head, x, labels = problem(precision)
+    weight = torch.tensor(1 / 77)
+    expected, expected_dx = head_loss(head, x, labels, weight)
+    expected_dw = main_grad(head).clone()
+    main_grad(head).zero_()
+    loss, dx = head_loss(head, x, labels, weight, lambda _, logp_C: (-logp_C, torch.full_like(logp_C, -1.0)))
+    assert dx is not None and expected_dx is not None
+    assert torch.equal(loss, expected) and torch.equal(dx, expected_dx) and torch.equal(main_grad(head), expected_dw)
+
+
 def test_no_token_and_nothing_to_predict(small_chunks: None) -> None:
     head, x, labels = problem(Precision.BF16)
     loss, dx = head_loss(head, x[:0], labels[:0], torch.tensor(1.0))

@@ -32,6 +32,24 @@ def cross_entropy(machine: Machine, dtype: torch.dtype, gradient: bool) -> None:
         if not gradient:
             ops("reference", "cross_entropy").cross_entropy_with_gradient(result, labels, weight, torch.empty(rows))
         assert_within_bounds(losses, result, logits, labels, WEIGHT, storage=STORAGE[dtype])
+    if gradient and not machine.count:
+        weight_a_token(machine, dtype)
+
+
+def weight_a_token(machine: Machine, dtype: torch.dtype) -> None:
+    logits, labels = logits_and_labels(5, 4112, dtype=dtype)
+    weights = torch.tensor([WEIGHT, -1.0, 0.0, 3.0, -WEIGHT])
+    result, losses, alone = logits.clone(), torch.empty(5), torch.empty(5)
+    with on_machine(machine):
+        ops("triton", "cross_entropy").cross_entropy_with_gradient(result, labels, weights, losses)
+    for row, weight in enumerate(weights):
+        expected = logits[row : row + 1].clone()
+        with on_machine(machine):
+            ops("triton", "cross_entropy").cross_entropy_with_gradient(
+                expected, labels[row : row + 1], weight.clone(), alone[row : row + 1]
+            )
+        assert torch.equal(result[row], expected[0])
+    assert torch.equal(losses, alone)
 
 
 def embedding_wgrad(machine: Machine, dtype: torch.dtype) -> None:

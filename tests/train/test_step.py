@@ -135,9 +135,9 @@ def test_what_changes_along_the_run_reaches_the_step(corpus: list[str], monkeypa
     weights: list[float] = []
     given = forward_backward
 
-    def recording(run, batches, counts, weight, stopwatch):  # type: ignore[no-untyped-def]
+    def recording(run, batches, counts, weight, stopwatch, token_loss):  # type: ignore[no-untyped-def]
         weights.append(weight)
-        return given(run, batches, counts, weight, stopwatch)
+        return given(run, batches, counts, weight, stopwatch, token_loss)
 
     places: list[Progress] = []
 

@@ -1,0 +1,275 @@
+"""GRPO as a method of training (`train.method`): batches of rollouts, and the updates that learn from them.
+
+    batch of rollouts    problems -> G completions of each -> rewards -> more problems for groups that score alike
+      log-probabilities    of all completions, by training's forward: the policy before its first update, the reference
+      update 1 .. U        a minibatch of groups -> advantages, shares -> the objective's gradient -> the train step
+
+Which batch and which part of it a step takes depends on the samples consumed alone, as with token files: a run that
+resumes, or goes back to a checkpoint, finds its place by that number. Rewards are computed on the ranks in turn and
+exchanged; all ranks hold the whole batch and decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8moe.data.build import Data
+from fp8moe.data.tokenizer import TokenizerInfo
+from fp8moe.errors import ConfigError
+from fp8moe.generate.groups import GroupSampling
+from fp8moe.model.loss import LossCounts, count_predicted
+from fp8moe.parallel.collectives import all_reduce, gather
+from fp8moe.parallel.mesh import Mesh
+from fp8moe.post.held_out import HeldOut
+from fp8moe.post.logprobs import label_logprobs
+from fp8moe.post.policy import Mismatch, PolicyLoss, PolicyTokens, group_advantages, mismatch, token_shares
+from fp8moe.post.problems import Posed, ProblemSet, chosen, open_problems
+from fp8moe.post.reference import Reference
+from fp8moe.post.rewards import find_reward, score
+from fp8moe.post.rollouts import BuiltIn, Generator, Packed, Rollouts, load, pack, rollouts_of, save, with_logprobs
+from fp8moe.post.tasks import Problem
+from fp8moe.schedule.build import microbatches
+from fp8moe.train import checkpoint
+from fp8moe.train.config import TrainConfig
+from fp8moe.train.method import StepWork
+from fp8moe.train.run import Run
+
+logger = logging.getLogger(__name__)
+MOST_NAMED = 5  # samples of a batch that could not be scored, in the log
+
+
+@dataclass
+class _Batch:
+    """A batch of rollouts in use: its number, what it is, what was measured while it was made."""
+
+    number: int
+    rollouts: Rollouts
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Grpo:
+    """The steps of a run of GRPO. foreign: opens a reference that is no checkpoint."""
+
+    def __init__(
+        self,
+        foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
+        generator: Callable[[Run], Generator] = BuiltIn,
+    ) -> None:
+        self._foreign, self._make_generator = foreign, generator
+        self._batch: _Batch | None = None
+        self._loss: PolicyLoss | None = None
+
+    def open_data(self, config: TrainConfig, mesh: Mesh) -> Data:
+        """The problems; the validation loss is that of held-out solutions. Raises ConfigError and DataError."""
+        grpo, pp = config.grpo, config.parallel.pp
+        if config.data.source != "problems":
+            raise ConfigError(
+                f"fp8moe grpo learns from problems and data.source is {config.data.source}: go on with a run of its "
+                "own, or begin from this one, init_from=RUN"
+            )
+        if pp > 1:
+            raise ConfigError(f"rollouts are made by whole models and parallel.pp={pp} cuts them: use parallel.pp=1")
+        if config.parallel.cp > 1:
+            raise ConfigError(
+                f"rows of completions are whole and parallel.cp={config.parallel.cp} cuts them: use parallel.cp=1"
+            )
+        self._rewards = [(name, find_reward(name)) for name in grpo.rewards]
+        self._weights = grpo.reward_weights or (1.0,) * len(grpo.rewards)
+        self._posed = posed = Posed(config)
+        self._train, held = open_problems(config)
+        self._prompts = [posed.prompt(problem) for problem in self._train]
+        longest = max(map(len, [*self._prompts, *map(posed.prompt, held)]))
+        if longest + grpo.max_tokens > config.seq_len + 1:
+            raise ConfigError(
+                f"the longest prompt has {longest} tokens and grpo.max_tokens={grpo.max_tokens} follow, and a row has "
+                f"seq_len + 1 = {config.seq_len + 1}: use seq_len={longest + grpo.max_tokens - 1}"
+            )
+        self._held_out = HeldOut(held[: grpo.held_out_count], posed, grpo.max_tokens, grpo.rollout_batch)
+        sets = [
+            ProblemSet(part, posed, config.seq_len, document_mask=config.data.document_mask)
+            for part in (self._train, held)
+        ]
+        path = posed.vocabulary.path
+        info = TokenizerInfo(path, posed.vocabulary.num_ids, posed.vocabulary.end_of_text)
+        return Data(sets[0], sets[1], config.data.vocab_size, info, None, None, posed.template)
+
+    def begin(self, run: Run) -> None:
+        """Keep the reference, and score the model that the run begins with."""
+        self._generator = self._make_generator(run)
+        self._reference = Reference(run, self._foreign) if run.config.grpo.kl else None
+        if run.step == 0:
+            self._held_out.score(run, self._generator, "before")
+
+    def work(self, run: Run) -> StepWork:
+        """The minibatch of the next step, its batch of rollouts made or found first."""
+        grpo = run.config.grpo
+        per_step = grpo.group_samples // grpo.minibatches
+        number, within = divmod(run.sampler.consumed, grpo.group_samples * grpo.epochs)
+        if self._batch is None or self._batch.number != number:
+            self._batch = self._make(run, number, is_begun=within > 0)
+        run.sampler.consumed += per_step
+        minibatch = within // per_step % grpo.minibatches
+        return self._update(run, self._batch.rollouts, minibatch)
+
+    def _update(self, run: Run, rollouts: Rollouts, minibatch: int) -> StepWork:
+        grpo = run.config.grpo
+        groups = len(rollouts.prompts) // grpo.minibatches
+        part = slice(minibatch * groups * rollouts.group, (minibatch + 1) * groups * rollouts.group)
+        numbers = torch.arange(len(rollouts.completions))[part]
+        found = group_advantages(rollouts.rewards[part], rollouts.group, normalize_std=grpo.normalize_std)
+        shares = token_shares(rollouts.lengths[part], found.is_scored, grpo)
+        packed = _packed(run, rollouts, numbers[found.is_trained].tolist())
+
+        def of_tokens(values: Tensor) -> Tensor:
+            every = torch.zeros(len(rollouts.completions), dtype=torch.float64)
+            every[part] = values
+            return packed.spread(every.repeat_interleave(rollouts.lengths))
+
+        tokens = PolicyTokens(
+            of_tokens(found.of_samples),
+            of_tokens(shares),
+            packed.spread(rollouts.old),
+            packed.spread(rollouts.rollout),
+            None if rollouts.reference is None else packed.spread(rollouts.reference),
+        )
+        scale = max(packed.tokens, 1)
+        self._loss = PolicyLoss(tokens.to(run.device), grpo, scale)
+        mtp = torch.tensor([count_predicted(batch.labels_BS)[1] for batch in packed.batches]).sum()
+        counts = LossCounts(packed.tokens, int(all_reduce(mtp, run.mesh.dp_group)), packed.rows)
+        return StepWork(packed.batches, counts, self._loss, grpo.mtp_weight)
+
+    def _make(self, run: Run, number: int, *, is_begun: bool) -> _Batch:
+        """Batch number `number`; is_begun: updates were made of it, so it is the one that was kept."""
+        started, grpo = time.perf_counter(), run.config.grpo
+        if is_begun:
+            kept = gather(load(run.run_dir, number) if run.is_first else None, run.mesh.world_group)[0]
+            if kept is not None:
+                return _Batch(number, kept)
+            logger.warning("batch %d of rollouts was not kept: it is made anew by the present weights", number)
+        rollouts, figures = self._sample(run, number)
+        seconds = time.perf_counter() - started
+        figures |= {"rollout_seconds": seconds, "rollout_tokens_per_second": int(rollouts.lengths.sum()) / seconds}
+        every = list(range(len(rollouts.completions)))
+        packed = _packed(run, rollouts, every)
+        old = self._logprobs(run, rollouts, packed)
+        reference = None
+        if self._reference is not None:
+            with self._reference.weights():
+                reference = self._logprobs(run, rollouts, packed)
+        rollouts = with_logprobs(rollouts, old, reference)
+        apart: Mismatch = mismatch(old, rollouts.rollout, grpo.importance_cap)
+        figures |= {
+            "entropy": -float(old.double().mean()) if old.numel() else None,
+            "mismatch_kl": apart.kl,
+            "mismatch_largest": apart.largest,
+            "capped_share": apart.capped,
+        }
+        if grpo.updates > 1 and run.is_first and run.run_dir.is_dir():
+            save(rollouts, run.run_dir, number)
+        return _Batch(number, rollouts, figures, seconds)
+
+    def _logprobs(self, run: Run, rollouts: Rollouts, packed: Packed) -> Tensor:
+        """FP32 [K] on every rank: log-probabilities by the model as it is."""
+        found = label_logprobs(run, packed.batches, run.config.grpo.temperature)
+        mine = packed.collected(found.view(packed.places_MT.shape), len(rollouts.rollout))
+        return all_reduce(mine, run.mesh.dp_group)
+
+    def _sample(self, run: Run, number: int) -> tuple[Rollouts, dict[str, Any]]:
+        """Completions with their rewards; groups that score alike are drawn anew where that is asked for."""
+        grpo = run.config.grpo
+        sampling = GroupSampling(
+            grpo.samples,
+            grpo.max_tokens,
+            grpo.temperature,
+            grpo.rollout_batch,
+            self._posed.vocabulary.num_ids,
+            self._posed.ends,
+        )
+        whole: Rollouts | None = None
+        drawn = alike = failures = 0
+        for round_number in range(grpo.dynamic_rounds + 1):
+            place = number * (grpo.dynamic_rounds + 1) + round_number
+            problems = chosen(len(self._train), place, grpo.prompts, run.config.seed)
+            names = [f"{run.config.seed}/{place}/{i}/{problem}" for i, problem in enumerate(problems)]
+            prompts = [self._prompts[problem] for problem in problems]
+            groups = self._generator.sample(prompts, names, sampling)
+            found, failed = self._scored(run, rollouts_of(prompts, groups, len(self._rewards)), problems)
+            advantages = group_advantages(found.rewards, found.group, normalize_std=False)
+            drawn, alike, failures = drawn + len(problems), alike + advantages.alike, failures + failed
+            before = 0 if whole is None else len(whole.prompts)
+            has_spread = advantages.is_trained.view(len(problems), -1).any(1)
+            is_last = round_number == grpo.dynamic_rounds
+            too_few = is_last and before + int(has_spread.sum()) < grpo.minibatches  # then the others fill up
+            if grpo.dynamic_rounds and not too_few:
+                found = found.only(has_spread.nonzero().flatten().tolist())
+            whole = found if whole is None else whole.joined(found)
+            if len(whole.prompts) >= grpo.prompts:
+                break
+        assert whole is not None
+        count = min(len(whole.prompts), grpo.prompts) // grpo.minibatches * grpo.minibatches
+        figures = {"groups_drawn": drawn, "groups_alike": alike, "reward_failures": failures}
+        return whole.only(range(count)), figures | self._of_rollouts(whole)
+
+    def _of_rollouts(self, rollouts: Rollouts) -> dict[str, Any]:
+        if not rollouts.completions:
+            return {}
+        scored = ~rollouts.rewards.isnan()
+        parts = rollouts.parts[scored]
+        return {
+            "reward": float(rollouts.rewards[scored].mean()) if bool(scored.any()) else None,
+            "rewards": {name: float(parts[:, i].mean()) for i, (name, _) in enumerate(self._rewards) if len(parts)},
+            "completion_length": float(rollouts.lengths.double().mean()),
+            "ended_share": float(rollouts.ended.double().mean()),
+        }
+
+    def _scored(self, run: Run, rollouts: Rollouts, problems: Sequence[int]) -> tuple[Rollouts, int]:
+        """The rollouts with their rewards, and how many samples could not be scored."""
+        mesh, group = run.mesh, rollouts.group
+        mine = {
+            n: self._score(self._train[problems[n // group]], rollouts.completions[n], n % group)
+            for n in range(mesh.rank, len(rollouts.completions), mesh.world_size)
+        }
+        every = {n: one for of_rank in gather(mine, mesh.world_group) for n, one in of_rank.items()}
+        scores = [every[n] for n in range(len(every))]
+        failed = [one.failure for one in scores if one.failure is not None]
+        for sentence in failed[:MOST_NAMED]:
+            logger.warning("%s", sentence)
+        if len(failed) > MOST_NAMED:
+            logger.warning("%d more samples of this batch could not be scored", len(failed) - MOST_NAMED)
+        rewards = torch.tensor([one.total for one in scores], dtype=torch.float64)
+        parts = torch.tensor([one.parts for one in scores], dtype=torch.float64)
+        return replace(rollouts, rewards=rewards, parts=parts), len(failed)
+
+    def _score(self, problem: Problem, completion: Sequence[int], sample: int) -> Any:
+        return score(problem, self._posed.text(completion), sample, self._rewards, self._weights)
+
+    def figures(self, run: Run) -> Mapping[str, Any]:
+        """Of the step just done, and of its batch of rollouts where the step was its first."""
+        assert self._loss is not None and self._batch is not None
+        of_policy = self._loss.figures(run.mesh)
+        of_batch, self._batch.figures = self._batch.figures, {}
+        return {
+            "rollouts": self._batch.number + 1,
+            **of_batch,
+            "clip_share": of_policy.clip_share,
+            "kl": of_policy.kl,
+            "ratio_deviation": of_policy.ratio_deviation,
+            "old_kl": of_policy.old_kl,
+        }
+
+    def score(self, run: Run) -> Mapping[str, Any]:
+        """Accuracy of the likeliest answers on held-out problems."""
+        return self._held_out.score(run, self._generator, f"after step {run.step}")
+
+
+def _packed(run: Run, rollouts: Rollouts, samples: Sequence[int]) -> Packed:
+    least, multiple = microbatches(run.config.parallel.schedule, run.config.parallel.pp)
+    return pack(rollouts, samples, run, least=least, multiple=multiple)

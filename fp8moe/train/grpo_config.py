@@ -1,0 +1,96 @@
+"""Settings of `fp8moe grpo`: problems, rollouts, rewards, and the objective.
+
+They stand on this floor, below `fp8moe.post` which reads them, because a run's configuration is one class
+(`train.config.TrainConfig`): config.yaml, checkpoints, `resume` and the table of keys then hold them like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fp8moe.limits import COUNT, POSITIVE, Range, check_fields
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """What `fp8moe grpo` samples, how it is rewarded, and the objective of the updates; no other command reads it."""
+
+    task: str = "addition"  # the task whose problems are posed where data.paths names no file: addition
+    digits: int = 2  # of a task's numbers
+    train_count: int = 4096  # problems of a task that are trained on
+    held_out_count: int = 512  # problems that are scored with every validation; 0: none
+    prompt_format: str = "{prompt} "  # text around a problem where there is no chat template
+    system: str | None = None  # the system message of a chat
+    prompts: int = 32  # problems a batch of rollouts
+    samples: int = 16  # completions of each, a group
+    max_tokens: int = 256  # of a completion
+    temperature: float = 1.0  # of the rollouts and of the policy that is trained
+    rollout_batch: int = 512  # sequences that a rank decodes together
+    minibatches: int = 1  # updates that share out a batch of rollouts
+    epochs: int = 1  # passes over a batch of rollouts
+    # more problems are drawn, at most so many times, in place of groups that score alike (DAPO's dynamic sampling)
+    dynamic_rounds: int = 0
+    rewards: tuple[str, ...] = ("accuracy", "format")  # accuracy, format, think, or module:function
+    reward_weights: tuple[float, ...] = ()  # of each reward in the sum; empty: 1
+    normalize_std: bool = True  # advantages are divided by the group's deviation; Dr. GRPO: false
+    # the mean that the objective is: of samples, each the mean of its tokens (sequence, GRPO); of all tokens (token,
+    # DAPO); of samples, each its sum divided by max_tokens (constant, Dr. GRPO)
+    average: Literal["sequence", "token", "constant"] = "sequence"
+    clip_low: float = 0.2  # a ratio below 1 - this is clipped where the advantage is negative
+    clip_high: float = 0.2  # a ratio above 1 + this is clipped where the advantage is positive; DAPO: 0.28
+    kl: float = 0.001  # weight of the KL to the weights that the run began from; 0: no reference is kept
+    # most that a token counts for the rollout's probability being below the training's (truncated importance sampling);
+    # None: the mismatch is measured and not corrected
+    importance_cap: float | None = 2.0
+    mtp_weight: float = 0.0  # of the MTP module's cross entropy on the samples
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "grpo",
+            digits=Range(least=1, most=12),
+            train_count=POSITIVE,
+            held_out_count=COUNT,
+            prompts=Range(least=1, most=2**20),
+            samples=Range(least=2, most=2**16),
+            max_tokens=POSITIVE,
+            temperature=Range(above=0, most=100, use="use 1.0"),
+            rollout_batch=Range(least=1, most=2**16),
+            minibatches=Range(least=1, most=2**16),
+            epochs=Range(least=1, most=64),
+            dynamic_rounds=Range(least=0, most=64),
+            reward_weights=Range(least=-1e6, most=1e6, use="use 1.0"),
+            clip_low=Range(above=0, below=1, use="use 0.2"),
+            clip_high=Range(above=0, most=1e6, use="use 0.2"),
+            kl=Range(least=0, most=1e6, use="use 0 for none"),
+            importance_cap=Range(above=0, most=1e6, use="use 2.0, or null for no correction"),
+            mtp_weight=Range(least=0, most=1e6, use="use 0 for none"),
+        )
+        if not self.rewards:
+            raise ValueError("grpo.rewards=[] has 0 rewards and at least 1 is needed: use grpo.rewards=[accuracy]")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"grpo.reward_weights has {len(self.reward_weights)} weights for {len(self.rewards)} rewards: give one "
+                "for each, or none"
+            )
+        if self.prompts % self.minibatches:
+            nearest = max(n for n in range(1, self.minibatches + 1) if self.prompts % n == 0)
+            raise ValueError(
+                f"grpo.minibatches={self.minibatches} does not divide grpo.prompts={self.prompts}: use {nearest}"
+            )
+        if "{prompt}" not in self.prompt_format:
+            raise ValueError(
+                f"grpo.prompt_format={self.prompt_format!r} must contain {{prompt}}, which the problem stands in for: "
+                "use grpo.prompt_format='{prompt} '"
+            )
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps a batch of rollouts."""
+        return self.minibatches * self.epochs
+
+    @property
+    def group_samples(self) -> int:
+        """Completions of a batch of rollouts."""
+        return self.prompts * self.samples
