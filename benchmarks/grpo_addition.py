@@ -31,10 +31,10 @@ SFT = (
 )
 GRPO = (
     *("seq_len=72", "data.document_mask=false", "batch.micro_batch=64", "validation.samples=64", "device=cpu"),
-    *(f"grpo.task={TASK}", f"grpo.digits={DIGITS}", "grpo.train_count=6000", "grpo.max_tokens=40", "grpo.prompts=32"),
-    *("grpo.samples=8", "grpo.minibatches=2", "grpo.rewards=[accuracy]", "grpo.clip_high=0.28"),
-    *("grpo.kl=0", "optimizer.schedule.peak=2e-4", "optimizer.schedule.warmup_steps=10", "optimizer.beta2=0.99"),
-    *("validation.every=20", "logging.every=20"),
+    *(f"grpo.task={TASK}", f"grpo.digits={DIGITS}", "grpo.train_count=6000", "grpo.max_tokens=40", "grpo.prompts=64"),
+    *("grpo.samples=8", "grpo.rewards=[accuracy]", "grpo.clip_high=0.28", "grpo.kl=0", "lr_schedule=cosine"),
+    *("optimizer.schedule.peak=2e-4", "optimizer.schedule.warmup_steps=4", "optimizer.beta2=0.98"),
+    *("validation.every=8", "logging.every=8"),
 )
 
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(parser, argv)
     folder, quick = arguments.folder, arguments.quick
     report, count = Report(arguments.device, json_path=arguments.json), 16 if quick else HELD_OUT
-    base_steps, sft_steps, steps = (2, 2, 2) if quick else (30, 300, 160)
+    base_steps, sft_steps, steps = (2, 2, 2) if quick else (30, 300, 48)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [as_conversation(one) for one in problems(TASK, COUNT, 0, digits=DIGITS)]
     (folder / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

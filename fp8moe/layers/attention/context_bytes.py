@@ -86,15 +86,13 @@ def whole_keys_bytes(a: MlaConfig | GqaConfig, recipe: Recipe, cp: int, heads: i
     With `mla_up` latent attention makes keys and the product of keys and values, of which values are a view, and copies
     them for the kernel; grouped-query attention copies what was gathered. Then the copies and their gradients are
     there, and these are widened to all tokens, run by run. Beside it stand latent attention's gradients of latents, of
-    two groups and their sum, and the last group's keys while the next one's are made.
+    two groups and their sum.
     """
     mla = isinstance(a, MlaConfig)
     key, value = (a.qk_dim, a.v_dim) if isinstance(a, MlaConfig) else (a.head_dim, a.head_dim)
     run = (key + value) * _in_runs(cp)
     made = key + a.nope_dim + value if isinstance(a, MlaConfig) else 0
     features = run + max(made, run) if Recompute.MLA_UP in recipe.recompute else max(run, 2 * key)
-    if mla and heads < a.num_heads:
-        features += run
     return recipe.dtype.itemsize * (heads * features + (3 * gathered_values(a) if mla else 0))
 
 
