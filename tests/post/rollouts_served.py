@@ -22,17 +22,21 @@ from tests.post.distill.served import Answer, Served, served
 
 class Rollouts:
     """told: directories in the order in which it was told of them. asked: (step of the weights, prompt, seed) of all
-    completions. before: called first of a completion's request, with its number; it may answer in its place."""
+    completions. before: called first of a completion's request, with its number; it may answer in its place. change:
+    called with a choice before it is sent. on_told: the answer to an announcement, in place of loading."""
 
     def __init__(self, num_ids: int, names: dict[int, tuple[str, int]]) -> None:
         self.told: list[str] = []
         self.asked: list[tuple[int, tuple[int, ...], int]] = []
         self.before: Any = lambda body, number: None
         self.change: Any = lambda choice: None
+        self.on_told: Answer | None = None
         self._num_ids, self._names, self._lock = num_ids, names, threading.Lock()
         self._model: Any = None
 
     def __call__(self, body: dict[str, Any], number: int) -> Answer:
+        if "model_path" in body and self.on_told is not None:
+            return self.on_told
         if "model_path" in body:
             self.told.append(body["model_path"])
             self._model = AutoModelForCausalLM.from_pretrained(body["model_path"], dtype=torch.float32).eval()
