@@ -19,6 +19,11 @@ from fp8moe.post.completions import seed_of
 from fp8moe.train.config import TrainConfig
 from tests.post.distill.served import Answer, Served, served
 
+SMALL = (
+    *("grpo.samples=4", "grpo.kl=0", "grpo.held_out_count=2", "grpo.max_tokens=6", "plan=off"),
+    *("validation.samples=8", "model.mtp_depth=0", "steps=3", "checkpoint.background=false"),
+)
+
 
 class Rollouts:
     """told: directories in the order in which it was told of them. asked: (step of the weights, prompt, seed) of all
@@ -98,3 +103,9 @@ def rollouts_served(config: TrainConfig, num_ids: int, batches: int = 6) -> Iter
     rollouts = Rollouts(num_ids, names_of(config, batches))
     with served(rollouts) as endpoint:
         yield endpoint, rollouts
+
+
+def clear(endpoint: Served, rollouts: Rollouts) -> None:
+    for made in (endpoint.bodies, endpoint.headers, endpoint.paths, rollouts.told, rollouts.asked):
+        made.clear()
+    rollouts.before, rollouts.change, rollouts.on_told = (lambda body, number: None), (lambda choice: None), None
