@@ -61,28 +61,6 @@ EQUAL = ("step", "reward", "rollouts", "rollout_weights", "groups_drawn", "group
 EQUAL = (*EQUAL, "completion_length", "ended_share", "held_out_accuracy", "held_out_length")
 
 
-def config_of(corpus: list[str], url: str, *settings: str, world_size: int = 1) -> TrainConfig:
-    root = url.removesuffix("/v1")
-    by_server = (f"grpo.server={url}", "grpo.server_model=policy", "grpo.refresh_precision=fp32")
-    tries = ("grpo.server_tries=2", "grpo.server_wait=0.01", "grpo.server_concurrency=3")
-    told = f"grpo.refresh_url={root}/update_weights_from_disk"
-    if any(setting.startswith("grpo.refresh_command") for setting in settings):
-        told = "grpo.refresh_url=null"
-    return policy_config(corpus, *SMALL, *by_server, *tries, told, *settings, world_size=world_size)
-
-
-def method() -> Grpo:
-    return Grpo(export=export_weights)
-
-
-def built(config: TrainConfig, folder: Path) -> tuple[Run, Grpo]:
-    folder.mkdir(exist_ok=True)
-    made, device = method(), torch.device("cpu")
-    run = build(config, mesh_of(config, device), device, folder, open_data=made.open_data)
-    made.begin(run)
-    return run, made
-
-
 def test_a_run_by_a_server_is_the_built_in_run(corpus: list[str], whole: Whole, tmp_path: Path) -> None:
     train(policy_config(corpus, *SMALL, f"run_dir={tmp_path / 'own'}"), as_yaml, method=Grpo())
     theirs = whole.folder
