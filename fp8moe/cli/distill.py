@@ -20,7 +20,7 @@ from fp8moe.errors import DataError
 if TYPE_CHECKING:
     from fp8moe.cli.distill_job import Job
     from fp8moe.post.distill.collect import Collector
-    from fp8moe.post.distill.endpoint import EndpointError
+    from fp8moe.post.endpoint import EndpointError
 
 DESCRIPTION = """\
 Have a teacher answer prompts, keep what verifiers accept, and write it as chats for fine-tuning. Prompts are JSON lines
@@ -123,8 +123,8 @@ def _generate(arguments: argparse.Namespace, processes: int) -> None:
     from tqdm import tqdm
 
     from fp8moe.cli.distill_job import Job
-    from fp8moe.post.distill.endpoint import EndpointError
     from fp8moe.post.distill.store import SampleWriter
+    from fp8moe.post.endpoint import EndpointError
 
     job = Job(arguments, processes)
     collector = job.collector()
@@ -148,8 +148,8 @@ def _finish(job: Job, collector: Collector, down: EndpointError | None) -> None:
     """Write the chats, print the table, and say in one sentence what is missing."""
     from fp8moe.data.durable import unwritable, write_text
     from fp8moe.post.distill.chosen import choose
-    from fp8moe.post.distill.endpoint import EndpointError
     from fp8moe.post.distill.store import ADVICE
+    from fp8moe.post.endpoint import EndpointError
 
     arguments = job.arguments
     rows, table = choose(

@@ -20,12 +20,13 @@ from fp8moe.generate.decode import GenerationConfig
 from fp8moe.generate.sampling import SamplingConfig
 from fp8moe.generate.text import check_stops
 from fp8moe.post.distill.collect import Collector, Wanted
-from fp8moe.post.distill.endpoint import EndpointConfig, EndpointTeacher
+from fp8moe.post.distill.endpoint import EndpointTeacher
 from fp8moe.post.distill.forms import FORMS, SYSTEM_PROMPT
 from fp8moe.post.distill.own import OwnTeacher
 from fp8moe.post.distill.prompts import read_prompts
 from fp8moe.post.distill.store import samples_path, stored_samples
 from fp8moe.post.distill.teacher import Messages, Teacher
+from fp8moe.post.endpoint import EndpointConfig
 from fp8moe.post.verify.registry import verifier
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint.folder import step_of
@@ -114,10 +115,10 @@ def _endpoint(arguments: argparse.Namespace, generation: GenerationConfig) -> Te
         raise ConfigError(f'--body is not JSON ({error}): write an object, {{"top_k": 20}}') from error
     if body is not None and not isinstance(body, dict):
         raise ConfigError('--body must be an object: write {"top_k": 20}')
-    names = ("api", "key_env", "concurrency", "tries", "wait", "timeout")
+    names = ("key_env", "concurrency", "tries", "wait", "timeout")
     given = {name: getattr(arguments, name) for name in names}
-    config = EndpointConfig(arguments.endpoint, arguments.model, body=body, **given)
-    return EndpointTeacher(config, generation, arguments.stop)
+    config = EndpointConfig(arguments.endpoint, arguments.model, **given)
+    return EndpointTeacher(config, generation, arguments.stop, api=arguments.api, body=body)
 
 
 class Own:

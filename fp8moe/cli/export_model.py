@@ -49,28 +49,57 @@ def main(argv: Sequence[str]) -> int:
     """The command `fp8moe export`."""
     arguments = parse(command_parser(), argv)
     from fp8moe.cli.checkpoint import found
-    from fp8moe.interop.card import model_card
-    from fp8moe.interop.export_hf import config_of, write_directory
     from fp8moe.interop.new_directory import check_empty
-    from fp8moe.interop.stored import Stored
 
     out = Path(arguments.out)
     check_empty(out)
     path = found(arguments.checkpoint)[-1]
-    stored = Stored(path, averaged=arguments.ema)
+    run = path.absolute().parent.parent if isinstance(path, Path) else None
+    lines = write_export(
+        path,
+        run,
+        out,
+        arguments.precision,
+        reader=arguments.reader,
+        averaged=arguments.ema,
+        with_mtp=arguments.mtp == "keep",
+    )
+    print("\n".join(lines))
+    return 0
+
+
+def write_export(
+    path: Any,
+    run: Path | None,
+    out: Path,
+    precision: str,
+    *,
+    reader: str = "vllm",
+    averaged: bool = False,
+    with_mtp: bool = True,
+) -> list[str]:
+    """Write the checkpoint at `path` of the run directory `run` to the new directory `out` -> sentences on it.
+
+    Raises ConfigError, DataError and SpaceError; nothing is left then.
+    """
+    from fp8moe.interop.card import model_card
+    from fp8moe.interop.export_hf import config_of, write_directory
+    from fp8moe.interop.stored import Stored
+    from fp8moe.interop.tokenizer_files import kept_by
+
+    stored = Stored(path, averaged=averaged)
     model = _model_of(stored.state)
-    kept = _kept(path)
-    if arguments.mtp == "drop":
+    kept = None if run is None else kept_by(run)  # the released model's files that the run began with
+    if not with_mtp:
         model = replace(model, mtp_depth=0)
-    export = _export(stored, model, arguments.precision, arguments.reader, kept)
-    said = _said(export, arguments.reader, averaged=arguments.ema)
-    ids = _ids(kept, path, model)
+    export = _export(stored, model, precision, reader, kept)
+    said = _said(export, reader, averaged=averaged)
+    ids = _ids(kept, run, model)
     files = {"config.json": f"{json.dumps(config_of(export, ids), indent=2)}\n", "README.md": ""}
     files |= {"README.md": model_card(export, out.resolve().name, said)} | _generation(kept, ids)
-    size = write_directory(export, out, files, lambda folder: _copy(kept, path, folder))
+    size = write_directory(export, out, files, lambda folder: _copy(kept, run, folder))
     said += _requantized(export)
-    print("\n".join([f"{out}: {export.family.model_type}, {size / 1e9:.3f} GB in {export.output}", *said]))
-    return 0
+    return [f"{out}: {export.family.model_type}, {size / 1e9:.3f} GB in {export.output}", *said]
 
 
 def _model_of(state: dict[str, Any]) -> ModelConfig:
@@ -78,13 +107,6 @@ def _model_of(state: dict[str, Any]) -> ModelConfig:
     from fp8moe.model.config import ModelConfig
 
     return to_dataclass(ModelConfig, state["model"], "model")
-
-
-def _kept(path: Any) -> Path | None:
-    """The released model's files that the run of a checkpoint began with."""
-    from fp8moe.interop.tokenizer_files import kept_by
-
-    return kept_by(path.absolute().parent.parent) if isinstance(path, Path) else None
 
 
 def _export(stored: Any, model: ModelConfig, output: Any, reader: Any, kept: Path | None) -> Export:
@@ -144,7 +166,7 @@ def _said(export: Export, reader: str, *, averaged: bool) -> list[str]:
     return said
 
 
-def _ids(kept: Path | None, path: Any, model: ModelConfig) -> dict[str, Any]:
+def _ids(kept: Path | None, run: Path | None, model: ModelConfig) -> dict[str, Any]:
     """Ids of special tokens: the released model's, or the tokenizer's."""
     from fp8moe.data.tokenizer import end_of_text_id, load_tokenizer
     from fp8moe.errors import DataError
@@ -152,8 +174,7 @@ def _ids(kept: Path | None, path: Any, model: ModelConfig) -> dict[str, Any]:
 
     if kept is not None:
         return {key: value for key, value in read_json(kept / "config.json").items() if key.endswith("_token_id")}
-    own = path.parent.parent / "tokenizer.json"
-    if not isinstance(own, Path) or not own.is_file():
+    if run is None or not (own := run / "tokenizer.json").is_file():
         return {}
     try:
         return {"eos_token_id": end_of_text_id(load_tokenizer(own))}
@@ -169,15 +190,14 @@ def _generation(kept: Path | None, ids: dict[str, Any]) -> dict[str, str]:
     return {"generation_config.json": f"{json.dumps(content, indent=2)}\n"}
 
 
-def _copy(kept: Path | None, path: Any, folder: Path) -> None:
+def _copy(kept: Path | None, run: Path | None, folder: Path) -> None:
     """The tokenizer's files, unchanged; those of a tokenizer made here, with what readers need beside it."""
     from fp8moe.data.chat_template import TEMPLATE_FILE
     from fp8moe.interop.tokenizer_files import keep, write_own
 
-    own = path.parent.parent / "tokenizer.json"
     if kept is not None:
         keep(kept, folder)
-    elif isinstance(own, Path) and own.is_file():
+    elif run is not None and (own := run / "tokenizer.json").is_file():
         write_own(own, folder)
-    if isinstance(own, Path) and (template := own.parent / TEMPLATE_FILE).is_file():  # of a fine-tuning
+    if run is not None and (template := run / TEMPLATE_FILE).is_file():  # of a fine-tuning
         shutil.copyfile(template, folder / TEMPLATE_FILE)

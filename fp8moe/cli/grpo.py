@@ -8,6 +8,7 @@ from grpo.* unless it is typed. A run that goes on has its own configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ answer. Everything else is as in fp8moe train: settings, processes, checkpoints,
   fp8moe grpo init_from=runs/sft data.paths=[problems.jsonl] grpo.samples=16 run_dir=runs/rl
   fp8moe grpo --nproc 2 init_from=runs/sft parallel.ep=2 run_dir=runs/rl
   fp8moe grpo init_from=models/base experiment=r1_zero data.paths=[problems.jsonl] run_dir=runs/zero
+  fp8moe grpo init_from=runs/sft run_dir=runs/rl grpo.server=http://HOST:30000/v1 grpo.server_model=policy
+      grpo.refresh_url=http://HOST:30000/update_weights_from_disk grpo.stale=1
   fp8moe grpo resume=runs/rl steps=400                   goes on there
 """
 
@@ -47,7 +50,14 @@ def method() -> Method:
     from fp8moe.interop.hf_model import open_released
     from fp8moe.post.grpo import Grpo
 
-    return Grpo(open_released)
+    return Grpo(open_released, export_weights)
+
+
+def export_weights(path: Path, run: Path, out: Path, precision: str) -> None:
+    """A checkpoint of a run's masters as a Hugging Face directory, as `fp8moe export` writes it."""
+    from fp8moe.cli.export_model import write_export
+
+    write_export(path, run, out, precision)
 
 
 def begin(settings: Sequence[str]) -> dict[str, Any]:

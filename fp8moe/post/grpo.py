@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,12 +28,15 @@ from fp8moe.generate.groups import GroupSampling
 from fp8moe.model.loss import LossCounts, count_predicted
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.mesh import Mesh
+from fp8moe.post.endpoint import Endpoint, EndpointError
 from fp8moe.post.held_out import HeldOut
 from fp8moe.post.logprobs import label_logprobs
 from fp8moe.post.policy import Mismatch, PolicyLoss, PolicyTokens, group_advantages, mismatch, token_shares
 from fp8moe.post.problems import Posed, ProblemSet, chosen, open_problems
 from fp8moe.post.reference import Reference
 from fp8moe.post.rewards import find_reward, score
+from fp8moe.post.rollout_server import RolloutServer, endpoint_of
+from fp8moe.post.rollout_weights import Announcement, Exporter
 from fp8moe.post.rollouts import BuiltIn, Generator, Packed, Rollouts, load, pack, rollouts_of, save, with_logprobs
 from fp8moe.post.tasks import Problem
 from fp8moe.schedule.build import microbatches
@@ -40,6 +44,7 @@ from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.method import StepWork
 from fp8moe.train.run import Run
+from fp8moe.train.run_state import save_and_stop
 
 logger = logging.getLogger(__name__)
 MOST_NAMED = 5  # samples of a batch that could not be scored, in the log
@@ -56,20 +61,22 @@ class _Batch:
 
 
 class Grpo:
-    """The steps of a run of GRPO. foreign: opens a reference that is no checkpoint."""
+    """The steps of a run of GRPO. foreign: opens a reference that is no checkpoint. export: writes weights for a
+    rollout server, which a run with grpo.server needs."""
 
     def __init__(
         self,
         foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
-        generator: Callable[[Run], Generator] = BuiltIn,
+        export: Exporter | None = None,
     ) -> None:
-        self._foreign, self._make_generator = foreign, generator
+        self._foreign, self._export = foreign, export
         self._batch: _Batch | None = None
         self._loss: PolicyLoss | None = None
 
     def open_data(self, config: TrainConfig, mesh: Mesh) -> Data:
         """The problems; the validation loss is that of held-out solutions. Raises ConfigError and DataError."""
         grpo, pp = config.grpo, config.parallel.pp
+        self._grpo = grpo
         if config.data.source != "problems":
             raise ConfigError(
                 f"fp8moe grpo learns from problems and data.source is {config.data.source}: go on with a run of its "
@@ -81,6 +88,9 @@ class Grpo:
             raise ConfigError(
                 f"rows of completions are whole and parallel.cp={config.parallel.cp} cuts them: use parallel.cp=1"
             )
+        if grpo.server is not None:
+            Endpoint(endpoint_of(grpo), "completions")  # a setting that can't be is said before anything is written
+            Announcement(grpo)
         self._rewards = [(name, find_reward(name)) for name in grpo.rewards]
         self._weights = grpo.reward_weights or (1.0,) * len(grpo.rewards)
         self._posed = posed = Posed(config)
@@ -103,7 +113,11 @@ class Grpo:
 
     def begin(self, run: Run) -> None:
         """Keep the reference, and score the model that the run begins with."""
-        self._generator = self._make_generator(run)
+        self._generator: Generator = BuiltIn(run)
+        if run.config.grpo.server is not None:
+            assert self._export is not None, "weights for a server need an exporter"
+            self._generator = RolloutServer(run, self._export)
+        self._first = run.step
         self._reference = Reference(run, self._foreign) if run.config.grpo.kl else None
         if run.step == 0:
             self._held_out.score(run, self._generator, "before")
@@ -114,10 +128,30 @@ class Grpo:
         per_step = grpo.group_samples // grpo.minibatches
         number, within = divmod(run.sampler.consumed, grpo.group_samples * grpo.epochs)
         if self._batch is None or self._batch.number != number:
-            self._batch = self._make(run, number, is_begun=within > 0)
+            with self._saved_if_server_is_down(run):
+                self._batch = self._make(run, number, is_begun=within > 0)
+                self._begin_next(run, number + 1, within // per_step)
         run.sampler.consumed += per_step
         minibatch = within // per_step % grpo.minibatches
         return self._update(run, self._batch.rollouts, minibatch)
+
+    def _begin_next(self, run: Run, number: int, done: int) -> None:
+        """Have the generator begin with a batch, `done` updates of the one before being made."""
+        grpo = run.config.grpo
+        if grpo.is_ahead and run.step + grpo.updates - done < run.config.steps:
+            _, prompts, names = self._posed_for(run, number, 0)
+            self._generator.ahead(prompts, names, self._sampling(), grpo.lag + done)
+
+    @contextmanager
+    def _saved_if_server_is_down(self, run: Run) -> Iterator[None]:
+        """Save the run, as it was after its last step, before the error of a server ends it. All ranks raise it."""
+        try:
+            yield
+        except EndpointError as error:
+            if run.point is None:
+                raise
+            with run.preemption.changing():
+                raise EndpointError(f"{error}: {save_and_stop(run, self._first)}") from error
 
     def _update(self, run: Run, rollouts: Rollouts, minibatch: int) -> StepWork:
         grpo = run.config.grpo
@@ -185,22 +219,14 @@ class Grpo:
     def _sample(self, run: Run, number: int) -> tuple[Rollouts, dict[str, Any]]:
         """Completions with their rewards; groups that score alike are drawn anew where that is asked for."""
         grpo = run.config.grpo
-        sampling = GroupSampling(
-            grpo.samples,
-            grpo.max_tokens,
-            grpo.temperature,
-            grpo.rollout_batch,
-            self._posed.vocabulary.num_ids,
-            self._posed.ends,
-        )
+        max_age = grpo.lag + grpo.updates * grpo.is_ahead
         whole: Rollouts | None = None
         drawn = alike = failures = 0
+        oldest = run.step
         for round_number in range(grpo.dynamic_rounds + 1):
-            place = number * (grpo.dynamic_rounds + 1) + round_number
-            problems = chosen(len(self._train), place, grpo.prompts, run.config.seed)
-            names = [f"{run.config.seed}/{place}/{i}/{problem}" for i, problem in enumerate(problems)]
-            prompts = [self._prompts[problem] for problem in problems]
-            groups = self._generator.sample(prompts, names, sampling)
+            problems, prompts, names = self._posed_for(run, number, round_number)
+            groups = self._generator.sample(prompts, names, self._sampling(), max_age)
+            oldest = min(oldest, self._generator.drawn_by)
             found, failed = self._scored(run, rollouts_of(prompts, groups, len(self._rewards)), problems)
             advantages = group_advantages(found.rewards, found.group, normalize_std=False)
             drawn, alike, failures = drawn + len(problems), alike + advantages.alike, failures + failed
@@ -215,8 +241,21 @@ class Grpo:
                 break
         assert whole is not None
         count = min(len(whole.prompts), grpo.prompts) // grpo.minibatches * grpo.minibatches
-        figures = {"groups_drawn": drawn, "groups_alike": alike, "reward_failures": failures}
+        figures = {"rollout_weights": oldest, "groups_drawn": drawn, "groups_alike": alike, "reward_failures": failures}
         return whole.only(range(count)), figures | self._of_rollouts(whole)
+
+    def _posed_for(self, run: Run, number: int, round_number: int) -> tuple[list[int], list[list[int]], list[str]]:
+        """(problems, their prompts, what decides their samples) of one round of a batch."""
+        grpo, seed = run.config.grpo, run.config.seed
+        place = number * (grpo.dynamic_rounds + 1) + round_number
+        problems = chosen(len(self._train), place, grpo.prompts, seed)
+        names = [f"{seed}/{place}/{i}/{problem}" for i, problem in enumerate(problems)]
+        return problems, [self._prompts[problem] for problem in problems], names
+
+    def _sampling(self) -> GroupSampling:
+        grpo, posed = self._grpo, self._posed
+        batch, ids = grpo.rollout_batch, posed.vocabulary.num_ids
+        return GroupSampling(grpo.samples, grpo.max_tokens, grpo.temperature, batch, ids, posed.ends)
 
     def _of_rollouts(self, rollouts: Rollouts) -> dict[str, Any]:
         if not rollouts.completions:
@@ -267,7 +306,8 @@ class Grpo:
 
     def score(self, run: Run) -> Mapping[str, Any]:
         """Accuracy of the likeliest answers on held-out problems."""
-        return self._held_out.score(run, self._generator, f"after step {run.step}")
+        with self._saved_if_server_is_down(run):
+            return self._held_out.score(run, self._generator, f"after step {run.step}")
 
 
 def _packed(run: Run, rollouts: Rollouts, samples: Sequence[int]) -> Packed:

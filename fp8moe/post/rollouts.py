@@ -1,10 +1,10 @@
 """Rollouts: groups of completions with their rewards, where they come from, and how they lie in micro-batches.
 
 A generator is asked for G samples of each prompt; the built-in one runs the weights that are being trained, in place,
-experts over ep (`generate.groups`). What it draws is decided by (seed, batch, problem, sample) alone, so a batch of
-rollouts that a run needs again is made again to the bit, as long as the weights are those it began with. Between the
-updates of one batch they are not: a batch of several updates is kept in the run directory, `rollouts/batch-N.npz`, for
-a run that resumes there.
+experts over ep (`generate.groups`), another asks a server (`rollout_server`). What the built-in one draws is decided by
+(seed, batch, problem, sample) alone, so a batch of rollouts that a run needs again is made again to the bit, as long as
+the weights are those it began with. Between the updates of one batch they are not: a batch of several updates is kept
+in the run directory, `rollouts/batch-N.npz`, for a run that resumes there.
 
 Legend: N samples in groups of G, S tokens of a row, K tokens of all completions, sample after sample.
 """
@@ -37,9 +37,23 @@ class Generator(Protocol):
     """What samples completions. Collective over all ranks; every rank gets all of them."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling, max_age: int = 0
     ) -> list[list[Sampled]]:
-        """`sampling.samples` completions of each prompt, which its name and their numbers alone decide."""
+        """`sampling.samples` completions of each prompt, which its name and their numbers alone decide.
+
+        max_age: steps by which the weights may be older than the present ones.
+        """
+        ...
+
+    def ahead(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling, max_age: int
+    ) -> None:
+        """What a later `sample` will ask for: a generator that computes elsewhere begins with it."""
+        ...
+
+    @property
+    def drawn_by(self) -> int:
+        """The step of the weights that gave the last samples."""
         ...
 
 
@@ -50,13 +64,22 @@ class BuiltIn:
         self._run = run
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling, max_age: int = 0
     ) -> list[list[Sampled]]:
         run = self._run
         if run.zero is not None:
             run.zero.wait_weights()
         with exact_dispatch(run):
             return sample_groups(run.model, prompts, names, sampling, run.mesh)
+
+    def ahead(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling, max_age: int
+    ) -> None:
+        """Nothing: it computes where the training does."""
+
+    @property
+    def drawn_by(self) -> int:
+        return self._run.step
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,24 @@ class GrpoConfig:
     # None: the mismatch is measured and not corrected
     importance_cap: float | None = 2.0
     mtp_weight: float = 0.0  # of the MTP module's cross entropy on the samples
+    # an OpenAI-compatible server (vLLM, SGLang) that samples in place of the run itself, its URL up to and with /v1;
+    # None: the weights in training sample
+    server: str | None = None
+    server_model: str | None = None  # the name by which it serves the model
+    server_key_env: str = "OPENAI_API_KEY"  # the environment variable with its key, where it wants one
+    server_concurrency: int = 64  # samples that are asked for at once
+    server_tries: int = 6  # of a request before it is given up
+    server_wait: float = 1.0  # seconds before the second try, doubled each time
+    server_timeout: float = 600.0  # seconds without an answer
+    refresh: int = 1  # batches of rollouts from one export of the weights
+    # where an export is announced by a POST of {"model_path": PATH}, as SGLang's /update_weights_from_disk takes it
+    refresh_url: str | None = None
+    refresh_command: tuple[str, ...] = ()  # in place of refresh_url: a program and its arguments, {path} among them
+    refresh_precision: Literal["bf16", "fp8", "fp32"] = "bf16"  # of the exported weights
+    refresh_keep: int = 2  # exports that stay in RUN/rollout_weights, the newest
+    # steps by which the weights that sampled a batch may be older than those of its first update; where it covers a
+    # whole batch's updates, the server samples the next batch meanwhile
+    stale: int = 0
 
     def __post_init__(self) -> None:
         check_fields(
@@ -66,6 +84,13 @@ class GrpoConfig:
             kl=Range(least=0, most=1e6, use="use 0 for none"),
             importance_cap=Range(above=0, most=1e6, use="use 2.0, or null for no correction"),
             mtp_weight=Range(least=0, most=1e6, use="use 0 for none"),
+            server_concurrency=Range(least=1, most=1024),
+            server_tries=Range(least=1, most=100),
+            server_wait=Range(least=0, most=600, use="use 1.0"),
+            server_timeout=Range(above=0, most=86400, use="use 600"),
+            refresh=Range(least=1, most=2**16),
+            refresh_keep=Range(least=1, most=2**16),
+            stale=Range(least=0, most=2**16, use="use 0 to wait for each other"),
         )
         if not self.rewards:
             raise ValueError("grpo.rewards=[] has 0 rewards and at least 1 is needed: use grpo.rewards=[accuracy]")
@@ -84,11 +109,49 @@ class GrpoConfig:
                 f"grpo.prompt_format={self.prompt_format!r} must contain {{prompt}}, which the problem stands in for: "
                 "use grpo.prompt_format='{prompt} '"
             )
+        self._check_server()
+
+    def _check_server(self) -> None:
+        """Raise ValueError unless the settings of rollouts by a server fit together."""
+        if self.server is None:
+            for name in ("server_model", "refresh_url", "refresh_command", "stale"):
+                if getattr(self, name) != getattr(GrpoConfig, name):
+                    raise ValueError(
+                        f"grpo.{name} is of a server and grpo.server is null: name its URL, or leave grpo.{name} out"
+                    )
+            return
+        if not self.server_model:
+            raise ValueError("grpo.server needs the name of its model and grpo.server_model is null: name it")
+        if (self.refresh_url is None) == (not self.refresh_command):
+            given = "neither is" if self.refresh_url is None else "both are"
+            raise ValueError(
+                f"grpo.server is told of weights by grpo.refresh_url or grpo.refresh_command and {given} set: set one"
+            )
+        if self.refresh_command and not any("{path}" in part for part in self.refresh_command):
+            raise ValueError(
+                "grpo.refresh_command must contain {path}, which the directory of the weights stands in for: add it"
+            )
+        if self.lag > self.stale:
+            raise ValueError(
+                f"grpo.refresh={self.refresh} batches of {self.updates} updates make weights up to {self.lag} steps old"
+                f" and grpo.stale={self.stale}: use grpo.refresh={self.stale // self.updates + 1} or "
+                f"grpo.stale={self.lag}"
+            )
 
     @property
     def updates(self) -> int:
         """Optimizer steps a batch of rollouts."""
         return self.minibatches * self.epochs
+
+    @property
+    def lag(self) -> int:
+        """Steps by which an export is older than the first update of the last batch that it samples."""
+        return (self.refresh - 1) * self.updates
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next batch is sampled while updates of this one run."""
+        return self.server is not None and self.stale >= self.lag + self.updates
 
     @property
     def group_samples(self) -> int:

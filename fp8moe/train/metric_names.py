@@ -52,6 +52,7 @@ MEANING = {
     "slowest_rank_seconds_behind": "Seconds by which it exceeded the others' median, over the steps compared",
     "rolled_back_from": "Step after which the run went back to a checkpoint",
     "rollouts": "Batch of rollouts that the step learned from, counted from 1 (fp8moe grpo, as all that follow)",
+    "rollout_weights": "Step of the weights that sampled a batch",
     "groups_drawn": "Problems of which a batch's completions were sampled",
     "groups_alike": "Of these, problems whose completions all scored alike, which give no gradient",
     "reward_failures": "Completions of a batch that a reward raised on or gave no finite number for; they are left out",

@@ -3,6 +3,7 @@
     config.yaml  config-STEP.yaml  tokenizer.json  metrics.jsonl  summary.json  checkpoints/step-N/  logs/rank-N.log
     events.jsonl  expert_load.jsonl  ranks.jsonl  samples.json  report.html
     metrics.prom (the latest figures, for Prometheus)  tensorboard/  wandb/  wandb-id (where those are used)
+    rollouts/  rollout_weights/ (fp8moe grpo: batches and completions in use, exports for a server)
     lock (while a run writes here)  preempted (what was saved, if a signal ended the run)  starts.jsonl
 
 It is self-contained: a run that goes on takes its configuration from there, and whoever decodes its tokens the

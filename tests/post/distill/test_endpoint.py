@@ -14,8 +14,9 @@ import pytest
 from fp8moe.errors import ConfigError
 from fp8moe.generate.decode import GenerationConfig
 from fp8moe.generate.sampling import SamplingConfig
-from fp8moe.post.distill.endpoint import EndpointConfig, EndpointError, EndpointTeacher
+from fp8moe.post.distill.endpoint import EndpointTeacher
 from fp8moe.post.distill.teacher import Failed, Reply, Request
+from fp8moe.post.endpoint import EndpointConfig, EndpointError
 from tests.post.distill.served import Answer, chat, right, served
 
 GENERATION = GenerationConfig(64, sampling=SamplingConfig(0.7, 0.9, 3))
@@ -23,8 +24,9 @@ KEY = "sk-hush-0123456789"
 
 
 def teacher(url: str, stops: Sequence[str] = (), **options: Any) -> EndpointTeacher:
+    own = {name: options.pop(name) for name in ("api", "body") if name in options}
     config = EndpointConfig(url, "r1", **{"wait": 0.01, "tries": 3, "timeout": 5.0} | options)
-    return EndpointTeacher(config, GENERATION, stops)
+    return EndpointTeacher(config, GENERATION, stops, **own)
 
 
 def requests(count: int, system: str = "") -> list[Request]:

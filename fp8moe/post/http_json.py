@@ -28,6 +28,10 @@ class TryAgainError(Exception):
         self.after = after
 
 
+class BadAnswerError(Exception):
+    """An answer that lacks what was asked for, as every other of this server will."""
+
+
 class RefusedError(Exception):
     """The server refuses this request, and would again; code: of HTTP."""
 
