@@ -259,16 +259,17 @@ class LossPass(_OnePhase):
 
     def _forward(self) -> None:
         self._graph, _ = run_detached(self._norm, self._source(), wgrads=self._wgrads)
-        main, mtp = (self._batch.labels_BS, self._weights.main), (labels_after_next(self._batch), self._weights.mtp)
+        main = self._batch.labels_BS, self._weights.main, self.main_loss, self.temperature
+        mtp = labels_after_next(self._batch), self._weights.mtp
         (normed_TD,) = self._graph.take()
         if self._entrance is None:
-            loss, self._gradient_here = self._head_loss(normed_TD, *main, self.main_loss, self.temperature)
+            loss, self._gradient_here = self._head_loss(normed_TD, *main)
             self._tally.add_losses(loss)
             return
         # The module's first, whose gradients come first under autograd.
         mtp_loss, self._gradient_here = self._head_loss(normed_TD, *mtp)
         del normed_TD
-        loss, self._entrance.normed_gradient = self._head_loss(self._entrance.normed_TD, *main, self.main_loss, self.temperature)
+        loss, self._entrance.normed_gradient = self._head_loss(self._entrance.normed_TD, *main)
         del self._entrance.normed_TD
         self._tally.add_losses(loss, mtp_loss)
 
