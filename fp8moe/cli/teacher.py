@@ -1,7 +1,11 @@
-"""The teacher that `distill.teacher` names, found for a command that trains."""
+"""The teacher that `distill.teacher` names, found for a command that trains.
+
+A run or checkpoint computes in its own precision; a Hugging Face directory names none and computes in the student's.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8moe.errors import ConfigError
@@ -31,6 +35,7 @@ def find_teacher(config: TrainConfig) -> TeacherSource | None:
     theirs = composed(overlaid(found.tree, tree_of([]), tree_of([]), [])).config
     if isinstance(found.source, HfModel):
         found.source.check(theirs.model)
+        theirs = replace(theirs, precision=config.precision)
     has_tokenizer = found.tokenizer is not None and found.tokenizer.is_file()
     teacher = TeacherSource(theirs, found.source, found.tokenizer if has_tokenizer else None)
     teacher.check(config)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp8moe.cli import grpo
 from fp8moe.cli.compose import as_yaml
+from fp8moe.cli.export_model import main as export
 from fp8moe.cli.resume import compose_run
 from fp8moe.cli.teacher import find_teacher
 from fp8moe.cli.train import Command, main
@@ -105,6 +106,15 @@ def test_a_step_over_two_ranks_that_share_experts_is_that_of_one(settings: list[
             assert (together[name] - whole).norm() <= 1e-4 * whole.norm() + 1e-9, name
             compared += bool(whole.any())
     assert compared > 30
+
+
+def test_a_hugging_face_directory_teaches_as_the_run_that_was_exported(
+    settings: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    export([str(teacher), str(tmp_path / "out"), "--precision", "fp32"])
+    *_, expected = step(settings)
+    *_, kl = step([*settings, f"distill.teacher={tmp_path / 'out'}"])
+    assert kl == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_is_the_mean_of_cross_entropy_and_kl_and_the_mtp_module_keeps_its_own(settings: list[str]) -> None:

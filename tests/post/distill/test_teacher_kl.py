@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.live_memory import TrackPeak
 from fp8moe.layers.linear import Linear, attach_main_grads
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model import head_loss as module
@@ -165,6 +166,33 @@ def test_probabilities_that_vanish_give_finite_gradients() -> None:
     assert wide.grad is not None
     torch.testing.assert_close(losses.double(), exact_losses.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), wide.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("config", "chunks"), [(DistillConfig(), 1), (DistillConfig(temperature=2.0), 2)])
+def test_of_production_a_chunk_of_logits_is_held_and_nothing_waits_for_the_device(
+    config: DistillConfig, chunks: int
+) -> None:
+    """Tensors without data: a look at a value raises. The peak beside `main_grad` and dx is that of the chunks of
+    logits, their hidden gradient, and 60 bytes at most for each of the k."""
+    tokens, vocab_size, dim, chunk = 4096, 129_280, 7168, 2048
+    with torch.device("meta"):
+        model = nn.Module()
+        model.head = Linear(dim, vocab_size, Recipe(Precision.BF16))
+        attach_main_grads(model)
+        x, labels = torch.empty(tokens, dim, dtype=torch.bfloat16), torch.empty(tokens, dtype=torch.int64)
+        found = TopK(
+            torch.empty(tokens, config.topk, dtype=torch.int32),
+            torch.empty(tokens, config.topk),
+            torch.empty(tokens, dtype=torch.int32),
+            torch.empty(tokens),
+        )
+        weight = torch.empty(())
+        loss = TeacherLoss([found], config, torch.device("meta"))
+        with TrackPeak() as peak:
+            head_loss(model.head, x, labels, weight, partial(loss.of_logits, 0))
+    logits = chunks * chunk * vocab_size * 2
+    beside = tokens * dim * 2 + tokens * 4 + max(chunk * dim * 2, chunk * (config.topk + 2) * 60)
+    assert logits < peak.most <= logits + beside
 
 
 def test_a_student_for_which_the_rest_is_impossible_has_finite_losses_and_gradients() -> None:
