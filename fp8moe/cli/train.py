@@ -51,14 +51,22 @@ class Command:
         """Run a resolved configuration to its end."""
         from fp8moe.cli.compose import as_yaml
         from fp8moe.cli.report import at_end
+        from fp8moe.cli.teacher import find_teacher
         from fp8moe.generate.samples import commands, last_lines
         from fp8moe.interop.hf_model import open_released
         from fp8moe.train.loop import train
 
-        if self.method is None:
-            train(config, as_yaml, open_released, last_lines, at_end)
-        else:
+        if self.method is not None:
+            if config.distill.teacher is not None:
+                raise ConfigError(f"fp8moe {self.name} learns from no teacher: use distill.teacher=null")
             train(config, as_yaml, open_released, partial(commands, command=self.name), at_end, self.method())
+            return
+        method = None
+        if (teacher := find_teacher(config)) is not None:
+            from fp8moe.post.distill.taught import Taught
+
+            method = Taught(teacher)
+        train(config, as_yaml, open_released, last_lines, at_end, method)
 
 
 def parser_of(name: str, description: str) -> Parser:
@@ -99,6 +107,7 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     from fp8moe.cli.compose import tree_of
     from fp8moe.cli.epochs import with_steps
     from fp8moe.cli.resume import compose_run, note
+    from fp8moe.cli.teacher import find_teacher
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
     from fp8moe.plan.fit import check_fits
@@ -122,6 +131,7 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     for sentence in filter(None, (note(origin, config), chosen.sentence, length, threads)):
         print(sentence, flush=True)
     if num_processes is not None:
+        find_teacher(config)  # before processes start
         from_run = [] if arguments.from_run is None else ["--from", arguments.from_run]
         return launch([command.name, *from_run, *arguments.settings], num_processes)
     command.train(config)

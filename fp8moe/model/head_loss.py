@@ -18,9 +18,10 @@ would keep the gradients of all logits until then. Ordinary autograd learns the 
 `main_grad` cannot be scaled afterwards, so there the walk with gradients comes in the backward, a product more; in
 evaluation there is none. Gradients for weight one, scaled later, were refused: dW would need [V, D] of its own.
 
-A loss of its own, a `TokenLoss`, is a function of the log-probability of each label, and its gradient is that of cross
-entropy with a weight a token, minus the function's slope: so a chunk's losses come first, then the slopes, then the
-gradients. That is one more pass over a chunk's logits and no more memory.
+A loss of its own, a `ChunkLoss`, is given the logits of a chunk and writes their gradient in their place. Most depend
+on a token by the log-probability of its label alone: such a `TokenLoss` has the gradient of cross entropy with a weight
+a token, minus the function's slope, so a chunk's losses come first, then the slopes, then the gradients. That is one
+more pass over a chunk's logits and no more memory.
 
 Every row of a chunk is computed as in one product of all tokens. dW is a sum of one FP32 product a chunk, so it may
 differ from a single product by the association of its sums.
@@ -46,13 +47,33 @@ CHUNK_BYTES = 512 << 20  # of a chunk's logits
 _ROWS = 128  # a chunk is a multiple of them, as the tiles of its products are
 
 
-class TokenLoss(Protocol):
-    """A loss that depends on a token by the log-probability of its label alone; cross entropy is minus that.
+class ChunkLoss(Protocol):
+    """A loss of the main model's tokens in place of cross entropy, by their logits.
 
     temperature: the logits are divided by it first.
     """
 
     temperature: float
+
+    def of_logits(
+        self,
+        microbatch: int,
+        tokens: slice,
+        logits_CV: Tensor,
+        labels_C: Tensor,
+        weight: Tensor | None,
+        losses_C: Tensor,
+    ) -> None:
+        """Write the losses [C] FP32; with a weight, an FP32 scalar, logits <- the gradient of their sum times it.
+
+        tokens: places of the chunk in the flattened micro-batch. Where labels are -100 losses and gradients are 0.
+        Nothing may wait for the device.
+        """
+        ...
+
+
+class TokenLoss(ChunkLoss, Protocol):
+    """A loss that depends on a token by the log-probability of its label alone; cross entropy is minus that."""
 
     def __call__(self, microbatch: int, tokens: slice, logp_C: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [C] FP32, each a function of one token's log-probability, and their derivatives by it.
@@ -62,8 +83,21 @@ class TokenLoss(Protocol):
         """
         ...
 
+    def of_logits(
+        self,
+        microbatch: int,
+        tokens: slice,
+        logits_CV: Tensor,
+        labels_C: Tensor,
+        weight: Tensor | None,
+        losses_C: Tensor,
+    ) -> None:
+        """Cross entropy's gradient with the slopes for weights."""
+        of_labels(partial(self, microbatch), tokens, logits_CV, labels_C, weight, losses_C)
 
-# The same of one micro-batch.
+
+# The same of one micro-batch: of a chunk's logits, labels, weight and losses; of labels' log-probabilities.
+ChunkLossHere = Callable[[slice, Tensor, Tensor, Tensor | None, Tensor], None]
 TokenLossHere = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -78,14 +112,40 @@ def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch
     return max(ceil_div(ceil_div(tokens, num_chunks), _ROWS), 1) * _ROWS
 
 
+def of_cross_entropy(
+    tokens: slice, logits_CV: Tensor, labels_C: Tensor, weight: Tensor | None, losses_C: Tensor
+) -> None:
+    """Cross entropy as a `ChunkLossHere`: nats of the labels."""
+    if weight is None:
+        cross_entropy(logits_CV, labels_C, losses_C)
+    else:
+        cross_entropy_with_gradient(logits_CV, labels_C, weight, losses_C)
+
+
+def of_labels(
+    token_loss: TokenLossHere,
+    tokens: slice,
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    weight: Tensor | None,
+    losses_C: Tensor,
+) -> None:
+    """A function of the labels' log-probabilities as a `ChunkLossHere`."""
+    cross_entropy(logits_CV, labels_C, losses_C)
+    losses, slopes_C = token_loss(tokens, -losses_C)
+    if weight is not None:
+        cross_entropy_with_gradient(logits_CV, labels_C, weight * -slopes_C, losses_C)
+    losses_C.copy_(losses)
+
+
 @torch.no_grad()
 def head_loss(
-    head: Linear, x_TD: Tensor, labels_T: Tensor, weight: Tensor | None, token_loss: TokenLossHere | None = None
+    head: Linear, x_TD: Tensor, labels_T: Tensor, weight: Tensor | None, loss: ChunkLossHere = of_cross_entropy
 ) -> tuple[Tensor, Tensor | None]:
-    """Nats summed over the labels that are not -100 (an FP32 scalar), and the gradient of x times `weight`.
+    """The loss summed over the labels that are not -100 (an FP32 scalar), and the gradient of x times `weight`.
 
     weight: an FP32 scalar on the device, which multiplies what `main_grad` gets too; without one there is no gradient.
-    token_loss: what is summed in place of the nats.
+    loss: of each chunk, in nats.
     """
     losses_T = torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device)
     dx_TD = None if weight is None else torch.empty_like(x_TD)
@@ -93,7 +153,7 @@ def head_loss(
     chunks = zip(*(part.split(size) for part in (x_TD, labels_T, losses_T)), strict=True)
     for number, (x_CD, labels_C, losses_C) in enumerate(chunks):
         dx_CD = None if dx_TD is None else dx_TD.narrow(0, number * size, len(x_CD))
-        here = None if token_loss is None else partial(token_loss, slice(number * size, number * size + len(x_CD)))
+        here = partial(loss, slice(number * size, number * size + len(x_CD)))
         _walk_chunk(head, x_CD, labels_C, weight, losses_C, dx_CD, here)
     return losses_T.sum(dtype=torch.float64).float(), dx_TD
 
@@ -105,19 +165,11 @@ def _walk_chunk(
     weight: Tensor | None,
     losses_C: Tensor,
     dx_CD: Tensor | None,
-    token_loss: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+    loss: Callable[[Tensor, Tensor, Tensor | None, Tensor], None],
 ) -> None:
     """Write losses and dx of one chunk and add its dW; a function, so that its logits end with it."""
-    logits_CV, of_label = head.fprop(x_CD), None
-    if weight is None or token_loss is not None:
-        cross_entropy(logits_CV, labels_C, losses_C)
-    if token_loss is not None:
-        of_label, slopes_C = token_loss(-losses_C)
-        weight = None if weight is None else weight * -slopes_C
-    if weight is not None and dx_CD is not None:
-        cross_entropy_with_gradient(logits_CV, labels_C, weight, losses_C)
-    if of_label is not None:
-        losses_C.copy_(of_label)
+    logits_CV = head.fprop(x_CD)
+    loss(logits_CV, labels_C, weight, losses_C)
     if dx_CD is None:
         return
     dx_CD.copy_(head.dgrad(logits_CV))

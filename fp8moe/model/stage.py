@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from fp8moe.layers.linear import Embedding
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Pass, Phase, run_detached
 from fp8moe.model.block import Block
-from fp8moe.model.head_loss import TokenLoss, TokenLossHere, head_loss
+from fp8moe.model.head_loss import ChunkLoss, ChunkLossHere, head_loss, of_cross_entropy
 from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.partition import Stage
 from fp8moe.model.phases import BalanceLoss, pass_through
@@ -43,7 +43,7 @@ class StagePasses:
         batches: Sequence[Inputs],
         weights: LossWeights,
         tally: LossTally,
-        token_loss: TokenLoss | None = None,
+        token_loss: ChunkLoss | None = None,
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
         self._token_loss = token_loss
@@ -78,7 +78,7 @@ class StagePasses:
                 add_block(model.mtp.block)
             loss = LossPass(model, before(), batch, self._weights, self._tally, entrance=entrance)
             if self._token_loss is not None:
-                loss.token_loss = partial(self._token_loss, microbatch)
+                loss.main_loss = partial(self._token_loss.of_logits, microbatch)
                 loss.temperature = self._token_loss.temperature
             passes.append(loss)
         for one, behind in pairwise(passes):
@@ -220,7 +220,7 @@ class MtpEntrancePass(_OnePhase):
 class LossPass(_OnePhase):
     """Norm, head and cross entropy, of the main model and of the MTP module behind `entrance` where there is one.
 
-    token_loss: the main model's loss in place of cross entropy, of logits divided by `temperature`.
+    main_loss: the main model's, of logits divided by `temperature`.
 
     The forward computes the gradients of head and cross entropy with their values, as `model.head_loss` says, and keeps
     those of the norms' outputs until the backward. Under `torch.no_grad` it computes values alone.
@@ -228,8 +228,6 @@ class LossPass(_OnePhase):
 
     name = "loss"
     input_gradient: Tensor
-    token_loss: TokenLossHere | None = None
-    temperature: float = 1.0
     _gradient_here: Tensor | None  # of the output of the norm that this pass computes
 
     def __init__(
@@ -245,6 +243,8 @@ class LossPass(_OnePhase):
         super().__init__()
         self._model, self._source, self._batch, self._entrance = model, source, batch, entrance
         self._weights, self._tally = weights, tally
+        self.main_loss: ChunkLossHere = of_cross_entropy
+        self.temperature = 1.0
 
     def _norm(self, hidden_TD: Tensor) -> tuple[tuple[Tensor], None]:
         """The norm before the shared head: the MTP module's where there is one, which needs the main model's before."""
@@ -259,30 +259,36 @@ class LossPass(_OnePhase):
 
     def _forward(self) -> None:
         self._graph, _ = run_detached(self._norm, self._source(), wgrads=self._wgrads)
-        main, mtp = (self._batch.labels_BS, self._weights.main), (labels_after_next(self._batch), self._weights.mtp)
+        main = self._batch.labels_BS, self._weights.main, self.main_loss, self.temperature
+        mtp = labels_after_next(self._batch), self._weights.mtp
         (normed_TD,) = self._graph.take()
         if self._entrance is None:
-            loss, self._gradient_here = self._head_loss(normed_TD, *main, self.token_loss)
+            loss, self._gradient_here = self._head_loss(normed_TD, *main)
             self._tally.add_losses(loss)
             return
         # The module's first, whose gradients come first under autograd.
         mtp_loss, self._gradient_here = self._head_loss(normed_TD, *mtp)
         del normed_TD
-        loss, self._entrance.normed_gradient = self._head_loss(self._entrance.normed_TD, *main, self.token_loss)
+        loss, self._entrance.normed_gradient = self._head_loss(self._entrance.normed_TD, *main)
         del self._entrance.normed_TD
         self._tally.add_losses(loss, mtp_loss)
 
     def _head_loss(
-        self, normed_TD: Tensor, labels_BS: Tensor, weight: float, token_loss: TokenLossHere | None = None
+        self,
+        normed_TD: Tensor,
+        labels_BS: Tensor,
+        weight: float,
+        loss: ChunkLossHere = of_cross_entropy,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor | None]:
         head = self._model.head
         assert head is not None
         training = torch.is_grad_enabled()
         on_device = torch.full((), weight, dtype=torch.float32, device=normed_TD.device) if training else None
-        if token_loss is None or self.temperature == 1:
-            return head_loss(head, normed_TD, labels_BS.flatten(), on_device, token_loss)
-        loss, dx_TD = head_loss(head, normed_TD / self.temperature, labels_BS.flatten(), on_device, token_loss)
-        return loss, None if dx_TD is None else dx_TD / self.temperature
+        if temperature == 1:
+            return head_loss(head, normed_TD, labels_BS.flatten(), on_device, loss)
+        value, dx_TD = head_loss(head, normed_TD / temperature, labels_BS.flatten(), on_device, loss)
+        return value, None if dx_TD is None else dx_TD / temperature
 
     @property
     def output(self) -> Tensor:

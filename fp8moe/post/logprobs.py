@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fp8moe.data.packing import Batch
+from fp8moe.model.head_loss import TokenLoss
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.train.run import Run
 from fp8moe.train.step import forward_passes
 
 
-class LabelLogProbs:
+class LabelLogProbs(TokenLoss):
     """A `TokenLoss` that is cross entropy and keeps what it is given: `logp_MT`, FP32, 0 where nothing is predicted."""
 
     def __init__(self, microbatches: int, tokens: int, device: torch.device, temperature: float = 1.0) -> None:

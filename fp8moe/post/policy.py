@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8moe.model.head_loss import TokenLoss
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.grpo_config import GrpoConfig
@@ -108,7 +109,7 @@ class PolicyFigures:
     old_kl: float
 
 
-class PolicyLoss:
+class PolicyLoss(TokenLoss):
     """The objective's negative as a `TokenLoss`, and what is measured on the way.
 
     scale: the loss's weight divided out again: training multiplies every token loss by 1 / predicted tokens.

@@ -18,8 +18,9 @@ DASHES = {"activations": "solid", "gradients": "dash", "weights": "dot"}
 
 
 def learning(runs: list[Drawn]) -> list[Figure]:
-    """Loss, validation, learning rate, gradient norm."""
+    """Loss, validation, KL to a teacher, learning rate, gradient norm."""
     figures = [loss(runs), bits_per_byte(runs)]
+    figures.append(curve(runs, "distill_kl", "KL to the teacher", "nats a token", ".4~g", rangemode="tozero"))
     figures.append(curve(runs, "lr", "Learning rate", "", ".3~e", exponentformat="e", rangemode="tozero"))
     norm = _positive("grad_norm")
     axis = logarithmic([value for run in runs for value in run.series(norm)[1]])

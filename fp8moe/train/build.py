@@ -59,7 +59,7 @@ def build(
     path = config.checkpoint.path
     chosen = _chosen(config, mesh, run_dir)
     weights = _weights(config, mesh, foreign) if chosen is None else None
-    data = (open_data or _open_data)(config, mesh)
+    data = (open_data or open_files)(config, mesh)
     identity = _data_identity(config, data)
     if chosen is not None and chosen[1].data is not None:
         check_same_data(chosen[0], chosen[1].data, identity, config.resume_changes)
@@ -135,7 +135,8 @@ def _logical_shapes(model: Transformer, mesh: Mesh) -> dict[str, list[int]]:
     return {name: shape for of_rank in gather(mine, mesh.world_group) for name, shape in of_rank.items()}
 
 
-def _open_data(config: TrainConfig, mesh: Mesh) -> Data:
+def open_files(config: TrainConfig, mesh: Mesh) -> Data:
+    """What `config.data` names. Collective over all ranks. Raises ConfigError and DataError."""
     return open_data(
         config.data,
         seq_len=config.seq_len,

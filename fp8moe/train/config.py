@@ -29,6 +29,7 @@ from fp8moe.schedule.build import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, check_parts, check_tokens, data_ranks_in_words, resolve_batch
 from fp8moe.train.checkpoint import CheckpointConfig
+from fp8moe.train.distill_config import DistillConfig
 from fp8moe.train.ema import EmaConfig
 from fp8moe.train.grpo_config import GrpoConfig
 from fp8moe.train.guard import GuardConfig
@@ -93,6 +94,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the processes; auto: the GPU where there is one
     max_skipped_steps: int = 2  # consecutive steps that may be skipped for a loss or gradient that is not finite
     guard: GuardConfig = field(default_factory=GuardConfig)  # what follows on more of them, or on another problem
+    distill: DistillConfig = field(default_factory=DistillConfig)  # a teacher whose distribution is learned
     grpo: GrpoConfig = field(default_factory=GrpoConfig)  # what `fp8moe grpo` samples, rewards and maximises
     # what backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same
     # bits
@@ -117,6 +119,7 @@ class TrainConfig:
         check_name(self.name)
         checkpoint.refuse_password("resume", self.resume)
         checkpoint.refuse_password("init_from", self.init_from)
+        self.distill.check(self.parallel, self.model.vocab_size)
         once = ",".join(dict.fromkeys(self.recompute))
         if once != ",".join(self.recompute):
             raise ValueError(f"recompute=[{','.join(self.recompute)}] names one twice: use recompute=[{once}]")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fp8moe.data.build import Data
 from fp8moe.data.packing import Batch
-from fp8moe.model.head_loss import TokenLoss
+from fp8moe.model.head_loss import ChunkLoss
 from fp8moe.model.loss import LossCounts
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.config import TrainConfig
@@ -29,7 +29,7 @@ class StepWork:
 
     batches: list[Batch]
     counts: LossCounts
-    token_loss: TokenLoss | None = None
+    token_loss: ChunkLoss | None = None
     mtp_weight: float | None = None
 
 

@@ -51,6 +51,7 @@ MEANING = {
     "slowest_rank": "Rank that worked longest beside ranks with the same work, in the last comparison",
     "slowest_rank_seconds_behind": "Seconds by which it exceeded the others' median, over the steps compared",
     "rolled_back_from": "Step after which the run went back to a checkpoint",
+    "distill_kl": "KL from the teacher's distribution to the model's, nats a predicted token (distill.teacher)",
     "rollouts": "Batch of rollouts that the step learned from, counted from 1 (fp8moe grpo, as all that follow)",
     "rollout_weights": "Step of the weights that sampled a batch",
     "groups_drawn": "Problems of which a batch's completions were sampled",

@@ -31,7 +31,7 @@ from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.recipe import Precision
 from fp8moe.layers.router import update_bias, violations
 from fp8moe.model.flops import mfu
-from fp8moe.model.head_loss import TokenLoss
+from fp8moe.model.head_loss import ChunkLoss
 from fp8moe.model.loss import LossCounts, LossTally, LossWeights, loss_weights
 from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce, gather
@@ -142,7 +142,7 @@ def forward_backward(
     counts: LossCounts,
     mtp_weight: float,
     stopwatch: Stopwatch,
-    token_loss: TokenLoss | None = None,
+    token_loss: ChunkLoss | None = None,
 ) -> Losses:
     """Add the gradients of every micro-batch into `main_grad`, and give the losses of the global batch.
 
@@ -171,7 +171,7 @@ def train_passes(
     batches: Sequence[Batch],
     weights: LossWeights,
     stopwatch: Stopwatch,
-    token_loss: TokenLoss | None = None,
+    token_loss: ChunkLoss | None = None,
 ) -> Tensor:
     """Forward and backward of this rank's part of every micro-batch; gradients are added into `main_grad`.
 
@@ -185,7 +185,7 @@ def train_passes(
         return run_pipeline(run, schedule, batches, weights, token_loss)
 
 
-def forward_passes(run: Run, batches: Sequence[Batch], token_loss: TokenLoss | None = None) -> Tensor:
+def forward_passes(run: Run, batches: Sequence[Batch], token_loss: ChunkLoss | None = None) -> Tensor:
     """Forwards alone, for validation: the model in evaluation mode -> FP64 [3] as above. Collective likewise."""
     schedule = forwards(training_schedule(run, run.config.num_microbatches), len(batches))
     run.model.eval()
@@ -201,7 +201,7 @@ def run_pipeline(
     schedule: Schedule,
     batches: Sequence[Batch],
     weights: LossWeights,
-    token_loss: TokenLoss | None = None,
+    token_loss: ChunkLoss | None = None,
 ) -> Tensor:
     """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
     config, tally, dtype = run.config, LossTally(run.device), run.config.precision.mode.dtype

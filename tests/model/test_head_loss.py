@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fp8moe.layers.linear import Linear, attach_main_grads
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.layers.recompute import Recallable, kept
 from fp8moe.model import head_loss as module
-from fp8moe.model.head_loss import CHUNK_BYTES, chunk_tokens, head_loss, head_loss_sum
+from fp8moe.model.head_loss import CHUNK_BYTES, chunk_tokens, head_loss, head_loss_sum, of_labels
 from fp8moe.model.loss import IGNORE
 
 T, D, V = 300, 48, 1000
@@ -136,7 +137,7 @@ def test_a_loss_of_its_own_is_autograd_of_it(small_chunks: None) -> None:
         off_C = (logp_C - targets[tokens]) * (labels[tokens] != IGNORE)
         return off_C**2, 2 * off_C
 
-    loss, dx = head_loss(head, x, labels, weight, squared)
+    loss, dx = head_loss(head, x, labels, weight, partial(of_labels, squared))
     wide, matrix = x.double().requires_grad_(), head.weight.detach().double().requires_grad_()
     nats = nn.functional.cross_entropy(wide @ matrix.T, labels, ignore_index=IGNORE, reduction="none")
     exact = ((-nats - targets) ** 2 * (labels != IGNORE)).sum()
@@ -146,7 +147,7 @@ def test_a_loss_of_its_own_is_autograd_of_it(small_chunks: None) -> None:
     assert abs(loss.item() / exact.item() - 1) < 1e-6
     assert (dx - wide.grad).norm() < 2e-6 * wide.grad.norm()
     assert (main_grad(head) - matrix.grad).norm() < 2e-6 * matrix.grad.norm()
-    value, none = head_loss(head, x, labels, None, squared)
+    value, none = head_loss(head, x, labels, None, partial(of_labels, squared))
     assert torch.equal(value, loss) and none is None
 
 
@@ -157,7 +158,11 @@ def test_cross_entropy_as_a_loss_of_its_own_is_the_same_bits(precision: Precisio
     expected, expected_dx = head_loss(head, x, labels, weight)
     expected_dw = main_grad(head).clone()
     main_grad(head).zero_()
-    loss, dx = head_loss(head, x, labels, weight, lambda _, logp_C: (-logp_C, torch.full_like(logp_C, -1.0)))
+
+    def minus(tokens: slice, logp_C: Tensor) -> tuple[Tensor, Tensor]:
+        return -logp_C, torch.full_like(logp_C, -1.0)
+
+    loss, dx = head_loss(head, x, labels, weight, partial(of_labels, minus))
     assert dx is not None and expected_dx is not None
     assert torch.equal(loss, expected) and torch.equal(dx, expected_dx) and torch.equal(main_grad(head), expected_dw)
 
