@@ -37,6 +37,7 @@ def opening(run: Run) -> str:
         *_averaging(run),
         f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
         *_data(run),
+        *_taught(run),
         formula
         + f"{BF16_PEAK / 1e12:.0f} TFLOPS (BF16 peak)"
         + ("" if run.device.type == "cuda" else "; none on a CPU"),
@@ -62,6 +63,17 @@ def _averaging(run: Run) -> list[str]:
     if run.ema is None:
         return []
     return [f"average of the weights: decay {run.ema.decay}, {run.ema.num_bytes / 1e9:.3g} GB on the host a rank"]
+
+
+def _taught(run: Run) -> list[str]:
+    """The teacher, and its part of the loss; no line where there is none."""
+    distill = run.config.distill
+    if distill.teacher is None:
+        return []
+    return [
+        f"taught by {distill.teacher}: KL on its likeliest {distill.topk} tokens, weight {distill.weight:.3g}, "
+        f"temperature {distill.temperature:.3g}"
+    ]
 
 
 def _shared(mesh: Mesh) -> str:

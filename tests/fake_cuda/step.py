@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8moe.data.packing import Batch
 from fp8moe.kernels.row_map import most_rows
 from fp8moe.layers.attention import GqaConfig, MlaConfig
 from fp8moe.layers.dispatch import LocalDispatcher
@@ -109,7 +110,8 @@ def run_passes(recorder: Recorder, model: Transformer, tokens: int) -> None:
 
     for part, before, layer in (("dense", "embedding", 0), ("mixture", "dense", 1)):
         passes[part] = pass_through(model.block(layer), partial(output_of, before), positions, balance)
-    passes["loss"] = LossPass(model, partial(output_of, "mixture"), ids_BS, LossWeights(1.0, 0.0, 1e-4), tally)
+    batch = Batch(ids_BS, ids_BS, ids_BS, None)
+    passes["loss"] = LossPass(model, partial(output_of, "mixture"), batch, LossWeights(1.0, 0.0, 1e-4), tally)
     for part, behind in pairwise(passes):
         passes[part].backward_from(lambda behind=behind: passes[behind].input_gradient)
     phases = _Phases(recorder)

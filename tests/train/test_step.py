@@ -249,7 +249,7 @@ def test_gemms_of_a_pair_leave_sms_to_its_messages(
     h100 = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     parallel = SimpleNamespace(communication_sms=communication_sms)
-    run = SimpleNamespace(device=torch.device(device), mesh=SimpleNamespace(ep=ep), config=SimpleNamespace())
+    run = SimpleNamespace(device=torch.device(device), mesh=SimpleNamespace(ep=ep, cp=1), config=SimpleNamespace())
     run.config.parallel = parallel
     assert sms_for_gemms(run) == left  # type: ignore[arg-type]
 

@@ -108,17 +108,10 @@ class Taught:
 
     def begin(self, run: Run) -> None:
         """Load the teacher's weights."""
-        source, distill = self._teacher, run.config.distill
+        source = self._teacher
         self._model = load_model(source.config, run.mesh, run.device, source.weights)
-        logger.info(
-            "taught by %s: %.3g parameters in %s, the likeliest %d tokens, weight %g, temperature %g",
-            distill.teacher,
-            count_parameters(source.config.model).total,
-            source.config.precision.mode.value,
-            distill.topk,
-            distill.weight,
-            distill.temperature,
-        )
+        size, mode = count_parameters(source.config.model).total, source.config.precision.mode.value
+        logger.info("the teacher %s has %.3g parameters, in %s", run.config.distill.teacher, size, mode)
 
     def work(self, run: Run) -> StepWork:
         """The next batch, with what the teacher says of it."""

@@ -27,6 +27,7 @@ from fp8moe.post.distill.teacher_topk import teacher_topk
 from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.loop import run_to_end
+from fp8moe.train.opening import opening
 from fp8moe.train.processes import mesh_of
 from fp8moe.train.run import Run
 from fp8moe.train.run_dir import describe_start, make_run_dir
@@ -95,11 +96,12 @@ def test_the_teacher_is_read_as_its_whole_logits_say(settings: list[str], monkey
     torch.testing.assert_close(found.rest.double(), rest, rtol=0, atol=1e-5)
 
 
-def test_a_step_over_two_ranks_that_share_experts_is_that_of_one(settings: list[str]) -> None:
+def test_a_step_over_two_ranks_or_by_another_schedule_is_that_of_one(settings: list[str]) -> None:
     alone, loss, mtp_loss, kl = step(settings)
     ranks = run_ranks(step, 2, [*settings, "parallel.ep=2"], 2)
     together = joined(tensors for tensors, *_ in ranks)
-    assert kl > 0.01 and all(one[1:] == pytest.approx((loss, mtp_loss, kl), rel=1e-5) for one in ranks)
+    vee = step([*settings, "parallel.schedule=dualpipev"])
+    assert kl > 0.01 and all(one[1:] == pytest.approx((loss, mtp_loss, kl), rel=1e-5) for one in (*ranks, vee))
     compared = 0
     for name, whole in joined([alone]).items():
         if name.startswith("exp_avg."):  # the gradient, but for a factor
@@ -166,6 +168,7 @@ def test_a_run_learns_from_its_teacher_and_goes_on_with_it(settings: list[str], 
     kls = [row["distill_kl"] for row in rows if "distill_kl" in row]
     assert len(kls) == 4 and kls[3] < kls[0]
     stored_config = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())
+    assert f"taught by {config.distill.teacher}: KL on its likeliest 16 tokens, weight 1, temperature 1" in opening(run)
     again, _ = compose_run([f"resume={tmp_path / 'parts'}", "steps=6"], 1, None)
     assert again.config.distill.teacher == stored_config["distill"]["teacher"] is not None
 
