@@ -9,15 +9,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from fp8moe.cli.grpo import export_weights
 from fp8moe.model.transformer import generator_of
 from fp8moe.post.completions import seed_of
+from fp8moe.post.grpo import Grpo
+from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
+from fp8moe.train.processes import mesh_of
+from fp8moe.train.run import Run
 from tests.post.distill.served import Answer, Served, served
+from tests.post.runs import policy_config
+
+SMALL = (
+    *("grpo.samples=4", "grpo.kl=0", "grpo.held_out_count=2", "grpo.max_tokens=6", "plan=off"),
+    *("validation.samples=8", "model.mtp_depth=0", "steps=3", "checkpoint.background=false"),
+)
 
 
 class Rollouts:
@@ -98,3 +110,31 @@ def rollouts_served(config: TrainConfig, num_ids: int, batches: int = 6) -> Iter
     rollouts = Rollouts(num_ids, names_of(config, batches))
     with served(rollouts) as endpoint:
         yield endpoint, rollouts
+
+
+def clear(endpoint: Served, rollouts: Rollouts) -> None:
+    for made in (endpoint.bodies, endpoint.headers, endpoint.paths, rollouts.told, rollouts.asked):
+        made.clear()
+    rollouts.before, rollouts.change, rollouts.on_told = (lambda body, number: None), (lambda choice: None), None
+
+
+def config_of(corpus: list[str], url: str, *settings: str, world_size: int = 1) -> TrainConfig:
+    root = url.removesuffix("/v1")
+    by_server = (f"grpo.server={url}", "grpo.server_model=policy", "grpo.refresh_precision=fp32")
+    tries = ("grpo.server_tries=2", "grpo.server_wait=0.01", "grpo.server_concurrency=3")
+    told = f"grpo.refresh_url={root}/update_weights_from_disk"
+    if any(setting.startswith("grpo.refresh_command") for setting in settings):
+        told = "grpo.refresh_url=null"
+    return policy_config(corpus, *SMALL, *by_server, *tries, told, *settings, world_size=world_size)
+
+
+def method() -> Grpo:
+    return Grpo(export=export_weights)
+
+
+def built(config: TrainConfig, folder: Path) -> tuple[Run, Grpo]:
+    folder.mkdir(exist_ok=True)
+    made, device = method(), torch.device("cpu")
+    run = build(config, mesh_of(config, device), device, folder, open_data=made.open_data)
+    made.begin(run)
+    return run, made

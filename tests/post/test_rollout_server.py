@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,41 +10,21 @@ import pytest
 import torch
 
 from fp8moe.cli.compose import as_yaml
-from fp8moe.cli.grpo import export_weights
-from fp8moe.errors import ConfigError
-from fp8moe.generate.text import Vocabulary
 from fp8moe.interop.hf_model import open_model
 from fp8moe.interop.stored import Stored
 from fp8moe.post.endpoint import EndpointError
 from fp8moe.post.grpo import Grpo
-from fp8moe.post.rollout_weights import Announcement
 from fp8moe.post.rollouts import FOLDER
-from fp8moe.train.build import build
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.json_lines import read_lines
 from fp8moe.train.loop import train
-from fp8moe.train.processes import mesh_of
-from fp8moe.train.run import Run
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
 from tests.post.distill.served import Served
-from tests.post.rollouts_served import Rollouts, rollouts_served
+from tests.post.rollouts_served import SMALL, Rollouts, built, clear, config_of, method
 from tests.post.runs import policy_config
 
 KEY = "sk-hush-0123456789"
-SMALL = (
-    *("grpo.samples=4", "grpo.kl=0", "grpo.held_out_count=2", "grpo.max_tokens=6", "plan=off"),
-    *("validation.samples=8", "model.mtp_depth=0", "steps=3", "checkpoint.background=false"),
-)
-
-
-@pytest.fixture(scope="module")
-def server(corpus: list[str]) -> Iterator[tuple[Served, Rollouts]]:
-    config = policy_config(corpus, *SMALL)
-    assert config.data.tokenizer is not None
-    num_ids = Vocabulary(Path(config.data.tokenizer), config.model.vocab_size).num_ids
-    with rollouts_served(config, num_ids) as found:
-        yield found
 
 
 class Whole(NamedTuple):
@@ -63,43 +40,6 @@ def forgotten(server: tuple[Served, Rollouts], whole: Whole) -> None:
     clear(*server)
 
 
-def clear(endpoint: Served, rollouts: Rollouts) -> None:
-    for made in (endpoint.bodies, endpoint.headers, endpoint.paths, rollouts.told, rollouts.asked):
-        made.clear()
-    rollouts.before, rollouts.change, rollouts.on_told = (lambda body, number: None), (lambda choice: None), None
-
-
-def config_of(corpus: list[str], url: str, *settings: str, world_size: int = 1) -> TrainConfig:
-    root = url.removesuffix("/v1")
-    by_server = (f"grpo.server={url}", "grpo.server_model=policy", "grpo.refresh_precision=fp32")
-    tries = ("grpo.server_tries=2", "grpo.server_wait=0.01", "grpo.server_concurrency=3")
-    told = f"grpo.refresh_url={root}/update_weights_from_disk"
-    if any(setting.startswith("grpo.refresh_command") for setting in settings):
-        told = "grpo.refresh_url=null"
-    return policy_config(corpus, *SMALL, *by_server, *tries, told, *settings, world_size=world_size)
-
-
-def method() -> Grpo:
-    return Grpo(export=export_weights)
-
-
-def built(config: TrainConfig, folder: Path) -> tuple[Run, Grpo]:
-    folder.mkdir(exist_ok=True)
-    made, device = method(), torch.device("cpu")
-    run = build(config, mesh_of(config, device), device, folder, open_data=made.open_data)
-    made.begin(run)
-    return run, made
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return read_lines(folder / "metrics.jsonl")[0]
-
-
-TOLERANT = ("loss", "grad_norm", "entropy", "val_loss")
-EQUAL = ("step", "reward", "rollouts", "rollout_weights", "groups_drawn", "groups_alike", "tokens", "consumed_samples")
-EQUAL = (*EQUAL, "completion_length", "ended_share", "held_out_accuracy", "held_out_length")
-
-
 @pytest.fixture(scope="module")
 def whole(corpus: list[str], server: tuple[Served, Rollouts], tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A run by the server that nothing stopped."""
@@ -110,6 +50,15 @@ def whole(corpus: list[str], server: tuple[Served, Rollouts], tmp_path_factory: 
         patch.setenv("OPENAI_API_KEY", KEY)
         train(config_of(corpus, endpoint.url, f"run_dir={folder}"), as_yaml, method=method())
     return Whole(folder, list(rollouts.told), list(rollouts.asked), endpoint.paths[:], endpoint.headers[:])
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return read_lines(folder / "metrics.jsonl")[0]
+
+
+TOLERANT = ("loss", "grad_norm", "entropy", "val_loss")
+EQUAL = ("step", "reward", "rollouts", "rollout_weights", "groups_drawn", "groups_alike", "tokens", "consumed_samples")
+EQUAL = (*EQUAL, "completion_length", "ended_share", "held_out_accuracy", "held_out_length")
 
 
 def test_a_run_by_a_server_is_the_built_in_run(corpus: list[str], whole: Whole, tmp_path: Path) -> None:
@@ -189,16 +138,17 @@ def test_a_server_that_dies_within_a_batch_loses_nothing(
     endpoint, rollouts = server
     settings, folder, expected = (f"grpo.stale={stale}",), whole.folder, whole.asked
     if stale:
-        folder = tmp_path / "whole"
+        folder, settings = tmp_path / "whole", (*settings, "validation.every=1")
         train(config_of(corpus, endpoint.url, *settings, f"run_dir={folder}"), as_yaml, method=method())
         expected = list(rollouts.asked)
         rollouts.asked.clear()
+    assert [one["rollout_weights"] for one in records(folder)] == ([0, 0, 1] if stale else [0, 1, 2])
     dead = threading.Event()
 
     def before(body: dict[str, Any], number: int) -> Any:
         if number == 2 + 16 + 5:
             dead.set()
-        return (0, {}, b"") if dead.is_set() else None
+        return (0, {}, b"") if dead.is_set() and body["temperature"] else None  # validations go on
 
     rollouts.before = before
     cut = config_of(corpus, endpoint.url, *settings, f"run_dir={tmp_path / 'cut'}")
@@ -207,7 +157,7 @@ def test_a_server_that_dies_within_a_batch_loses_nothing(
     assert raised.value.exit_code == 75 and "\n" not in str(raised.value)
     assert f"{endpoint.url} gave no answer in 2 tries (" in str(raised.value)
     assert f"step 1 is saved, resume={tmp_path / 'cut'} goes on" in str(raised.value)
-    assert len(rollouts.asked) == 2 + 16 + 5
+    assert len(rollouts.asked) == 2 + 16 + 5 + 2 * stale
     with open(tmp_path / "cut" / "rollouts" / f"samples-{1 - stale:06d}.jsonl", "ab") as file:
         file.write(b'{"name": "1/')  # as a kill would leave it
     rollouts.before = lambda body, number: None
@@ -230,108 +180,6 @@ def test_a_run_that_goes_back_forgets_what_came_after(
     assert sorted(path.name for path in (tmp_path / "rollout_weights").iterdir()) == ["0", "1"]
     train_step(run, next_work=made.work)
     assert [step for step, _, _ in rollouts.asked].count(2) == 32, "the weights of step 2 are others than before"
-
-
-def first_error(config: TrainConfig, folder: Path) -> str:
-    with pytest.raises((ConfigError, EndpointError)) as raised:
-        run, made = built(config, folder)
-        train_step(run, next_work=made.work)
-    assert "\n" not in str(raised.value)
-    return f"{getattr(raised.value, 'exit_code', None)} {raised.value}"
-
-
-def test_bad_answers_end_the_run_in_one_sentence(
-    corpus: list[str], server: tuple[Served, Rollouts], tmp_path: Path
-) -> None:
-    endpoint, rollouts = server
-    config = config_of(corpus, endpoint.url)
-    rollouts.change = lambda choice: choice.pop("logprobs")
-    assert "2 " + endpoint.url + "/completions gives no log-probabilities" in first_error(config, tmp_path / "a")
-    rollouts.change = lambda choice: choice["token_ids"].pop()
-    assert "log-probabilities for" in first_error(config, tmp_path / "b")
-    rollouts.change = lambda choice: None
-    chosen: list[int] = []
-
-    def before(body: dict[str, Any], number: int) -> Any:
-        chosen.append(body["seed"])
-        return (500, {}, {}) if body["seed"] == chosen[0] else None
-
-    rollouts.before = before
-    alone = config_of(corpus, endpoint.url, "grpo.held_out_count=0", "grpo.server_wait=0.3")
-    said = first_error(alone, tmp_path / "c")
-    assert said.startswith(f"75 {endpoint.url} gave 15 of 16 samples") and "no answer in 2 tries (HTTP 500" in said
-    rollouts.before = lambda body, number: (400, {}, {"error": "too long"})
-    said = first_error(config, tmp_path / "d")
-    assert said.startswith(f"2 {endpoint.url} gave 0 of 2 samples, the first that is missing is number 0 of problem ")
-    assert "refused (HTTP 400" in said and "too long" in said
-
-
-def test_telling_the_server_by_a_command(corpus: list[str], server: tuple[Served, Rollouts], tmp_path: Path) -> None:
-    endpoint, _ = server
-
-    def told(*command: str) -> Announcement:
-        return Announcement(config_of(corpus, endpoint.url, f"grpo.refresh_command={json.dumps(command)}").grpo)
-
-    script = "import os, sys; open(sys.argv[1], 'a').write(sys.argv[2] + ';' + sys.argv[3])"
-    told(sys.executable, "-c", script, f"{tmp_path}/said", "--to={path}", "$HOME; ls").tell(Path("/w/7"))
-    assert (tmp_path / "said").read_text() == "--to=/w/7;$HOME; ls", "no shell reads it"
-    with pytest.raises(ConfigError, match=r"grpo.refresh_command can't run no-such-program \(No such file"):
-        told("no-such-program", "{path}").tell(Path("/w/7"))
-    fails = "import sys; print('no room', file=sys.stderr); sys.exit(3)"
-    with pytest.raises(
-        EndpointError, match=r"did not bring /w/7 to the server in 2 tries \(.* ended with 3: no room\)"
-    ):
-        told(sys.executable, "-c", fails, "{path}").tell(Path("/w/7"))
-
-
-def test_a_server_that_does_not_load_the_weights(
-    corpus: list[str], server: tuple[Served, Rollouts], tmp_path: Path
-) -> None:
-    _, rollouts = server
-    config = config_of(corpus, server[0].url)
-    rollouts.on_told = (400, {}, {"success": False, "message": "another shape"})
-    said = first_error(config, tmp_path / "a")
-    assert said.startswith("2 grpo.refresh_url=http://") and "refuses" in said and "another shape" in said
-    rollouts.on_told = (200, {}, {"success": False, "message": "no such layer"})
-    assert "did not load" in first_error(config, tmp_path / "b")
-    rollouts.on_told = (503, {}, {})
-    said = first_error(config, tmp_path / "c")
-    assert said.startswith("75 grpo.refresh_url=") and f"did not bring {tmp_path}/c/rollout_weights/0 to the" in said
-
-
-BAD: list[tuple[tuple[str, ...], str]] = [
-    (("grpo.stale=1",), "grpo.stale is of a server and grpo.server is null: name its URL, or leave grpo.stale out"),
-    (("grpo.server=http://h/v1",), "grpo.server needs the name of its model"),
-    (("grpo.server=http://h/v1", "grpo.server_model=m"), "grpo.refresh_url or grpo.refresh_command and neither is set"),
-    (
-        ("grpo.server=http://h/v1", "grpo.server_model=m", "grpo.refresh_url=http://h/u", "grpo.refresh_command=[a]"),
-        "and both are set: set one",
-    ),
-    (("grpo.server=http://h/v1", "grpo.server_model=m", "grpo.refresh_command=[a]"), "must contain {path}"),
-    (
-        ("grpo.server=http://h/v1", "grpo.server_model=m", "grpo.refresh_url=http://h/u", "grpo.refresh=3"),
-        "make weights up to 2 steps old and grpo.stale=0: use grpo.refresh=1 or grpo.stale=2",
-    ),
-    (
-        ("grpo.server=h/v1", "grpo.server_model=m", "grpo.refresh_url=http://h/u"),
-        "grpo.server='h/v1' is no URL: use http://HOST:PORT/v1",
-    ),
-    (
-        ("grpo.server=http://me:pass@h/v1", "grpo.server_model=m", "grpo.refresh_url=http://h/u"),
-        "grpo.server must have no user, password or query",
-    ),
-    (
-        ("grpo.server=http://h/v1", "grpo.server_model=m", "grpo.refresh_url=ftp://h/u"),
-        "grpo.refresh_url='ftp://h/u' is no URL",
-    ),
-]
-
-
-@pytest.mark.parametrize(("settings", "says"), BAD)
-def test_settings_that_do_not_fit(settings: tuple[str, ...], says: str, corpus: list[str]) -> None:
-    with pytest.raises(ValueError) as raised:
-        method().open_data(policy_config(corpus, *settings), None)  # type: ignore[arg-type]
-    assert says in str(raised.value)
 
 
 def of_ranks(config: TrainConfig, folder: str) -> list[dict[str, Any]]:
