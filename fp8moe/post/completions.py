@@ -2,7 +2,7 @@
 
     sent                          why
     prompt: [ids]                 both take a list of ids; no text is encoded on the server
-    n: 1, seed                    a request a sample: SGLang gives the n samples of one request the same seed
+    n: 1, seed                    a request a sample: what a seed does to n samples of one request is not said
     temperature, max_tokens
     top_p 1, top_k -1, min_p 0,   the whole distribution, whatever the model's generation_config.json says
       repetition_penalty 1

@@ -89,7 +89,7 @@ def score(
         try:
             value = float(reward(problem, text))
             wrong = None if math.isfinite(value) else f"gave {value}"
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function may end the process by mistake, too
             value, wrong = math.nan, f"raised {type(error).__name__}: {error}"
         if wrong is not None:
             sentence = f"sample {sample} of {problem.prompt!r:.200} is excluded: the reward {name} {wrong!s:.200}"

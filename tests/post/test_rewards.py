@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_the_sum_is_weighted_and_failures_exclude() -> None:
     assert found.failure == (
         "sample 3 of 'What is 4 + 5?' is excluded: the reward mine raised ZeroDivisionError: division by zero"
     )
+    found = score(SUM, "a", 3, [("mine", lambda problem, text: sys.exit(3))], (1.0,))
+    assert found.failure is not None and found.failure.endswith("the reward mine raised SystemExit: 3")
     found = score(SUM, "a", 3, [("mine", lambda problem, text: float("inf"))], (1.0,))
     assert math.isnan(found.total) and found.failure is not None and found.failure.endswith("the reward mine gave inf")
 

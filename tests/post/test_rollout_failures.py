@@ -58,6 +58,19 @@ def test_bad_answers_end_the_run_in_one_sentence(
     assert "refused (HTTP 400" in said and "too long" in said
 
 
+def test_a_validation_without_the_server_ends_no_run(
+    corpus: list[str], server: tuple[Served, Rollouts], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint, rollouts = server
+    run, made = built(config_of(corpus, endpoint.url), tmp_path)
+    rollouts.before = lambda body, number: (0, {}, b"")
+    for kept in (tmp_path / "rollouts").iterdir():
+        kept.unlink()  # the answers of the beginning, which the same weights would give again
+    assert made.score(run) == {}
+    (said,) = [record.message for record in caplog.records if "held-out problems" in record.message]
+    assert said.startswith(f"held-out problems are not scored after step 0: {endpoint.url} gave no answer in 2 tries")
+
+
 def test_telling_the_server_by_a_command(corpus: list[str], server: tuple[Served, Rollouts], tmp_path: Path) -> None:
     endpoint, _ = server
 

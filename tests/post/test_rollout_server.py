@@ -138,16 +138,17 @@ def test_a_server_that_dies_within_a_batch_loses_nothing(
     endpoint, rollouts = server
     settings, folder, expected = (f"grpo.stale={stale}",), whole.folder, whole.asked
     if stale:
-        folder = tmp_path / "whole"
+        folder, settings = tmp_path / "whole", (*settings, "validation.every=1")
         train(config_of(corpus, endpoint.url, *settings, f"run_dir={folder}"), as_yaml, method=method())
         expected = list(rollouts.asked)
         rollouts.asked.clear()
+    assert [one["rollout_weights"] for one in records(folder)] == ([0, 0, 1] if stale else [0, 1, 2])
     dead = threading.Event()
 
     def before(body: dict[str, Any], number: int) -> Any:
         if number == 2 + 16 + 5:
             dead.set()
-        return (0, {}, b"") if dead.is_set() else None
+        return (0, {}, b"") if dead.is_set() and body["temperature"] else None  # validations go on
 
     rollouts.before = before
     cut = config_of(corpus, endpoint.url, *settings, f"run_dir={tmp_path / 'cut'}")
@@ -156,7 +157,7 @@ def test_a_server_that_dies_within_a_batch_loses_nothing(
     assert raised.value.exit_code == 75 and "\n" not in str(raised.value)
     assert f"{endpoint.url} gave no answer in 2 tries (" in str(raised.value)
     assert f"step 1 is saved, resume={tmp_path / 'cut'} goes on" in str(raised.value)
-    assert len(rollouts.asked) == 2 + 16 + 5
+    assert len(rollouts.asked) == 2 + 16 + 5 + 2 * stale
     with open(tmp_path / "cut" / "rollouts" / f"samples-{1 - stale:06d}.jsonl", "ab") as file:
         file.write(b'{"name": "1/')  # as a kill would leave it
     rollouts.before = lambda body, number: None
