@@ -122,7 +122,7 @@ _ADVICE = {
         "world_size nproc nproc_per_node num_gpus gpus n_gpus nnodes num_nodes devices num_processes"
     ),
     "a run has a number of steps, of batch.sequences x seq_len tokens each: use steps=...": (
-        "train_samples train_tokens max_tokens token_budget"
+        "train_samples train_tokens token_budget"
     ),
 }
 ALIASES = {name: key for key, names in _NAMES.items() for name in names.split()}

@@ -139,7 +139,7 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(
 ) -> None:
     """RANK changes nothing, except for what trains: its workers have their own test."""
     monkeypatch.setattr("fp8moe.cli.train.launch", None)  # not reached: no process is started
-    for rank in (None, "1") if command not in ("train", "sft") else (None,):
+    for rank in (None, "1") if command not in ("train", "sft", "grpo") else (None,):
         if rank is not None:
             monkeypatch.setenv("RANK", rank)
         assert main([command, *words]) == 2

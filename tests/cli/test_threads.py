@@ -95,7 +95,7 @@ def test_both_are_set_before_torch_is_loaded() -> None:
         "threads.usable_cores = lambda: 3\n"
         "threads.busy_cores = lambda: os.cpu_count() - 1\n"
         "assert 'torch' not in sys.modules\n"
-        "try: train._run(['steps=0'])\n"
+        "try: train._run(train.Command('train', train.command_parser), ['steps=0'])\n"
         "except ValueError: pass\n"
         "import torch\n"
         "print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'], torch.get_num_threads())\n"

@@ -161,7 +161,7 @@ def _waits_in(place: str) -> None:
 
     def waits(*arguments: object) -> object:
         if place == "build":
-            (_, mesh, _, run_dir, _), is_here = arguments, True
+            (_, mesh, _, run_dir, *_), is_here = arguments, True
         else:
             (run,) = arguments
             mesh, run_dir, is_here = run.mesh, run.run_dir, run.step == 2  # type: ignore[attr-defined]

@@ -101,9 +101,6 @@ def test_huge_output_and_files() -> None:
     assert "File too large" in ran("f = open('a', 'wb')\nwhile True: f.write(bytes(10**6))", file_mb=2).reason
     many = "i = 0\nwhile True:\n    open(str(i), 'wb').write(bytes(10**6))\n    i += 1"
     assert ran(many, file_mb=4).reason.startswith("its files have more than 4 MB")
-    flood = "import os\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 10**5)\n"
-    flood += "    except OSError: pass"
-    assert not ran(flood).passed
 
 
 def test_files_signals_and_network_outside_are_out_of_reach(tmp_path: Path) -> None:
