@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fp8moe.train import step
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured
@@ -39,6 +40,7 @@ def entered(settings: list[str]) -> set[tuple[str, str]]:
     """What one training step of this rank enters, on all its threads, as (file without ending, qualified name)."""
     run = built(configured(settings, world_size=2))
     codes: set[CodeType] = set()
+    step._schedule.cache_clear()  # another test of this process may have asked for the same
 
     def enter(frame: Any, event: str, argument: Any) -> None:
         if event == "call":
