@@ -142,6 +142,8 @@ def test_what_can_not_be_is_refused(corpus: list[str]) -> None:
         Grpo().open_data(configured(corpus), None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"parallel.pp=2 cuts them: use parallel.pp=1"):
         Grpo().open_data(policy_config(corpus, "parallel.pp=2", world_size=2), None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"parallel.cp=2 cuts them: use parallel.cp=1"):
+        Grpo().open_data(policy_config(corpus, "parallel.cp=2", world_size=2), None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"grpo.max_tokens=100 follow, and a row has seq_len \+ 1 = 49: use seq_len="):
         policy_run(policy_config(corpus, "grpo.max_tokens=100"))
     with pytest.raises(ConfigError, match=r"grpo.rewards=none is not one of accuracy, format, think"):
