@@ -196,7 +196,7 @@ def test_a_crash_ends_all_ranks_and_is_the_last_line(corpus: list[str], tmp_path
     os.kill(workers[1], signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 137 and err.splitlines()[-1].startswith("fp8moe: rank 1: ended by SIGKILL")
-    assert re.search(r"(dp0|ep0) \(ranks 0-1\)$", err.splitlines()[-1])
+    assert re.search(r"(dp0|ep0|dense0) \(ranks 0-1\)$", err.splitlines()[-1])
     assert all(is_gone(pid) for pid in workers)
 
 
@@ -257,7 +257,7 @@ def test_a_frozen_rank_is_named_and_ended(corpus: list[str], tmp_path: Path) -> 
         code, _, err = finish(process)
         assert (code, time.monotonic() - begin < timeout + 20) == (exit_code, True), err
         said = err.splitlines()[-1] if process is ours else err
-        assert named in said and re.search(r"number \d+ of group (dp0|ep0) \(ranks 0-1\)", said), err
+        assert named in said and re.search(r"number \d+ of group (dp0|ep0|dense0) \(ranks 0-1\)", said), err
         assert all(is_gone(pid) for pid in frozen[process])
 
 
