@@ -10,7 +10,7 @@ logits, which another batch or layout may change. `decode` is the generator of t
 guesses with the MTP module, and seeds a generator a completion, which costs a call of Python a token.
 
 Experts are shared between ranks, so all ranks of a group make the same number of forwards: one whose rows have ended
-repeats its last forward.
+repeats its last forward. In a pipeline every rank computes its stages alone (`stages`).
 
 Legend: N rows, G samples of a prompt, D model, V vocabulary.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fp8moe.generate.decode import check_prompts
 from fp8moe.generate.session import Session
+from fp8moe.generate.stages import LocalStage, Stages, WholeModel
 from fp8moe.model.transformer import Transformer, generator_of
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.mesh import Mesh
@@ -59,28 +60,54 @@ class Sampled:
 
 @torch.no_grad()
 def sample_groups(
-    model: Transformer, prompts: Sequence[Sequence[int]], names: Sequence[str], config: GroupSampling, mesh: Mesh
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    config: GroupSampling,
+    mesh: Mesh,
+    pipeline: Stages | None = None,
 ) -> list[list[Sampled]]:
-    """G completions of each prompt (token ids), the same on every rank. Collective over all ranks; no pipeline.
+    """G completions of each prompt (token ids), the same on every rank. Collective over all ranks.
 
-    names: of the prompts, which with the number of a sample decide what is drawn. Raises ConfigError for a prompt that
-    is empty or too long.
+    names: of the prompts, which with the number of a sample decide what is drawn. pipeline: the stages of this rank;
+    None: the model is whole. Raises ConfigError for a prompt that is empty or too long.
     """
     check_prompts(prompts, model.config.max_seq_len)
+    stages: Stages = WholeModel(model) if pipeline is None else pipeline
     training, at_once = model.training, max(1, config.batch // config.samples)
     mine = list(range(len(prompts)))[mesh.dp_rank :: mesh.dp]
     found: dict[int, list[Sampled]] = {}
     model.eval()
     for first in range(0, -(-len(prompts) // mesh.dp), at_once):
         part = mine[first : first + at_once]
-        chosen = part or [0]  # keeps step with the other ranks
-        rows = _Rows(model, [prompts[i] for i in chosen], [names[i] for i in chosen], config, mesh)
-        completions = rows.run()
-        for number, i in enumerate(part):
-            found[i] = completions[number * config.samples : (number + 1) * config.samples]
+        sets = [part[i :: stages.sets] for i in range(min(stages.sets, at_once))]
+        every = []
+        for numbers in sets:
+            chosen = numbers or [0]  # keeps step with the other ranks
+            every.append(_Rows(model, [prompts[i] for i in chosen], [names[i] for i in chosen], config, mesh, stages))
+        _complete(every, stages, config.max_tokens)
+        for numbers, rows in zip(sets, every, strict=True):
+            completions = rows.completions()
+            for number, i in enumerate(numbers):
+                found[i] = completions[number * config.samples : (number + 1) * config.samples]
+    stages.finish()
     model.train(training)
-    everyone = {i: group for of_rank in gather(found, mesh.world_group) for i, group in of_rank.items()}
+    every_rank = gather(found if mesh.pp_rank == 0 else {}, mesh.world_group)
+    everyone = {i: group for of_rank in every_rank for i, group in of_rank.items()}
     return [everyone[i] for i in range(len(prompts))]
+
+
+def _complete(every: Sequence[_Rows], stages: Stages, max_tokens: int) -> None:
+    """All sets of rows to their ends, a token of each set in turn."""
+    for stage in stages.local:
+        for rows in every:
+            rows.prompts_through(stage)
+    going = list(every)
+    for step in range(max_tokens):
+        going = [rows for rows in going if rows.take_tokens(step)]
+        for stage in stages.local:
+            for rows in going:
+                rows.forward(stage, step)
 
 
 class _Rows:
@@ -93,15 +120,18 @@ class _Rows:
         names: Sequence[str],
         config: GroupSampling,
         mesh: Mesh,
+        stages: Stages,
     ) -> None:
-        self._prompts, self._config, self._group = prompts, config, mesh.ep_group
+        self._prompts, self._config, self._group, self._stages = prompts, config, mesh.ep_group, stages
         self._device = next(model.parameters()).device
         count, context = len(prompts) * config.samples, model.config.max_seq_len
         lengths = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(config.samples)
         self._limits = (context - lengths).clamp(max=config.max_tokens).to(self._device)
         self._places = lengths.to(self._device)  # of the token that is not in the caches yet
         self._rows = torch.arange(count, device=self._device)  # of the results, of the rows that are left
-        self._session = Session(model, count, int((lengths + self._limits.cpu()).max()))
+        layers = [layer for stage in stages.local for layer in stage.layers]
+        self._session = Session(model, count, int((lengths + self._limits.cpu()).max()), layers=layers)
+        self._drawn: Tensor | None = None  # tokens and log-probabilities, on the rank that draws
         self._ids = torch.zeros(count, config.max_tokens, dtype=torch.int64, device=self._device)
         self._logprobs = torch.zeros(count, config.max_tokens, dtype=torch.float32, device=self._device)
         self._counts = torch.zeros(count, dtype=torch.int64, device=self._device)
@@ -116,24 +146,28 @@ class _Rows:
                 -1, config.max_tokens
             )
 
-    def run(self) -> list[Sampled]:
-        """All rows to their ends."""
-        hidden_ND = self._prompts_through()
-        for step in range(self._config.max_tokens):
-            alive = self._draw(step, hidden_ND)
-            if not self._anyone(bool(alive.any())):
-                break
-            if bool(alive.any()) and 2 * int(alive.sum()) <= len(alive):
-                self._keep(alive.nonzero().flatten())
-            hidden_ND = self._forward(step)
+    def completions(self) -> list[Sampled]:
+        """What the rows have become."""
         ids, logprobs = self._ids.tolist(), self._logprobs.tolist()
         return [
             Sampled(tuple(ids[row][:count]), tuple(logprobs[row][:count]), bool(ended))
             for row, (count, ended) in enumerate(zip(self._counts.tolist(), self._ended.tolist(), strict=True))
         ]
 
-    def _prompts_through(self) -> Tensor:
-        """The hidden state [N, D] behind the last token of each row's prompt; prompts of a length go together."""
+    def prompts_through(self, stage: LocalStage) -> None:
+        """Put the prompts through a stage, those of a length together; behind the head draw the first tokens."""
+        last: dict[int, Tensor] = {}
+        for numbers in self._prompt_parts():
+            rows = [number * self._config.samples for number in numbers]
+            hidden_BSD = self._through(stage, [self._prompts[i] for i in numbers], rows, [0] * len(rows))
+            if hidden_BSD is not None:
+                last |= dict(zip(numbers, hidden_BSD[:, -1], strict=True))
+        if stage.head:
+            hidden_BD = torch.stack([last[number] for number in range(len(self._prompts))])
+            self._draw(0, hidden_BD.repeat_interleave(self._config.samples, 0))
+
+    def _prompt_parts(self) -> list[list[int]]:
+        """The prompts that go through together, by number; as many parts on all ranks that share experts."""
         by_length: dict[int, list[int]] = {}
         for number, prompt in enumerate(self._prompts):
             by_length.setdefault(len(prompt), []).append(number)
@@ -142,45 +176,63 @@ class _Rows:
             size = max(1, PROMPT_TOKENS // length)
             parts += [numbers[i : i + size] for i in range(0, len(numbers), size)]
         most = int(all_reduce(torch.tensor(len(parts)), self._group, dist.ReduceOp.MAX))
-        each = self._config.samples
-        last: dict[int, Tensor] = {}
-        for numbers in parts + parts[:1] * (most - len(parts)):
-            rows = [number * each for number in numbers]
-            hidden_BSD = self._session.forward([self._prompts[i] for i in numbers], rows, [0] * len(rows))
-            last |= dict(zip(numbers, hidden_BSD[:, -1], strict=True))
-        first = torch.arange(len(self._prompts), device=self._device) * each
-        self._session.take(first.repeat_interleave(each))
-        return torch.stack([last[number] for number in range(len(self._prompts))]).repeat_interleave(each, 0)
+        return parts + parts[:1] * (most - len(parts))
 
-    def _draw(self, step: int, hidden_ND: Tensor) -> Tensor:
-        """Draw token number `step` of the rows that go on -> bool [N], those that go on behind it."""
-        rows = self._rows
+    def _through(
+        self, stage: LocalStage, ids: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int]
+    ) -> Tensor | None:
+        """New tokens through a stage -> their hidden states [B, S, D] where the head is; else they are handed on."""
+        session, length = self._session, len(ids[0])
+        x_TD = session.embed(ids) if stage.embedding else self._stages.receive(stage, len(ids) * length)
+        x_TD = session.blocks(stage.layers, x_TD, length, rows, starts)
+        if stage.head:
+            return session.normed(x_TD, len(rows))
+        self._stages.send(stage, x_TD)
+        return None
+
+    def _draw(self, step: int, hidden_ND: Tensor) -> None:
+        """Draw token number `step` of the rows that are left, and share it."""
         logits = self._session.logits(hidden_ND)[:, : self._config.num_ids]
-        tokens, logprobs = draw(logits, self._uniform[rows, step], self._config.temperature)
+        tokens, logprobs = draw(logits, self._uniform[self._rows, step], self._config.temperature)
+        self._drawn = torch.stack([tokens.double(), logprobs.double()])
+        self._stages.share(self._drawn)
+
+    def take_tokens(self, step: int) -> bool:
+        """Note token number `step` of each row, drawn here or elsewhere -> whether any rank has rows that go on."""
+        if step == 0:
+            first = torch.arange(len(self._prompts), device=self._device) * self._config.samples
+            self._session.take(first.repeat_interleave(self._config.samples))
+        rows, drawn = self._rows, self._drawn
+        tokens, logprobs = self._stages.drawn(len(rows)) if drawn is None else drawn
+        self._drawn = None
         going = self._going(step)
-        self._ids[rows, step] = torch.where(going, tokens, 0)
-        self._logprobs[rows, step] = torch.where(going, logprobs, 0.0)
+        self._ids[rows, step] = torch.where(going, tokens.long(), 0)
+        self._logprobs[rows, step] = torch.where(going, logprobs.float(), 0.0)
         self._counts[rows] += going
-        self._ended[rows] |= going & torch.isin(tokens, self._ends)
-        return self._going(step + 1)
+        self._ended[rows] |= going & torch.isin(tokens.long(), self._ends)
+        alive = self._going(step + 1)
+        if not self._anyone(bool(alive.any())):
+            return False
+        if bool(alive.any()) and 2 * int(alive.sum()) <= len(alive):
+            kept = alive.nonzero().flatten()
+            self._rows = rows[kept]
+            self._session.take(kept)
+        return True
 
     def _going(self, step: int) -> Tensor:
         """bool [N]: the rows that get a token number `step`."""
         counts = self._counts[self._rows]
         return (counts == step) & ~self._ended[self._rows] & (counts < self._limits[self._rows])
 
-    def _forward(self, step: int) -> Tensor:
-        """Put token number `step` of every row through the model, the last of one that has ended -> hidden [N, D]."""
+    def forward(self, stage: LocalStage, step: int) -> None:
+        """Put token number `step` of every row through a stage, the last of one that has ended; behind the head draw
+        the next."""
         rows = self._rows
         number = self._counts[rows].clamp(max=step + 1, min=1) - 1
-        ids = self._ids[rows, number]
-        places = self._places[rows] + number
-        at = list(range(len(rows)))
-        return self._session.forward(ids[:, None].tolist(), at, places.tolist())[:, 0]
-
-    def _keep(self, kept: Tensor) -> None:
-        self._rows = self._rows[kept]
-        self._session.take(kept)
+        ids, places = self._ids[rows, number], self._places[rows] + number
+        hidden_NSD = self._through(stage, ids[:, None].tolist(), list(range(len(rows))), places.tolist())
+        if hidden_NSD is not None:
+            self._draw(step + 1, hidden_NSD[:, 0])
 
     def _anyone(self, alive: bool) -> bool:
         """Whether a rank that shares experts goes on."""

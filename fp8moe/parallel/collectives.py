@@ -119,6 +119,32 @@ def _timeout_of(group: ProcessGroup, device: torch.device) -> float:
     return group._get_backend(device).options._timeout.total_seconds()
 
 
+class PendingBroadcast:
+    """A broadcast in flight; it owns its buffer."""
+
+    def __init__(self, buffer: Tensor, work: Any, pending: hang.PendingCollective) -> None:
+        self._buffer, self._work, self._pending = buffer, work, pending
+
+    @property
+    def is_done(self) -> bool:
+        done: bool = self._work.is_completed()
+        return done
+
+    def wait(self) -> Tensor:
+        """The root's values. On a GPU the current stream waits, not the host."""
+        with waiting(), self._pending:
+            self._work.wait()
+        return self._buffer
+
+
+def start_broadcast(buffer: Tensor, root: int, group: ProcessGroup, name: str) -> PendingBroadcast:
+    """Send what global rank `root` has in `buffer` to all of `group`, in place; the root need not wait for it."""
+    pending = hang.collective(group, f"broadcast ({name})")
+    with pending:
+        work = dist.broadcast(buffer, root, group=group, async_op=True)
+    return PendingBroadcast(buffer, work, pending)
+
+
 Parts = Sequence[tuple[int, int]]  # by rank of a group: (start, stop) in a flat buffer
 
 

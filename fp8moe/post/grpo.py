@@ -26,6 +26,7 @@ from fp8moe.data.tokenizer import TokenizerInfo
 from fp8moe.errors import ConfigError
 from fp8moe.generate.groups import GroupSampling
 from fp8moe.model.loss import LossCounts, count_predicted
+from fp8moe.model.transformer import labels_after_next
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.post.endpoint import Endpoint, EndpointError
@@ -75,18 +76,11 @@ class Grpo:
 
     def open_data(self, config: TrainConfig, mesh: Mesh) -> Data:
         """The problems; the validation loss is that of held-out solutions. Raises ConfigError and DataError."""
-        grpo, pp = config.grpo, config.parallel.pp
-        self._grpo = grpo
+        self._grpo = grpo = config.grpo
         if config.data.source != "problems":
             raise ConfigError(
                 f"fp8moe grpo learns from problems and data.source is {config.data.source}: go on with a run of its "
                 "own, or begin from this one, init_from=RUN"
-            )
-        if pp > 1:
-            raise ConfigError(f"rollouts are made by whole models and parallel.pp={pp} cuts them: use parallel.pp=1")
-        if config.parallel.cp > 1:
-            raise ConfigError(
-                f"rows of completions are whole and parallel.cp={config.parallel.cp} cuts them: use parallel.cp=1"
             )
         if grpo.server is not None:
             Endpoint(endpoint_of(grpo), "completions")  # a setting that can't be is said before anything is written
@@ -176,7 +170,7 @@ class Grpo:
         )
         scale = max(packed.tokens, 1)
         self._loss = PolicyLoss(tokens.to(run.device), grpo, scale)
-        mtp = torch.tensor([count_predicted(batch.labels_BS)[1] for batch in packed.batches]).sum()
+        mtp = torch.tensor([count_predicted(one.labels_BS, labels_after_next(one))[1] for one in packed.batches]).sum()
         counts = LossCounts(packed.tokens, int(all_reduce(mtp, run.mesh.dp_group)), packed.rows)
         return StepWork(packed.batches, counts, self._loss, grpo.mtp_weight)
 

@@ -40,6 +40,6 @@ def label_logprobs(run: Run, batches: Sequence[Batch], temperature: float = 1.0)
     The model is the run's with its present weights, in evaluation mode. Collective over pipeline and experts: every
     rank brings as many micro-batches.
     """
-    kept = LabelLogProbs(len(batches), run.config.micro_batch * run.config.seq_len, run.device, temperature)
+    kept = LabelLogProbs(len(batches), run.config.rank_tokens, run.device, temperature)
     forward_passes(run, batches, kept)
     return all_reduce(kept.logp_MT, run.mesh.pp_group).cpu()

@@ -1,10 +1,10 @@
 """Rollouts: groups of completions with their rewards, where they come from, and how they lie in micro-batches.
 
 A generator is asked for G samples of each prompt; the built-in one runs the weights that are being trained, in place,
-experts over ep (`generate.groups`), another asks a server (`rollout_server`). What the built-in one draws is decided by
-(seed, batch, problem, sample) alone, so a batch of rollouts that a run needs again is made again to the bit, as long as
-the weights are those it began with. Between the updates of one batch they are not: a batch of several updates is kept
-in the run directory, `rollouts/batch-N.npz`, for a run that resumes there.
+experts over ep, layers over pp (`generate.groups`), another asks a server (`rollout_server`). What the built-in one
+draws is decided by (seed, batch, problem, sample) alone, so a batch of rollouts that a run needs again is made again to
+the bit, as long as the weights are those it began with. Between the updates of one batch they are not: a batch of
+several updates is kept in the run directory, `rollouts/batch-N.npz`, for a run that resumes there.
 
 Legend: N samples in groups of G, S tokens of a row, K tokens of all completions, sample after sample.
 """
@@ -26,7 +26,11 @@ from torch import Tensor
 from fp8moe.data.packing import Batch, Window, collate
 from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
 from fp8moe.generate.samples import exact_dispatch
+from fp8moe.generate.stages import PipelineStages, Stages
+from fp8moe.layers.attention.zigzag import part_of
+from fp8moe.train.batch import share_of
 from fp8moe.train.run import Run
+from fp8moe.train.step import training_schedule
 
 logger = logging.getLogger(__name__)
 FOLDER = "rollouts"
@@ -70,7 +74,15 @@ class BuiltIn:
         if run.zero is not None:
             run.zero.wait_weights()
         with exact_dispatch(run):
-            return sample_groups(run.model, prompts, names, sampling, run.mesh)
+            return sample_groups(run.model, prompts, names, sampling, run.mesh, self._stages())
+
+    def _stages(self) -> Stages | None:
+        """Of a pipeline's rank, in the first direction of the schedule."""
+        run = self._run
+        if run.mesh.pp == 1:
+            return None
+        placement = training_schedule(run, run.config.num_microbatches).placement[0]
+        return PipelineStages(run.model, run.stages, placement, run.links, run.mesh)
 
     def ahead(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling, max_age: int
@@ -174,7 +186,7 @@ class Packed:
 
 
 def pack(rollouts: Rollouts, samples: Sequence[int], run: Run, *, least: int, multiple: int) -> Packed:
-    """Rows of the samples with these numbers, as many on every rank.
+    """Rows of the samples with these numbers, as many on every rank; of parallel.cp ranks each has a part of a row.
 
     With data.document_mask several samples share a row, the longest first, each a document of its own; else each has
     one. Rows of nothing fill up the last micro-batches. least, multiple: micro-batches that the schedule needs.
@@ -191,16 +203,19 @@ def pack(rollouts: Rollouts, samples: Sequence[int], run: Run, *, least: int, mu
             free.append(config.seq_len + 1)
         rows[at].append(n)
         free[at] -= sizes[n]
-    unit = mesh.dp * config.micro_batch
+    unit = mesh.data_ranks * config.micro_batch
     count = max(least, -(-max(-(-len(rows) // unit), 1) // multiple) * multiple) * config.micro_batch
-    mine = [rows[i] if i < len(rows) else [] for i in range(mesh.dp_rank, count * mesh.dp, mesh.dp)]
+    total = count * mesh.data_ranks
+    mine = [rows[i] if i < len(rows) else [] for i in range(mesh.data_rank, total, mesh.data_ranks)]
     windows, places = zip(*(_row(rollouts, row, config.seq_len) for row in mine), strict=True)
-    batches = [
+    whole = [
         collate(windows[i : i + config.micro_batch], document_mask=config.data.document_mask)
         for i in range(0, count, config.micro_batch)
     ]
-    tokens = sum(len(rollouts.completions[n]) for n in samples)
-    return Packed(batches, torch.from_numpy(np.stack(places)).view(len(batches), -1), count * mesh.dp, tokens)
+    batches = [share_of(batch, mesh.cp_rank, mesh.cp) for batch in whole]
+    places_RS = torch.from_numpy(np.stack(places))
+    places_MT = (places_RS if mesh.cp == 1 else part_of(places_RS, mesh.cp_rank, mesh.cp)).reshape(len(batches), -1)
+    return Packed(batches, places_MT, total, sum(len(rollouts.completions[n]) for n in samples))
 
 
 def _row(rollouts: Rollouts, samples: Sequence[int], seq_len: int) -> tuple[Window, np.ndarray[Any, Any]]:

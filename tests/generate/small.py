@@ -13,6 +13,7 @@ from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.config import ModelConfig
+from fp8moe.model.partition import Stage
 from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.mesh import Mesh, build_mesh
 from tests.model.shapes import model_config
@@ -29,12 +30,21 @@ PROMPTS = [[5, 3, 90], [7] * 11, [1, 2], list(range(20, 43)), [96]]
 
 
 def small_model(
-    precision: Precision = Precision.FP32, dispatcher: Dispatcher | None = None, ep_rank: int = 0, **changes: Any
+    precision: Precision = Precision.FP32,
+    dispatcher: Dispatcher | None = None,
+    ep_rank: int = 0,
+    *,
+    held: Sequence[Stage] | None = None,
+    **changes: Any,
 ) -> Transformer:
-    """A model of random weights whose greedy text does not repeat itself at once."""
+    """A model of random weights whose greedy text does not repeat itself at once; held: the stages it has, not all."""
     shape = {name: size for name, size in SHAPE.items() if changes.get("kind") != "gqa" or name not in OF_MLA}
     config: ModelConfig = model_config(**shape | changes)
-    model = Transformer(config, Recipe(precision), dispatcher or LocalDispatcher(4), gradients=False)
+    part: dict[str, Any] = {}
+    if held is not None:
+        part["layers"] = [layer for stage in held for layer in stage.layers]
+        part |= {"embedding": any(one.embedding for one in held), "head": any(one.head for one in held)}
+    model = Transformer(config, Recipe(precision), dispatcher or LocalDispatcher(4), gradients=False, **part)
     init_weights(model, seed=3, ep_rank=ep_rank)
     quantize_weights(model)
     return model.eval()

@@ -9,8 +9,11 @@ import torch
 
 from fp8moe.errors import ConfigError
 from fp8moe.generate.groups import GroupSampling, Sampled, draw, sample_groups
+from fp8moe.generate.stages import PipelineStages
+from fp8moe.model.partition import partition
 from fp8moe.model.transformer import generator_of
 from fp8moe.parallel.dispatch import make_dispatcher
+from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import build_mesh
 from tests.generate.small import PROMPTS, TIMEOUT, VOCABULARY, alone, recomputed, small_model
 from tests.parallel.ranks import run_ranks
@@ -89,6 +92,29 @@ def test_ranks_that_share_experts_draw_the_same() -> None:
     """5 prompts, 2 at once, over 2 ranks: one has a prompt more, of other lengths, and ends later."""
     expected = ids(sample_groups(small_model(), PROMPTS, NAMES, options(), alone()))
     for found in run_ranks(on_ranks, 2):
+        assert found == expected
+
+
+def in_a_pipeline(placement: tuple[int, ...], ep: int) -> list[list[tuple[int, ...]]]:
+    """placement: the pipeline rank of each stage, of one block each."""
+    pp = max(placement) + 1
+    mesh = build_mesh(pp, ep, ep, timeout=TIMEOUT)
+    shape = {"num_layers": len(placement), "mtp_depth": 0}
+    stages = partition(small_model(**shape).config, len(placement))
+    held = [stage for stage in stages if placement[stage.index] == mesh.pp_rank]
+    dispatcher = make_dispatcher("all_to_all", mesh, 4, max_tokens=1)
+    model = small_model(dispatcher=dispatcher, ep_rank=mesh.ep_rank, held=held, **shape)
+    local = PipelineStages(model, stages, placement, Links(mesh, TIMEOUT), mesh)
+    return ids(sample_groups(model, PROMPTS, NAMES, options(batch=6), mesh, local))
+
+
+@pytest.mark.parametrize(("placement", "ep"), [((0, 1, 2), 1), ((0, 1, 1, 0), 1), ((0, 1), 2)])
+def test_ranks_of_a_pipeline_draw_the_same(placement: tuple[int, ...], ep: int) -> None:
+    """5 prompts in as many sets as there are ranks, some empty; in the second placement the first rank draws."""
+    model = small_model(num_layers=len(placement), mtp_depth=0)
+    expected = ids(sample_groups(model, PROMPTS, NAMES, options(), alone()))
+    assert len({len(one) for group in expected for one in group}) > 3
+    for found in run_ranks(in_a_pipeline, (max(placement) + 1) * ep, placement, ep):
         assert found == expected
 
 

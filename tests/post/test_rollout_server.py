@@ -194,14 +194,19 @@ def of_ranks(config: TrainConfig, folder: str) -> list[dict[str, Any]]:
 def test_ranks_share_what_the_first_one_gets(
     corpus: list[str], server: tuple[Served, Rollouts], tmp_path: Path
 ) -> None:
+    """Ranks that share experts, and those of a pipeline."""
     endpoint, rollouts = server
     settings = ("grpo.held_out_count=0", "grpo.stale=1", "steps=2")
     (tmp_path / "one").mkdir()
     expected = of_ranks(config_of(corpus, endpoint.url, *settings), str(tmp_path / "one"))
     asked = len(rollouts.asked)
-    config = config_of(corpus, endpoint.url, *settings, "parallel.ep=2", "batch.micro_batch=2", world_size=2)
-    ranks = run_ranks(of_ranks, 2, config, str(tmp_path / "two"))
-    assert len(rollouts.asked) == 2 * asked == 64
+    ranks = []
+    for number, layout in enumerate((("parallel.ep=2",), ("parallel.pp=2", "parallel.schedule=1f1b"))):
+        config = config_of(corpus, endpoint.url, *settings, *layout, "batch.micro_batch=2", world_size=2)
+        folder = tmp_path / layout[0]
+        folder.mkdir()
+        ranks += run_ranks(of_ranks, 2, config, str(folder))
+        assert len(rollouts.asked) == (2 + number) * asked == (2 + number) * 32
     for found in ranks:
         for name in ("loss", "grad_norm", "reward", "rollout_weights", "completion_length", "groups_alike"):
             assert [one[name] for one in found] == pytest.approx([one[name] for one in expected], rel=2e-3, abs=1e-6)
