@@ -35,6 +35,7 @@ from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, foreign_weights, stages_of
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
+from fp8moe.train.kept_reference import KeptReference
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.random_state import seed_random
@@ -90,6 +91,8 @@ def build(
         ),
         ema=make_ema(config, optimizer),
     )
+    if config.data.source == "problems" and config.grpo.kl:
+        run.reference = KeptReference(config, mesh, optimizer, run.routers(), foreign)
     run.shapes = _logical_shapes(model, mesh)
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
@@ -98,6 +101,8 @@ def build(
         begin_from(run, weights)
     if chosen is None and config.init_perturbation:
         perturb_weights(run, config.init_perturbation)
+    if chosen is None and run.reference is not None:
+        run.reference.take(0, 0)
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run
