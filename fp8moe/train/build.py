@@ -97,15 +97,21 @@ def build(
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
         restore(run, *chosen)
-    elif weights is not None:
-        begin_from(run, weights)
-    if chosen is None and config.init_perturbation:
-        perturb_weights(run, config.init_perturbation)
-    if chosen is None and run.reference is not None:
-        run.reference.take(0, 0)
+    else:
+        _begin(run, weights)
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run
+
+
+def _begin(run: Run, weights: checkpoint.Location | checkpoint.ForeignWeights | None) -> None:
+    """Bring a new run to its step 0, by the weights that `init_from` names where it does. Collective over all ranks."""
+    if weights is not None:
+        begin_from(run, weights)
+    if run.config.init_perturbation:
+        perturb_weights(run, run.config.init_perturbation)
+    if run.reference is not None:
+        run.reference.take(0, 0)
 
 
 def _chosen(config: TrainConfig, mesh: Mesh, run_dir: Path) -> tuple[checkpoint.Location, checkpoint.RunState] | None:

@@ -137,7 +137,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_to_the_bit(
     assert [path.name for path in (cut / "checkpoints").glob("step-*")] == ["step-3"]
     (cut / "lock").unlink(missing_ok=True)
     for steps in (5, 6):
-        grpo(corpus, cut, f"steps={steps}", EVERY)
+        grpo(corpus, cut, f"steps={steps}", EVERY, "checkpoint.background=true")
         assert equal(checkpoint_at(cut, steps), checkpoint_at(whole, steps)), steps
     assert lines(cut)[-3:] == lines(whole)[-3:]
 
