@@ -29,7 +29,7 @@ ZERO = {
     "mscale", "mscale_all", "layout", "beta1", "beta2", "muon_beta", "weight_decay", "warmup_steps", "factor",
     "bias_gamma_until", "mtp_weight_until", "mtp_weight_after", "fp8_every", "experts_every", "ramp_samples", "every",
     "keep_every", "seed", "max_skipped_steps", "consistency_every", "completions", "init_perturbation", "fim_rate",
-    "prefetch", "held_out_count", "dynamic_rounds", "kl", "server_wait", "stale",
+    "prefetch", "held_out_count", "dynamic_rounds", "kl", "reference_every", "server_wait", "stale",
 }  # fmt: skip
 NOT_ZERO = {"YarnConfig.factor", "LoggingConfig.every", "EmaConfig.every"}
 HUGE = {"until": 1e18, "clip_norm": 1e30, "rope_theta": 1e12, "seed": 10**12, "ramp_samples": 10**12}

@@ -47,10 +47,9 @@ def main(argv: Sequence[str]) -> int:
 
 def method() -> Method:
     """What its steps work on."""
-    from fp8moe.interop.hf_model import open_released
     from fp8moe.post.grpo import Grpo
 
-    return Grpo(open_released, export_weights)
+    return Grpo(export_weights)
 
 
 def export_weights(path: Path, run: Path, out: Path, precision: str) -> None:

@@ -34,14 +34,13 @@ from fp8moe.post.held_out import HeldOut
 from fp8moe.post.logprobs import label_logprobs
 from fp8moe.post.policy import Mismatch, PolicyLoss, PolicyTokens, group_advantages, mismatch, token_shares
 from fp8moe.post.problems import Posed, ProblemSet, chosen, open_problems
-from fp8moe.post.reference import Reference
+from fp8moe.post.reference import reference_weights
 from fp8moe.post.rewards import find_reward, score
 from fp8moe.post.rollout_server import RolloutServer, endpoint_of
 from fp8moe.post.rollout_weights import Announcement, Exporter
 from fp8moe.post.rollouts import BuiltIn, Generator, Packed, Rollouts, load, pack, rollouts_of, save, with_logprobs
 from fp8moe.post.tasks import Problem
 from fp8moe.schedule.build import microbatches
-from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.method import StepWork
 from fp8moe.train.run import Run
@@ -62,15 +61,10 @@ class _Batch:
 
 
 class Grpo:
-    """The steps of a run of GRPO. foreign: opens a reference that is no checkpoint. export: writes weights for a
-    rollout server, which a run with grpo.server needs."""
+    """The steps of a run of GRPO. export: writes weights for a rollout server, which a run with grpo.server needs."""
 
-    def __init__(
-        self,
-        foreign: checkpoint.OpenForeign = checkpoint.no_foreign,
-        export: Exporter | None = None,
-    ) -> None:
-        self._foreign, self._export = foreign, export
+    def __init__(self, export: Exporter | None = None) -> None:
+        self._export = export
         self._batch: _Batch | None = None
         self._loss: PolicyLoss | None = None
 
@@ -106,13 +100,12 @@ class Grpo:
         return Data(sets[0], sets[1], config.data.vocab_size, info, None, None, posed.template)
 
     def begin(self, run: Run) -> None:
-        """Keep the reference, and score the model that the run begins with."""
+        """Score the model that the run begins with."""
         self._generator: Generator = BuiltIn(run)
         if run.config.grpo.server is not None:
             assert self._export is not None, "weights for a server need an exporter"
             self._generator = RolloutServer(run, self._export)
         self._first = run.step
-        self._reference = Reference(run, self._foreign) if run.config.grpo.kl else None
         if run.step == 0:
             self._held_out.score(run, self._generator, "before")
 
@@ -189,9 +182,10 @@ class Grpo:
         packed = _packed(run, rollouts, every)
         old = self._logprobs(run, rollouts, packed)
         reference = None
-        if self._reference is not None:
-            with self._reference.weights():
+        if run.reference is not None:
+            with reference_weights(run, run.reference):
                 reference = self._logprobs(run, rollouts, packed)
+            figures["reference_step"] = run.reference.step
         rollouts = with_logprobs(rollouts, old, reference)
         apart: Mismatch = mismatch(old, rollouts.rollout, grpo.importance_cap)
         figures |= {

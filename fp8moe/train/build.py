@@ -35,6 +35,7 @@ from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig, foreign_weights, stages_of
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
+from fp8moe.train.kept_reference import KeptReference
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer, whole_matrices
 from fp8moe.train.processes import wait_for_all, writing_group
 from fp8moe.train.random_state import seed_random
@@ -90,17 +91,27 @@ def build(
         ),
         ema=make_ema(config, optimizer),
     )
+    if config.data.source == "problems" and config.grpo.kl:
+        run.reference = KeptReference(config, mesh, optimizer, run.routers(), foreign)
     run.shapes = _logical_shapes(model, mesh)
     run.loads = {name: torch.zeros_like(router.counts_E) for name, router in run.routers().items()}
     if chosen is not None:
         restore(run, *chosen)
-    elif weights is not None:
-        begin_from(run, weights)
-    if chosen is None and config.init_perturbation:
-        perturb_weights(run, config.init_perturbation)
+    else:
+        _begin(run, weights)
     if path is not None or run_dir.is_dir():
         check_space(run)
     return run
+
+
+def _begin(run: Run, weights: checkpoint.Location | checkpoint.ForeignWeights | None) -> None:
+    """Bring a new run to its step 0, by the weights that `init_from` names where it does. Collective over all ranks."""
+    if weights is not None:
+        begin_from(run, weights)
+    if run.config.init_perturbation:
+        perturb_weights(run, run.config.init_perturbation)
+    if run.reference is not None:
+        run.reference.take(0, 0)
 
 
 def _chosen(config: TrainConfig, mesh: Mesh, run_dir: Path) -> tuple[checkpoint.Location, checkpoint.RunState] | None:

@@ -39,7 +39,10 @@ class GrpoConfig:
     average: Literal["sequence", "token", "constant"] = "sequence"
     clip_low: float = 0.2  # a ratio below 1 - this is clipped where the advantage is negative
     clip_high: float = 0.2  # a ratio above 1 + this is clipped where the advantage is positive; DAPO: 0.28
-    kl: float = 0.001  # weight of the KL to the weights that the run began from; 0: no reference is kept
+    kl: float = 0.001  # weight of the KL to the reference, the weights that the run began from; 0: none is kept
+    # steps after which the reference becomes the present policy, a multiple of the updates of a batch (minibatches x
+    # epochs); 0: never
+    reference_every: int = 0
     # most that a token counts for the rollout's probability being below the training's (truncated importance sampling);
     # None: the mismatch is measured and not corrected
     importance_cap: float | None = 2.0
@@ -82,6 +85,7 @@ class GrpoConfig:
             clip_low=Range(above=0, below=1, use="use 0.2"),
             clip_high=Range(above=0, most=1e6, use="use 0.2"),
             kl=Range(least=0, most=1e6, use="use 0 for none"),
+            reference_every=COUNT,
             importance_cap=Range(above=0, most=1e6, use="use 2.0, or null for no correction"),
             mtp_weight=Range(least=0, most=1e6, use="use 0 for none"),
             server_concurrency=Range(least=1, most=1024),
@@ -103,6 +107,13 @@ class GrpoConfig:
             nearest = max(n for n in range(1, self.minibatches + 1) if self.prompts % n == 0)
             raise ValueError(
                 f"grpo.minibatches={self.minibatches} does not divide grpo.prompts={self.prompts}: use {nearest}"
+            )
+        if self.reference_every % self.updates:
+            nearest = max(round(self.reference_every / self.updates), 1) * self.updates
+            raise ValueError(
+                f"grpo.reference_every={self.reference_every} must be a multiple of the {self.updates} updates of a "
+                f"batch (grpo.minibatches={self.minibatches} x grpo.epochs={self.epochs}), of which the reference's "
+                f"log-probabilities are taken once: use {nearest}, or 0 for never"
             )
         if "{prompt}" not in self.prompt_format:
             raise ValueError(
@@ -142,6 +153,12 @@ class GrpoConfig:
     def updates(self) -> int:
         """Optimizer steps a batch of rollouts."""
         return self.minibatches * self.epochs
+
+    def reference_is_due(self, taken: int, consumed: int) -> bool:
+        """Whether a reference taken after `taken` samples is replaced after `consumed`: never within a batch."""
+        period = self.reference_every * (self.group_samples // self.minibatches)
+        is_used_up = consumed % (self.group_samples * self.epochs) == 0
+        return period > 0 and is_used_up and consumed // period > taken // period
 
     @property
     def lag(self) -> int:

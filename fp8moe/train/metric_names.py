@@ -54,6 +54,7 @@ MEANING = {
     "distill_kl": "KL from the teacher's distribution to the model's, nats a predicted token (distill.teacher)",
     "rollouts": "Batch of rollouts that the step learned from, counted from 1 (fp8moe grpo, as all that follow)",
     "rollout_weights": "Step of the weights that sampled a batch",
+    "reference_step": "Step of the weights that are the reference of a batch",
     "groups_drawn": "Problems of which a batch's completions were sampled",
     "groups_alike": "Of these, problems whose completions all scored alike, which give no gradient",
     "reward_failures": "Completions of a batch that a reward raised on or gave no finite number for; they are left out",

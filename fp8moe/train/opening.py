@@ -35,6 +35,7 @@ def opening(run: Run) -> str:
         f"{config.precision.mode.value} on {processes} ({run.device.type}): {_pipeline(run)}dp {mesh.dp}, experts over "
         f"ep {mesh.ep}{_shared(mesh)}; kernels: {backend.resolve()}",
         *_averaging(run),
+        *_reference(run),
         f"{config.steps} steps of {config.batch.sequences} sequences x {config.seq_len} tokens",
         *_data(run),
         *_taught(run),
@@ -63,6 +64,15 @@ def _averaging(run: Run) -> list[str]:
     if run.ema is None:
         return []
     return [f"average of the weights: decay {run.ema.decay}, {run.ema.num_bytes / 1e9:.3g} GB on the host a rank"]
+
+
+def _reference(run: Run) -> list[str]:
+    """What a reference that the run replaces takes; no line where there is none, or where the first one stays."""
+    every = run.config.grpo.reference_every
+    if run.reference is None or not every:
+        return []
+    size = f"{run.reference.num_bytes / 1e9:.3g} GB on the host a rank, saved with every checkpoint"
+    return [f"the reference is the policy after step {run.reference.step}, replaced every {every} steps: {size}"]
 
 
 def _taught(run: Run) -> list[str]:

@@ -15,6 +15,7 @@ from fp8moe.errors import ConfigError
 from fp8moe.layers.linear import is_expert
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.train import checkpoint
+from fp8moe.train.kept_reference import KeptReference
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.optimizer.state import Held
 from fp8moe.train.perturbation import perturb
@@ -36,7 +37,9 @@ def state_tensors(
 
     random: states of random generators, which are copies as they come, since generators do not stand still.
     """
-    return _tensors(run, run.optimizer.held, take) | dict(random or {})
+    kept = _saved_reference(run)
+    reference = {} if kept is None else kept.tensors(take)
+    return _tensors(run, run.optimizer.held, take) | reference | dict(random or {})
 
 
 def _tensors(
@@ -55,6 +58,11 @@ def _averages(run: Run) -> dict[str, list[Held]]:
     return run.optimizer.named("ema", list(run.ema.tensors().values()))
 
 
+def _saved_reference(run: Run) -> KeptReference | None:
+    """The reference, where it is part of the run's checkpoints."""
+    return run.reference if run.reference is not None and run.reference.is_saved else None
+
+
 def restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> None:
     """Go on from a checkpoint. An average that it does not hold begins from the masters; one too many is left alone.
 
@@ -71,6 +79,8 @@ def restore(run: Run, path: checkpoint.Location, state: checkpoint.RunState) -> 
     same_ranks = is_stored(random, stored, mesh.world_size)
     checkpoint.load(path, tensors | random if same_ranks else tensors, mesh.world_group)
     _refresh(run, held, restart_average=not averages <= stored)
+    if run.reference is not None:
+        run.reference.restore(path, stored)
     if same_ranks:
         set_random_state(random, run.device, mesh.rank)
     else:
@@ -123,9 +133,10 @@ def check_space(run: Run) -> None:
     config = run.config.checkpoint
     if not config.at_end and config.every == 0:
         return
+    kept = _saved_reference(run)
     mine = sum(
         tensor.numel() * tensor.element_size() / _copies(run, one.parameter)
-        for found in (run.optimizer.held, _averages(run))
+        for found in (run.optimizer.held, _averages(run), {} if kept is None else kept.held())
         for ranges in found.values()
         for one in ranges
         for tensor in one.tensors.values()

@@ -264,6 +264,8 @@ def end_step(run: Run, losses: Losses, lr: float, gamma: float, grad_norm: float
         update(run, lr, gamma, grad_norm, accepted=accepted)
         stopwatch.lap("optimizer")
         run.step += 1
+        if run.reference is not None:
+            run.reference.replace_if_due(run.step, run.sampler.consumed)
         run.point = save_point(run)
     return accepted
 

@@ -29,6 +29,7 @@ def test_a_new_run_takes_the_model_and_counts_its_samples(trained: str) -> None:
     zero = begin([f"init_from={trained}", "experiment=r1_zero"])
     assert zero["batch"]["sequences"] == 512 and zero["optimizer"]["schedule"]["peak"] == 3e-6
     assert zero["grpo"]["samples"] == 16 and zero["grpo"]["kl"] == 0.001 and zero["grpo"]["max_tokens"] == 32768
+    assert zero["grpo"]["reference_every"] == 400
 
 
 def test_it_begins_with_a_trained_model() -> None:

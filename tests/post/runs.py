@@ -32,6 +32,7 @@ def policy_config(corpus: list[str], *settings: str, world_size: int = 1) -> Tra
 def policy_run(config: TrainConfig) -> tuple[Run, Grpo]:
     """The run as it begins, in one process or inside `run_ranks`."""
     method, device = Grpo(), torch.device("cpu")
-    run = build(config, mesh_of(config, device), device, Path("nowhere"), open_data=method.open_data)
+    run_dir = Path(config.run_dir or "nowhere")
+    run = build(config, mesh_of(config, device), device, run_dir, open_data=method.open_data)
     method.begin(run)
     return run, method

@@ -2,8 +2,8 @@
 
     checkpoints/latest                     the name of the newest
     checkpoints/step-N/state.json          numbers, the model's and the run's configuration: read before anything else
-    checkpoints/step-N/rank-R.safetensors  masters, moments, averages (ema.NAME), router biases, loads so far, random
-                                           states (`storage`), and index.json
+    checkpoints/step-N/rank-R.safetensors  masters, moments, averages (ema.NAME), a reference (reference.NAME), router
+                                           biases, loads so far, random states (`storage`), and index.json
     checkpoints/step-N/manifest.json       size and hash of all of these (`manifest`), written last
 
 On a local disk a checkpoint is written as `step-N.tmp`; rank 0 renames it when every file of every rank is on disk.
