@@ -4,7 +4,7 @@
 
 A base model of 1.9 million parameters is trained on the embedded corpus, Python's own source; then `fp8moe sft` on
 problems of `fp8moe.post.tasks` with their worked solutions. Measured, before and after: the share of held-out problems,
-none of which is in the file, whose answer greedy generation gives right, by exact match. BF16 on a CPU.
+none of which is in the file, whose answer greedy generation gives right. BF16 on a CPU.
 """
 
 from __future__ import annotations

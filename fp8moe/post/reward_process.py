@@ -23,7 +23,7 @@ import socket
 import subprocess
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fp8moe.errors import ConfigError
 from fp8moe.post.reward_worker import starting_words
@@ -47,6 +47,8 @@ class RewardProcess:
         self._samples: Sequence[tuple[Problem, str]] = ()
         self._at = 0
         self.found: list[list[float | str]] = []
+        self._deadline = 0.0
+        self._end: Callable[[], object] = lambda: None
         self._start()
         while not self._is_ready and self._problem is None:
             self._exchange_until(self._deadline)
@@ -58,7 +60,7 @@ class RewardProcess:
         """Have the functions called on samples, (problem, text)."""
         self._samples, self._at, self._next = samples, 0, 0
         self.found, self._has_said = [[] for _ in samples], False
-        if self._problem is not None:
+        if self._problem is not None or self._has_ended():
             self._end()
             self._start()
         elif self._is_ready:
@@ -68,11 +70,12 @@ class RewardProcess:
         """Go on for so many seconds at most; whether all samples are done."""
         until = time.monotonic() + seconds
         while self._at < len(self._samples):
-            self._exchange_until(min(until, self._deadline))
             if self._problem is not None:
                 for one in self.found[self._at :]:
                     one.append(f"can't be called: {self._problem}")
                 self._at = len(self._samples)
+                break
+            self._exchange_until(min(until, self._deadline))
             if time.monotonic() >= until:
                 break
         return self._at == len(self._samples)
@@ -82,20 +85,37 @@ class RewardProcess:
         self._end()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                starting_words(self._names, theirs.fileno()),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # signals of the terminal are the run's; what it starts is killed with it
-                pass_fds=(theirs.fileno(),),
-            )
-        ours.setblocking(False)
-        self._socket, self._received, self._unsent, self._next = ours, b"", b"", self._at
         self._is_ready, self._deadline = False, time.monotonic() + STARTS
         self._problem: str | None = None  # why there is no process
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    starting_words(self._names, theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # signals of the terminal are the run's; what it starts is killed with it
+                    pass_fds=(theirs.fileno(),),
+                )
+        except OSError as error:
+            ours.close()
+            names = ", ".join(self._names)
+            self._problem = (
+                f"grpo.rewards={names} need a process and none can be started ({error.strerror}): free memory"
+            )
+            return
+        ours.setblocking(False)
+        self._socket, self._received, self._unsent, self._next = ours, b"", b"", self._at
         self._selector.register(ours, selectors.EVENT_READ)
         self._end = weakref.finalize(self, _end, self._process, ours, self._selector, os.getpid())
+
+    def _has_ended(self) -> bool:
+        """Whether the process has, while nothing was in work."""
+        try:
+            return self._is_ready and not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _of_a_call(self) -> float:
         """When a call that begins now is late."""
@@ -112,15 +132,18 @@ class RewardProcess:
         self._selector.modify(self._socket, wanted)
         ready = self._selector.select(max(0.0, moment - time.monotonic()))
         events = ready[0][1] if ready else 0
-        try:
-            if events & selectors.EVENT_READ:
+        if events & selectors.EVENT_READ:
+            try:
                 self._take(self._socket.recv(1 << 16))
-            elif events:
+            except ConnectionError:
+                self._take(b"")
+        elif events:
+            try:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
-            elif time.monotonic() >= self._deadline:
-                self._give_up(is_late=True)
-        except ConnectionError:
-            self._take(b"")
+            except ConnectionError:  # it has ended, which is found when its last answers have been read
+                self._unsent = b""
+        elif time.monotonic() >= self._deadline:
+            self._give_up(is_late=True)
 
     def _take(self, data: bytes) -> None:
         """Answers as they come; no data: the process has ended."""

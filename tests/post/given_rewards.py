@@ -79,3 +79,10 @@ class WordlessError(Exception):
 
 
 not_a_function = 3
+
+
+def hangs_on_vowels(problem: Problem, text: str) -> float:
+    """Does not come back where the text has an `a`."""
+    while "a" in text:
+        pass
+    return letters(problem, text)

@@ -22,6 +22,7 @@ from fp8moe.post.tasks import Problem
 from tests.post.given_rewards import letters
 
 HERE = "tests.post.given_rewards"
+NONE_STARTED = f"{HERE}:does need a process and none can be started (No such file or directory): free memory"
 SUM = Problem("What is 4 + 5?", "4+5=9\nAnswer: 9", "9", "line 3 of sums.jsonl")
 
 
@@ -104,6 +105,20 @@ def test_a_call_that_takes_too_long_ends_alone(tmp_path: Path, caplog: pytest.Lo
         ]
         worker, child = map(int, kept.read_text().split())
         wait_for(lambda: not is_alive(worker) and not is_alive(child))
+
+
+def test_one_that_ends_is_blamed_for_the_sample_in_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text for n in range(4) for text in ("a", "b" * 150_000, *["c"] * (30 + n), "end", "d" * 150_000)]
+    with started("does") as process:
+        died = "ended its process with exit code 7"
+        assert of(process, *texts) == [[died] if text == "end" else [float(len(text))] for text in texts]
+        os.kill(process._process.pid, signal.SIGKILL)  # with nothing in work, as the kernel does where memory is short
+        process._process.wait()
+        assert of(process, "abc", "end") == [[3.0], [died]]
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+        assert of(process, "end", "a") == [[died], ["can't be called: grpo.rewards=" + NONE_STARTED]]
+        monkeypatch.undo()
+        assert of(process, "a") == [[1.0]]
 
 
 def test_without_a_bound_a_call_may_take_its_time() -> None:
