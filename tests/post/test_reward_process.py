@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import random
+import selectors
 import signal
 import subprocess
 import sys
@@ -121,6 +122,23 @@ def test_one_that_ends_is_blamed_for_the_sample_in_work_alone(monkeypatch: pytes
         assert of(process, "a") == [[1.0]]
 
 
+def test_answers_that_came_before_an_end_count_though_sending_fails_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    with started("does") as process:
+        process.begin([(SUM, text) for text in ("a", "b", "end", "c")])
+        process.run(0)
+        wait_for(lambda: not is_alive(process._process.pid))
+        process._unsent, select = b"more\n", process._selector.select
+
+        def sending(seconds: float) -> object:
+            monkeypatch.setattr(process._selector, "select", select)
+            return [(process._selector.get_key(process._socket), selectors.EVENT_WRITE)]
+
+        monkeypatch.setattr(process._selector, "select", sending)
+        while not process.run(0.1):
+            pass
+        assert process.found == [[1.0], [1.0], ["ended its process with exit code 7"], [1.0]]
+
+
 def test_without_a_bound_a_call_may_take_its_time() -> None:
     with started("does", timeout=None) as process:
         assert of(process, "sleep 0.5", "a") == [[9.0], [1.0]]
@@ -205,12 +223,14 @@ def test_none_is_left_when_the_rank_is_killed(text: str) -> None:
         "process.run(0.3); print(process._process.pid, flush=True); process.run(100); sys.stdin.read()"
     )
     rank = subprocess.Popen([sys.executable, "-c", script, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert rank.stdout is not None
+    assert rank.stdout is not None
+    with rank:
         worker = int(rank.stdout.readline())
-        assert is_alive(worker)
-        rank.kill()
-        wait_for(lambda: not is_alive(worker))
-    finally:
-        rank.kill()
-        rank.communicate()
+        try:
+            assert is_alive(worker)
+            rank.kill()
+            wait_for(lambda: not is_alive(worker))
+        finally:
+            rank.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker, signal.SIGKILL)
