@@ -232,5 +232,5 @@ def test_none_is_left_when_the_rank_is_killed(text: str) -> None:
             wait_for(lambda: not is_alive(worker))
         finally:
             rank.kill()
-            with contextlib.suppress(ProcessLookupError):
+            if is_alive(worker):
                 os.killpg(worker, signal.SIGKILL)
