@@ -4,7 +4,7 @@
 
 A base model of 1.9 million parameters is trained on the embedded corpus, Python's own source; then `fp8moe sft` on
 problems of `fp8moe.post.tasks` with their worked solutions. Measured, before and after: the share of held-out problems,
-none of which is in the file, whose answer greedy generation gives right, by exact match. BF16 on a CPU.
+none of which is in the file, whose answer greedy generation gives right. BF16 on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from fp8moe.cli.trained import trained_at
 from fp8moe.data.chat_template import open_template
 from fp8moe.data.chat_tokens import encode_asked, end_of_turn
 from fp8moe.generate.decode import GenerationConfig, generate
-from fp8moe.post.tasks import as_conversation, extract_answer, problems
+from fp8moe.post.rewards import accuracy as is_right
+from fp8moe.post.tasks import as_conversation, problems
 
 TASK, DIGITS, COUNT, HELD_OUT = "addition", 2, 3000, 500
 SEQ_LEN = 128
@@ -60,7 +61,7 @@ def accuracy(run: Path, count: int) -> float:
             accept=lambda _, token: token in ends,
         )
     texts = [vocabulary.decode([token for token in one.ids if token not in ends]) for one in found]
-    return sum(extract_answer(text) == one.answer for text, one in zip(texts, asked, strict=True)) / count
+    return sum(is_right(one, text) for text, one in zip(texts, asked, strict=True)) / count
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -121,8 +121,15 @@ def read_prompts(path: str) -> list[str]:
 
 def json_lines(path: str, text: str, keys: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
     """The objects of JSON lines, each with `keys` of these types. Raises DataError with the line's number."""
+    return [row for _, row in numbered_json_lines(path, text, keys)]
+
+
+def numbered_json_lines(
+    path: str, text: str, keys: Mapping[str, type | tuple[type, ...]]
+) -> list[tuple[int, dict[str, Any]]]:
+    """The same, each with the number of its line."""
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other ends of lines as they are
         if not line.strip():
             continue
         try:
@@ -138,7 +145,7 @@ def json_lines(path: str, text: str, keys: Mapping[str, type | tuple[type, ...]]
                     f"line {number} of {path} needs the keys {', '.join(keys)}, {key} being {wanted}, and {found}: "
                     "write them on every line"
                 )
-        rows.append(row)
+        rows.append((number, row))
     if not rows:
         raise DataError(f"{path} has 0 lines and needs at least 1: write one object a line")
     return rows

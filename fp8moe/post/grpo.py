@@ -6,7 +6,7 @@
 
 Which batch and which part of it a step takes depends on the samples consumed alone, as with token files: a run that
 resumes, or goes back to a checkpoint, finds its place by that number. Rewards are computed on the ranks in turn and
-exchanged; all ranks hold the whole batch and decide alike.
+exchanged (`post.scoring`); all ranks hold the whole batch and decide alike.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,11 +35,10 @@ from fp8moe.post.logprobs import label_logprobs
 from fp8moe.post.policy import Mismatch, PolicyLoss, PolicyTokens, group_advantages, mismatch, token_shares
 from fp8moe.post.problems import Posed, ProblemSet, chosen, open_problems
 from fp8moe.post.reference import reference_weights
-from fp8moe.post.rewards import find_reward, score
 from fp8moe.post.rollout_server import RolloutServer, endpoint_of
 from fp8moe.post.rollout_weights import Announcement, Exporter
 from fp8moe.post.rollouts import BuiltIn, Generator, Packed, Rollouts, load, pack, rollouts_of, save, with_logprobs
-from fp8moe.post.tasks import Problem
+from fp8moe.post.scoring import Scorer, score_rollouts
 from fp8moe.schedule.build import microbatches
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.method import StepWork
@@ -47,7 +46,6 @@ from fp8moe.train.run import Run
 from fp8moe.train.run_state import save_and_stop
 
 logger = logging.getLogger(__name__)
-MOST_NAMED = 5  # samples of a batch that could not be scored, in the log
 
 
 @dataclass
@@ -79,10 +77,9 @@ class Grpo:
         if grpo.server is not None:
             Endpoint(endpoint_of(grpo), "completions")  # a setting that can't be is said before anything is written
             Announcement(grpo)
-        self._rewards = [(name, find_reward(name)) for name in grpo.rewards]
-        self._weights = grpo.reward_weights or (1.0,) * len(grpo.rewards)
+        self._scorer = Scorer(grpo)
         self._posed = posed = Posed(config)
-        self._train, held = open_problems(config)
+        self._train, held = open_problems(config, is_first=mesh.rank == 0)
         self._prompts = [posed.prompt(problem) for problem in self._train]
         longest = max(map(len, [*self._prompts, *map(posed.prompt, held)]))
         if longest + grpo.max_tokens > config.seq_len + 1:
@@ -215,7 +212,8 @@ class Grpo:
             problems, prompts, names = self._posed_for(run, number, round_number)
             groups = self._generator.sample(prompts, names, self._sampling(), max_age)
             oldest = min(oldest, self._generator.drawn_by)
-            found, failed = self._scored(run, rollouts_of(prompts, groups, len(self._rewards)), problems)
+            asked, unscored = [self._train[one] for one in problems], rollouts_of(prompts, groups, len(grpo.rewards))
+            found, failed = score_rollouts(unscored, asked, self._posed.text, self._scorer, run.mesh)
             advantages = group_advantages(found.rewards, found.group, normalize_std=False)
             drawn, alike, failures = drawn + len(problems), alike + advantages.alike, failures + failed
             before = 0 if whole is None else len(whole.prompts)
@@ -252,31 +250,10 @@ class Grpo:
         parts = rollouts.parts[scored]
         return {
             "reward": float(rollouts.rewards[scored].mean()) if bool(scored.any()) else None,
-            "rewards": {name: float(parts[:, i].mean()) for i, (name, _) in enumerate(self._rewards) if len(parts)},
+            "rewards": {name: float(parts[:, i].mean()) for i, name in enumerate(self._scorer.names) if len(parts)},
             "completion_length": float(rollouts.lengths.double().mean()),
             "ended_share": float(rollouts.ended.double().mean()),
         }
-
-    def _scored(self, run: Run, rollouts: Rollouts, problems: Sequence[int]) -> tuple[Rollouts, int]:
-        """The rollouts with their rewards, and how many samples could not be scored."""
-        mesh, group = run.mesh, rollouts.group
-        mine = {
-            n: self._score(self._train[problems[n // group]], rollouts.completions[n], n % group)
-            for n in range(mesh.rank, len(rollouts.completions), mesh.world_size)
-        }
-        every = {n: one for of_rank in gather(mine, mesh.world_group) for n, one in of_rank.items()}
-        scores = [every[n] for n in range(len(every))]
-        failed = [one.failure for one in scores if one.failure is not None]
-        for sentence in failed[:MOST_NAMED]:
-            logger.warning("%s", sentence)
-        if len(failed) > MOST_NAMED:
-            logger.warning("%d more samples of this batch could not be scored", len(failed) - MOST_NAMED)
-        rewards = torch.tensor([one.total for one in scores], dtype=torch.float64)
-        parts = torch.tensor([one.parts for one in scores], dtype=torch.float64)
-        return replace(rollouts, rewards=rewards, parts=parts), len(failed)
-
-    def _score(self, problem: Problem, completion: Sequence[int], sample: int) -> Any:
-        return score(problem, self._posed.text(completion), sample, self._rewards, self._weights)
 
     def figures(self, run: Run) -> Mapping[str, Any]:
         """Of the step just done, and of its batch of rollouts where the step was its first."""

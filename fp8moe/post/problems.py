@@ -2,17 +2,23 @@
 
 They come from a task (`post.tasks`), which holds its own part out, or from files of JSON lines with `prompt` and
 `answer`, and `solution` where there is one; of those, data.validation_paths are held out, else the share
-data.validation_share by the hash of the prompt. The validation loss of a run of GRPO is that of the held-out solutions,
-of the answers alone where there are none.
+data.validation_share by the hash of the prompt. A problem of a file whose prompt, without the white space around it, is
+also held out is not trained on, or the held-out accuracy would say what was learned by heart. The same prompt several
+times among those to train on is counted and kept: who writes it twice may mean it. The validation loss of a run of GRPO
+is that of the held-out solutions, of the answers alone where there are none.
+
+All prompts are posed when the run opens its data, so one that can't be is named before anything is sampled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +26,18 @@ from fp8moe.data.chat_template import CONFIG_FILE, TEMPLATE_FILE, ChatTemplate, 
 from fp8moe.data.chat_tokens import encode_asked, end_of_turn
 from fp8moe.data.packing import Batch, Window, collate
 from fp8moe.errors import ConfigError, DataError
-from fp8moe.generate.text import Vocabulary, json_lines
+from fp8moe.generate.text import Vocabulary, numbered_json_lines
+from fp8moe.limits import shown
 from fp8moe.post.tasks import Problem, problems
 from fp8moe.train.config import TrainConfig
 
+logger = logging.getLogger(__name__)
+KEYS = {"prompt": str, "answer": str}  # of every line of a file
 
-def open_problems(config: TrainConfig) -> tuple[list[Problem], list[Problem]]:
-    """(problems to train on, held-out ones in the order in which they are scored). Raises ConfigError and DataError."""
+
+def open_problems(config: TrainConfig, *, is_first: bool = True) -> tuple[list[Problem], list[Problem]]:
+    """(problems to train on, held-out ones in the order in which they are scored). is_first: the rank that says what is
+    left out. Raises ConfigError and DataError."""
     grpo, data = config.grpo, config.data
     if not data.paths:
         train = problems(grpo.task, grpo.train_count, config.seed, digits=grpo.digits)
@@ -37,6 +48,9 @@ def open_problems(config: TrainConfig) -> tuple[list[Problem], list[Problem]]:
     else:
         held = [one for one in train if _share(one) < data.validation_share]
         train = [one for one in train if _share(one) >= data.validation_share]
+    train, said = _apart(train, held)
+    for sentence in said if is_first else ():
+        logger.warning("%s", sentence)
     if not train or not held:
         raise DataError(
             f"{', '.join(data.paths)} give {len(train)} problems to train on and {len(held)} held out, at least 1 of "
@@ -52,13 +66,44 @@ def read_problems(path: str) -> list[Problem]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise DataError(f"{path} can't be read ({reason}): name a .jsonl of problems") from error
-    rows = json_lines(path, text, {"prompt": str, "answer": str})
-    return [Problem(row["prompt"], str(row.get("solution") or ""), row["answer"]) for row in rows]
+    return [_problem(f"line {number} of {path}", row) for number, row in numbered_json_lines(path, text, KEYS)]
+
+
+def _problem(place: str, row: Mapping[str, Any]) -> Problem:
+    """The problem of a row. Raises DataError, naming its place."""
+    found = Problem(row["prompt"], str(row.get("solution") or ""), row["answer"], place)
+    if not found.prompt.strip():
+        raise DataError(f"{place} has a prompt of white space alone, 0 characters: write a question of at least 1")
+    for name in ("prompt", "solution", "answer"):
+        try:
+            getattr(found, name).encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a pair
+            raise DataError(
+                f"{place} has half of a surrogate pair in its {name}, no text has one: remove it"
+            ) from error
+    return found
+
+
+def _apart(train: list[Problem], held: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
+    """(The training problems whose prompts are not held out, sentences on those that are, and on prompts twice)."""
+    prompts, said = {one.prompt.strip() for one in held}, []
+    kept = [one for one in train if one.prompt.strip() not in prompts]
+    if len(kept) < len(train):
+        shared = [one for one in train if one.prompt.strip() in prompts]
+        said.append(
+            f"{len({one.prompt.strip() for one in shared})} of {len(prompts)} held-out prompts are also among the "
+            f"{len(train)} training problems, {shared[0].place} is the first ({shown(shared[0].prompt.strip())}): "
+            f"{len(shared)} training problems are left out and {len(kept)} remain"
+        )
+    if twice := len(kept) - len({one.prompt.strip() for one in kept}):
+        said.append(f"{twice} of {len(kept)} training problems have the prompt of an earlier one; they are kept")
+    return kept, said
 
 
 def _share(problem: Problem) -> float:
-    """A number in [0, 1) that the prompt alone decides."""
-    return int.from_bytes(hashlib.blake2b(problem.prompt.encode(), digest_size=6).digest(), "big") / 2.0**48
+    """A number in [0, 1) that the prompt alone decides, without the white space around it."""
+    prompt = problem.prompt.strip().encode()
+    return int.from_bytes(hashlib.blake2b(prompt, digest_size=6).digest(), "big") / 2.0**48
 
 
 def chosen(count: int, batch: int, prompts: int, seed: int) -> list[int]:
@@ -105,12 +150,21 @@ class Posed:
         return [] if self._grpo.system is None else [{"role": "system", "content": self._grpo.system}]
 
     def prompt(self, problem: Problem) -> list[int]:
-        """The ids behind which the model answers. Raises ConfigError."""
+        """The ids behind which the model answers. Raises DataError, naming the problem's place."""
+        place = problem.place or f"the problem {shown(problem.prompt)}"
         if self.template is None:
             text = self._grpo.prompt_format.replace("{prompt}", problem.prompt)
-            return self.vocabulary.encode("\n".join(filter(None, (self._grpo.system, text))))
-        messages = [*self._system, {"role": "user", "content": problem.prompt}]
-        return encode_asked(self.template, self.vocabulary.tokenizer, messages)
+            ids = self.vocabulary.encode("\n".join(filter(None, (self._grpo.system, text))))
+        else:
+            messages = [*self._system, {"role": "user", "content": problem.prompt}]
+            try:
+                ids = encode_asked(self.template, self.vocabulary.tokenizer, messages)
+            except ConfigError as error:
+                raise DataError(f"{place}: {error}") from error
+        if not ids:
+            by = "grpo.prompt_format" if self.template is None else self.template.source
+            raise DataError(f"{place} gives 0 tokens by {by} and needs at least 1: write a question, or change {by}")
+        return ids
 
     def solution(self, problem: Problem) -> list[int]:
         """The ids of its worked solution, or of its answer, and the end."""

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from fp8moe.errors import ConfigError
@@ -27,16 +26,17 @@ TASKS = ("addition",)
 MOST_DIGITS = 12
 HELD_OUT = 10  # one problem in so many
 _LISTED = 2  # the problems of up to so many digits are listed, those of more are drawn
-_ANSWER = re.compile(r"^ *Answer: *(\S.*?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt: the question. solution: its worked answer, which ends in the line `Answer: ANSWER`."""
+    """prompt: the question. solution: its worked answer, which ends in the line `Answer: ANSWER`. place: the file and
+    the line that it is from, for messages."""
 
     prompt: str
     solution: str
     answer: str
+    place: str = field(default="", compare=False)
 
 
 def problems(task: str, count: int, seed: int, *, digits: int, held_out: bool = False) -> list[Problem]:
@@ -77,12 +77,6 @@ def as_conversation(problem: Problem) -> dict[str, list[dict[str, str]]]:
     """A problem and its solution as a row of a chat file."""
     turns = ("user", problem.prompt), ("assistant", problem.solution)
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-def extract_answer(text: str) -> str | None:
-    """The answer of a solution: what stands behind the last line that begins with `Answer:`; None without one."""
-    found = _ANSWER.findall(text)
-    return found[-1] if found else None
 
 
 def _is_held_out(first: int, second: int) -> bool:

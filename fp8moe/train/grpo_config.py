@@ -33,6 +33,9 @@ class GrpoConfig:
     dynamic_rounds: int = 0
     rewards: tuple[str, ...] = ("accuracy", "format")  # accuracy, format, think, or module:function
     reward_weights: tuple[float, ...] = ()  # of each reward in the sum; empty: 1
+    # seconds that a call of module:function may take before its sample is left out and its process is started anew;
+    # None: no bound
+    reward_timeout: float | None = 60.0
     normalize_std: bool = True  # advantages are divided by the group's deviation; Dr. GRPO: false
     # the mean that the objective is: of samples, each the mean of its tokens (sequence, GRPO); of all tokens (token,
     # DAPO); of samples, each its sum divided by max_tokens (constant, Dr. GRPO)
@@ -82,6 +85,7 @@ class GrpoConfig:
             epochs=Range(least=1, most=64),
             dynamic_rounds=Range(least=0, most=64),
             reward_weights=Range(least=-1e6, most=1e6, use="use 1.0"),
+            reward_timeout=Range(above=0, most=86400, use="use 60, or null for no bound"),
             clip_low=Range(above=0, below=1, use="use 0.2"),
             clip_high=Range(above=0, most=1e6, use="use 0.2"),
             kl=Range(least=0, most=1e6, use="use 0 for none"),

@@ -57,7 +57,7 @@ MEANING = {
     "reference_step": "Step of the weights that are the reference of a batch",
     "groups_drawn": "Problems of which a batch's completions were sampled",
     "groups_alike": "Of these, problems whose completions all scored alike, which give no gradient",
-    "reward_failures": "Completions of a batch that a reward raised on or gave no finite number for; they are left out",
+    "reward_failures": "Completions of a batch that a reward gave no finite number for, or none in time: left out",
     "reward": "Mean reward of a batch's completions, the weighted sum",
     "completion_length": "Mean tokens of a batch's completions",
     "ended_share": "Share of a batch's completions that ended by themselves, before grpo.max_tokens",

@@ -35,7 +35,8 @@ SMALL = (
 class Rollouts:
     """told: directories in the order in which it was told of them. asked: (step of the weights, prompt, seed) of all
     completions. before: called first of a completion's request, with its number; it may answer in its place. change:
-    called with a choice before it is sent. on_told: the answer to an announcement, in place of loading."""
+    called with a choice before it is sent. on_told: the answer to an announcement, in place of loading. load: the model
+    of a directory."""
 
     def __init__(self, num_ids: int, names: dict[int, tuple[str, int]]) -> None:
         self.told: list[str] = []
@@ -43,6 +44,7 @@ class Rollouts:
         self.before: Any = lambda body, number: None
         self.change: Any = lambda choice: None
         self.on_told: Answer | None = None
+        self.load: Any = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._num_ids, self._names, self._lock = num_ids, names, threading.Lock()
         self._model: Any = None
 
@@ -51,7 +53,7 @@ class Rollouts:
             return self.on_told
         if "model_path" in body:
             self.told.append(body["model_path"])
-            self._model = AutoModelForCausalLM.from_pretrained(body["model_path"], dtype=torch.float32).eval()
+            self._model = self.load(body["model_path"])
             return 200, {}, {"success": True, "message": "Succeeded to update model weights."}
         with self._lock:
             answer = self.before(body, len(self.asked))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,42 @@ def test_a_sample_that_can_not_be_scored_is_named_counted_and_left_out(
     assert named and all("of 'What is " in message for message in named)
     assert any("raised KeyError: 'a in it'" in message for message in named)
     assert found["tokens"] < 32 * found["completion_length"]
+
+
+def workers() -> list[str]:
+    """The processes of rewards that this one has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid() and b"reward_worker" in (path / "cmdline").read_bytes():
+                found.append(path.name)
+    return found
+
+
+def test_a_reward_that_hangs_leaves_out_its_sample_and_no_process(
+    corpus: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewards = ("grpo.rewards=[tests.post.given_rewards:hangs_on_vowels]", "grpo.reward_timeout=0.3")
+    sizes = (
+        "grpo.prompts=1",
+        "batch.sequences=8",
+        "grpo.max_tokens=4",
+        "grpo.held_out_count=0",
+        "plan=off",
+        "grpo.kl=0",
+    )
+    config = policy_config(corpus, *rewards, *sizes, "steps=1", f"run_dir={tmp_path}", "seed=3")
+    gc.collect()
+    before = workers()
+    train(config, as_yaml, method=Grpo())
+    gc.collect()
+    assert workers() == before, "its process ends with the run"
+    (found,) = read_lines(tmp_path / "metrics.jsonl")[0]
+    named = [record.message for record in caplog.records if "is excluded" in record.message]
+    assert 0 < found["reward_failures"] == len(named) < 5 and 0 < found["reward"] <= 1
+    says = "is excluded: the reward tests.post.given_rewards:hangs_on_vowels took longer than grpo.reward_timeout=0.3 s"
+    assert all(message.endswith(says) for message in named)
 
 
 def test_what_can_not_be_is_refused(corpus: list[str]) -> None:

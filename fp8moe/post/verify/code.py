@@ -16,7 +16,8 @@ from typing import Any
 from fp8moe.post.verify.sandbox import ALL_LIMITS, Limits, run_program
 from fp8moe.post.verify.verdict import Verdict, Verifier
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(?P<kind>[\w+-]*)[^\n]*\n(?P<code>.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^[ \t]*```(?P<first>[^\n]*)\n(?P<code>.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_KIND = re.compile(r"[ \t]*([\w+-]*)")
 _PYTHON = ("python", "python3", "py")
 
 _logger = logging.getLogger(__name__)
@@ -26,7 +27,10 @@ _lock = threading.Lock()
 
 def last_block(text: str) -> str | None:
     """The last fenced block that is called Python, else the last without a name; None where there is neither."""
-    blocks = [(match["kind"].lower(), match["code"]) for match in _BLOCK.finditer(text)]
+    blocks = []
+    for match in _BLOCK.finditer(text):
+        kind = _KIND.match(match["first"])
+        blocks.append((kind[1].lower() if kind else "", match["code"]))
     named = [block for kind, block in blocks if kind in _PYTHON] or [block for kind, block in blocks if not kind]
     return named[-1] if named else None
 

@@ -31,7 +31,10 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "korean": ("HANGUL", "CJK"),
 }
 _LONE = ("chinese", "japanese", "thai")  # without spaces between words
-_CODE_OR_LATEX = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+# Of LaTeX in brackets the innermost: an opening one ends the search for the end of the one before, which is so linear.
+_CODE_OR_LATEX = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]", re.DOTALL
+)
 _WORDS = re.compile(r"[^\W]{1,24}|[^\w\s]")  # an endless word falls into pieces, which then repeat
 
 
