@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=60)
+BEFORE: list[Callable[[tuple[Any, ...]], None]] = []  # called with the ranks' arguments: what is prepared is forked too
 
 
 def run_ranks(
@@ -33,6 +34,8 @@ def run_ranks(
 
     Ranks `absent` are not waited for: they hang or die, and their result is None.
     """
+    for prepare in BEFORE:
+        prepare(args)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
