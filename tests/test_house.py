@@ -83,7 +83,13 @@ def test_the_first_call_sets_up_and_the_second_installs_nothing(make, tmp_path):
     assert len(installs) == 2 and all(" -c constraints/" in line for line in installs)
     assert lines[-1] == ".venv: -m fp8moe train --nproc auto experiment=quickstart model.dim=64 seed=1 [OMP=]"
     code, lines, _ = make("test")
-    assert (code, lines) == (0, [".venv: -m pytest -m not gpu -n 2 --dist loadfile [OMP=1]"])
+    how = "-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0"
+    assert (code, lines) == (0, [f".venv: -m pytest -m not gpu {how} [OMP=1]"])
+
+
+def test_files_that_make_test_begins_with_exist():
+    named = re.findall(r'^    "(\S+\.py)",$', (ROOT / "tests" / "conftest.py").read_text(), re.MULTILINE)
+    assert named and [name for name in named if not (ROOT / "tests" / name).is_file()] == []
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

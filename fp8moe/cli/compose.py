@@ -10,6 +10,7 @@ a union of dataclasses is chosen by its tag, the field `kind`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import types
 import typing
@@ -145,8 +146,9 @@ def plain_values(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
+@functools.lru_cache(maxsize=1024)  # several readers ask for each, and its grammar takes a millisecond
 def parse(setting: str) -> Override:
-    """One setting as hydra reads it. Raises ConfigError unless it is one."""
+    """One setting as hydra reads it, not to be changed. Raises ConfigError unless it is one."""
     if "=" not in setting and not setting.startswith("~"):
         raise ConfigError(f"{shown(setting)} is not a setting: write key=value")
     try:

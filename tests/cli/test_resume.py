@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,10 @@ from fp8moe.cli.resume import compose_run, note
 from fp8moe.errors import ConfigError
 from fp8moe.train.config import resolve
 from fp8moe.train.run_dir import describe_start
+from tests.faults.runs import forked
 from tests.train.runs import SMALL, write_corpus
 
 FIRST = ["experiment=quickstart", "precision=bf16", "optimizer.beta2=0.9", "optimizer.schedule.peak=1e-2", "steps=40"]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -194,26 +191,23 @@ def test_an_experiment_from_a_file_of_ones_own(tmp_path: Path, monkeypatch: pyte
         compose(["experiment=./mine.yaml"])
 
 
-def fp8moe(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fp8moe", "train", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_by_its_command_in_a_run_directory_that_was_moved(tmp_path: Path) -> None:
+    def fp8moe(name: str, *words: str, code: int = 0) -> str:
+        process = forked(["train", *words], 1, tmp_path / name)
+        assert process.wait() == [code], process.said()
+        return process.said()
+
     corpus = write_corpus(tmp_path)
     small = [word for word in SMALL if not word.startswith("steps")]
-    first = fp8moe(*small, *corpus, "precision=bf16", "steps=2", f"run_dir={tmp_path / 'old'}")
-    assert first.returncode == 0, first.stderr
+    fp8moe("first", *small, *corpus, "precision=bf16", "steps=2", f"run_dir={tmp_path / 'old'}")
     (tmp_path / "old").rename(tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (tmp_path / "grammar.tokenizer.json").read_bytes()
-    second = fp8moe(f"resume={tmp_path / 'run'}", "steps=3")
-    assert second.returncode == 0, second.stderr
-    assert f"goes on from {tmp_path / 'run'} step 2 with its configuration; changed: steps 2 -> 3\n" in second.stdout
+    said = fp8moe("second", f"resume={tmp_path / 'run'}", "steps=3")
+    assert f"goes on from {tmp_path / 'run'} step 2 with its configuration; changed: steps 2 -> 3\n" in said
     files = sorted(path.name for path in (tmp_path / "run").glob("config*.yaml"))
     assert files == ["config-0.yaml", "config-2.yaml", "config.yaml"] and not (tmp_path / "old").exists()
     assert yaml.safe_load((tmp_path / "run" / "config-0.yaml").read_text())["steps"] == 2
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"]["mode"] == "bf16"
-    refused = fp8moe(f"resume={tmp_path / 'run'}", "steps=4", "data.validation_share=0.3")
-    assert refused.returncode == 2 and "so that it would train on held-out text: use 0.2" in refused.stderr
+    said = fp8moe("refused", f"resume={tmp_path / 'run'}", "steps=4", "data.validation_share=0.3", code=2)
+    assert "so that it would train on held-out text: use 0.2" in said
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 3

@@ -1,9 +1,16 @@
 """Every test of a kernel runs on memory filled with NaN: what is allocated and not written shows."""
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from tests.kernels.interpreter import speed_up
+
+    speed_up()
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ def repeat_everything(device, m, n, k, repeats):
     rows, columns = quantize_rows_and_columns(x)
     dy_columns, (b, _) = quantize_columns(dy), quantize_blocks(w)
     packed = pack_e5m6(x)
-    offsets = offsets_of([m // 2 // 128 * 128, 0, m // 4 // 128 * 128], device)
+    offsets = offsets_of([max(m // 2 // 128, 1) * 128, 0, m // 4 // 128 * 128], device)
     anywhere = offsets_of([m // 3, 0, m // 2], device)
     experts, _ = quantize_blocks(w.unflatten(0, (1, n)).repeat(3, 1, 1))
     ids = random_ids(m, 4, 16, 0.3).to(device)

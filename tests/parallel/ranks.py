@@ -6,9 +6,12 @@ traceback, and none outlives it.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -21,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=60)
+BEFORE: list[Callable[[tuple[Any, ...]], None]] = []  # called with the ranks' arguments: what is prepared is forked too
 
 
 def run_ranks(
@@ -30,6 +34,8 @@ def run_ranks(
 
     Ranks `absent` are not waited for: they hang or die, and their result is None.
     """
+    for prepare in BEFORE:
+        prepare(args)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -69,6 +75,9 @@ def _rank(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, folder: str, pipe: Connection
 ) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # a test run that is killed would leave ranks that hold its pipes open
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     try:
         store = dist.FileStore(os.path.join(folder, "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)

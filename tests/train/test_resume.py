@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from fp8moe.train.run import Run
 from fp8moe.train.run_state import save_checkpoint
 from fp8moe.train.step import train_step
 from fp8moe.train.summary import Summary
+from tests.faults.runs import forked, wait_until
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import SMALL, built, configured, differing, joined, kept, stored
 
@@ -196,24 +195,18 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_bit(corpus: list[str], tmp_path: Path) -> None:
-    settings = [*SMALL, *corpus, "checkpoint.every=2", "steps=12", "ema.decay=0.9", "validation.ema=true"]
-    command = [sys.executable, "-m", "fp8moe", "train", *settings]
+    settings = [*SMALL, *corpus, "checkpoint.every=2", "steps=8", "ema.decay=0.9", "validation.ema=true"]
+    command = ["train", *settings]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, f"run_dir={whole}"], env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    victim = subprocess.Popen([*command, f"run_dir={killed}"], env=environment, stdout=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
-    while not checkpoint.complete(killed / "checkpoints"):
-        assert time.monotonic() < limit and victim.poll() is None
-        time.sleep(0.01)
+    done = forked([*command, f"run_dir={whole}"], 1, tmp_path / "first")
+    assert done.wait() == [0], done.said()
+    victim = forked([*command, f"run_dir={killed}"], 1, tmp_path / "victim")
+    assert wait_until(lambda: bool(checkpoint.complete(killed / "checkpoints")), victim)
     victim.kill()
-    victim.wait(20)
-    assert not (killed / "checkpoints" / "step-12").exists(), "it was killed before its end"
-    command = [sys.executable, "-m", "fp8moe", "train", f"resume={killed}"]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    one, other = (load_file(run / "checkpoints" / "step-12" / "rank-0.safetensors") for run in (whole, killed))
+    assert not (killed / "checkpoints" / "step-8").exists(), "it was killed before its end"
+    done = forked(["train", f"resume={killed}"], 1, tmp_path / "second")
+    assert done.wait() == [0], done.said()
+    one, other = (load_file(run / "checkpoints" / "step-8" / "rank-0.safetensors") for run in (whole, killed))
     kinds = {name.partition(".")[0] for name in one}
     assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema", "bias", "load", "rng"}
     assert one.keys() == other.keys() and [name for name in one if not torch.equal(one[name], other[name])] == []
