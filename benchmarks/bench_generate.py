@@ -2,8 +2,9 @@
 
 One sequence, weights as they are drawn, one token's logits: with a cache a forward of one token, without a forward of
 the whole prefix and the head on its last place. Alternated in one process. `together`: 8 sequences, a token of each in
-one forward. `of a prompt each`: completions of as many prompts, `of 4 a prompt`: of a quarter of them, which go through
-the model once; 32 tokens behind 256. Settings (`precision=bf16`, `model=dsv2_lite_16b`) may follow the options; FP32 unless they say otherwise.
+one forward. `of a prompt each`: completions of as many prompts, 32 tokens behind 256; `of 4 a prompt`: of a quarter of
+them, each of which goes through the model once. Settings (`precision=bf16`, `model=dsv2_lite_16b`) may follow the
+options; FP32 unless they say otherwise.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ on the embedded corpus; then the teacher answers training problems by `fp8moe di
 is fine-tuning data, and the student is fine-tuned on it. It never sees the solutions of `fp8moe.post.tasks`.
 Measured: the share of samples that are rejected, and of held-out problems answered right by the teacher and by the
 student before and after.
+
+Then the same again with the teacher's distribution in the loss, `distill.teacher=`, for each of `SETTINGS`: the same
+student, data, order and number of steps, so that the loss alone differs.
 """
 
 from __future__ import annotations
@@ -18,9 +21,15 @@ from pathlib import Path
 from benchmarks.harness import Report, make_parser, parse_arguments
 from benchmarks.sft_addition import BASE, DIGITS, HELD_OUT, SFT, TASK, accuracy, command
 from fp8moe.post.tasks import problems
+from fp8moe.train.json_lines import read_lines
 
 COUNT, SAMPLES = 1500, 2
 STUDENT = ("model.num_layers=2", "model.dense_hidden=256")
+SETTINGS = {
+    "KL, the defaults": (),
+    "KL, weight 0.9": ("distill.weight=0.9",),
+    "KL, weight 0.9, temperature 2": ("distill.weight=0.9", "distill.temperature=2"),
+}
 
 
 def distill(teacher: Path, folder: Path, count: int) -> tuple[float, float]:
@@ -34,6 +43,11 @@ def distill(teacher: Path, folder: Path, count: int) -> tuple[float, float]:
     samples = [json.loads(line) for line in (folder / "taught.samples.jsonl").read_text().splitlines()[1:]]
     rejected = sum(not all(verdict["ok"] for verdict in one["verdicts"].values()) for one in samples)
     return seconds, rejected / len(samples)
+
+
+def last_kl(run: Path) -> float:
+    """The KL from the teacher at the end of a run."""
+    return float([row["distill_kl"] for row in read_lines(run / "metrics.jsonl")[0] if "distill_kl" in row][-1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,9 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     pretraining = command("train", *BASE, *STUDENT, f"steps={steps}", f"run_dir={base}")
     report.add("student", f"{steps} steps", "pretraining", pretraining, "s")
     report.add("student", asked, "answered right before", accuracy(base, held_out), "share")
-    words = (f"init_from={base}", f"data.paths=[{folder / 'taught.jsonl'}]", f"epochs={epochs}", f"run_dir={student}")
-    report.add("student", f"{epochs} epochs", "fine-tuning", command("sft", *SFT, *words), "s")
+    words = (*SFT, f"init_from={base}", f"data.paths=[{folder / 'taught.jsonl'}]", f"epochs={epochs}")
+    alone = command("sft", *words, f"run_dir={student}")
+    report.add("student", f"{epochs} epochs", "fine-tuning", alone, "s")
     report.add("student", asked, "answered right after", accuracy(student, held_out), "share")
+    for number, (name, settings) in enumerate(SETTINGS.items()):
+        run = folder / f"student-kl-{number}"
+        took = command("sft", *words, f"distill.teacher={arguments.teacher}", *settings, f"run_dir={run}")
+        report.add(name, f"{epochs} epochs", "fine-tuning", took, "s", baseline="student", ratio=took / alone)
+        report.add(name, asked, "answered right after", accuracy(run, held_out), "share")
+        report.add(name, f"{epochs} epochs", "KL of the last step", last_kl(run), "nats a token")
     report.finish()
     return 0
 

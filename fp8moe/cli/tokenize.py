@@ -61,8 +61,8 @@ def command_parser() -> Parser:
         required=True,
         metavar="PATH",
         help="text files (one document each); .jsonl, or .json with an object a line (one document a line); these as "
-        ".gz or .zst; .parquet; folders of them, of the hub's layout the train split; folders that datasets.save_to_disk "
-        "or load_dataset wrote",
+        ".gz or .zst; .parquet; folders of them, of the hub's layout the train split; folders that "
+        "datasets.save_to_disk or load_dataset wrote",
     )
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="path of the files to write, without an ending"

@@ -1,4 +1,4 @@
-"""Folders in the layout of the Hugging Face hub: of several splits the train split is read, or a sentence asks which."""
+"""Folders in the layout of the hub: of several splits the train split is read, or a sentence asks which."""
 
 from __future__ import annotations
 
