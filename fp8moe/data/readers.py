@@ -77,7 +77,8 @@ def find_files(inputs: Iterable[str]) -> Found:
         raise DataError(
             f"0 files found in {', '.join(map(str, inputs))}{others}: a folder must hold files ending in {endings}"
         )
-    return Found(*(list(dict.fromkeys(part)) for part in (found.files, found.passed_over)), found.splits)
+    files, passed_over = (list(dict.fromkeys(part)) for part in (found.files, found.passed_over))
+    return Found(files, passed_over, found.splits)
 
 
 def named(paths: list[Path], most: int = 5) -> str:
