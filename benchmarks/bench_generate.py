@@ -2,24 +2,31 @@
 
 One sequence, weights as they are drawn, one token's logits: with a cache a forward of one token, without a forward of
 the whole prefix and the head on its last place. Alternated in one process. `together`: 8 sequences, a token of each in
-one forward. Settings (`precision=bf16`, `model=dsv2_lite_16b`) may follow the options; FP32 unless they say otherwise.
+one forward. `of a prompt each`: completions of as many prompts, 32 tokens behind 256; `of 4 a prompt`: of a quarter of
+them, each of which goes through the model once. Settings (`precision=bf16`, `model=dsv2_lite_16b`) may follow the
+options; FP32 unless they say otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, alternate, make_parser, paired_ratio, parse_arguments, summarize
 from fp8moe.cli.compose import compose
+from fp8moe.generate.decode import GenerationConfig, generate
+from fp8moe.generate.sampling import SamplingConfig
 from fp8moe.generate.session import Session
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.model.transformer import Transformer, init_weights
+from fp8moe.parallel.mesh import build_mesh
 
 LENGTHS = (256, 2048)
 TOGETHER = 8
+COMPLETIONS, SAMPLES, NEW = 16, 4, 32
 
 
 def candidates(model: Transformer, length: int) -> dict[str, tuple[Callable[[], Tensor], int]]:
@@ -44,6 +51,22 @@ def candidates(model: Transformer, length: int) -> dict[str, tuple[Callable[[], 
 
     one = (lambda: cached(1), 1)
     return {"recomputed": (recomputed, 1), "cached": one, "cached together": (lambda: cached(TOGETHER), TOGETHER)}
+
+
+def completions(model: Transformer, length: int) -> dict[str, Callable[[], None]]:
+    """What draws COMPLETIONS completions, of prompts that all differ or of SAMPLES each."""
+    ids = torch.randint(model.config.vocab_size, (COMPLETIONS, length), generator=torch.Generator().manual_seed(0))
+    config = GenerationConfig(NEW, COMPLETIONS, sampling=SamplingConfig(1.0))
+    mesh = build_mesh(1, 1, 1, timeout=timedelta(minutes=1))
+
+    def drawing(prompts: list[list[int]]) -> Callable[[], None]:
+        def run() -> None:
+            generate(model, prompts, config, mesh, num_ids=model.config.vocab_size, accept=lambda *_: False)
+
+        return run
+
+    shared = ids[: COMPLETIONS // SAMPLES].repeat_interleave(SAMPLES, 0)
+    return {"of a prompt each": drawing(ids.tolist()), f"of {SAMPLES} a prompt": drawing(shared.tolist())}
 
 
 @torch.no_grad()
@@ -72,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             baseline = None if ratio is None else "recomputed"
             value = count / summarize(times).median
             report.add(name, shape, "throughput", value, "tokens/s", baseline=baseline, ratio=ratio)
+    shape = f"{config.precision.mode} D{c.dim} L{c.num_layers} {COMPLETIONS} completions of {NEW} behind {LENGTHS[0]}"
+    seconds = alternate(
+        completions(model, LENGTHS[0]), arguments.device, trials=arguments.repeats, warmup=arguments.warmup
+    )
+    first, second = seconds
+    for name, ratio in ((first, None), (second, 1 / paired_ratio(seconds[second], seconds[first]))):
+        value = COMPLETIONS * NEW / summarize(seconds[name]).median
+        report.add(name, shape, "throughput", value, "tokens/s", baseline=None if ratio is None else first, ratio=ratio)
     report.finish()
 
 

@@ -61,7 +61,8 @@ def command_parser() -> Parser:
         required=True,
         metavar="PATH",
         help="text files (one document each); .jsonl, or .json with an object a line (one document a line); these as "
-        ".gz or .zst; .parquet; folders of them; folders that datasets.save_to_disk or load_dataset wrote",
+        ".gz or .zst; .parquet; folders of them, of the hub's layout the train split; folders that "
+        "datasets.save_to_disk or load_dataset wrote",
     )
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="path of the files to write, without an ending"
@@ -102,6 +103,8 @@ def _run(options: argparse.Namespace) -> None:
     if taken and not options.force:
         raise ConfigError(f"{taken[0]} exists and would be replaced: use another --output or add --force")
     found = find_files(options.input)
+    for split in found.splits:
+        print(split.described(), flush=True)
     parts = Path(f"{options.output}.parts")
     tokenizer = _tokenizer(options, found.files, parts)
     end = end_of_text_id(tokenizer, options.end_of_text)

@@ -47,6 +47,8 @@ def read_conversations(path: Path) -> Iterator[tuple[str, Conversation]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder and a chat is a file: name its files, of several splits those of train")
     if path.suffix.lower() in TABLE_ENDINGS:
         for number, row in enumerate(read_rows(path, (_MESSAGES, _SHAREGPT)), start=1):
             yield f"{path} row {number}", row

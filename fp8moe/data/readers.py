@@ -11,7 +11,8 @@ A run of more than 4,096 characters without white space, or of white space alone
 takes quadratic time in the length of a run: the ids of such text differ from those of the uncut text at the cuts, its
 bytes do not; no other text is concerned. Text is kept byte for byte: no newline is translated, nothing is normalized,
 and text that is not UTF-8 is an error that names the place. An empty document is one empty piece. What a folder holds
-besides is passed over and named; a folder of several splits is refused, or the test split would be trained on.
+besides is passed over and named. Of a folder in the layout of the hub the train split is read (`hub_layout`); one that
+`save_to_disk` wrote with several splits is refused: else the test split would be trained on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import TextIO
 
 from fp8moe.data.compressed import COMPRESSED_ENDINGS, open_text
 from fp8moe.data.durable import unreadable
+from fp8moe.data.hub_layout import TrainSplit, train_split
 from fp8moe.data.readers_arrow import RECORDS, TABLE_ENDINGS, files_of_dataset, read_column, splits_of
 from fp8moe.errors import DataError
 
@@ -42,10 +44,14 @@ _LONG_RUN = re.compile(rf"\S{{{RUN_CHARS}}}(?=\S)|\s{{{RUN_CHARS}}}(?=\s)")
 
 @dataclass
 class Found:
-    """The files that were found, each once, and those of folders that can't be read as text, in the same order."""
+    """The files that were found, each once, and those of folders that can't be read as text, in the same order.
+
+    splits: folders of which other splits were left out.
+    """
 
     files: list[Path] = field(default_factory=list)
     passed_over: list[Path] = field(default_factory=list)
+    splits: list[TrainSplit] = field(default_factory=list)
 
 
 def find_files(inputs: Iterable[str]) -> Found:
@@ -71,7 +77,8 @@ def find_files(inputs: Iterable[str]) -> Found:
         raise DataError(
             f"0 files found in {', '.join(map(str, inputs))}{others}: a folder must hold files ending in {endings}"
         )
-    return Found(*(list(dict.fromkeys(part)) for part in (found.files, found.passed_over)))
+    files, passed_over = (list(dict.fromkeys(part)) for part in (found.files, found.passed_over))
+    return Found(files, passed_over, found.splits)
 
 
 def named(paths: list[Path], most: int = 5) -> str:
@@ -102,6 +109,11 @@ def _search(root: Path, found: Found) -> None:
                 taken.append((file, 0, file))
             elif file.is_file():
                 others.append(file)
+    split = train_split(root, [file for name, _, file in sorted(taken) if name == file], _is_text)
+    if split is not None:
+        kept = set(split.files)
+        taken = [one for one in taken if one[0] != one[2] or one[2] in kept]
+        found.splits.append(split)
     found.files.extend(file for _, _, file in sorted(taken))
     found.passed_over.extend(sorted(others))
 
@@ -117,7 +129,11 @@ def _is_readable(file: Path) -> bool:
         except (DataError, UnicodeDecodeError, EOFError, zlib.error):
             return False
     is_table = file.suffix.lower() in TABLE_ENDINGS  # tables are compressed inside
-    return is_table or kind in TEXT_ENDINGS + JSON_ENDINGS
+    return is_table or _is_text(file) or kind in JSON_ENDINGS
+
+
+def _is_text(file: Path) -> bool:
+    return _kind(file) in TEXT_ENDINGS
 
 
 def _kind(path: Path) -> str:

@@ -20,7 +20,7 @@ from fp8moe.errors import DataError
 TABLE_ENDINGS = (".parquet", ".arrow")
 SPLITS = "dataset_dict.json"
 INFO = "dataset_info.json"
-RECORDS = (SPLITS, INFO)
+RECORDS = (SPLITS, INFO, "dataset_infos.json")  # the last: what folders of the hub had before cards
 _ROWS = 256
 _FILE_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has none
 

@@ -1,7 +1,9 @@
 """Generation: prompts of any lengths to completions, a token a forward, or up to two with the MTP module.
 
 Prompts are put through the model one by one, each without padding; then all sequences of a batch go on together, each
-at its own place. A sequence that has ended leaves the batch.
+at its own place. A sequence that has ended leaves the batch. Sequences of a rank with the same prompt, samples of it,
+share its forward: the cache entries are copied, and each draws its own first token of the same logits, so what is drawn
+is what it would draw alone. Not with the MTP module, which reads the prompt beside the token that was drawn behind it.
 
 With the MTP module (speculative decoding; DeepSeek-V3 report, section 5.4.3): the module guesses the token after the
 next, the model computes both places in one forward, and the guess counts if it is the token that the model gives there.
@@ -161,10 +163,11 @@ class _Batch:
         self._completions, self._config, self._mesh, self._accept = completions, config, mesh, accept
         self._deadline, self._draw_of = deadline, draw_of
         self._first = completions[0].number
-        dealt = completions[mesh.dp_rank :: mesh.dp]
-        missing = -(-len(completions) // mesh.dp) - len(dealt)
-        mine = [*dealt, *[completions[0]] * missing]
-        self._mine = [_Sequence(one, row, is_copy=row >= len(dealt)) for row, one in enumerate(mine)]
+        most, dealt = -(-len(completions) // mesh.dp), [completions[rank :: mesh.dp] for rank in range(mesh.dp)]
+        filled = [[*part, completions[0]][:most] for part in dealt]
+        mine, own = filled[mesh.dp_rank], len(dealt[mesh.dp_rank])
+        self._mine = [_Sequence(one, row, is_copy=row >= own) for row, one in enumerate(mine)]
+        self._prompt_forwards = max(len({tuple(one.prompt) for one in part}) for part in filled)
         self._limits = [min(len(one.prompt) + config.max_tokens, model.config.max_seq_len) for one in completions]
         device = next(model.parameters()).device
         length = max(self._limits) + 2  # the last two tokens may come at once, and a guess behind them
@@ -174,7 +177,7 @@ class _Batch:
     def run(self, figures: Figures) -> None:
         """All completions to their ends."""
         began = time.perf_counter()
-        first = [(one, self._prompt(one)) for one in self._mine]
+        first = [(one, self._prompt(one)) for one in self._mine] if self._config.mtp else self._shared_prompts()
         self._exchange({one.completion.number: [token] for one, token in first if not one.is_copy}, figures)
         figures.prompt_tokens += sum(len(one.prompt) for one in self._completions)
         decoding = time.perf_counter()
@@ -187,15 +190,33 @@ class _Batch:
         figures.decode_seconds += time.perf_counter() - decoding
 
     def _prompt(self, one: _Sequence) -> int:
-        """The token after a sequence's prompt."""
+        """The token after a sequence's prompt, and the guess behind it."""
         prompt = one.completion.prompt
         hidden_BSD = self._session.forward([prompt], [one.row], [0])
         one.last = self._draw([one], hidden_BSD[:, -1])[0]
         one.place = len(prompt)
-        if self._config.mtp:
-            drafts = self._session.draft(hidden_BSD, [[*prompt[1:], one.last]], [one.row], [0])
-            one.draft = self._guess(drafts[:, -1])[0]
+        drafts = self._session.draft(hidden_BSD, [[*prompt[1:], one.last]], [one.row], [0])
+        one.draft = self._guess(drafts[:, -1])[0]
         return one.last
+
+    def _shared_prompts(self) -> list[tuple[_Sequence, int]]:
+        """The sequences with the token after each one's prompt; every prompt goes through the model once."""
+        groups: dict[tuple[int, ...], list[_Sequence]] = {}
+        for one in self._mine:
+            groups.setdefault(tuple(one.completion.prompt), []).append(one)
+        first, row_of = [], list(range(len(self._mine)))
+        for prompt, group in groups.items():
+            hidden_BSD = self._session.forward([prompt], [group[0].row], [0])
+            logits_BV = self._session.logits(hidden_BSD[:, -1]).expand(len(group), -1)
+            drawn = self._sampler.draw([self._draw_of[one.completion.number] for one in group], logits_BV)
+            for one, token in zip(group, drawn, strict=True):
+                one.last, one.place, row_of[one.row] = token, len(prompt), group[0].row
+                first.append((one, token))
+        for _ in range(self._prompt_forwards - len(groups)):  # keeps step with ranks that have more prompts
+            self._session.forward([self._mine[0].completion.prompt], [0], [0])
+        if len(groups) < len(self._mine):
+            self._session.take(torch.tensor(row_of))
+        return first
 
     def _step(self, alive: Sequence[_Sequence]) -> list[list[int]]:
         """The next token of each sequence; one that has ended already gets the same again."""

@@ -85,6 +85,8 @@ def test_empty_missing_and_damaged_files_are_one_sentence(tmp_path: Path) -> Non
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps(exchange("a", "b")).encode())[:-9])
     with pytest.raises(DataError, match=r"c.jsonl.gz can't be decompressed"):
         read(tmp_path / "c.jsonl.gz")
+    with pytest.raises(DataError, match=r" is a folder and a chat is a file: name its files, of several splits those"):
+        read(tmp_path)
 
 
 def test_names_of_chat_files() -> None:

@@ -178,10 +178,12 @@ def test_lower_precisions_stay_close(precision: Precision, bound: float) -> None
     assert error < bound
 
 
-def on_ranks(mtp: bool, sampling: SamplingConfig, stop: int) -> list[list[int]]:
+def on_ranks(
+    mtp: bool, sampling: SamplingConfig, stop: int, prompts: list[list[int]] = PROMPTS, batch: int = 4
+) -> list[list[int]]:
     mesh = build_mesh(1, 2, 2, timeout=TIMEOUT)
     model = small_model(dispatcher=make_dispatcher("all_to_all", mesh, 4, max_tokens=1), ep_rank=mesh.ep_rank)
-    found = generated(model, PROMPTS, mesh, stop=stop, max_tokens=COUNT, mtp=mtp, sampling=sampling, batch=4)
+    found = generated(model, prompts, mesh, stop=stop, max_tokens=COUNT, mtp=mtp, sampling=sampling, batch=batch)
     return ids(found[0])
 
 
@@ -194,6 +196,39 @@ def test_ranks_that_share_experts_give_the_same_tokens(mtp: bool, temperature: f
     alone = [one[: one.index(stop) + 1 if stop in one else None] for one in whole]
     assert len({len(one) for one in alone}) > 1, "a sequence ends before the others"
     for found in run_ranks(on_ranks, 2, mtp, sampling, stop):
+        assert found == alone
+
+
+SAMPLES = [PROMPTS[number] for number in (0, 1, 0, 2, 0, 4, 0)]  # of two ranks one has a prompt, the other three
+
+
+@pytest.mark.parametrize("family", ["mla", "gqa, windows in every other layer, sinks"])
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(1.0), SamplingConfig(0.9, 0.8)])
+def test_samples_of_a_prompt_share_its_forward(
+    family: str, sampling: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each draws is what it draws alone, with a forward of its own."""
+    model, asked = small_model(**FAMILIES[family]), [PROMPTS[3], PROMPTS[0], PROMPTS[3], PROMPTS[3], PROMPTS[1]]
+    alone = ids(generated(model, asked, max_tokens=COUNT, sampling=sampling, batch=1)[0])
+    through: list[int] = []
+    forward = Session.forward
+
+    def counted(self: Session, ids: Any, rows: Any, starts: Any) -> Tensor:
+        through.extend(len(one) for one, start in zip(ids, starts, strict=True) if start == 0)
+        return forward(self, ids, rows, starts)
+
+    monkeypatch.setattr(Session, "forward", counted)
+    completions, figures = generated(model, asked, max_tokens=COUNT, sampling=sampling)
+    assert ids(completions) == alone and through == [23, 3, 11]
+    assert (figures.prompt_tokens, figures.new_tokens) == (83, COUNT * 5)
+    assert sampling.temperature == 0 or len({tuple(alone[number]) for number in (0, 2, 3)}) == 3
+    assert ids(generated(model, asked, max_tokens=COUNT, sampling=sampling, mtp=True)[0]) == alone
+
+
+def test_ranks_with_different_numbers_of_prompts_keep_step() -> None:
+    sampling = SamplingConfig(1.0)
+    alone = ids(generated(small_model(), SAMPLES, max_tokens=COUNT, sampling=sampling, batch=1)[0])
+    for found in run_ranks(on_ranks, 2, False, sampling, -1, SAMPLES, 8):
         assert found == alone
 
 

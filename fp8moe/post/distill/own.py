@@ -1,6 +1,9 @@
 """The teacher that runs here: a checkpoint or a Hugging Face directory in the built-in generator.
 
 Requests go on in batches, and a batch is given out when all of its completions have ended: a kill loses at most that.
+The samples of a prompt follow each other, so those of a batch share the prompt's forward (`generate.decode`); what each
+draws is decided by the seed, the prompt and its number alone. Refused: `generate.groups`, which draws other tokens from
+the same numbers, has no top_p and stops at ids alone; a file begun before would hold samples of both ways.
 Collective over the ranks of the mesh: every rank asks the same requests, in the same order, and gets the same replies.
 """
 
