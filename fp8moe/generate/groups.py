@@ -78,6 +78,7 @@ def sample_groups(
         completions = rows.run()
         for number, i in enumerate(part):
             found[i] = completions[number * config.samples : (number + 1) * config.samples]
+        del rows  # whose caches would stand beside the next ones
     model.train(training)
     everyone = {i: group for of_rank in gather(found, mesh.world_group) for i, group in of_rank.items()}
     return [everyone[i] for i in range(len(prompts))]

@@ -6,8 +6,9 @@ only the least that a run needs is compared (`plan.machine_memory`), so that not
 skips both.
 
 The nearest layout is the one with the fewest changed keys; of those the one that changes the smallest things: first how
-many rollouts are sampled at once, the micro-batch, then what is computed again, then how experts and sequences are shared out, last the pipeline. Of results,
-only the order of sums changes, and under FP8 the rounding of latents that are sent.
+many rollouts are sampled at once, the micro-batch, then what is computed again, then how experts and sequences are
+shared out, last the pipeline. Of results, only the order of sums changes, and under FP8 the rounding of latents that
+are sent.
 """
 
 from __future__ import annotations
@@ -23,22 +24,15 @@ from fp8moe.plan.fitting import legal_layouts
 from fp8moe.plan.layouts import changed
 from fp8moe.plan.machine_memory import check_host
 from fp8moe.plan.memory import RankMemory, rank_memory, worst_rank
-from fp8moe.plan.rollout_memory import has_rollouts, rollout_sizes
+from fp8moe.plan.rollout_memory import has_rollouts, sampled_sizes
 from fp8moe.plan.teacher import TeacherModel, with_teacher
 from fp8moe.train.config import TrainConfig
 
 GB = 1e9
 # How much a changed key disturbs, by its place: of two layouts with as many changed keys the cheaper one is nearer.
 CHEAPEST_FIRST = (
-    *(
-        "grpo.rollout_batch",
-        "batch.micro_batch",
-        "recompute",
-        "optimizer.sharding",
-        "parallel.ep",
-        "parallel.cp",
-        "parallel.schedule",
-    ),
+    *("grpo.rollout_batch", "batch.micro_batch", "recompute", "optimizer.sharding"),
+    *("parallel.ep", "parallel.cp", "parallel.schedule"),
 )
 COST = {key: cost for cost, key in enumerate(CHEAPEST_FIRST, 1)}
 
@@ -114,11 +108,11 @@ def nearest_fitting(config: TrainConfig, there: float, gpus_per_node: int) -> Tr
 
 def fewer_rows(config: TrainConfig) -> Iterator[int]:
     """Sizes of `grpo.rollout_batch` below those that a rank decodes with, each of half as many problems, to one."""
-    sizes = rollout_sizes(config)
-    problems = sizes.prompts
+    samples = config.grpo.samples
+    problems = -(-max(one.rows for one in sampled_sizes(config)) // samples)
     while problems > 1:
         problems = -(-problems // 2)
-        yield problems * sizes.samples
+        yield problems * samples
 
 
 def _distance(before: TrainConfig, after: TrainConfig) -> tuple[float, ...]:

@@ -1,8 +1,9 @@
 """Whether the memory of a CPU's machine can hold a run at all, by closed formulas, before a process starts.
 
 What is compared is the least that the run needs: weights, gradients, masters and moments of the pipeline's ranks on
-average, shared out over every replica; of GRPO the reference as well, and a teacher's weights. No activations, caches or
-buffers are counted, so that nothing that fits is refused; what passes here and does not fit is an OutOfMemoryError of its step. A GPU's memory is `plan.fit`'s.
+average, shared out over every replica; of GRPO the reference as well, and a teacher's weights. No activations, caches
+or buffers are counted, so that nothing that fits is refused; what passes here and does not fit is an OutOfMemoryError
+of its step. A GPU's memory is `plan.fit`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Rollouts of a run of GRPO, counted apart from its updates, which are what the rest of a plan is of.
 
 Memory stands in the table of ranks, where it counts with the rest (`plan.phases`). Time is a roofline, as
-`forward_time` says: no rollout was ever measured on a GPU here. What a server samples takes its own machines, and is not predicted.
+`forward_time` says: no rollout was ever measured on a GPU here. What a server samples takes its own machines, and is
+not predicted.
 """
 
 from __future__ import annotations
@@ -105,6 +106,6 @@ def _time_text(config: TrainConfig, time: RolloutTime, batches: int) -> list[str
     return [
         f"seconds of a batch, if completions have {time.mean_tokens:,.0f} tokens on average (--mean-tokens) and the "
         f"longest {config.grpo.max_tokens:,}: prompts {time.prompts:.4g}, tokens {time.tokens:.4g}, {parts}; {whole}",
-        f"sampling is {time.sampling / time.seconds:.1%} of it, {time.tokens_per_second_per_gpu or 0:,.0f} tokens/s/GPU:"
-        " a roofline of bytes, FLOPs, messages and launches, which real rollouts are slower than; no GPU has measured it",
+        f"sampling is {time.sampling / time.seconds:.1%} of it, {time.tokens_per_second_per_gpu or 0:,.0f} "
+        "tokens/s/GPU: a roofline of bytes, FLOPs, messages and launches, slower on a GPU, where it was never measured",
     ]

@@ -132,7 +132,11 @@ def fits_nowhere(config: TrainConfig, found: Layouts, cluster: Cluster) -> str:
 
 
 def remedies(config: TrainConfig, cluster: Cluster) -> Iterator[str]:
-    """Settings with each of which a layout fits: more nodes, and what takes memory beside the layout."""
+    """Settings with each of which a layout fits: fewer rollouts, more nodes, what takes memory beside the layout."""
+    if has_rollouts(config) and config.grpo.rollout_batch > config.grpo.samples:
+        fewer = replace(config, grpo=replace(config.grpo, rollout_batch=config.grpo.samples))
+        if can_fit(fewer, cluster):
+            yield f"grpo.rollout_batch={config.grpo.samples}"
     for factor in (2, 4, 8, 16, 32, 64):
         if can_fit(config, replace(cluster, nodes=cluster.nodes * factor)):
             yield f"cluster.nodes={cluster.nodes * factor}"
@@ -143,10 +147,6 @@ def remedies(config: TrainConfig, cluster: Cluster) -> Iterator[str]:
     halved = replace(config, optimizer=replace(config.optimizer, moments="bf16"))
     if config.optimizer.moments == "fp32" and can_fit(halved, cluster):
         yield "optimizer.moments=bf16"
-    if has_rollouts(config) and config.grpo.rollout_batch > config.grpo.samples:
-        fewer = replace(config, grpo=replace(config.grpo, rollout_batch=config.grpo.samples))
-        if can_fit(fewer, cluster):
-            yield f"grpo.rollout_batch={config.grpo.samples}"
     for factor in (2, 4, 8):
         if config.seq_len % factor == 0 and can_fit(replace(config, seq_len=config.seq_len // factor), cluster):
             yield f"seq_len={config.seq_len // factor}"

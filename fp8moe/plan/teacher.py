@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from fp8moe.layers.recipe import Recipe
+from fp8moe.errors import ConfigError
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.memory import rank_weights
 from fp8moe.model.partition import Stage
@@ -91,10 +92,14 @@ def teacher_forward_bytes(config: TrainConfig, teacher: TeacherModel, device: to
 
 
 def teacher_seconds(config: TrainConfig, cluster: Cluster) -> float:
-    """Of its forwards on all of a rank's micro-batches; 0 of a run without one."""
+    """Of its forwards on all of a rank's micro-batches; 0 of a run without one. ConfigError for FP32, not timed."""
     teacher = teacher_of(config)
     if teacher is None:
         return 0.0
+    if teacher.recipe.precision is Precision.FP32:
+        raise ConfigError(
+            "distill.teacher computes in FP32, which has no timed kernels: name one that computes in BF16 or FP8"
+        )
     model, per_node = teacher.model, min(cluster.gpus_per_node, config.ep)
     exchange = Exchange("all_to_all", config.ep, per_node)
     sizes = Sizes(model, teacher.recipe, config.rank_tokens, config.seq_len, exchange)
