@@ -77,7 +77,7 @@ def test_where_no_layout_fits() -> None:
 
 def test_rollouts_that_need_too_much_are_fewer_at_once() -> None:
     words = ["experiment=r1_zero", "model=moonlight_16b", "batch.micro_batch=1", "device=auto"]
-    config = resolve(compose(words).config, 64)
+    config = resolve(compose([*words, "grpo.rollout_batch=512"]).config, 64)
     said = refusal(config, 150e9)
     assert "(rollout caches 138.8, " in said and "GB too little: use grpo.rollout_batch=64 (" in said
     fewer = resolve(compose([*words, "grpo.rollout_batch=64"]).config, 64)
@@ -89,7 +89,7 @@ def test_rollouts_that_need_too_much_are_fewer_at_once() -> None:
 def test_updates_that_do_not_fit_either_change_too() -> None:
     words = ["experiment=r1_zero", "model=dsv2_lite_16b", "seq_len=4096", "grpo.max_tokens=2048", "device=auto"]
     words += ["batch.micro_batch=4", "recompute=[norm,mla_up,swiglu]"]
-    config = resolve(compose(words).config, 8)
+    config = resolve(compose([*words, "grpo.rollout_batch=512"]).config, 8)
     fewest = resolve(compose([*words, "grpo.rollout_batch=16"]).config, 8)
     keys = refusal(config, need(fewest) - 1).split(": use ")[1].split(" (")[0].replace("'", "").split()
     assert keys == ["batch.micro_batch=2", "grpo.rollout_batch=16"]

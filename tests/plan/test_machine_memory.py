@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fp8moe.__main__ import main
+from fp8moe.cli.compose import as_yaml, compose
 from fp8moe.errors import ConfigError
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.plan import machine_memory
@@ -53,6 +54,20 @@ def test_a_reference_and_a_teacher_count(corpus: list[str], monkeypatch: pytest.
     check_fits(unplanned, 1)
     with pytest.raises(ConfigError, match="this machine has"):
         check_fits(student, 1, teacher)
+
+
+def test_a_teacher_counts_before_anything_starts(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command opens the teacher's settings for its own check."""
+    theirs = compose([*SMALL, *corpus, "model.dim=512", f"checkpoint.path={tmp_path / 'saved'}"])
+    (tmp_path / "config.yaml").write_text(as_yaml(theirs.config))
+    alone = configured(corpus)
+    monkeypatch.setattr(machine_memory, "host_bytes", lambda: int(machine_memory.least_of_rank(alone)[1] + 1000))
+    run = tmp_path / "run"
+    check_fits(alone, 1)
+    assert main(["train", *SMALL, *corpus, f"run_dir={run}", f"distill.teacher={tmp_path}"]) == 2
+    assert "and this machine has" in capsys.readouterr().err and not run.exists()
 
 
 def test_a_machine_that_is_too_small(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

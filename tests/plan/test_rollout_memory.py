@@ -245,7 +245,7 @@ def test_stretches_are_never_there_together() -> None:
 
 def test_rollouts_count_where_they_need_most() -> None:
     words = ("experiment=r1_zero", "model=moonlight_16b", "batch.micro_batch=1")
-    config = configured(*words, world_size=64)
+    config = configured(*words, "grpo.rollout_batch=512", world_size=64)
     many = total(config)
     assert set(many.phases) == {UPDATES, SCORING, ROLLOUTS} and many.total == many.phases[ROLLOUTS] > 150e9
     assert many.kinds["activations"] == 0 < many.kinds["rollout caches"]
