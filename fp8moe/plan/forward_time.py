@@ -21,7 +21,7 @@ from fp8moe.model.config import ModelConfig
 from fp8moe.model.partition import Stage
 from fp8moe.plan.attention_work import add_attention
 from fp8moe.plan.cluster import Cluster
-from fp8moe.plan.forward_work import FP32, FP64, cache_width
+from fp8moe.plan.forward_work import FP32, FP64, entry_sizes
 from fp8moe.plan.layer_time import Sizes, block_time
 from fp8moe.plan.mlp_work import add_mlp
 from fp8moe.plan.network import Exchange, exchange_seconds
@@ -107,9 +107,7 @@ def _layer(of: Decoding, layer: int, rows: int, card: Card, cluster: Cluster) ->
 def _attention(of: Decoding, rows: int, length: float, card: Card) -> tuple[float, int]:
     """(seconds, launches) of a layer's attention to the cache: bytes, or the scores' products in FP32."""
     a, wide = of.model.attention, of.recipe.dtype.itemsize
-    latent = isinstance(a, MlaConfig)
-    key = cache_width(a) if latent else a.keys
-    value, groups = (a.kv_lora_rank, 1) if latent else (a.keys, a.num_kv_heads)
+    key, value, groups = entry_sizes(a)
     keys = wide + FP32 + (2 * FP32 if groups > 1 else 0) + FP32  # widened, laid side by side, multiplied
     values = wide * (3 if groups > 1 else 1)
     scores = FP32 * (1 + 2 + 2 + 2 + 1) + 2 * wide  # written, scaled, masked, their softmax, rounded, multiplied

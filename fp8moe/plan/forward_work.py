@@ -83,6 +83,13 @@ def cache_width(attention: MlaConfig | GqaConfig) -> int:
     return 2 * attention.keys
 
 
+def entry_sizes(attention: MlaConfig | GqaConfig) -> tuple[int, int, int]:
+    """(features of a token's keys, of its values, heads of them) as attention to a cache reads them."""
+    if isinstance(attention, MlaConfig):
+        return cache_width(attention), attention.kv_lora_rank, 1
+    return attention.keys, attention.keys, attention.num_kv_heads
+
+
 def cache_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> int:
     """A layer's entries; of latent attention also the two halves of the up projection."""
     a, wide = model.attention, recipe.dtype.itemsize
@@ -96,10 +103,7 @@ def attend_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> 
     Keys in FP32 are copied once more where there are several heads of them, so that each row's lie side by side.
     """
     a, wide = model.attention, recipe.dtype.itemsize
-    of_latents = isinstance(a, MlaConfig)
-    heads, groups = a.num_heads, 1 if of_latents else a.num_kv_heads
-    key = cache_width(a) if of_latents else a.keys
-    value = a.kv_lora_rank if of_latents else a.keys
+    heads, (key, value, groups) = a.num_heads, entry_sizes(a)
     copies = (wide < FP32) + (groups > 1)
     keys, scores = FP32 * copies * length * key, FP32 * heads * length
     query = heads * (key // groups)
