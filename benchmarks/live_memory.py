@@ -30,8 +30,11 @@ class TrackStorages(TorchDispatchMode):
         return out
 
     def live_bytes(self) -> int:
-        """Bytes of the recorded storages that something still holds."""
-        return sum(size for ref, size in list(self._bytes.values()) if not ref.expired())
+        """Bytes of the recorded storages that something still holds; the others are forgotten."""
+        for key, (ref, _) in list(self._bytes.items()):
+            if ref.expired():
+                del self._bytes[key]
+        return sum(size for _, size in list(self._bytes.values()))
 
 
 class TrackPeak(TrackStorages):

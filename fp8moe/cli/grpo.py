@@ -64,10 +64,15 @@ def begin(settings: Sequence[str]) -> dict[str, Any]:
 
     Raises ConfigError.
     """
-    from fp8moe.cli.compose import parse
     from fp8moe.cli.sft import over_trained
 
-    tree = over_trained("grpo", EXPERIMENT, settings)
+    return with_batch(over_trained("grpo", EXPERIMENT, settings), settings)
+
+
+def with_batch(tree: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The same with batch.sequences, unless it is typed: the samples of an update."""
+    from fp8moe.cli.compose import parse
+
     keys = {parse(setting).key_or_group for setting in settings}
     grpo = tree.get("grpo")
     if "batch.sequences" not in keys and isinstance(grpo, dict) and isinstance(tree.get("batch"), dict):

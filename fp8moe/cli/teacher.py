@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING
 from fp8moe.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fp8moe.plan.teacher import TeacherModel
     from fp8moe.post.distill.taught import TeacherSource
     from fp8moe.train.config import TrainConfig
+
+
+def teacher_model(config: TrainConfig) -> TeacherModel | None:
+    """What a plan needs of the teacher of a run, which need not be resolved; None without one. Raises ConfigError."""
+    from fp8moe.plan.teacher import TeacherModel
+
+    teacher = _open_teacher(config)
+    return None if teacher is None else TeacherModel(teacher.config.model, teacher.config.recipe)
 
 
 def find_teacher(config: TrainConfig) -> TeacherSource | None:
@@ -20,6 +29,14 @@ def find_teacher(config: TrainConfig) -> TeacherSource | None:
 
     Raises ConfigError or ValueError with one sentence.
     """
+    teacher = _open_teacher(config)
+    if teacher is not None:
+        teacher.check(config)
+    return teacher
+
+
+def _open_teacher(config: TrainConfig) -> TeacherSource | None:
+    """The same, not checked against the run."""
     if config.distill.teacher is None:
         return None
     from fp8moe.cli.compose import composed, tree_of
@@ -37,6 +54,4 @@ def find_teacher(config: TrainConfig) -> TeacherSource | None:
         found.source.check(theirs.model)
         theirs = replace(theirs, precision=config.precision)
     has_tokenizer = found.tokenizer is not None and found.tokenizer.is_file()
-    teacher = TeacherSource(theirs, found.source, found.tokenizer if has_tokenizer else None)
-    teacher.check(config)
-    return teacher
+    return TeacherSource(theirs, found.source, found.tokenizer if has_tokenizer else None)

@@ -107,7 +107,7 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     from fp8moe.cli.compose import tree_of
     from fp8moe.cli.epochs import with_steps
     from fp8moe.cli.resume import compose_run, note
-    from fp8moe.cli.teacher import find_teacher
+    from fp8moe.cli.teacher import find_teacher, teacher_model
     from fp8moe.data.check import check_files
     from fp8moe.interop.hf_model import open_released
     from fp8moe.plan.fit import check_fits
@@ -123,10 +123,11 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     if arguments.cfg:
         print(_job_text(composed, count), end="")
         return 0
-    chosen = choose_micro_batch(composed.config, count, count)
+    teacher = teacher_model(composed.config)
+    chosen = choose_micro_batch(composed.config, count, count, teacher)
     config, length = with_steps(chosen.config, count)
     config = resolve(config, count, open_released)
-    check_fits(config, count)
+    check_fits(config, count, teacher)
     check_files(config.data)
     for sentence in filter(None, (note(origin, config), chosen.sentence, length, threads)):
         print(sentence, flush=True)
@@ -141,15 +142,15 @@ def _run(command: Command, argv: Sequence[str]) -> int:
 def _job_text(composed: Composed, world_size: int) -> str:
     """The configuration as YAML with what `world_size` processes fill in; as typed, and why, if they can't run it."""
     from fp8moe.cli.compose import as_yaml
+    from fp8moe.cli.teacher import teacher_model
     from fp8moe.interop.hf_model import open_released
     from fp8moe.plan.micro_batch import choose_micro_batch
     from fp8moe.train.config import resolve
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     try:
-        return as_yaml(
-            resolve(choose_micro_batch(composed.config, world_size, local).config, world_size, open_released)
-        )
+        chosen = choose_micro_batch(composed.config, world_size, local, teacher_model(composed.config))
+        return as_yaml(resolve(chosen.config, world_size, open_released))
     except ValueError as error:
         return f"# as typed, since {world_size} process{'es' * (world_size > 1)} can't run it: {error}\n{composed.text}"
 
@@ -169,6 +170,7 @@ def _rank(command: Command, argv: Sequence[str]) -> int:
         from fp8moe.cli.compose import tree_of
         from fp8moe.cli.epochs import with_steps
         from fp8moe.cli.resume import compose_run, note
+        from fp8moe.cli.teacher import teacher_model
         from fp8moe.data.check import check_files
         from fp8moe.interop.hf_model import open_released
         from fp8moe.plan.fit import check_fits
@@ -183,11 +185,12 @@ def _rank(command: Command, argv: Sequence[str]) -> int:
             if is_first:
                 print(_job_text(composed, world_size), end="")
             return 0
-        chosen = choose_micro_batch(composed.config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        teacher, local = teacher_model(composed.config), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        chosen = choose_micro_batch(composed.config, world_size, local, teacher)
         config, length = with_steps(chosen.config, world_size)
         config = resolve(config, world_size, open_released)
         if LAUNCHED not in os.environ:  # else the launcher did
-            check_fits(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            check_fits(config, local, teacher)
             check_files(config.data)
             for sentence in filter(None, (note(origin, config), chosen.sentence, length)):
                 if is_first:

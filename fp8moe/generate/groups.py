@@ -90,6 +90,7 @@ def sample_groups(
             completions = rows.completions()
             for number, i in enumerate(numbers):
                 found[i] = completions[number * config.samples : (number + 1) * config.samples]
+        del every, rows  # whose caches would stand beside the next ones
     stages.finish()
     model.train(training)
     every_rank = gather(found if mesh.pp_rank == 0 else {}, mesh.world_group)

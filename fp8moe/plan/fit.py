@@ -5,14 +5,16 @@ fragmentation, routing balanced. On a CPU the machine's processes share one memo
 only the least that a run needs is compared (`plan.machine_memory`), so that nothing that fits is refused. `plan=off`
 skips both.
 
-The nearest layout is the one with the fewest changed keys; of those the one that changes the smallest things: first the
-micro-batch, then what is computed again, then how experts and sequences are shared out, last the pipeline. Of results,
-only the order of sums changes, and under FP8 the rounding of latents that are sent.
+The nearest layout is the one with the fewest changed keys; of those the one that changes the smallest things: first how
+many rollouts are sampled at once, the micro-batch, then what is computed again, then how experts and sequences are
+shared out, last the pipeline. Of results, only the order of sums changes, and under FP8 the rounding of latents that
+are sent.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -22,23 +24,28 @@ from fp8moe.plan.fitting import legal_layouts
 from fp8moe.plan.layouts import changed
 from fp8moe.plan.machine_memory import check_host
 from fp8moe.plan.memory import RankMemory, rank_memory, worst_rank
+from fp8moe.plan.rollout_memory import has_rollouts, sampled_sizes
+from fp8moe.plan.teacher import TeacherModel, with_teacher
 from fp8moe.train.config import TrainConfig
 
 GB = 1e9
 # How much a changed key disturbs, by its place: of two layouts with as many changed keys the cheaper one is nearer.
 CHEAPEST_FIRST = (
-    *("batch.micro_batch", "recompute", "optimizer.sharding", "parallel.ep", "parallel.cp", "parallel.schedule"),
+    *("grpo.rollout_batch", "batch.micro_batch", "recompute", "optimizer.sharding"),
+    *("parallel.ep", "parallel.cp", "parallel.schedule"),
 )
 COST = {key: cost for cost, key in enumerate(CHEAPEST_FIRST, 1)}
 
 
-def check_fits(config: TrainConfig, local_processes: int) -> None:
+def check_fits(config: TrainConfig, local_processes: int, teacher: TeacherModel | None = None) -> None:
     """Raise ConfigError where a resolved configuration needs more memory than there is.
 
-    local_processes: those of this machine, which share its memory on a CPU; a GPU is one process's.
+    local_processes: those of this machine, which share its memory on a CPU; a GPU is one process's. teacher: that of
+    the configuration.
     """
     if not config.plan:
         return
+    config = with_teacher(config, teacher)
     if config.device != "cpu" and torch.cuda.is_available():
         check_gpu(config, torch.cuda.get_device_properties(0).total_memory, local_processes)
     else:
@@ -81,14 +88,31 @@ def worst_of(config: TrainConfig, gpus_per_node: int) -> RankMemory:
 def nearest_fitting(config: TrainConfig, there: float, gpus_per_node: int) -> TrainConfig | None:
     """The layout nearest to a resolved configuration's whose every rank fits into `there` bytes; None: none does.
 
-    Where the optimizer's state is on every replica whole, layouts that share it out count too.
+    Where the optimizer's state is on every replica whole, layouts that share it out count too; where rollouts need
+    most, fewer of them at once.
     """
     gpus = config.parallel.pp * config.dp
-    found = [one for alike in legal_layouts(config, gpus, gpus_per_node).fitting(there) for one in alike]
+    tried = [config]
     if config.optimizer.sharding == "none":
-        shared = replace(config, optimizer=replace(config.optimizer, sharding="zero1"))
-        found += [one for alike in legal_layouts(shared, gpus, gpus_per_node).fitting(there) for one in alike]
+        tried.append(replace(config, optimizer=replace(config.optimizer, sharding="zero1")))
+    if has_rollouts(config):
+        fewer = [replace(config, grpo=replace(config.grpo, rollout_batch=batch)) for batch in fewer_rows(config)]
+        tried += fewer[-1:]
+        if (enough := next((one for one in fewer if worst_of(one, gpus_per_node).total <= there), None)) is not None:
+            return enough
+    found = [
+        one for base in tried for alike in legal_layouts(base, gpus, gpus_per_node).fitting(there) for one in alike
+    ]
     return min(found, key=lambda one: _distance(config, one), default=None)
+
+
+def fewer_rows(config: TrainConfig) -> Iterator[int]:
+    """Sizes of `grpo.rollout_batch` below those that a rank decodes with, each of half as many problems, to one."""
+    samples = config.grpo.samples
+    problems = -(-max(one.rows for one in sampled_sizes(config)) // samples)
+    while problems > 1:
+        problems = -(-problems // 2)
+        yield problems * samples
 
 
 def _distance(before: TrainConfig, after: TrainConfig) -> tuple[float, ...]:

@@ -30,7 +30,7 @@ from fp8moe.train.config import TrainConfig, laid_out
 KEYS = ("parallel.pp", "parallel.ep", "parallel.schedule", "batch.micro_batch", "recompute")
 FOLLOWING = (
     *("parallel.cp", "parallel.dp", "parallel.layout", "batch.ramp_from", "batch.increment", "validation.samples"),
-    "optimizer.sharding",
+    *("optimizer.sharding", "grpo.rollout_batch"),
 )
 LEAST_PART = 2048  # tokens of a sequence that a rank has where several share it
 

@@ -1,8 +1,9 @@
 """Whether the memory of a CPU's machine can hold a run at all, by closed formulas, before a process starts.
 
 What is compared is the least that the run needs: weights, gradients, masters and moments of the pipeline's ranks on
-average, shared out over every replica. No activations and no buffers are counted, so that nothing that fits is refused;
-what passes here and does not fit is an OutOfMemoryError of its step. A GPU's memory is `plan.fit`'s.
+average, shared out over every replica; of GRPO the reference as well, and a teacher's weights. No activations, caches
+or buffers are counted, so that nothing that fits is refused; what passes here and does not fit is an OutOfMemoryError
+of its step. A GPU's memory is `plan.fit`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from fp8moe.errors import ConfigError
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.memory import rank_parameters
+from fp8moe.plan.rollout_memory import is_policy
+from fp8moe.plan.teacher import teacher_bytes, teacher_of
 from fp8moe.train.config import TrainConfig, stages_of
 from fp8moe.train.memory import replicas_of
 
@@ -43,7 +46,11 @@ def least_of_rank(config: TrainConfig) -> tuple[float, float]:
     weight = 4 if config.precision.mode is Precision.FP32 else 2
     moment = 2 if config.optimizer.moments == "bf16" else 4
     kept = (0 if weight == 4 else 4) + (1 if config.optimizer.kind == "muon" else 2) * moment
-    return parameters, parameters * (weight + 4 + kept / max(replicas_of(config).values()))
+    if is_policy(config) and config.grpo.kl:
+        kept += 4
+    teacher = teacher_of(config)
+    taught = 0.0 if teacher is None else teacher_bytes(teacher, config.ep)
+    return parameters, parameters * (weight + 4 + kept / max(replicas_of(config).values())) + taught
 
 
 def host_bytes() -> int | None:

@@ -3,7 +3,8 @@
 A rank's bytes by kind, in `KINDS`. What lives from step to step is `train.memory.state_bytes`. Activations are the most
 that the schedule's order keeps at once (`held`). Of what runs in turn and is never there together (attention, an MLP,
 the losses, the optimizer) only the largest counts, under its kind; the others are in `left_out`, so that kinds add up
-to the peak. Beside them stands an allowance for fragmentation (`fragmentation_bytes`).
+to the peak. Beside them stands an allowance for fragmentation (`fragmentation_bytes`). A run with a teacher and one of
+GRPO have other stretches than updates (`plan.phases`): the kinds are those of the largest.
 
 Refused: a model on the meta device, which takes seconds for a layout of 2,048 GPUs where a search asks for thousands;
 and figures tuned to a run: constants are others' measurements with their source, beside each.
@@ -21,6 +22,8 @@ from fp8moe.model.partition import Stage
 from fp8moe.plan.communicators import GIB, communicator_bytes
 from fp8moe.plan.expert_rows import expert_rows
 from fp8moe.plan.held import StageBytes, most_held, most_messages
+from fp8moe.plan.phases import KINDS as OF_PHASES
+from fp8moe.plan.phases import UPDATES, add_teacher, other_phases, policy_bytes
 from fp8moe.plan.workspace import attention_work, dispatch_work, gather_work, loss_work, mlp_work, optimizer_work
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule
@@ -30,8 +33,8 @@ from fp8moe.train.memory import replicas_of, state_bytes
 
 IN_TURN = ("attention workspace", "MLP workspace", "logits and loss", "optimizer step")
 KINDS = (
-    *STATE, "activations", "data", "dispatch buffers", "gather buffers", "pipeline buffers", *IN_TURN, "communicators",
-    "CUDA context", "fragmentation",
+    *STATE, "activations", "data", "dispatch buffers", "gather buffers", "pipeline buffers", *IN_TURN, *OF_PHASES,
+    "communicators", "CUDA context", "fragmentation",
 )  # fmt: skip
 OF_PASSES = ("activations", "dispatch buffers", "gather buffers")
 PAGE = 20 * 2**20  # that PyTorch's allocator maps and unmaps at once with expandable segments, of large tensors
@@ -45,12 +48,14 @@ SATURATED = 2  # micro-batches a pipeline rank; more of them change no rank's mo
 class RankMemory:
     """A pipeline rank's bytes by kind; all of `KINDS`, those without bytes included. They add up to its peak.
 
-    left_out: kinds of `IN_TURN` that are smaller than the one counted, which is never there with them.
+    left_out: kinds of `IN_TURN` that are smaller than the one counted, which is never there with them. phases: all
+    bytes of each stretch of a run that has others than updates; the largest is the one counted.
     """
 
     pp_rank: int
     kinds: dict[str, float]
     left_out: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -144,14 +149,16 @@ def _rank(
     kinds["activations"], kinds["dispatch buffers"] = max(
         zip(most, dispatch_work(config, held, sizes), strict=True), key=sum
     )
-    kinds["data"] = float(config.num_microbatches * sizes.tokens * _data_bytes(config))
+    kinds["data"] = config.num_microbatches * sizes.tokens * _data_bytes(config) + policy_bytes(config)
+    add_teacher(config, kinds)
     kinds["gather buffers"] = gather_work(config, held, sizes)
     hidden = sizes.tokens * config.model.dim * config.recipe.dtype.itemsize
     kinds["pipeline buffers"] = float(most_messages(schedule, pp_rank) * hidden)
+    device = torch.device("cuda" if on_gpu else "cpu")
     in_turn = {
         "attention workspace": attention_work(config, held, sizes),
         "MLP workspace": mlp_work(config, held, sizes),
-        "logits and loss": loss_work(config, held, sizes, torch.device("cuda" if on_gpu else "cpu")),
+        "logits and loss": loss_work(config, held, sizes, device),
         "optimizer step": optimizer_work(config, weights) - sum(kinds[kind] for kind in OF_PASSES),
     }
     largest = max(in_turn, key=lambda kind: in_turn[kind])
@@ -160,4 +167,18 @@ def _rank(
         kinds["communicators"] = communicator_bytes(config, pp_rank, gpus_per_node)
         kinds["CUDA context"] = CUDA_CONTEXT
         kinds["fragmentation"] = fragmentation_bytes(_most_blocks(schedule, pp_rank, by_stage))
-    return RankMemory(pp_rank, kinds, {kind: max(0.0, size) for kind, size in in_turn.items()})
+    left_out = {kind: max(0.0, size) for kind, size in in_turn.items()}
+    others = other_phases(config, stages, pp_rank, held, sizes, kinds, device)
+    return _largest(pp_rank, kinds, left_out, others)
+
+
+def _largest(
+    pp_rank: int, update: dict[str, float], left_out: dict[str, float], others: dict[str, dict[str, float]]
+) -> RankMemory:
+    """The memory of the stretch that needs most, with what all of them need where there are several."""
+    if not others:
+        return RankMemory(pp_rank, update, left_out)
+    every = {UPDATES: update, **others}
+    phases = {name: sum(kinds.values()) for name, kinds in every.items()}
+    largest = max(phases, key=lambda name: phases[name])
+    return RankMemory(pp_rank, every[largest], left_out if largest == UPDATES else {}, phases)

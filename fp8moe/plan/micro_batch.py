@@ -18,6 +18,7 @@ from fp8moe.errors import ConfigError
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.config import FP8_MULTIPLE
 from fp8moe.plan.memory import rank_memory, worst_rank
+from fp8moe.plan.teacher import TeacherModel, with_teacher, without_teacher
 from fp8moe.schedule.build import microbatches
 from fp8moe.train.batch import micro_batches
 from fp8moe.train.config import TrainConfig
@@ -34,12 +35,15 @@ class Chosen:
     sentence: str | None
 
 
-def choose_micro_batch(config: TrainConfig, world_size: int, gpus_per_node: int) -> Chosen:
+def choose_micro_batch(
+    config: TrainConfig, world_size: int, gpus_per_node: int, teacher: TeacherModel | None = None
+) -> Chosen:
     """`config` with the micro-batch that fits this machine's GPU; as it is where that is set, or no GPU is used."""
     if config.batch.micro_batch is not None or config.device == "cpu" or not torch.cuda.is_available():
         return Chosen(config, None)
     there = torch.cuda.get_device_properties(0).total_memory // GB * GB
-    return choose_for(config, world_size, gpus_per_node, there)
+    chosen = choose_for(with_teacher(config, teacher), world_size, gpus_per_node, there)
+    return dataclasses.replace(chosen, config=without_teacher(chosen.config))
 
 
 def choose_for(config: TrainConfig, world_size: int, gpus_per_node: int, there: int) -> Chosen:

@@ -115,4 +115,4 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def _rank_json(rank: RankMemory) -> dict[str, Any]:
-    return {"pp_rank": rank.pp_rank, "total": rank.total, "kinds": dict(rank.kinds)}
+    return {"pp_rank": rank.pp_rank, "total": rank.total, "kinds": dict(rank.kinds), "phases": dict(rank.phases)}

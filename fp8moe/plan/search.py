@@ -20,6 +20,7 @@ from fp8moe.plan.fitting import Layouts, key_of, legal_layouts
 from fp8moe.plan.layouts import KEYS, changed
 from fp8moe.plan.plan_text import GB, layout_words
 from fp8moe.plan.prediction import memory_of
+from fp8moe.plan.rollout_memory import has_rollouts
 from fp8moe.plan.step_time import StepTime, least_seconds, step_time
 from fp8moe.train.config import TrainConfig
 
@@ -89,13 +90,15 @@ def fastest(found: Layouts, fit: Sequence[Sequence[TrainConfig]], cluster: Clust
     return tuple(best)
 
 
-def paste(config: TrainConfig, settings: Sequence[str], best: TrainConfig, cluster: Cluster) -> str:
+def paste(
+    config: TrainConfig, settings: Sequence[str], best: TrainConfig, cluster: Cluster, command: str = "train"
+) -> str:
     """The command that trains in that layout. settings: the run's own, which stay but for the layout's keys."""
     keys = changed(config, best, always=KEYS)
     taken = {key.partition("=")[0] for key in keys}
     kept = [setting for setting in settings if setting.partition("=")[0].lstrip("+") not in taken]
     nproc = ["--nproc", str(cluster.gpus)] if cluster.nodes == 1 and cluster.gpus > 1 else []
-    return shlex.join(["fp8moe", "train", *nproc, *kept, *keys])
+    return shlex.join(["fp8moe", command, *nproc, *kept, *keys])
 
 
 def smaller_memory(found: Layouts, best: Ranked, cluster: Cluster) -> str:
@@ -129,7 +132,11 @@ def fits_nowhere(config: TrainConfig, found: Layouts, cluster: Cluster) -> str:
 
 
 def remedies(config: TrainConfig, cluster: Cluster) -> Iterator[str]:
-    """Settings with each of which a layout fits: more nodes, and what takes memory beside the layout."""
+    """Settings with each of which a layout fits: fewer rollouts, more nodes, what takes memory beside the layout."""
+    if has_rollouts(config) and config.grpo.rollout_batch > config.grpo.samples:
+        fewer = replace(config, grpo=replace(config.grpo, rollout_batch=config.grpo.samples))
+        if can_fit(fewer, cluster):
+            yield f"grpo.rollout_batch={config.grpo.samples}"
     for factor in (2, 4, 8, 16, 32, 64):
         if can_fit(config, replace(cluster, nodes=cluster.nodes * factor)):
             yield f"cluster.nodes={cluster.nodes * factor}"

@@ -30,6 +30,7 @@ from fp8moe.plan.layer_time import Sizes, alone_seconds
 from fp8moe.plan.network import Exchange, Gather, neighbour_seconds
 from fp8moe.plan.rates import BYTES, MODEL, Card, added
 from fp8moe.plan.stage_time import WHOLE, StageCosts, StageTime, View, paired, stage_time
+from fp8moe.plan.teacher import teacher_seconds
 from fp8moe.plan.update_time import UpdateTime, update_time
 from fp8moe.schedule.build import FOLDED, build_schedule, num_stages
 from fp8moe.schedule.replay import Replay
@@ -132,7 +133,8 @@ def _stages(config: TrainConfig) -> tuple[Stage, ...]:
     return _partition(config.model, count, config.seq_len, parallel.schedule in FOLDED, parallel.layout)
 
 
-def _sizes(config: TrainConfig, cluster: Cluster, imbalance: float) -> Sizes:
+def sizes_of(config: TrainConfig, cluster: Cluster, imbalance: float = 1.0) -> Sizes:
+    """What a block's time depends on in this layout."""
     parallel = config.parallel
     per_node = min(parallel.ranks_per_node or cluster.gpus_per_node, cluster.gpus_per_node)
     exchange = Exchange(parallel.dispatcher, config.ep, min(per_node, config.ep), parallel.chunks)
@@ -157,7 +159,7 @@ def _costs(config: TrainConfig, times: tuple[StageTime, ...], message: float, vi
 def _times(
     config: TrainConfig, cluster: Cluster, stages: tuple[Stage, ...], imbalance: float = 1.0
 ) -> tuple[StageTime, ...]:
-    sizes = _sizes(config, cluster, imbalance)
+    sizes = sizes_of(config, cluster, imbalance)
     card = Card(cluster.gpu, cluster.hbm_gb_per_second * 1e9, config.recipe.fp8)
     left = HOPPER_SMS - config.parallel.communication_sms if config.ep * config.parallel.cp > 1 else HOPPER_SMS
     beside = replace(card, sms=left)
@@ -174,6 +176,11 @@ def _held(config: TrainConfig, rank: int) -> tuple[int, ...]:
     """Numbers of the stages of a pipeline rank."""
     last = num_stages(config.parallel.schedule, config.parallel.pp) - 1
     return (rank, last - rank) if config.parallel.schedule in FOLDED else (rank,)
+
+
+def held_stages(config: TrainConfig, rank: int) -> tuple[Stage, ...]:
+    """The stages of a pipeline rank."""
+    return tuple(_stages(config)[index] for index in _held(config, rank))
 
 
 def _update(config: TrainConfig, cluster: Cluster, mine: tuple[int, ...], costs: StageCosts) -> UpdateTime:
@@ -206,7 +213,8 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
     mine = _held(config, busiest)
     update = _update(config, cluster, mine, costs[0])
     makespan = max(makespan, whole)  # equal but for rounding where nobody waits
-    seconds = makespan + update.exposed + update.update
+    taught = teacher_seconds(config, cluster)
+    seconds = makespan + update.exposed + update.update + taught
     passes = config.num_microbatches / (2 if parallel.schedule == "dualpipe" else 1)
     messages = passes * sum(times[index].messages() for index in mine)
     parts = [
@@ -218,6 +226,7 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
         Part("bubble", makespan - whole, "simulator"),
         Part("gradients and weights between replicas", update.exposed, NETWORK),
         Part("optimizer", update.update, BYTES),
+        *([Part("teacher's forwards", taught, MODEL)] if taught else []),
     ]
     return StepTime(
         seconds=seconds,
@@ -267,4 +276,5 @@ def least_seconds(config: TrainConfig, cluster: Cluster) -> float:
         back = sum(costs.alone[i][3] for i in before) if schedule == "1f1b" else 0.0
         passed.append(passes * work + sum(costs.alone[i][0] for i in before) + back)
         updated.append(_update(config, cluster, mine, costs))
-    return max(passed) + min(update.exposed + update.update for update in updated)
+    after = min(update.exposed + update.update for update in updated)
+    return max(passed) + after + teacher_seconds(config, cluster)

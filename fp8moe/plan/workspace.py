@@ -89,7 +89,7 @@ def dispatch_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch)
 def loss_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch, device: torch.device) -> float:
     """Of the losses: a chunk of logits and its gradient of the input, the output of the norm; with MTP of both norms.
 
-    On a CPU the chunk has an FP32 copy.
+    On a CPU the chunk has an FP32 copy. A teacher at another temperature than 1 has a chunk of its own.
     """
     c, recipe = config.model, sizes.recipe
     if not any(stage.head for stage in held):
@@ -97,8 +97,10 @@ def loss_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch, dev
     wide = recipe.dtype.itemsize
     chunk = min(chunk_tokens(sizes.tokens, c.vocab_size, recipe.dtype, device), sizes.tokens)
     copied = 4 if device.type == "cpu" and wide < 4 else 0
-    normed = 1 + any(stage.mtp for stage in held)
-    return float(chunk * (c.vocab_size * (wide + copied) + wide * c.dim) + normed * sizes.tokens * wide * c.dim)
+    normed, logits = 1 + any(stage.mtp for stage in held), chunk * c.vocab_size * wide
+    if config.distill.has_two_softmaxes:
+        logits *= 2
+    return float(logits + chunk * (c.vocab_size * copied + wide * c.dim) + normed * sizes.tokens * wide * c.dim)
 
 
 def optimizer_work(config: TrainConfig, weights: Weights) -> float:

@@ -34,6 +34,11 @@ class DistillConfig:
             temperature=Range(least=0.01, most=100),
         )
 
+    @property
+    def has_two_softmaxes(self) -> bool:
+        """Whether a chunk's logits are there twice: divided by the temperature for the KL, and as they are."""
+        return self.teacher is not None and self.temperature != 1 and self.weight < 1
+
     def check(self, parallel: ParallelConfig, vocab_size: int) -> None:
         """Raises ConfigError or ValueError where a run so laid out can't have the teacher; opens nothing."""
         if self.teacher is None:

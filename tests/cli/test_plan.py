@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fp8moe.__main__ import main
+from fp8moe.cli import grpo, sft
 from fp8moe.cli.cluster import clusters, compose_cluster
-from fp8moe.cli.compose import compose
-from fp8moe.cli.plan import parse_tokens
+from fp8moe.cli.compose import as_yaml, compose
+from fp8moe.cli.plan import configuration, parse_tokens
+from fp8moe.cli.resume import compose_run
 from fp8moe.errors import ConfigError
 from fp8moe.plan.memory import rank_memory
 from fp8moe.plan.prediction import tokens_of
+from fp8moe.plan.search import paste, remedies
 from fp8moe.plan.step_time import step_time
 from fp8moe.train.batch import global_batch
 from fp8moe.train.config import resolve
@@ -167,6 +172,75 @@ def test_mistakes_are_one_sentence(words: list[str], says: str, capsys: pytest.C
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *LITE, "--json", str(tmp_path / "no" / "where.json")]) == 2
     assert "where.json can't be written (No such file or directory)" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> str:
+    """A run directory that can be named: its configuration, and a checkpoint elsewhere."""
+    saved = [*LITE, "precision=bf16", f"checkpoint.path={tmp_path / 'saved'}", "model.max_seq_len=1024", "seq_len=1024"]
+    (tmp_path / "config.yaml").write_text(as_yaml(compose(saved).config))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "command", "begin"),
+    [
+        (["--command", "sft"], ["data.paths=[a]"], sft.begin),
+        (["experiment=grpo"], ["grpo.prompts=12", "grpo.minibatches=3"], grpo.begin),
+        (["--command", "grpo"], ["grpo.minibatches=2", "grpo.server=http://a/v1", "grpo.server_model=b",
+                                 "grpo.refresh_url=http://a"], grpo.begin),
+    ],
+)  # fmt: skip
+def test_what_sft_and_grpo_would_run_is_planned(
+    typed: list[str], command: list[str], begin: Callable[..., Any], trained: str, tmp_path: Path
+) -> None:
+    """Model and precision of init_from, the command's experiment, the batch of its samples."""
+    settings = [f"init_from={trained}", "batch.micro_batch=1", *command]
+    theirs = compose_run(settings, 8, None, begin)[0].config
+    options = [word for word in typed if "=" not in word]
+    arguments = [*options, *settings, *(word for word in typed if "=" in word), "cluster=h200_8"]
+    cluster = compose_cluster(["cluster=h200_8"])
+    found, _ = configuration([one for one in arguments if "=" in one and "cluster" not in one], cluster, *options[1:])
+    assert found == theirs
+    assert main(["plan", *arguments, "validation.samples=8", "--json", str(tmp_path / "plan.json")]) in (0, 4)
+    layout = figures(tmp_path / "plan.json")["layout"]
+    assert layout["num_microbatches"] * 8 == theirs.batch.sequences and theirs.precision.mode.value == "bf16"
+
+
+def test_without_init_from_the_typed_model_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=r1_zero", "model=moonlight_16b", "grpo.samples=8", "grpo.rollout_batch=64", "cluster=h200_8x8"]
+    assert main(["plan", *words, "--json", str(tmp_path / "plan.json")]) == 0
+    found, out = figures(tmp_path / "plan.json"), capsys.readouterr().out
+    assert found["layout"]["num_microbatches"] * 64 == 512 * 8 // 16, "as fp8moe grpo fills in"
+    assert found["rollouts"]["time"]["mean_tokens"] == 16384 and "\n\nrollouts, apart from the updates" in out
+    assert {"rollouts", "updates"} < set(found["memory"]["balanced"][0]["phases"])
+    assert main(["plan", *words, "--mean-tokens", "1e3", "--json", str(tmp_path / "plan.json")]) == 0
+    assert figures(tmp_path / "plan.json")["rollouts"]["time"]["mean_tokens"] == 1000
+    assert main(["plan", *words, "--mean-tokens", "1M"]) == 2
+    assert "--mean-tokens 1e+06 must be from 1 to grpo.max_tokens=32768: use 32768" in capsys.readouterr().err
+    assert main(["plan", "--command", "sft", *LITE]) == 0
+    assert "steps of epochs=2 follow from the data, which a plan does not read" in capsys.readouterr().out
+
+
+def test_a_search_names_the_command_and_the_rows_that_would_fit() -> None:
+    words = ["experiment=r1_zero", "model=dsv2_lite_16b", "seq_len=4096", "grpo.max_tokens=2048"]
+    cluster = compose_cluster(["cluster=h100_8"])
+    config = compose([*words, "grpo.rollout_batch=4096"]).config
+    assert next(remedies(config, cluster)) == "grpo.rollout_batch=16"
+    assert paste(config, words, resolve(config, 8), cluster, "grpo").startswith("fp8moe grpo --nproc 8 experiment=r1")
+
+
+def test_a_teacher_is_planned_or_named(trained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    words = ["--command", "sft", f"init_from={trained}", "data.paths=[a]", "cluster=h200_8", "--json", str(path)]
+    main(["plan", *words, f"distill.teacher={trained}"])
+    taught, out = figures(path), capsys.readouterr().out
+    assert "teacher's forwards" in out and taught["refused"] == []
+    assert taught["memory"]["balanced"][0]["kinds"]["teacher"] > 4e9
+    main(["plan", *words, "distill.teacher=nowhere"])
+    plain, out = figures(path), capsys.readouterr().out
+    assert "distill.teacher can't be opened, since nowhere does not exist" in out and "; planned without it" in out
+    assert plain["time"]["seconds"] < taught["time"]["seconds"]
 
 
 def test_a_run_that_goes_on_is_planned_with_its_own_configuration(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from fp8moe.plan import fit
 from fp8moe.plan.fitting import legal_layouts
 from fp8moe.plan.layouts import changed, layouts
 from fp8moe.plan.memory import rank_memory
+from fp8moe.plan.teacher import TeacherModel, with_teacher
 from fp8moe.train.config import TrainConfig, resolve
 
 WORDS = ["model=dsv2_lite_16b", "seq_len=2048", "batch.sequences=64", "device=auto"]
@@ -71,6 +73,35 @@ def test_where_no_layout_fits() -> None:
     sentence = refusal(config, least - 1)
     assert f"no layout of 8 GPUs fits, the least needs {least / 1e9:.1f} GB: use more GPUs" in sentence
     assert "use parallel" in refusal(config, least + 1)
+
+
+def test_rollouts_that_need_too_much_are_fewer_at_once() -> None:
+    words = ["experiment=r1_zero", "model=moonlight_16b", "batch.micro_batch=1", "device=auto"]
+    config = resolve(compose([*words, "grpo.rollout_batch=512"]).config, 64)
+    said = refusal(config, 150e9)
+    assert "(rollout caches 138.8, " in said and "GB too little: use grpo.rollout_batch=64 (" in said
+    fewer = resolve(compose([*words, "grpo.rollout_batch=64"]).config, 64)
+    fit.check_gpu(fewer, int(150e9), 64)
+    assert f"({need(fewer) / 1e9:.1f} GB)" in said
+    assert list(fit.fewer_rows(config)) == [64, 32, 16] and list(fit.fewer_rows(fewer)) == [32, 16]
+
+
+def test_updates_that_do_not_fit_either_change_too() -> None:
+    words = ["experiment=r1_zero", "model=dsv2_lite_16b", "seq_len=4096", "grpo.max_tokens=2048", "device=auto"]
+    words += ["batch.micro_batch=4", "recompute=[norm,mla_up,swiglu]"]
+    config = resolve(compose([*words, "grpo.rollout_batch=512"]).config, 8)
+    fewest = resolve(compose([*words, "grpo.rollout_batch=16"]).config, 8)
+    keys = refusal(config, need(fewest) - 1).split(": use ")[1].split(" (")[0].replace("'", "").split()
+    assert keys == ["batch.micro_batch=2", "grpo.rollout_batch=16"]
+
+
+def test_a_teacher_counts() -> None:
+    config = resolve(compose([*WORDS, "distill.teacher=a"]).config, 8)
+    teacher = TeacherModel(compose(["model=moonlight_16b"]).config.model, config.recipe)
+    there = need(with_teacher(config, teacher)) - 1
+    with pytest.raises(ConfigError, match=r": use batch\.micro_batch="):
+        fit.check_gpu(with_teacher(config, teacher), int(there), 8)
+    assert there > need(replace(config, distill=replace(config.distill, teacher=None))) + 8e9
 
 
 def test_a_gpus_own_memory_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

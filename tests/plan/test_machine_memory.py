@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from fp8moe.__main__ import main
+from fp8moe.cli.compose import as_yaml, compose
 from fp8moe.errors import ConfigError
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.plan import machine_memory
 from fp8moe.plan.fit import check_fits
+from fp8moe.plan.teacher import TeacherModel, with_teacher
 from fp8moe.train.build import empty_model
 from fp8moe.train.config import stages_of
+from fp8moe.train.distill_config import DistillConfig
 from fp8moe.train.memory import expected_bytes, replicas_of
 from tests.train.runs import SMALL, configured, write_corpus
 
@@ -34,6 +37,37 @@ def test_the_least_is_what_a_rank_holds(precision: str, corpus: list[str]) -> No
     assert parameters == sum(parameter.numel() for parameter in model.parameters())
     held = sum(expected_bytes(model, config.optimizer, replicas_of(config)).values())
     assert 0.98 * held < need <= held  # norms and routers are FP32 throughout
+
+
+def test_a_reference_and_a_teacher_count(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bytes a parameter more of GRPO with a reference; a teacher's weights whole."""
+    policy = configured(["data=problems"], "precision=bf16", "optimizer.sharding=none", "grpo.kl=0")
+    parameters, need = machine_memory.least_of_rank(policy)
+    with_reference = dataclasses.replace(policy, grpo=dataclasses.replace(policy.grpo, kl=0.1))
+    assert machine_memory.least_of_rank(with_reference)[1] == need + 4 * parameters
+    student = configured(corpus, "precision=bf16", "distill.teacher=a")
+    teacher = TeacherModel(student.model, student.recipe)
+    unplanned = dataclasses.replace(student, distill=DistillConfig())
+    least = machine_memory.least_of_rank(unplanned)[1] + 2 * parameters
+    assert machine_memory.least_of_rank(with_teacher(student, teacher))[1] == pytest.approx(least, rel=0.01)
+    monkeypatch.setattr(machine_memory, "host_bytes", lambda: int(0.98 * least))
+    check_fits(unplanned, 1)
+    with pytest.raises(ConfigError, match="this machine has"):
+        check_fits(student, 1, teacher)
+
+
+def test_a_teacher_counts_before_anything_starts(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command opens the teacher's settings for its own check."""
+    theirs = compose([*SMALL, *corpus, "model.dim=512", f"checkpoint.path={tmp_path / 'saved'}"])
+    (tmp_path / "config.yaml").write_text(as_yaml(theirs.config))
+    alone = configured(corpus)
+    monkeypatch.setattr(machine_memory, "host_bytes", lambda: int(machine_memory.least_of_rank(alone)[1] + 1000))
+    run = tmp_path / "run"
+    check_fits(alone, 1)
+    assert main(["train", *SMALL, *corpus, f"run_dir={run}", f"distill.teacher={tmp_path}"]) == 2
+    assert "and this machine has" in capsys.readouterr().err and not run.exists()
 
 
 def test_a_machine_that_is_too_small(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

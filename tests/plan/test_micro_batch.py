@@ -11,6 +11,7 @@ import torch
 from fp8moe.cli.compose import compose
 from fp8moe.plan.memory import rank_memory, worst_rank
 from fp8moe.plan.micro_batch import IMBALANCE, choose_for, choose_micro_batch
+from fp8moe.plan.teacher import TeacherModel
 from fp8moe.train.config import TrainConfig, resolve
 
 
@@ -72,3 +73,15 @@ def test_only_where_a_gpu_is_used_and_nothing_is_set(monkeypatch: pytest.MonkeyP
     assert choose_micro_batch(dataclasses.replace(config, device="cpu"), 8, 8).sentence is None
     typed = recipe("batch.micro_batch=1")
     assert choose_micro_batch(typed, 8, 8).config == typed
+
+
+def test_a_teacher_takes_its_part_and_stays_out_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe("distill.teacher=a", "device=auto")
+    teacher = TeacherModel(config.model, config.recipe)
+    sizes = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: sizes)
+    alone = choose_micro_batch(recipe("device=auto"), 8, 8).config.batch.micro_batch
+    taught = choose_micro_batch(config, 8, 8, teacher)
+    assert type(taught.config) is TrainConfig and taught.config.batch.micro_batch is not None and alone is not None
+    assert taught.config.batch.micro_batch < alone

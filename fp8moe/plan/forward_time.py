@@ -1,0 +1,120 @@
+"""Seconds of forwards alone, of whole micro-batches and of single tokens behind a cache.
+
+    forward      a stage's blocks as in training, nothing beside them (`layer_time`), and where it has the head the
+                 final norm, the logits and two passes over them; no less than the launches take the host
+    token        one new token of each of B rows of L tokens: a roofline. Every weight is read for few rows, the caches
+                 in full. Scores are products in FP32 (`layers.attention.cache`), which on a GPU run on the CUDA cores:
+                 67 TFLOPS by the data sheets of H100, H200 and H800, of which FP32_SHARE is taken, an assumption
+
+A token's seconds are a bound from below: exact counts make the host wait in each mixture, drawn ids once a token, and
+none of that hides under anything. No GPU has decoded with this code, so no record stands against it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from fp8moe.layers.attention import MlaConfig
+from fp8moe.layers.recipe import Recipe
+from fp8moe.model.config import ModelConfig
+from fp8moe.model.partition import Stage
+from fp8moe.plan.attention_work import add_attention
+from fp8moe.plan.cluster import Cluster
+from fp8moe.plan.forward_work import FP32, FP64, entry_sizes
+from fp8moe.plan.layer_time import Sizes, block_time
+from fp8moe.plan.mlp_work import add_mlp
+from fp8moe.plan.network import Exchange, exchange_seconds
+from fp8moe.plan.rates import Card, host_seconds, launches_of, parts_of, total
+from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Small
+
+FP32_SHARE = 0.8
+FP32_FLOPS = 67e12 * FP32_SHARE  # a second
+CACHE, HEAD = "caches", "head and drawing"
+LAUNCHES = 9  # of attention to a cache beside products: casts, mask, softmax, the entry that is written
+
+
+def forward_seconds(sizes: Sizes, stage: Stage, card: Card, cluster: Cluster) -> float:
+    """Of a stage on one micro-batch, without gradients; the MTP module rests."""
+    model, tokens = sizes.model, sizes.tokens
+    blocks = [block_time(sizes, model.is_dense(layer), layer, card, cluster) for layer in stage.layers]
+    ends: list[Piece] = [Pass("add", HEAD, tokens * model.dim * 4)] * stage.embedding
+    if stage.head:
+        logits = Pass("cross entropy", HEAD, tokens * model.vocab_size * 2)
+        ends += [
+            Pass("norm", HEAD, tokens * model.dim * 4),
+            Product(tokens, model.vocab_size, model.dim),
+            *(logits, logits),
+        ]
+    launches = sum(block.launches["F"] for block in blocks) + launches_of(ends)
+    return max(sum(block.alone("F") for block in blocks) + total(parts_of(ends, card)), host_seconds(launches))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a token's time depends on beside its stage: the model, how rows reach the experts, ids that are drawn."""
+
+    model: ModelConfig
+    recipe: Recipe
+    exchange: Exchange
+    num_ids: int
+
+
+def token_seconds(of: Decoding, stage: Stage, rows: int, length: float, card: Card, cluster: Cluster) -> float:
+    """Of one new token of each of `rows` sequences of `length` tokens in a stage, drawn behind the head."""
+    model = of.model
+    kinds = [model.is_dense(layer) for layer in stage.layers]
+    seconds, launches = 0.0, 0
+    for dense in set(kinds):
+        layer = next(layer for layer in stage.layers if model.is_dense(layer) == dense)
+        one, count = _layer(of, layer, rows, card, cluster)
+        attended, more = _attention(of, rows, length, card)
+        seconds += kinds.count(dense) * (one + attended)
+        launches += kinds.count(dense) * (count + more)
+    ends: list[Piece] = [Small(2)] * stage.embedding
+    if stage.head:
+        wide = of.recipe.dtype.itemsize
+        drawn = wide + 6 * FP32 + 4 * FP64  # widened, divided, normalised, their exponentials and sums
+        ends += [Pass("norm", HEAD, rows * model.dim * 4), Product(rows, model.vocab_size, model.dim)]
+        ends += [Pass("add", HEAD, rows * of.num_ids * drawn), Small(20)]
+    seconds += total(parts_of(ends, card))
+    return max(seconds, host_seconds(launches + launches_of(ends)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer(of: Decoding, layer: int, rows: int, card: Card, cluster: Cluster) -> tuple[float, int]:
+    """(seconds, launches) of a block but for its attention to the cache, the messages to its experts included."""
+    model, recipe, work = of.model, of.recipe, BlockWork()
+    a = model.attention
+    add_attention(work, model, recipe, layer, rows, 1)
+    add_mlp(work, model, recipe, layer, rows, of.exchange.ep, 1.0)
+    absorbed = a.linears(model.dim)[-2] if isinstance(a, MlaConfig) else None
+    pieces = [
+        piece
+        for piece in (*work.attn["F"], *work.mlp["F"])
+        if not isinstance(piece, Attention) and not (isinstance(piece, Product) and (piece.n, piece.k) == absorbed)
+    ]
+    if isinstance(a, MlaConfig):
+        pieces.append(Product(rows, a.kv_lora_rank, a.nope_dim, groups=a.num_heads))
+        pieces.append(Product(rows, a.v_dim, a.kv_lora_rank, groups=a.num_heads))
+    seconds = total(parts_of(pieces, card))
+    if not model.is_dense(layer) and of.exchange.ep > 1:
+        for coded, ids in ((recipe.fp8, True), (False, False)):
+            seconds += exchange_seconds(model, of.exchange, cluster, rows, fp8=coded, with_ids=ids)
+    return seconds, launches_of(pieces)
+
+
+def _attention(of: Decoding, rows: int, length: float, card: Card) -> tuple[float, int]:
+    """(seconds, launches) of a layer's attention to the cache: bytes, or the scores' products in FP32."""
+    a, wide = of.model.attention, of.recipe.dtype.itemsize
+    key, value, groups = entry_sizes(a)
+    keys = wide + FP32 + (2 * FP32 if groups > 1 else 0) + FP32  # widened, laid side by side, multiplied
+    values = wide * (3 if groups > 1 else 1)
+    scores = FP32 * (1 + 2 + 2 + 2 + 1) + 2 * wide  # written, scaled, masked, their softmax, rounded, multiplied
+    entries = rows * length * (keys * key + values * value)
+    passes: list[Piece] = [
+        Pass("add", CACHE, entries + rows * length * a.num_heads * scores),
+        Small(LAUNCHES + 2 * (groups > 1)),
+    ]
+    flops = 2.0 * rows * a.num_heads * length * (key // groups)
+    return max(total(parts_of(passes, card)), flops / FP32_FLOPS), launches_of(passes)
