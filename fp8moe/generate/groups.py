@@ -18,13 +18,16 @@ Legend: N rows, G samples of a prompt, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8moe.generate.decode import check_prompts
+from fp8moe.generate.routing import RoutingRecord, noting
 from fp8moe.generate.session import Session
 from fp8moe.model.transformer import Transformer, generator_of
 from fp8moe.parallel.collectives import all_reduce, gather
@@ -37,7 +40,8 @@ DRAWN_VALUES = 1 << 25  # logits whose distribution is computed at once
 @dataclass(frozen=True)
 class GroupSampling:
     """samples: of a prompt. max_tokens: of a completion. temperature: 0 for the likeliest token. batch: rows of a rank
-    that go on together. num_ids: ids below it are drawn. ends: ids that end a completion, which keeps them."""
+    that go on together. num_ids: ids below it are drawn. ends: ids that end a completion, which keeps them. routing:
+    the experts of every token are wanted as well."""
 
     samples: int
     max_tokens: int
@@ -45,16 +49,22 @@ class GroupSampling:
     batch: int
     num_ids: int
     ends: frozenset[int]
+    routing: bool = False
 
 
 @dataclass(frozen=True)
 class Sampled:
     """One completion: its ids, the log-probability of each when it was drawn (at the temperature), and whether one of
-    `ends` ended it; else max_tokens or the model's context did."""
+    `ends` ended it; else max_tokens or the model's context did.
+
+    routing: integers [P + C - 1, L, K], the experts of the tokens of prompt and completion but the last, which went
+    through no layer, in each of the layers with experts; None where they were not asked for.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     has_ended: bool
+    routing: NDArray[Any] | None = field(default=None, compare=False)
 
 
 @torch.no_grad()
@@ -101,7 +111,9 @@ class _Rows:
         self._limits = (context - lengths).clamp(max=config.max_tokens).to(self._device)
         self._places = lengths.to(self._device)  # of the token that is not in the caches yet
         self._rows = torch.arange(count, device=self._device)  # of the results, of the rows that are left
-        self._session = Session(model, count, int((lengths + self._limits.cpu()).max()))
+        longest = int((lengths + self._limits.cpu()).max())
+        self._session = Session(model, count, longest)
+        self._routing = RoutingRecord(model, count, longest) if config.routing else None
         self._ids = torch.zeros(count, config.max_tokens, dtype=torch.int64, device=self._device)
         self._logprobs = torch.zeros(count, config.max_tokens, dtype=torch.float32, device=self._device)
         self._counts = torch.zeros(count, dtype=torch.int64, device=self._device)
@@ -126,10 +138,13 @@ class _Rows:
             if bool(alive.any()) and 2 * int(alive.sum()) <= len(alive):
                 self._keep(alive.nonzero().flatten())
             hidden_ND = self._forward(step)
-        ids, logprobs = self._ids.tolist(), self._logprobs.tolist()
+        ids, logprobs, counts = self._ids.tolist(), self._logprobs.tolist(), self._counts.tolist()
+        routing: list[NDArray[Any] | None] = [None] * len(counts)
+        if self._routing is not None:
+            routing = [*self._routing.of_rows((self._places + self._counts - 1).tolist())]
         return [
-            Sampled(tuple(ids[row][:count]), tuple(logprobs[row][:count]), bool(ended))
-            for row, (count, ended) in enumerate(zip(self._counts.tolist(), self._ended.tolist(), strict=True))
+            Sampled(tuple(ids[row][:count]), tuple(logprobs[row][:count]), bool(ended), routing[row])
+            for row, (count, ended) in enumerate(zip(counts, self._ended.tolist(), strict=True))
         ]
 
     def _prompts_through(self) -> Tensor:
@@ -146,10 +161,12 @@ class _Rows:
         last: dict[int, Tensor] = {}
         for numbers in parts + parts[:1] * (most - len(parts)):
             rows = [number * each for number in numbers]
-            hidden_BSD = self._session.forward([self._prompts[i] for i in numbers], rows, [0] * len(rows))
+            hidden_BSD = self._through([self._prompts[i] for i in numbers], rows, [0] * len(rows))
             last |= dict(zip(numbers, hidden_BSD[:, -1], strict=True))
         first = torch.arange(len(self._prompts), device=self._device) * each
         self._session.take(first.repeat_interleave(each))
+        if self._routing is not None:
+            self._routing.take(first.repeat_interleave(each))
         return torch.stack([last[number] for number in range(len(self._prompts))]).repeat_interleave(each, 0)
 
     def _draw(self, step: int, hidden_ND: Tensor) -> Tensor:
@@ -176,7 +193,12 @@ class _Rows:
         ids = self._ids[rows, number]
         places = self._places[rows] + number
         at = list(range(len(rows)))
-        return self._session.forward(ids[:, None].tolist(), at, places.tolist())[:, 0]
+        return self._through(ids[:, None].tolist(), at, places.tolist())[:, 0]
+
+    def _through(self, ids: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """New tokens of some of the rows that are left -> hidden [B, S, D]."""
+        with noting(self._routing, self._rows[list(rows)], starts, len(ids[0])):
+            return self._session.forward(ids, rows, starts)
 
     def _keep(self, kept: Tensor) -> None:
         self._rows = self._rows[kept]

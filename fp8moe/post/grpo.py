@@ -34,6 +34,7 @@ from fp8moe.post.logprobs import label_logprobs
 from fp8moe.post.policy import Mismatch, PolicyLoss, PolicyTokens, group_advantages, mismatch, token_shares
 from fp8moe.post.problems import Posed, ProblemSet, chosen, open_problems
 from fp8moe.post.reference import Reference
+from fp8moe.post.replay import RoutingChanges, check_replay
 from fp8moe.post.rewards import find_reward, score
 from fp8moe.post.rollout_server import RolloutServer, endpoint_of
 from fp8moe.post.rollout_weights import Announcement, Exporter
@@ -88,6 +89,7 @@ class Grpo:
             raise ConfigError(
                 f"rows of completions are whole and parallel.cp={config.parallel.cp} cuts them: use parallel.cp=1"
             )
+        check_replay(config)
         if grpo.server is not None:
             Endpoint(endpoint_of(grpo), "completions")  # a setting that can't be is said before anything is written
             Announcement(grpo)
@@ -193,11 +195,12 @@ class Grpo:
         figures |= {"rollout_seconds": seconds, "rollout_tokens_per_second": int(rollouts.lengths.sum()) / seconds}
         every = list(range(len(rollouts.completions)))
         packed = _packed(run, rollouts, every)
-        old = self._logprobs(run, rollouts, packed)
+        with RoutingChanges(run) as changes:
+            old = self._logprobs(run, rollouts, packed)
         reference = None
         if self._reference is not None:
             with self._reference.weights():
-                reference = self._logprobs(run, rollouts, packed)
+                reference = self._logprobs(run, rollouts, packed.with_own_experts())
         rollouts = with_logprobs(rollouts, old, reference)
         apart: Mismatch = mismatch(old, rollouts.rollout, grpo.importance_cap)
         figures |= {
@@ -205,6 +208,7 @@ class Grpo:
             "mismatch_kl": apart.kl,
             "mismatch_largest": apart.largest,
             "capped_share": apart.capped,
+            **changes.figures(rollouts.routing),
         }
         if grpo.updates > 1 and run.is_first and run.run_dir.is_dir():
             save(rollouts, run.run_dir, number)
@@ -242,7 +246,7 @@ class Grpo:
         assert whole is not None
         count = min(len(whole.prompts), grpo.prompts) // grpo.minibatches * grpo.minibatches
         figures = {"rollout_weights": oldest, "groups_drawn": drawn, "groups_alike": alike, "reward_failures": failures}
-        return whole.only(range(count)), figures | self._of_rollouts(whole)
+        return whole.only(range(count)), figures | whole.figures([name for name, _ in self._rewards])
 
     def _posed_for(self, run: Run, number: int, round_number: int) -> tuple[list[int], list[list[int]], list[str]]:
         """(problems, their prompts, what decides their samples) of one round of a batch."""
@@ -254,20 +258,8 @@ class Grpo:
 
     def _sampling(self) -> GroupSampling:
         grpo, posed = self._grpo, self._posed
-        batch, ids = grpo.rollout_batch, posed.vocabulary.num_ids
-        return GroupSampling(grpo.samples, grpo.max_tokens, grpo.temperature, batch, ids, posed.ends)
-
-    def _of_rollouts(self, rollouts: Rollouts) -> dict[str, Any]:
-        if not rollouts.completions:
-            return {}
-        scored = ~rollouts.rewards.isnan()
-        parts = rollouts.parts[scored]
-        return {
-            "reward": float(rollouts.rewards[scored].mean()) if bool(scored.any()) else None,
-            "rewards": {name: float(parts[:, i].mean()) for i, (name, _) in enumerate(self._rewards) if len(parts)},
-            "completion_length": float(rollouts.lengths.double().mean()),
-            "ended_share": float(rollouts.ended.double().mean()),
-        }
+        batch, ids, routing = grpo.rollout_batch, posed.vocabulary.num_ids, grpo.router_replay
+        return GroupSampling(grpo.samples, grpo.max_tokens, grpo.temperature, batch, ids, posed.ends, routing)
 
     def _scored(self, run: Run, rollouts: Rollouts, problems: Sequence[int]) -> tuple[Rollouts, int]:
         """The rollouts with their rewards, and how many samples could not be scored."""

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8moe.data.packing import Batch, Window, collate
@@ -86,7 +87,8 @@ class BuiltIn:
 class Rollouts:
     """A batch of rollouts. prompts: of each group; completions, ended: of each sample. rewards FP64 [N], NaN where a
     sample could not be scored; parts [N, rewards]: each one's value. Log-probabilities, FP32 [K]: rollout, by the
-    generator; old, by training's forward before the first update, 0 until it was done; reference likewise."""
+    generator; old, by training's forward before the first update, 0 until it was done; reference likewise. routing: of
+    each sample, as `Sampled` has it; None where it was not asked for."""
 
     prompts: tuple[tuple[int, ...], ...]
     completions: tuple[tuple[int, ...], ...]
@@ -96,6 +98,7 @@ class Rollouts:
     parts: Tensor
     old: Tensor
     reference: Tensor | None = None
+    routing: tuple[NDArray[Any], ...] | None = None
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -111,6 +114,19 @@ class Rollouts:
     def group(self) -> int:
         return len(self.completions) // len(self.prompts)
 
+    def figures(self, rewards: Sequence[str]) -> dict[str, Any]:
+        """Means over samples, of their rewards by these names as well."""
+        if not self.completions:
+            return {}
+        scored = ~self.rewards.isnan()
+        parts = self.parts[scored]
+        return {
+            "reward": float(self.rewards[scored].mean()) if bool(scored.any()) else None,
+            "rewards": {name: float(parts[:, i].mean()) for i, name in enumerate(rewards) if len(parts)},
+            "completion_length": float(self.lengths.double().mean()),
+            "ended_share": float(self.ended.double().mean()),
+        }
+
     def only(self, groups: Sequence[int]) -> Rollouts:
         """The batch of these groups alone, before log-probabilities were taken."""
         samples = [group * self.group + i for group in groups for i in range(self.group)]
@@ -124,6 +140,7 @@ class Rollouts:
             self.rewards[samples],
             self.parts[samples],
             self.old[places],
+            routing=None if self.routing is None else tuple(self.routing[n] for n in samples),
         )
 
     def joined(self, other: Rollouts) -> Rollouts:
@@ -132,6 +149,8 @@ class Rollouts:
         both: dict[str, Any] = {name: ours[name] + theirs[name] for name in ("prompts", "completions")}
         for name in ("ended", "rollout", "rewards", "parts", "old"):
             both[name] = torch.cat([ours[name], theirs[name]])
+        if self.routing is not None and other.routing is not None:
+            both["routing"] = self.routing + other.routing
         return Rollouts(**both)
 
 
@@ -139,6 +158,7 @@ def rollouts_of(prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Samp
     """A batch of what a generator gave, not scored yet."""
     samples = [one for group in groups for one in group]
     rollout = torch.tensor([value for one in samples for value in one.logprobs], dtype=torch.float32)
+    routing = tuple(one.routing for one in samples if one.routing is not None)
     return Rollouts(
         tuple(tuple(prompt) for prompt in prompts),
         tuple(one.ids for one in samples),
@@ -147,6 +167,7 @@ def rollouts_of(prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Samp
         torch.full((len(samples),), float("nan"), dtype=torch.float64),
         torch.full((len(samples), parts), float("nan"), dtype=torch.float64),
         torch.zeros_like(rollout),
+        routing=routing if len(routing) == len(samples) > 0 else None,
     )
 
 
@@ -171,6 +192,10 @@ class Packed:
         found, at = torch.zeros(count), self.places_MT >= 0
         found[self.places_MT[at]] = values_MT[at]
         return found
+
+    def with_own_experts(self) -> Packed:
+        """The same rows, for a model whose routers choose."""
+        return replace(self, batches=[replace(batch, experts_BSLK=None) for batch in self.batches])
 
 
 def pack(rollouts: Rollouts, samples: Sequence[int], run: Run, *, least: int, multiple: int) -> Packed:
@@ -199,6 +224,9 @@ def pack(rollouts: Rollouts, samples: Sequence[int], run: Run, *, least: int, mu
         collate(windows[i : i + config.micro_batch], document_mask=config.data.document_mask)
         for i in range(0, count, config.micro_batch)
     ]
+    if rollouts.routing is not None:
+        experts = _experts(rollouts, rollouts.routing, mine, config.seq_len).split(config.micro_batch)
+        batches = [replace(batch, experts_BSLK=part) for batch, part in zip(batches, experts, strict=True)]
     tokens = sum(len(rollouts.completions[n]) for n in samples)
     return Packed(batches, torch.from_numpy(np.stack(places)).view(len(batches), -1), count * mesh.dp, tokens)
 
@@ -220,6 +248,21 @@ def _row(rollouts: Rollouts, samples: Sequence[int], seq_len: int) -> tuple[Wind
     return window, places[1:]
 
 
+def _experts(
+    rollouts: Rollouts, routing: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]], seq_len: int
+) -> Tensor:
+    """[rows, S, L, K]: the experts of the inputs of rows of samples, as `_row` lays them; -1 of a sample's last token,
+    which the generator put through no layer, and of padding."""
+    dtype = np.promote_types(routing[0].dtype, np.int16)
+    experts = np.full((len(rows), seq_len, *routing[0].shape[1:]), -1, dtype=dtype)
+    for row, samples in zip(experts, rows, strict=True):
+        filled = 0
+        for n in samples:
+            row[filled : filled + len(routing[n])] = routing[n]
+            filled += len(routing[n]) + 1
+    return torch.from_numpy(experts)
+
+
 def save(rollouts: Rollouts, run_dir: Path, number: int) -> None:
     """Keep a batch in the run directory, and the newest KEPT alone."""
     folder = run_dir / FOLDER
@@ -231,6 +274,8 @@ def save(rollouts: Rollouts, run_dir: Path, number: int) -> None:
         found: tuple[tuple[int, ...], ...] = getattr(rollouts, name)
         arrays[name] = np.array([token for one in found for token in one], dtype=np.int64)
         arrays[f"{name}_lengths"] = np.array([len(one) for one in found], dtype=np.int64)
+    if rollouts.routing is not None:
+        arrays["routing"] = np.concatenate(rollouts.routing)
     part = folder / f".batch-{number:06d}.part.npz"
     np.savez(part, **arrays)  # type: ignore[arg-type]
     part.replace(folder / f"batch-{number:06d}.npz")
@@ -248,6 +293,10 @@ def load(run_dir: Path, number: int) -> Rollouts | None:
         for name in ("prompts", "completions"):
             ends = np.cumsum(values.pop(f"{name}_lengths"))[:-1]
             cut[name] = tuple(tuple(part.tolist()) for part in np.split(values.pop(name), ends))
+        if "routing" in values:
+            group = len(cut["completions"]) // len(cut["prompts"])
+            counts = [len(cut["prompts"][n // group]) + len(one) - 1 for n, one in enumerate(cut["completions"])]
+            cut["routing"] = tuple(np.split(values.pop("routing"), np.cumsum(counts)[:-1]))
         return Rollouts(**(cut | {name: torch.from_numpy(value) for name, value in values.items()}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s can't be read (%s)", path, error)
