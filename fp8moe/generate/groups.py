@@ -105,6 +105,7 @@ class _Rows:
         mesh: Mesh,
     ) -> None:
         self._prompts, self._config, self._group = prompts, config, mesh.ep_group
+        self._pp_group = mesh.pp_group
         self._device = next(model.parameters()).device
         count, context = len(prompts) * config.samples, model.config.max_seq_len
         lengths = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(config.samples)
@@ -141,7 +142,7 @@ class _Rows:
         ids, logprobs, counts = self._ids.tolist(), self._logprobs.tolist(), self._counts.tolist()
         routing: list[NDArray[Any] | None] = [None] * len(counts)
         if self._routing is not None:
-            routing = [*self._routing.of_rows((self._places + self._counts - 1).tolist())]
+            routing = [*self._routing.of_rows((self._places + self._counts - 1).tolist(), self._pp_group)]
         return [
             Sampled(tuple(ids[row][:count]), tuple(logprobs[row][:count]), bool(ended), routing[row])
             for row, (count, ended) in enumerate(zip(counts, self._ended.tolist(), strict=True))

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fp8moe.layers.router import Router, Routing
 from fp8moe.model.transformer import Transformer
+from fp8moe.parallel.collectives import all_reduce
 
 
 def integers_for(num_experts: int) -> torch.dtype:
@@ -64,9 +66,13 @@ class RoutingRecord:
         """Make the record that of `rows` (int64), in that order; a row may be there several times."""
         self._ids_NPLK = self._ids_NPLK[rows]
 
-    def of_rows(self, counts: Sequence[int]) -> list[NDArray[Any]]:
-        """Of each row its first so many tokens, [count, L, K]."""
-        ids = self._ids_NPLK.cpu().numpy()
+    def of_rows(self, counts: Sequence[int], pp_group: ProcessGroup | None) -> list[NDArray[Any]]:
+        """Of each row its first so many tokens, [count, L, K]. Collective over the ranks that share the layers out."""
+        ids_NPLK = self._ids_NPLK
+        if pp_group is not None:  # what another rank has is 0 here; NCCL adds no int16
+            sums = ids_NPLK if ids_NPLK.dtype is torch.uint8 else ids_NPLK.int()
+            ids_NPLK = all_reduce(sums, pp_group).to(ids_NPLK.dtype)
+        ids = ids_NPLK.cpu().numpy()
         return [np.ascontiguousarray(ids[row, :count]) for row, count in enumerate(counts)]
 
 

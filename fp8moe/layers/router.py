@@ -170,10 +170,10 @@ class Router(nn.Module):
         x = kept(x_TD)
         counts_E = self.counts_E if self.training and torch.is_grad_enabled() else None
         shares: list[BalanceShare] = []
-        made = _RouterFunction.apply(
+        ids_TK, weights_TK, balance_loss, *own = _RouterFunction.apply(
             x.tensor, self.weight, x.recall, self, num_sequences, counts_E, exchange, shares, given_TK
         )
-        return Routing(*made, balance_share=shares[0] if shares else None)
+        return Routing(ids_TK, weights_TK, balance_loss, *(own or [None]), *shares)
 
 
 class _RouterFunction(torch.autograd.Function):

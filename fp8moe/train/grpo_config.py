@@ -43,7 +43,7 @@ class GrpoConfig:
     # most that a token counts for the rollout's probability being below the training's (truncated importance sampling);
     # None: the mismatch is measured and not corrected
     importance_cap: float | None = 2.0
-    # updates send tokens to the experts that the rollout sent them to, of whose scores the weights are the present ones
+    # every token of an update goes to the experts that the rollout chose for it, weighted by their present scores
     router_replay: bool = False
     mtp_weight: float = 0.0  # of the MTP module's cross entropy on the samples
     # an OpenAI-compatible server (vLLM, SGLang) that samples in place of the run itself, its URL up to and with /v1;

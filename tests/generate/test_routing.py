@@ -11,6 +11,8 @@ import torch
 
 from fp8moe.generate.groups import Sampled, sample_groups
 from fp8moe.generate.routing import RoutingRecord, integers_for
+from fp8moe.layers.dispatch import LocalDispatcher
+from fp8moe.layers.recipe import Precision, Recipe
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
@@ -71,17 +73,25 @@ def test_ranks_that_share_experts_note_the_same() -> None:
         assert one == other and np.array_equal(one.routing, other.routing)
 
 
-def test_a_part_of_the_layers_is_noted_at_their_places() -> None:
-    whole = small_model(**LAYERS)
-    part = Transformer(whole.config, whole.recipe, whole.block(1).moe.dispatcher, layers=[2, 3], head=False)  # type: ignore[union-attr]
+def on_stages() -> tuple[list[list[int]], list[Any]]:
+    """What the router of this rank's stage chooses for two tokens of row 1, and the record that all make of it."""
+    mesh = build_mesh(2, 1, 1, timeout=TIMEOUT)
+    config = small_model(**LAYERS, num_experts=300).config
+    layers = [[0, 1], [2, 3]][mesh.pp_rank]
+    part = Transformer(config, Recipe(Precision.FP32), LocalDispatcher(300), layers=layers, head=False)
     record = RoutingRecord(part, 2, 3)
-    router = part.block(3).moe.router  # type: ignore[union-attr]
-    torch.nn.init.normal_(router.weight)
+    router = part.block(layers[1]).moe.router  # type: ignore[union-attr]
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(mesh.pp_rank))
     with record.noting(torch.tensor([1]), [1], 2):
-        chosen = router(torch.randn(2, whole.config.dim), 1).topk_ids_TK
-    first, second = record.of_rows([3, 3])
-    assert not first.any() and not second[0].any() and not second[:, 0].any()
-    assert second[1:, 1].tolist() == chosen.tolist()
+        chosen = router(torch.randn(2, config.dim), 1).topk_ids_TK
+    return chosen.tolist(), [one.tolist() for one in record.of_rows([2, 3], mesh.pp_group)]
+
+
+def test_stages_note_their_layers_and_put_them_together() -> None:
+    (early, first), (late, second) = run_ranks(on_stages, 2)
+    assert first == second and early != late
+    none = [0, 0]
+    assert first == [[[none, none]] * 2, [[none, none], [early[0], late[0]], [early[1], late[1]]]]
 
 
 @pytest.mark.parametrize("experts, dtype", [(256, torch.uint8), (257, torch.int16), (2**15 + 1, torch.int32)])

@@ -16,8 +16,8 @@ from tests.kernels.row_maps import record_waits
 from tests.layers.test_router import CONFIGS, DIM, EXPERTS, SIGMOID, SOFTMAX
 
 TOKENS, SEQUENCES = 40, 2
-BIASED = {f"{name}, gate bias": replace(config, gate_bias=True) for name, config in CONFIGS.items()}
-FORCED = {"forced balance": replace(SIGMOID, force_balance=True)}
+FREE = CONFIGS | {f"{name}, gate bias": replace(config, gate_bias=True) for name, config in CONFIGS.items()}
+ALL = FREE | {"forced balance": replace(SIGMOID, force_balance=True)}
 
 
 def build(config: RouterConfig) -> Router:
@@ -45,7 +45,7 @@ def gradients(router: Router, x: Tensor, routing: Routing) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), *BIASED.values(), *FORCED.values()], ids=str)
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_its_own_choice_changes_no_bit(config: RouterConfig) -> None:
     router, x = build(config), torch.randn(TOKENS, DIM, requires_grad=True)
     own = router(x, SEQUENCES)
@@ -67,7 +67,7 @@ def another_choice(config: RouterConfig) -> Tensor:
     return given
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), *BIASED.values()], ids=str)
+@pytest.mark.parametrize("config", FREE.values(), ids=FREE)
 def test_another_choice_is_fp64_autograd_of_the_formulas(config: RouterConfig) -> None:
     router, x, given = build(config), torch.randn(TOKENS, DIM, requires_grad=True), another_choice(config)
     own = router(x, SEQUENCES)
