@@ -53,6 +53,8 @@ class Batch:
     document_lengths: inputs of each document, or part of one, in the order of the samples, none longer than its sample;
     padding counts as a document. None when the document mask is off.
     whole: set where the tensors hold a part of every sequence (`parallel.cp`); lengths are always of whole sequences.
+    experts_BSLK: integers, the K experts of each input in each of the L layers with experts, where routers are not to
+    choose them; -1: they choose.
     """
 
     inputs_BS: Tensor
@@ -60,6 +62,7 @@ class Batch:
     positions_BS: Tensor
     document_lengths: tuple[int, ...] | None
     whole: WholeSequences | None = None
+    experts_BSLK: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,16 @@ Legend: N rows, G samples of a prompt, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8moe.generate.decode import check_prompts
+from fp8moe.generate.routing import RoutingRecord, noting
 from fp8moe.generate.session import Session
 from fp8moe.generate.stages import LocalStage, Stages, WholeModel
 from fp8moe.model.transformer import Transformer, generator_of
@@ -38,7 +41,8 @@ DRAWN_VALUES = 1 << 25  # logits whose distribution is computed at once
 @dataclass(frozen=True)
 class GroupSampling:
     """samples: of a prompt. max_tokens: of a completion. temperature: 0 for the likeliest token. batch: rows of a rank
-    that go on together. num_ids: ids below it are drawn. ends: ids that end a completion, which keeps them."""
+    that go on together. num_ids: ids below it are drawn. ends: ids that end a completion, which keeps them. routing:
+    the experts of every token are wanted as well."""
 
     samples: int
     max_tokens: int
@@ -46,16 +50,22 @@ class GroupSampling:
     batch: int
     num_ids: int
     ends: frozenset[int]
+    routing: bool = False
 
 
 @dataclass(frozen=True)
 class Sampled:
     """One completion: its ids, the log-probability of each when it was drawn (at the temperature), and whether one of
-    `ends` ended it; else max_tokens or the model's context did."""
+    `ends` ended it; else max_tokens or the model's context did.
+
+    routing: integers [P + C - 1, L, K], the experts of the tokens of prompt and completion but the last, which went
+    through no layer, in each of the layers with experts; None where they were not asked for.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     has_ended: bool
+    routing: NDArray[Any] | None = field(default=None, compare=False)
 
 
 @torch.no_grad()
@@ -123,7 +133,8 @@ class _Rows:
         mesh: Mesh,
         stages: Stages,
     ) -> None:
-        self._prompts, self._config, self._group, self._stages = prompts, config, mesh.ep_group, stages
+        self._prompts, self._config, self._stages = prompts, config, stages
+        self._group, self._pp_group = mesh.ep_group, mesh.pp_group
         self._device = next(model.parameters()).device
         count, context = len(prompts) * config.samples, model.config.max_seq_len
         lengths = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(config.samples)
@@ -131,7 +142,9 @@ class _Rows:
         self._places = lengths.to(self._device)  # of the token that is not in the caches yet
         self._rows = torch.arange(count, device=self._device)  # of the results, of the rows that are left
         layers = [layer for stage in stages.local for layer in stage.layers]
-        self._session = Session(model, count, int((lengths + self._limits.cpu()).max()), layers=layers)
+        longest = int((lengths + self._limits.cpu()).max())
+        self._session = Session(model, count, longest, layers=layers)
+        self._routing = RoutingRecord(model, count, longest) if config.routing else None
         self._drawn: Tensor | None = None  # tokens and log-probabilities, on the rank that draws
         self._ids = torch.zeros(count, config.max_tokens, dtype=torch.int64, device=self._device)
         self._logprobs = torch.zeros(count, config.max_tokens, dtype=torch.float32, device=self._device)
@@ -148,11 +161,14 @@ class _Rows:
             )
 
     def completions(self) -> list[Sampled]:
-        """What the rows have become."""
-        ids, logprobs = self._ids.tolist(), self._logprobs.tolist()
+        """What the rows have become. Collective over a pipeline where the experts are wanted."""
+        ids, logprobs, counts = self._ids.tolist(), self._logprobs.tolist(), self._counts.tolist()
+        routing: list[NDArray[Any] | None] = [None] * len(counts)
+        if self._routing is not None:
+            routing = [*self._routing.of_rows((self._places + self._counts - 1).tolist(), self._pp_group)]
         return [
-            Sampled(tuple(ids[row][:count]), tuple(logprobs[row][:count]), bool(ended))
-            for row, (count, ended) in enumerate(zip(self._counts.tolist(), self._ended.tolist(), strict=True))
+            Sampled(tuple(ids[row][:count]), tuple(logprobs[row][:count]), bool(ended), routing[row])
+            for row, (count, ended) in enumerate(zip(counts, self._ended.tolist(), strict=True))
         ]
 
     def prompts_through(self, stage: LocalStage) -> None:
@@ -185,7 +201,8 @@ class _Rows:
         """New tokens through a stage -> their hidden states [B, S, D] where the head is; else they are handed on."""
         session, length = self._session, len(ids[0])
         x_TD = session.embed(ids) if stage.embedding else self._stages.receive(stage, len(ids) * length)
-        x_TD = session.blocks(stage.layers, x_TD, length, rows, starts)
+        with noting(self._routing, self._rows[list(rows)], starts, length):
+            x_TD = session.blocks(stage.layers, x_TD, length, rows, starts)
         if stage.head:
             return session.normed(x_TD, len(rows))
         self._stages.send(stage, x_TD)
@@ -203,6 +220,8 @@ class _Rows:
         if step == 0:
             first = torch.arange(len(self._prompts), device=self._device) * self._config.samples
             self._session.take(first.repeat_interleave(self._config.samples))
+            if self._routing is not None:
+                self._routing.take(first.repeat_interleave(self._config.samples))
         rows, drawn = self._rows, self._drawn
         tokens, logprobs = self._stages.drawn(len(rows)) if drawn is None else drawn
         self._drawn = None

@@ -94,13 +94,20 @@ class MoE(nn.Module):
         shared = experts.num_shared * experts.hidden
         self.shared = Mlp(dim, shared, recipe, limit=experts.limit) if shared else None
 
-    def route(self, x_TD: Tensor | Recallable, num_sequences: int, exchange: ContextExchange | None = None) -> Routed:
+    def route(
+        self,
+        x_TD: Tensor | Recallable,
+        num_sequences: int,
+        exchange: ContextExchange | None = None,
+        given_TK: Tensor | None = None,
+    ) -> Routed:
         """Choose experts, announce how many rows go where; one cast serves dispatch and the shared experts alike.
 
-        A norm has made it already, with the tensor that the router reads (`Feeds.MOE`).
+        A norm has made it already, with the tensor that the router reads (`Feeds.MOE`). given: experts in place of the
+        router's choice, as `Router.forward` takes them.
         """
         x_TD = kept(x_TD)
-        routing = self.router(x_TD, num_sequences, exchange)
+        routing = self.router(x_TD, num_sequences, exchange, given_TK)
         announced = self.dispatcher.announce(routing.topk_ids_TK)
         x = activation(x_TD, self.recipe, power_of_two=True)
         return Routed(x, announced, routing.topk_weights_TK, routing.balance_loss, routing.balance_share)

@@ -19,6 +19,8 @@ Where ranks share sequences (`attention.context`) the loss is still that of whol
 ranks by a message that nobody waits for before the loss is read, and each rank has the share of it that its own tokens'
 scores make.
 
+Experts may be given, the choice of another forward (`given_experts`): what that chose is used, at this router's scores.
+
 Legend: T tokens, D model, E experts, K top-k, B sequences, S tokens of a sequence, L layers.
 """
 
@@ -35,6 +37,7 @@ from fp8moe.kernels.gemm import wgrad
 from fp8moe.kernels.route import route, route_backward
 from fp8moe.layers.attention.context import ContextExchange
 from fp8moe.layers.bias import add_total, make_bias
+from fp8moe.layers.given_experts import mean_shares, route_as_given
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
@@ -43,7 +46,6 @@ from fp8moe.limits import POSITIVE, Range, check_fields
 
 Score = Literal["sigmoid", "softmax", "softmax_topk"]
 GroupScore = Literal["top2_sum", "max"]
-_TINY = 1e-20  # as `kernels.route` keeps a sum of scores from being zero
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,14 @@ class RouterConfig:
 class Routing:
     """Choice and weights of each token; `balance_loss` is the sequence-wise loss summed over sequences, unweighted.
 
-    balance_share: where ranks share sequences, the value of this rank's share; the loss is then zero with its gradient.
+    own_ids_TK: where experts were given, those that the router would have chosen. balance_share: where ranks share
+    sequences, the value of this rank's share; the loss is then zero with its gradient.
     """
 
     topk_ids_TK: Tensor
     topk_weights_TK: Tensor
     balance_loss: Tensor
+    own_ids_TK: Tensor | None = None
     balance_share: BalanceShare | None = None
 
 
@@ -152,17 +156,24 @@ class Router(nn.Module):
         self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64))
 
     def forward(
-        self, x_TD: Tensor | Recallable, num_sequences: int, exchange: ContextExchange | None = None
+        self,
+        x_TD: Tensor | Recallable,
+        num_sequences: int,
+        exchange: ContextExchange | None = None,
+        given_TK: Tensor | None = None,
     ) -> Routing:
         """x [T, D], T = num_sequences x S, sequence after sequence -> the routing of every token.
 
-        exchange: to the ranks that hold the other parts of the sequences.
+        exchange: to the ranks that hold the other parts of the sequences. given: integers [T, K], the experts of each
+        token whatever the scores; -1: a token chooses its own.
         """
         x = kept(x_TD)
         counts_E = self.counts_E if self.training and torch.is_grad_enabled() else None
         shares: list[BalanceShare] = []
-        made = _RouterFunction.apply(x.tensor, self.weight, x.recall, self, num_sequences, counts_E, exchange, shares)
-        return Routing(*made, *shares)
+        ids_TK, weights_TK, balance_loss, *own = _RouterFunction.apply(
+            x.tensor, self.weight, x.recall, self, num_sequences, counts_E, exchange, shares, given_TK
+        )
+        return Routing(ids_TK, weights_TK, balance_loss, *(own or [None]), *shares)
 
 
 class _RouterFunction(torch.autograd.Function):
@@ -171,29 +182,35 @@ class _RouterFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, weight_ED: Tensor, recall: Callable[[], Tensor], router: Router, num_sequences: int,
-        counts_E: Tensor | None, exchange: ContextExchange | None, shares: list[BalanceShare],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        counts_E: Tensor | None, exchange: ContextExchange | None, shares: list[BalanceShare], given_TK: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         c, logits_TE = router.config, gate_logits(x_TD, weight_ED)
         if router.gate_bias is not None:
             logits_TE += router.gate_bias.detach()
         ids_TK, weights_TK, loss, f_BE = route(
-            logits_TE, router.bias_E, counts_E, topk=c.topk, num_groups=c.num_groups, top_groups=c.top_groups,
-            score=c.score, group_score=c.group_score, normalize=c.normalize_topk, route_scale=c.route_scale,
-            num_sequences=num_sequences, force_balance=c.force_balance,
+            logits_TE, router.bias_E, counts_E if given_TK is None else None, topk=c.topk, num_groups=c.num_groups,
+            top_groups=c.top_groups, score=c.score, group_score=c.group_score, normalize=c.normalize_topk,
+            route_scale=c.route_scale, num_sequences=num_sequences, force_balance=c.force_balance,
         )  # fmt: skip
+        own = () if given_TK is None else (ids_TK,)
+        if given_TK is not None:
+            ids_TK, weights_TK, loss, f_BE = route_as_given(
+                logits_TE, ids_TK, given_TK, counts_E, score=c.score, normalize=c.normalize_topk,
+                route_scale=c.route_scale, num_sequences=num_sequences,
+            )  # fmt: skip
+        ctx.mark_non_differentiable(ids_TK, *own)
         ctx.f_BE = lambda: f_BE
         if exchange is not None:
             shares.append(BalanceShare(f_BE, mean_shares(logits_TE, c.score, num_sequences), exchange))
             ctx.f_BE, loss = shares[0].f_BE, loss.new_zeros(())
-        ctx.mark_non_differentiable(ids_TK)
         ctx.set_materialize_grads(False)  # it would fill a gradient of the ids, too
         ctx.weight, ctx.recall, ctx.router, ctx.of_route = weight_ED, recall, router, (logits_TE, ids_TK)
-        return ids_TK, weights_TK, loss
+        return ids_TK, weights_TK, loss, *own
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         c, weight_ED, recall, gate_bias = ctx.router.config, ctx.weight, ctx.recall, ctx.router.gate_bias
-        (logits_TE, ids_TK), f_BE, (_, d_weights_TK, d_loss) = ctx.of_route, ctx.f_BE(), grads
+        (logits_TE, ids_TK), f_BE, (_, d_weights_TK, d_loss, *_) = ctx.of_route, ctx.f_BE(), grads
         d_weights_TK = f_BE.new_zeros(ids_TK.shape) if d_weights_TK is None else d_weights_TK
         d_loss = f_BE.new_zeros(()) if d_loss is None else d_loss
         d_logits_TE = route_backward(
@@ -206,14 +223,7 @@ class _RouterFunction(torch.autograd.Function):
         by_parts = on_tensor_cores(weight_ED)
         d_logits = split_bf16(d_logits_TE) if by_parts else d_logits_TE.unsqueeze(0)
         submit(lambda: gate_wgrad(d_logits, recall(), weight_ED.main_grad))
-        return gate_dgrad(d_logits, weight_ED) if ctx.needs_input_grad[0] else None, *(None,) * 7
-
-
-def mean_shares(logits_TE: Tensor, score: Score, num_sequences: int) -> Tensor:
-    """[B, E]: the mean over a sequence's tokens of each expert's share of the token's scores."""
-    scores_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(-1)
-    shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + _TINY)
-    return shares_TE.unflatten(0, (num_sequences, -1)).mean(1)
+        return gate_dgrad(d_logits, weight_ED) if ctx.needs_input_grad[0] else None, *(None,) * 8
 
 
 def on_tensor_cores(operand: Tensor) -> bool:

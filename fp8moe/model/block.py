@@ -46,6 +46,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, recipe: Recipe, dispatcher: Dispatcher) -> None:
         super().__init__()
         c = config
+        self.layer = layer
         self.attn_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps, feeds=Feeds.LINEAR)
         self.attn = c.attention.build(c.dim, recipe, norm_eps=c.norm_eps, layer=layer)
         self.mlp_norm = RMSNorm(c.dim, recipe, eps=c.norm_eps, feeds=Feeds.MLP if c.is_dense(layer) else Feeds.MOE)
@@ -81,7 +82,8 @@ class Block(nn.Module):
             assert self.mlp is not None
             return Attended(h_TD, self.mlp.cast(normed_TD), None)
         exchange = None if positions.context is None else positions.context.exchange
-        routed = self.moe.route(normed_TD, positions.num_sequences, exchange)
+        given_TK = positions.experts.get(self.layer)
+        routed = self.moe.route(normed_TD, positions.num_sequences, exchange, given_TK)
         return Attended(h_TD, routed.x, routed)
 
     def forward(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:

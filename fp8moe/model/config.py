@@ -91,6 +91,11 @@ class ModelConfig:
         return layer < self.num_dense_layers or layer in self.dense_layers
 
     @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the main model's layers with experts, ascending."""
+        return tuple(layer for layer in range(self.num_layers) if not self.is_dense(layer))
+
+    @property
     def has_experts(self) -> bool:
         """Whether any block, the MTP module's included, is a mixture of experts."""
         return not all(self.is_dense(layer) for layer in range(self.num_layers + self.mtp_depth))

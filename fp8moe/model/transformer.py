@@ -54,6 +54,8 @@ class Inputs(Protocol):
     def document_lengths(self) -> tuple[int, ...] | None: ...
     @property
     def whole(self) -> Whole | None: ...
+    @property
+    def experts_BSLK(self) -> Tensor | None: ...
 
 
 class Transformer(nn.Module):
@@ -94,7 +96,14 @@ class Transformer(nn.Module):
         return self.config.attention.positions(positions_BS, document_lengths)
 
     def positions_of(self, batch: Inputs) -> Positions:
-        """The same of a batch's tokens and, where they are a part of each sequence, of the whole."""
+        """The same of a batch's tokens and, where they are a part of each sequence, of the whole; given experts."""
+        positions = self._positions_of(batch)
+        if batch.experts_BSLK is None:
+            return positions
+        given_LTK = batch.experts_BSLK.flatten(0, 1).unbind(1)
+        return replace(positions, experts=dict(zip(self.config.expert_layers, given_LTK, strict=True)))
+
+    def _positions_of(self, batch: Inputs) -> Positions:
         if batch.whole is None:
             return self.positions(batch.positions_BS, batch.document_lengths)
         assert self.context is not None, "a model without `context` was given parts of sequences"

@@ -32,12 +32,14 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.post.endpoint import Endpoint, EndpointError
 from fp8moe.post.held_out import HeldOut
 from fp8moe.post.logprobs import label_logprobs
+from fp8moe.post.packed import Packed, pack
 from fp8moe.post.policy import Mismatch, PolicyLoss, PolicyTokens, group_advantages, mismatch, token_shares
 from fp8moe.post.problems import Posed, ProblemSet, chosen, open_problems
 from fp8moe.post.reference import reference_weights
+from fp8moe.post.replay import RoutingChanges, check_replay
 from fp8moe.post.rollout_server import RolloutServer, endpoint_of
 from fp8moe.post.rollout_weights import Announcement, Exporter
-from fp8moe.post.rollouts import BuiltIn, Generator, Packed, Rollouts, load, pack, rollouts_of, save, with_logprobs
+from fp8moe.post.rollouts import BuiltIn, Generator, Rollouts, load, rollouts_of, save, with_logprobs
 from fp8moe.post.scoring import Scorer, score_rollouts
 from fp8moe.schedule.build import microbatches
 from fp8moe.train.config import TrainConfig
@@ -74,6 +76,7 @@ class Grpo:
                 f"fp8moe grpo learns from problems and data.source is {config.data.source}: go on with a run of its "
                 "own, or begin from this one, init_from=RUN"
             )
+        check_replay(config)
         if grpo.server is not None:
             Endpoint(endpoint_of(grpo), "completions")  # a setting that can't be is said before anything is written
             Announcement(grpo)
@@ -177,11 +180,12 @@ class Grpo:
         figures |= {"rollout_seconds": seconds, "rollout_tokens_per_second": int(rollouts.lengths.sum()) / seconds}
         every = list(range(len(rollouts.completions)))
         packed = _packed(run, rollouts, every)
-        old = self._logprobs(run, rollouts, packed)
+        with RoutingChanges(run) as changes:
+            old = self._logprobs(run, rollouts, packed)
         reference = None
         if run.reference is not None:
             with reference_weights(run, run.reference):
-                reference = self._logprobs(run, rollouts, packed)
+                reference = self._logprobs(run, rollouts, packed.with_own_experts())
             figures["reference_step"] = run.reference.step
         rollouts = with_logprobs(rollouts, old, reference)
         apart: Mismatch = mismatch(old, rollouts.rollout, grpo.importance_cap)
@@ -190,6 +194,7 @@ class Grpo:
             "mismatch_kl": apart.kl,
             "mismatch_largest": apart.largest,
             "capped_share": apart.capped,
+            **changes.figures(rollouts.routing),
         }
         if grpo.updates > 1 and run.is_first and run.run_dir.is_dir():
             save(rollouts, run.run_dir, number)
@@ -228,7 +233,7 @@ class Grpo:
         assert whole is not None
         count = min(len(whole.prompts), grpo.prompts) // grpo.minibatches * grpo.minibatches
         figures = {"rollout_weights": oldest, "groups_drawn": drawn, "groups_alike": alike, "reward_failures": failures}
-        return whole.only(range(count)), figures | self._of_rollouts(whole)
+        return whole.only(range(count)), figures | whole.figures([name for name, _ in self._rewards])
 
     def _posed_for(self, run: Run, number: int, round_number: int) -> tuple[list[int], list[list[int]], list[str]]:
         """(problems, their prompts, what decides their samples) of one round of a batch."""
@@ -240,8 +245,8 @@ class Grpo:
 
     def _sampling(self) -> GroupSampling:
         grpo, posed = self._grpo, self._posed
-        batch, ids = grpo.rollout_batch, posed.vocabulary.num_ids
-        return GroupSampling(grpo.samples, grpo.max_tokens, grpo.temperature, batch, ids, posed.ends)
+        batch, ids, routing = grpo.rollout_batch, posed.vocabulary.num_ids, grpo.router_replay
+        return GroupSampling(grpo.samples, grpo.max_tokens, grpo.temperature, batch, ids, posed.ends, routing)
 
     def _of_rollouts(self, rollouts: Rollouts) -> dict[str, Any]:
         if not rollouts.completions:

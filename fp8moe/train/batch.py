@@ -185,11 +185,14 @@ def share_of(batch: Batch, rank: int, cp: int) -> Batch:
     inputs_BS, labels_BS, positions_BS = (
         part_of(x, rank, cp) for x in (batch.inputs_BS, batch.labels_BS, batch.positions_BS)
     )
-    return Batch(inputs_BS, labels_BS, positions_BS, batch.document_lengths, whole)
+    experts_BSLK = None if batch.experts_BSLK is None else part_of(batch.experts_BSLK, rank, cp)
+    return Batch(inputs_BS, labels_BS, positions_BS, batch.document_lengths, whole, experts_BSLK)
 
 
 def _each(batch: Batch, made: Callable[[Tensor], Tensor]) -> Batch:
     whole = batch.whole
     if whole is not None:
         whole = WholeSequences(made(whole.next_ids_BS), made(whole.mtp_labels_BS), made(whole.positions_BS))
-    return Batch(made(batch.inputs_BS), made(batch.labels_BS), made(batch.positions_BS), batch.document_lengths, whole)
+    experts_BSLK = None if batch.experts_BSLK is None else made(batch.experts_BSLK)
+    tensors = made(batch.inputs_BS), made(batch.labels_BS), made(batch.positions_BS)
+    return Batch(*tensors, batch.document_lengths, whole, experts_BSLK)

@@ -49,6 +49,8 @@ class GrpoConfig:
     # most that a token counts for the rollout's probability being below the training's (truncated importance sampling);
     # None: the mismatch is measured and not corrected
     importance_cap: float | None = 2.0
+    # every token of an update goes to the experts that the rollout chose for it, weighted by their present scores
+    router_replay: bool = False
     mtp_weight: float = 0.0  # of the MTP module's cross entropy on the samples
     # an OpenAI-compatible server (vLLM, SGLang) that samples in place of the run itself, its URL up to and with /v1;
     # None: the weights in training sample
@@ -145,6 +147,11 @@ class GrpoConfig:
         if self.refresh_command and not any("{path}" in part for part in self.refresh_command):
             raise ValueError(
                 "grpo.refresh_command must contain {path}, which the directory of the weights stands in for: add it"
+            )
+        if self.router_replay:
+            raise ValueError(
+                "grpo.router_replay=true needs the experts of every token and grpo.server gives none: use "
+                "grpo.router_replay=false, or grpo.server=null"
             )
         if self.lag > self.stale:
             raise ValueError(

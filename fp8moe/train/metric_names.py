@@ -67,6 +67,7 @@ MEANING = {
     "mismatch_kl": "KL of the generator's distribution to that of training's forward, k3 on sampled tokens",
     "mismatch_largest": "Largest difference of a sampled token's log-probabilities by generator and training",
     "capped_share": "Share of tokens whose importance factor is cut at grpo.importance_cap",
+    "routing_changed": "Share of the rollout's experts that training would not choose (grpo.router_replay)",
     "clip_share": "Share of an update's tokens whose ratio is clipped",
     "kl": "KL to the reference, k3 a token of the update",
     "ratio_deviation": "Mean distance of an update's ratios from 1",

@@ -15,6 +15,7 @@ class Tokens:
     positions_BS: Tensor
     document_lengths: tuple[int, ...] | None = None
     whole: None = None
+    experts_BSLK: Tensor | None = None
 
     def sequences(self, part: slice) -> Tokens:
         return Tokens(self.inputs_BS[part], self.labels_BS[part], self.positions_BS[part])

@@ -6,8 +6,8 @@ Legend: T = B x S tokens, B sequences, S tokens of a sequence, H heads, V featur
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ class Positions:
     """Where tokens stand: rotations [T, rope_dim/2], and the documents they belong to where those are kept apart.
 
     cached: caches that the tokens are written to and attend to (`cache`); None in training. context: the whole
-    sequences where the tokens are a part of each; documents are then its.
+    sequences where the tokens are a part of each; documents are then its. experts: by number of a layer, integers
+    [T, K], those that its router is given for the tokens in place of its choice; nothing to attention.
     """
 
     num_sequences: int
@@ -40,6 +41,7 @@ class Positions:
     documents: Documents | None = None
     cached: CachedForward | None = None
     context: Context | None = None
+    experts: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def of_keys(self) -> tuple[Tensor, Tensor]:
