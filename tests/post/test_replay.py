@@ -132,11 +132,6 @@ def test_an_update_is_plain_autograd_with_the_rollouts_experts(
     assert min(changed) > 0.1
 
 
-def in_training(run: Run, rollouts: Rollouts, routing: bool) -> Packed:
-    one = rollouts if routing else replace(rollouts, routing=None)
-    return pack(one, range(len(rollouts.completions)), run, least=1, multiple=1)
-
-
 def test_given_experts_are_used_in_evaluation_and_what_the_routers_would_change_is_counted(
     corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +148,7 @@ def test_given_experts_are_used_in_evaluation_and_what_the_routers_would_change_
     assert all(old) and not any(reference), "the reference chooses its own"
     assert method._batch is not None and method.figures(run)["routing_changed"] == 0
     rollouts = method._batch.rollouts
-    packed = in_training(run, rollouts, True)
+    packed = pack(rollouts, range(len(rollouts.completions)), run, least=1, multiple=1)
     perturb(run)
     routings: list[Routing] = []
     with noted(run, routings), RoutingChanges(run) as changes:
