@@ -233,7 +233,7 @@ class Grpo:
         assert whole is not None
         count = min(len(whole.prompts), grpo.prompts) // grpo.minibatches * grpo.minibatches
         figures = {"rollout_weights": oldest, "groups_drawn": drawn, "groups_alike": alike, "reward_failures": failures}
-        return whole.only(range(count)), figures | whole.figures([name for name, _ in self._rewards])
+        return whole.only(range(count)), figures | whole.figures(self._scorer.names)
 
     def _posed_for(self, run: Run, number: int, round_number: int) -> tuple[list[int], list[list[int]], list[str]]:
         """(problems, their prompts, what decides their samples) of one round of a batch."""
@@ -247,18 +247,6 @@ class Grpo:
         grpo, posed = self._grpo, self._posed
         batch, ids, routing = grpo.rollout_batch, posed.vocabulary.num_ids, grpo.router_replay
         return GroupSampling(grpo.samples, grpo.max_tokens, grpo.temperature, batch, ids, posed.ends, routing)
-
-    def _of_rollouts(self, rollouts: Rollouts) -> dict[str, Any]:
-        if not rollouts.completions:
-            return {}
-        scored = ~rollouts.rewards.isnan()
-        parts = rollouts.parts[scored]
-        return {
-            "reward": float(rollouts.rewards[scored].mean()) if bool(scored.any()) else None,
-            "rewards": {name: float(parts[:, i].mean()) for i, name in enumerate(self._scorer.names) if len(parts)},
-            "completion_length": float(rollouts.lengths.double().mean()),
-            "ended_share": float(rollouts.ended.double().mean()),
-        }
 
     def figures(self, run: Run) -> Mapping[str, Any]:
         """Of the step just done, and of its batch of rollouts where the step was its first."""
