@@ -4,6 +4,7 @@ Each guard runs on the real tree, on a small sound tree made here, and on that t
 always passes or always fails is caught.
 """
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -204,3 +205,9 @@ def test_import_linter_knows_the_same_floors():
     listed = [{name.strip(" ()") for name in layer.split("|")} for layer in reversed(layers)]
     floors = {name: floor for name, floor in guards.FLOORS.items() if name != "__main__"}
     assert listed == [{name for name in floors if floors[name] == floor} for floor in sorted(set(floors.values()))]
+
+
+def test_files_that_make_test_begins_with_exist():
+    """LONGEST of conftest.py, which is read as text: to import a conftest again would be to register it twice."""
+    named = re.findall(r'^    "(\S+\.py)",$', (ROOT / "tests" / "conftest.py").read_text(), re.MULTILINE)
+    assert named and [name for name in named if not (ROOT / "tests" / name).is_file()] == []

@@ -87,11 +87,6 @@ def test_the_first_call_sets_up_and_the_second_installs_nothing(make, tmp_path):
     assert (code, lines) == (0, [f".venv: -m pytest -m not gpu {how} [OMP=1]"])
 
 
-def test_files_that_make_test_begins_with_exist():
-    named = re.findall(r'^    "(\S+\.py)",$', (ROOT / "tests" / "conftest.py").read_text(), re.MULTILINE)
-    assert named and [name for name in named if not (ROOT / "tests" / name).is_file()] == []
-
-
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_pins_are_those_of_the_machine_or_of_the_caller(kind, make, tmp_path):
     """A folder of its own in front of PATH has an nvidia-smi that sees a GPU, or none; PINS has the last word."""
