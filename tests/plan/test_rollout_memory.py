@@ -157,8 +157,8 @@ def held(sampling: TrainConfig, runs: list[TrainConfig]) -> Held:
     most, references = sampled(sampling), []
     for config in runs:
         run, method = policy_run(config)
-        assert method._reference is not None
-        references.append(sum(one.nbytes for one in method._reference._masters))
+        assert run.reference is not None
+        references.append(run.reference.num_bytes)
     method.work(run)
     assert method._loss is not None
     tokens = [t for t in vars(method._loss._tokens).values() if t is not None]
