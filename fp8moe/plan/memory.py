@@ -24,6 +24,7 @@ from fp8moe.plan.expert_rows import expert_rows
 from fp8moe.plan.held import StageBytes, most_held, most_messages
 from fp8moe.plan.phases import KINDS as OF_PHASES
 from fp8moe.plan.phases import UPDATES, add_teacher, other_phases, policy_bytes
+from fp8moe.plan.rollout_memory import noted_bytes
 from fp8moe.plan.workspace import attention_work, dispatch_work, gather_work, loss_work, mlp_work, optimizer_work
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule
@@ -115,10 +116,11 @@ def fragmentation_bytes(blocks: float) -> float:
 def _data_bytes(config: TrainConfig) -> int:
     """Bytes of the data of one of a rank's tokens: id, label, position and, of masked documents, their number.
 
-    Where ranks share sequences also the ids and labels behind it, and positions of whole sequences.
+    Where ranks share sequences also the ids and labels behind it, and positions of whole sequences; its experts where
+    they are replayed.
     """
     masked, cp = 8 * config.data.document_mask, config.parallel.cp
-    return 24 + masked if cp == 1 else 40 + 8 * cp + masked * cp
+    return noted_bytes(config, least=2) + (24 + masked if cp == 1 else 40 + 8 * cp + masked * cp)
 
 
 def schedule_of(config: TrainConfig) -> Schedule:

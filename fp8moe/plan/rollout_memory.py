@@ -87,12 +87,21 @@ def sampling_stages(config: TrainConfig, stages: tuple[Stage, ...], pp_rank: int
 
 
 def cached_bytes(config: TrainConfig, stages: list[Stage], sizes: RolloutSizes) -> float:
-    """What a batch of rows keeps: caches of the rank's blocks, with the numbers by which tokens are drawn."""
+    """What a batch of rows keeps: caches of the rank's blocks, numbers by which tokens are drawn, experts."""
     model, recipe = config.model, config.recipe
     layers = sum(stage.num_layers for stage in stages)
     shared = cache_bytes(model, recipe, 0, 0) * sizes.sets  # each set has caches of its own
     entries = cache_bytes(model, recipe, sizes.rows, sizes.length) - cache_bytes(model, recipe, 0, 0)
-    return float(layers * (entries + shared) + NUMBERS * sizes.rows * config.grpo.max_tokens)
+    noted = noted_bytes(config) * sizes.rows * sizes.length if sizes.samples > 1 else 0  # of held-out answers nothing
+    return float(layers * (entries + shared) + NUMBERS * sizes.rows * config.grpo.max_tokens + noted)
+
+
+def noted_bytes(config: TrainConfig, least: int = 1) -> int:
+    """Bytes a token of its experts in all layers, where the rollout's are replayed, at least so many a number."""
+    experts = config.model.experts.num_experts
+    number = 1 if experts <= 2**8 else 2 if experts <= 2**15 else 4
+    choices = len(config.model.expert_layers) * config.model.router.topk
+    return max(number, least) * choices if config.grpo.router_replay else 0
 
 
 def sampling_work(config: TrainConfig, stages: list[Stage], sizes: RolloutSizes) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,8 @@ from benchmarks.live_memory import TrackPeak
 from fp8moe.cli.compose import compose
 from fp8moe.data.packing import Batch
 from fp8moe.generate import groups
-from fp8moe.generate.groups import GroupSampling, sample_groups
+from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
+from fp8moe.generate.routing import RoutingRecord
 from fp8moe.generate.session import Session
 from fp8moe.layers.attention.cache import attend_to_cache
 from fp8moe.layers.dispatch import LocalDispatcher
@@ -22,7 +24,7 @@ from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.plan import rollout_memory
 from fp8moe.plan.forward_work import attend_bytes, cache_bytes
-from fp8moe.plan.memory import RankMemory, rank_memory, worst_rank
+from fp8moe.plan.memory import RankMemory, _data_bytes, rank_memory, worst_rank
 from fp8moe.plan.phases import ROLLOUTS, SCORING, TEACHER, UPDATES, policy_bytes
 from fp8moe.plan.rollout_memory import cached_bytes, rollout_sizes, sampling_stages, sampling_work
 from fp8moe.plan.rollouts import reference_bytes
@@ -36,6 +38,8 @@ from fp8moe.plan.teacher import (
     without_teacher,
 )
 from fp8moe.post.distill.teacher_topk import teacher_topk
+from fp8moe.post.packed import _experts
+from fp8moe.post.rollouts import rollouts_of
 from fp8moe.train.config import TrainConfig, resolve, stages_of
 from tests.generate.small import TIMEOUT
 from tests.parallel.ranks import run_ranks
@@ -271,6 +275,19 @@ def test_a_pipeline_caches_its_own_blocks() -> None:
     assert rollout_sizes(whole).sets == 1 and rollout_sizes(cut).sets == 4 and rollout_sizes(cut).rows == 64
     assert cached(whole) == cached(cut) == 61 * 64 * rollout_sizes(cut).length * 1152
     assert rollout_sizes(cut).rows_of_set == 16
+
+
+def test_experts_that_are_replayed() -> None:
+    """Of a rank's rows while it samples; of an update's tokens in numbers that can say -1."""
+    plain = configured(*MLA, *PROBLEMS)
+    replayed = configured(*MLA, *PROBLEMS, "grpo.router_replay=true")
+    sizes, stages = rollout_sizes(plain), list(stages_of(plain))
+    record = RoutingRecord(model_of(plain), sizes.rows, sizes.length)
+    assert cached_bytes(replayed, stages, sizes) - cached_bytes(plain, stages, sizes) == record._ids_NPLK.nbytes > 0
+    sampled = [np.zeros((7, *record._ids_NPLK.shape[2:]), dtype=np.uint8)]
+    rollouts = rollouts_of([[1, 2, 3]], [[Sampled((1,) * 5, (0.0,) * 5, True, sampled[0])]], 1)
+    experts = _experts(rollouts, sampled, [[0]], plain.seq_len)
+    assert experts.nbytes == (_data_bytes(replayed) - _data_bytes(plain)) * plain.seq_len
 
 
 def test_bounds_are_those_of_the_generator() -> None:
