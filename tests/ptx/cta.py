@@ -36,6 +36,7 @@ class Cta:
         self.decoded, self.program, self.arguments, self.maps = decoded, decoded.program, arguments, maps
         self.memory, self.ctaid, self.grid, self.clocks, self.random = memory, ctaid, grid, clocks, choices
         self.cluster, self.counts = decoded.program.cluster, counts
+        self.fraction_bits: int | None = None  # of an FP8 WGMMA's sums; None: those of FP32
         self.rank = ctaid[0] % self.cluster
         self.num_warps = -(-self.program.threads // LANES)
         self.first_warp = self.rank * self.num_warps

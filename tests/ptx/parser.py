@@ -62,21 +62,21 @@ class Program:
     threads: int = 0
     max_registers: int = 0
     cluster: int = 1
+    numbered: dict[str, int] = field(default_factory=dict)  # width of each text asked for so far, 0 if no register
 
     def bits(self, register: str) -> int:
         """Width of a register in bits; 1 for a predicate."""
-        if register in self.registers:
-            return self.registers[register]
-        match = re.match(r"%[a-z]+", register)
-        if match is None or match[0] not in self.registers:
+        if not self.is_register(register):
             raise Unsupported(f"register {register} is not declared")
-        return self.registers[match[0]]
+        return self.registers.get(register) or self.numbered[register]
 
     def is_register(self, text: str) -> bool:
         if text in self.registers:
             return True
-        match = re.fullmatch(r"(%[a-z]+)\d+", text)
-        return match is not None and match[1] in self.registers
+        if text not in self.numbered:
+            match = re.fullmatch(r"(%[a-z]+)\d+", text)
+            self.numbered[text] = 0 if match is None else self.registers.get(match[1], 0)
+        return self.numbered[text] > 0
 
 
 def split_operands(text: str) -> list[str]:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.tensor_core import FRACTION_BITS, tensor_core_dot
 from tests.ptx import scheduler
+from tests.ptx.accumulator import truncated_sum
 from tests.ptx.conversions import bf16_of, e4m3_of, half_of_e4m3
 from tests.ptx.counts import Counts
 from tests.ptx.cta import Cta
@@ -222,6 +224,28 @@ def test_approximations_are_off_by_what_their_description_allows(name, exact, pl
     assert np.array_equal(rounded, np.float32(1) / values)
     larger = run("max.NaN.f32 %r9, %r2, 0f3F800000;", special)
     assert np.array_equal(np.isnan(larger), np.isnan(special))
+
+
+@pytest.mark.parametrize("kind", ["first", "added", "with zeros", "all zero", "of one sign"])
+def test_a_sum_of_13_fraction_bits_is_the_emulated_tensor_core_s(kind):
+    codes = torch.arange(256, dtype=torch.uint8)
+    of_codes = codes[codes & 0x7F != 0x7F].view(torch.float8_e4m3fn).float()
+    torch.manual_seed(0)
+    a, b = (of_codes[torch.randint(len(of_codes), (rows, 32))] for rows in (48, 64))
+    start = torch.randn(48, 64) * 10.0 ** torch.randint(-4, 7, (48, 64))
+    start = (start.view(torch.int32) & -1024).view(torch.float32)  # as a tensor core left it
+    if kind == "with zeros":
+        a[torch.rand(a.shape) < 0.7] = 0
+    if kind == "all zero":
+        a, start = torch.zeros_like(a), torch.zeros_like(start)
+    if kind == "of one sign":
+        a, b, start = a.abs(), b.abs(), start.abs()
+    before = None if kind == "first" else start
+    got = truncated_sum(a.numpy(), b.numpy(), None if before is None else before.numpy(), FRACTION_BITS)
+    expected = tensor_core_dot(a, b, torch.zeros(48, 64) if before is None else before)
+    assert torch.equal(torch.from_numpy(got).double(), expected)
+    exact = a.double() @ b.double().T + (0 if before is None else before.double())
+    assert kind == "all zero" or not torch.equal(expected, exact)
 
 
 def test_what_the_machine_does_not_know_is_refused():
