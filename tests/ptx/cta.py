@@ -42,6 +42,7 @@ class Cta:
         self.first_warp = self.rank * self.num_warps
         self.shared = Shared(clocks, shared_size, decoded.granule, self.first_warp, counts)
         self.shared.stamps.place = lambda: self.place(self.running)
+        self.local_bytes = np.full((LANES * self.num_warps, self.program.local_bytes), 0xA5, np.uint8)
         self.peers: list[Cta] = [self]
         self.meeting: Meeting
         self.barriers: dict[int, Barrier] = {}

@@ -57,7 +57,7 @@ def run(machine: Machine, backend: str, op: str, a: Fp8Tensor, b: Fp8Tensor) -> 
 
 
 def one_sum(text: str) -> str:
-    """The kernel without promotion: its sums start at zero, and the first product of a step adds to them as the rest."""
+    """The kernel without promotion: sums start at zero, and the first product of a step adds to them like the rest."""
     firsts = {}
     for match in matches(text, r"wgmma\.mma_async[^;]*?\{([^}]*)\}, %rd\d+, %rd\d+, (%p\d+|0)\b"):
         firsts.setdefault(match[1], match)

@@ -6,9 +6,9 @@ registers hold a token that is worth a fault to any instruction but a copy or th
 that ordinary instructions wrote need a `wgmma.fence` after that.
 
 A product is formed in FP32 (each is exact; bounds of the tests are those of the project's GPU tests), or, where the
-machine has `fraction_bits`, an FP8 one as the tensor core keeps it (`accumulator`). Operands with descriptors are known, E4M3 (K-major) and BF16 (either
-way round), and A of BF16 from registers, which like the sums must have been written before a fence; that nobody writes
-them again before the wait is not watched.
+machine has `fraction_bits`, an FP8 one as the tensor core keeps it (`accumulator`). Operands with descriptors are
+known, E4M3 (K-major) and BF16 (either way round), and A of BF16 from registers, which like the sums must have been
+written before a fence; that nobody writes them again before the wait is not watched.
 
 A descriptor: start, leading and stride offsets in units of 16 bytes, the swizzle in bits 62 and 63. K-major: row r
 lies in line r % 8 of the r // 8th group, groups `stride` apart. Other way round, a line holds 64 values of one k; 8
