@@ -38,15 +38,16 @@ TABLE = Path(__file__).with_name("sm90.json")
 TARGET = GPUTarget("cuda", 90, 32)
 COUNTED = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 PROCESSES = 2
-# What older compilers keep in local memory where Triton 3.8 needs none: (words that instructions store or load, bytes).
-# Eight bytes that no instruction touches are a frame and cost nothing.
-_FRAME = (0, 8)
+# What older compilers keep in local memory where Triton 3.8 needs none: (words stored or loaded, bytes). 8 bytes that
+# no instruction touches are a frame and cost nothing; the words are of kernels at 128 registers, of clamped rows.
+_LEFT = {
+    "triton add_expert_bias fp32 bias_add_kernel": (0, 8),
+    "triton expert_bias_dgrad fp32 bias_dgrad_kernel": (0, 8),
+    "triton swiglu_backward clamped bf16 F320 swiglu_backward_kernel": (4, 16),
+}
 IN_LOCAL_MEMORY = {
-    "3.7.1": {
-        "triton add_expert_bias fp32 bias_add_kernel": _FRAME,
-        "triton expert_bias_dgrad fp32 bias_dgrad_kernel": _FRAME,
-        "triton swiglu_backward clamped bf16 F320 swiglu_backward_kernel": (4, 16),
-    },
+    "3.6.0": _LEFT | {"triton swiglu_backward clamped bf16 pow2 swiglu_backward_kernel": (1, 8)},
+    "3.7.1": _LEFT,
 }
 
 
