@@ -96,8 +96,7 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         read_a = decoder.read(o[1], np.uint64)
     if signs != [1, 1] or len(slots) != n // 2:
         raise Unsupported(f"{opcode} with factors {signs} and {len(slots)} registers")
-    lane = np.arange(LANES)
-    i = np.arange(n // 2)[:, None]
+    lane, i = np.arange(LANES), np.arange(n // 2)[:, None]
     row, column = lane // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (lane % 4) + i % 2  # [registers, lanes]
     places: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # of A, of B, granules of both
 
@@ -106,8 +105,7 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         _check(gang, [*slots, *held_slots] if held else slots)
         kept = _held([read(gang) for read in fragments]) if held else None
         sums = _sums(gang, slots) if keep else None
-        bits = gang.cta.fraction_bits if kind == "e4m3" else None
-        before = None
+        bits, before = gang.cta.fraction_bits if kind == "e4m3" else None, None
         if bits is not None and sums is not None:
             before = np.zeros((len(gang.warps), 16, n), np.float32)
             before[:, row, column] = sums.reshape(len(slots), -1, LANES).transpose(1, 0, 2)
@@ -119,11 +117,8 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
             quarters = gang.warps[mine] % WARPS
             key = (*pair, *quarters.tolist())
             if key not in places:  # a ring's slots come round again and again
-                rows = (16 * quarters[:, None] + np.arange(16)).reshape(-1) if kept is None else np.zeros(0, np.int64)
-                of_a = _addresses(gang, pair[0], rows, k, kind, majors[0]) if kept is None else rows
-                of_b = _addresses(gang, pair[1], np.arange(n), k, kind, majors[1])
-                granule = gang.cta.shared.granule
-                places[key] = of_a, of_b, np.unique(np.concatenate([of_a.ravel(), of_b.ravel()]) // granule)
+                rows = (16 * quarters[:, None] + np.arange(16)).reshape(-1) if kept is None else None
+                places[key] = _places(gang, pair, (rows, np.arange(n)), k, kind, majors)
             of_a, of_b, granules = places[key]
             left = kept[mine].reshape(-1, k) if kept is not None else _values(gang, of_a, kind)
             right = _values(gang, of_b, kind)
@@ -174,6 +169,17 @@ def _sums(gang: Gang, slots: list[int]) -> np.ndarray:
     if any(value is None for value in values):
         raise Fault("a WGMMA adds to registers that nobody wrote")
     return np.stack([value.value if isinstance(value, Token) else value for value in values]).view(np.float32)
+
+
+def _places(
+    gang: Gang, pair: tuple[int, int], rows: tuple[np.ndarray | None, np.ndarray], k: int, kind: str, majors: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the values of A (none: it lies in registers) and of B lie, and the granules of both."""
+    of_a, of_b = (
+        np.zeros(0, np.int64) if numbers is None else _addresses(gang, descriptor, numbers, k, kind, major)
+        for descriptor, numbers, major in zip(pair, rows, majors, strict=True)
+    )
+    return of_a, of_b, np.unique(np.concatenate([of_a.ravel(), of_b.ravel()]) // gang.cta.shared.granule)
 
 
 def _values(gang: Gang, address: np.ndarray, kind: str) -> np.ndarray:
