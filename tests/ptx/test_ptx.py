@@ -19,7 +19,7 @@ from tests.ptx.plants import PLANTS
 from tests.ptx.speed_limits import ACCEPTED, beyond
 
 pytest.importorskip("triton")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # five minutes of a busy core, three where kernels are compiled
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # three to five minutes of a core
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = json.loads((ROOT / "tests" / "kernels" / "sm90.json").read_text())
