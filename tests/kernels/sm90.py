@@ -2,6 +2,7 @@
 
     python -m tests.kernels.sm90            compile everything, print the table
     python -m tests.kernels.sm90 --write    and rewrite this Triton version's part of sm90.json
+    python -m tests.kernels.sm90 --write --missing    compile and add only what that part lacks
 
 The launchers themselves are run, on CPU tensors that nobody reads, with the launch replaced by a note of what would
 have been compiled: the signature, alignment and constants are those of a real run, and a launcher that doesn't fit its
@@ -37,6 +38,17 @@ TABLE = Path(__file__).with_name("sm90.json")
 TARGET = GPUTarget("cuda", 90, 32)
 COUNTED = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 PROCESSES = 2
+# What older compilers keep in local memory where Triton 3.8 needs none: (words stored or loaded, bytes). 8 bytes that
+# no instruction touches are a frame and cost nothing; the words are of kernels at 128 registers, of clamped rows.
+_LEFT = {
+    "triton add_expert_bias fp32 bias_add_kernel": (0, 8),
+    "triton expert_bias_dgrad fp32 bias_dgrad_kernel": (0, 8),
+    "triton swiglu_backward clamped bf16 F320 swiglu_backward_kernel": (4, 16),
+}
+IN_LOCAL_MEMORY = {
+    "3.6.0": _LEFT | {"triton swiglu_backward clamped bf16 pow2 swiglu_backward_kernel": (1, 8)},
+    "3.7.1": _LEFT,
+}
 
 
 class Pretender:
@@ -122,6 +134,12 @@ def figures(compiled: Any, sass: str, usage: str) -> dict[str, int]:
     }
 
 
+def fits_registers(version: str, name: str, figure: dict[str, int]) -> bool:
+    """Does a kernel use no local memory, but what this Triton is known to?"""
+    words, size = IN_LOCAL_MEMORY.get(version, {}).get(name, (0, 0))
+    return max(figure["STL"], figure["LDL"]) <= words and figure["local"] <= size
+
+
 def wide(sass: str) -> dict[str, int]:
     """How many accesses to global memory are of 16 bytes, and how many are atomic."""
     forms = {"loads": r"LDG\.E\S*\.128\b", "stores": r"STG\.E\S*\.128\b", "atomic": r"(?:ATOM|ATOMG|RED)\."}
@@ -146,11 +164,11 @@ def unguarded_arrivals(ptx: str) -> int:
     return wrong
 
 
-def compile_share(share: int) -> dict[str, dict[str, Any]]:
-    """Compile every PROCESSES-th kernel, from number `share`."""
+def compile_share(share: int, known: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
+    """Compile every PROCESSES-th kernel, from number `share`, of those whose names are not in `known`."""
     torch.set_num_threads(1)
     result = {}
-    for note in list(collect().values())[share::PROCESSES]:
+    for note in [note for name, note in collect().items() if name not in known][share::PROCESSES]:
         compiled = triton.compile(note.source, target=TARGET, options=note.options)
         sass, usage = disassembly(compiled)
         result[note.name] = {
@@ -167,20 +185,26 @@ def compile_share(share: int) -> dict[str, dict[str, Any]]:
     return result
 
 
-def compile_all() -> dict[str, dict[str, Any]]:
-    """Name -> kernel, figures and what else `compile_share` reports, of every kernel."""
+def compile_all(known: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
+    """Name -> kernel, figures and what else `compile_share` reports, of every kernel not in `known`."""
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
-        shares = list(pool.map(compile_share, range(PROCESSES)))
+        shares = list(pool.map(compile_share, range(PROCESSES), [known] * PROCESSES))
     merged: dict[str, dict[str, Any]] = {}
     for share in shares:
         merged |= share
     return dict(sorted(merged.items()))
 
 
-def write(result: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
-    """Put the figures under this Triton version, a kernel a line."""
+def recorded(path: Path = TABLE) -> dict[str, Any]:
+    """The figures under this Triton version, by kernel."""
+    return json.loads(path.read_text()).get(triton.__version__, {}) if path.exists() else {}
+
+
+def write(result: dict[str, dict[str, Any]], path: Path = TABLE, *, beside: dict[str, Any] | None = None) -> None:
+    """Put the figures, with those of `beside`, under this Triton version, a kernel a line."""
     table = json.loads(path.read_text()) if path.exists() else {}
-    table[triton.__version__] = {name: entry["figures"] for name, entry in result.items()}
+    figures = (beside or {}) | {name: entry["figures"] for name, entry in result.items()}
+    table[triton.__version__] = dict(sorted(figures.items()))
     versions = []
     for version in sorted(table):
         rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table[version].items())
@@ -191,13 +215,15 @@ def write(result: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="compile every kernel for sm_90a and count its machine code")
     parser.add_argument("--write", action="store_true", help="rewrite this Triton version's part of sm90.json")
+    parser.add_argument("--missing", action="store_true", help="only kernels that sm90.json lacks for this Triton")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found there")
     arguments = parser.parse_args()
-    result = compile_all()
+    kept = recorded() if arguments.missing else {}
+    result = compile_all(frozenset(kept))
     for name, entry in result.items():
         print(f"{name}: " + " ".join(f"{key} {value}" for key, value in entry["figures"].items() if value))
     if arguments.write:
-        write(result)
+        write(result, beside=kept)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": result}))
     return 0

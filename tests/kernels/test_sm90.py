@@ -169,7 +169,9 @@ def test_casts_keep_four_ctas_an_sm_and_store_whole_vectors(kernels):
         assert entry["wide"]["stores"] >= stores, name
 
 
-def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(kernels):
+def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(found, kernels):
+    from tests.kernels.sm90 import fits_registers
+
     # Casts, two values each: 16 values a lane of gate, up and h; 64 of h; 16 and 32 of both gradients.
     casts = {
         "swiglu_kernel": 24,
@@ -178,11 +180,11 @@ def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(kernels):
         "silu_mul_kernel": 0,
         "silu_mul_backward_kernel": 0,
     }
-    found = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("swiglu", "silu_mul")}
-    assert {e["kernel"].split(".")[-1] for e in found.values()} == set(casts)
-    for name, entry in found.items():
+    ours = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("swiglu", "silu_mul")}
+    assert {e["kernel"].split(".")[-1] for e in ours.values()} == set(casts)
+    for name, entry in ours.items():
         figure, wide = entry["figures"], entry["wide"]
-        assert figure["STL"] == figure["LDL"] == figure["local"] == wide["atomic"] == 0, name
+        assert fits_registers(found["triton"], name, figure) and wide["atomic"] == 0, name
         assert 2 * figure["registers"] * figure["threads"] <= REGISTER_FILE, name
         assert 2 * figure["shared"] <= SHARED_LIMIT, name
         assert wide["stores"] >= 2, name
@@ -191,7 +193,9 @@ def test_swiglu_has_two_ctas_an_sm_and_a_cast_for_each_store(kernels):
 
 
 @pytest.mark.slow
-def test_routing_and_biases_of_experts_stay_in_registers_and_add_in_a_fixed_order(kernels):
+def test_routing_and_biases_of_experts_stay_in_registers_and_add_in_a_fixed_order(found, kernels):
+    from tests.kernels.sm90 import fits_registers
+
     ours = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in ("route", "expert_bias")}
     assert {e["kernel"].split(".")[-1] for e in ours.values()} == {
         *("route_kernel", "balance_kernel", "route_backward_kernel"),
@@ -199,7 +203,7 @@ def test_routing_and_biases_of_experts_stay_in_registers_and_add_in_a_fixed_orde
     }
     for name, entry in ours.items():
         figure, wide = entry["figures"], entry["wide"]
-        assert figure["STL"] == figure["LDL"] == figure["local"] == wide["atomic"] == 0, name
+        assert fits_registers(found["triton"], name, figure) and wide["atomic"] == 0, name
 
 
 @pytest.mark.slow

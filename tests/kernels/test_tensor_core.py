@@ -40,6 +40,19 @@ def test_a_term_is_cut_off_13_bits_below_the_largest_not_rounded():
     assert float(tensor_core_dot(a, b, torch.zeros(1, 1), fraction_bits=20)) == 256 + 2.0**-5 * 1.75
 
 
+def test_a_product_has_the_exponent_of_its_factors_and_the_sum_is_cut_off_too():
+    """What was found of an H100 (MMA-Sim, arXiv 2511.10909): 1.75 x 1.75, though above 2, counts with exponent 0."""
+    a, b = torch.zeros(1, 32), torch.zeros(1, 32)
+    a[0, :3], b[0, :3] = torch.tensor([1.75, 2.0**-7, 2.0**-7]), torch.tensor([1.75, 2.0**-6, 2.0**-6])
+    nothing = torch.zeros(1, 1)
+    assert float(tensor_core_dot(a, b, nothing)) == 1.75**2 + 2 * 2.0**-13
+    a[0, 2] = 0
+    assert float(tensor_core_dot(a, b, nothing)) == 1.75**2  # its 13 fraction bits end at 2^-12
+    a[0, 0] = 0
+    for start, total in ((0, 2.0**-13), (1, 1 + 2.0**-13), (2 - 2.0**-13, 2), (2, 2), (-2, -2)):
+        assert float(tensor_core_dot(a, b, nothing + start)) == total
+
+
 def test_promotion_is_what_keeps_a_long_positive_sum():
     """The bounds that every back end is held to, and that no back end meets without promotion."""
     a, b = (constant_scales(torch.randn(48, 4096).abs() * 100) for _ in range(2))

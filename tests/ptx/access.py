@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.ptx.conversions import dtype_of
 from tests.ptx.parser import Instruction, Unsupported, list_of
-from tests.ptx.registers import LANES, SIGNED, UNSIGNED, Decoder, Fault, Gang, Token
+from tests.ptx.registers import LANES, LOCAL, SIGNED, UNSIGNED, Decoder, Fault, Gang, Token
 
 Active = np.ndarray | None
 
@@ -37,6 +37,8 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
     space = parts[1].split("::")[0]
     if space == "param":
         return _parameter(decoder, instruction)
+    if space == parts[-1] or space == "local":
+        return _local(decoder, instruction)
     if space not in ("global", "shared"):
         raise Unsupported(f"{instruction.opcode}: memory space {space!r} is not known")
     if parts[0] == "ld":
@@ -115,6 +117,35 @@ def _store(decoder: Decoder, instruction: Instruction, space: str) -> tuple[Any,
             gang.cta.counts.shared_access(warps, at, size * width)
 
     return store, []
+
+
+def _local(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
+    """One value of each thread's local memory; an access that names no space may reach that one only."""
+    loads, dtype = instruction.parts[0] == "ld", np.dtype(dtype_of(instruction.parts[-1]))
+    register, place = instruction.operands if loads else instruction.operands[::-1]
+    size, width = _shape(instruction.parts)
+    if width != 1:
+        raise Unsupported(f"{instruction.opcode}: vectors in local memory are not known")
+    slot, natural = decoder.slot(register), np.dtype(decoder.natural(register))
+    address, value = decoder.address(place), decoder.read(register, UNSIGNED[8 * size])
+
+    def run(gang: Gang, on: Active) -> None:
+        active, memory = np.ones(gang.n, bool) if on is None else on, gang.cta.local_bytes
+        at, threads = address(gang)[active] - LOCAL, gang.tid[active]
+        if (at < 0).any() or (at + size > memory.shape[1]).any() or (at % size).any():
+            raise Fault(
+                f"an access beyond the {memory.shape[1]} bytes of a thread's local memory, or in any other space"
+            )
+        where = threads[:, None], at[:, None] + np.arange(size)
+        if not loads:
+            raw = np.broadcast_to(value(gang).view(UNSIGNED[8 * size]), gang.n)[active]
+            memory[where] = np.ascontiguousarray(raw).view(np.uint8).reshape(-1, size)
+            return
+        full = np.zeros(gang.n, natural)
+        full[active] = memory[where].view(dtype)[:, 0].astype(natural)
+        gang.regs[slot] = keep_old(decoder, gang, slot, full, on)
+
+    return run, [slot] if loads else []
 
 
 def _matrix(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:

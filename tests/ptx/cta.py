@@ -36,11 +36,13 @@ class Cta:
         self.decoded, self.program, self.arguments, self.maps = decoded, decoded.program, arguments, maps
         self.memory, self.ctaid, self.grid, self.clocks, self.random = memory, ctaid, grid, clocks, choices
         self.cluster, self.counts = decoded.program.cluster, counts
+        self.fraction_bits: int | None = None  # of an FP8 WGMMA's sums; None: those of FP32
         self.rank = ctaid[0] % self.cluster
         self.num_warps = -(-self.program.threads // LANES)
         self.first_warp = self.rank * self.num_warps
         self.shared = Shared(clocks, shared_size, decoded.granule, self.first_warp, counts)
         self.shared.stamps.place = lambda: self.place(self.running)
+        self.local_bytes = np.full((LANES * self.num_warps, self.program.local_bytes), 0xA5, np.uint8)
         self.peers: list[Cta] = [self]
         self.meeting: Meeting
         self.barriers: dict[int, Barrier] = {}

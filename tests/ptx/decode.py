@@ -20,6 +20,7 @@ from tests.ptx.registers import LANES, Decoder, Fault, Gang
 
 LANE_OPS = ("shfl", "redux", "elect", "vote", "activemask")
 NOTHING = ("nanosleep", "prefetch", "griddepcontrol")
+_NO_BRACKETS = str.maketrans("{}[],|+", "       ")
 
 
 @dataclass
@@ -29,8 +30,13 @@ class Decoded:
     program: Program
     decoder: Decoder
     ops: list[Callable[[Gang], None]]
-    reads: list[list[int]]  # slots that each instruction mentions
     granule: int
+
+    def mentioned(self, number: int) -> list[int]:
+        """The registers, as slots, that instruction `number` names."""
+        instruction = self.program.code[number]
+        text = " ".join([*instruction.operands, instruction.guard or ""]).translate(_NO_BRACKETS)
+        return [self.decoder.slots[word] for word in dict.fromkeys(text.split()) if word in self.decoder.slots]
 
 
 def effect(instruction: Instruction) -> Any:
@@ -157,13 +163,6 @@ def _decode_one(decoder: Decoder, instruction: Instruction) -> Callable[[Gang], 
     return op if mask is None else _guarded(decoder, op, mask, targets)
 
 
-def _mentioned(decoder: Decoder, instruction: Instruction) -> list[int]:
-    text = " ".join([*instruction.operands, instruction.guard or ""])
-    for c in "{}[],|+":
-        text = text.replace(c, " ")
-    return [decoder.slot(word) for word in dict.fromkeys(text.split()) if decoder.program.is_register(word)]
-
-
 def decode(program: Program) -> Decoded:
     """Raises Unsupported, with the instruction and its place, where the machine does not know one."""
     decoder, ops, granule = Decoder(program), [], 4
@@ -175,4 +174,4 @@ def decode(program: Program) -> Decoded:
         parts = instruction.parts
         if parts[0] == "st" and parts[1].startswith("shared"):
             granule = min(granule, int(parts[-1][1:]) // 8)
-    return Decoded(program, decoder, ops, [_mentioned(decoder, one) for one in program.code], granule)
+    return Decoded(program, decoder, ops, granule)

@@ -51,13 +51,24 @@ class Kernel:
 
 @dataclass
 class Machine:
-    """What launches share: compiled kernels, the schedule's seed, an edit of the PTX, and what was counted."""
+    """What launches share: compiled kernels, the schedule's seed, an edit of the PTX, sums' bits, what was counted."""
 
     kernels: dict[str, Kernel] = field(default_factory=dict)
     seed: int | None = None
     edit: Callable[[str], str] | None = None  # applied to the PTX before it runs
     count: bool = False
+    fraction_bits: int | None = None  # of an FP8 product's sums in the tensor core; None: those of FP32
     launched: list[tuple[Kernel, Counts]] = field(default_factory=list)
+    decoded: dict[str, Decoded] = field(default_factory=dict)  # by text; an edited kernel's last text only
+
+    def program(self, kernel: Kernel) -> Decoded:
+        """What a launch runs: the kernel, or its edited text."""
+        if self.edit is None:
+            return kernel.decoded
+        text = self.edit(kernel.text)
+        if text not in self.decoded:
+            self.decoded = {text: decode(parse(text))}
+        return self.decoded[text]
 
 
 def storage(tensor: torch.Tensor) -> np.ndarray:
@@ -131,8 +142,8 @@ class Arguments:
 
 def execute(machine: Machine, kernel: Kernel, grid: tuple[int, ...], arguments: list[Any]) -> None:
     """Run every CTA of the grid, cluster by cluster, in order."""
-    decoded = kernel.decoded if machine.edit is None else decode(parse(machine.edit(kernel.text)))
-    program, memory = decoded.program, Global()
+    decoded, memory = machine.program(kernel), Global()
+    program = decoded.program
     placed = Arguments(memory, kernel)
     for value in arguments:
         placed.add(value)
@@ -157,7 +168,7 @@ def execute(machine: Machine, kernel: Kernel, grid: tuple[int, ...], arguments: 
                     ]  # fmt: skip
                     meeting = Meeting(ctas)
                     for cta in ctas:
-                        cta.peers, cta.meeting = ctas, meeting
+                        cta.peers, cta.meeting, cta.fraction_bits = ctas, meeting, machine.fraction_bits
                     run_cluster(ctas, choices)
     memory.bring_back()
     machine.launched.append((kernel, counts))

@@ -165,8 +165,9 @@ class Stamps:
     def begin_read(self, warps: np.ndarray, granules: np.ndarray, what: Callable[[], str]) -> UnderWay:
         """A read by the asynchronous proxy, on behalf of `warps`: under way until `end_read`."""
         rows, writer = self.clocks.rows[warps], self.writer[granules]
-        known = np.where(self.ordinary[granules], rows[:, VISIBLE][:, writer], rows[:, KNOWN][:, writer])
-        bad = (self.written[granules] > known).any(0)
+        least = rows.min(0)  # what every one of them knows
+        known = np.where(self.ordinary[granules], least[VISIBLE, writer], least[KNOWN, writer])
+        bad = self.written[granules] > known
         if bad.any():
             at = granules[bad][:1]
             if self.ordinary[at[0]] and (self.written[at] <= rows[:, KNOWN][:, self.writer[at]]).all():

@@ -62,21 +62,22 @@ class Program:
     threads: int = 0
     max_registers: int = 0
     cluster: int = 1
+    local_bytes: int = 0  # of local memory, a thread
+    numbered: dict[str, int] = field(default_factory=dict)  # width of each text asked for so far, 0 if no register
 
     def bits(self, register: str) -> int:
         """Width of a register in bits; 1 for a predicate."""
-        if register in self.registers:
-            return self.registers[register]
-        match = re.match(r"%[a-z]+", register)
-        if match is None or match[0] not in self.registers:
+        if not self.is_register(register):
             raise Unsupported(f"register {register} is not declared")
-        return self.registers[match[0]]
+        return self.registers.get(register) or self.numbered[register]
 
     def is_register(self, text: str) -> bool:
         if text in self.registers:
             return True
-        match = re.fullmatch(r"(%[a-z]+)\d+", text)
-        return match is not None and match[1] in self.registers
+        if text not in self.numbered:
+            match = re.fullmatch(r"(%[a-z]+)\d+", text)
+            self.numbered[text] = 0 if match is None else self.registers.get(match[1], 0)
+        return self.numbered[text] > 0
 
 
 def split_operands(text: str) -> list[str]:
@@ -115,7 +116,7 @@ class _Body:
     def line(self, code: str, comment: str) -> None:
         """One line without its comment."""
         if not self.buffer.strip():
-            if code.startswith(".loc"):
+            if code.split()[:1] == [".loc"]:
                 self.place = comment or " ".join(code.split()[1:4])
                 return
             if code.startswith(_SKIPPED):
@@ -150,12 +151,21 @@ class _Body:
             targets = split_operands(text.removeprefix(".branchtargets"))
             self.program.tables[self.last_label] = targets
             del self.program.labels[self.last_label]
+        elif text.startswith(".local"):
+            self.local(text)
         elif text.startswith(".pragma"):
             return
         elif text.startswith("."):
             raise Unsupported(f"directive {text!r} is not known")
         elif text:
             self.instruction(text)
+
+    def local(self, text: str) -> None:
+        """A thread's own memory: `.local .align 2 .b8 __local_depot0[2]`."""
+        match = re.fullmatch(r"\.local \.align \d+ \.b8 __local_depot\d+\[(\d+)\]", text)
+        if match is None or self.program.local_bytes:
+            raise Unsupported(f"directive {text!r} is not known")
+        self.program.local_bytes = int(match[1])
 
     def declare(self, text: str) -> None:
         kind, names = re.fullmatch(r"\.reg \.(\w+) (.*)", text).groups()

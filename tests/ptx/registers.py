@@ -26,6 +26,7 @@ SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 POISON = 0xA5A5A5A5A5A5A5A5
 MAPS = 1 << 48  # the address of the tensor map in parameter i is MAPS + 256 i
+LOCAL = 1 << 52  # where each thread's local memory begins
 LANES = 32
 WINDOW = 24  # shared memory of the CTA of rank r in a cluster begins at r << WINDOW
 
@@ -129,6 +130,8 @@ class Decoder:
             return np.frombuffer(struct.pack("<Q", int(text[2:], 16)), dtype)[0]
         if match := re.fullmatch(r"global_smem(?:\+(\d+))?", text):
             number = int(match[1] or 0)
+        elif re.fullmatch(r"__local_depot\d+", text):
+            number = LOCAL
         elif match := re.fullmatch(r"\w+_param_(\d+)", text):
             number = MAPS + 256 * int(match[1])
         else:

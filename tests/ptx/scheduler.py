@@ -79,7 +79,7 @@ def _run(gang: Gang, burst: int) -> int:
 def _retry(gang: Gang, pc: int, error: Exception) -> None:
     """An instruction met a register without a value: give it a pattern and execute it again, or say what is wrong."""
     cta, changed = gang.cta, False
-    for slot in cta.decoded.reads[pc]:
+    for slot in cta.decoded.mentioned(pc):
         if isinstance(gang.regs[slot], Token):
             raise Fault(f"uses a register of a WGMMA that no wait_group has let go; {describe(cta, gang)}")
         if gang.regs[slot] is None:

@@ -1,6 +1,7 @@
 """What decides a kernel's speed and needs no clock, for every kernel on an aligned problem: the rows of `counts.json`.
 
     python -m tests.ptx --write     rewrite this Triton version's part of counts.json
+    python -m tests.ptx --write --missing    run and add only what that part lacks
 
     per            what instructions are counted against: "wgmma" (one, of a warp) or "byte" (of global memory, loaded
                    or stored by ordinary accesses)
@@ -64,6 +65,11 @@ def rows(name: str, launched: list[tuple[Kernel, Counts]]) -> dict[str, dict[str
     for kernel, counts in launched:
         by_kernel.setdefault(id(kernel), (kernel, []))[1].append(counts)
     return {f"{name} {kernel.name}": figures(kernel, counts) for kernel, counts in by_kernel.values()}
+
+
+def recorded(version: str, path: Path = TABLE) -> dict[str, dict[str, Any]]:
+    """The rows under this Triton version, by kernel."""
+    return json.loads(path.read_text()).get(version, {}) if path.exists() else {}
 
 
 def write(version: str, table: dict[str, dict[str, Any]], path: Path = TABLE) -> None:

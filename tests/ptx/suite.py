@@ -4,27 +4,24 @@
 
 Triton reads TRITON_INTERPRET when it is imported, and the tests' process has it set: `test_ptx` starts this module once
 for all its tests. Another installed Triton is tried by the same command with PYTHONPATH in front of it. ptxas is left
-out of the compiler, so what it caches is no kernel that could run: its cache is a directory of its own.
+out of the compiler, so what it caches is no kernel that could run: its cache is a folder of its own, build/ptx-cache.
+That stays (`make clean` removes it): compiling is half of the time, and Triton compiles again what has another
+source, option or version.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-if "TRITON_CACHE_DIR" not in os.environ:
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fp8moe-ptx-")
-    atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / "build" / "ptx-cache"))
 
 import torch
 import triton
@@ -41,6 +38,7 @@ from tests.ptx import (
     product_cases,
     route_cases,
     speed,
+    sum_cases,
     update_cases,
 )
 from tests.ptx.launching import Machine
@@ -66,7 +64,7 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
     """What became of one case: its error if it failed, the kernels it ran and the opcodes they executed, its counts."""
     torch.manual_seed(zlib.crc32(name.encode()))
     machine.launched, machine.seed, machine.edit, machine.count = [], None, None, True
-    start, error, rows = time.perf_counter(), "", {}
+    start, error, rows = time.process_time(), "", {}
     try:
         run(machine)
         rows = speed.rows(name, machine.launched)
@@ -80,7 +78,7 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
         opcodes |= {
             one.opcode for one, times in zip(kernel.decoded.program.code, counts.executed, strict=False) if times
         }
-    seconds = round(time.perf_counter() - start, 2)
+    seconds = round(time.process_time() - start, 2)  # of this process, however busy the machine is
     return {
         "error": error, "kernels": sorted(kernels), "opcodes": sorted(opcodes), "counts": rows, "seconds": seconds,
     }  # fmt: skip
@@ -104,28 +102,39 @@ def plant_all(machine: Machine) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description="run every kernel's PTX on the CPU")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose name has this in it; `sums`: those alone"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each case there")
     parser.add_argument("--write", action="store_true", help="rewrite this Triton version's part of counts.json")
+    parser.add_argument("--missing", action="store_true", help="only cases that counts.json lacks for this Triton")
     arguments = parser.parse_args()
     if arguments.write and arguments.only:
-        parser.error("--write needs every case: leave --only out")
+        parser.error("--write needs every case, or with --missing those that have no counts: leave --only out")
     prepare()
     machine, results = Machine(), {}
+    kept = speed.recorded(triton.__version__) if arguments.missing else {}
+    known = {kernel.rsplit(" ", 1)[0] for kernel in kept}
     for name, run in all_cases().items():
-        if arguments.only in name:
+        if arguments.only in name and name not in known:
             results[name] = run_case(name, run, machine)
             print(f"{name}: {results[name]['error'] or 'right'}, {results[name]['seconds']} s", flush=True)
-    planted = {} if arguments.only else plant_all(machine)
+    planted = {} if arguments.only or arguments.missing else plant_all(machine)
+    sums = sum_cases.sums(machine) if arguments.only in ("", "sums") and not arguments.missing else {}
+    for name, row in sums.items():
+        print(f"sums of 13 fraction bits: {name}: {row}", flush=True)
     failed = [name for name, result in results.items() if result["error"]]
     opcodes = {opcode for result in results.values() for opcode in result["opcodes"]}
     kernels = {kernel for result in results.values() for kernel in result["kernels"]}
     print(f"Triton {triton.__version__}: {len(results) - len(failed)} of {len(results)} cases right, {len(kernels)} "
           f"kernels, {len(opcodes)} opcodes, {sum(r['seconds'] for r in results.values()):.0f} s")  # fmt: skip
     if arguments.write:
-        speed.write(triton.__version__, {k: row for result in results.values() for k, row in result["counts"].items()})
+        counts = {kernel: row for result in results.values() for kernel, row in result["counts"].items()}
+        speed.write(triton.__version__, kept | counts)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "cases": results, "plants": planted}))
+        arguments.json.write_text(json.dumps(
+            {"triton": triton.__version__, "cases": results, "plants": planted, "sums": sums}
+        ))  # fmt: skip
     return 1 if failed else 0
 
 

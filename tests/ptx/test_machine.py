@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.tensor_core import FRACTION_BITS, tensor_core_dot
 from tests.ptx import scheduler
+from tests.ptx.accumulator import truncated_sum
 from tests.ptx.conversions import bf16_of, e4m3_of, half_of_e4m3
 from tests.ptx.counts import Counts
 from tests.ptx.cta import Cta
@@ -171,6 +173,34 @@ def test_accesses_stay_in_bounds_and_aligned():
         run("mov.b32 %r4, global_smem;\n ld.shared.b32 %r9, [%r4];", values)
 
 
+LOCAL = """
+	.local .align 2 .b8 	__local_depot0[2];
+	.reg .b64 	%SP;
+	.reg .b64 	%SPL;
+	mov.b64 	%SPL, __local_depot0;
+	cvta.local.u64 	%SP, %SPL;
+	cvt.u16.u32 %rs1, %r2;
+	add.s16 %rs2, %rs1, 1;
+	st.b8 [%SP+1], %rs1;
+	setp.lt.u32 %p1, %r1, 40;
+	@%p1 st.b8 [%SP], %rs2;
+	@!%p1 st.b8 [%SP], %rs1;
+	ld.b16 %rs3, [%SP];
+	cvt.u32.u16 %r9, %rs3;
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_local_memory_is_each_thread_s_own(seed):
+    values = np.arange(THREADS, dtype=np.int32) * 3
+    expected = [(x % 256) << 8 | (x + (i < 40)) % 256 for i, x in enumerate(values.tolist())]
+    assert run(LOCAL, values, seed).tolist() == expected
+    with pytest.raises(Fault, match=r"beyond the 2 bytes of a thread's local memory"):
+        run(LOCAL.replace("ld.b16 %rs3, [%SP]", "ld.b16 %rs3, [%SP+2]"), values)
+    with pytest.raises(Fault, match=r"or in any other space"):
+        run(LOCAL + "ld.b32 %r9, [%rd4];", values)
+
+
 def test_a_loop_without_an_end_is_stopped(monkeypatch):
     monkeypatch.setattr(scheduler, "INSTRUCTIONS", 1000)
     with pytest.raises(Fault, match=r"more than 1000 instructions"):
@@ -222,6 +252,31 @@ def test_approximations_are_off_by_what_their_description_allows(name, exact, pl
     assert np.array_equal(rounded, np.float32(1) / values)
     larger = run("max.NaN.f32 %r9, %r2, 0f3F800000;", special)
     assert np.array_equal(np.isnan(larger), np.isnan(special))
+
+
+@pytest.mark.parametrize("kind", ["first", "added", "with zeros", "all zero", "of one sign", "subnormal"])
+def test_a_sum_of_13_fraction_bits_is_the_emulated_tensor_core_s(kind):
+    codes = torch.arange(256, dtype=torch.uint8)
+    of_codes = codes[codes & 0x7F != 0x7F].view(torch.float8_e4m3fn).float()
+    torch.manual_seed(0)
+    a, b = (of_codes[torch.randint(len(of_codes), (rows, 32))] for rows in (48, 64))
+    start = torch.randn(48, 64) * 10.0 ** torch.randint(-4, 7, (48, 64))
+    start = (start.view(torch.int32) & -1024).view(torch.float32)  # as a tensor core left it
+    if kind == "subnormal":
+        a[:], b[:], start[:] = 2.0**-6, 2.0**-6, 0  # dropped beside 7 x 2^-9 x 256, whose exponent is -6 + 8
+        a[:, 0], b[:, 0] = 7 * 2.0**-9, 256
+    if kind == "with zeros":
+        a[torch.rand(a.shape) < 0.7] = 0
+    if kind == "all zero":
+        a, start = torch.zeros_like(a), torch.zeros_like(start)
+    if kind == "of one sign":
+        a, b, start = a.abs(), b.abs(), start.abs()
+    before = None if kind == "first" else start
+    got = truncated_sum(a.numpy(), b.numpy(), None if before is None else before.numpy(), FRACTION_BITS)
+    expected = tensor_core_dot(a, b, torch.zeros(48, 64) if before is None else before)
+    assert torch.equal(torch.from_numpy(got).double(), expected)
+    exact = a.double() @ b.double().T + (0 if before is None else before.double())
+    assert kind == "all zero" or not torch.equal(expected, exact)
 
 
 def test_what_the_machine_does_not_know_is_refused():

@@ -23,6 +23,7 @@ from tests.ptx.parser import Instruction, Unsupported, split_operands
 from tests.ptx.registers import MAPS, WINDOW, Decoder, Fault, Gang
 
 ALIGNMENT = 128  # of a tile in shared memory
+PIECE = 16  # bytes that stay together in every swizzle
 
 
 @dataclass(frozen=True)
@@ -47,40 +48,57 @@ def swizzled(address: np.ndarray, line: int) -> np.ndarray:
     return address ^ (((address >> 7) & bits) << 4)
 
 
-def places(tensor: TensorMap, at: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(is it inside the tensor, index into global memory, address in shared memory) of every byte of a box."""
-    box, shape, strides = tensor.box, tensor.shape, tensor.strides
+def places(tensor: TensorMap, at: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(is it inside the tensor, index into global memory, address in shared memory) of every piece of a box, its bytes.
+
+    A piece is 16 bytes, the swizzle's own, where the tensor's rows and the box begin and end at whole pieces, or 1.
+    Indices and addresses count pieces.
+    """
+    box, shape, strides, size = tensor.box, tensor.shape, tensor.strides, tensor.size
     if len(box) == 1:
         box, shape, strides, at = (1, *box), (1, *shape), (0, *strides), [0, *at]
-    row, byte = np.arange(box[0])[:, None], np.arange(box[1] * tensor.size)[None, :]
-    column = byte // tensor.size + at[1]
+    whole = (tensor.base, strides[0], start, at[1] * size, box[1] * size, shape[1] * size)
+    piece = 1 if any(number % PIECE for number in whole) else PIECE
+    row, byte = np.arange(box[0])[:, None], np.arange(0, box[1] * size, piece)[None, :]
+    column = byte // size + at[1]
     inside = (row + at[0] >= 0) & (row + at[0] < shape[0]) & (column >= 0) & (column < shape[1])
-    outer = tensor.base - BASE + (row + at[0]) * strides[0] + at[1] * tensor.size + byte
-    inner = swizzled(start + row * box[1] * tensor.size + byte, tensor.swizzle)
-    return inside, outer, inner
+    outer = tensor.base - BASE + (row + at[0]) * strides[0] + at[1] * size + byte
+    inner = swizzled(start + row * box[1] * size + byte, tensor.swizzle)
+    return inside, outer // piece, inner // piece, piece
 
 
-def existing(memory: Global, where: np.ndarray) -> np.ndarray:
-    if where.size and ((where < 0).any() or (where >= memory.used).any() or not memory.exists[where].all()):
+def pieces(raw: np.ndarray, piece: int) -> np.ndarray:
+    """Bytes as pieces of that many."""
+    return raw if piece == 1 else raw.view(f"V{piece}")
+
+
+def existing(memory: Global, where: np.ndarray, piece: int) -> np.ndarray:
+    first, last = where * piece, where * piece + (piece - 1)
+    if where.size and (
+        (first < 0).any()
+        or (last >= memory.used).any()
+        or not (memory.exists[first].all() and memory.exists[last].all())
+    ):
         raise Fault("TMA reaches beyond the tensor's storage: its map is wrong")
     return where
 
 
 def load_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int) -> None:
     """The bytes arrive."""
-    inside, outer, inner = places(tensor, at, start)
-    tile = np.zeros(inner.shape, np.uint8)
-    tile[inside] = memory.bytes[existing(memory, outer[inside])]
-    shared.bytes[inner] = tile
+    inside, outer, inner, piece = places(tensor, at, start)
+    tile = pieces(np.zeros(inner.size * piece, np.uint8), piece).reshape(inner.shape)
+    tile[inside] = pieces(memory.bytes, piece)[existing(memory, outer[inside], piece)]
+    pieces(shared.bytes, piece)[inner] = tile
 
 
 def store_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
     """The bytes are written, or as FP32 added to what is there."""
-    inside, outer, inner = places(tensor, at, start)
-    where, tile = existing(memory, outer[inside]), shared.bytes[inner[inside]]
+    inside, outer, inner, piece = places(tensor, at, start)
+    kept, tile = pieces(memory.bytes, piece), pieces(shared.bytes, piece)[inner[inside]]
+    where = existing(memory, outer[inside], piece)
     if adds:
-        tile = (memory.bytes[where].view(np.float32) + tile.view(np.float32)).view(np.uint8)
-    memory.bytes[where] = tile
+        tile = (kept[where].view(np.float32) + tile.view(np.float32)).view(tile.dtype)
+    kept[where] = tile
 
 
 def region(gang: Gang, tensor: TensorMap, start: int) -> slice:

@@ -5,10 +5,10 @@ write there meanwhile, which `order` watches, so the product is formed at once a
 registers hold a token that is worth a fault to any instruction but a copy or the next product of the same sums. Sums
 that ordinary instructions wrote need a `wgmma.fence` after that.
 
-A product is formed in FP32 (each is exact, the tensor core keeps about 14 bits of the sum of one instruction: bounds
-of the tests are those of the project's GPU tests). Operands with descriptors are known, E4M3 (K-major) and BF16 (either
-way round), and A of BF16 from registers, which like the sums must have been written before a fence; that nobody writes
-them again before the wait is not watched.
+A product is formed in FP32 (each is exact; bounds of the tests are those of the project's GPU tests), or, where the
+machine has `fraction_bits`, an FP8 one as the tensor core keeps it (`accumulator`). Operands with descriptors are
+known, E4M3 (K-major) and BF16 (either way round), and A of BF16 from registers, which like the sums must have been
+written before a fence; that nobody writes them again before the wait is not watched.
 
 A descriptor: start, leading and stride offsets in units of 16 bytes, the swizzle in bits 62 and 63. K-major: row r
 lies in line r % 8 of the r // 8th group, groups `stride` apart. Other way round, a line holds 64 values of one k; 8
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptx.accumulator import truncated_sum
 from tests.ptx.conversions import E4M3_VALUES, f32_of_bf16
 from tests.ptx.parser import Instruction, Unsupported, list_of
 from tests.ptx.registers import LANES, Decoder, Fault, Gang, Token
@@ -37,12 +38,10 @@ class State:
     def __init__(self) -> None:
         self.open: list[tuple[Any, list[Token]]] = []
         self.groups: list[list[tuple[Any, list[Token]]]] = []
-        self.fenced: list[Any] = []
-        self.allowed: set[int] = set()
+        self.fenced: list[Any] = []  # what each register held at the last fence
 
     def fence(self, gang: Gang) -> None:
-        self.fenced = list(gang.regs)  # kept, so that no other array takes an id
-        self.allowed = {id(value) for value in self.fenced}
+        self.fenced = list(gang.regs)
 
 
 def state(gang: Gang) -> State:
@@ -77,9 +76,7 @@ def _wait(gang: Gang, kept: int) -> None:
                 gang.cta.shared.stamps.end_read(warps, read)
             for one in sums:
                 one.ready = True
-    for slot, value in enumerate(gang.regs):
-        if isinstance(value, Token) and value.ready:
-            gang.regs[slot] = value.value
+    gang.regs = [value.value if value.__class__ is Token and value.ready else value for value in gang.regs]
 
 
 def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
@@ -99,38 +96,44 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         read_a = decoder.read(o[1], np.uint64)
     if signs != [1, 1] or len(slots) != n // 2:
         raise Unsupported(f"{opcode} with factors {signs} and {len(slots)} registers")
-    lane = np.arange(LANES)
-    i = np.arange(n // 2)[:, None]
+    lane, i = np.arange(LANES), np.arange(n // 2)[:, None]
     row, column = lane // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (lane % 4) + i % 2  # [registers, lanes]
+    places: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # of A, of B, granules of both
 
     def product(gang: Gang, on: Any) -> None:
         keep = gang.one(keeps(gang), "the predicate of a WGMMA")
         _check(gang, [*slots, *held_slots] if held else slots)
         kept = _held([read(gang) for read in fragments]) if held else None
         sums = _sums(gang, slots) if keep else None
+        bits, before = gang.cta.fraction_bits if kind == "e4m3" else None, None
+        if bits is not None and sums is not None:
+            before = np.zeros((len(gang.warps), 16, n), np.float32)
+            before[:, row, column] = sums.reshape(len(slots), -1, LANES).transpose(1, 0, 2)
         descriptors = [np.broadcast_to(read(gang).view(np.uint64), gang.n)[::LANES] for read in (read_a, b)]
-        place, reads = gang.cta.place(gang), []
+        at, reads = gang.cta.place(gang), []
         out = np.zeros((len(gang.warps), 16, n), np.float32)
         for pair in sorted({(int(x), int(y)) for x, y in zip(*descriptors, strict=True)}):
             mine = np.flatnonzero((descriptors[0] == pair[0]) & (descriptors[1] == pair[1]))
-            rows = (16 * (gang.warps[mine] % WARPS)[:, None] + np.arange(16)).reshape(-1)
-            if kept is None:
-                left, left_bytes = _operand(gang, pair[0], rows, k, kind, majors[0])
+            quarters = gang.warps[mine] % WARPS
+            key = (*pair, *quarters.tolist())
+            if key not in places:  # a ring's slots come round again and again
+                rows = (16 * quarters[:, None] + np.arange(16)).reshape(-1) if kept is None else None
+                places[key] = _places(gang, pair, (rows, np.arange(n)), k, kind, majors)
+            of_a, of_b, granules = places[key]
+            left = kept[mine].reshape(-1, k) if kept is not None else _values(gang, of_a, kind)
+            right = _values(gang, of_b, kind)
+            if bits is None:
+                found = left @ right.T
             else:
-                left, left_bytes = kept[mine].reshape(-1, k), np.zeros(0, np.int64)
-            right, right_bytes = _operand(gang, pair[1], np.arange(n), k, kind, majors[1])
-            out[mine] = (left @ right.T).reshape(-1, 16, n)
-            granule = gang.cta.shared.granule
-            touched = np.zeros(gang.cta.shared.size // granule, bool)
-            touched[left_bytes // granule] = touched[right_bytes // granule] = True
-            granules = np.flatnonzero(touched)
+                found = truncated_sum(left, right, None if before is None else before[mine].reshape(-1, n), bits)
+            out[mine] = found.reshape(-1, 16, n)
             warps = gang.warps[mine] + gang.cta.first_warp
-            what = lambda place=place: f"the WGMMA ({place}) reads it"  # noqa: E731
+            what = lambda at=at: f"the WGMMA ({at}) reads it"  # noqa: E731
             reads.append((warps, gang.cta.shared.stamps.begin_read(warps, granules, what)))
         values = out[:, row, column].transpose(1, 0, 2).reshape(len(slots), -1)
-        if sums is not None:
+        if sums is not None and bits is None:
             values = values + sums
-        tokens = [Token(np.ascontiguousarray(value).view(np.uint32)) for value in values.astype(np.float32)]
+        tokens = [Token(value) for value in np.ascontiguousarray(values, np.float32).view(np.uint32)]
         for slot, token in zip(slots, tokens, strict=True):
             gang.regs[slot] = token
         state(gang).open.append((reads, tokens))
@@ -151,9 +154,12 @@ def _held(registers: list[np.ndarray]) -> np.ndarray:
 
 def _check(gang: Gang, slots: list[int]) -> None:
     """Sums that ordinary instructions wrote come before a fence."""
+    fenced = state(gang).fenced
     for slot in slots:
         value = gang.regs[slot]
-        if isinstance(value, np.ndarray) and id(value) not in state(gang).allowed:
+        if value.__class__ is not np.ndarray or (slot < len(fenced) and value is fenced[slot]):
+            continue
+        if not any(value is one for one in fenced):  # a copy is no write: compilers rename registers
             raise Fault("a WGMMA takes registers that were written after the last wgmma.fence")
 
 
@@ -165,10 +171,27 @@ def _sums(gang: Gang, slots: list[int]) -> np.ndarray:
     return np.stack([value.value if isinstance(value, Token) else value for value in values]).view(np.float32)
 
 
-def _operand(
-    gang: Gang, descriptor: int, rows: np.ndarray, k: int, kind: str, major: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(values [rows, k] FP32, addresses of their bytes)."""
+def _places(
+    gang: Gang, pair: tuple[int, int], rows: tuple[np.ndarray | None, np.ndarray], k: int, kind: str, majors: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the values of A (none: it lies in registers) and of B lie, and the granules of both."""
+    of_a, of_b = (
+        np.zeros(0, np.int64) if numbers is None else _addresses(gang, descriptor, numbers, k, kind, major)
+        for descriptor, numbers, major in zip(pair, rows, majors, strict=True)
+    )
+    return of_a, of_b, np.unique(np.concatenate([of_a.ravel(), of_b.ravel()]) // gang.cta.shared.granule)
+
+
+def _values(gang: Gang, address: np.ndarray, kind: str) -> np.ndarray:
+    """What lies there, as FP32."""
+    shared = gang.cta.shared
+    if kind == "e4m3":
+        return E4M3_VALUES.take(shared.bytes.take(address))
+    return f32_of_bf16(shared.views[2].take(address // 2))
+
+
+def _addresses(gang: Gang, descriptor: int, rows: np.ndarray, k: int, kind: str, major: int) -> np.ndarray:
+    """Where the first byte of each value lies, [rows, k]."""
     start, leading, stride = (((descriptor >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
     if descriptor >> 62 not in LINES:
         raise Unsupported("a WGMMA operand without swizzle")
@@ -185,6 +208,4 @@ def _operand(
     address = swizzled(start + first, line)
     if (address + size > shared.size).any():
         raise Fault(f"a WGMMA reads shared memory beyond its {shared.size} bytes")
-    if size == 1:
-        return E4M3_VALUES[shared.bytes[address]], address
-    return f32_of_bf16(shared.views[2][address // 2]), address
+    return address
