@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,12 +42,23 @@ def watch(path: str | Path, *, once: bool = False, interval: float = 2.0, consol
 
 
 def _follow(run: Watched, console: Console, interval: float) -> None:
-    with Live(_picture(run, console), console=console, screen=True, auto_refresh=False) as live:
-        while not run.is_finished:
-            time.sleep(interval)
-            with contextlib.suppress(OSError):  # of a file server that does not answer now
-                run.refresh()
-            live.update(_picture(run, console), refresh=True)
+    has_left = False
+
+    def leave(number: int, frame: object) -> None:
+        nonlocal has_left
+        has_left = True  # an exception that is raised in a destructor or a callback is lost
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        with Live(_picture(run, console), console=console, screen=True, auto_refresh=False) as live:
+            while not run.is_finished and not has_left:
+                time.sleep(interval)
+                with contextlib.suppress(OSError):  # of a file server that does not answer now
+                    run.refresh()
+                live.update(_picture(run, console), refresh=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _picture(run: Watched, console: Console) -> RenderableType:

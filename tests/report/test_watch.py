@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,22 @@ def test_a_narrow_terminal_without_unicode_is_no_error(tmp_path: Path) -> None:
     watch(run_of(tmp_path / "run"), console=Console(file=file, width=40), once=True)
     file.flush()
     assert b"training loss" in raw.getvalue() and b"****" in raw.getvalue() and b"?" not in raw.getvalue()
+
+
+def test_an_interrupt_that_is_lost_on_its_way_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python drops an exception that is raised in a destructor or a callback, a signal's as well."""
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        assert len(looks) == 1, "it went on"
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                pass
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("fp8moe.report.watch.time.sleep", sleep)
+    file = io.StringIO()
+    watch(run_of(tmp_path / "run"), console=Console(file=file, width=100, force_terminal=True))
+    assert looks and "step 10/100" in file.getvalue() and signal.getsignal(signal.SIGINT) == before
