@@ -94,6 +94,22 @@ def test_layouts_agree(
             assert [one[name] for one in found] == pytest.approx([one[name] for one in expected], rel=2e-3, abs=1e-6)
 
 
+def predicted(config: TrainConfig) -> tuple[int, int]:
+    """What the first update predicts, by the main model and by the MTP module."""
+    run, method = policy_run(config)
+    counts = method.work(run).counts
+    return counts.main_tokens, counts.mtp_tokens
+
+
+def test_ranks_that_share_sequences_predict_as_many_tokens(corpus: list[str]) -> None:
+    # A chunk of 24 tokens ends within the completions, behind prompts of fewer tokens.
+    settings = ("grpo.held_out_count=0", "seq_len=96", "data.document_mask=false")
+    main, mtp = predicted(policy_config(corpus, *settings))
+    assert main > mtp > 0
+    config = policy_config(corpus, *settings, "parallel.cp=2", world_size=2)
+    assert run_ranks(predicted, 2, config) == [(main, mtp)] * 2
+
+
 def test_in_fp8_the_mismatch_of_rollout_and_training_is_measured(corpus: list[str]) -> None:
     wide = [f"model.{name}=128" for name in ("dim", "dense_hidden", "attention.q_lora_rank", "attention.kv_lora_rank")]
     heads = ["model.attention.nope_dim=32", "model.attention.rope_dim=32", "model.attention.v_dim=64"]
