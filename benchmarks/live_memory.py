@@ -30,11 +30,18 @@ class TrackStorages(TorchDispatchMode):
         return out
 
     def live_bytes(self) -> int:
-        """Bytes of the recorded storages that something still holds; the others are forgotten."""
-        for key, (ref, _) in list(self._bytes.items()):
+        """Bytes of the recorded storages that something still holds; the others are forgotten.
+
+        Any thread may ask while others record: `dict.copy` runs no Python code, so nothing is added half-way, which
+        `list(dict.items())` does not promise (its tuples can start the garbage collector, and that another thread).
+        """
+        total = 0
+        for key, (ref, size) in self._bytes.copy().items():
             if ref.expired():
-                del self._bytes[key]
-        return sum(size for _, size in list(self._bytes.values()))
+                self._bytes.pop(key, None)
+            else:
+                total += size
+        return total
 
 
 class TrackPeak(TrackStorages):

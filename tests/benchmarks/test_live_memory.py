@@ -1,0 +1,51 @@
+"""Live bytes: what is still held, forgotten when it goes, also while another thread records."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from benchmarks.live_memory import TrackStorages
+
+
+@contextmanager
+def recording_in_every_collection(tracked: TrackStorages, kept: list[Tensor]) -> Iterator[None]:
+    """The garbage collector runs at almost every allocation, and each time a tensor more is recorded, as by a thread."""
+
+    def record(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            with tracked:
+                kept.append(torch.zeros(4))
+
+    before = gc.get_threshold()
+    gc.callbacks.append(record)
+    gc.set_threshold(1, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(record)
+
+
+def test_bytes_are_those_still_held() -> None:
+    with TrackStorages() as tracked:
+        first = torch.ones(100)
+        second = first + 1
+    assert tracked.live_bytes() == first.nbytes + second.nbytes
+    del first
+    assert tracked.live_bytes() == second.nbytes
+
+
+def test_another_thread_may_record_meanwhile() -> None:
+    kept: list[Tensor] = []
+    with TrackStorages() as tracked:
+        first = [torch.zeros(4) for _ in range(50)]
+    with recording_in_every_collection(tracked, kept):
+        counted = tracked.live_bytes()
+    assert len(first) * 16 <= counted <= (len(first) + len(kept)) * 16
+    assert kept, "no collection happened, so nothing was recorded meanwhile"
+    assert tracked.live_bytes() == (len(first) + len(kept)) * 16
