@@ -14,7 +14,7 @@ from benchmarks.live_memory import TrackStorages
 
 @contextmanager
 def recording_in_every_collection(tracked: TrackStorages, kept: list[Tensor]) -> Iterator[None]:
-    """The garbage collector runs at almost every allocation, and each time a tensor more is recorded, as by a thread."""
+    """The garbage collector runs at almost every allocation and records a tensor more each time, as a thread would."""
 
     def record(phase: str, info: dict[str, int]) -> None:
         if phase == "stop":
