@@ -12,12 +12,12 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from tests.ptx.launching import Machine, on_machine
 from tests.ptx.moving_cases import DTYPES, Case, ops
 
-RAGGED, ALIGNED = (3, 0, 30, 1), (128, 0, 128)
+RAGGED, ALIGNED, LONG = (3, 0, 70, 1), (128, 0, 128), (128, 0, 256)  # rows of each group; LONG: two tiles
 
 
 def groups(machine: Machine, fp8: bool) -> tuple[Tensor, Tensor, int, int]:
     """Offsets, the group of each row, rows and columns; the last rows are of no group."""
-    sizes = torch.tensor(ALIGNED if fp8 or machine.count else RAGGED)
+    sizes = torch.tensor(ALIGNED if machine.count else LONG if fp8 else RAGGED)
     offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
     of_row = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     return offsets, of_row, int(offsets[-1]) + (0 if machine.count else 16), 256 if machine.count else 144

@@ -22,10 +22,15 @@ class Counts:
 
     on: bool = False
     executed: list[int] = field(default_factory=list)  # per instruction of the program, warps that executed it
+    rounds: dict[int, int] = field(default_factory=dict)  # per branch to an earlier instruction, warps that took it
     useful: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
     moved: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
     wavefronts: int = 0
     least: int = 0
+
+    def go_round(self, number: int, warps: int) -> None:
+        """Warps took the branch that is instruction `number`, back to an earlier one."""
+        self.rounds[number] = self.rounds.get(number, 0) + warps
 
     def global_access(self, name: str, warps: np.ndarray, address: np.ndarray, total: int) -> None:
         """A gang's access of `total` bytes a lane, only lanes that take part."""

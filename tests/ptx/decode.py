@@ -96,15 +96,19 @@ def _guarded(decoder: Decoder, op: Any, mask: Any, targets: list[int]) -> Callab
 def _branch(decoder: Decoder, instruction: Instruction) -> Callable[[Gang], None]:
     target = decoder.program.labels[instruction.operands[0]]
     mask = decoder.mask(instruction)
-    if mask is None:
-        return lambda gang: setattr(gang, "pc", target)
 
     def branch(gang: Gang) -> None:
-        on = mask(gang)
-        if on.all():
+        warps = len(gang.warps)
+        if mask is None or (on := mask(gang)).all():
             gang.pc = target
         elif on.any():
-            gang.cta.split(gang, np.where(whole_warps(on), target, gang.pc))
+            going = whole_warps(on)
+            gang.cta.split(gang, np.where(going, target, gang.pc))
+            warps = int(going.sum())
+        else:
+            return
+        if target <= gang.at:
+            gang.cta.counts.go_round(gang.at, warps)
 
     return branch
 

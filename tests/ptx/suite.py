@@ -42,6 +42,7 @@ from tests.ptx import (
     update_cases,
 )
 from tests.ptx.launching import Machine
+from tests.ptx.loops import loops
 from tests.ptx.planting import PLANTED, run_plant, unclean
 
 
@@ -73,14 +74,18 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     kernels, opcodes = set(), set()
+    rounds: dict[str, int] = {}
     for kernel, counts in machine.launched:
         kernels.add(f"{name} {kernel.name}")
+        for place, times in loops(kernel.decoded.program, counts).items():
+            rounds[f"{kernel.name} {place}"] = rounds.get(f"{kernel.name} {place}", 0) + times
         opcodes |= {
             one.opcode for one, times in zip(kernel.decoded.program.code, counts.executed, strict=False) if times
         }
     seconds = round(time.process_time() - start, 2)  # of this process, however busy the machine is
     return {
-        "error": error, "kernels": sorted(kernels), "opcodes": sorted(opcodes), "counts": rows, "seconds": seconds,
+        "error": error, "kernels": sorted(kernels), "opcodes": sorted(opcodes), "counts": rows, "rounds": rounds,
+        "seconds": seconds,
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_its_machine_code_does_what_the_specification_says(found, kernel):
     case = found["cases"][kernel.rsplit(" ", 1)[0]]
     assert case["error"] == ""
     assert kernel in case["kernels"], "the case doesn't launch it"
+
+
+def test_every_loop_of_the_machine_code_goes_round(found):
+    """A loop over rows, programs or columns that every case leaves after one pass is not tested by any."""
+    rounds = Counter()
+    for case in found["cases"].values():
+        rounds.update(case["rounds"])
+    assert len(rounds) > 40
+    assert sorted(place for place, times in rounds.items() if not times) == []
 
 
 @pytest.mark.parametrize("plant", [plant.name for plant in (*PLANTS, *PAIR_PLANTS)])
