@@ -51,7 +51,7 @@ CPU = torch.device("cpu")
 MLA = ("model=tiny", *SIZES)
 PROBLEMS = (
     *("data=problems", "device=cpu", "seq_len=224", "grpo.max_tokens=5", "grpo.prompts=6", "grpo.samples=4"),
-    *("grpo.rollout_batch=12", "grpo.held_out_count=0", "batch.sequences=8", "batch.micro_batch=2"),
+    *("grpo.rollout_batch=12", "grpo.held_out_count=0", "batch.sequences=24", "batch.micro_batch=2"),
 )
 
 
@@ -128,7 +128,7 @@ def planned(config: TrainConfig) -> float:
     return cached_bytes(config, stages, sizes) + sampling_work(config, stages, sizes)
 
 
-MORE_ROWS = ("grpo.samples=24", "grpo.rollout_batch=48", "model.router.topk=1")
+MORE_ROWS = ("grpo.samples=24", "grpo.rollout_batch=48", "batch.sequences=144", "model.router.topk=1")
 
 
 @pytest.mark.parametrize(
