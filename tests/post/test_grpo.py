@@ -185,7 +185,7 @@ def workers() -> list[str]:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == os.getpid() and b"reward_worker" in (path / "cmdline").read_bytes():
+            if int(parent) == os.getpid() and b"function_worker" in (path / "cmdline").read_bytes():
                 found.append(path.name)
     return found
 
