@@ -135,8 +135,8 @@ def find(kind: Kind, name: str) -> Function:
         raise LookupError(f"{kind.setting}{name} can't be imported ({said}): name it module:function") from error
     if not callable(found):
         raise LookupError(f"{kind.setting}{name} is no function: name one that takes {kind.takes}")
-    function: Function = found
-    return function
+    named: Function = found
+    return named
 
 
 def call(kind: Kind, function: Function, arguments: Sequence[Any]) -> Answer:

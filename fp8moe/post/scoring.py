@@ -88,7 +88,7 @@ class Scorer:
         parts: list[float] = []
         for name in self.names:
             value = REWARDS[name](sample.problem, sample.text) if name in REWARDS else next(given)
-            if isinstance(value, str):
+            if not isinstance(value, float):
                 sentence = (
                     f"sample {sample.number} of {sample.problem.prompt!r:.200} is excluded: the reward {name} {value}"
                 )
