@@ -68,6 +68,9 @@ def command_parser() -> Parser:
     group.add_argument(
         "--verify", action="append", default=[], metavar="NAME", help="a verifier; may be repeated, asked in this order"
     )
+    group.add_argument(
+        "--verify-timeout", type=float, default=60.0, metavar="S", help="seconds of a call of module:function (60)"
+    )
     group.add_argument("--verify-again", action="store_true", help="ask the verifiers about stored samples again")
     group.add_argument("--workers", type=int, metavar="N", help="samples that are verified at once (cores)")
     group.add_argument("--keep", type=int, metavar="K", help="of a prompt and form at most (all that are accepted)")

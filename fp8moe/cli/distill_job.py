@@ -39,6 +39,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= 10**6:
             raise ConfigError(f"--{name}={value} must be from 1 to 1000000: use 1")
+    if not 0 < arguments.verify_timeout <= 86400:
+        raise ConfigError(f"--verify-timeout={arguments.verify_timeout} must be above 0 and at most 86400: use 60")
     if (arguments.run is None) == (arguments.endpoint is None):
         one = "one teacher is needed and none is named" if arguments.run is None else "there are two teachers"
         raise ConfigError(f"{one}: name a RUN, or --endpoint URL with --model NAME")
@@ -61,7 +63,7 @@ class Job:
         sampling = SamplingConfig(arguments.temperature, arguments.top_p, arguments.seed)
         self.generation = GenerationConfig(arguments.max_tokens, arguments.batch, sampling=sampling)
         names = ["ended", *(name for name in dict.fromkeys(arguments.verify) if name != "ended")]
-        self.verifiers = [verifier(name) for name in names]
+        self.verifiers = [verifier(name, arguments.verify_timeout) for name in names]
         self.sampled = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
         self.own = None if arguments.run is None else Own(arguments, processes)
         self.remote = None if self.own is not None else _endpoint(arguments, self.generation)

@@ -2,6 +2,7 @@
 
 A chat file is rendered and encoded once and kept in the cache as PREFIX.bin and PREFIX.idx, a conversation a document,
 beside PREFIX.mask: one byte a token, 1 where it is learned. Packing, order and epochs are then those of any token file.
+hashes.npy has a hash of each one's tokens, by which conversations that are trained on and held out as well are found.
 
 The parts of a conversation that the assistant wrote and those it did not are encoded apart, so no token lies across
 their border: the tokens before it are those of the prompt that `fp8moe generate --chat` encodes, and those behind it
@@ -16,6 +17,7 @@ leaves nothing of an answer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -41,9 +43,9 @@ from fp8moe.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS = 512  # encoded together
-_PREFIX = "tokens"
+_PREFIX, _HASHES = "tokens", "hashes.npy"
 
 
 @dataclass
@@ -64,7 +66,8 @@ class Counts:
 
 
 class ChatTokens(IndexedDataset):
-    """Token files of conversations. predicted: uint8, as long as `tokens`, 1 where a token is learned."""
+    """Token files of conversations. predicted: uint8, as long as `tokens`, 1 where a token is learned. hashes: uint64,
+    of each conversation's tokens."""
 
     def __init__(self, prefix: Path, name: Path) -> None:
         """name: of the chat file, for messages and tables. Raises DataError."""
@@ -75,7 +78,8 @@ class ChatTokens(IndexedDataset):
                 raise DataError(f"{mask} has not one byte a token: delete {mask.parent}")
             self.predicted = np.memmap(mask, dtype=np.uint8, mode="r")
             self.counts = Counts(**json.loads((mask.parent / "counts.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            self.hashes: NDArray[np.uint64] = np.load(mask.parent / _HASHES)
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise DataError(f"the cached {mask.parent} can't be read ({error}): delete it") from error
         self._mask = mask
 
@@ -99,11 +103,27 @@ class ChatTokens(IndexedDataset):
         return f"{Path(self.prefix).name}: {rows}; {c.learned / c.tokens:.1%} of the tokens are learned"
 
 
-def described(dataset: Dataset) -> list[str]:
-    """A line on each file of conversations in a data set; none for text."""
+def described(train: Dataset, validation: Dataset) -> list[str]:
+    """A line on each file of conversations that are trained on, and one on those that are held out as well; none for
+    text."""
+    mine = _hashes(train)
+    held = [hashes for _, hashes in _hashes(validation)]
+    lines = [tokens.described() for tokens, _ in mine]
+    counts = [(int(np.isin(hashes, np.concatenate(held)).sum()), tokens) for tokens, hashes in mine] if held else []
+    found = [f"{count:,} of {Path(tokens.prefix).name}" for count, tokens in counts if count]
+    if found:
+        lines.append(f"conversations that are trained on and held out as well, token for token: {', '.join(found)}")
+    return lines
+
+
+def _hashes(dataset: Dataset) -> list[tuple[ChatTokens, NDArray[np.uint64]]]:
+    """Each file of conversations of a data set, and the hashes of those that are in it."""
     parts = dataset.sources if isinstance(dataset, BlendedDataset) else [dataset]
-    sources = [part.source for part in parts if isinstance(part, PackedDataset)]
-    return [source.described() for source in sources if isinstance(source, ChatTokens)]
+    return [
+        (part.source, part.source.hashes[part.documents])
+        for part in parts
+        if isinstance(part, PackedDataset) and isinstance(part.source, ChatTokens)
+    ]
 
 
 def encode_conversation(
@@ -172,7 +192,7 @@ def open_chat_tokens(
 
     def build(folder: Path) -> None:
         logger.info("tokenizing the conversations of %s; later runs read them from the cache", path)
-        counts = Counts()
+        counts, hashes = Counts(), bytearray()
         with (
             IndexedWriter(folder / _PREFIX, vocab_size) as writer,
             open(folder / f"{_PREFIX}.mask", "wb") as mask_file,
@@ -181,12 +201,14 @@ def open_chat_tokens(
                 writer.write(ids)
                 writer.end_document()
                 mask_file.write(mask.tobytes())
+                hashes += hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
             if not counts.kept:
                 raise DataError(
                     f"{path} has {counts.conversations} conversations, {counts.unanswered} without an answer of the "
                     f"assistant and {counts.too_long} longer than a sample of seq_len + 1 = {seq_len + 1} tokens, so "
                     "there is nothing to learn: add answers, or raise seq_len"
                 )
+        np.save(folder / _HASHES, np.frombuffer(bytes(hashes), dtype=np.uint64))
         (folder / "counts.json").write_text(json.dumps(asdict(counts)))
 
     return ChatTokens(built_folder(cache, f"chat-{key}", build) / _PREFIX, path)

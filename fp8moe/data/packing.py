@@ -151,19 +151,19 @@ class PackedDataset:
         if seed < 0 or seed >= 2**63:
             raise ConfigError(f"seed={seed} must be at least 0 and below 2^63")
         lengths = source.document_offsets[documents + 1] - source.document_offsets[documents]
-        self._documents = documents[lengths > 0]
+        self.documents = documents[lengths > 0]
         self._lengths = lengths[lengths > 0]
         self.num_tokens = int(self._lengths.sum())
         if self.num_tokens < (1 if packing == "documents" else seq_len + 1):
             raise DataError(
-                f"{source.prefix} has {self.num_tokens} tokens in {len(self._documents)} documents and a sample needs "
+                f"{source.prefix} has {self.num_tokens} tokens in {len(self.documents)} documents and a sample needs "
                 f"seq_len + 1 = {seq_len + 1}: use seq_len={max(1, self.num_tokens - 1)} or add text"
             )
         self.source, self._seq_len, self._seed, self._vocab_size = source, seq_len, seed, vocab_size
         self.document_mask, self.whole_documents, self._fim = document_mask, packing == "documents", fim
         self._cache = cache
         self._indices: dict[int, dict[str, NDArray[np.int64]]] = {}
-        self._chosen = hashlib.sha256(self._documents.tobytes()).hexdigest()
+        self._chosen = hashlib.sha256(self.documents.tobytes()).hexdigest()
         # What is not used is no part of the name, so that caches of earlier versions are found.
         more = ([packing] if self.whole_documents else []) + ([fim.key] if fim is not None else [])
         self.fingerprint = key_of(_INDEX_FORMAT, source.fingerprint, self._chosen, seq_len, seed, *more)
@@ -187,7 +187,7 @@ class PackedDataset:
     @property
     def num_documents(self) -> int:
         """Documents that are not empty."""
-        return len(self._documents)
+        return len(self.documents)
 
     def content(self) -> str:
         """A hash of the text alone, wherever its files lie."""
@@ -242,7 +242,7 @@ class PackedDataset:
 
     def _read(self, document: int, offset: int = 0, count: int | None = None) -> NDArray[Any]:
         """Ids of a document as it is stored. Raises DataError at one outside the vocabulary."""
-        begin = int(self.source.document_offsets[self._entry(self._documents, document)]) + offset
+        begin = int(self.source.document_offsets[self._entry(self.documents, document)]) + offset
         ids = self.source.tokens[begin : begin + (int(self._lengths[document]) if count is None else count)]
         self.source.check_ids(ids, begin, self._vocab_size)
         return ids
@@ -287,10 +287,10 @@ class PackedDataset:
             part = self._part(epoch, document, offset, len(tokens) - filled)
             tokens[filled : filled + len(part)] = part
             if predicted is not None and self.source.predicted is not None:
-                begin = int(self.source.document_offsets[self._documents[document]]) + offset
+                begin = int(self.source.document_offsets[self.documents[document]]) + offset
                 predicted[filled : filled + len(part)] = self.source.predicted[begin : begin + len(part)]
             starts.append(filled)
-            origins.append((int(self._documents[document]), offset))
+            origins.append((int(self.documents[document]), offset))
             filled, place, offset = filled + len(part), place + 1, 0
         if not filled:
             raise self._damaged()

@@ -11,8 +11,8 @@ A run of more than 4,096 characters without white space, or of white space alone
 takes quadratic time in the length of a run: the ids of such text differ from those of the uncut text at the cuts, its
 bytes do not; no other text is concerned. Text is kept byte for byte: no newline is translated, nothing is normalized,
 and text that is not UTF-8 is an error that names the place. An empty document is one empty piece. What a folder holds
-besides is passed over and named. Of a folder in the layout of the hub the train split is read (`hub_layout`); one that
-`save_to_disk` wrote with several splits is refused: else the test split would be trained on.
+besides is passed over and named. Of a folder in the layout of the hub, or that `save_to_disk` wrote with several
+splits, the train split is read (`hub_layout`): else the test split would be trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TextIO
 from fp8moe.data.compressed import COMPRESSED_ENDINGS, open_text
 from fp8moe.data.durable import unreadable
 from fp8moe.data.hub_layout import TrainSplit, train_split
-from fp8moe.data.readers_arrow import RECORDS, TABLE_ENDINGS, files_of_dataset, read_column, splits_of
+from fp8moe.data.readers_arrow import RECORDS, TABLE_ENDINGS, files_of_dataset, read_column, saved_train_split
 from fp8moe.errors import DataError
 
 TEXT_ENDINGS = (".txt", ".text", ".md")
@@ -95,12 +95,11 @@ def _search(root: Path, found: Found) -> None:
 
     taken: list[tuple[Path, int, Path]] = []  # by name, those of a data set in its own order
     others: list[Path] = []
-    for folder, _, names in os.walk(root, onerror=refuse):
-        splits, known = splits_of(Path(folder)), files_of_dataset(Path(folder))
-        if len(splits) > 1:
-            raise DataError(
-                f"{folder} is a data set of the splits {', '.join(splits)}: give one of them, {Path(folder, splits[0])}"
-            )
+    for folder, below, names in os.walk(root, onerror=refuse):
+        saved, known = saved_train_split(Path(folder)), files_of_dataset(Path(folder))
+        if saved is not None:
+            below[:] = [name for name in below if name not in saved.others]
+            found.splits.append(saved)
         if known is not None:  # what lies beside them is the library's own
             taken.extend((Path(folder), place, file) for place, file in enumerate(known))
             continue

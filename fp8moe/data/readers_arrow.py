@@ -2,8 +2,9 @@
 
 `datasets.save_to_disk` writes a folder of `.arrow` files (Arrow's stream format) that `state.json` lists in order;
 other `.arrow` files there are the library's caches, or left of an earlier save, and are left out. A folder of several
-splits has `dataset_dict.json`. The folder in which `load_dataset` keeps a data set has `dataset_info.json` alone,
-which names its splits, beside `NAME-SPLIT.arrow`, or several with numbers, or parquet, and caches named `cache-*`.
+splits has `dataset_dict.json`: its train split is read (`hub_layout`). The folder in which `load_dataset` keeps a data
+set has `dataset_info.json` alone, which names its splits, beside `NAME-SPLIT.arrow`, or several with numbers, or
+parquet, and caches named `cache-*`.
 The `datasets` package itself is not needed: it would bring a network client and a cache to read one column.
 """
 
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fp8moe.data.hub_layout import TRAIN, TrainSplit, split_of
 from fp8moe.errors import DataError
 
 TABLE_ENDINGS = (".parquet", ".arrow")
@@ -25,10 +27,23 @@ _ROWS = 256
 _FILE_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has none
 
 
-def splits_of(folder: Path) -> list[str]:
-    """The splits of a data set that was saved with several; empty for any other folder. Raises DataError, OSError."""
+def saved_train_split(folder: Path) -> TrainSplit | None:
+    """The train split of a data set that was saved with several splits; None for any other folder.
+
+    Raises DataError, also where not one of the splits is of train, and OSError.
+    """
     record = folder / SPLITS
-    return [str(name) for name in _listed(record, "splits")] if record.is_file() else []
+    splits = [str(name) for name in _listed(record, "splits")] if record.is_file() else []
+    if len(splits) < 2:
+        return None
+    train = [name for name in splits if split_of(Path(name)) == TRAIN]
+    if len(train) != 1:
+        raise DataError(
+            f"{folder} is a data set of the splits {', '.join(splits)}, {len(train)} of them of train: give one, "
+            f"{folder / (train or splits)[0]}"
+        )
+    files = {name: files_of_dataset(folder / name) or [] for name in splits}
+    return TrainSplit(folder, files.pop(train[0]), files, [])
 
 
 def files_of_dataset(folder: Path) -> list[Path] | None:

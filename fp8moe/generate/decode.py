@@ -34,18 +34,16 @@ from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.mesh import Mesh
 
-Ended = Literal["stop", "max_tokens", "context", "seconds"]
+Ended = Literal["stop", "max_tokens", "context"]
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """max_tokens: of a completion. batch: sequences that go on together. mtp: speculative decoding. seconds: after
-    which all completions end; None: no limit."""
+    """max_tokens: of a completion. batch: sequences that go on together. mtp: speculative decoding."""
 
     max_tokens: int = 128
     batch: int = 32
     mtp: bool = False
-    seconds: float | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
@@ -54,7 +52,6 @@ class GenerationConfig:
             "generation",
             max_tokens=POSITIVE,
             batch=Range(least=1, most=2**16),
-            seconds=Range(above=0, most=1e9, use="use 60.0, or null for no limit"),
         )
 
 
@@ -122,13 +119,12 @@ def generate(
         raise ConfigError("the model has no MTP module, model.mtp_depth=0: leave --mtp out")
     completions = [Completion(number, prompt) for number, prompt in enumerate(prompts)]
     figures, training = Figures(), model.training
-    deadline = None if config.seconds is None else time.perf_counter() + config.seconds
     model.eval()
     numbers = range(len(prompts)) if draws is None else draws
     for start in range(0, len(completions), config.batch):
         batch = completions[start : start + config.batch]
         draw_of = {one.number: numbers[one.number] for one in batch}
-        _Batch(model, batch, config, mesh, num_ids, accept, deadline, draw_of).run(figures)
+        _Batch(model, batch, config, mesh, num_ids, accept, draw_of).run(figures)
     model.train(training)
     return completions, figures
 
@@ -157,11 +153,10 @@ class _Batch:
         mesh: Mesh,
         num_ids: int,
         accept: Accept,
-        deadline: float | None,
         draw_of: Mapping[int, int],
     ) -> None:
         self._completions, self._config, self._mesh, self._accept = completions, config, mesh, accept
-        self._deadline, self._draw_of = deadline, draw_of
+        self._draw_of = draw_of
         self._first = completions[0].number
         most, dealt = -(-len(completions) // mesh.dp), [completions[rank :: mesh.dp] for rank in range(mesh.dp)]
         filled = [[*part, completions[0]][:most] for part in dealt]
@@ -260,11 +255,10 @@ class _Batch:
 
     def _exchange(self, new: dict[int, list[int]], figures: Figures, *, decoding: bool = False) -> None:
         """Give this rank's new tokens to all ranks, and append all of theirs to the completions."""
-        table = torch.zeros(len(self._completions) + 1, 3, dtype=torch.int64)
+        table = torch.zeros(len(self._completions), 3, dtype=torch.int64)
         for number, tokens in new.items():
             table[number - self._first, : len(tokens) + 1] = torch.tensor([len(tokens), *tokens])
-        table[-1, 0] = self._deadline is not None and time.perf_counter() > self._deadline
-        *rows, late = all_reduce(table, self._mesh.world_group).tolist()
+        rows = all_reduce(table, self._mesh.world_group).tolist()
         for one, (count, *tokens), limit in zip(self._completions, rows, self._limits, strict=True):
             if decoding and count:
                 figures.steps += 1
@@ -274,11 +268,11 @@ class _Batch:
                 if one.ended is None:
                     one.ids.append(token)
                     figures.new_tokens += 1
-                    one.ended = self._end(one, token, limit, is_late=late[0] > 0)
+                    one.ended = self._end(one, token, limit)
 
-    def _end(self, one: Completion, token: int, limit: int, *, is_late: bool) -> Ended | None:
+    def _end(self, one: Completion, token: int, limit: int) -> Ended | None:
         if self._accept(one, token):
             return "stop"
         if len(one.prompt) + len(one.ids) >= limit:
             return "max_tokens" if len(one.ids) >= self._config.max_tokens else "context"
-        return "seconds" if is_late else None
+        return None

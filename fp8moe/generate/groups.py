@@ -17,6 +17,7 @@ Legend: N rows, G samples of a prompt, D model, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from fp8moe.generate.decode import check_prompts
 from fp8moe.generate.routing import RoutingRecord, noting
+from fp8moe.generate.sampling import nucleus
 from fp8moe.generate.session import Session
 from fp8moe.generate.stages import LocalStage, Stages, WholeModel
 from fp8moe.model.transformer import Transformer, generator_of
@@ -42,7 +44,8 @@ DRAWN_VALUES = 1 << 25  # logits whose distribution is computed at once
 class GroupSampling:
     """samples: of a prompt. max_tokens: of a completion. temperature: 0 for the likeliest token. batch: rows of a rank
     that go on together. num_ids: ids below it are drawn. ends: ids that end a completion, which keeps them. routing:
-    the experts of every token are wanted as well."""
+    the experts of every token are wanted as well. top_p: share of the probability that is drawn from. seconds: after
+    which all completions end, with a token at least; None: no limit."""
 
     samples: int
     max_tokens: int
@@ -51,12 +54,14 @@ class GroupSampling:
     num_ids: int
     ends: frozenset[int]
     routing: bool = False
+    top_p: float = 1.0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion: its ids, the log-probability of each when it was drawn (at the temperature), and whether one of
-    `ends` ended it; else max_tokens or the model's context did.
+    """One completion: its ids, the log-probability of each when it was drawn (at the temperature, of all tokens), and
+    whether one of `ends` ended it; else max_tokens, the model's context or the time did.
 
     routing: integers [P + C - 1, L, K], the experts of the tokens of prompt and completion but the last, which went
     through no layer, in each of the layers with experts; None where they were not asked for.
@@ -87,6 +92,7 @@ def sample_groups(
     training, at_once = model.training, max(1, config.batch // config.samples)
     mine = list(range(len(prompts)))[mesh.dp_rank :: mesh.dp]
     found: dict[int, list[Sampled]] = {}
+    deadline = None if config.seconds is None else time.perf_counter() + config.seconds
     model.eval()
     for first in range(0, -(-len(prompts) // mesh.dp), at_once):
         part = mine[first : first + at_once]
@@ -94,7 +100,8 @@ def sample_groups(
         every = []
         for numbers in sets:
             chosen = numbers or [0]  # keeps step with the other ranks
-            every.append(_Rows(model, [prompts[i] for i in chosen], [names[i] for i in chosen], config, mesh, stages))
+            posed = [prompts[i] for i in chosen], [names[i] for i in chosen]
+            every.append(_Rows(model, *posed, config, mesh, stages, deadline))
         _complete(every, stages, config.max_tokens)
         for numbers, rows in zip(sets, every, strict=True):
             completions = rows.completions()
@@ -132,8 +139,9 @@ class _Rows:
         config: GroupSampling,
         mesh: Mesh,
         stages: Stages,
+        deadline: float | None,
     ) -> None:
-        self._prompts, self._config, self._stages = prompts, config, stages
+        self._prompts, self._config, self._stages, self._deadline = prompts, config, stages, deadline
         self._group, self._pp_group = mesh.ep_group, mesh.pp_group
         self._device = next(model.parameters()).device
         count, context = len(prompts) * config.samples, model.config.max_seq_len
@@ -209,9 +217,11 @@ class _Rows:
         return None
 
     def _draw(self, step: int, hidden_ND: Tensor) -> None:
-        """Draw token number `step` of the rows that are left, and share it."""
-        logits = self._session.logits(hidden_ND)[:, : self._config.num_ids]
-        tokens, logprobs = draw(logits, self._uniform[self._rows, step], self._config.temperature)
+        """Draw token number `step` of the rows that are left, and share it; past the deadline -1, but for the first."""
+        logits, config = self._session.logits(hidden_ND)[:, : self._config.num_ids], self._config
+        tokens, logprobs = draw(logits, self._uniform[self._rows, step], config.temperature, config.top_p)
+        if step and self._deadline is not None and time.perf_counter() > self._deadline:
+            tokens.fill_(-1)
         self._drawn = torch.stack([tokens.double(), logprobs.double()])
         self._stages.share(self._drawn)
 
@@ -225,7 +235,7 @@ class _Rows:
         rows, drawn = self._rows, self._drawn
         tokens, logprobs = self._stages.drawn(len(rows)) if drawn is None else drawn
         self._drawn = None
-        going = self._going(step)
+        going = self._going(step) & (tokens >= 0)
         self._ids[rows, step] = torch.where(going, tokens.long(), 0)
         self._logprobs[rows, step] = torch.where(going, logprobs.float(), 0.0)
         self._counts[rows] += going
@@ -261,10 +271,10 @@ class _Rows:
         return bool(all_reduce(torch.tensor(int(alive)), self._group, dist.ReduceOp.MAX))
 
 
-def draw(logits_NV: Tensor, uniform_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw(logits_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Tokens int64 [N] by numbers FP64 in [0, 1), and their log-probabilities FP32 at the temperature.
 
-    temperature 0: the likeliest tokens, with their log-probabilities at temperature 1.
+    temperature 0: the likeliest tokens, with their log-probabilities at temperature 1. top_p: as in `sampling`.
     """
     tokens, logprobs = [], []
     size = max(1, DRAWN_VALUES // logits_NV.shape[1])
@@ -273,7 +283,7 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, temperature: float) -> tuple[Tens
         if temperature == 0:
             chosen = logp.argmax(-1)
         else:
-            reached = logp.double().exp_().cumsum_(-1)
+            reached = nucleus(logp.double().exp_(), top_p).cumsum_(-1)
             chosen = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
             chosen = chosen.clamp(max=logp.shape[1] - 1)
         tokens.append(chosen)

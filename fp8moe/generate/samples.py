@@ -2,7 +2,7 @@
 
 The beginnings of the first validation samples are continued, on all ranks that train: a few tokens within a few
 seconds; of conversations their first answer. They are drawn, by the run's seed, since a young model's likeliest text
-soon repeats itself. A run with a pipeline has no rank with the whole model and shows the commands alone.
+soon repeats itself. `groups` draws them, as it can do so in a pipeline: the text is the same on every layout.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fp8moe.data.durable import write_text
-from fp8moe.generate.decode import GenerationConfig, generate
+from fp8moe.generate.groups import GroupSampling, sample_groups
 from fp8moe.generate.open import exact_dispatcher
-from fp8moe.generate.sampling import SamplingConfig
+from fp8moe.generate.stages import stages_of
 from fp8moe.generate.text import Vocabulary
 from fp8moe.layers.moe import MoE
 from fp8moe.train.json_lines import SAMPLES
@@ -32,32 +32,28 @@ def last_lines(run: Run) -> str:
 
 def _completions(run: Run) -> list[str]:
     count, tokenizer = run.config.validation.completions, run.data.tokenizer
-    if not count or tokenizer is None or run.mesh.pp > 1:
+    if not count or tokenizer is None:
         return []
     if run.zero is not None:
         run.zero.wait_weights()
     vocabulary = Vocabulary(tokenizer.path, run.config.model.vocab_size)
     prompts = [_prompt(run, sample) for sample in range(count)]
-    sampling = SamplingConfig(TEMPERATURE, TOP_P, run.config.seed)
-    config = GenerationConfig(NEW_TOKENS, seconds=SECONDS, sampling=sampling)
+    names = [f"{run.config.seed}/end of the run/{number}" for number in range(count)]
+    sampling = GroupSampling(
+        1, NEW_TOKENS, TEMPERATURE, count, vocabulary.num_ids, vocabulary.ends, top_p=TOP_P, seconds=SECONDS
+    )
     with exact_dispatch(run):
-        completions, _ = generate(
-            run.model,
-            prompts,
-            config,
-            run.mesh,
-            num_ids=vocabulary.num_ids,
-            accept=lambda _, token: token in vocabulary.ends,
-        )
+        groups = sample_groups(run.model, prompts, names, sampling, run.mesh, stages_of(run))
+    shown = [
+        (vocabulary.decode(prompt), vocabulary.decode(one.ids)) for prompt, (one,) in zip(prompts, groups, strict=True)
+    ]
     if run.is_first:
-        texts = [{"prompt": vocabulary.decode(one.prompt), "text": vocabulary.decode(one.ids)} for one in completions]
+        texts = [{"prompt": prompt, "text": text} for prompt, text in shown]
         sampled = {"step": run.step, "temperature": TEMPERATURE, "top_p": TOP_P, "samples": texts}
         with suppress(OSError):
             write_text(run.run_dir / SAMPLES, json.dumps(sampled, indent=1) + "\n")
     lines = ["", f"held-out text -> what the model goes on with, temperature {TEMPERATURE}, top-p {TOP_P}"]
-    for one in completions:
-        lines.append(f"  {vocabulary.decode(one.prompt)!r} -> {vocabulary.decode(one.ids)!r}")
-    return lines
+    return [*lines, *(f"  {prompt!r} -> {text!r}" for prompt, text in shown)]
 
 
 def _prompt(run: Run, sample: int) -> list[int]:

@@ -39,13 +39,17 @@ class SamplingConfig:
 
 def probabilities(logits_BV: Tensor, config: SamplingConfig) -> Tensor:
     """FP32 [B, V] that tokens are drawn from, at a temperature above 0."""
-    p_BV = (logits_BV.float() / config.temperature).softmax(-1)
-    if config.top_p >= 1:
+    kept = nucleus((logits_BV.float() / config.temperature).softmax(-1), config.top_p)
+    return kept if config.top_p >= 1 else kept / kept.sum(-1, keepdim=True)
+
+
+def nucleus(p_BV: Tensor, top_p: float) -> Tensor:
+    """Probabilities [B, V] with 0 for all but the fewest likeliest tokens that reach top_p; not renormalised."""
+    if top_p >= 1:
         return p_BV
     ordered, order = p_BV.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered  # of likelier tokens; 0 for the first, which always stays
-    kept = torch.zeros_like(p_BV).scatter_(-1, order, ordered.masked_fill(before >= config.top_p, 0.0))
-    return kept / kept.sum(-1, keepdim=True)
+    return torch.zeros_like(p_BV).scatter_(-1, order, ordered.masked_fill(before >= top_p, 0.0))
 
 
 class Sampler:

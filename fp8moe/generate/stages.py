@@ -23,6 +23,8 @@ from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.collectives import PendingBroadcast, start_broadcast
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
+from fp8moe.train.run import Run
+from fp8moe.train.step import training_schedule
 
 
 @dataclass(frozen=True)
@@ -143,3 +145,11 @@ class PipelineStages:
             one.wait()
         self._pending = []
         self._links.finish()
+
+
+def stages_of(run: Run) -> PipelineStages | None:
+    """Those of a rank that trains, in the first direction of its schedule; None where it has the whole model."""
+    if run.mesh.pp == 1:
+        return None
+    placement = training_schedule(run, run.config.num_microbatches).placement[0]
+    return PipelineStages(run.model, run.stages, placement, run.links, run.mesh)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TINY = 1e-20  # as `kernels.route` keeps a sum of scores from being zero
+from fp8moe.layers.balance import TINY, mean_shares, scores
 
 
 def route_as_given(
@@ -43,7 +43,7 @@ def route_as_given(
     if score == "softmax_topk":
         weights_TK = weights_TK.softmax(-1)
     elif normalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _TINY)
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
     chosen_TE = torch.zeros_like(logits_TE).scatter_(1, ids_TK, 1.0)
     load_BE = chosen_TE.unflatten(0, (num_sequences, -1)).sum(1)  # exact below 2^24 tokens
     if counts_E is not None:
@@ -52,15 +52,3 @@ def route_as_given(
     f_BE = load_BE / (num_tokens // num_sequences) * (num_experts / topk)
     loss = (f_BE * mean_shares(logits_TE, score, num_sequences)).sum()
     return ids_TK, weights_TK * route_scale, loss, f_BE
-
-
-def scores(logits_TE: Tensor, score: str) -> Tensor:
-    """[T, E]: those of the balance loss, which but for softmax_topk weigh the experts as well."""
-    return logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(-1)
-
-
-def mean_shares(logits_TE: Tensor, score: str, num_sequences: int) -> Tensor:
-    """[B, E]: the mean over a sequence's tokens of each expert's share of the token's scores."""
-    scores_TE = scores(logits_TE, score)
-    shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + _TINY)
-    return shares_TE.unflatten(0, (num_sequences, -1)).mean(1)

@@ -23,13 +23,14 @@ from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.layers.attention.context import ContextExchange
+from fp8moe.layers.balance import BalanceShare
 from fp8moe.layers.dispatch import Announced, Dispatcher, Received, combined, dispatched
 from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.layers.mlp import ExpertBiases, Mlp, gated_mlp
 from fp8moe.layers.operand import Activation, Rows, activation
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
-from fp8moe.layers.router import BalanceShare, Router, RouterConfig
+from fp8moe.layers.router import Router, RouterConfig
 from fp8moe.limits import SIZE, Range, check_fields
 
 

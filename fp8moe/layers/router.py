@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from fp8moe.kernels.gemm import wgrad
 from fp8moe.kernels.route import route, route_backward
 from fp8moe.layers.attention.context import ContextExchange
+from fp8moe.layers.balance import BalanceShare, mean_shares
 from fp8moe.layers.bias import add_total, make_bias
-from fp8moe.layers.given_experts import mean_shares, route_as_given
+from fp8moe.layers.given_experts import route_as_given
 from fp8moe.layers.linear import main_grad_of
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
@@ -117,25 +118,6 @@ class Routing:
     balance_loss: Tensor
     own_ids_TK: Tensor | None = None
     balance_share: BalanceShare | None = None
-
-
-class BalanceShare:
-    """This rank's share of the balance loss of whole sequences: f of the other ranks' tokens is on its way.
-
-    f [B, E] and p [B, E] are those of this rank's tokens, p the means of their shares of scores.
-    """
-
-    def __init__(self, f_BE: Tensor, p_BE: Tensor, exchange: ContextExchange) -> None:
-        self._p_BE = p_BE
-        self._message = exchange.total(f_BE / exchange.size**2)  # the mean over ranks, of which a rank has one part
-
-    def f_BE(self) -> Tensor:
-        """What `route_backward` multiplies this rank's scores by; waits."""
-        return self._message.wait()
-
-    def value(self) -> Tensor:
-        """FP32 scalar, unweighted; waits."""
-        return (self._message.wait() * self._p_BE).sum()
 
 
 class Router(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fp8moe.layers.attention import Positions
+from fp8moe.layers.balance import BalanceShare
 from fp8moe.layers.dispatch import (
     Announced,
     Dispatched,
@@ -28,7 +29,6 @@ from fp8moe.layers.dispatch import (
 from fp8moe.layers.moe import MoE, with_shared
 from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, detached_handle
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Phase, run_detached
-from fp8moe.layers.router import BalanceShare
 from fp8moe.model.block import Attended, Block
 from fp8moe.model.context_phases import ContextPass
 

@@ -3,8 +3,7 @@
     forward      a stage's blocks as in training, nothing beside them (`layer_time`), and where it has the head the
                  final norm, the logits and two passes over them; no less than the launches take the host
     token        one new token of each of B rows of L tokens: a roofline. Every weight is read for few rows, the caches
-                 in full. Scores are products in FP32 (`layers.attention.cache`), which on a GPU run on the CUDA cores:
-                 67 TFLOPS by the data sheets of H100, H200 and H800, of which FP32_SHARE is taken, an assumption
+                 in full. Scores are FP32 sums of BF16 products (`layers.attention.cache`), so few that bytes bind
 
 A token's seconds are a bound from below: exact counts make the host wait in each mixture, drawn ids once a token, and
 none of that hides under anything. No GPU has decoded with this code, so no record stands against it.
@@ -28,10 +27,8 @@ from fp8moe.plan.network import Exchange, exchange_seconds
 from fp8moe.plan.rates import Card, host_seconds, launches_of, parts_of, total
 from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Small
 
-FP32_SHARE = 0.8
-FP32_FLOPS = 67e12 * FP32_SHARE  # a second
 CACHE, HEAD = "caches", "head and drawing"
-LAUNCHES = 9  # of attention to a cache beside products: casts, mask, softmax, the entry that is written
+LAUNCHES = 7  # of attention to a cache beside products: a cast, mask, softmax, the entry that is written
 
 
 def forward_seconds(sizes: Sizes, stage: Stage, card: Card, cluster: Cluster) -> float:
@@ -105,16 +102,14 @@ def _layer(of: Decoding, layer: int, rows: int, card: Card, cluster: Cluster) ->
 
 
 def _attention(of: Decoding, rows: int, length: float, card: Card) -> tuple[float, int]:
-    """(seconds, launches) of a layer's attention to the cache: bytes, or the scores' products in FP32."""
+    """(seconds, launches) of a layer's attention to the cache, by its bytes."""
     a, wide = of.model.attention, of.recipe.dtype.itemsize
     key, value, groups = entry_sizes(a)
-    keys = wide + FP32 + (2 * FP32 if groups > 1 else 0) + FP32  # widened, laid side by side, multiplied
-    values = wide * (3 if groups > 1 else 1)
+    copies = 3 if groups > 1 else 1  # read, or laid side by side and read
     scores = FP32 * (1 + 2 + 2 + 2 + 1) + 2 * wide  # written, scaled, masked, their softmax, rounded, multiplied
-    entries = rows * length * (keys * key + values * value)
+    entries = rows * length * wide * copies * (key + value)
     passes: list[Piece] = [
         Pass("add", CACHE, entries + rows * length * a.num_heads * scores),
         Small(LAUNCHES + 2 * (groups > 1)),
     ]
-    flops = 2.0 * rows * a.num_heads * length * (key // groups)
-    return max(total(parts_of(passes, card)), flops / FP32_FLOPS), launches_of(passes)
+    return total(parts_of(passes, card)), launches_of(passes)

@@ -2,7 +2,7 @@
 
 One block at a time: two tensors of the residual stream, and the larger of what attention and the MLP make before they
 let go. Rows go to experts by exact counts (`generate.open.exact_dispatcher`), routing balanced. What stands behind
-caches reads them widened to FP32 (`layers.attention.cache`), all rows of a layer at once, which outweighs the rest.
+caches makes FP32 scores of them (`layers.attention.cache`), of all rows of a layer at once, which outweigh the rest.
 `tests/plan/test_rollout_memory.py` holds all of it against tensors of the layers themselves.
 
 Legend: T tokens, D model, F hidden, B rows of a cache, L tokens of the longest, H heads, G heads of keys, V vocabulary.
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from fp8moe.layers.attention import GqaConfig, MlaConfig
+from fp8moe.layers.attention.cache import WIDENED_VALUES
 from fp8moe.layers.recipe import Recipe
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.head_loss import chunk_tokens
@@ -97,21 +98,23 @@ def cache_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> i
     return wide * (rows * length * cache_width(a) + halves)
 
 
-def attend_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> float:
-    """Of one new token of each row in one layer: keys in FP32, scores, their softmax, values where heads have several.
+def attend_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int, device: torch.device) -> float:
+    """Of one new token of each row in one layer: scores, their softmax, values where heads have several.
 
-    Keys in FP32 are copied once more where there are several heads of them, so that each row's lie side by side.
+    Where there are several heads of keys, keys are copied so that those of a head lie side by side. On a CPU some are
+    in FP32 as well, with their queries.
     """
     a, wide = model.attention, recipe.dtype.itemsize
     heads, (key, value, groups) = a.num_heads, entry_sizes(a)
-    copies = (wide < FP32) + (groups > 1)
-    keys, scores = FP32 * copies * length * key, FP32 * heads * length
-    query = heads * (key // groups)
-    before = keys + scores + (FP32 * query if wide < FP32 else 0)
-    softmax = 2 * scores + (wide * heads * length if wide < FP32 else length)
+    scores, query = FP32 * heads * length, heads * (key // groups)
+    keys = rows * wide * length * key * (groups > 1)
+    if wide < FP32 and device.type == "cpu":
+        at_once = min(rows, max(1, WIDENED_VALUES // (length * key)))
+        keys = at_once * FP32 * (length * key * (1 + (groups > 1 and at_once > 1)) + query)
+    softmax = 2 * scores + (wide * heads * length if wide < FP32 else 0)
     kept = scores + wide * heads * length
     behind = kept + (wide * length * value if groups > 1 else 0) + wide * heads * (value // groups)
-    return float(rows * (length + wide * query + max(before, softmax, behind)))
+    return float(rows * (length + wide * query) + max(keys + rows * scores, rows * softmax, rows * behind))
 
 
 def draw_bytes(recipe: Recipe, rows: int, num_ids: int, most_values: int) -> float:

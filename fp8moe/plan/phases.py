@@ -82,7 +82,8 @@ def other_phases(
         }
     if has_rollouts(config):
         here = sampling_stages(config, stages, pp_rank)
-        both = [(cached_bytes(config, here, one), sampling_work(config, here, one)) for one in sampled_sizes(config)]
+        rounds = sampled_sizes(config)
+        both = [(cached_bytes(config, here, one), sampling_work(config, here, one, device)) for one in rounds]
         caches, work = max(both, key=sum)
         of_last = policy_bytes(config)  # the last update's, which are kept until the next one's are made
         found[ROLLOUTS] = base | {"data": of_last, "rollout caches": caches, "rollout workspace": work}

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from fp8moe.model.partition import Stage
 from fp8moe.plan.forward_work import attend_bytes, cache_bytes, cache_width, draw_bytes, forward_bytes
 from fp8moe.train.config import TrainConfig
@@ -104,13 +106,13 @@ def noted_bytes(config: TrainConfig, least: int = 1) -> int:
     return max(number, least) * choices if config.grpo.router_replay else 0
 
 
-def sampling_work(config: TrainConfig, stages: list[Stage], sizes: RolloutSizes) -> float:
+def sampling_work(config: TrainConfig, stages: list[Stage], sizes: RolloutSizes, device: torch.device) -> float:
     """The most that comes and goes beside it: prompts, a token of each row, a copy of a layer's cache, drawing."""
     model, recipe, ep = config.model, config.recipe, config.ep
     layers = [layer for stage in stages for layer in stage.layers]
     rows = sizes.rows_of_set
     prompts = forward_bytes(model, recipe, layers, sizes.prompts_together * sizes.longest_prompt, ep)
-    token = forward_bytes(model, recipe, layers, rows, ep) + attend_bytes(model, recipe, rows, sizes.length)
+    token = forward_bytes(model, recipe, layers, rows, ep) + attend_bytes(model, recipe, rows, sizes.length, device)
     copied = recipe.dtype.itemsize * rows * sizes.length * cache_width(model.attention)
     head = any(stage.head for stage in stages)
     drawing = draw_bytes(recipe, rows, config.data.vocab_size, DRAWN_VALUES) if head else 0.0

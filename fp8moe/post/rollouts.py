@@ -26,9 +26,8 @@ from torch import Tensor
 
 from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
 from fp8moe.generate.samples import exact_dispatch
-from fp8moe.generate.stages import PipelineStages, Stages
+from fp8moe.generate.stages import stages_of
 from fp8moe.train.run import Run
-from fp8moe.train.step import training_schedule
 
 logger = logging.getLogger(__name__)
 FOLDER = "rollouts"
@@ -72,15 +71,7 @@ class BuiltIn:
         if run.zero is not None:
             run.zero.wait_weights()
         with exact_dispatch(run):
-            return sample_groups(run.model, prompts, names, sampling, run.mesh, self._stages())
-
-    def _stages(self) -> Stages | None:
-        """Of a pipeline's rank, in the first direction of the schedule."""
-        run = self._run
-        if run.mesh.pp == 1:
-            return None
-        placement = training_schedule(run, run.config.num_microbatches).placement[0]
-        return PipelineStages(run.model, run.stages, placement, run.links, run.mesh)
+            return sample_groups(run.model, prompts, names, sampling, run.mesh, stages_of(run))
 
     def ahead(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling, max_age: int

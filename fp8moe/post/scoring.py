@@ -1,6 +1,6 @@
 """Scores of a batch of rollouts: its samples are shared out over the ranks, and every rank gets all scores.
 
-Built-in rewards are computed in place, a user's in the rank's own process (`post.reward_process`). A rank whose calls
+Built-in rewards are computed in place, a user's in the rank's own process (`post.function_process`). A rank whose calls
 take long must not make the others wait in one collective for longer than it may take, so all meet every MEETING seconds
 until the last is done. A function that raises, gives no finite number, takes too long or ends its process excludes that
 sample: it is named, counted, and takes part in no mean.
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from fp8moe.errors import ConfigError
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.mesh import Mesh
-from fp8moe.post.reward_process import RewardProcess
+from fp8moe.post.function_process import FunctionProcess
+from fp8moe.post.function_worker import reward_arguments
 from fp8moe.post.rewards import REWARDS
 from fp8moe.post.rollouts import Rollouts
 from fp8moe.post.tasks import Problem
@@ -60,14 +61,14 @@ class Scorer:
                 raise ConfigError(
                     f"grpo.rewards={name} is not one of {', '.join(REWARDS)}: use one of them, or module:function"
                 )
-        self._process = RewardProcess(own, config.reward_timeout) if own else None
+        self._process = FunctionProcess("reward", own, config.reward_timeout) if own else None
         self._samples: Sequence[Sample] = ()
 
     def begin(self, samples: Sequence[Sample]) -> None:
         """Begin with the samples of a batch."""
         self._samples = samples
         if self._process is not None:
-            self._process.begin([(one.problem, one.text) for one in samples])
+            self._process.begin([reward_arguments(one.problem, one.text) for one in samples])
 
     def run(self, seconds: float) -> bool:
         """Go on for so many seconds at most; whether all are scored."""
@@ -87,7 +88,7 @@ class Scorer:
         parts: list[float] = []
         for name in self.names:
             value = REWARDS[name](sample.problem, sample.text) if name in REWARDS else next(given)
-            if isinstance(value, str):
+            if not isinstance(value, float):
                 sentence = (
                     f"sample {sample.number} of {sample.problem.prompt!r:.200} is excluded: the reward {name} {value}"
                 )

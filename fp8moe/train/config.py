@@ -228,9 +228,10 @@ def laid_out(config: TrainConfig, world_size: int, ranks_per_node: int) -> Train
     stages_of(config)
     dp = world_size // parallel.pp
     batch = resolve_batch(config.batch, dp, cp=parallel.cp, least=least, multiple=multiple)
-    assert batch.micro_batch is not None
+    if config.data.source == "problems":
+        config.grpo.check_batch(batch.sequences, dp // parallel.cp * _resolved(batch.micro_batch) * multiple)
     if config.precision.mode is Precision.FP8:
-        check_tokens(batch.micro_batch, config.seq_len, parallel.cp)
+        check_tokens(_resolved(batch.micro_batch), config.seq_len, parallel.cp)
     ep = math.gcd(dp // parallel.cp, experts) if ep is None else ep
     filled = dataclasses.replace(parallel, dp=dp, ep=ep)
     if parallel.dispatcher == "node_limited":

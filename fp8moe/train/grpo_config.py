@@ -160,6 +160,16 @@ class GrpoConfig:
                 f"grpo.stale={self.lag}"
             )
 
+    def check_batch(self, sequences: int, unit: int) -> None:
+        """Raise ValueError where a batch, a multiple of `unit`, has fewer sequences than an update has samples."""
+        samples = self.group_samples // self.minibatches
+        if sequences < samples:
+            raise ValueError(
+                f"batch.sequences={sequences} is below the {samples} samples of an update, grpo.prompts x grpo.samples "
+                f"/ grpo.minibatches = {self.prompts} x {self.samples} / {self.minibatches}: use batch.sequences="
+                f"{-(-samples // unit) * unit}, or fewer samples"
+            )
+
     @property
     def updates(self) -> int:
         """Optimizer steps a batch of rollouts."""

@@ -56,7 +56,7 @@ def _data(run: Run) -> list[str]:
     config = run.config
     found = uses(run.data.train, total_samples(config.batch, config.steps), config.seq_len)
     fim = [] if config.data.fim_rate == 0 else [f"fill-in-the-middle in {config.data.fim_rate:.3g} of the documents"]
-    return [*(table(found) if found else []), *fim, *described(run.data.train)]
+    return [*(table(found) if found else []), *fim, *described(run.data.train, run.data.validation)]
 
 
 def _averaging(run: Run) -> list[str]:

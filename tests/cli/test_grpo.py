@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fp8moe.__main__ import main
 from fp8moe.cli.compose import as_yaml, compose
 from fp8moe.cli.grpo import begin
 from fp8moe.errors import ConfigError
@@ -30,6 +31,15 @@ def test_a_new_run_takes_the_model_and_counts_its_samples(trained: str) -> None:
     assert zero["batch"]["sequences"] == 512 and zero["optimizer"]["schedule"]["peak"] == 3e-6
     assert zero["grpo"]["samples"] == 16 and zero["grpo"]["kl"] == 0.001 and zero["grpo"]["max_tokens"] == 32768
     assert zero["grpo"]["reference_every"] == 400
+
+
+def test_a_batch_that_is_less_than_an_update_is_refused(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["grpo", f"init_from={trained}", "grpo.prompts=6", "batch.sequences=16", "batch.micro_batch=16"]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "fp8moe: batch.sequences=16 is below the 48 samples of an update, grpo.prompts x grpo.samples / "
+        "grpo.minibatches = 6 x 8 / 1: use batch.sequences=48, or fewer samples\n"
+    )
 
 
 def test_it_begins_with_a_trained_model() -> None:

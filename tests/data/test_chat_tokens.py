@@ -188,7 +188,7 @@ def test_every_epoch_has_every_whole_conversation_once_in_another_order(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(*(
         (one.train.batch([5, 31]).labels_BS, one.train.batch([5, 31]).inputs_BS) for one in (data, again)
     ), strict=True))  # fmt: skip
-    (line,) = described(data.train)
+    (line,) = described(data.train, data.validation)
     assert line.startswith("chat.jsonl: 40 conversations; ") and line.endswith("% of the tokens are learned")
 
 
@@ -196,7 +196,8 @@ def test_files_are_mixed_and_validation_may_have_its_own(tmp_path: Path) -> None
     other = write_rows(tmp_path / "other.jsonl", [exchange("c", "d")] * 3)
     path = tmp_path / "chat.jsonl"
     data = data_of(tmp_path, paths=(str(path), str(other)), weights=(3, 1), validation_paths=(str(other),))
-    assert len(described(data.train)) == 2
+    *lines, last = described(data.train, data.validation)
+    assert len(lines) == 2 and last.endswith(" held out as well, token for token: 3 of other.jsonl")
     held_out = {one for epoch in (0, 1) for one in conversations(data.validation, epoch)}
     assert len(held_out) == 1 and len(data.train) > len(data.validation)
     with pytest.raises(
@@ -246,3 +247,23 @@ def test_a_stream_of_conversations_is_learned_where_the_assistant_speaks_too(tmp
             ends = {tuple(mask[-len(tail) :].tolist()) for key, mask in masks.items() if key[-len(tail) :] == tail}
             assert tuple(window.predicted[: len(tail)].tolist()) in ends
     assert found > 10
+
+
+def test_conversations_that_are_held_out_as_well_are_counted(tmp_path: Path) -> None:
+    """By their tokens as they are trained on: cut alike, whatever else a row has; a prefix is another conversation."""
+    held = [*ROWS[3:6], exchange("a" * 9, "b" * 90), exchange("a 7", "another answer")]
+    more = [ROWS[4] | {"id": 7}, exchange("a" * 9, "b" * 90 + "c"), exchange("a", "b" * 9), ROWS[30]]
+    valid, other = write_rows(tmp_path / "valid.jsonl", held), write_rows(tmp_path / "other.jsonl", more)
+    files = str(tmp_path / "chat.jsonl"), str(other)
+    data = data_of(tmp_path, paths=files, validation_paths=(str(valid),))
+    assert described(data.train, data.validation)[2:] == [
+        "conversations that are trained on and held out as well, token for token: 3 of chat.jsonl, 2 of other.jsonl"
+    ]
+    apart = write_rows(tmp_path / "valid.jsonl", held[4:] * 3)
+    data = data_of(tmp_path, paths=files, validation_paths=(str(apart),))
+    assert len(described(data.train, data.validation)) == 2
+    twice = data_of(tmp_path, rows=[*ROWS, *ROWS[5:]])
+    held_out = set(conversations(twice.validation, 0))
+    count = sum(one in held_out for one in conversations(twice.train, 0))
+    (_, line) = described(twice.train, twice.validation)
+    assert count > 3 and line.endswith(f" token for token: {count} of chat.jsonl")

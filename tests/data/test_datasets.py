@@ -48,11 +48,10 @@ def test_what_the_package_saves(datasets: Any, tmp_path: Path, capsys: pytest.Ca
     datasets.DatasetDict({"train": rows, "test": rows.select([5])}).save_to_disk(tmp_path / "two")
     assert read(tmp_path / "two" / "test") == [TEXTS[5]]
     out = str(tmp_path / "t")
-    assert main(["tokenize", "--input", str(tmp_path / "two"), "--output", out]) == 3
-    assert f"of the splits train, test: give one of them, {tmp_path / 'two' / 'train'}" in capsys.readouterr().err
-    words = ["--input", str(tmp_path / "two" / "train"), "--output", out, "--vocab-size", "300", "--workers", "1"]
+    words = ["--input", str(tmp_path / "two"), "--output", out, "--vocab-size", "300", "--workers", "1"]
     assert main(["tokenize", *words]) == 0 and main(["data", out, "--samples", "0"]) == 0
     said = capsys.readouterr().out
+    assert f"{tmp_path / 'two'} is read as its train split, 1 of its files; left out: 1 of test (tokenize" in said
     assert "40 documents from 1 files" in said and f"{len(''.join(TEXTS).encode()):,} bytes of text" in said
 
 
@@ -104,13 +103,48 @@ def test_the_layout_of_a_saved_data_set(tmp_path: Path, kind: str, format: str) 
         )
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert read(tmp_path / "train") == TEXTS and read(tmp_path / "test") == TEXTS[:2]
-    with pytest.raises(DataError, match=r"of the splits train, test: give one of them, .*train"):
-        find_files([str(tmp_path)])
+    (tmp_path / "more.txt").write_text("beside it")
+    found = find_files([str(tmp_path)])
+    assert found.files == [tmp_path / "more.txt", *(tmp_path / "train" / name for name in names)]
+    (split,) = found.splits
+    assert split.others == {"test": [tmp_path / "test" / name for name in names]} and not found.passed_over
+    assert split.described().startswith(
+        f"{tmp_path} is read as its train split, 2 of its files; left out: 2 of test (tokenize another split by its"
+    )
     (tmp_path / "train" / "state.json").write_text('{"_data_files": [{"name": "x"}]}')
     with pytest.raises(
         DataError, match=r"state.json can't be read as the record of a data set .*'filename'.*: copy it"
     ):
         find_files([str(tmp_path / "train")])
+
+
+def saved(folder: Path, splits: Sequence[str]) -> None:
+    """A data set of splits with one document each, their names."""
+    for split in splits:
+        write_arrow(folder / split / "data-00000-of-00001.arrow", [split])
+        (folder / split / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+        (folder / split / "dataset_info.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+
+
+def test_of_saved_splits_the_one_of_train_is_read_or_a_sentence_asks(tmp_path: Path) -> None:
+    saved(tmp_path / "many" / "a", ["test", "train_sft", "validation"])
+    saved(tmp_path / "many" / "b", ["training", "all"])
+    saved(tmp_path / "many" / "c", ["all"])
+    assert read(tmp_path / "many") == ["train_sft", "training", "all"]
+    found = find_files([str(tmp_path / "many")])
+    assert sorted(sorted(split.others) for split in found.splits) == [["all"], ["test", "validation"]]
+    for splits, count, first in (
+        (["validation", "test"], 0, "validation"),
+        (["test", "train_gen", "train_sft"], 2, "train_gen"),
+    ):
+        saved(tmp_path / first, splits)
+        with pytest.raises(DataError) as raised:
+            find_files([str(tmp_path / first)])
+        assert str(raised.value) == (
+            f"{tmp_path / first} is a data set of the splits {', '.join(splits)}, {count} of them of train: give one, "
+            f"{tmp_path / first / first}"
+        )
 
 
 def test_the_layout_of_a_loaded_data_set(tmp_path: Path) -> None:

@@ -212,8 +212,8 @@ def test_data_sets_on_disk(tmp_path: Path) -> None:
     assert [piece for path in found.files for piece in read_pieces(path)] == [(text, True) for text in "abc"]
     (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert [path.name for path in find_files([str(tmp_path / "d")]).files] == ["data-1.arrow", "data-0.arrow"]
-    (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(DataError, match=r"of the splits train, test: give one of them, .*train"):
+    (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["dev", "test"]}')
+    with pytest.raises(DataError, match=r"of the splits dev, test, 0 of them of train: give one, .*dev"):
         find_files([str(tmp_path / "d")])
     (tmp_path / "d" / "train" / "data-0.arrow").unlink()
     with pytest.raises(DataError, match=r"state.json lists data-0.arrow, which is missing"):

@@ -214,8 +214,8 @@ def test_only_the_run_is_required(command: str, capsys: pytest.CaptureFixture) -
     assert capsys.readouterr().err == f"fp8moe: {sentence}\n"
 
 
-def lines_of(settings: list[str], run_dir: str) -> str:
-    run = built(configured(settings, f"run_dir={run_dir}", "steps=2", world_size=2))
+def lines_of(settings: list[str], run_dir: str, ranks: int = 2) -> str:
+    run = built(configured(settings, f"run_dir={run_dir}", "steps=2", world_size=ranks))
     shown: list[str] = []
 
     def kept(one: object) -> str:
@@ -232,7 +232,6 @@ def lines_of(settings: list[str], run_dir: str) -> str:
 
 @pytest.mark.parametrize("settings, completions", [
     (("parallel.ep=2", "precision=fp8", "parallel.max_imbalance=1.5"), 3),
-    (("parallel.pp=2", "validation.completions=2"), 0),
     (("parallel.ep=2", "validation.completions=0", "checkpoint.at_end=false"), None),
 ])  # fmt: skip
 def test_a_run_ends_with_completions_and_the_commands_to_go_on_with(
@@ -246,3 +245,13 @@ def test_a_run_ends_with_completions_and_the_commands_to_go_on_with(
     else:
         assert f"go on with\n  fp8moe generate {tmp_path} --prompt" in one
         assert f"  fp8moe train resume={tmp_path} steps=4" in one
+
+
+def test_a_run_with_a_pipeline_ends_with_the_text_of_one_process(corpus: list[str], tmp_path: Path) -> None:
+    settings, folders = [*corpus, "batch.micro_batch=2", "precision=fp32"], (tmp_path / "one", tmp_path / "two")
+    (alone,) = run_ranks(lines_of, 1, settings, str(folders[0]), 1)
+    found = run_ranks(lines_of, 2, [*settings, "parallel.pp=2"], str(folders[1]))
+    assert alone.count(" -> '") + alone.count(' -> "') == 3
+    assert found == [alone.replace(str(folders[0]), str(folders[1]))] * 2
+    first, second = (json.loads((folder / "samples.json").read_text()) for folder in folders)
+    assert first == second and [set(one) for one in first["samples"]] == [{"prompt", "text"}] * 3

@@ -251,11 +251,6 @@ def test_a_context_that_is_full_ends_a_sequence(mtp: bool) -> None:
     ]
 
 
-def test_time_that_is_up_ends_all() -> None:
-    completions, _ = generated(small_model(), PROMPTS, max_tokens=40, seconds=1e-9)
-    assert [(len(one.ids), one.ended) for one in completions] == [(1, "seconds")] * 5
-
-
 @pytest.mark.parametrize("prompts, options, words", [
     ([[1], []], {}, r"^prompt 2 is empty: give at least one character$"),
     ([[1] * 64], {}, r"^prompt 1 has 64 tokens and the model's context, model\.max_seq_len, is 64: use at most 63$"),
@@ -268,7 +263,7 @@ def test_what_can_not_be_continued_is_one_sentence(
         generated(small_model(mtp_depth=0), prompts, **options)
 
 
-@pytest.mark.parametrize("change", [{"max_tokens": 0}, {"batch": 0}, {"seconds": 0.0}, {"max_tokens": 1.5}])
+@pytest.mark.parametrize("change", [{"max_tokens": 0}, {"batch": 0}, {"max_tokens": 1.5}])
 def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"generation\.{next(iter(change))}="):
         GenerationConfig(**change)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from typing import Any
 
 import pytest
 import torch
 
 from fp8moe.errors import ConfigError
+from fp8moe.generate import groups as generate_groups
 from fp8moe.generate.groups import GroupSampling, Sampled, draw, sample_groups
 from fp8moe.generate.stages import PipelineStages
 from fp8moe.model.partition import partition
@@ -95,7 +97,7 @@ def test_ranks_that_share_experts_draw_the_same() -> None:
         assert found == expected
 
 
-def in_a_pipeline(placement: tuple[int, ...], ep: int) -> list[list[tuple[int, ...]]]:
+def in_a_pipeline(placement: tuple[int, ...], ep: int, changes: dict[str, Any]) -> list[list[tuple[int, ...]]]:
     """placement: the pipeline rank of each stage, of one block each."""
     pp = max(placement) + 1
     mesh = build_mesh(pp, ep, ep, timeout=TIMEOUT)
@@ -105,17 +107,32 @@ def in_a_pipeline(placement: tuple[int, ...], ep: int) -> list[list[tuple[int, .
     dispatcher = make_dispatcher("all_to_all", mesh, 4, max_tokens=1)
     model = small_model(dispatcher=dispatcher, ep_rank=mesh.ep_rank, held=held, **shape)
     local = PipelineStages(model, stages, placement, Links(mesh, TIMEOUT), mesh)
-    return ids(sample_groups(model, PROMPTS, NAMES, options(batch=6), mesh, local))
+    return ids(sample_groups(model, PROMPTS, NAMES, options(batch=6, **changes), mesh, local))
 
 
-@pytest.mark.parametrize(("placement", "ep"), [((0, 1, 2), 1), ((0, 1, 1, 0), 1), ((0, 1), 2)])
-def test_ranks_of_a_pipeline_draw_the_same(placement: tuple[int, ...], ep: int) -> None:
+@pytest.mark.parametrize(("placement", "ep", "changes"), [
+    ((0, 1, 2), 1, {}), ((0, 1, 1, 0), 1, {"top_p": 0.8}), ((0, 1), 2, {}),
+])  # fmt: skip
+def test_ranks_of_a_pipeline_draw_the_same(placement: tuple[int, ...], ep: int, changes: dict[str, Any]) -> None:
     """5 prompts in as many sets as there are ranks, some empty; in the second placement the first rank draws."""
     model = small_model(num_layers=len(placement), mtp_depth=0)
-    expected = ids(sample_groups(model, PROMPTS, NAMES, options(), alone()))
+    expected = ids(sample_groups(model, PROMPTS, NAMES, options(**changes), alone()))
     assert len({len(one) for group in expected for one in group}) > 3
-    for found in run_ranks(in_a_pipeline, (max(placement) + 1) * ep, placement, ep):
+    for found in run_ranks(in_a_pipeline, (max(placement) + 1) * ep, placement, ep, changes):
         assert found == expected
+
+
+def test_time_ends_completions_with_the_tokens_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves on by a second with every token that is drawn; and a pipeline that has no time at all."""
+    whole = sample_groups(small_model(), PROMPTS, NAMES, options(), alone())
+    clock = count()
+    monkeypatch.setattr(generate_groups.time, "perf_counter", lambda: float(next(clock)))
+    cut = sample_groups(small_model(), PROMPTS, NAMES, options(seconds=4.5), alone())
+    monkeypatch.undo()
+    for before, after in zip(chain(*whole), chain(*cut), strict=True):
+        assert after == Sampled(before.ids[:5], before.logprobs[:5], before.has_ended and len(before.ids) <= 5)
+    for found in run_ranks(in_a_pipeline, 2, (0, 1), 1, {"seconds": 1e-9}):
+        assert {len(one) for group in found for one in group} == {1}
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -128,3 +145,14 @@ def test_draws_follow_the_distribution() -> None:
     torch.testing.assert_close(logprobs.double(), p.log()[tokens], rtol=0, atol=1e-6)
     largest, _ = draw(logits[:2], torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 0.5)
     assert largest.tolist() == [0, 2], "a token without probability is never drawn"
+
+
+def test_top_p_leaves_out_unlikely_tokens_and_keeps_the_proportions_of_the_others() -> None:
+    """Probabilities 0.5, 0.3, 0.15 and 0.05: 0.7 takes two to reach. Log-probabilities stay those of all tokens."""
+    p = torch.tensor([0.3, 0.05, 0.5, 0.15], dtype=torch.float64)
+    logits = p.log().float().expand(20_000, -1)
+    numbers = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    tokens, logprobs = draw(logits, numbers, 1.0, 0.7)
+    shares = torch.bincount(tokens, minlength=4) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.375, 0.0, 0.625, 0.0]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logprobs.double(), p.log()[tokens], rtol=0, atol=1e-6)

@@ -41,7 +41,9 @@ def test_the_least_is_what_a_rank_holds(precision: str, corpus: list[str]) -> No
 
 def test_a_reference_and_a_teacher_count(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Four bytes a parameter more of GRPO with a reference; a teacher's weights whole."""
-    policy = configured(["data=problems"], "precision=bf16", "optimizer.sharding=none", "grpo.kl=0")
+    policy = configured(
+        ["data=problems"], "precision=bf16", "optimizer.sharding=none", "grpo.kl=0", "batch.sequences=512"
+    )
     parameters, need = machine_memory.least_of_rank(policy)
     with_reference = dataclasses.replace(policy, grpo=dataclasses.replace(policy.grpo, kl=0.1))
     assert machine_memory.least_of_rank(with_reference)[1] == need + 4 * parameters

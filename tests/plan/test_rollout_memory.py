@@ -51,7 +51,7 @@ CPU = torch.device("cpu")
 MLA = ("model=tiny", *SIZES)
 PROBLEMS = (
     *("data=problems", "device=cpu", "seq_len=224", "grpo.max_tokens=5", "grpo.prompts=6", "grpo.samples=4"),
-    *("grpo.rollout_batch=12", "grpo.held_out_count=0", "batch.sequences=8", "batch.micro_batch=2"),
+    *("grpo.rollout_batch=12", "grpo.held_out_count=0", "batch.sequences=24", "batch.micro_batch=2"),
 )
 
 
@@ -70,12 +70,14 @@ def model_of(config: TrainConfig, ep: int = 1) -> Transformer:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("length", [300, 9000])
 @pytest.mark.parametrize("words", [MLA, GROUPED], ids=["latent", "grouped"])
-def test_attention_to_a_cache(words: tuple[str, ...], dtype: torch.dtype) -> None:
-    """The most that one new token of each row allocates, within 1 %; fewer tokens than the cache has room for."""
+def test_attention_to_a_cache(words: tuple[str, ...], length: int, dtype: torch.dtype) -> None:
+    """The most that one new token of each row allocates, within 1 %; fewer tokens than the cache has room for. The keys
+    of all rows go together, and those of one."""
     precision = Precision.FP32 if dtype is torch.float32 else Precision.BF16
     config = configured(*words, f"precision={precision.value}", "data=indexed", "data.paths=[a]")
-    a, rows, length = config.model.attention, 5, 300
+    a, rows = config.model.attention, 5
     if a.kind == "mla":
         entries = torch.randn(rows, length + 40, a.kv_lora_rank + a.rope_dim, dtype=dtype)[:, :length].unsqueeze(2)
         keys, values, width = entries, entries[..., : a.kv_lora_rank], a.kv_lora_rank + a.rope_dim
@@ -87,7 +89,7 @@ def test_attention_to_a_cache(words: tuple[str, ...], dtype: torch.dtype) -> Non
         q = torch.randn(rows, 1, a.num_heads, width, dtype=dtype)
         mask = torch.ones(rows, 1, length, dtype=torch.bool)
         attend_to_cache(q, keys, values, 1.0, mask)
-    assert attend_bytes(config.model, config.recipe, rows, length) == pytest.approx(tracked.most, rel=0.01)
+    assert attend_bytes(config.model, config.recipe, rows, length, CPU) == pytest.approx(tracked.most, rel=0.01)
 
 
 @pytest.mark.parametrize("words", [(*MLA, "precision=fp8"), (*GROUPED, "precision=bf16")], ids=["latent", "grouped"])
@@ -125,10 +127,10 @@ def sampled(config: TrainConfig) -> int:
 def planned(config: TrainConfig) -> float:
     stages = sampling_stages(config, stages_of(config), 0)
     sizes = rollout_sizes(config)
-    return cached_bytes(config, stages, sizes) + sampling_work(config, stages, sizes)
+    return cached_bytes(config, stages, sizes) + sampling_work(config, stages, sizes, CPU)
 
 
-MORE_ROWS = ("grpo.samples=24", "grpo.rollout_batch=48", "model.router.topk=1")
+MORE_ROWS = ("grpo.samples=24", "grpo.rollout_batch=48", "batch.sequences=144", "model.router.topk=1")
 
 
 @pytest.mark.parametrize(
@@ -141,8 +143,8 @@ def test_the_peak_of_sampling(words: tuple[str, ...], largest: str) -> None:
     config = configured(*words, "model.max_seq_len=225")
     sizes = rollout_sizes(config)
     assert sizes.rounds > 1 and sizes.rows == config.grpo.rollout_batch
-    of_tokens = attend_bytes(config.model, config.recipe, sizes.rows, sizes.length)
-    work = sampling_work(config, list(stages_of(config)), sizes)
+    of_tokens = attend_bytes(config.model, config.recipe, sizes.rows, sizes.length, CPU)
+    work = sampling_work(config, list(stages_of(config)), sizes, CPU)
     assert (work > 2 * of_tokens) if largest == "prompts" else (work < 1.5 * of_tokens)
     assert planned(config) == pytest.approx(sampled(config), rel=0.12)
 

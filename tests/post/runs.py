@@ -14,7 +14,7 @@ from fp8moe.train.run import Run
 from tests.train.runs import configured
 
 SETTINGS = (
-    *("data=problems", "precision=fp32", "seq_len=48", "batch.sequences=16", "batch.micro_batch=4", "optimizer=adamw"),
+    *("data=problems", "precision=fp32", "seq_len=48", "batch.sequences=32", "batch.micro_batch=4", "optimizer=adamw"),
     *("lr_schedule=constant", "optimizer.schedule.peak=1e-3", "optimizer.schedule.warmup_steps=0", "seed=1"),
     *("model.router.aux_loss_alpha=0", "model.router.bias_gamma=0", "validation.samples=8", "optimizer.weight_decay=0"),
     *("grpo.rewards=[tests.post.given_rewards:letters]", "grpo.prompts=4", "grpo.samples=8", "grpo.max_tokens=12"),

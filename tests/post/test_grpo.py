@@ -185,7 +185,7 @@ def workers() -> list[str]:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == os.getpid() and b"reward_worker" in (path / "cmdline").read_bytes():
+            if int(parent) == os.getpid() and b"function_worker" in (path / "cmdline").read_bytes():
                 found.append(path.name)
     return found
 
@@ -226,3 +226,6 @@ def test_what_can_not_be_is_refused(corpus: list[str]) -> None:
         policy_run(policy_config(corpus, "grpo.rewards=[tests.post.given_rewards:nothing]"))
     with pytest.raises(ValueError, match=r"grpo.minibatches=3 does not divide grpo.prompts=4: use 2"):
         policy_config(corpus, "grpo.minibatches=3")
+    with pytest.raises(ValueError, match=r"^batch.sequences=24 .* the 28 samples .* = 14 x 4 / 2: use .*=32, or"):
+        sizes = ("grpo.prompts=14", "grpo.samples=4", "grpo.minibatches=2")
+        policy_config(corpus, *sizes, "batch.sequences=24", world_size=2)

@@ -26,7 +26,7 @@ WIDE = (
     *("model.dim=128", "model.dense_hidden=256", "model.attention.q_lora_rank=128", "model.attention.kv_lora_rank=128"),
     *("model.attention.num_heads=4", "model.attention.nope_dim=32", "model.attention.rope_dim=128"),
     *("model.attention.v_dim=32", "model.experts.hidden=128", "steps=2", "grpo.max_tokens=4", "grpo.prompts=2"),
-    *("batch.sequences=8", "batch.micro_batch=4", "grpo.train_count=8", "grpo.kl=0"),
+    *("batch.sequences=16", "batch.micro_batch=4", "grpo.train_count=8", "grpo.kl=0"),
 )
 SCALE = "_scale_inv"
 

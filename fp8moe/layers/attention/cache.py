@@ -6,10 +6,11 @@ sequences, each sequence at its own place; sequences are ragged, so every one ha
 padding. An entry that is written again (a draft that was refused) replaces the old one; entries behind a sequence's end
 are masked.
 
-Numerics: scores and softmax in FP32, probabilities rounded to the dtype of the values, as in the fused kernels. The
-operands are widened to FP32 for the scores: decoding waits for memory, and PyTorch's fused kernels take neither a
-latent's 576 features nor queries of several places behind a cache. Refused: pages of a fixed size (vLLM), which save
-memory where thousands of sequences come and go; here a batch is known when it starts.
+Numerics: scores and softmax in FP32, probabilities rounded to the dtype of the values, as in the fused kernels.
+Decoding waits for memory, so scores are made of the entries as they lie: a GPU multiplies BF16 into FP32, and where
+that can't be, the keys of a few sequences are widened at a time, which stay in a processor's cache. PyTorch's fused
+kernels take neither a latent's 576 features nor queries of several places behind a cache. Refused: pages of a fixed
+size (vLLM), which save memory where thousands of sequences come and go; here a batch is known when it starts.
 
 Legend: B sequences, S new tokens of each, L tokens that the longest has, H heads, G heads of keys and values, d
 features of a query or key, V of a value, W width.
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fp8moe.layers.linear import product
+
+WIDENED_VALUES = 1 << 19  # keys that are copied to FP32 at once, but for one sequence at least
 
 
 class LayerCache:
@@ -94,7 +97,7 @@ def attend_to_cache(
     """
     S, H, G = q.shape[1], q.shape[2], k.shape[2]
     queries = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, H/G x S, d]
-    scores = (queries.float() @ k.permute(0, 2, 3, 1).float()).mul_(scale).unflatten(2, (H // G, S))
+    scores = _products(queries, k).mul_(scale).unflatten(2, (H // G, S))
     scores.masked_fill_(~mask_BSL[:, None, None], float("-inf"))
     if sinks_H is not None:
         sinks = sinks_H.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
@@ -102,3 +105,17 @@ def attend_to_cache(
     p = scores.softmax(-1)[..., : k.shape[1]].to(v.dtype).flatten(2, 3)
     out = product(p, v.transpose(1, 2))
     return out.unflatten(2, (H // G, S)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """FP32 [B, G, M, L] of q [B, G, M, d] and k [B, L, G, d], of one dtype."""
+    if q.dtype is torch.float32:
+        return q @ k.permute(0, 2, 3, 1)
+    if q.is_cuda:
+        flat = torch.bmm(q.flatten(0, 1), k.transpose(1, 2).flatten(0, 1).mT, out_dtype=torch.float32)
+        return flat.unflatten(0, q.shape[:2])
+    out = torch.empty(*q.shape[:3], k.shape[1], device=q.device)
+    size = max(1, WIDENED_VALUES // k[0].numel())
+    for part, queries, keys in zip(out.split(size), q.split(size), k.split(size), strict=True):
+        torch.matmul(queries.float(), keys.float().permute(0, 2, 3, 1), out=part)
+    return out

@@ -2,23 +2,20 @@
 
 What stands behind the name are the keyword arguments of the function that makes the verifier; for a function of one's
 own they are passed on at every call. Built-in names come first, so a module of such a name needs its package's name
-too.
+too. Functions of users run in processes of their own (`own`).
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from fp8moe.errors import ConfigError
 from fp8moe.post.verify.answer import verify_answer
 from fp8moe.post.verify.code import code
 from fp8moe.post.verify.form import language, length, repetition, verify_ended
+from fp8moe.post.verify.own import OwnVerifier
 from fp8moe.post.verify.verdict import NamedVerifier, Verifier
 
 # Name -> (what makes it of its options, keys that a prompt's line must have).
@@ -32,8 +29,8 @@ BUILT_IN: dict[str, tuple[Callable[..., Verifier], tuple[str, ...]]] = {
 }
 
 
-def verifier(spec: str) -> NamedVerifier:
-    """The verifier that `spec` asks for. Raises ConfigError with one sentence."""
+def verifier(spec: str, timeout: float | None = None) -> NamedVerifier:
+    """The verifier that `spec` asks for. timeout: seconds of a user's call. Raises ConfigError with one sentence."""
     name, _, rest = spec.partition(":")
     if name in BUILT_IN:
         make, needs = BUILT_IN[name]
@@ -46,24 +43,7 @@ def verifier(spec: str) -> NamedVerifier:
         raise ConfigError(
             f"--verify {spec} is none of {', '.join(BUILT_IN)} and no function: use one of them, or module:function"
         )
-    own = _own(spec, name, function_name)
-    return NamedVerifier(spec, partial(own, **_options(spec, options, None)) if options else own)
-
-
-def _own(spec: str, module: str, function: str) -> Verifier:
-    """A user's function. Modules of the working directory are found, as `python -m` finds them."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
-        raise ConfigError(
-            f"--verify {spec}: {module} can't be imported ({error}): name an importable module"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"--verify {spec}: {module} has no function {function}: name one of (text, row) -> Verdict")
-    verify: Verifier = found
-    return verify
+    return NamedVerifier(spec, OwnVerifier(f"{name}:{function_name}", _options(spec, options, None), timeout))
 
 
 def _options(spec: str, text: str, make: Callable[..., Any] | None) -> dict[str, Any]:

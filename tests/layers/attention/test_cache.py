@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.attention import GqaConfig, MlaConfig, Positions
+from fp8moe.layers.attention import GqaConfig, MlaConfig, Positions, cache
 from fp8moe.layers.attention.cache import CachedForward, attend_to_cache
 from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.linear import quantize_weights
@@ -100,3 +100,17 @@ def test_windows_sinks_and_shared_heads_beside_a_plain_softmax(window: int | Non
                 weights = (keys @ q[b, s, h].double() * 0.3).exp()
                 total = weights.sum() + (0 if sinks_H is None else sinks_H[h].double().exp())
                 torch.testing.assert_close(found[b, s, h].double(), weights / total @ values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 150, 1 << 20])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_scores_of_bf16_entries_are_sums_in_fp32(monkeypatch: pytest.MonkeyPatch, heads: int, at_once: int) -> None:
+    """Keys of one sequence widened at a time, of two (the last alone), or of all; entries behind are noise."""
+    monkeypatch.setattr(cache, "WIDENED_VALUES", at_once * heads)
+    torch.manual_seed(2)
+    q = torch.randn(5, heads, 6, 8, dtype=torch.bfloat16)
+    k = torch.randn(5, 13, heads, 8, dtype=torch.bfloat16)[:, :9]
+    exact = q.double() @ k.permute(0, 2, 3, 1).double()
+    found = cache._products(q, k)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)

@@ -146,21 +146,29 @@ def test_copies_are_left_out_and_the_shortest_kept(tmp_path: Path, capsys: pytes
         assert row["tokens"] == min(one["tokens"] for one in every if one["line"] == row["line"])
 
 
-def test_verifiers_that_change_or_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    write_prompts(tmp_path, 4)
+def test_verifiers_that_change_or_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_prompts(tmp_path, 5)
     (tmp_path / "strict_of_a_test.py").write_text(
-        "def check(text, row):\n    if row['answer'] == 3: raise KeyError('lost')\n    return row['answer'] != 5\n"
+        "import time\ndef check(text, row):\n    if row['answer'] == 3: raise KeyError('lost')\n"
+        "    if row['answer'] == 7: time.sleep(60)\n    return row['answer'] != 5\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with served(right) as endpoint:
         assert distilled(endpoint.url, tmp_path) == 0
-        assert len(lines(tmp_path / "out.jsonl")) == 4
+        assert len(lines(tmp_path / "out.jsonl")) == 5
         capfd.readouterr()
-        assert distilled(endpoint.url, tmp_path, "--verify", "strict_of_a_test:check") == 0
-        assert len(endpoint.bodies) == 4, "stored samples are verified without the teacher"
-    assert [row["answer"] for row in lines(tmp_path / "out.jsonl")] == [1, 7]
+        options = ("--verify", "strict_of_a_test:check", "--verify-timeout", "0.5")
+        assert distilled(endpoint.url, tmp_path, *options) == 0
+        assert len(endpoint.bodies) == 5, "stored samples are verified without the teacher"
+    assert [row["answer"] for row in lines(tmp_path / "out.jsonl")] == [1, 9]
     table = capfd.readouterr().out
-    assert count(table, "verifier failed: strict_of_a_test:check") == 1
+    assert count(table, "verifier failed: strict_of_a_test:check") == 2
+    assert sorted(record.message for record in caplog.records) == [
+        f"verifier strict_of_a_test:check failed on prompt {line}, short sample 1, which is left out: {why}"
+        for line, why in ((2, "raised KeyError: 'lost'"), (4, "took longer than --verify-timeout=0.5 s"))
+    ]
     assert count(table, "rejected by strict_of_a_test:check") == 1
 
 
@@ -264,6 +272,7 @@ def test_other_settings_do_not_add_to_the_same_file(tmp_path: Path, capsys: pyte
         ("", (), 3, "has 0 lines"),
         ('{"prompt": "1+1"}', ("--samples", "0"), 2, "--samples=0 must be from 1"),
         ('{"prompt": "1+1"}', ("--verify", "answr"), 2, "is none of answer"),
+        ('{"prompt": "1+1"}', ("--verify-timeout", "0"), 2, "--verify-timeout=0.0 must be above 0 and at most 86400"),
         ('{"prompt": "1+1"}', ("--temperature", "nan"), 2, "sampling.temperature=nan"),
         ('{"prompt": "1+1"}', ("--body", "[1]"), 2, "--body must be an object"),
         ('{"prompt": "1+1"}', ("--nproc", "2"), 2, "takes no --nproc"),

@@ -68,8 +68,6 @@ def test_repetition() -> None:
         ("language:share=nan", "share=nan must be above 0"),
         ("repetition:n=0", "must be at least 1"),
         ("code:seconds=0", "code.seconds=0.0 must be above 0"),
-        ("no_such_module:check", "can't be imported"),
-        ("json:no_such_function", "json has no function no_such_function"),
     ],
 )
 def test_a_name_that_can_not_be_is_one_sentence(spec: str, said: str) -> None:
@@ -96,9 +94,9 @@ def test_functions_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     module = "my_verifiers_of_a_test"
     assert ok(f"{module}:even", "4") and not ok(f"{module}:even", "3") and ok(f"{module}:even:off=1", "3")
     assert ok(f"{module}:plain", "4") and not ok(f"{module}:plain", "5")
-    assert verifier(f"{module}:nothing")("4", {}) == Verdict(False, "it returned NoneType and no Verdict", raised=True)
+    assert verifier(f"{module}:nothing")("4", {}) == Verdict(False, "returned NoneType and no Verdict", raised=True)
     failed = verifier(f"{module}:even")("four", {})
-    assert failed.raised and failed.reason.startswith("ValueError: invalid literal")
+    assert failed.raised and failed.reason.startswith("raised ValueError: invalid literal")
 
 
 def test_the_first_that_rejects_is_the_last_asked() -> None:

@@ -1,8 +1,10 @@
-"""Rewards of users in a process of their own, one a rank: a call that takes too long ends that process, not the run.
+"""Functions of users in a process of their own: a call that takes too long ends that process, not the run.
+
+Rewards have one a rank (`post.scoring`), verifiers one a thread (`post.verify.own`).
 
     begin(samples)      they are sent as the process takes them, a few ahead of its answers
     run(seconds)        what it answers is taken, for so long at most: ranks meet meanwhile
-    a call is late      the process is killed with all that it started, the sample has no reward, another one goes on
+    a call is late      the process is killed with all that it started, the sample is not scored, another one goes on
     it ends itself      likewise: os._exit, a segmentation fault, memory that ran out
 
 Refused: SIGALRM, whose handler waits until code that holds the interpreter's lock comes back, and that functions may
@@ -24,10 +26,10 @@ import subprocess
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fp8moe.errors import ConfigError
-from fp8moe.post.reward_worker import starting_words
-from fp8moe.post.tasks import Problem
+from fp8moe.post.function_worker import KINDS, Answer, starting_words
 
 logger = logging.getLogger(__name__)
 STARTS = 300.0  # seconds in which its modules must be imported
@@ -35,18 +37,19 @@ ENDS = 5.0  # seconds that a killed process is waited for
 AHEAD = 64  # samples that are sent before the first of them is answered
 
 
-class RewardProcess:
+class FunctionProcess:
     """Calls functions on samples in order. found: of each sample, what the functions gave, up to and with the first
     that gave none: that one in words."""
 
-    def __init__(self, names: Sequence[str], timeout: float | None) -> None:
-        """names: of functions, `module:function`. timeout: seconds of a call. Raises ConfigError where one can't be
-        imported."""
-        self._names, self._timeout = names, timeout
+    def __init__(self, kind: str, names: Sequence[str], timeout: float | None) -> None:
+        """kind: reward or verifier. names: of functions, `module:function`. timeout: seconds of a call. Raises
+        ConfigError where one can't be imported."""
+        self._kind, self._names, self._timeout = kind, names, timeout
+        self._setting, self._bound = KINDS[kind].setting, KINDS[kind].bound
         self._selector = selectors.DefaultSelector()
-        self._samples: Sequence[tuple[Problem, str]] = ()
+        self._samples: Sequence[Sequence[Any]] = ()
         self._at = 0
-        self.found: list[list[float | str]] = []
+        self.found: list[list[Answer]] = []
         self._deadline = 0.0
         self._end: Callable[[], object] = lambda: None
         self._start()
@@ -56,8 +59,8 @@ class RewardProcess:
             self._end()
             raise ConfigError(self._problem)
 
-    def begin(self, samples: Sequence[tuple[Problem, str]]) -> None:
-        """Have the functions called on samples, (problem, text)."""
+    def begin(self, samples: Sequence[Sequence[Any]]) -> None:
+        """Have the functions called on samples, each the arguments that its kind takes, which JSON can hold."""
         self._samples, self._at, self._next = samples, 0, 0
         self.found, self._has_said = [[] for _ in samples], False
         if self._problem is not None or self._has_ended():
@@ -91,7 +94,7 @@ class RewardProcess:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    starting_words(self._names, theirs.fileno()),
+                    starting_words(self._kind, self._names, theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # signals of the terminal are the run's; what it starts is killed with it
                     pass_fds=(theirs.fileno(),),
@@ -100,7 +103,7 @@ class RewardProcess:
             ours.close()
             names = ", ".join(self._names)
             self._problem = (
-                f"grpo.rewards={names} need a process and none can be started ({error.strerror}): free memory"
+                f"{self._setting}{names} need a process and none can be started ({error.strerror}): free memory"
             )
             return
         ours.setblocking(False)
@@ -125,8 +128,7 @@ class RewardProcess:
         """Send and take what can be, once; where nothing comes by then and a call is late, go on without it."""
         if not self._unsent and self._is_ready and self._next - self._at <= AHEAD // 2:
             more = self._samples[self._next : self._at + AHEAD]
-            fields = [(one.prompt, one.solution, one.answer, one.place, text) for one, text in more]
-            self._unsent = "".join(f"{json.dumps(one)}\n" for one in fields).encode()
+            self._unsent = "".join(f"{json.dumps(one)}\n" for one in more).encode()
             self._next += len(more)
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
         self._selector.modify(self._socket, wanted)
@@ -163,19 +165,20 @@ class RewardProcess:
                 self._at += 1
 
     def _give_up(self, *, is_late: bool) -> None:
-        """End the process. The sample in work has no reward, and another process goes on behind it."""
+        """End the process. The sample in work is not scored, and another process goes on behind it."""
         self._end()
         code = self._process.returncode
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         if not self._is_ready:
             names = ", ".join(self._names)
             says = f"are not imported after {STARTS:g} s" if is_late else f"end their process {how} when imported"
-            self._problem = f"grpo.rewards={names} {says}: name functions of modules that can be imported"
+            self._problem = f"{self._setting}{names} {says}: name functions of modules that can be imported"
             return
         if self._at < len(self._samples):
-            late, one = f"took longer than grpo.reward_timeout={self._timeout or 0:g} s", self.found[self._at]
-            if is_late and not self._has_said:  # now, since a batch of such calls takes long
-                logger.warning("the reward %s %s: its process is ended and started anew", self._names[len(one)], late)
+            late, one = f"took longer than {self._bound}={self._timeout or 0:g} s", self.found[self._at]
+            if is_late and not self._has_said and len(self._samples) > 1:  # now, since many such calls take long
+                name = self._names[len(one)]
+                logger.warning("the %s %s %s: its process is ended and started anew", self._kind, name, late)
                 self._has_said = True
             one.append(late if is_late else f"ended its process {how}")
             self._at += 1

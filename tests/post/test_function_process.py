@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from fp8moe.errors import ConfigError
-from fp8moe.post import reward_process
-from fp8moe.post.reward_process import RewardProcess
+from fp8moe.post import function_process
+from fp8moe.post.function_process import FunctionProcess
+from fp8moe.post.function_worker import reward_arguments
 from fp8moe.post.tasks import Problem
 from tests.post.given_rewards import letters
 
@@ -28,16 +29,16 @@ SUM = Problem("What is 4 + 5?", "4+5=9\nAnswer: 9", "9", "line 3 of sums.jsonl")
 
 
 @contextlib.contextmanager
-def started(*names: str, timeout: float | None = 20.0) -> Iterator[RewardProcess]:
-    process = RewardProcess([f"{HERE}:{name}" for name in names], timeout)
+def started(*names: str, timeout: float | None = 20.0) -> Iterator[FunctionProcess]:
+    process = FunctionProcess("reward", [f"{HERE}:{name}" for name in names], timeout)
     try:
         yield process
     finally:
         process.close()
 
 
-def of(process: RewardProcess, *texts: str) -> list[list[float | str]]:
-    process.begin([(SUM, text) for text in texts])
+def of(process: FunctionProcess, *texts: str) -> list[list[float | str]]:
+    process.begin([reward_arguments(SUM, text) for text in texts])
     deadline = time.monotonic() + 60
     while not process.run(0.05):
         assert time.monotonic() < deadline
@@ -124,7 +125,7 @@ def test_one_that_ends_is_blamed_for_the_sample_in_work_alone(monkeypatch: pytes
 
 def test_answers_that_came_before_an_end_count_though_sending_fails_first(monkeypatch: pytest.MonkeyPatch) -> None:
     with started("does") as process:
-        process.begin([(SUM, text) for text in ("a", "b", "end", "c")])
+        process.begin([reward_arguments(SUM, text) for text in ("a", "b", "end", "c")])
         process.run(0)
         wait_for(lambda: not is_alive(process._process.pid))
         process._unsent, select = b"more\n", process._selector.select
@@ -161,9 +162,9 @@ def test_what_can_not_be_imported(name: str, says: str, tmp_path: Path, monkeypa
         (tmp_path / f"{module}_at_import.py").write_text(f"import os, sys, time\n{line}\n")
     monkeypatch.syspath_prepend(tmp_path)
     if name.startswith("hangs"):
-        monkeypatch.setattr(reward_process, "STARTS", 1.0)
+        monkeypatch.setattr(function_process, "STARTS", 1.0)
     with pytest.raises(ConfigError) as raised:
-        RewardProcess([name], 1.0)
+        FunctionProcess("reward", [name], 1.0)
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -174,7 +175,7 @@ def test_a_module_of_the_working_directory_that_breaks_meanwhile(
     module.write_text("import os\ndef f(problem, text):\n    return 1 if text else os._exit(1)\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path.cwd())])
     monkeypatch.chdir(tmp_path)
-    process = RewardProcess(["my_own_rewards:f"], 5.0)
+    process = FunctionProcess("reward", ["my_own_rewards:f"], 5.0)
     module.write_text("1 / 0\n")
     words = (
         "can't be called: grpo.rewards=my_own_rewards:f can't be imported (ZeroDivisionError: division by zero): "
@@ -189,13 +190,13 @@ def test_a_module_of_the_working_directory_that_breaks_meanwhile(
 def test_it_ends_with_what_holds_it() -> None:
     with started("letters") as process:
         worker = process._process.pid
-        process.begin([(SUM, "a")] * 5)
+        process.begin([reward_arguments(SUM, "a")] * 5)
         began = time.monotonic()
         process.close()
         assert not is_alive(worker) and time.monotonic() - began < 2
-    process = RewardProcess([f"{HERE}:does"], 5.0)
+    process = FunctionProcess("reward", [f"{HERE}:does"], 5.0)
     worker = process._process.pid
-    process.begin([(SUM, "loop")])
+    process.begin([reward_arguments(SUM, "loop")])
     process.run(0.1)
     del process
     gc.collect()
@@ -206,7 +207,7 @@ def test_it_ends_when_the_socket_closes(tmp_path: Path) -> None:
     """By its own thread, without the kernel's help."""
     kept = tmp_path / "kept"
     with started("does") as process:
-        process.begin([(SUM, f"leave {kept}")])
+        process.begin([reward_arguments(SUM, f"leave {kept}")])
         process.run(0.1)
         wait_for(lambda: kept.exists() and len(kept.read_text().split()) == 2)
         process._selector.unregister(process._socket)
@@ -218,8 +219,8 @@ def test_it_ends_when_the_socket_closes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a", "loop", "regex"])
 def test_none_is_left_when_the_rank_is_killed(text: str) -> None:
     script = (
-        "import sys; from fp8moe.post.reward_process import RewardProcess; from fp8moe.post.tasks import Problem; "
-        f"process = RewardProcess(['{HERE}:does'], 100.0); process.begin([(Problem('', '', ''), sys.argv[1])]); "
+        "import sys; from fp8moe.post.function_process import FunctionProcess; "
+        f"process = FunctionProcess('reward', ['{HERE}:does'], 100.0); process.begin([[''] * 4 + sys.argv[1:2]]); "
         "process.run(0.3); print(process._process.pid, flush=True); process.run(100); sys.stdin.read()"
     )
     rank = subprocess.Popen([sys.executable, "-c", script, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
