@@ -32,6 +32,7 @@ from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
+from fp8moe.train.captured import make_captured
 from fp8moe.train.config import TrainConfig, foreign_weights, stages_of
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
@@ -90,6 +91,7 @@ def build(
             checkpoint.root_of(run_dir, path), config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),
         ema=make_ema(config, optimizer),
+        captured=make_captured(config, model, device),
     )
     if config.data.source == "problems" and config.grpo.kl:
         run.reference = KeptReference(config, mesh, optimizer, run.routers(), foreign)

@@ -1,0 +1,170 @@
+"""A micro-batch as one CUDA graph (`parallel.cuda_graphs`): forward, backward and weight gradients in one launch.
+
+What it is for: Python, autograd and Triton take the host 45 to 130 microseconds a launch. A layer of 100 launches whose
+kernels take less than that together waits for its host (`docs/layer.md`, CUDA graphs). A replay takes about 10
+microseconds, and the copies of the micro-batch's inputs are a few hundred kilobytes.
+
+One graph holds a whole micro-batch through all layers. The micro-batches of a step replay it one after another, as 1F1B
+does on one pipeline rank; every sum, in `main_grad`, of losses, of loads, has the order that it has without the graph,
+and the same bits. A graph of a whole step was refused: it grows with the number of micro-batches, and a batch
+that grows would need one for each size. A graph a phase was refused too: phases hand each other Python objects, so
+each message's tensors would be copied to and from fixed places, some gigabyte a layer.
+
+    lies still, outside   weights, their FP8 blocks, `main_grad`, router biases and loads, all updated in place; here:
+                          inputs, the weights of the losses, the losses' sums
+    of the graph's pool   everything else: activations, workspace; nothing of it is read after the replay
+
+The first step runs as always: it compiles kernels, and libraries allocate. The next one captures. Before each step the
+addresses of all that lies outside are compared with those of the capture; after a rollback, which makes FP8 blocks
+anew, it is captured again. A step that a graph can't do (its casts are counted, a method brings a loss of its own) runs
+as always, and lets the graph go before, so that activations never take memory twice.
+
+The pool keeps a micro-batch's activations and workspace from step to step; validation and the optimizer can't use that
+memory. There are no phases to listen to in a replay: its time counts as the backward's.
+
+Refused in `check_captured`: whatever puts a message between ranks, or a number of the host, into a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from fp8moe.data.packing import Batch
+from fp8moe.kernels.quantize import observers
+from fp8moe.layers.cuda_graph import CudaGraph, Graph
+from fp8moe.layers.linear import QuantizedWeight
+from fp8moe.model.head_loss import ChunkLoss
+from fp8moe.model.loss import LossTally, LossWeights
+from fp8moe.model.transformer import Transformer
+from fp8moe.profile.spans import CAPTURED, span, unheard
+from fp8moe.train.batch import pinned
+
+if TYPE_CHECKING:
+    from fp8moe.train.config import TrainConfig
+
+
+class RunOne(Protocol):
+    """Runs micro-batches that are on the device, and adds up their losses."""
+
+    def __call__(self, batches: Sequence[Batch], weights: LossWeights, tally: LossTally) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, what it reads that changes from replay to replay, what it adds up, and the addresses of the rest."""
+
+    graph: Graph
+    batch: Batch
+    weights_3: Tensor
+    tally: LossTally
+    addresses: tuple[int, ...]
+
+
+class CapturedMicroBatch:
+    """Runs a step's micro-batches by a graph of one, made when it is first wanted. All have the same shape."""
+
+    def __init__(self, model: Transformer, device: torch.device, make_graph: Callable[[], Graph] = CudaGraph) -> None:
+        self._model, self._device, self._make_graph = model, device, make_graph
+        self._warm = False
+        self._captured: _Captured | None = None
+
+    def takes(self, token_loss: ChunkLoss | None) -> bool:
+        """Whether the step that follows can be replayed; if not, its memory is free for the step."""
+        taken = self._warm and token_loss is None and not observers
+        self._warm = True
+        if not taken:
+            self._captured = None
+        return taken
+
+    def run(self, run_one: RunOne, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
+        """Forward and backward of `batches`, on the host: gradients are added into `main_grad`.
+
+        -> FP64 [3], the sums of the losses, as of `train.step.train_passes`.
+        """
+        addresses = addresses_of(self._model)
+        if self._captured is None or self._captured.addresses != addresses:
+            self._captured = None  # its pool, before the next one's
+            self._captured = self._capture(run_one, batches[0], addresses)
+        one = self._captured
+        one.tally.sums.zero_()
+        one.weights_3.copy_(self._pinned(torch.tensor([weights.main, weights.mtp, weights.balance])), non_blocking=True)
+        for batch in batches:
+            there = pinned(batch, self._device)
+            for still, given in zip(_tensors(one.batch), _tensors(there), strict=True):
+                still.copy_(given, non_blocking=True)
+            with span(CAPTURED):
+                one.graph.replay()
+        return one.tally.sums.clone()
+
+    def _capture(self, run_one: RunOne, like: Batch, addresses: tuple[int, ...]) -> _Captured:
+        assert like.document_lengths is None and like.whole is None and like.experts_BSLK is None, "check_captured"
+        batch = Batch(*(torch.zeros_like(tensor, device=self._device) for tensor in _tensors(like)), None)
+        weights_3 = torch.zeros(3, device=self._device)
+        tally, graph = LossTally(self._device), self._make_graph()
+        main, mtp, balance = weights_3.unbind()
+        with unheard(), graph.capturing():
+            run_one([batch], LossWeights(main, mtp, balance), tally)
+        return _Captured(graph, batch, weights_3, tally, addresses)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.inputs_BS, batch.labels_BS, batch.positions_BS
+
+
+def addresses_of(model: Transformer) -> tuple[int, ...]:
+    """Where everything of `model` lies that a micro-batch reads or adds to."""
+    tensors = [*model.parameters(), *model.buffers(), model.main_grads.dense, model.main_grads.expert]
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight) and module.recipe.fp8:
+            for blocks in (module.blocks, module.transposed_blocks):
+                tensors += [blocks.data, blocks.scale]
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def make_captured(config: TrainConfig, model: Transformer, device: torch.device) -> CapturedMicroBatch | None:
+    """What captures the micro-batches of a run; None where it is not asked for. ValueError without a GPU."""
+    if not config.parallel.cuda_graphs:
+        return None
+    if device.type != "cuda":
+        raise ValueError(
+            f"parallel.cuda_graphs=true needs a GPU and the model is on the {device.type}: use "
+            "parallel.cuda_graphs=false"
+        )
+    return CapturedMicroBatch(model, device)
+
+
+def check_captured(config: TrainConfig) -> None:
+    """Raise ValueError where a micro-batch of a laid out `config` can't be captured and is to be."""
+    parallel, sharding = config.parallel, config.optimizer.sharding
+    if not parallel.cuda_graphs:
+        return
+    ranks = {"pp": parallel.pp, "ep": config.ep, "cp": parallel.cp}
+    for name, size in ranks.items():
+        if size > 1:
+            _refuse(f"parallel.{name}={size}", "sends messages between ranks within it", f"parallel.{name}=1")
+    if sharding == "deepspeed" or (sharding != "none" and config.dp > 1):
+        _refuse(f"optimizer.sharding={sharding}", "sums gradients within the last", "optimizer.sharding=none")
+    if parallel.schedule != "1f1b":
+        _refuse(f"parallel.schedule={parallel.schedule}", "mixes several", "parallel.schedule=1f1b")
+    if config.data.document_mask:
+        _refuse("data.document_mask=true", "gives each other launches", "data.document_mask=false")
+    if config.data.source == "problems" or config.distill.teacher is not None:
+        given = "data.source=problems" if config.distill.teacher is None else "distill.teacher"
+        _refuse(given, "brings each a loss that Python computes", "fp8moe train on token files")
+    if config.profile:
+        _refuse("profile=true", "shows the phases within it", "profile=false")
+
+
+def _refuse(setting: str, reason: str, instead: str) -> None:
+    raise ValueError(
+        f"parallel.cuda_graphs=true replays one captured micro-batch and {setting} {reason}: use {instead}, or "
+        "parallel.cuda_graphs=false"
+    )
