@@ -27,6 +27,7 @@ from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.collectives import gather
 from fp8moe.parallel.context import ContextMessages
 from fp8moe.parallel.dispatch import make_dispatcher
+from fp8moe.parallel.dispatch.captured import CapturableDispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.sharding.zero import Zero1
@@ -161,7 +162,7 @@ def open_files(config: TrainConfig, mesh: Mesh) -> Data:
 
 
 def _dispatcher(config: TrainConfig, mesh: Mesh) -> Dispatcher:
-    return make_dispatcher(
+    dispatcher = make_dispatcher(
         config.parallel.dispatcher,
         mesh,
         config.model.experts.num_experts,
@@ -170,6 +171,8 @@ def _dispatcher(config: TrainConfig, mesh: Mesh) -> Dispatcher:
         max_imbalance=config.parallel.max_imbalance,
         max_tokens=config.rank_tokens,
     )
+    captured = config.parallel.cuda_graphs and mesh.ep_group is not None
+    return CapturableDispatcher(dispatcher) if captured else dispatcher
 
 
 def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:

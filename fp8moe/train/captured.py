@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fp8moe.data.packing import Batch
 from fp8moe.kernels.quantize import observers
-from fp8moe.layers.cuda_graph import CudaGraph, Graph
+from fp8moe.layers.cuda_graph import Captured, Graph, cuda_graphs
 from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.model.head_loss import ChunkLoss
 from fp8moe.model.loss import LossTally, LossWeights
@@ -54,62 +54,76 @@ class RunOne(Protocol):
     def __call__(self, batches: Sequence[Batch], weights: LossWeights, tally: LossTally) -> None: ...
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """A graph, what it reads that changes from replay to replay, what it adds up, and the addresses of the rest."""
+@dataclass
+class _Still:
+    """What lies still beside the model, which lay at `addresses`: inputs, the losses' weights and sums; the graphs."""
 
-    graph: Graph
     batch: Batch
     weights_3: Tensor
     tally: LossTally
     addresses: tuple[int, ...]
+    captured: Captured | None = None
 
 
 class CapturedMicroBatch:
-    """Runs a step's micro-batches by a graph of one, made when it is first wanted. All have the same shape."""
+    """Runs a step's micro-batches by the graphs of one, made when it is first wanted. All have the same shape.
 
-    def __init__(self, model: Transformer, device: torch.device, make_graph: Callable[[], Graph] = CudaGraph) -> None:
-        self._model, self._device, self._make_graph = model, device, make_graph
+    make_graphs: gives what makes the graphs of one capture.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        device: torch.device,
+        make_graphs: Callable[[], Callable[[], Graph]] = cuda_graphs,
+    ) -> None:
+        self._model, self._device, self._make_graphs = model, device, make_graphs
         self._warm = False
-        self._captured: _Captured | None = None
+        self._still: _Still | None = None
 
     def takes(self, token_loss: ChunkLoss | None) -> bool:
         """Whether the step that follows can be replayed; if not, its memory is free for the step."""
         taken = self._warm and token_loss is None and not observers
         self._warm = True
         if not taken:
-            self._captured = None
+            self._still = None
         return taken
 
     def run(self, run_one: RunOne, batches: Sequence[Batch], weights: LossWeights) -> Tensor:
         """Forward and backward of `batches`, on the host: gradients are added into `main_grad`.
 
-        -> FP64 [3], the sums of the losses, as of `train.step.train_passes`.
+        -> FP64 [3], the sums of the losses, as of `train.step.train_passes`. Collective over the ranks that share
+        experts.
         """
-        addresses = addresses_of(self._model)
-        if self._captured is None or self._captured.addresses != addresses:
-            self._captured = None  # its pool, before the next one's
-            self._captured = self._capture(run_one, batches[0], addresses)
-        one = self._captured
-        one.tally.sums.zero_()
-        one.weights_3.copy_(self._pinned(torch.tensor([weights.main, weights.mtp, weights.balance])), non_blocking=True)
+        still = self._laid_out(batches[0])
+        still.tally.sums.zero_()
+        of_losses = torch.tensor([weights.main, weights.mtp, weights.balance])
+        still.weights_3.copy_(self._pinned(of_losses), non_blocking=True)
         for batch in batches:
-            there = pinned(batch, self._device)
-            for still, given in zip(_tensors(one.batch), _tensors(there), strict=True):
-                still.copy_(given, non_blocking=True)
+            for there, given in zip(_tensors(still.batch), _tensors(pinned(batch, self._device)), strict=True):
+                there.copy_(given, non_blocking=True)
             with span(CAPTURED):
-                one.graph.replay()
-        return one.tally.sums.clone()
+                if still.captured is None:
+                    still.captured = self._capture(run_one, still)
+                else:
+                    still.captured.replay()
+        return still.tally.sums.clone()
 
-    def _capture(self, run_one: RunOne, like: Batch, addresses: tuple[int, ...]) -> _Captured:
-        assert like.document_lengths is None and like.whole is None and like.experts_BSLK is None, "check_captured"
-        batch = Batch(*(torch.zeros_like(tensor, device=self._device) for tensor in _tensors(like)), None)
-        weights_3 = torch.zeros(3, device=self._device)
-        tally, graph = LossTally(self._device), self._make_graph()
-        main, mtp, balance = weights_3.unbind()
-        with unheard(), graph.capturing():
-            run_one([batch], LossWeights(main, mtp, balance), tally)
-        return _Captured(graph, batch, weights_3, tally, addresses)
+    def _laid_out(self, like: Batch) -> _Still:
+        """What lies still, made anew where the model no longer lies where it lay."""
+        addresses = addresses_of(self._model)
+        if self._still is None or self._still.addresses != addresses:
+            assert like.document_lengths is None and like.whole is None and like.experts_BSLK is None, "check_captured"
+            self._still = None  # with the graphs' memory, before the next ones'
+            batch = Batch(*(torch.zeros_like(tensor, device=self._device) for tensor in _tensors(like)), None)
+            self._still = _Still(batch, torch.zeros(3, device=self._device), LossTally(self._device), addresses)
+        return self._still
+
+    def _capture(self, run_one: RunOne, still: _Still) -> Captured:
+        main, mtp, balance = still.weights_3.unbind()
+        weights = LossWeights(main, mtp, balance)
+        with unheard():
+            return Captured(lambda: run_one([still.batch], weights, still.tally), self._make_graphs())
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
@@ -146,10 +160,13 @@ def check_captured(config: TrainConfig) -> None:
     parallel, sharding = config.parallel, config.optimizer.sharding
     if not parallel.cuda_graphs:
         return
-    ranks = {"pp": parallel.pp, "ep": config.ep, "cp": parallel.cp}
-    for name, size in ranks.items():
+    for name, size in (("pp", parallel.pp), ("cp", parallel.cp)):
         if size > 1:
-            _refuse(f"parallel.{name}={size}", "sends messages between ranks within it", f"parallel.{name}=1")
+            _refuse(f"parallel.{name}={size}", "sends other messages within it", f"parallel.{name}=1")
+    if config.ep > 1 and parallel.capacity_factor is None:
+        _refuse("parallel.capacity_factor=null", "gives each other numbers of rows", "parallel.capacity_factor=1.5")
+    if config.ep > 1 and parallel.dispatcher == "deep_ep":
+        _refuse("parallel.dispatcher=deep_ep", "counts its rows", "parallel.dispatcher=all_to_all")
     if sharding == "deepspeed" or (sharding != "none" and config.dp > 1):
         _refuse(f"optimizer.sharding={sharding}", "sums gradients within the last", "optimizer.sharding=none")
     if parallel.schedule != "1f1b":
@@ -165,6 +182,6 @@ def check_captured(config: TrainConfig) -> None:
 
 def _refuse(setting: str, reason: str, instead: str) -> None:
     raise ValueError(
-        f"parallel.cuda_graphs=true replays one captured micro-batch and {setting} {reason}: use {instead}, or "
+        f"parallel.cuda_graphs=true replays one captured micro-batch for all and {setting} {reason}: use {instead}, or "
         "parallel.cuda_graphs=false"
     )

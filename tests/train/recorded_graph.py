@@ -9,6 +9,7 @@ The project's ops are one entry each, whatever their specification does inside.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fp8moe.kernels import backend
 from fp8moe.parallel.stream import tensors_of
@@ -43,9 +45,11 @@ class RecordedGraph(TorchDispatchMode):
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        run = backend._run
+        run, mine, ended = backend._run, threading.get_ident(), list[bool]()
 
         def run_op(name: str, *args: Any, **kwargs: Any) -> Any:
+            if ended or threading.get_ident() != mine:  # a message's
+                return run(name, *args, **kwargs)
             self._in_op = True
             try:
                 return self._do(lambda *a, **k: run(name, *a, **k), args, kwargs, returns_new=True)
@@ -53,9 +57,12 @@ class RecordedGraph(TorchDispatchMode):
                 self._in_op = False
 
         backend._calls.clear()
-        with mock.patch.object(backend, "_run", run_op), self:
-            yield
-        backend._calls.clear()
+        try:
+            with mock.patch.object(backend, "_run", run_op), self:
+                yield
+        finally:
+            ended.append(True)
+            backend._calls.clear()
         for memory, held in self._before.values():
             memory.copy_(held)
         self._before.clear()
@@ -98,7 +105,9 @@ class RecordedGraph(TorchDispatchMode):
         results = list(tensors_of(made)) if returns_new else []
         for tensor in results:
             self._allocated(tensor)
-        self.entries.append((call, args, kwargs, results))
+        # Aliases: autograd, which looks whether what it saved was written to, must not hear of a replay.
+        again_args, again_kwargs, again_results = tree_map_only(Tensor, lambda t: t.data, (args, kwargs, results))
+        self.entries.append((call, again_args, again_kwargs, again_results))
         return made
 
     def _allocated(self, tensor: Tensor) -> None:
