@@ -27,6 +27,7 @@ Refused in `check_captured`: whatever puts a message between ranks, or a number 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -120,6 +121,7 @@ class CapturedMicroBatch:
         return self._still
 
     def _capture(self, run_one: RunOne, still: _Still) -> Captured:
+        gc.collect()  # an autograd graph of the step before would bring its stream into the capture
         main, mtp, balance = still.weights_3.unbind()
         weights = LossWeights(main, mtp, balance)
         with unheard():

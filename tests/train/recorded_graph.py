@@ -15,17 +15,33 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fp8moe.kernels import backend
+from fp8moe.kernels import backend, cross_entropy, permute
+from fp8moe.kernels.row_map import most_rows
+from fp8moe.layers import dispatch
 from fp8moe.parallel.stream import tensors_of
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero", "bincount"}
 NAN_BYTE = 0xFF  # of every floating-point format here; -1 as an integer
 Entry = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have room for every routing, and nothing is read because that costs a CPU nothing."""
+    plan_rows = dispatch.plan_rows
+
+    def with_room(ids_TK: Tensor, num_experts: int, *, room: int | None) -> Any:
+        assert room is None
+        return plan_rows(ids_TK, num_experts, room=most_rows(ids_TK.numel(), num_experts))
+
+    monkeypatch.setattr(dispatch, "plan_rows", with_room)
+    for module in (permute, cross_entropy):
+        monkeypatch.setattr(module, "_read_for_free", lambda tensor: False)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import weakref
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.kernels import cross_entropy, permute
-from fp8moe.kernels.row_map import most_rows
-from fp8moe.layers import dispatch
+from fp8moe.layers.linear import quantize_weights
+from fp8moe.model.head_loss import ChunkLoss
+from fp8moe.model.loss import LossTally
 from fp8moe.train import build
-from fp8moe.train.captured import CapturedMicroBatch
+from fp8moe.train.captured import CapturedMicroBatch, make_captured
+from fp8moe.train.run import Run
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
-from tests.train.recorded_graph import RecordedGraph
+from tests.train.recorded_graph import RecordedGraph, as_on_a_gpu
 from tests.train.runs import built, configured, stored
 from tests.train.test_families import GROUPED
 
@@ -27,26 +30,20 @@ made: list[RecordedGraph] = []
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are recorded, rows have room, and nothing is read because that costs a CPU nothing."""
-    plan_rows = dispatch.plan_rows
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are recorded, by a CPU that does what a GPU would."""
 
-    def with_room(ids_TK: Tensor, num_experts: int, *, room: int | None) -> Any:
-        assert room is None
-        return plan_rows(ids_TK, num_experts, room=most_rows(ids_TK.numel(), num_experts))
-
-    def make_graph() -> RecordedGraph:
-        made.append(RecordedGraph())
-        return made[-1]
-
-    def make_captured(config: Any, model: Any, device: torch.device) -> CapturedMicroBatch | None:
+    def make_recorded(config: Any, model: Any, device: torch.device) -> CapturedMicroBatch | None:
         return CapturedMicroBatch(model, device, lambda: make_graph) if config.parallel.cuda_graphs else None
 
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(build, "make_captured", make_recorded)
     made.clear()
-    monkeypatch.setattr(dispatch, "plan_rows", with_room)
-    monkeypatch.setattr(build, "make_captured", make_captured)
-    for module in (permute, cross_entropy):
-        monkeypatch.setattr(module, "_read_for_free", lambda tensor: False)
+
+
+def make_graph() -> RecordedGraph:
+    made.append(RecordedGraph())
+    return made[-1]
 
 
 def steps(settings: list[str], world_size: int = 1) -> list[dict[str, Any]]:
@@ -88,4 +85,86 @@ def test_ranks_that_share_experts_have_them_too(corpus: list[str], dispatcher: s
     for differs, graphs in run_ranks(differing, 2, [*settings, *layout], 2):
         assert differs == []
         assert graphs > 1
-        print(graphs)
+
+
+def captured_run(corpus: list[str], *settings: str) -> Run:
+    """A run behind its first step, which is never captured."""
+    run = built(configured([*corpus, "batch.micro_batch=4", GRAPHS, *settings]))
+    train_step(run)
+    assert made == []
+    return run
+
+
+def test_what_lies_elsewhere_is_captured_again(corpus: list[str]) -> None:
+    """After a rollback, for one, FP8 blocks are other tensors."""
+    run = captured_run(corpus, "precision=fp8")
+    for _ in range(2):
+        train_step(run)
+    assert len(made) == 1
+    quantize_weights(run.model)
+    for _ in range(2):
+        train_step(run)
+    assert len(made) == 2
+
+
+def test_a_step_that_no_graph_can_do_runs_without_and_lets_it_go(corpus: list[str]) -> None:
+    run = captured_run(corpus, "precision=fp8")
+    train_step(run)
+    graph = weakref.ref(made.pop())
+    report = train_step(run, count_fp8=True)
+    assert report.fp8_underflow_share is not None and made == []
+    gc.collect()
+    assert graph() is None
+    train_step(run)
+    assert len(made) == 1
+    assert run.captured is not None
+    assert not run.captured.takes(cast(ChunkLoss, object()))
+
+
+def test_time_of_a_replay_is_the_backwards(corpus: list[str]) -> None:
+    run = captured_run(corpus, "precision=fp32")
+    train_step(run)
+    time = train_step(run).time
+    assert time.forward == 0 and time.backward > 0
+
+
+def test_a_host_that_reads_is_found(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = captured_run(corpus, "precision=fp32")
+    add_losses = LossTally.add_losses
+    monkeypatch.setattr(LossTally, "add_losses", lambda tally, main, *mtp: add_losses(tally, main * float(main), *mtp))
+    with pytest.raises(AssertionError, match="the host reads by aten::_local_scalar_dense"):
+        train_step(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "sentence"),
+    [
+        (["parallel.pp=2"], 2, r"parallel\.pp=2 sends other messages within it: use parallel\.pp=1"),
+        (["parallel.cp=2"], 2, r"parallel\.cp=2 sends"),
+        ([], 2, r"parallel\.capacity_factor=null gives each other numbers of rows: use parallel\.capacity_factor=1\.5"),
+        (["parallel.capacity_factor=2.0", "parallel.dispatcher=deep_ep"], 2, r"dispatcher=deep_ep counts its rows"),
+        (["parallel.capacity_factor=2.0"], 2, r"optimizer\.sharding=auto sums gradients within the last"),
+        (["optimizer.sharding=deepspeed", "optimizer.moments=fp32"], 1, r"optimizer\.sharding=deepspeed"),
+        (["parallel.schedule=dualpipev"], 1, r"parallel\.schedule=dualpipev mixes several"),
+        (["data.document_mask=true"], 1, r"data\.document_mask=true gives each other launches"),
+        (["distill.teacher=somewhere"], 1, r"distill\.teacher brings each a loss that Python computes"),
+        (
+            ["profile=true"],
+            1,
+            r"profile=true shows the phases within it: use profile=false, or parallel\.cuda_graphs=false",
+        ),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(
+    corpus: list[str], settings: list[str], world_size: int, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        configured([*corpus, GRAPHS, *settings], world_size=world_size)
+    without = [one for one in settings if "sharding" not in one and "deep_ep" not in one]
+    configured([*corpus, *without], world_size=world_size)
+
+
+def test_a_cpu_has_no_graphs(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "make_captured", make_captured)
+    with pytest.raises(ValueError, match=r"cuda_graphs=true needs a GPU and the model is on the cpu: use .*=false"):
+        built(configured([*corpus, GRAPHS]))
