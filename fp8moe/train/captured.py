@@ -1,28 +1,29 @@
-"""A micro-batch as one CUDA graph (`parallel.cuda_graphs`): forward, backward and weight gradients in one launch.
+"""A micro-batch as CUDA graphs (`parallel.cuda_graphs`): forward, backward and weight gradients without their launches.
 
 What it is for: Python, autograd and Triton take the host 45 to 130 microseconds a launch. A layer of 100 launches whose
 kernels take less than that together waits for its host (`docs/layer.md`, CUDA graphs). A replay takes about 10
 microseconds, and the copies of the micro-batch's inputs are a few hundred kilobytes.
 
-One graph holds a whole micro-batch through all layers. The micro-batches of a step replay it one after another, as 1F1B
-does on one pipeline rank; every sum, in `main_grad`, of losses, of loads, has the order that it has without the graph,
-and the same bits. A graph of a whole step was refused: it grows with the number of micro-batches, and a batch
-that grows would need one for each size. A graph a phase was refused too: phases hand each other Python objects, so
-each message's tensors would be copied to and from fixed places, some gigabyte a layer.
+A capture holds a whole micro-batch through all layers: one graph, or, where ranks share experts, one between each
+message's start or wait and the next (`parallel.dispatch.captured`). The micro-batches of a step replay it one after
+another, as 1F1B does on one pipeline rank; every sum, in `main_grad`, of losses, of loads, has the order that it has
+without graphs, and the same bits. A capture of a whole step was refused: it grows with the number of micro-batches, and
+a batch that grows would need one for each size. So was a graph a phase with a Python object around it for every
+micro-batch in flight: what phases hand each other would have to be taken apart and put together at each.
 
     lies still, outside   weights, their FP8 blocks, `main_grad`, router biases and loads, all updated in place; here:
                           inputs, the weights of the losses, the losses' sums
-    of the graph's pool   everything else: activations, workspace; nothing of it is read after the replay
+    of the graphs' pool   everything else: activations, workspace; nothing of it is read after the last replay
 
 The first step runs as always: it compiles kernels, and libraries allocate. The next one captures. Before each step the
 addresses of all that lies outside are compared with those of the capture; after a rollback, which makes FP8 blocks
 anew, it is captured again. A step that a graph can't do (its casts are counted, a method brings a loss of its own) runs
-as always, and lets the graph go before, so that activations never take memory twice.
+as always, and lets the graphs go before, so that activations never take memory twice.
 
 The pool keeps a micro-batch's activations and workspace from step to step; validation and the optimizer can't use that
 memory. There are no phases to listen to in a replay: its time counts as the backward's.
 
-Refused in `check_captured`: whatever puts a message between ranks, or a number of the host, into a micro-batch.
+`check_captured` refuses what puts other messages, other launches or Python into a micro-batch.
 """
 
 from __future__ import annotations
