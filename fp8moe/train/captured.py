@@ -31,23 +31,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fp8moe.data.packing import Batch
+from fp8moe.data.sources import DataConfig
 from fp8moe.kernels.quantize import observers
 from fp8moe.layers.cuda_graph import Captured, Graph, cuda_graphs
 from fp8moe.layers.linear import QuantizedWeight
 from fp8moe.model.head_loss import ChunkLoss
 from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.transformer import Transformer
+from fp8moe.parallel.config import ParallelConfig
 from fp8moe.profile.spans import CAPTURED, span, unheard
 from fp8moe.train.batch import pinned
-
-if TYPE_CHECKING:
-    from fp8moe.train.config import TrainConfig
 
 
 class RunOne(Protocol):
@@ -117,7 +116,8 @@ class CapturedMicroBatch:
         if self._still is None or self._still.addresses != addresses:
             assert like.document_lengths is None and like.whole is None and like.experts_BSLK is None, "check_captured"
             self._still = None  # with the graphs' memory, before the next ones'
-            batch = Batch(*(torch.zeros_like(tensor, device=self._device) for tensor in _tensors(like)), None)
+            ids_BS, labels_BS, positions_BS = (torch.zeros_like(x, device=self._device) for x in _tensors(like))
+            batch = Batch(ids_BS, labels_BS, positions_BS, None)
             self._still = _Still(batch, torch.zeros(3, device=self._device), LossTally(self._device), addresses)
         return self._still
 
@@ -146,9 +146,9 @@ def addresses_of(model: Transformer) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def make_captured(config: TrainConfig, model: Transformer, device: torch.device) -> CapturedMicroBatch | None:
+def make_captured(parallel: ParallelConfig, model: Transformer, device: torch.device) -> CapturedMicroBatch | None:
     """What captures the micro-batches of a run; None where it is not asked for. ValueError without a GPU."""
-    if not config.parallel.cuda_graphs:
+    if not parallel.cuda_graphs:
         return None
     if device.type != "cuda":
         raise ValueError(
@@ -158,28 +158,30 @@ def make_captured(config: TrainConfig, model: Transformer, device: torch.device)
     return CapturedMicroBatch(model, device)
 
 
-def check_captured(config: TrainConfig) -> None:
-    """Raise ValueError where a micro-batch of a laid out `config` can't be captured and is to be."""
-    parallel, sharding = config.parallel, config.optimizer.sharding
+def check_captured(
+    parallel: ParallelConfig, *, sharding: str, data: DataConfig, teacher: str | None, profile: bool
+) -> None:
+    """Raise ValueError where a micro-batch is to be captured and can't be; dp and ep are filled in."""
     if not parallel.cuda_graphs:
         return
+    assert parallel.ep is not None and parallel.dp is not None
     for name, size in (("pp", parallel.pp), ("cp", parallel.cp)):
         if size > 1:
             _refuse(f"parallel.{name}={size}", "sends other messages within it", f"parallel.{name}=1")
-    if config.ep > 1 and parallel.capacity_factor is None:
+    if parallel.ep > 1 and parallel.capacity_factor is None:
         _refuse("parallel.capacity_factor=null", "gives each other numbers of rows", "parallel.capacity_factor=1.5")
-    if config.ep > 1 and parallel.dispatcher == "deep_ep":
+    if parallel.ep > 1 and parallel.dispatcher == "deep_ep":
         _refuse("parallel.dispatcher=deep_ep", "counts its rows", "parallel.dispatcher=all_to_all")
-    if sharding == "deepspeed" or (sharding != "none" and config.dp > 1):
+    if sharding == "deepspeed" or (sharding != "none" and parallel.dp > 1):
         _refuse(f"optimizer.sharding={sharding}", "sums gradients within the last", "optimizer.sharding=none")
     if parallel.schedule != "1f1b":
         _refuse(f"parallel.schedule={parallel.schedule}", "mixes several", "parallel.schedule=1f1b")
-    if config.data.document_mask:
+    if data.document_mask:
         _refuse("data.document_mask=true", "gives each other launches", "data.document_mask=false")
-    if config.data.source == "problems" or config.distill.teacher is not None:
-        given = "data.source=problems" if config.distill.teacher is None else "distill.teacher"
+    if data.source == "problems" or teacher is not None:
+        given = "data.source=problems" if teacher is None else "distill.teacher"
         _refuse(given, "brings each a loss that Python computes", "fp8moe train on token files")
-    if config.profile:
+    if profile:
         _refuse("profile=true", "shows the phases within it", "profile=false")
 
 

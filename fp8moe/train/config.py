@@ -238,9 +238,9 @@ def laid_out(config: TrainConfig, world_size: int, ranks_per_node: int) -> Train
         per_node = parallel.ranks_per_node or ranks_per_node
         ranks_in_node(ep, per_node)
         filled = dataclasses.replace(filled, ranks_per_node=per_node)
-    config = dataclasses.replace(config, parallel=filled, batch=batch)
-    check_captured(config)
-    return config
+    sharding, teacher = config.optimizer.sharding, config.distill.teacher
+    check_captured(filled, sharding=sharding, data=config.data, teacher=teacher, profile=config.profile)
+    return dataclasses.replace(config, parallel=filled, batch=batch)
 
 
 def resolve(

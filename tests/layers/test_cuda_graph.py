@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
+import torch
 
-from fp8moe.layers.cuda_graph import Captured, capture, outside
+from fp8moe.layers.cuda_graph import Captured, capture, cuda_graphs, outside
 
 log: list[str] = []
 
@@ -68,3 +70,22 @@ def test_a_call_outside_that_fails_ends_it_too() -> None:
         Captured(lambda: outside(fail), Noted)
     assert log == ["begin 1", "end 1", "replay 1"]
     assert capture() is None
+
+
+def test_graphs_of_a_gpu_share_a_pool_and_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's own signatures; other threads may call CUDA meanwhile."""
+    entered = mock.create_autospec(torch.cuda.graph)
+    for name, fake in (
+        ("CUDAGraph", mock.create_autospec(torch.cuda.CUDAGraph)),
+        ("graph_pool_handle", lambda: "pool"),
+        ("Stream", lambda: "stream"),
+        ("graph", entered),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    make = cuda_graphs()
+    for graph in (make(), make()):
+        graph.capturing()
+        graph.replay()
+    assert [call.kwargs for call in entered.call_args_list] == [
+        {"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}
+    ] * 2

@@ -33,8 +33,8 @@ made: list[RecordedGraph] = []
 def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are recorded, by a CPU that does what a GPU would."""
 
-    def make_recorded(config: Any, model: Any, device: torch.device) -> CapturedMicroBatch | None:
-        return CapturedMicroBatch(model, device, lambda: make_graph) if config.parallel.cuda_graphs else None
+    def make_recorded(parallel: Any, model: Any, device: torch.device) -> CapturedMicroBatch | None:
+        return CapturedMicroBatch(model, device, lambda: make_graph) if parallel.cuda_graphs else None
 
     as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(build, "make_captured", make_recorded)

@@ -73,7 +73,9 @@ class CapturableDispatcher:
             return arrived.rows_RD, arrived.weights_R, arrived.group_offsets
 
         given = rows_TD, announced.topk_ids_TK, topk_weights_TK
-        return self._between("dispatch", start, given, tensors, lambda arrived: Dispatched(*arrived, state))
+        return self._between(
+            "dispatch", start, given, tensors, lambda arrived: Dispatched(arrived[0], arrived[1], arrived[2], state)
+        )
 
     def combine(self, y_RD: Tensor, state: Any) -> Handle[Tensor]:
         """See `Dispatcher`."""
