@@ -24,7 +24,7 @@ from tests.train.test_families import GROUPED
 
 GRAPHS = "parallel.cuda_graphs=true"
 RAMP = ("batch.ramp_from=4", "batch.ramp_samples=8", "batch.increment=4")
-STEPS = 4  # of 2, 2, 4 and 4 micro-batches, whose losses have other weights then
+STEPS = 3  # of 2, 2 and 4 micro-batches; losses of the third have other weights than those of the capture
 REPORTED = ("loss", "mtp_loss", "aux_loss", "grad_norm", "max_violation", "tokens")
 made: list[RecordedGraph] = []
 
@@ -77,14 +77,18 @@ def test_grouped_queries_have_them_too(corpus: list[str]) -> None:
     assert differing([*corpus, *GROUPED, "batch.sequences=4", "precision=fp8", "seq_len=32"]) == ([], 1)
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "node_limited"])
-def test_ranks_that_share_experts_have_them_too(corpus: list[str], dispatcher: str) -> None:
-    """Messages stand between the graphs: two ways of four messages, each started and waited for, in three blocks."""
-    settings = [*corpus, *RAMP, "precision=fp8", "batch.micro_batch=1", "parallel.capacity_factor=8.0"]
-    layout = [f"parallel.dispatcher={dispatcher}", "parallel.ranks_per_node=1", "optimizer.sharding=none"]
-    for differs, graphs in run_ranks(differing, 2, [*settings, *layout], 2):
-        assert differs == []
-        assert graphs > 1
+def test_ranks_that_share_experts_have_them_too(corpus: list[str]) -> None:
+    """Messages stand between the graphs: two mixtures, four messages in each, each started and waited for."""
+    settings = [
+        *corpus,
+        *RAMP,
+        "precision=fp8",
+        "batch.micro_batch=1",
+        "parallel.capacity_factor=8.0",
+        "parallel.chunks=2",
+    ]
+    layout = ["parallel.dispatcher=node_limited", "parallel.ranks_per_node=1", "optimizer.sharding=none"]
+    assert run_ranks(differing, 2, [*settings, *layout], 2) == [([], 17)] * 2
 
 
 def captured_run(corpus: list[str], *settings: str) -> Run:
