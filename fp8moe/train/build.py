@@ -92,7 +92,7 @@ def build(
             checkpoint.root_of(run_dir, path), config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),
         ema=make_ema(config, optimizer),
-        captured=make_captured(config.parallel, model, device),
+        captured=make_captured(config.parallel, model, device, zero),
     )
     if config.data.source == "problems" and config.grpo.kl:
         run.reference = KeptReference(config, mesh, optimizer, run.routers(), foreign)

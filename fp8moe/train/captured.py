@@ -15,10 +15,13 @@ micro-batch in flight: what phases hand each other would have to be taken apart 
                           inputs, the weights of the losses, the losses' sums
     of the graphs' pool   everything else: activations, workspace; nothing of it is read after the last replay
 
+ZeRO-1's messages have no place within: weights are waited for before the first replay, gradients are summed behind the
+last. What that no longer hides is a few milliseconds a step.
+
 The first step runs as always: it compiles kernels, and libraries allocate. The next one captures. Before each step the
-addresses of all that lies outside are compared with those of the capture; after a rollback, which makes FP8 blocks
-anew, it is captured again. A step that a graph can't do (its casts are counted, a method brings a loss of its own) runs
-as always, and lets the graphs go before, so that activations never take memory twice.
+addresses of all that lies outside are compared with those of the capture; where they differ, it is captured again. A
+step that a graph can't do (its casts are counted, a method brings a loss of its own) runs as always, and lets the
+graphs go before, so that activations never take memory twice.
 
 The pool keeps a micro-batch's activations and workspace from step to step; validation and the optimizer can't use that
 memory. There are no phases to listen to in a replay: its time counts as the backward's.
@@ -45,6 +48,7 @@ from fp8moe.model.head_loss import ChunkLoss
 from fp8moe.model.loss import LossTally, LossWeights
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.config import ParallelConfig
+from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.profile.spans import CAPTURED, span, unheard
 from fp8moe.train.batch import pinned
 
@@ -76,9 +80,13 @@ class CapturedMicroBatch:
         self,
         model: Transformer,
         device: torch.device,
+        zero: Zero1 | None = None,
         make_graphs: Callable[[], Callable[[], Graph]] = cuda_graphs,
     ) -> None:
-        self._model, self._device, self._make_graphs = model, device, make_graphs
+        self._model, self._device, self._zero, self._make_graphs = model, device, zero, make_graphs
+        for module in model.modules():
+            if isinstance(module, QuantizedWeight):
+                module.blocks_lie_still = True
         self._warm = False
         self._still: _Still | None = None
 
@@ -94,8 +102,10 @@ class CapturedMicroBatch:
         """Forward and backward of `batches`, on the host: gradients are added into `main_grad`.
 
         -> FP64 [3], the sums of the losses, as of `train.step.train_passes`. Collective over the ranks that share
-        experts.
+        experts or the optimizer's state.
         """
+        if self._zero is not None:
+            self._zero.wait_weights()
         still = self._laid_out(batches[0])
         still.tally.sums.zero_()
         of_losses = torch.tensor([weights.main, weights.mtp, weights.balance])
@@ -108,6 +118,8 @@ class CapturedMicroBatch:
                     still.captured = self._capture(run_one, still)
                 else:
                     still.captured.replay()
+        if self._zero is not None:
+            self._zero.after_all_wgrads()
         return still.tally.sums.clone()
 
     def _laid_out(self, like: Batch) -> _Still:
@@ -146,7 +158,9 @@ def addresses_of(model: Transformer) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def make_captured(parallel: ParallelConfig, model: Transformer, device: torch.device) -> CapturedMicroBatch | None:
+def make_captured(
+    parallel: ParallelConfig, model: Transformer, device: torch.device, zero: Zero1 | None
+) -> CapturedMicroBatch | None:
     """What captures the micro-batches of a run; None where it is not asked for. ValueError without a GPU."""
     if not parallel.cuda_graphs:
         return None
@@ -155,16 +169,16 @@ def make_captured(parallel: ParallelConfig, model: Transformer, device: torch.de
             f"parallel.cuda_graphs=true needs a GPU and the model is on the {device.type}: use "
             "parallel.cuda_graphs=false"
         )
-    return CapturedMicroBatch(model, device)
+    return CapturedMicroBatch(model, device, zero)
 
 
 def check_captured(
     parallel: ParallelConfig, *, sharding: str, data: DataConfig, teacher: str | None, profile: bool
 ) -> None:
-    """Raise ValueError where a micro-batch is to be captured and can't be; dp and ep are filled in."""
+    """Raise ValueError where a micro-batch is to be captured and can't be; ep is filled in."""
     if not parallel.cuda_graphs:
         return
-    assert parallel.ep is not None and parallel.dp is not None
+    assert parallel.ep is not None
     for name, size in (("pp", parallel.pp), ("cp", parallel.cp)):
         if size > 1:
             _refuse(f"parallel.{name}={size}", "sends other messages within it", f"parallel.{name}=1")
@@ -172,8 +186,8 @@ def check_captured(
         _refuse("parallel.capacity_factor=null", "gives each other numbers of rows", "parallel.capacity_factor=1.5")
     if parallel.ep > 1 and parallel.dispatcher == "deep_ep":
         _refuse("parallel.dispatcher=deep_ep", "counts its rows", "parallel.dispatcher=all_to_all")
-    if sharding == "deepspeed" or (sharding != "none" and parallel.dp > 1):
-        _refuse(f"optimizer.sharding={sharding}", "sums gradients within the last", "optimizer.sharding=none")
+    if sharding == "deepspeed":
+        _refuse("optimizer.sharding=deepspeed", "keeps gradients of its own", "optimizer.sharding=zero1")
     if parallel.schedule != "1f1b":
         _refuse(f"parallel.schedule={parallel.schedule}", "mixes several", "parallel.schedule=1f1b")
     if data.document_mask:

@@ -36,7 +36,7 @@ from fp8moe.model.loss import LossCounts, LossTally, LossWeights, loss_weights
 from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
-from fp8moe.parallel.pipeline import Pipeline
+from fp8moe.parallel.pipeline import PassObserver, Pipeline
 from fp8moe.profile.spans import EXPOSED, PhaseLaps, Stopwatch, listening, marking, span
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
@@ -203,13 +203,14 @@ def run_pipeline(
 ) -> Tensor:  # fmt: skip
     """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
     tally = LossTally(run.device)
-    _run_actions(run, schedule, [to_device(batch, run.device) for batch in batches], weights, tally, token_loss)
+    on_device = [to_device(batch, run.device) for batch in batches]
+    _run_actions(run, schedule, on_device, weights, tally, token_loss, run.zero)
     return tally.sums
 
 
 def _run_actions(
     run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights, tally: LossTally,
-    token_loss: ChunkLoss | None = None,
+    token_loss: ChunkLoss | None = None, observer: PassObserver | None = None,
 ) -> None:  # fmt: skip
     config, dtype = run.config, run.config.precision.mode.dtype
     Pipeline(
@@ -220,7 +221,7 @@ def _run_actions(
         empty=partial(torch.empty, config.rank_tokens, config.model.dim, dtype=dtype, device=run.device),
         overlap=config.parallel.overlap,
         sms=sms_for_gemms(run),
-        observer=run.zero,
+        observer=observer,
     ).run()
 
 
