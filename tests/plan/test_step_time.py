@@ -265,15 +265,6 @@ def test_recomputation_and_the_host_cost_time():
     assert {p.name: p.seconds for p in step_time.step_time(config, there).parts}["waits for the host"] == 0
 
 
-def test_captured_micro_batches_do_not_wait_for_the_host():
-    layout = ("parallel.ep=8", "seq_len=2048", "parallel.capacity_factor=1.5", "optimizer.sharding=none")
-    plain, captured = small(*layout), small(*layout, "parallel.cuda_graphs=true")
-    host = "waits for the host"
-    (before, after) = ({p.name: p.seconds for p in one.parts} for one in (plain, captured))
-    assert after.pop(host) == 0 and before[host] > 0
-    assert captured.seconds == pytest.approx(plain.seconds - before.pop(host))
-
-
 def test_uneven_routing_and_padded_messages_cost_time():
     config, there = v3()
     even, uneven = (step_time.step_time(config, there, imbalance=value).seconds for value in (1.0, 1.5))

@@ -13,6 +13,7 @@ from torch import Tensor
 from fp8moe.layers.linear import Linear, quantize_weights
 from fp8moe.model.head_loss import ChunkLoss
 from fp8moe.model.loss import LossTally
+from fp8moe.profile.spans import CAPTURED, Recorder, listening
 from fp8moe.train import build
 from fp8moe.train.captured import CapturedMicroBatch, make_captured
 from fp8moe.train.run import Run
@@ -131,10 +132,14 @@ def test_a_step_that_no_graph_can_do_runs_without_and_lets_it_go(corpus: list[st
 
 
 def test_time_of_a_replay_is_the_backwards(corpus: list[str]) -> None:
+    """And nobody hears of phases, whose times a capture has not: on a GPU their events would be captured."""
     run = captured_run(corpus, "precision=fp32")
-    train_step(run)
-    time = train_step(run).time
-    assert time.forward == 0 and time.backward > 0
+    for _ in range(2):  # a capture, then replays
+        with listening(recorder := Recorder()):
+            time = train_step(run).time
+        assert time.forward == 0 and time.backward > 0
+        names = [one.name for one in recorder.spans]
+        assert names.count(CAPTURED) == 2 and not [name for name in names if name.startswith(("F", "B", "W"))]
 
 
 def test_a_host_that_reads_is_found(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
