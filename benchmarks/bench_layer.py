@@ -8,23 +8,28 @@ mixture of Qwen3-30B-A3B, 128 experts of 768, under V2-Lite's attention, since i
 Routing is the router's own on random weights. Times are device time, FP8 and BF16 alternated; BF16 is this project's:
 cuBLAS, torch's grouped products, the same fused kernels around them. Shares come from one call under torch.profiler.
 On a CPU a small layer runs the same code.
+
+Where the host may be slower than the kernels, at 4,096 tokens or fewer, each is also timed as a CUDA graph, named "fp8
+graph": what `parallel.cuda_graphs` gains, beside the same layer launched by the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
 from benchmarks.harness import Report, alternate, make_parser, paired_ratio, parse_arguments, summarize
 from benchmarks.kernel_shares import OTHER, shares
 from benchmarks.layers import LAYERS, LayerStep, layer_flops
+from fp8moe.layers.cuda_graph import Captured, Graph, cuda_graphs
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.config import ModelConfig
 
 PRECISIONS = {"bf16": Precision.BF16, "fp8": Precision.FP8}
 BASELINE = "bf16"
 TOKENS = {"cuda": (4096, 16384), "cpu": (256,)}
+CAPTURED_TOKENS = 4096  # at more of them kernels take longer than their launches, and activations would be there twice
 
 
 def measure_layer(
@@ -32,16 +37,41 @@ def measure_layer(
 ) -> None:
     """Add the layer's times, TFLOPS and ratio, and on a GPU its launches and the device time of each kind of work."""
     steps = {kind: LayerStep(config, precision, tokens, device) for kind, precision in PRECISIONS.items()}
-    seconds = alternate(steps, device, trials=repeats, warmup=warmup)
     shape, flops = f"T{tokens} D{config.dim} E{config.experts.num_experts}", layer_flops(config, tokens)
-    for kind, times in seconds.items():
-        label, median = f"{name} {kind}", summarize(times).median
-        ratio = None if kind == BASELINE else paired_ratio(times, seconds[BASELINE])
-        baseline = None if ratio is None else f"{name} {BASELINE}"
-        report.add(label, shape, "time", median * 1e3, "ms", baseline=baseline, ratio=ratio)
-        report.add(label, shape, "throughput", flops / median / 1e12, "TFLOPS")
-        if device.type == "cuda":
-            _add_shares(report, label, shape, steps[kind])
+
+    def add_times(candidates: Mapping[str, Callable[[], object]], kinds: Collection[str]) -> None:
+        seconds = alternate(candidates, device, trials=repeats, warmup=warmup)
+        for kind in kinds:
+            label, median = f"{name} {kind}", summarize(seconds[kind]).median
+            ratio = None if kind == BASELINE else paired_ratio(seconds[kind], seconds[BASELINE])
+            baseline = None if ratio is None else f"{name} {BASELINE}"
+            report.add(label, shape, "time", median * 1e3, "ms", baseline=baseline, ratio=ratio)
+            report.add(label, shape, "throughput", flops / median / 1e12, "TFLOPS")
+
+    add_times(steps, steps)
+    if device.type != "cuda":
+        return
+    for kind, step in steps.items():
+        _add_shares(report, f"{name} {kind}", shape, step)
+    if tokens > CAPTURED_TOKENS:
+        return
+    try:
+        graphs = as_captured(steps, cuda_graphs)
+    except RuntimeError as error:  # the figures above stand
+        print(f"{name} {shape}: not captured: {error}")
+    else:
+        add_times({BASELINE: steps[BASELINE], **graphs}, graphs)
+
+
+def as_captured(
+    steps: Mapping[str, Callable[[], object]], make_graphs: Callable[[], Callable[[], Graph]]
+) -> dict[str, Callable[[], object]]:
+    """Each step as a CUDA graph, "KIND graph"; it runs twice, the first time to compile its kernels."""
+    graphs: dict[str, Callable[[], object]] = {}
+    for kind, step in steps.items():
+        step()
+        graphs[f"{kind} graph"] = Captured(step, make_graphs()).replay
+    return graphs
 
 
 def _add_shares(report: Report, label: str, shape: str, step: LayerStep) -> None:

@@ -30,6 +30,7 @@ LONGEST = (
     "docs/test_docs.py",
     "faults/test_faults.py",
     "train/test_context.py",
+    "train/test_captured.py",
     "post/distill/test_taught.py",
     "post/test_grpo.py",
     "post/distill/test_command.py",

@@ -49,12 +49,20 @@ class QuantizedWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=recipe.dtype))
         self.weight.matrix_rows = shape[-2:-1] if matrix_rows is None else matrix_rows  # type: ignore[attr-defined]
         self._blocks: tuple[Fp8Tensor, Fp8Tensor] | None = None
+        self.blocks_lie_still = False  # new blocks are copied to where the old ones are: a CUDA graph reads them there
         self.register_load_state_dict_post_hook(_quantize_loaded)
 
     def quantize(self) -> None:
         """Refresh the FP8 blocks from the weight; nothing to do in BF16 and FP32."""
-        if self.recipe.fp8:
-            self._blocks = quantize_blocks(self.weight.detach(), power_of_two=self.recipe.power_of_two(False))
+        if not self.recipe.fp8:
+            return
+        blocks = quantize_blocks(self.weight.detach(), power_of_two=self.recipe.power_of_two(False))
+        if self._blocks is None or not self.blocks_lie_still:
+            self._blocks = blocks
+            return
+        for there, made in zip(self._blocks, blocks, strict=True):
+            there.data.copy_(made.data)
+            there.scale.copy_(made.scale)
 
     @property
     def blocks(self) -> Fp8Tensor:

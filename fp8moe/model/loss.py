@@ -51,11 +51,11 @@ def count_predicted(labels_BS: Tensor, mtp_labels_BS: Tensor | None = None) -> t
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What each sum of a `LossSums` counts in the total loss."""
+    """What each sum of a `LossSums` counts in the total loss; scalars of the device where they change under a graph."""
 
-    main: float
-    mtp: float
-    balance: float
+    main: float | Tensor
+    mtp: float | Tensor
+    balance: float | Tensor
 
 
 def loss_weights(counts: LossCounts, *, mtp_weight: float, balance_alpha: float) -> LossWeights:
@@ -70,6 +70,11 @@ def loss_weights(counts: LossCounts, *, mtp_weight: float, balance_alpha: float)
 def total_loss(sums: LossSums, weights: LossWeights) -> Tensor:
     """The scalar to call backward on; summed over all micro-batches and ranks it is the loss of the global batch."""
     return sums.main * weights.main + sums.mtp * weights.mtp + sums.balance * weights.balance
+
+
+def weight_on(device: torch.device, weight: float | Tensor) -> Tensor:
+    """A weight as an FP32 scalar on the device, which nothing waits for."""
+    return weight if isinstance(weight, Tensor) else torch.full((), weight, dtype=torch.float32, device=device)
 
 
 class LossTally:

@@ -31,6 +31,7 @@ from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, detach
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Phase, run_detached
 from fp8moe.model.block import Attended, Block
 from fp8moe.model.context_phases import ContextPass
+from fp8moe.model.loss import weight_on
 
 State = TypeVar("State")
 
@@ -39,7 +40,7 @@ State = TypeVar("State")
 class BalanceLoss:
     """Use of a block's balance loss: its weight in the total loss, and who adds up its values."""
 
-    weight: float
+    weight: float | Tensor
     tally: Callable[[Tensor], None]
 
 
@@ -288,7 +289,7 @@ class MoePass(_BlockPass):
         d_normed_TD, d_weights_TK = message.wait()
         if late.d_normed_TD is not None:
             d_normed_TD = late.d_normed_TD + d_normed_TD
-        d_balance = d_weights_TK.new_full((), self._balance.weight)
+        d_balance = weight_on(d_weights_TK.device, self._balance.weight)
         self._attend_backward(late.dy_TD, d_normed_TD, d_weights_TK, d_balance)
 
 

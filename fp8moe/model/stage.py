@@ -23,7 +23,7 @@ from fp8moe.layers.linear import Embedding
 from fp8moe.layers.phase import DeferredWgrads, DetachedGraph, Pass, Phase, run_detached
 from fp8moe.model.block import Block
 from fp8moe.model.head_loss import ChunkLoss, ChunkLossHere, head_loss, of_cross_entropy
-from fp8moe.model.loss import LossTally, LossWeights
+from fp8moe.model.loss import LossTally, LossWeights, weight_on
 from fp8moe.model.partition import Stage
 from fp8moe.model.phases import BalanceLoss, pass_through
 from fp8moe.model.transformer import Inputs, Mtp, Transformer, labels_after_next, next_ids
@@ -277,14 +277,14 @@ class LossPass(_OnePhase):
         self,
         normed_TD: Tensor,
         labels_BS: Tensor,
-        weight: float,
+        weight: float | Tensor,
         loss: ChunkLossHere = of_cross_entropy,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor | None]:
         head = self._model.head
         assert head is not None
         training = torch.is_grad_enabled()
-        on_device = torch.full((), weight, dtype=torch.float32, device=normed_TD.device) if training else None
+        on_device = weight_on(normed_TD.device, weight) if training else None
         if temperature == 1:
             return head_loss(head, normed_TD, labels_BS.flatten(), on_device, loss)
         value, dx_TD = head_loss(head, normed_TD / temperature, labels_BS.flatten(), on_device, loss)

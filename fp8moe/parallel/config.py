@@ -37,6 +37,9 @@ class ParallelConfig:
     # rows a rank may receive, as a multiple of an even share, before anything is allocated for them; None: no
     # limit
     max_imbalance: float | None = None
+    # on a GPU: a micro-batch's forward, backward and weight gradients as CUDA graphs between the messages
+    # (`fp8moe.train.captured`), where the host is slower than the kernels; with ep it needs capacity_factor
+    cuda_graphs: bool = False
     timeout: float = 300.0  # seconds that a rank waits for a message
     startup_timeout: float = 900.0  # the same until the first step is done: it compiles kernels and opens connections
 

@@ -28,6 +28,7 @@ import torch
 
 COMPUTE, COMMUNICATION, REPLICAS = "compute", "communication", "replicas"  # names of threads
 EXPOSED = "exposed_communication"
+CAPTURED = "captured micro-batch"  # a span: forward and backward as one CUDA graph
 
 
 class Listener(Protocol):
@@ -56,6 +57,16 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listeners.remove(listener)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within the block nobody is told of spans: what is captured has no time of its own."""
+    listeners, _listeners[:] = _listeners[:], []
+    try:
+        yield
+    finally:
+        _listeners[:] = listeners
 
 
 @contextmanager
@@ -187,7 +198,7 @@ class PhaseLaps:
     def ended(self, name: str, began: None) -> None:
         if name.startswith("F "):
             self._stopwatch.lap("forward")
-        elif name.startswith(("B ", "W ")):
+        elif name.startswith(("B ", "W ")) or name == CAPTURED:
             self._stopwatch.lap("backward")
 
 

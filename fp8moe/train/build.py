@@ -27,11 +27,13 @@ from fp8moe.model.transformer import Transformer, init_weights
 from fp8moe.parallel.collectives import gather
 from fp8moe.parallel.context import ContextMessages
 from fp8moe.parallel.dispatch import make_dispatcher
+from fp8moe.parallel.dispatch.captured import CapturableDispatcher
 from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.schedule.build import build_schedule
 from fp8moe.train import checkpoint
+from fp8moe.train.captured import make_captured
 from fp8moe.train.config import TrainConfig, foreign_weights, stages_of
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
@@ -90,6 +92,7 @@ def build(
             checkpoint.root_of(run_dir, path), config.checkpoint, is_first=mesh.rank == 0, group=writing_group(mesh)
         ),
         ema=make_ema(config, optimizer),
+        captured=make_captured(config.parallel, model, device, zero),
     )
     if config.data.source == "problems" and config.grpo.kl:
         run.reference = KeptReference(config, mesh, optimizer, run.routers(), foreign)
@@ -159,7 +162,7 @@ def open_files(config: TrainConfig, mesh: Mesh) -> Data:
 
 
 def _dispatcher(config: TrainConfig, mesh: Mesh) -> Dispatcher:
-    return make_dispatcher(
+    dispatcher = make_dispatcher(
         config.parallel.dispatcher,
         mesh,
         config.model.experts.num_experts,
@@ -168,6 +171,8 @@ def _dispatcher(config: TrainConfig, mesh: Mesh) -> Dispatcher:
         max_imbalance=config.parallel.max_imbalance,
         max_tokens=config.rank_tokens,
     )
+    captured = config.parallel.cuda_graphs and mesh.ep_group is not None
+    return CapturableDispatcher(dispatcher) if captured else dispatcher
 
 
 def _data_identity(config: TrainConfig, data: Data) -> DataIdentity:

@@ -28,6 +28,7 @@ from fp8moe.parallel.mesh import ranks_in_node, validate_mesh
 from fp8moe.schedule.build import FOLDED, microbatches, num_stages
 from fp8moe.train import checkpoint
 from fp8moe.train.batch import BatchConfig, check_parts, check_tokens, data_ranks_in_words, resolve_batch
+from fp8moe.train.captured import check_captured
 from fp8moe.train.checkpoint import CheckpointConfig
 from fp8moe.train.distill_config import DistillConfig
 from fp8moe.train.ema import EmaConfig
@@ -238,6 +239,8 @@ def laid_out(config: TrainConfig, world_size: int, ranks_per_node: int) -> Train
         per_node = parallel.ranks_per_node or ranks_per_node
         ranks_in_node(ep, per_node)
         filled = dataclasses.replace(filled, ranks_per_node=per_node)
+    sharding, teacher = config.optimizer.sharding, config.distill.teacher
+    check_captured(filled, sharding=sharding, data=config.data, teacher=teacher, profile=config.profile)
     return dataclasses.replace(config, parallel=filled, batch=batch)
 
 

@@ -24,6 +24,7 @@ class StepSeconds:
 
     exposed_communication: what compute waited for messages. checkpoint: what training waited for the checkpoint of the
     step before, since the line of a step is written before its own.
+    backward: of micro-batches that are CUDA graphs (`train.captured`) the forward too.
     """
 
     data: float

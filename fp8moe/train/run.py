@@ -20,6 +20,7 @@ from fp8moe.parallel.links import Links
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.sharding.zero import Zero1
 from fp8moe.train import checkpoint
+from fp8moe.train.captured import CapturedMicroBatch
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.ema import Ema
 from fp8moe.train.guard import Guard
@@ -46,12 +47,13 @@ class SavePoint:
 class Run:
     """The parts and the state of a run on this rank.
 
-    step: steps done. reader: gives the batches of a step. stages: all of the pipeline's. model: of the stages that
-    this rank holds. zero: what shards the optimizer's state among replicas; None where each keeps it whole. ema: the
-    average of the weights, where there is one. reference: earlier weights that a policy is held near. save_is_due: a
-    checkpoint is owed for this step, or for one before that was skipped. loads: tokens that each expert has had in the
-    whole run, by name of those stages' routers. point: the end of the last step, which a preempted run saves. shapes:
-    of all parameters of the whole model, with all experts, for checkpoints.
+    step: steps done. reader: gives the batches of a step. stages: all of the pipeline's. model: of the stages that this
+    rank holds. zero: what shards the optimizer's state among replicas; None where each keeps it whole. ema: the average
+    of the weights, where there is one. captured: what runs micro-batches as a CUDA graph. reference: earlier weights
+    that a policy is held near. save_is_due: a checkpoint is owed for this step, or for one before that was skipped.
+    loads: tokens that each expert has had in the whole run, by name of those stages' routers. point: the end of the
+    last step, which a preempted run saves. shapes: of all parameters of the whole model, with all experts, for
+    checkpoints.
     """
 
     config: TrainConfig
@@ -71,6 +73,7 @@ class Run:
     guard: Guard
     saver: checkpoint.Saver
     ema: Ema | None
+    captured: CapturedMicroBatch | None = None
     reference: KeptReference | None = None
     step: int = 0
     save_is_due: bool = False

@@ -36,7 +36,7 @@ from fp8moe.model.loss import LossCounts, LossTally, LossWeights, loss_weights
 from fp8moe.model.stage import StagePasses
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.gradients import global_grad_norm, reduce_counts, reduce_gradients
-from fp8moe.parallel.pipeline import Pipeline
+from fp8moe.parallel.pipeline import PassObserver, Pipeline
 from fp8moe.profile.spans import EXPOSED, PhaseLaps, Stopwatch, listening, marking, span
 from fp8moe.schedule.action import Schedule
 from fp8moe.schedule.build import build_schedule, forwards
@@ -182,6 +182,8 @@ def train_passes(
     if run.zero is not None:
         run.zero.begin(schedule)
     with listening(PhaseLaps(stopwatch)), marking(run.device):
+        if run.captured is not None and run.captured.takes(token_loss):
+            return run.captured.run(partial(_run_actions, run, training_schedule(run, 1)), batches, weights)
         return run_pipeline(run, schedule, batches, weights, token_loss)
 
 
@@ -197,26 +199,30 @@ def forward_passes(run: Run, batches: Sequence[Batch], token_loss: ChunkLoss | N
 
 
 def run_pipeline(
-    run: Run,
-    schedule: Schedule,
-    batches: Sequence[Batch],
-    weights: LossWeights,
-    token_loss: ChunkLoss | None = None,
-) -> Tensor:
+    run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights, token_loss: ChunkLoss | None = None
+) -> Tensor:  # fmt: skip
     """Run this rank's actions of `schedule` -> FP64 [3], its share of the losses' sums."""
-    config, tally, dtype = run.config, LossTally(run.device), run.config.precision.mode.dtype
+    tally = LossTally(run.device)
     on_device = [to_device(batch, run.device) for batch in batches]
+    _run_actions(run, schedule, on_device, weights, tally, token_loss, run.zero)
+    return tally.sums
+
+
+def _run_actions(
+    run: Run, schedule: Schedule, batches: Sequence[Batch], weights: LossWeights, tally: LossTally,
+    token_loss: ChunkLoss | None = None, observer: PassObserver | None = None,
+) -> None:  # fmt: skip
+    config, dtype = run.config, run.config.precision.mode.dtype
     Pipeline(
         schedule,
         run.mesh.pp_rank,
         run.links,
-        StagePasses(run.model, run.stages, on_device, weights, tally, token_loss),
+        StagePasses(run.model, run.stages, batches, weights, tally, token_loss),
         empty=partial(torch.empty, config.rank_tokens, config.model.dim, dtype=dtype, device=run.device),
         overlap=config.parallel.overlap,
         sms=sms_for_gemms(run),
-        observer=run.zero,
+        observer=observer,
     ).run()
-    return tally.sums
 
 
 def training_schedule(run: Run, num_microbatches: int) -> Schedule:

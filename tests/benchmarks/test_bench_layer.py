@@ -15,6 +15,7 @@ from benchmarks.layers import DSV2_LITE, DSV3, LAYERS, SMALL, LayerStep, layer_f
 from fp8moe.cli.compose import compose
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.flops import flops_per_token
+from tests.train.recorded_graph import RecordedGraph, as_on_a_gpu
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,17 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path: Path):
         (f"small {precision}", metric) for precision in ("bf16", "fp8") for metric in ("time", "throughput")
     }
     assert all(r["value"] > 0 for r in records)
+
+
+def test_a_captured_layer_is_the_layer(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    step, again = (LayerStep(SMALL, Precision.FP8, 64, CPU) for _ in range(2))
+    graph = bench_layer.as_captured({"fp8": step}, lambda: RecordedGraph)["fp8 graph"]  # has run twice
+    graph()
+    for _ in range(3):
+        again()
+    assert torch.equal(step.model.main_grads.dense, again.model.main_grads.dense)
+    assert torch.equal(step.model.main_grads.expert, again.model.main_grads.expert)
 
 
 def test_an_unknown_layer_is_one_sentence(capsys):

@@ -202,6 +202,8 @@ class Recorder(TorchDispatchMode):
     def _watch_copies(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if target.device.type == "cpu" and source.device.type == "cuda":
             self.waited("copy to the host")
+        if source.device.type == "cpu" and target.device.type == "cuda":
+            self.trace.copies.append(Wait(self.phase, "copy to the device", site()))
         if source.device.type == "cpu" and source.dim() and target.device.type == "cuda" and not non_blocking:
             self.waited("copy to the device")
 

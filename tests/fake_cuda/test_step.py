@@ -71,6 +71,21 @@ def test_experts_with_biases_run_by_kernels_too(traces: Traces, precision: str) 
     assert [wait.phase for wait in trace.waits if wait.phase != "setup"] == ["norm"]
 
 
+@both
+@pytest.mark.parametrize("model", [(), ("grouped",), ("gpt_oss",)], ids=lambda model: model[0] if model else "mla")
+def test_a_micro_batch_can_be_captured(traces: Traces, precision: str, model: tuple[str, ...]) -> None:
+    """From positions to the last weight gradient no wait and no copy from the host: a CUDA graph would hold neither.
+
+    A trace has one stream and no events: who asks for another fails in it.
+    """
+    trace = traces(precision, 4096, *model)
+    outside = ("setup", "norm", "optimizer")
+    assert [one for one in (*trace.waits, *trace.copies) if one.phase not in outside] == []
+    assert {"mixture F attn", "mixture W mlp", "loss F loss", "positions", "embedding W embed"} <= {
+        one.phase for one in trace.launches
+    }
+
+
 def test_bytes_of_a_mixture_layer(traces: Traces) -> None:
     trace = traces("fp8", 4096)
     sizes, rows = bytes_by(mixture(trace), lambda one: one.kind), trace.facts["received rows"]

@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Wait:
-    """The host waits for the device: what makes it wait, and where."""
+    """The host waits for the device, or copies to it: what makes it, and where."""
 
     phase: str
     what: str
@@ -56,13 +56,17 @@ class Wait:
 
 @dataclass
 class Trace:
-    """One run: `peak` is the most bytes live in each phase beyond what lived when it began."""
+    """One run: `peak` is the most bytes live in each phase beyond what lived when it began.
+
+    copies: from the host's memory to the device, whether it waits for them or not.
+    """
 
     launches: list[Launch] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
     peak: dict[str, int] = field(default_factory=dict)
     facts: dict[str, int] = field(default_factory=dict)
+    copies: list[Wait] = field(default_factory=list)
 
     def of(self, *phases: str) -> list[Launch]:
         """Launches of the phases with these names."""
@@ -75,7 +79,8 @@ class Trace:
     def load(path: Path) -> Trace:
         raw = json.loads(path.read_text())
         launches, calls = [Launch(**one) for one in raw["launches"]], [Call(**one) for one in raw["calls"]]
-        return Trace(launches, calls, [Wait(**one) for one in raw["waits"]], raw["peak"], raw["facts"])
+        waits, copies = ([Wait(**one) for one in raw[name]] for name in ("waits", "copies"))
+        return Trace(launches, calls, waits, raw["peak"], raw["facts"], copies)
 
 
 def count(launches: Iterable[Launch]) -> int:

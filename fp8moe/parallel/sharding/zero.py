@@ -139,6 +139,11 @@ class Zero1:
             one = self._queue.pop(0)
             one.reduction = self._stream().start(partial(self._reduce, one), _as_it_is, "gradients")
 
+    def after_all_wgrads(self) -> None:
+        """The same of every pass at once, for a run that has told of none."""
+        for place in sorted(self._quantized, reverse=True):
+            self.after_last_wgrad(*place)
+
     def finish(self) -> Tensor:
         """Wait for every sum -> FP64 [], the squares of the gradients that this rank owns."""
         assert not self._queue, "the schedule left gradients unfinished"
