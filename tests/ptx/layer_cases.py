@@ -45,7 +45,7 @@ MANTISSA = {"fp8": 3, "bf16": 7}  # bits behind the leading one
 ROUNDINGS = {"": 64, "output": 16, "balance loss": 16, "blocks.0.moe": 32}
 TIES = 2e-7
 BESIDE_CPU = {"output": TIES, "balance loss": TIES, "blocks.0.moe": TIES}
-BEHIND_ROUTER = {"fp8": 0.5, "bf16": 4}  # roundings
+BEHIND_ROUTER = {"fp8": 1, "bf16": 4}  # roundings
 
 
 def rounding(kind: str) -> float:
@@ -116,7 +116,7 @@ def run_layer(kind: str, machine: Machine) -> dict[str, Any]:
         with on_hopper(machine, watch, compare):
             got = step(layer, watch)
     except Exception as failure:
-        wrong.append(f"{watch.phase}: {type(failure).__name__}: {failure}")
+        wrong.append(f"{type(failure).__name__}: {failure}")
     else:
         wrong += assess(kind, got, reference, exact)
     wrong += [f"{op} falls to the specification" for op in sorted(watch.undone)]

@@ -27,7 +27,7 @@ from fp8moe.parallel.overlap import deferred_wgrads, run_backward, run_forward, 
 from fp8moe.profile.spans import Listener, listening, span
 
 SEQUENCES, LENGTH = 2, 64
-BALANCE_WEIGHT = 1e-2  # of the balance loss in the total
+BALANCE_WEIGHT = 300.0  # of the balance loss in the total: enough for its gradient to count
 EMPTY = 4  # the expert whose bias keeps every token away
 BIASES = (0.1, -0.1, 0.05, -0.15, -2.0, 1.0)  # of the choice; the last makes up for its group's other expert
 CONFIG = ModelConfig(
@@ -102,7 +102,7 @@ def draw(layer: Layer) -> None:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         else:
             parameter.uniform_(0.5, 1.5)
-        layer.before[name] = main_grad_of(parameter).normal_().clone()
+        layer.before[name] = main_grad_of(parameter).normal_(std=30).clone()
     router = layer.model.block(0).moe.router
     router.bias_E.copy_(torch.tensor(BIASES))
     layer.x_TD.normal_()
