@@ -41,11 +41,11 @@ ROUNDED = frozenset({
 })  # fmt: skip
 OP_BOUNDS = {torch.float32: 1e-12, torch.bfloat16: 5e-6, torch.float8_e4m3fn: 5e-6}  # of `calc_diff`
 MANTISSA = {"fp8": 3, "bf16": 7}  # bits behind the leading one
-# By the start of a value's name, the longest that fits: roundings of the format behind it; `calc_diff` of a CPU's.
-ROUNDINGS = {"": 64, "output": 16, "balance loss": 16, "blocks.0.moe": 32}
-TIES = 2e-7
-BESIDE_CPU = {"output": TIES, "balance loss": TIES, "blocks.0.moe": TIES}
-BEHIND_ROUTER = {"fp8": 1, "bf16": 4}  # roundings
+# Roundings of the format behind a value, by the start of its name, the longest that fits.
+ROUNDINGS = {"": 64, "output": 16, "balance loss": 16, "blocks.0.moe.experts": 32, "blocks.0.moe.shared": 32}
+# Roundings that a GPU's layer may be away from a CPU's: of BF16 before the router's gradient, of the format behind it.
+TIES = ("output", "balance loss", "blocks.0.moe")
+BEHIND_ROUTER = {"fp8": 1, "bf16": 8}
 
 
 def rounding(kind: str) -> float:
@@ -101,24 +101,23 @@ def beyond(got: Stepped, expected: Stepped, bounds: dict[str, float]) -> list[st
 
 def run_layer(kind: str, machine: Machine) -> dict[str, Any]:
     """What is wrong of the layer of a kind of RECIPES, in sentences, and the (phase, op, kernel) it launched."""
-    start, wrong, (layer, twin) = time.process_time(), list[str](), (build(kind, "cpu"), build(kind, "cpu"))
-    draw(layer)
-    draw(twin)
-    reference = step(twin, Watch())
-    exact, watch = defined(twin, reference.ids_TK), Watch()
+    start, watch, wrong = time.process_time(), Watch(), list[str]()
+    machine.launched, machine.seed, machine.edit, machine.count = [], None, None, False
 
     def compare(place: str, op: str, got: Any, expected: Any) -> None:
         if told := difference(op, got, expected):
             wrong.append(f"{place}: {told}")
 
-    machine.launched, machine.seed, machine.edit, machine.count = [], None, None, False
     try:
+        layer, twin = build(kind, "cpu"), build(kind, "cpu")
+        draw(layer)
+        draw(twin)
+        reference = step(twin, Watch())
         with on_hopper(machine, watch, compare):
             got = step(layer, watch)
+        wrong += assess(kind, got, reference, defined(twin, reference.ids_TK))
     except Exception as failure:
         wrong.append(f"{type(failure).__name__}: {failure}")
-    else:
-        wrong += assess(kind, got, reference, exact)
     wrong += [f"{op} falls to the specification" for op in sorted(watch.undone)]
     seconds = round(time.process_time() - start, 2)
     return {"wrong": wrong, "launched": watch.launched, "seconds": seconds}
@@ -132,7 +131,7 @@ def assess(kind: str, got: Stepped, reference: Stepped, exact: Stepped) -> list[
         wrong.append(f"loads {loads} are not {exact.loads_E.tolist()} with expert {EMPTY} alone empty")
     kept = [name for name, added in got.main_grads.items() if ".experts." in name and bool(added[EMPTY].any())]
     wrong += [f"{name}: the main_grad of an expert without tokens has changed" for name in kept]
-    beside_cpu = BESIDE_CPU | {"": BEHIND_ROUTER[kind] * one}
+    beside_cpu = {"": BEHIND_ROUTER[kind] * one} | dict.fromkeys(TIES, rounding("bf16"))
     wrong += [f"on a CPU {told}" for told in beyond(got, reference, beside_cpu)]
     for where, result in (("", got), ("of the reference ", reference)):
         bounds = {start: number * one for start, number in ROUNDINGS.items()}

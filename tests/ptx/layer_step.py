@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fp8moe.kernels.fp8 import TILE, ceil_div
 from fp8moe.layers.attention import MlaConfig, Positions
 from fp8moe.layers.dispatch import Announced, LocalDispatcher
 from fp8moe.layers.linear import main_grad_of, quantize_weights
@@ -93,20 +94,32 @@ def build(kind: str, device: str) -> Layer:
     return Layer(model, dispatcher, positions, x_TD, dy_TD)
 
 
+def growing(size: int, *, part: int = TILE) -> Tensor:
+    """A factor for each of `size` features, the last part's four times the first's; their squares are 1 on average."""
+    number = torch.arange(size) // part
+    factors = 4.0 ** (number / number[-1].clamp(min=1))
+    return factors / factors.square().mean().sqrt()
+
+
 @torch.no_grad()
 def draw(layer: Layer) -> None:
-    """Values for everything, the same for each kind: weights that keep the size of what they multiply."""
+    """Values for everything, the same for each kind; a scale of another tile, row or expert is another number.
+
+    Weights grow from tile to tile both ways and gains fall, so that what they make together is of one size.
+    """
     torch.manual_seed(0)
     for name, parameter in layer.model.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        if parameter.ndim == 1:
+            parameter.uniform_(0.5, 1.5).div_(growing(len(parameter)))
         else:
-            parameter.uniform_(0.5, 1.5)
+            rows, columns = map(growing, parameter.shape[-2:])
+            parameter.normal_(std=len(columns) ** -0.5).mul_(rows[:, None] * columns)
+        if parameter.ndim == 3:
+            parameter.mul_(growing(len(parameter), part=1)[:, None, None])
         layer.before[name] = main_grad_of(parameter).normal_(std=30).clone()
-    router = layer.model.block(0).moe.router
-    router.bias_E.copy_(torch.tensor(BIASES))
-    layer.x_TD.normal_()
-    layer.dy_TD.normal_()
+    layer.model.block(0).moe.router.bias_E.copy_(torch.tensor(BIASES))
+    for values_TD in (layer.x_TD, layer.dy_TD):
+        values_TD.normal_().mul_(growing(len(values_TD), part=1)[:, None])
 
 
 def step(layer: Layer, listener: Listener) -> Stepped:

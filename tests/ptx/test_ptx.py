@@ -107,7 +107,7 @@ def test_promotion_keeps_what_the_tensor_core_would_lose(found, backend, op):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bf16"])
-def test_a_whole_layer_is_the_specification_s(found, kind):
+def test_a_whole_layer_gives_what_the_specification_gives(found, kind):
     """Forward, backward and weight gradients of a mixture layer; what holds them is in `layer_cases`."""
     assert found["layers"][kind]["wrong"] == []
 
