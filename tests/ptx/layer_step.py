@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import TILE, ceil_div
+from fp8moe.kernels.fp8 import TILE
 from fp8moe.layers.attention import MlaConfig, Positions
 from fp8moe.layers.dispatch import Announced, LocalDispatcher
 from fp8moe.layers.linear import main_grad_of, quantize_weights
