@@ -90,6 +90,20 @@ def _without_device(factory: Any) -> Any:
     return lambda *args, device=None, **kwargs: factory(*args, **kwargs)
 
 
+def device_patches() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, value) of what makes tensors, PyTorch and the choice of back ends say Hopper."""
+    return [
+        (torch.Tensor, "device", property(lambda tensor: CUDA)),
+        (torch.Tensor, "is_cuda", property(lambda tensor: True)),
+        *((torch, name, _without_device(getattr(torch, name))) for name in FACTORIES),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "get_device_properties", lambda device=None: HOPPER),
+        (torch.cuda, "get_device_name", lambda device=None: HOPPER.name),
+        (torch.cuda, "device_of", lambda tensor: ExitStack()),
+        (backend, "why_not", lambda name: None),
+    ]
+
+
 def _patches(launches: Launches) -> list[tuple[Any, str, Any]]:
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime.driver import driver
@@ -108,16 +122,9 @@ def _patches(launches: Launches) -> list[tuple[Any, str, Any]]:
         return x.new_empty(x.shape[0], w.shape[-1])  # a CPU loops over groups whose sizes are nobody's here
 
     return [
-        (torch.Tensor, "device", property(lambda tensor: CUDA)),
-        (torch.Tensor, "is_cuda", property(lambda tensor: True)),
-        *((torch, name, _without_device(getattr(torch, name))) for name in FACTORIES),
+        *device_patches(),
         (torch, "mm", wide_mm),
         (torch.nn.functional, "grouped_mm", grouped_mm),
-        (torch.cuda, "current_device", lambda: 0),
-        (torch.cuda, "get_device_properties", lambda device=None: HOPPER),
-        (torch.cuda, "get_device_name", lambda device=None: HOPPER.name),
-        (torch.cuda, "device_of", lambda tensor: ExitStack()),
-        (backend, "why_not", lambda name: None),
         (driver, "_active", _Driver(launches)),
         launcher,
         (nvidia, "library_dirs", list),

@@ -32,6 +32,7 @@ from tests.kernels.sm90 import Pretender
 from tests.ptx import (
     activation_cases,
     bias_cases,
+    layer_cases,
     loss_cases,
     moving_cases,
     norm_cases,
@@ -108,7 +109,7 @@ def plant_all(machine: Machine) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description="run every kernel's PTX on the CPU")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="cases whose name has this in it; `sums`: those alone"
+        "--only", default="", metavar="TEXT", help="cases whose name has this in it; `sums`, `layer`: those alone"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each case there")
     parser.add_argument("--write", action="store_true", help="rewrite this Triton version's part of counts.json")
@@ -126,6 +127,7 @@ def main() -> int:
             print(f"{name}: {results[name]['error'] or 'right'}, {results[name]['seconds']} s", flush=True)
     planted = {} if arguments.only or arguments.missing else plant_all(machine)
     sums = sum_cases.sums(machine) if arguments.only in ("", "sums") and not arguments.missing else {}
+    layers = layer_cases.run_layers(machine) if arguments.only in ("", "layer") and not arguments.missing else {}
     for name, row in sums.items():
         print(f"sums of 13 fraction bits: {name}: {row}", flush=True)
     failed = [name for name, result in results.items() if result["error"]]
@@ -138,9 +140,9 @@ def main() -> int:
         speed.write(triton.__version__, kept | counts)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(
-            {"triton": triton.__version__, "cases": results, "plants": planted, "sums": sums}
+            {"triton": triton.__version__, "cases": results, "plants": planted, "sums": sums, "layers": layers}
         ))  # fmt: skip
-    return 1 if failed else 0
+    return 1 if failed or any(found["wrong"] for found in layers.values()) else 0
 
 
 if __name__ == "__main__":

@@ -116,6 +116,17 @@ def test_promotion_keeps_what_the_tensor_core_would_lose(found, backend, op):
         assert row["one sum"] >= ONE_SUM
 
 
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_a_whole_layer_gives_what_the_specification_gives(found, kind):
+    """Forward, backward and weight gradients of a mixture layer; what holds them is in `layer_cases`."""
+    assert found["layers"][kind]["wrong"] == []
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_the_layer_runs_every_kernel_that_it_launches_on_a_gpu(found, layer_launches, kind):
+    assert found["layers"][kind]["launched"] == layer_launches[kind]
+
+
 def test_accesses_are_whole_sectors_and_free_of_bank_conflicts_or_there_is_a_reason(found):
     counts = {kernel: row for case in found["cases"].values() for kernel, row in case["counts"].items()}
     assert counts
