@@ -1,17 +1,19 @@
 """Search the tiles of the GEMMs on this GPU and write the best into kernels/tiles.json under the GPU's name.
 
-    python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--dry-run]
+    python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--consumers free turns ...] [--dry-run]
 
-For short and for long contractions the table gets one tile of each shape, alone and in pairs: that whose stages and
-swept rows have the smallest product of times (geometric mean) over the problems. Which shape a problem then takes is
-the choice of `kernels/tiles.py`; the fastest comes first, for where two cost the same. Every candidate's output is
-compared with the first one's, and one that differs beyond rounding is not a candidate. The compile gate
-(`tests/kernels/test_sm90.py`) then compiles what the table newly names: run it before committing the change.
+For short and for long contractions the table gets one tile of each shape, alone and in pairs, and of each way in which
+the two consumers share the work: that whose stages and swept rows have the smallest product of times (geometric mean)
+over the problems. Which shape a problem then takes is the choice of `kernels/tiles.py`; the fastest comes first, for
+where two cost the same. Every candidate's output is compared with the first one's, and one that differs beyond rounding
+is not a candidate. The compile gate (`tests/kernels/test_sm90.py`) then compiles what the table newly names: run it
+before committing the change.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -21,7 +23,7 @@ from benchmarks.harness import measure
 from benchmarks.peers import Operands, implementation
 from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD, Problem
 from fp8moe.kernels import tiles
-from fp8moe.kernels.tiles import LENGTHS, Tile, length_of
+from fp8moe.kernels.tiles import CONSUMERS, LENGTHS, Tile, length_of
 from tests.distance import calc_diff
 
 AGREEMENT = 5e-6  # calc_diff between two tiles' outputs: rounding to BF16, no more
@@ -41,8 +43,8 @@ PROBLEMS = (*DENSE, *DENSE_WGRAD, *GROUPED, *GROUPED_WGRAD, *SMALL)
 MODULE = {"gemm": "gemm", "gemm_columns": "gemm", "grouped_gemm": "grouped_gemm", "grouped_wgrad": "grouped_wgrad"}
 
 
-def candidates(backend: str, op: str) -> Iterator[Tile]:
-    """Tiles worth trying: those whose ring fits an SM, by tile shape, stages and swept rows."""
+def candidates(backend: str, op: str, consumers: Sequence[str] = CONSUMERS) -> Iterator[Tile]:
+    """Tiles worth trying: those whose ring fits an SM, by tile shape, stages, swept rows and order of the consumers."""
     if backend == "triton":
         for stages in (3, 4, 5):
             for group in (4, 8, 16):
@@ -53,7 +55,8 @@ def candidates(backend: str, op: str) -> Iterator[Tile]:
             continue
         for stages in (deepest, deepest - 1):
             for group in (4, 8, 16, 32):
-                yield from (Tile(block_m, block_n, stages, group, 4, multicast) for multicast in (False, True))
+                for order in consumers:
+                    yield from (Tile(block_m, block_n, stages, group, 4, pair, order) for pair in (False, True))
 
 
 def call_of(backend: str, p: Problem, x: Operands, total: Tensor | None) -> Callable[[], Tensor]:
@@ -74,14 +77,16 @@ def call_of(backend: str, p: Problem, x: Operands, total: Tensor | None) -> Call
     return add
 
 
-def times_of(backend: str, p: Problem, device: torch.device, repeats: int) -> dict[Tile, float]:
+def times_of(
+    backend: str, p: Problem, device: torch.device, repeats: int, consumers: Sequence[str]
+) -> dict[Tile, float]:
     """Median seconds of every candidate that computes the same."""
     x = Operands.make(p, device)
     shape = (p.groups, p.m, p.n) if p.groups > 1 else (p.m, p.n)
     total = torch.zeros(shape, device=device) if p.kind == "columns" else None
     call = call_of(backend, p, x, total)
     first, seconds = None, {}
-    for tile in candidates(backend, p.op):
+    for tile in candidates(backend, p.op, consumers):
         with patch.object(tiles, "choose", lambda *_, tile=tile, **__: tile):
             if total is not None:
                 total.zero_()
@@ -99,7 +104,7 @@ def times_of(backend: str, p: Problem, device: torch.device, repeats: int) -> di
 
 
 def best(times: Sequence[dict[Tile, float]]) -> list[Tile]:
-    """Of each shape, alone and in pairs, the tile with the smallest geometric mean of its times; fastest first."""
+    """Of each shape, alone and in pairs, in each order, the tile of the smallest geometric mean; fastest first."""
     common = set.intersection(*(set(one) for one in times))
     if not common:
         raise ValueError("no tile computed every problem of a length alike: the kernels need a look before tuning")
@@ -107,18 +112,21 @@ def best(times: Sequence[dict[Tile, float]]) -> list[Tile]:
     def cost(tile: Tile) -> tuple[float, int, int]:
         return math.prod(one[tile] for one in times), tile.stages, tile.group
 
-    kinds = {(tile.block_m, tile.block_n, tile.multicast) for tile in common}
-    return sorted(
-        (min((t for t in common if (t.block_m, t.block_n, t.multicast) == kind), key=cost) for kind in kinds), key=cost
-    )
+    def kind(tile: Tile) -> Tile:
+        return replace(tile, stages=0, group=0)
+
+    kinds = {kind(tile) for tile in common}
+    return sorted((min((t for t in common if kind(t) == one), key=cost) for one in kinds), key=cost)
 
 
-def tune(backend: str, op: str, device: torch.device, repeats: int) -> dict[str, list[Tile]]:
+def tune(
+    backend: str, op: str, device: torch.device, repeats: int, consumers: Sequence[str] = CONSUMERS
+) -> dict[str, list[Tile]]:
     """Length of the contraction -> best tiles of `op`."""
     found = {}
     for length in LENGTHS:
         problems = [p for p in PROBLEMS if p.op == op and length_of(p.k) == length]
-        found[length] = best([times_of(backend, p, device, repeats) for p in problems])
+        found[length] = best([times_of(backend, p, device, repeats, consumers) for p in problems])
         print(f"{backend} {op} {length}: {found[length]}", flush=True)
     return found
 
@@ -128,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="search GEMM tiles on this GPU and rewrite kernels/tiles.json")
     parser.add_argument("--backend", choices=("gluon", "triton"), default="gluon", help="(gluon)")
     parser.add_argument("--op", choices=tuple(MODULE), nargs="+", default=list(MODULE), help="(all)")
+    parser.add_argument(
+        "--consumers", choices=CONSUMERS, nargs="+", default=CONSUMERS, help="their order in a Gluon kernel (all)"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of a candidate (15)")
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the table as it is")
     arguments = parser.parse_args(argv)
@@ -139,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = dict(tiles.read_table())
     own = table.setdefault(torch.cuda.get_device_name(device), {}).setdefault(arguments.backend, {})
     for op in arguments.op:
-        found = tune(arguments.backend, op, device, arguments.repeats)
+        found = tune(arguments.backend, op, device, arguments.repeats, arguments.consumers)
         own[op] = {length: [tiles.as_entry(tile) for tile in them] for length, them in found.items()}
         if not arguments.dry_run:
             tiles.write_table(table)

@@ -25,7 +25,7 @@ hides under nothing. Constants are measured once for all sizes; `benchmarks/mode
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ UNQUANTIZED = ("wgrad", "grouped_mm_wgrad")  # ops of BF16 operands
 SUMMED = ("gemm_columns", "grouped_wgrad", *UNQUANTIZED)  # ops that add into FP32
 ADDED_BY_TMA = 2048  # tokens of a group from which L2 adds faster than the loads of an epilogue (`gluon/pipeline`)
 SUM_CYCLES, SUM_CYCLES_BY_TMA = 0.48, 0.38  # for a value of a tile: HBM in and out by registers, or 4 bytes added in L2
+CONSUMERS = ("free", "turns")  # how the two of a Gluon kernel share a program's work: `gluon/consumers`
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Tile:
     group: int
     warps: int  # of one program; a Gluon kernel has 4 in each of two consumers and one that loads
     multicast: bool = False  # Gluon: a pair of CTAs side by side shares its rows; in the table only where it is true
+    consumers: str = "free"  # Gluon: one of CONSUMERS; in the table only where it is another than "free"
+
+    def __post_init__(self) -> None:
+        """ValueError where no kernel can share the work so."""
+        if self.consumers not in CONSUMERS:
+            raise ValueError(f"consumers of a tile is one of {', '.join(CONSUMERS)}, got {self.consumers!r}")
 
 
 @dataclass(frozen=True)
@@ -187,14 +194,15 @@ def write_table(table: dict[str, Any], path: Path = TABLE) -> None:
     choose.cache_clear()
 
 
-def _rows(length: str, entries: list[dict[str, int]]) -> str:
+def _rows(length: str, entries: list[dict[str, Any]]) -> str:
     tiles = ",\n".join(f"     {json.dumps(entry)}" for entry in entries)
     return f"    {json.dumps(length)}: [\n{tiles}\n    ]"
 
 
-def as_entry(tile: Tile) -> dict[str, int]:
-    """A tile as the table stores it."""
-    return {name: value for name, value in asdict(tile).items() if name != "multicast" or value}
+def as_entry(tile: Tile) -> dict[str, Any]:
+    """A tile as the table stores it: without what is as in every tile that does not say so."""
+    usual = {one.name: one.default for one in fields(Tile)}
+    return {name: value for name, value in asdict(tile).items() if value != usual[name]}
 
 
 def _entries(table: dict[str, Any], device: str, backend: str, op: str) -> dict[str, list[Tile]]:

@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
+from fp8moe.kernels.gluon.consumers import pass_turn, wait_turn
 from fp8moe.kernels.gluon.pipeline import (
     ADD_TMA,
     CONSUMER_REGISTERS,
@@ -96,13 +97,14 @@ def promote(acc, product, sa, sb):
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N,
-            K, T, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, mine, other, offsets,
+            num_groups, N, K, T, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide)."""
     layout: gl.constexpr = wave_layout(CTAS)
     WIDTH: gl.constexpr = BN * CTAS
     TWO: gl.constexpr = BM * BN > 128 * 128
+    WAVES: gl.constexpr = 2 if TWO else 1
     TALL: gl.constexpr = BM > 128
     FIRST: gl.constexpr = INDEX * (BM // 2)
     DOWN: gl.constexpr = 64 if TALL else 0
@@ -125,14 +127,18 @@ def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full
             rows1 = rows0
             if TWO and TALL:
                 rows1 = rows_of(sa_ring, slot, FIRST + DOWN, BM, CTAS).load(down)
+            wait_turn(mine, step * WAVES, INDEX, CONSUMERS)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
+            pass_turn(other, CONSUMERS)
             fence_async_shared()  # the reads above come before the TMA that refills the slot
             if TWO:
                 product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
                 acc0 = promote(acc0, product, rows0, cols)
                 if not TALL:
                     cols = sb1.load(across)
+                wait_turn(mine, 1, INDEX, CONSUMERS)
                 product = start_wave(rows_of(a_ring, slot, FIRST + DOWN, BM, CTAS), b1, product)
+                pass_turn(other, CONSUMERS)
                 if not TALL:
                     fence_async_shared()
                 dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
@@ -165,7 +171,7 @@ def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full
 @gluon.jit(do_not_specialize=["num_groups", "T"])
 def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, K, T, c_ld, BM: gl.constexpr,
                    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-                   EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+                   EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """c [E, N, K] = or += columns x columns^T of each group; grid as in `rows_kernel`. EPILOGUE: all but STORE_TMA."""
     HEIGHT: gl.constexpr = BM if CTAS == 1 else 64
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BM // HEIGHT, HEIGHT, 128], a_desc.layout)
@@ -177,13 +183,13 @@ def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, 
         sums = gl.allocate_shared_memory(gl.float32, [2, 64, c.block_shape[1]], c.layout)
     else:
         sums = sa_ring  # never touched: this epilogue writes from the registers
-    full, empty, both = make_barriers(STAGES, CTAS)
+    full, empty, both, turn0, turn1 = make_barriers(STAGES, CTAS, CONSUMERS)
     gl.warp_specialize(
         [
-            (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T,
-                       c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
-            (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T,
-                       c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
+            (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1, offsets,
+                       num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+            (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0, offsets,
+                       num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
             (produce, (a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets,
                        num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS)),
         ],

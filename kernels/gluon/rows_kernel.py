@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from fp8moe.kernels.gluon.consumers import pass_turn, wait_turn
 from fp8moe.kernels.gluon.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -118,13 +119,15 @@ def first_scales(tile, FIRST: gl.constexpr, a_scale, b_scale, offsets, M, N, K, 
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
-            num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, mine, other,
+            offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+            GROUP: gl.constexpr, GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr,
+            CONSUMERS: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide)."""
     layout: gl.constexpr = wave_layout(CTAS)
     WIDTH: gl.constexpr = BN * CTAS
     TWO: gl.constexpr = BM * BN > 128 * 128
+    WAVES: gl.constexpr = 2 if TWO else 1
     TALL: gl.constexpr = BM > 128
     FIRST: gl.constexpr = INDEX * (BM // 2)
     # Where the second wave lies in the tile; without one, on the first (its sum is then never formed).
@@ -152,11 +155,15 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
             sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, later, a_ld, BM, BN)
             mbarrier.wait(full.index(slot), parity)
             b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)
+            wait_turn(mine, step * WAVES, INDEX, CONSUMERS)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
+            pass_turn(other, CONSUMERS)
             if TWO:
                 product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
                 acc0 += product * scale0[:, None]
+                wait_turn(mine, 1, INDEX, CONSUMERS)
                 product = start_wave(rows_of(a_ring, slot, FIRST + DOWN, BM, CTAS), b1, product)
+                pass_turn(other, CONSUMERS)
                 dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
                 release(empty, both, slot, CTAS)
                 acc1 += dead * scale1[:, None]
@@ -179,7 +186,7 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
 @gluon.jit(do_not_specialize=["M", "num_groups", "a_ld"])
 def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr,
                 BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-                EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+                EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """c = rows x blocks^T; grid: one program an SM in use, or a pair of them."""
     HEIGHT: gl.constexpr = BM if CTAS == 1 else 64
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BM // HEIGHT, HEIGHT, 128], a_desc.layout)
@@ -189,13 +196,13 @@ def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_group
         c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128 * CTAS], c.layout)
     else:
         c_buffers = a_ring  # never touched: this epilogue writes from the registers
-    full, empty, both = make_barriers(STAGES, CTAS)
+    full, empty, both, turn0, turn1 = make_barriers(STAGES, CTAS, CONSUMERS)
     gl.warp_specialize(
         [
-            (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
-                       num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
-            (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
-                       num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
+            (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn0, turn1, offsets, M,
+                       N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+            (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn1, turn0, offsets, M,
+                       N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
             (produce, (a_desc, b_desc, a_ring, b_ring, full, empty, both, offsets, M, N, K, num_groups, BM, BN, STAGES,
                        GROUP, GROUPED, CTAS)),
         ],

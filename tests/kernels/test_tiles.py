@@ -7,6 +7,7 @@ from fp8moe.kernels.tiles import (
     LENGTHS,
     UNQUANTIZED,
     Tile,
+    as_entry,
     choose,
     cycles,
     production_tiles,
@@ -121,6 +122,19 @@ def test_tiles_of_the_hopper_kernels_are_those_they_can_do():
             rows = op in ("gemm", "grouped_gemm")  # columns keep their scales in the ring, rows a buffer to store from
             ring = tile.stages * (tile.block_m + tile.block_n) * (128 if rows else 132)
             assert ring + (2 * 64 * 128 * 2 if rows else 0) <= 227 * 1024 - 512, (op, tile)
+
+
+def test_no_table_has_an_order_of_the_consumers_that_nobody_measured():
+    assert all(tile.consumers == "free" for op in OPS for tile in production_tiles("gluon", op))
+
+
+def test_a_tile_is_written_with_what_is_unusual_and_read_back():
+    plain, turns = Tile(128, 128, 4, 8, 4), Tile(128, 128, 4, 8, 4, multicast=True, consumers="turns")
+    assert as_entry(plain) == {"block_m": 128, "block_n": 128, "stages": 4, "group": 8, "warps": 4}
+    assert as_entry(turns) == as_entry(plain) | {"multicast": True, "consumers": "turns"}
+    assert Tile(**as_entry(turns)) == turns and Tile(**as_entry(plain)) == plain
+    with pytest.raises(ValueError, match=r"one of free, turns.*, got 'alone'"):
+        Tile(128, 128, 4, 8, 4, consumers="alone")
 
 
 def test_an_unknown_device_takes_the_default_and_an_unknown_op_is_refused():

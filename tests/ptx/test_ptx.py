@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fp8moe.kernels.backend import release_of
+from tests.ptx.order_plants import ORDER_PLANTS
 from tests.ptx.pair_plants import PAIR_PLANTS
 from tests.ptx.plants import PLANTS
 from tests.ptx.speed_limits import ACCEPTED, beyond
@@ -53,6 +54,8 @@ PLANT_REPORTS = {
     "both CTAs of a pair load the same columns": ("calc_diff",),
     "a load for both starts before the peer's barriers exist": ("there is no mbarrier", "multicast::cluster"),
     "a CTA leaves before its peer's last arrival": ("may have left",),
+    "a consumer keeps its turn": ("deadlock", "consumers.py"),
+    "a turn is passed before the product is started": ("out of turn",),
 }
 
 
@@ -82,7 +85,7 @@ def test_its_machine_code_does_what_the_specification_says(found, kernel):
     assert kernel in case["kernels"], "the case doesn't launch it"
 
 
-@pytest.mark.parametrize("plant", [plant.name for plant in (*PLANTS, *PAIR_PLANTS)])
+@pytest.mark.parametrize("plant", [plant.name for plant in (*PLANTS, *ORDER_PLANTS, *PAIR_PLANTS)])
 def test_a_planted_fault_is_found(found, plant):
     if plant not in found["plants"]:
         assert release_of(found["triton"]) < PAIRS_SINCE and plant in [pair.name for pair in PAIR_PLANTS]
