@@ -1,16 +1,18 @@
 """Search the tiles of the GEMMs on this GPU and write the best into kernels/tiles.json under the GPU's name.
 
-    python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--consumers free turns ...] [--dry-run]
+    python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--dry-run]
+    python -m benchmarks.tune --consumers free turns pingpong --dry-run     what no GPU has run (`gluon/consumers`)
 
-For short and for long contractions the table gets one tile of each shape, alone and in pairs, and of each way in which
-the two consumers share the work: that whose stages and swept rows have the smallest product of times (geometric mean)
-over the problems. Which shape a problem then takes is the choice of `kernels/tiles.py`; the fastest comes first, for
-where two cost the same. Every candidate's output is compared with the first one's, and one that differs beyond rounding
-is not a candidate. The compile gate (`tests/kernels/test_sm90.py`) then compiles what the table newly names: run it
-before committing the change.
+For short and for long contractions the table gets one tile of each shape, alone and in pairs: that whose stages and
+swept rows have the smallest product of times (geometric mean) over the problems. Which shape a problem then takes is
+the choice of `kernels/tiles.py`; the fastest comes first, for where two cost the same. Consumers in turns or in
+ping-pong get into the table where they are the fastest. Every candidate's output is compared with the first one's, and
+one that differs beyond rounding is not a candidate. The compile gate (`tests/kernels/test_sm90.py`) then compiles what
+the table newly names: run it before committing the change.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +28,7 @@ from fp8moe.kernels import tiles
 from fp8moe.kernels.tiles import CONSUMERS, LENGTHS, Tile, length_of
 from tests.distance import calc_diff
 
+MEASURED = ("free",)  # of CONSUMERS; whoever tries the others should expect that a kernel may not end
 AGREEMENT = 5e-6  # calc_diff between two tiles' outputs: rounding to BF16, no more
 SMALL = (
     Problem("gemm", 512, 2048, 7168),
@@ -43,7 +46,7 @@ PROBLEMS = (*DENSE, *DENSE_WGRAD, *GROUPED, *GROUPED_WGRAD, *SMALL)
 MODULE = {"gemm": "gemm", "gemm_columns": "gemm", "grouped_gemm": "grouped_gemm", "grouped_wgrad": "grouped_wgrad"}
 
 
-def candidates(backend: str, op: str, consumers: Sequence[str] = CONSUMERS) -> Iterator[Tile]:
+def candidates(backend: str, op: str, consumers: Sequence[str] = MEASURED) -> Iterator[Tile]:
     """Tiles worth trying: those whose ring fits an SM, by tile shape, stages, swept rows and order of the consumers."""
     if backend == "triton":
         for stages in (3, 4, 5):
@@ -55,8 +58,10 @@ def candidates(backend: str, op: str, consumers: Sequence[str] = CONSUMERS) -> I
             continue
         for stages in (deepest, deepest - 1):
             for group in (4, 8, 16, 32):
-                for order in consumers:
-                    yield from (Tile(block_m, block_n, stages, group, 4, pair, order) for pair in (False, True))
+                for order, pair in itertools.product(consumers, (False, True)):
+                    whole = (block_m, block_n, stages % 2, pair) == (128, 128, 0, False)
+                    if order != "pingpong" or whole:
+                        yield Tile(block_m, block_n, stages, group, 4, pair, order)
 
 
 def call_of(backend: str, p: Problem, x: Operands, total: Tensor | None) -> Callable[[], Tensor]:
@@ -87,6 +92,8 @@ def times_of(
     call = call_of(backend, p, x, total)
     first, seconds = None, {}
     for tile in candidates(backend, p.op, consumers):
+        if tile.consumers == "pingpong" and length_of(p.k) == "long":
+            continue
         with patch.object(tiles, "choose", lambda *_, tile=tile, **__: tile):
             if total is not None:
                 total.zero_()
@@ -104,7 +111,10 @@ def times_of(
 
 
 def best(times: Sequence[dict[Tile, float]]) -> list[Tile]:
-    """Of each shape, alone and in pairs, in each order, the tile of the smallest geometric mean; fastest first."""
+    """Of each shape, alone and in pairs, the tile of the smallest geometric mean, fastest first.
+
+    Those whose consumers have an order are apart, and in it only where no tile without is faster.
+    """
     common = set.intersection(*(set(one) for one in times))
     if not common:
         raise ValueError("no tile computed every problem of a length alike: the kernels need a look before tuning")
@@ -116,11 +126,13 @@ def best(times: Sequence[dict[Tile, float]]) -> list[Tile]:
         return replace(tile, stages=0, group=0)
 
     kinds = {kind(tile) for tile in common}
-    return sorted((min((t for t in common if kind(t) == one), key=cost) for one in kinds), key=cost)
+    found = sorted((min((t for t in common if kind(t) == one), key=cost) for one in kinds), key=cost)
+    first_free = next((i for i, tile in enumerate(found) if tile.consumers == "free"), len(found))
+    return [tile for i, tile in enumerate(found) if i <= first_free or tile.consumers == "free"]
 
 
 def tune(
-    backend: str, op: str, device: torch.device, repeats: int, consumers: Sequence[str] = CONSUMERS
+    backend: str, op: str, device: torch.device, repeats: int, consumers: Sequence[str] = MEASURED
 ) -> dict[str, list[Tile]]:
     """Length of the contraction -> best tiles of `op`."""
     found = {}
@@ -137,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("gluon", "triton"), default="gluon", help="(gluon)")
     parser.add_argument("--op", choices=tuple(MODULE), nargs="+", default=list(MODULE), help="(all)")
     parser.add_argument(
-        "--consumers", choices=CONSUMERS, nargs="+", default=CONSUMERS, help="their order in a Gluon kernel (all)"
+        "--consumers", choices=CONSUMERS, nargs="+", default=MEASURED, help="how a Gluon kernel's two share work (free)"
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of a candidate (15)")
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the table as it is")

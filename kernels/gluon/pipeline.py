@@ -60,9 +60,9 @@ next WGMMA; written otherwise, ptxas keeps a second copy of either.
 
 Refused: one m64n256 WGMMA a wide tile (its product alone takes 128 registers); scales multiplied into the operands (FP8
 cannot hold them). A barrier between the consumers was refused too, unmeasured, because one that both meet at puts both
-promotions in the tensor core's way at once. But a profile says that without any they do just that, and turns, which one
-passes and the other waits for, keep them apart: `consumers` has their protocol. No table has such a tile before a GPU
-has measured one.
+promotions in the tensor core's way at once. But a profile says that without any they do just that. `consumers` offers
+two ways out, turns and ping-pong, with their protocols; in ping-pong the ring above is two, each of one producer and
+one consumer. No table has such a tile before a GPU has measured one.
 """
 
 from triton._C.libtriton import ir
@@ -75,7 +75,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from fp8moe.kernels.gluon.consumers import TURNS
+from fp8moe.kernels.gluon.consumers import FREE, PINGPONG
 
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -119,9 +119,13 @@ def find_group(row, offsets, num_groups):
 
 
 @gluon.jit
-def ring_position(step, STAGES: gl.constexpr):
-    """(slot, parity) of a step."""
-    return step % STAGES, (step // STAGES) & 1
+def ring_position(step, STAGES: gl.constexpr, INDEX: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(slot, parity) of a step; in ping-pong of a step of ring INDEX, a half of the slots."""
+    SLOTS: gl.constexpr = STAGES // 2 if CONSUMERS == PINGPONG else STAGES
+    slot, parity = step % SLOTS, (step // SLOTS) & 1
+    if CONSUMERS == PINGPONG and INDEX == 1:
+        slot += SLOTS
+    return slot, parity
 
 
 @gluon.constexpr_function
@@ -144,7 +148,7 @@ def make_barriers(STAGES: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.conste
     if CTAS == 2:
         both = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(((0,),)))
     turn0, turn1 = empty, empty
-    if CONSUMERS == TURNS:
+    if CONSUMERS != FREE:
         # Apart, or the compiler puts a barrier of the warps between an arrival at one and a wait for the other.
         turn0 = gl.allocate_shared_memory(gl.int64, [1, CTAS], OWN)
         turn1 = gl.allocate_shared_memory(gl.int64, [1, CTAS], OWN)
@@ -152,7 +156,7 @@ def make_barriers(STAGES: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.conste
         mbarrier.init(turn1.index(0), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=1 if CONSUMERS == PINGPONG else 2)
         if CTAS == 2:
             mbarrier.init(both.index(slot), count=2)  # for each CTA of the two
     fence_async_shared()

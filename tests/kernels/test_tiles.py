@@ -1,5 +1,7 @@
 """The table of tiles: complete, legal for the kernels that read it, and a pure choice."""
 
+from dataclasses import replace
+
 import pytest
 
 from fp8moe.kernels import tiles
@@ -13,6 +15,7 @@ from fp8moe.kernels.tiles import (
     production_tiles,
     read_table,
     step_of,
+    tile_cycles,
     write_table,
 )
 
@@ -68,6 +71,23 @@ def test_cycles_are_those_of_the_busiest_sm():
     assert added == pytest.approx(8 * 384 * 132 / 28.5 + 256 * 128 * 0.48)
     by_tma = cycles(tall, "grouped_wgrad", 256, 128, 2048, groups=2)
     assert by_tma == pytest.approx(16 * 384 * 132 / 28.5 + 256 * 128 * 0.38)
+
+
+def test_a_consumer_of_a_ping_pong_has_all_waves_and_hides_its_epilogue():
+    tile = Tile(128, 128, 6, 8, 4, consumers="pingpong")
+    loads = 4 * (128 * 132 + 128 * 128) / 28.5
+    assert cycles(tile, "gemm", 128, 128, 512) == pytest.approx(loads), (
+        "4 steps of 2 waves and 2 epilogues: 3520 of one"
+    )
+    square = step_of(128, 128, columns=False)
+    assert tile_cycles(replace(square, l2=0), 128, 128, 512, consumers="pingpong") == (8 * 380 + 2 * 2000) / 2
+    assert tile_cycles(replace(square, l2=0), 128, 128, 512) == 4 * 640 + 2000
+    assert tile_cycles(replace(square, l2=0), 128, 128, 512, summed=2.0, consumers="pingpong") == 128 * 128 * 2
+    for wrong in (Tile(128, 128, 6, 8, 4, multicast=True), Tile(128, 128, 5, 8, 4), Tile(256, 128, 4, 8, 4)):
+        with pytest.raises(
+            ValueError, match=r"ping-pong need tiles of 128x128, an even number of stages and no multicast"
+        ):
+            replace(wrong, consumers="pingpong")
 
 
 @pytest.mark.parametrize(("problem", "tflops"), MEASURED)

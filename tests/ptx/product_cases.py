@@ -97,17 +97,20 @@ def compare(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
     """
     module, name, run = MODULES.get(op, op), op.removesuffix("_columns"), problem(op, kind, size)
     expected, call = run(getattr(ops("reference", module), name)), partial(run, getattr(ops(backend, module), name))
-    first = None if machine.count or tile.consumers == "free" else _unordered(machine, call, kind, tile)
+    sms = 2 if tile.multicast or (tile.consumers == "pingpong" and size == "ragged") else 1
+    first = None if machine.count or tile.consumers == "free" else _unordered(machine, call, kind, tile, sms)
     for machine.seed in seeds:
-        got = _run(machine, call, kind, tile)
+        got = _run(machine, call, kind, tile, sms)
         diff = calc_diff(got, expected)
         assert diff <= BOUNDS[got.dtype], (
             f"schedule {machine.seed}: calc_diff {diff:.1e} exceeds {BOUNDS[got.dtype]:.0e}"
         )
         assert first is None or torch.equal(got, first), f"schedule {machine.seed} changes the result"
         first = got
+        kernel, counts = machine.launched[-1]
+        if (tile.consumers, op, size) == ("pingpong", "gemm", "small"):
+            check_pingpong(counts.started)
         if tile.consumers == "turns":
-            kernel, counts = machine.launched[-1]
             check_turns(counts.started)
             under_way = re.findall(r"wgmma\.commit_group(.*?)wgmma\.wait_group", kernel.text, re.DOTALL)
             assert all(part.count("mbarrier.arrive.shared") == 1 for part in under_way), "a turn is passed too late"
@@ -126,18 +129,28 @@ def check_turns(started: list[tuple[Any, np.ndarray]]) -> None:
             found[warp] += 1
 
 
-def _run(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile) -> Tensor:
-    """What `call` gives with `tile`, on one program."""
-    with chosen(tile), limited_sms(2 if tile.multicast else 1), added_by_tma(kind), on_machine(machine):
+def check_pingpong(started: list[tuple[Any, np.ndarray]]) -> None:
+    """Products of 4 tiles of 4 steps, two a step: the second consumer starts when the first has left half of its first
+    tile, and no tile is computed twice."""
+    second = next(i for i, (_, warps) in enumerate(started) if warps[0] // 4 == 1)
+    before = [warp for _, warps in started[:second] for warp in warps]
+    assert min(before.count(warp) for warp in range(4)) >= 4, "both consumers of a ping-pong start together"
+    products = sum(len(warps) for _, warps in started) // 4
+    assert products == 4 * 4 * 2, f"{products} products of 64x128 where 32 are enough"
+
+
+def _run(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile, sms: int) -> Tensor:
+    """What `call` gives with `tile`."""
+    with chosen(tile), limited_sms(sms), added_by_tma(kind), on_machine(machine):
         return call()
 
 
-def _unordered(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile) -> Tensor:
+def _unordered(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile, sms: int) -> Tensor:
     """What the kernel gives whose consumers have no order: no part of the case, and never edited."""
     edit, seed, launched = machine.edit, machine.seed, machine.launched
     machine.edit, machine.seed, machine.launched = None, None, []
     try:
-        return _run(machine, call, kind, replace(tile, consumers="free"))
+        return _run(machine, call, kind, replace(tile, consumers="free"), sms)
     finally:
         machine.edit, machine.seed, machine.launched = edit, seed, launched
 
@@ -151,12 +164,11 @@ def product(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
     if machine.count:
         compare(machine, backend, op, kind, tile, "aligned", (None,))
         return
-    ordered = tile.consumers != "free"
-    if op == "grouped_gemm" or not ordered:  # has tiles without steps
-        compare(machine, backend, op, kind, tile, "ragged", (None, 0, 1) if ordered else (None,))
-    seeds = range(SCHEDULES) if backend == "gluon" else range(1)
+    order, seeds = tile.consumers, range(SCHEDULES) if backend == "gluon" else range(1)
+    if op == "grouped_gemm" or order != "turns":  # has tiles without steps, or tiles for two programs
+        compare(machine, backend, op, kind, tile, "ragged", (None, 0, 1) if order == "turns" else (None,))
     compare(machine, backend, op, kind, tile, "pair" if tile.multicast else "small", seeds)
-    if not ordered:
+    if order != "turns":
         compare(machine, backend, op, kind, tile, "tiny", (None,))
 
 

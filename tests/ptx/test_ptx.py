@@ -56,6 +56,9 @@ PLANT_REPORTS = {
     "a CTA leaves before its peer's last arrival": ("may have left",),
     "a consumer keeps its turn": ("deadlock", "consumers.py"),
     "a turn is passed before the product is started": ("out of turn",),
+    "a ping-pong producer fills the other ring": ("a copy overwrites shared memory", "under way"),
+    "a ping-pong's second producer is never told to start": ("deadlock", "consumers.py"),
+    "a ping-pong's slot is given back before its products": ("a copy overwrites shared memory", "without waiting"),
 }
 
 
