@@ -1,6 +1,6 @@
 """Dense FP8 GEMMs: DeepSeek-V3's Linears forward and backward (1x128 by 128x128, BF16 out), and a weight gradient.
 
-    python -m benchmarks.bench_gemm [--quick] [--shapes TEXT] [--json FILE]
+    python -m benchmarks.bench_gemm [--quick] [--shapes TEXT] [--consumers turns pingpong] [--json FILE]
 
 Beside BF16 cuBLAS, cuBLASLt's block-scaled FP8 and plain Triton, and other libraries where importable: `peers`.
 """

@@ -1,6 +1,6 @@
 """Grouped FP8 GEMMs: experts' rows, contiguous and aligned to 128, times their weights.
 
-    python -m benchmarks.bench_grouped_gemm [--quick] [--shapes TEXT] [--json FILE]
+    python -m benchmarks.bench_grouped_gemm [--quick] [--shapes TEXT] [--consumers turns pingpong] [--json FILE]
 
 Beside BF16 cuBLAS and plain Triton, and other libraries where importable: `peers`.
 """

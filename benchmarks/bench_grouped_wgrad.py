@@ -1,6 +1,6 @@
 """Grouped FP8 weight gradients: each expert contracts over its own tokens and adds into FP32.
 
-    python -m benchmarks.bench_grouped_wgrad [--quick] [--shapes TEXT] [--json FILE]
+    python -m benchmarks.bench_grouped_wgrad [--quick] [--shapes TEXT] [--consumers turns pingpong] [--json FILE]
 
 Beside BF16 cuBLAS and plain Triton, and other libraries where importable: `peers`.
 """

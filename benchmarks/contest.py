@@ -7,13 +7,14 @@ themselves it includes what the cast cost). With --json FILE the table and the p
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from benchmarks.harness import Record, Report, alternate, make_parser, measure, paired_ratio, parse_arguments, summarize
 from benchmarks.model import FP8_PEAK
-from benchmarks.peers import BF16, Contest, Operands
+from benchmarks.peers import BF16, ORDERED, Contest, Operands
 from benchmarks.plot import bars
 from benchmarks.shapes import Problem
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor
@@ -26,12 +27,15 @@ OWN = "gluon"
 def main(
     subject: str,
     problems: Sequence[Problem],
-    enter: Callable[[Problem, Operands], Contest],
+    enter: Callable[..., Contest],
     argv: Sequence[str] | None,
 ) -> int:
     """The whole of a GEMM benchmark: 0, also where there is no GPU and so nothing to measure (it says so)."""
     parser = make_parser(f"{subject}: TFLOPS of every back end and peer on a Hopper GPU")
     parser.add_argument("--shapes", metavar="TEXT", help="only sizes whose label holds TEXT, such as K2048")
+    parser.add_argument(
+        "--consumers", choices=tuple(ORDERED), nargs="+", default=(), help="of the Gluon kernels, beside free ones"
+    )
     arguments = parse_arguments(parser, argv)
     if arguments.device.type != "cuda":
         print(f"{subject} measures GPU kernels and torch sees 0 CUDA devices in use: nothing was measured")
@@ -44,6 +48,8 @@ def main(
     if arguments.quick:
         chosen = chosen[:: max(1, len(chosen) // 2)]
     report = Report(arguments.device, json_path=arguments.json)
+    if arguments.consumers:
+        enter = partial(enter, orders=arguments.consumers)
     for problem in chosen:
         contest_one(problem, enter, report, arguments)
     report.finish()

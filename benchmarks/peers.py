@@ -6,8 +6,9 @@ reason, never replaced.
 """
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_
 ALONE = "gluon without pairs"
 OURS = ("gluon", ALONE, "triton", "cublas", "te")
 OURS_GROUPED = ("gluon", ALONE, "triton")
+ORDERED = {order: f"gluon {order}" for order in tiles.CONSUMERS if order != "free"}
 BF16 = "bf16 cublas"
 
 
@@ -52,9 +54,28 @@ def without_pairs(op: Callable[..., Any]) -> Callable[..., Any]:
     """The Gluon op with the tiles that the table has for one CTA alone. Raises ValueError where it has no others."""
     if not importlib.import_module("fp8moe.kernels.gluon.launch").pairs_allowed():
         raise ValueError("no pairs of CTAs here: gluon itself runs without")
+    return _choosing(op, lambda choose, *args, **kwargs: choose(*args, **kwargs | {"pairs": False}))
 
-    def choose(*args: Any, choose: Callable[..., tiles.Tile] = tiles.choose, **kwargs: Any) -> tiles.Tile:
-        return choose(*args, **kwargs | {"pairs": False})
+
+def with_order(op: Callable[..., Any], consumers: str) -> Callable[..., Any]:
+    """The Gluon op with consumers in turns, in the table's tile, or in ping-pong.
+
+    A call raises ValueError where ping-pong is not for its contraction.
+    """
+
+    def tile(choose: Callable[..., tiles.Tile], *args: Any, **kwargs: Any) -> tiles.Tile:
+        if consumers != "pingpong":
+            return replace(choose(*args, **kwargs), consumers=consumers)
+        if (k := args[4]) > tiles.SHORT_CONTRACTION:
+            raise ValueError(f"ping-pong is for contractions up to {tiles.SHORT_CONTRACTION}, this one is {k}")
+        return tiles.Tile(128, 128, 6, 8, 4, consumers=consumers)
+
+    return _choosing(op, tile)
+
+
+def _choosing(op: Callable[..., Any], tile: Callable[..., tiles.Tile]) -> Callable[..., Any]:
+    """`op` with the tile that `tile(choose, ...)` gives, which gets the arguments of `tiles.choose`."""
+    choose = partial(tile, tiles.choose)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with patch.object(tiles, "choose", choose):
@@ -67,6 +88,8 @@ def implementation(name: str, module: str, op: str) -> Callable[..., Any]:
     """Op of one back end, without the choice in force. Raises ValueError where it can't run here."""
     if name == ALONE:
         return without_pairs(implementation("gluon", module, op))
+    if name in ORDERED.values():
+        return with_order(implementation("gluon", module, op), name.split()[-1])
     if reason := backend.why_not(name):
         raise ValueError(reason)
     found: Callable[..., Any] = getattr(importlib.import_module(f"fp8moe.kernels.{name}.{module}"), op)
@@ -101,11 +124,11 @@ class Operands:
         return cls(left, right, quantize_columns(left), quantize_columns(right), offsets)
 
 
-def dense(p: Problem, x: Operands) -> Contest:
-    """gemm: rows by blocks into BF16, or columns by columns added into FP32."""
+def dense(p: Problem, x: Operands, orders: Sequence[str] = ()) -> Contest:
+    """gemm: rows by blocks into BF16, or columns by columns added into FP32; with `orders` of the consumers beside."""
     total = torch.zeros(p.m, p.n, device=x.left.device) if p.kind == "columns" else None
     contest = Contest(total=total)
-    for name in OURS:
+    for name in (*OURS, *(ORDERED[order] for order in orders)):
 
         def make(name: str = name) -> Callable[[], Tensor]:
             gemm = implementation(name, "gemm", "gemm")
@@ -121,10 +144,10 @@ def dense(p: Problem, x: Operands) -> Contest:
     return contest
 
 
-def grouped(p: Problem, x: Operands) -> Contest:
-    """grouped_gemm into BF16."""
+def grouped(p: Problem, x: Operands, orders: Sequence[str] = ()) -> Contest:
+    """grouped_gemm into BF16; with `orders` of the consumers beside."""
     contest = Contest()
-    for name in OURS_GROUPED:
+    for name in (*OURS_GROUPED, *(ORDERED[order] for order in orders)):
 
         def make(name: str = name) -> Callable[[], Tensor]:
             op = implementation(name, "grouped_gemm", "grouped_gemm")
@@ -137,11 +160,14 @@ def grouped(p: Problem, x: Operands) -> Contest:
     return contest
 
 
-def grouped_wgrad(p: Problem, x: Operands) -> Contest:
-    """grouped_wgrad added into FP32; the BF16 peer writes BF16 and adds nothing, which is less work."""
+def grouped_wgrad(p: Problem, x: Operands, orders: Sequence[str] = ()) -> Contest:
+    """grouped_wgrad added into FP32; the BF16 peer writes BF16 and adds nothing, which is less work.
+
+    With `orders` of the consumers beside.
+    """
     total = torch.zeros(p.groups, p.m, p.n, device=x.left.device)
     contest = Contest(total=total)
-    for name in OURS_GROUPED:
+    for name in (*OURS_GROUPED, *(ORDERED[order] for order in orders)):
 
         def make(name: str = name) -> Callable[[], Tensor]:
             op = implementation(name, "grouped_gemm", "grouped_wgrad")

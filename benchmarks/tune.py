@@ -1,17 +1,21 @@
 """Search the tiles of the GEMMs on this GPU and write the best into kernels/tiles.json under the GPU's name.
 
     python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--dry-run]
+    python -m benchmarks.tune --consumers free turns pingpong --dry-run     what no GPU has run (`gluon/consumers`)
 
 For short and for long contractions the table gets one tile of each shape, alone and in pairs: that whose stages and
 swept rows have the smallest product of times (geometric mean) over the problems. Which shape a problem then takes is
-the choice of `kernels/tiles.py`; the fastest comes first, for where two cost the same. Every candidate's output is
-compared with the first one's, and one that differs beyond rounding is not a candidate. The compile gate
-(`tests/kernels/test_sm90.py`) then compiles what the table newly names: run it before committing the change.
+the choice of `kernels/tiles.py`; the fastest comes first, for where two cost the same. Consumers in turns or in
+ping-pong get into the table where they are the fastest. Every candidate's output is compared with the first one's, and
+one that differs beyond rounding is not a candidate. The compile gate (`tests/kernels/test_sm90.py`) then compiles what
+the table newly names: run it before committing the change.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -21,9 +25,10 @@ from benchmarks.harness import measure
 from benchmarks.peers import Operands, implementation
 from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD, Problem
 from fp8moe.kernels import tiles
-from fp8moe.kernels.tiles import LENGTHS, Tile, length_of
+from fp8moe.kernels.tiles import CONSUMERS, LENGTHS, Tile, length_of
 from tests.distance import calc_diff
 
+MEASURED = ("free",)  # of CONSUMERS; whoever tries the others should expect that a kernel may not end
 AGREEMENT = 5e-6  # calc_diff between two tiles' outputs: rounding to BF16, no more
 SMALL = (
     Problem("gemm", 512, 2048, 7168),
@@ -41,8 +46,8 @@ PROBLEMS = (*DENSE, *DENSE_WGRAD, *GROUPED, *GROUPED_WGRAD, *SMALL)
 MODULE = {"gemm": "gemm", "gemm_columns": "gemm", "grouped_gemm": "grouped_gemm", "grouped_wgrad": "grouped_wgrad"}
 
 
-def candidates(backend: str, op: str) -> Iterator[Tile]:
-    """Tiles worth trying: those whose ring fits an SM, by tile shape, stages and swept rows."""
+def candidates(backend: str, op: str, consumers: Sequence[str] = MEASURED) -> Iterator[Tile]:
+    """Tiles worth trying: those whose ring fits an SM, by tile shape, stages, swept rows and order of the consumers."""
     if backend == "triton":
         for stages in (3, 4, 5):
             for group in (4, 8, 16):
@@ -53,7 +58,10 @@ def candidates(backend: str, op: str) -> Iterator[Tile]:
             continue
         for stages in (deepest, deepest - 1):
             for group in (4, 8, 16, 32):
-                yield from (Tile(block_m, block_n, stages, group, 4, multicast) for multicast in (False, True))
+                for order, pair in itertools.product(consumers, (False, True)):
+                    whole = (block_m, block_n, stages % 2, pair) == (128, 128, 0, False)
+                    if order != "pingpong" or whole:
+                        yield Tile(block_m, block_n, stages, group, 4, pair, order)
 
 
 def call_of(backend: str, p: Problem, x: Operands, total: Tensor | None) -> Callable[[], Tensor]:
@@ -74,14 +82,18 @@ def call_of(backend: str, p: Problem, x: Operands, total: Tensor | None) -> Call
     return add
 
 
-def times_of(backend: str, p: Problem, device: torch.device, repeats: int) -> dict[Tile, float]:
+def times_of(
+    backend: str, p: Problem, device: torch.device, repeats: int, consumers: Sequence[str]
+) -> dict[Tile, float]:
     """Median seconds of every candidate that computes the same."""
     x = Operands.make(p, device)
     shape = (p.groups, p.m, p.n) if p.groups > 1 else (p.m, p.n)
     total = torch.zeros(shape, device=device) if p.kind == "columns" else None
     call = call_of(backend, p, x, total)
     first, seconds = None, {}
-    for tile in candidates(backend, p.op):
+    for tile in candidates(backend, p.op, consumers):
+        if tile.consumers == "pingpong" and length_of(p.k) == "long":
+            continue
         with patch.object(tiles, "choose", lambda *_, tile=tile, **__: tile):
             if total is not None:
                 total.zero_()
@@ -99,7 +111,10 @@ def times_of(backend: str, p: Problem, device: torch.device, repeats: int) -> di
 
 
 def best(times: Sequence[dict[Tile, float]]) -> list[Tile]:
-    """Of each shape, alone and in pairs, the tile with the smallest geometric mean of its times; fastest first."""
+    """Of each shape, alone and in pairs, the tile of the smallest geometric mean, fastest first.
+
+    Those whose consumers have an order are apart, and in it only where no tile without is faster.
+    """
     common = set.intersection(*(set(one) for one in times))
     if not common:
         raise ValueError("no tile computed every problem of a length alike: the kernels need a look before tuning")
@@ -107,18 +122,23 @@ def best(times: Sequence[dict[Tile, float]]) -> list[Tile]:
     def cost(tile: Tile) -> tuple[float, int, int]:
         return math.prod(one[tile] for one in times), tile.stages, tile.group
 
-    kinds = {(tile.block_m, tile.block_n, tile.multicast) for tile in common}
-    return sorted(
-        (min((t for t in common if (t.block_m, t.block_n, t.multicast) == kind), key=cost) for kind in kinds), key=cost
-    )
+    def kind(tile: Tile) -> Tile:
+        return replace(tile, stages=0, group=0)
+
+    kinds = {kind(tile) for tile in common}
+    found = sorted((min((t for t in common if kind(t) == one), key=cost) for one in kinds), key=cost)
+    first_free = next((i for i, tile in enumerate(found) if tile.consumers == "free"), len(found))
+    return [tile for i, tile in enumerate(found) if i <= first_free or tile.consumers == "free"]
 
 
-def tune(backend: str, op: str, device: torch.device, repeats: int) -> dict[str, list[Tile]]:
+def tune(
+    backend: str, op: str, device: torch.device, repeats: int, consumers: Sequence[str] = MEASURED
+) -> dict[str, list[Tile]]:
     """Length of the contraction -> best tiles of `op`."""
     found = {}
     for length in LENGTHS:
         problems = [p for p in PROBLEMS if p.op == op and length_of(p.k) == length]
-        found[length] = best([times_of(backend, p, device, repeats) for p in problems])
+        found[length] = best([times_of(backend, p, device, repeats, consumers) for p in problems])
         print(f"{backend} {op} {length}: {found[length]}", flush=True)
     return found
 
@@ -128,6 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="search GEMM tiles on this GPU and rewrite kernels/tiles.json")
     parser.add_argument("--backend", choices=("gluon", "triton"), default="gluon", help="(gluon)")
     parser.add_argument("--op", choices=tuple(MODULE), nargs="+", default=list(MODULE), help="(all)")
+    parser.add_argument(
+        "--consumers", choices=CONSUMERS, nargs="+", default=MEASURED, help="how a Gluon kernel's two share work (free)"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of a candidate (15)")
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the table as it is")
     arguments = parser.parse_args(argv)
@@ -139,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = dict(tiles.read_table())
     own = table.setdefault(torch.cuda.get_device_name(device), {}).setdefault(arguments.backend, {})
     for op in arguments.op:
-        found = tune(arguments.backend, op, device, arguments.repeats)
+        found = tune(arguments.backend, op, device, arguments.repeats, arguments.consumers)
         own[op] = {length: [tiles.as_entry(tile) for tile in them] for length, them in found.items()}
         if not arguments.dry_run:
             tiles.write_table(table)

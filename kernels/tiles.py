@@ -21,11 +21,15 @@ The model. A tile is ceil(K / 128) steps and an epilogue. In a step of BM x BN x
 The first four are the consumers' pace. The producer is up to a ring ahead and keeps loading under an epilogue, so a
 tile takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32 comes on top: its traffic
 hides under nothing. Constants are measured once for all sizes; `benchmarks/model.py` holds them against every record.
+
+Consumers in turns cost what free ones do, since the chain binds no tile here. Of two in ping-pong each has a tile to
+itself and hides its epilogue and its sum under the other's steps. No table has either: no GPU has run them
+(`gluon/consumers`).
 """
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,7 @@ UNQUANTIZED = ("wgrad", "grouped_mm_wgrad")  # ops of BF16 operands
 SUMMED = ("gemm_columns", "grouped_wgrad", *UNQUANTIZED)  # ops that add into FP32
 ADDED_BY_TMA = 2048  # tokens of a group from which L2 adds faster than the loads of an epilogue (`gluon/pipeline`)
 SUM_CYCLES, SUM_CYCLES_BY_TMA = 0.48, 0.38  # for a value of a tile: HBM in and out by registers, or 4 bytes added in L2
+CONSUMERS = ("free", "turns", "pingpong")  # how the two of a Gluon kernel share a program's work: `gluon/consumers`
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,18 @@ class Tile:
     group: int
     warps: int  # of one program; a Gluon kernel has 4 in each of two consumers and one that loads
     multicast: bool = False  # Gluon: a pair of CTAs side by side shares its rows; in the table only where it is true
+    consumers: str = "free"  # Gluon: one of CONSUMERS; in the table only where it is another than "free"
+
+    def __post_init__(self) -> None:
+        """ValueError where no kernel can share the work so."""
+        if self.consumers not in CONSUMERS:
+            raise ValueError(f"consumers of a tile is one of {', '.join(CONSUMERS)}, got {self.consumers!r}")
+        whole = (self.block_m, self.block_n, self.stages % 2, self.multicast) == (128, 128, 0, False)
+        if self.consumers == "pingpong" and not whole:
+            raise ValueError(
+                "consumers in ping-pong need tiles of 128x128, an even number of stages and no multicast, got "
+                f"{self.block_m}x{self.block_n}, {self.stages} stages, multicast {self.multicast}"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,10 +121,19 @@ def unquantized_step(block_m: int, block_n: int) -> Step:
     return Step(tensor=2 * fp8.tensor, promotion=0.0, shared=2 * fp8.shared, chain=2 * fp8.tensor, l2=l2)
 
 
-def tile_cycles(step: Step, block_m: int, block_n: int, k: int, *, summed: float = 0.0) -> float:
-    """A whole tile of contraction k, epilogue included; summed: cycles for each value that is added into FP32."""
+def tile_cycles(
+    step: Step, block_m: int, block_n: int, k: int, *, summed: float = 0.0, consumers: str = "free"
+) -> float:
+    """A whole tile of contraction k, epilogue included; summed: cycles for each value that is added into FP32.
+
+    In ping-pong, half of the time in which each of two consumers computes such a tile.
+    """
     steps, waves = ceil_div(k, 128), block_m / 128 * max(1.0, block_n / 128)  # of each consumer
-    return max(steps * step.l2, steps * step.consumers + waves * EPILOGUE_CYCLES) + block_m * block_n * summed
+    added = block_m * block_n * summed
+    if consumers == "pingpong":  # all waves of a tile one after another, and nothing that the other's steps don't hide
+        alone = 2 * (steps * step.chain + waves * EPILOGUE_CYCLES) + added
+        return max(steps * step.l2, steps * step.consumers, alone / 2, added)
+    return max(steps * step.l2, steps * step.consumers + waves * EPILOGUE_CYCLES) + added
 
 
 def cycles(tile: Tile, op: str, m: int, n: int, k: int, *, groups: int = 1, sms: int = HOPPER_SMS) -> float:
@@ -120,7 +146,8 @@ def cycles(tile: Tile, op: str, m: int, n: int, k: int, *, groups: int = 1, sms:
         step = step_of(tile.block_m, tile.block_n, columns=op in SUMMED, rows_shared=pair)
     by_tma = k >= ADDED_BY_TMA and not tile.multicast
     summed = (SUM_CYCLES_BY_TMA if by_tma else SUM_CYCLES) if op in SUMMED else 0.0
-    return ceil_div(programs, sms // pair) * tile_cycles(step, tile.block_m, tile.block_n, k, summed=summed)
+    one = tile_cycles(step, tile.block_m, tile.block_n, k, summed=summed, consumers=tile.consumers)
+    return ceil_div(programs, sms // pair) * one
 
 
 @functools.lru_cache(maxsize=4096)
@@ -187,14 +214,15 @@ def write_table(table: dict[str, Any], path: Path = TABLE) -> None:
     choose.cache_clear()
 
 
-def _rows(length: str, entries: list[dict[str, int]]) -> str:
+def _rows(length: str, entries: list[dict[str, Any]]) -> str:
     tiles = ",\n".join(f"     {json.dumps(entry)}" for entry in entries)
     return f"    {json.dumps(length)}: [\n{tiles}\n    ]"
 
 
-def as_entry(tile: Tile) -> dict[str, int]:
-    """A tile as the table stores it."""
-    return {name: value for name, value in asdict(tile).items() if name != "multicast" or value}
+def as_entry(tile: Tile) -> dict[str, Any]:
+    """A tile as the table stores it: without what is as in every tile that does not say so."""
+    usual = {one.name: one.default for one in fields(Tile)}
+    return {name: value for name, value in asdict(tile).items() if value != usual[name]}
 
 
 def _entries(table: dict[str, Any], device: str, backend: str, op: str) -> dict[str, list[Tile]]:

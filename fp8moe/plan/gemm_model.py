@@ -17,7 +17,7 @@ contraction of a weight gradient, where each of these must weigh most. `benchmar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fp8moe.kernels.fp8 import ceil_div
@@ -76,6 +76,7 @@ class Work:
     rows_shared: int = 1
     columns_shared: int = 1
     sms: int = HOPPER_SMS
+    consumers: str = "free"  # as of a `Tile`
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,13 @@ def memory_bytes(problem: Problem) -> float:
     return p.groups * (codes + scales + out)
 
 
-def predict(problem: Problem, work: Work, *, device: str = "H100") -> Prediction:
-    """Time and TFLOPS of `problem`, divided as `work` says, on a `device`."""
+def predict(
+    problem: Problem, work: Work, *, device: str = "H100", l2: float = 1.0, sums_hide: bool = False
+) -> Prediction:
+    """Time and TFLOPS of `problem`, divided as `work` says, on a `device`.
+
+    l2: how much of its time in L2 to count; sums_hide: sums by registers hide under products as loads do.
+    """
     p, sms, summed = problem, work.sms, problem.op in SUMMED
     # TMA adds in L2 for one CTA alone; DeepGEMM adds so always.
     by_tma = summed and p.k >= ADDED_BY_TMA and work.rows_shared == 1
@@ -113,20 +119,22 @@ def predict(problem: Problem, work: Work, *, device: str = "H100") -> Prediction
         rows_shared=work.rows_shared,
         columns_shared=work.columns_shared,
     )
+    step = replace(step, l2=step.l2 * l2)
     pair = max(work.rows_shared, work.columns_shared)
     blocks = (work.block_m * work.columns_shared, work.block_n * work.rows_shared)
     programs = p.groups * ceil_div(p.m, blocks[0]) * ceil_div(p.n, blocks[1])
     waves = ceil_div(programs, sms // pair)
-    one = tile_cycles(step, work.block_m, work.block_n, p.k, summed=SUM_CYCLES_BY_TMA if by_tma else 0.0)
+    by_l2 = SUM_CYCLES_BY_TMA if by_tma else 0.0
+    one = tile_cycles(step, work.block_m, work.block_n, p.k, summed=by_l2, consumers=work.consumers)
     steps = ceil_div(p.k, 128)
     share = p.flops / 2 / MACS_PER_CYCLE / sms / (waves * one)
     clock = min(FASTEST_CLOCK, CLOCK - CLOCK_PER_SHARE * share)
     compute, memory = waves * one / clock, memory_bytes(p) / HBM_BYTES_PER_SECOND[device]
     seconds = max(compute, memory)
-    if summed and not by_tma:
+    if summed and not by_tma and not sums_hide:
         seconds += NOT_HIDDEN * min(compute, memory)
     units = {name: getattr(step, name) for name in ("tensor", "promotion", "shared", "chain")}
-    loads = steps * step.l2 >= one - (SUM_CYCLES_BY_TMA * work.block_m * work.block_n if by_tma else 0.0)
+    loads = steps * step.l2 >= one - by_l2 * work.block_m * work.block_n
     bound = "hbm" if memory > compute else "l2" if loads else max(units, key=lambda name: units[name])
     seconds += START_SECONDS
     return Prediction(step, waves, share, clock, seconds, p.flops / seconds / 1e12, bound)
@@ -136,4 +144,4 @@ def work_of(problem: Problem, *, pairs: bool, sms: int = HOPPER_SMS) -> tuple[Wo
     """What the back end does of `problem`, with pairs of CTAs or without."""
     p = problem
     tile = choose("gluon", p.op, p.m, p.n, p.k, groups=p.groups, sms=sms, pairs=pairs)
-    return Work(tile.block_m, tile.block_n, 2 if tile.multicast else 1, sms=sms), tile
+    return Work(tile.block_m, tile.block_n, 2 if tile.multicast else 1, sms=sms, consumers=tile.consumers), tile

@@ -21,6 +21,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
+from fp8moe.kernels.gluon.consumers import (
+    PINGPONG,
+    first_tile,
+    pass_turn,
+    tell_start,
+    tile_stride,
+    wait_start,
+    wait_turn,
+)
 from fp8moe.kernels.gluon.pipeline import (
     ADD_TMA,
     CONSUMER_REGISTERS,
@@ -60,17 +69,21 @@ def locate(tile, N, K, T, offsets, BM: gl.constexpr, WIDTH: gl.constexpr, GROUP:
 
 
 @gluon.jit
-def produce(a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups,
-            N, K, T, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-            GROUPED: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
-    """The producer: every step's two operand tiles and the scales of their rows."""
+def produce(INDEX: gl.constexpr, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+            turn1, offsets, num_groups, N, K, T, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+            GROUP: gl.constexpr, GROUPED: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+    """The producer, in ping-pong consumer INDEX's: every step's two operand tiles and the scales of their rows."""
     WIDTH: gl.constexpr = BN * CTAS
     PIECES: gl.constexpr = BN // 128
+    _, _, _, _, steps = locate(gl.program_id(0), N, K, T, offsets, BM, WIDTH, GROUP, GROUPED)
+    halfway = steps // 2 + STAGES // 2  # by this step the consumer has left half of its first tile
+    wait_start(turn1, INDEX, CONSUMERS)
+    num_tiles = num_groups * gl.cdiv(N, BM) * gl.cdiv(K, WIDTH)
     step = 0
-    for tile in range(gl.program_id(0), num_groups * gl.cdiv(N, BM) * gl.cdiv(K, WIDTH), gl.num_programs(0)):
+    for tile in range(first_tile(INDEX, CONSUMERS), num_tiles, tile_stride(CONSUMERS)):
         row, col, _, first, steps = locate(tile, N, K, T, offsets, BM, WIDTH, GROUP, GROUPED)
         for k in range(first, first + steps):
-            slot, parity = ring_position(step, STAGES)
+            slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
             wait_empty(empty, both, slot, parity ^ 1, CTAS)
             bar = full.index(slot)
             mbarrier.expect(bar, (BM + BN) * (128 + 4))
@@ -86,7 +99,9 @@ def produce(a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, 
                 for piece in gl.static_range(PIECES):
                     load(sb_desc, [k * K + col + piece * 256], bar, sb_ring.index(slot * PIECES + piece), False)
                     load(b_desc, [col + piece * 256, k * 128], bar, b_ring.index(slot * PIECES + piece), False)
+            tell_start(turn1, step == halfway, INDEX, CONSUMERS)
             step += 1
+    tell_start(turn1, step <= halfway, INDEX, CONSUMERS)
 
 
 @gluon.jit
@@ -96,27 +111,33 @@ def promote(acc, product, sa, sb):
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N,
-            K, T, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
-    """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide)."""
+def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, mine, other, offsets,
+            num_groups, N, K, T, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+    """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide).
+
+    In ping-pong all rows, two waves, of every second tile.
+    """
     layout: gl.constexpr = wave_layout(CTAS)
     WIDTH: gl.constexpr = BN * CTAS
-    TWO: gl.constexpr = BM * BN > 128 * 128
-    TALL: gl.constexpr = BM > 128
-    FIRST: gl.constexpr = INDEX * (BM // 2)
+    ALL: gl.constexpr = CONSUMERS == PINGPONG
+    TALL: gl.constexpr = BM > 128 or ALL
+    TWO: gl.constexpr = TALL or BN > 128
+    WAVES: gl.constexpr = 2 if TWO else 1
+    FIRST: gl.constexpr = 0 if ALL else INDEX * (BM // 2)
     DOWN: gl.constexpr = 64 if TALL else 0
     ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
     across: gl.constexpr = gl.SliceLayout(0, layout)
     down: gl.constexpr = gl.SliceLayout(1, layout)
     dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
-    for tile in range(gl.program_id(0), num_groups * gl.cdiv(N, BM) * gl.cdiv(K, WIDTH), gl.num_programs(0)):
+    num_tiles = num_groups * gl.cdiv(N, BM) * gl.cdiv(K, WIDTH)
+    for tile in range(first_tile(INDEX, CONSUMERS), num_tiles, tile_stride(CONSUMERS)):
         row, col, expert, _, steps = locate(tile, N, K, T, offsets, BM, WIDTH, GROUP, GROUPED)
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         for _ in range(steps):
-            slot, parity = ring_position(step, STAGES)
+            slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
             mbarrier.wait(full.index(slot), parity)
             b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)
             sb0, sb1 = columns_of(sb_ring, slot, TWO and not TALL, CTAS)
@@ -125,14 +146,18 @@ def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full
             rows1 = rows0
             if TWO and TALL:
                 rows1 = rows_of(sa_ring, slot, FIRST + DOWN, BM, CTAS).load(down)
+            wait_turn(mine, step * WAVES, INDEX, CONSUMERS)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
+            pass_turn(other, CONSUMERS)
             fence_async_shared()  # the reads above come before the TMA that refills the slot
             if TWO:
                 product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
                 acc0 = promote(acc0, product, rows0, cols)
                 if not TALL:
                     cols = sb1.load(across)
+                wait_turn(mine, 1, INDEX, CONSUMERS)
                 product = start_wave(rows_of(a_ring, slot, FIRST + DOWN, BM, CTAS), b1, product)
+                pass_turn(other, CONSUMERS)
                 if not TALL:
                     fence_async_shared()
                 dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
@@ -165,7 +190,7 @@ def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full
 @gluon.jit(do_not_specialize=["num_groups", "T"])
 def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, K, T, c_ld, BM: gl.constexpr,
                    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-                   EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+                   EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """c [E, N, K] = or += columns x columns^T of each group; grid as in `rows_kernel`. EPILOGUE: all but STORE_TMA."""
     HEIGHT: gl.constexpr = BM if CTAS == 1 else 64
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BM // HEIGHT, HEIGHT, 128], a_desc.layout)
@@ -177,17 +202,33 @@ def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, 
         sums = gl.allocate_shared_memory(gl.float32, [2, 64, c.block_shape[1]], c.layout)
     else:
         sums = sa_ring  # never touched: this epilogue writes from the registers
-    full, empty, both = make_barriers(STAGES, CTAS)
-    gl.warp_specialize(
-        [
-            (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T,
-                       c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
-            (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets, num_groups, N, K, T,
-                       c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
-            (produce, (a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, offsets,
-                       num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    full, empty, both, turn0, turn1 = make_barriers(STAGES, CTAS, CONSUMERS)
+    if CONSUMERS == PINGPONG:
+        gl.warp_specialize(
+            [
+                (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1, offsets,
+                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0, offsets,
+                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (produce, (0, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+                           turn1, offsets, num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+                (produce, (1, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+                           turn1, offsets, num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+            ],
+            [4, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1, offsets,
+                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0, offsets,
+                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (produce, (0, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+                           turn1, offsets, num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
     finish_pair(CTAS)

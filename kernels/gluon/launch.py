@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fp8moe.kernels import backend, tiles
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gluon.columns_kernel import columns_kernel
+from fp8moe.kernels.gluon.consumers import FREE, PINGPONG, TURNS
 from fp8moe.kernels.gluon.pipeline import ADD, ADD_TMA, STORE, STORE_TMA
 from fp8moe.kernels.gluon.rows_kernel import rows_kernel
 from fp8moe.kernels.tiles import ADDED_BY_TMA, DEFAULT_DEVICE, HOPPER_SMS, PAIR, Tile
@@ -33,6 +34,8 @@ from fp8moe.kernels.triton.launch import Block, launch
 TMA_ALIGNMENT = 16
 WAVE_ROWS, ADDED_COLUMNS = TILE // 2, 32
 WHOLE, SPLIT = 0, 1  # what each CTA of a pair has of a dim: all of it, or its half
+
+CONSUMERS = {"free": FREE, "turns": TURNS, "pingpong": PINGPONG}
 
 OLDEST_MULTICAST = (3, 8)  # of Triton: before it an arrival can't reach another CTA's barrier (see `pipeline`)
 PAIRS_VARIABLE = "FP8MOE_PAIRS"
@@ -205,6 +208,7 @@ def _form(tile: Tile, ctas: int, grouped: bool, epilogue: int) -> _Form:
             "GROUPED": grouped,
             "EPILOGUE": epilogue,
             "CTAS": ctas,
+            "CONSUMERS": CONSUMERS[tile.consumers].value,
             "num_ctas": ctas,
             "num_warps": tile.warps,
         },

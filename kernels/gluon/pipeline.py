@@ -8,8 +8,8 @@ the launch was given. Inside a CTA there are three partitions, after DeepGEMM's 
 - consumers 0 and 1, four warps each: each owns half of a tile's rows (rows INDEX * BM/2 onwards), multiplies it in
   waves of 64x128 and adds every wave's product, times its scales, into FP32 registers (promotion, each 128 of K: an FP8
   tensor core keeps about 14 bits). They share the ring and nothing else and never wait for each other, so that the
-  promotion of one runs under the WGMMA of the other. A tile of 256x128 is two waves of rows a consumer ("tall"), one of
-  128x256 two waves of columns ("wide", for expert groups aligned to 128 rows), one of 128x128 a single wave.
+  promotion of one can run under the WGMMA of the other. A tile of 256x128 is two waves of rows a consumer ("tall"), one
+  of 128x256 two of columns ("wide", for expert groups aligned to 128 rows), one of 128x128 a single wave.
 
 Barrier protocol. Step s (counted over all tiles of a program, the same in every partition) uses slot s % STAGES in
 round s // STAGES; parity is the round's lowest bit.
@@ -59,7 +59,10 @@ the other wave's sum passes through each WGMMA wait and the dead product is hand
 next WGMMA; written otherwise, ptxas keeps a second copy of either.
 
 Refused: one m64n256 WGMMA a wide tile (its product alone takes 128 registers); scales multiplied into the operands (FP8
-cannot hold them); a barrier between the consumers, which would put both promotions in the tensor core's way at once.
+cannot hold them). A barrier between the consumers was refused too, unmeasured, because one that both meet at puts both
+promotions in the tensor core's way at once. But a profile says that without any they do just that. `consumers` offers
+two ways out, turns and ping-pong, with their protocols; in ping-pong the ring above is two, each of one producer and
+one consumer. No table has such a tile before a GPU has measured one.
 """
 
 from triton._C.libtriton import ir
@@ -71,6 +74,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
     warpgroup_mma,
 )
+
+from fp8moe.kernels.gluon.consumers import FREE, PINGPONG
 
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -114,9 +119,13 @@ def find_group(row, offsets, num_groups):
 
 
 @gluon.jit
-def ring_position(step, STAGES: gl.constexpr):
-    """(slot, parity) of a step."""
-    return step % STAGES, (step // STAGES) & 1
+def ring_position(step, STAGES: gl.constexpr, INDEX: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(slot, parity) of a step; in ping-pong of a step of ring INDEX, a half of the slots."""
+    SLOTS: gl.constexpr = STAGES // 2 if CONSUMERS == PINGPONG else STAGES
+    slot, parity = step % SLOTS, (step // SLOTS) & 1
+    if CONSUMERS == PINGPONG and INDEX == 1:
+        slot += SLOTS
+    return slot, parity
 
 
 @gluon.constexpr_function
@@ -126,10 +135,11 @@ def barrier_layout(bases=()):
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, CTAS: gl.constexpr):
+def make_barriers(STAGES: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):
     """The ring's barriers, initialised: full (one arrival, the producer's) and empty (two, one a consumer).
 
-    `both` is what a pair of CTAs adds: arrivals of all four consumers, for the producer that loads for both.
+    `both` is what a pair of CTAs adds: arrivals of all four consumers, for the producer that loads for both; `turn0`
+    and `turn1` what turns of the consumers add (`consumers`).
     """
     OWN: gl.constexpr = barrier_layout(((1,),) if CTAS == 2 else ())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, CTAS], OWN)
@@ -137,13 +147,20 @@ def make_barriers(STAGES: gl.constexpr, CTAS: gl.constexpr):
     both = empty
     if CTAS == 2:
         both = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(((0,),)))
+    turn0, turn1 = empty, empty
+    if CONSUMERS != FREE:
+        # Apart, or the compiler puts a barrier of the warps between an arrival at one and a wait for the other.
+        turn0 = gl.allocate_shared_memory(gl.int64, [1, CTAS], OWN)
+        turn1 = gl.allocate_shared_memory(gl.int64, [1, CTAS], OWN)
+        mbarrier.init(turn0.index(0), count=1)
+        mbarrier.init(turn1.index(0), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=1 if CONSUMERS == PINGPONG else 2)
         if CTAS == 2:
             mbarrier.init(both.index(slot), count=2)  # for each CTA of the two
     fence_async_shared()
-    return full, empty, both
+    return full, empty, both, turn0, turn1
 
 
 @gluon.jit

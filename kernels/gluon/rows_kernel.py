@@ -15,6 +15,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from fp8moe.kernels.gluon.consumers import (
+    PINGPONG,
+    first_tile,
+    pass_turn,
+    tell_start,
+    tile_stride,
+    wait_start,
+    wait_turn,
+)
 from fp8moe.kernels.gluon.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -51,17 +60,19 @@ def locate(tile, M, N, K, offsets, num_groups, BM: gl.constexpr, WIDTH: gl.const
 
 
 @gluon.jit
-def produce(a_desc, b_desc, a_ring, b_ring, full, empty, both, offsets, M, N, K, num_groups, BM: gl.constexpr,
-            BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-            CTAS: gl.constexpr):  # fmt: skip
-    """The producer: every step's two operand tiles."""
+def produce(INDEX: gl.constexpr, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
+            BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
+            CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+    """The producer, in ping-pong consumer INDEX's: every step's two operand tiles."""
     WIDTH: gl.constexpr = BN * CTAS
     PIECES: gl.constexpr = BN // 128
+    halfway = gl.cdiv(K, 128) // 2 + STAGES // 2  # by this step the consumer has left half of its first tile
+    wait_start(turn1, INDEX, CONSUMERS)
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, WIDTH), gl.num_programs(0)):
+    for tile in range(first_tile(INDEX, CONSUMERS), gl.cdiv(M, BM) * gl.cdiv(N, WIDTH), tile_stride(CONSUMERS)):
         row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         for k in range(steps):
-            slot, parity = ring_position(step, STAGES)
+            slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
             wait_empty(empty, both, slot, parity ^ 1, CTAS)
             bar = full.index(slot)
             mbarrier.expect(bar, (BM + BN) * 128)
@@ -74,14 +85,17 @@ def produce(a_desc, b_desc, a_ring, b_ring, full, empty, both, offsets, M, N, K,
                 for piece in gl.static_range(PIECES):
                     at = [group * N + col + piece * 256, k * 128]
                     load(b_desc, at, bar, b_ring.index(slot * PIECES + piece), False)
+            tell_start(turn1, step == halfway, INDEX, CONSUMERS)
             step += 1
+    tell_start(turn1, step <= halfway, INDEX, CONSUMERS)
 
 
 @gluon.jit
-def scale_pointers(row, col, group, a_scale, b_scale, M, N, K, BM: gl.constexpr, BN: gl.constexpr, CTAS: gl.constexpr):
+def scale_pointers(row, col, group, a_scale, b_scale, M, N, K, TALL: gl.constexpr, BN: gl.constexpr,
+                   CTAS: gl.constexpr):  # fmt: skip
     """(a's rows, which of them exist in the first wave and in the second, b's blocks of either), for K tile 0."""
     layout: gl.constexpr = wave_layout(CTAS)
-    DOWN: gl.constexpr = 64 if BM > 128 else 0
+    DOWN: gl.constexpr = 64 if TALL else 0
     RIGHT: gl.constexpr = CTAS if BN > 128 else 0
     blocks_n = gl.cdiv(N, 128)
     num_k = gl.cdiv(K, 128)
@@ -96,11 +110,11 @@ def scale_pointers(row, col, group, a_scale, b_scale, M, N, K, BM: gl.constexpr,
 
 
 @gluon.jit
-def load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, k, a_ld, BM: gl.constexpr, BN: gl.constexpr):
+def load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, k, a_ld, TALL: gl.constexpr, BN: gl.constexpr):
     """a's and b's scales of K tile k, of the first wave and of the second."""
     sa0, sb0 = gl.load(a_scales + k * a_ld, mask=inside0, other=0.0), gl.load(b_scales0 + k)
     sa1, sb1 = sa0, sb0
-    if BM > 128:
+    if TALL:
         sa1 = gl.load(a_scales + k * a_ld + 64, mask=inside1, other=0.0)
     elif BN > 128:
         sb1 = gl.load(b_scales1 + k)
@@ -108,25 +122,32 @@ def load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, k, a_ld, BM: g
 
 
 @gluon.jit
-def first_scales(tile, FIRST: gl.constexpr, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM: gl.constexpr,
-                 BN: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+def first_scales(tile, FIRST: gl.constexpr, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, TALL: gl.constexpr,
+                 BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
+                 CTAS: gl.constexpr):  # fmt: skip
     """The scales of a tile's K tile 0, for the consumer whose rows begin at FIRST."""
     row, col, group, _ = locate(tile, M, N, K, offsets, num_groups, BM, BN * CTAS, GROUP, GROUPED)
     a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row + FIRST, col, group, a_scale, b_scale, M, N,
-                                                                      K, BM, BN, CTAS)  # fmt: skip
-    return load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, BM, BN)
+                                                                      K, TALL, BN, CTAS)  # fmt: skip
+    return load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, TALL, BN)
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
-            num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
-    """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide)."""
+def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, mine, other,
+            offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+            GROUP: gl.constexpr, GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr,
+            CONSUMERS: gl.constexpr):  # fmt: skip
+    """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide).
+
+    In ping-pong all rows, two waves, of every second tile.
+    """
     layout: gl.constexpr = wave_layout(CTAS)
     WIDTH: gl.constexpr = BN * CTAS
-    TWO: gl.constexpr = BM * BN > 128 * 128
-    TALL: gl.constexpr = BM > 128
-    FIRST: gl.constexpr = INDEX * (BM // 2)
+    ALL: gl.constexpr = CONSUMERS == PINGPONG
+    TALL: gl.constexpr = BM > 128 or ALL
+    TWO: gl.constexpr = TALL or BN > 128
+    WAVES: gl.constexpr = 2 if TWO else 1
+    FIRST: gl.constexpr = 0 if ALL else INDEX * (BM // 2)
     # Where the second wave lies in the tile; without one, on the first (its sum is then never formed).
     DOWN: gl.constexpr = 64 if TALL else 0
     ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
@@ -135,28 +156,36 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
     buffer = c_buffers.index(INDEX)
     dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
-    sa0, sb0, sa1, sb1 = first_scales(gl.program_id(0), FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM,
+    first = first_tile(INDEX, CONSUMERS)
+    existing = first
+    if ALL:  # the second consumer may have no tile
+        existing = gl.minimum(first, num_tiles - 1)
+    sa0, sb0, sa1, sb1 = first_scales(existing, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, TALL, BM,
                                       BN, GROUP, GROUPED, CTAS)  # fmt: skip
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    for tile in range(first, num_tiles, tile_stride(CONSUMERS)):
         row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         row += FIRST
         a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row, col, group, a_scale, b_scale, M, N, K,
-                                                                          BM, BN, CTAS)  # fmt: skip
+                                                                          TALL, BN, CTAS)  # fmt: skip
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         for k in range(steps):
-            slot, parity = ring_position(step, STAGES)
+            slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
             scale0, scale1 = sa0 * sb0, sa1 * sb1
             # In front of the wait, where the compiler can't sink them under the first WGMMA: a whole step ahead.
             later = gl.minimum(k + 1, num_k - 1)
-            sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, later, a_ld, BM, BN)
+            sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, later, a_ld, TALL, BN)
             mbarrier.wait(full.index(slot), parity)
             b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)
+            wait_turn(mine, step * WAVES, INDEX, CONSUMERS)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
+            pass_turn(other, CONSUMERS)
             if TWO:
                 product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
                 acc0 += product * scale0[:, None]
+                wait_turn(mine, 1, INDEX, CONSUMERS)
                 product = start_wave(rows_of(a_ring, slot, FIRST + DOWN, BM, CTAS), b1, product)
+                pass_turn(other, CONSUMERS)
                 dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
                 release(empty, both, slot, CTAS)
                 acc1 += dead * scale1[:, None]
@@ -167,9 +196,9 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
             step += 1
         # Its steps are found again at the top: Triton 3.6 and 3.7 don't carry them round the loop (benchmarks/LOG.md).
         # The next tile's first scales arrive under this tile's epilogue (after the last tile: that tile's again).
-        following = gl.minimum(tile + gl.num_programs(0), num_tiles - 1)
-        sa0, sb0, sa1, sb1 = first_scales(following, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, BM,
-                                          BN, GROUP, GROUPED, CTAS)  # fmt: skip
+        following = gl.minimum(tile + tile_stride(CONSUMERS), num_tiles - 1)
+        sa0, sb0, sa1, sb1 = first_scales(following, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, TALL,
+                                          BM, BN, GROUP, GROUPED, CTAS)  # fmt: skip
         write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE, CTAS)
         if TWO:
             write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
@@ -179,7 +208,7 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
 @gluon.jit(do_not_specialize=["M", "num_groups", "a_ld"])
 def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr,
                 BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-                EPILOGUE: gl.constexpr, CTAS: gl.constexpr):  # fmt: skip
+                EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """c = rows x blocks^T; grid: one program an SM in use, or a pair of them."""
     HEIGHT: gl.constexpr = BM if CTAS == 1 else 64
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BM // HEIGHT, HEIGHT, 128], a_desc.layout)
@@ -189,17 +218,33 @@ def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_group
         c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128 * CTAS], c.layout)
     else:
         c_buffers = a_ring  # never touched: this epilogue writes from the registers
-    full, empty, both = make_barriers(STAGES, CTAS)
-    gl.warp_specialize(
-        [
-            (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
-                       num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
-            (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, offsets, M, N, K,
-                       num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS)),
-            (produce, (a_desc, b_desc, a_ring, b_ring, full, empty, both, offsets, M, N, K, num_groups, BM, BN, STAGES,
-                       GROUP, GROUPED, CTAS)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    full, empty, both, turn0, turn1 = make_barriers(STAGES, CTAS, CONSUMERS)
+    if CONSUMERS == PINGPONG:
+        gl.warp_specialize(
+            [
+                (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn0, turn1, offsets,
+                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn1, turn0, offsets,
+                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (produce, (0, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
+                           BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+                (produce, (1, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
+                           BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+            ],
+            [4, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn0, turn1, offsets,
+                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn1, turn0, offsets,
+                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (produce, (0, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
+                           BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
     finish_pair(CTAS)

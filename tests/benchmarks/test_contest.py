@@ -4,15 +4,17 @@ a GPU in one sentence."""
 import argparse
 import importlib
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import contest
+from benchmarks import contest, peers
 from benchmarks.harness import Report
-from benchmarks.peers import BF16, Contest, Operands
+from benchmarks.peers import BF16, Contest, Operands, with_order
 from benchmarks.shapes import Problem
+from fp8moe.kernels import tiles
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gemm import gemm
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
@@ -128,3 +130,19 @@ def test_json_of_a_run_is_a_list_of_records(tmp_path):
     contest.contest_one(PROBLEMS[0], enter, report, argparse.Namespace(device=CPU, repeats=3, warmup=0))
     report.finish()
     assert {row["metric"] for row in json.loads((tmp_path / "r.json").read_text())} >= {"throughput", "error", "speed"}
+
+
+def test_orders_of_the_consumers_are_tried_where_they_are_asked_for():
+    def op(k):
+        return tiles.choose("gluon", "gemm", 4096, 7168, k, groups=1)
+
+    table = op(2048)
+    assert with_order(op, "turns")(2048) == replace(table, consumers="turns")
+    assert with_order(op, "pingpong")(2048) == tiles.Tile(128, 128, 6, 8, 4, consumers="pingpong")
+    assert op(2048) == table and table.consumers == "free"
+    with pytest.raises(ValueError, match="up to 2048, this one is 4096"):
+        with_order(op, "pingpong")(4096)
+    if not torch.cuda.is_available():
+        for name in peers.ORDERED.values():
+            with pytest.raises(ValueError, match="there is no GPU"):
+                peers.implementation(name, "gemm", "gemm")

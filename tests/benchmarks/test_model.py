@@ -83,6 +83,22 @@ def test_the_table_is_labelled_and_has_every_shape(capsys):
     assert len(text.strip().splitlines()) == 3 + len(PROBLEMS)
 
 
+def test_an_order_of_the_consumers_is_predicted_by_both_readings(capsys):
+    assert model.main(["--consumers"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("PREDICTION") and len(text.strip().splitlines()) == 3 + len(PROBLEMS)
+    short, long = DENSE[3], DENSE[0]
+    turns = Work(256, 128, consumers="turns")
+    assert predict(short, turns) == predict(short, TALL), "where L2 binds an order gains nothing"
+    assert predict(long, turns, l2=0.63).tflops > 1.3 * predict(long, TALL).tflops
+    whole, halves = Work(128, 128, consumers="pingpong"), Work(128, 128)
+    assert predict(short, whole) == predict(short, halves) and predict(short, whole).bound == "l2"
+    few = GROUPED_WGRAD[-1]
+    apart, hidden = predict(few, whole), predict(few, whole, sums_hide=True)
+    assert hidden.bound == "hbm" and hidden.seconds == pytest.approx(memory_bytes(few) / 2.96e12 + 4e-6)
+    assert apart.seconds > 1.3 * hidden.seconds
+
+
 def test_limits_of_a_cast():
     found = model_casts.limits(model_casts.Counted(6.0, 0.5), 0.25)
     assert found["hbm"] == 2.96e12

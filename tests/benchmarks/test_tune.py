@@ -1,16 +1,22 @@
 """The search for tiles: what it tries is legal, what it chooses is the fastest, and it needs a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import tune
-from fp8moe.kernels.tiles import LENGTHS, Tile, length_of
+from fp8moe.kernels.tiles import CONSUMERS, LENGTHS, Tile, length_of
 
 
 @pytest.mark.parametrize("op", list(tune.MODULE))
 def test_candidates_fit_an_sm_and_their_op(op):
     found = list(tune.candidates("gluon", op))
     assert len(found) == len(set(found)) >= 16
+    assert {tile.consumers for tile in found} == {"free"}, "nobody has measured the others"
+    every = list(tune.candidates("gluon", op, CONSUMERS))
+    assert {replace(tile, consumers="free") for tile in every} == set(found) < set(every)
+    assert {tile.consumers for tile in every} == set(CONSUMERS)
     for tile in found:
         rows = op in ("gemm", "grouped_gemm")
         ring = tile.stages * (tile.block_m + tile.block_n) * (128 if rows else 132)
@@ -29,6 +35,10 @@ def test_the_best_of_each_shape_is_the_geometric_mean_of_what_all_problems_have(
     assert tune.best([{a: 1.0, b: 1.0}]) == [a]
     tall, pair = Tile(256, 128, 4, 8, 4), Tile(256, 128, 4, 8, 4, multicast=True)
     assert tune.best([{a: 3.0, b: 2.0, tall: 2.5, pair: 1.0}]) == [pair, b, tall]
+    turns = Tile(128, 128, 4, 16, 4, consumers="turns")
+    assert tune.best([{a: 3.0, b: 2.0, turns: 1.5}]) == [turns, b], "another order is another kind"
+    assert tune.best([{a: 3.0, b: 2.0, turns: 2.5}]) == [b], "and of no use where a tile without one is faster"
+    assert tune.best([{turns: 2.5}]) == [turns]
     with pytest.raises(ValueError, match="no tile computed every problem"):
         tune.best([{a: 1.0}, {b: 1.0}])
 

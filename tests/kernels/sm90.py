@@ -38,6 +38,7 @@ TABLE = Path(__file__).with_name("sm90.json")
 TARGET = GPUTarget("cuda", 90, 32)
 COUNTED = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 PROCESSES = 2
+SYNCED = ("bar.sync", "bar.warp.sync")  # the warps of a consumer, the one warp of a producer
 # What older compilers keep in local memory where Triton 3.8 needs none: (words stored or loaded, bytes). 8 bytes that
 # no instruction touches are a frame and cost nothing; the words are of kernels at 128 registers, of clamped rows.
 _LEFT = {
@@ -147,7 +148,7 @@ def wide(sass: str) -> dict[str, int]:
 
 
 def unguarded_arrivals(ptx: str) -> int:
-    """Consumer arrivals at a barrier that no barrier of the consumer's warps precedes directly.
+    """Arrivals at a barrier that no barrier of the partition's warps precedes directly.
 
     One thread arrives for four warps: without it a slot could be refilled under a warp that still reads it.
     """
@@ -157,7 +158,7 @@ def unguarded_arrivals(ptx: str) -> int:
         if "mbarrier.arrive.shared" not in line:
             continue
         before = lines[max(0, i - 12) : i]
-        synced = max((j for j, text in enumerate(before) if text.startswith("bar.sync")), default=None)
+        synced = max((j for j, text in enumerate(before) if text.startswith(SYNCED)), default=None)
         touched = ("wgmma", "ld.shared", "ldmatrix", "$L", "@%p")
         between = [] if synced is None else before[synced + 1 :]
         wrong += synced is None or any(text.startswith(touched) and "bra" not in text for text in between)

@@ -30,6 +30,21 @@ SHORT = 1024
 PAIRS_SINCE = (3, 8)  # of Triton
 
 
+def in_turns(block_m: int, block_n: int, stages: int, *, multicast: bool = False) -> Tile:
+    return Tile(block_m, block_n, stages, 8, 4, multicast, "turns")
+
+
+PINGPONG = Tile(128, 128, 6, 8, 4, consumers="pingpong")
+# Ways to share a program's work that no table has, because nobody has measured them: a few tiles that stand for all.
+TRIALS = {
+    ("gemm", "bf16"): (in_turns(256, 128, 4), in_turns(128, 128, 6), in_turns(256, 128, 4, multicast=True), PINGPONG),
+    ("grouped_gemm", "bf16"): (in_turns(128, 256, 4), PINGPONG),
+    ("gemm_columns", "add"): (in_turns(256, 128, 4),),
+    ("grouped_wgrad", "add"): (PINGPONG,),
+    ("grouped_wgrad", "add_long"): (PINGPONG,),
+}
+
+
 def rows(m: int, k: int) -> Fp8Tensor:
     """Unfilled FP8 rows (or columns) with M-major scales."""
     scale = torch.empty(scale_shape((m, k), (1, 128))[::-1])
@@ -88,14 +103,16 @@ def gemm_cases(backend: str) -> Iterator[Case]:
 
 
 def legal_tiles(backend: str, op: str, kind: str) -> tuple[Tile, ...]:
-    """Production tiles of an op, with pairs where this Triton has them and TMA doesn't add."""
+    """Production tiles of an op and its trials, with pairs where this Triton has them and TMA doesn't add."""
     pairs = release_of(triton.__version__) >= PAIRS_SINCE and kind != "add_long"
-    return tiles.production_tiles(backend, op, pairs=pairs)
+    trials = TRIALS.get((op, kind), ()) if backend == "gluon" else ()
+    return (*tiles.production_tiles(backend, op, pairs=pairs), *(one for one in trials if pairs or not one.multicast))
 
 
 def tile_name(tile: Tile) -> str:
     """What of a tile changes its code; the swept rows are in it too, as a constant of the kernel."""
-    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}" + " multicast" * tile.multicast
+    ordered = f" {tile.consumers}" if tile.consumers != "free" else ""
+    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}" + " multicast" * tile.multicast + ordered
 
 
 def cast_cases() -> Iterator[Case]:

@@ -239,3 +239,27 @@ def test_a_launch_takes_a_program_an_sm_and_no_more_than_it_has_tiles(monkeypatc
     dy, x = (quantize_columns(torch.ones(k, size)) for size in (m, n))
     launch.launch_columns(dy, x, torch.empty(2, m, n), tile=tile, sms=sms, group_offsets=torch.tensor([0, 128, 256]))
     assert grids == [(rows,), (columns,)]
+
+
+# Last: no GPU has run these kernels, and one that does not end takes the rest of the file with it.
+@pytest.mark.gpu
+@pytest.mark.parametrize("consumers", ["turns", "pingpong"])
+@pytest.mark.parametrize(("m", "n", "k", "sizes"), [(512, 512, 1024, GROUPS[0]), (4096, 7168, 2048, GROUPS[2])])
+def test_an_order_of_the_consumers_changes_no_bit(hopper, monkeypatch, m, n, k, sizes, consumers):
+    offsets = offsets_of(sizes, hopper)
+    r = int(offsets[-1])
+    a, b = quantize_rows(data("normal", m, k, device=hopper)), quantize_blocks(data("normal", n, k, device=hopper))[0]
+    x, experts = quantize_rows(data("normal", r, k, device=hopper)), data("normal", len(sizes), n, k, device=hopper)
+    experts, dy = quantize_blocks(experts)[0], quantize_columns(data("normal", r, n, device=hopper))
+    columns = quantize_columns(data("normal", r, k, device=hopper))
+
+    def run(order):
+        tile = tiles.Tile(128, 128, 6, 8, 4, consumers=order)
+        monkeypatch.setattr(tiles, "choose", lambda *args, **kwargs: tile)
+        total = torch.ones(len(sizes), n, k, device=hopper)
+        grouped_wgrad(dy, columns, offsets, total)
+        return gemm(a, b), gemm(dy, columns, out_dtype=torch.float32), grouped_gemm(x, experts, offsets), total
+
+    free = run("free")
+    for _ in range(REPEATS):
+        assert all(torch.equal(one, other) for one, other in zip(free, run(consumers), strict=True))

@@ -1,5 +1,7 @@
 """The table of tiles: complete, legal for the kernels that read it, and a pure choice."""
 
+from dataclasses import replace
+
 import pytest
 
 from fp8moe.kernels import tiles
@@ -7,11 +9,13 @@ from fp8moe.kernels.tiles import (
     LENGTHS,
     UNQUANTIZED,
     Tile,
+    as_entry,
     choose,
     cycles,
     production_tiles,
     read_table,
     step_of,
+    tile_cycles,
     write_table,
 )
 
@@ -69,6 +73,23 @@ def test_cycles_are_those_of_the_busiest_sm():
     assert by_tma == pytest.approx(16 * 384 * 132 / 28.5 + 256 * 128 * 0.38)
 
 
+def test_a_consumer_of_a_ping_pong_has_all_waves_and_hides_its_epilogue():
+    tile = Tile(128, 128, 6, 8, 4, consumers="pingpong")
+    loads = 4 * (128 * 132 + 128 * 128) / 28.5
+    assert cycles(tile, "gemm", 128, 128, 512) == pytest.approx(loads), (
+        "4 steps of 2 waves and 2 epilogues: 3520 of one"
+    )
+    square = step_of(128, 128, columns=False)
+    assert tile_cycles(replace(square, l2=0), 128, 128, 512, consumers="pingpong") == (8 * 380 + 2 * 2000) / 2
+    assert tile_cycles(replace(square, l2=0), 128, 128, 512) == 4 * 640 + 2000
+    assert tile_cycles(replace(square, l2=0), 128, 128, 512, summed=2.0, consumers="pingpong") == 128 * 128 * 2
+    for wrong in (Tile(128, 128, 6, 8, 4, multicast=True), Tile(128, 128, 5, 8, 4), Tile(256, 128, 4, 8, 4)):
+        with pytest.raises(
+            ValueError, match=r"ping-pong need tiles of 128x128, an even number of stages and no multicast"
+        ):
+            replace(wrong, consumers="pingpong")
+
+
 @pytest.mark.parametrize(("problem", "tflops"), MEASURED)
 def test_the_choice_is_what_was_measured_best(problem, tflops):
     op, m, n, k, groups = problem
@@ -121,6 +142,19 @@ def test_tiles_of_the_hopper_kernels_are_those_they_can_do():
             rows = op in ("gemm", "grouped_gemm")  # columns keep their scales in the ring, rows a buffer to store from
             ring = tile.stages * (tile.block_m + tile.block_n) * (128 if rows else 132)
             assert ring + (2 * 64 * 128 * 2 if rows else 0) <= 227 * 1024 - 512, (op, tile)
+
+
+def test_no_table_has_an_order_of_the_consumers_that_nobody_measured():
+    assert all(tile.consumers == "free" for op in OPS for tile in production_tiles("gluon", op))
+
+
+def test_a_tile_is_written_with_what_is_unusual_and_read_back():
+    plain, turns = Tile(128, 128, 4, 8, 4), Tile(128, 128, 4, 8, 4, multicast=True, consumers="turns")
+    assert as_entry(plain) == {"block_m": 128, "block_n": 128, "stages": 4, "group": 8, "warps": 4}
+    assert as_entry(turns) == as_entry(plain) | {"multicast": True, "consumers": "turns"}
+    assert Tile(**as_entry(turns)) == turns and Tile(**as_entry(plain)) == plain
+    with pytest.raises(ValueError, match=r"one of free, turns.*, got 'alone'"):
+        Tile(128, 128, 4, 8, 4, consumers="alone")
 
 
 def test_an_unknown_device_takes_the_default_and_an_unknown_op_is_refused():

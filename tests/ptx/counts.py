@@ -8,6 +8,7 @@ comes to. A warp's access to shared memory takes one wavefront for each word tha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Counts:
     moved: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
     wavefronts: int = 0
     least: int = 0
+    started: list[tuple[Any, np.ndarray]] = field(default_factory=list)  # the CTA and warps of each group of products
 
     def go_round(self, number: int, warps: int) -> None:
         """Warps took the branch that is instruction `number`, back to an earlier one."""

@@ -12,11 +12,12 @@ from functools import partial
 import torch
 import triton
 
-from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import release_of
-from tests.kernels.sm90_cases import PAIRS_SINCE, tile_name
+from fp8moe.kernels.tiles import CONSUMERS
+from tests.kernels.sm90_cases import PAIRS_SINCE, legal_tiles, tile_name
 from tests.ptx.launching import Machine
 from tests.ptx.moving_cases import both, values
+from tests.ptx.order_plants import ORDER_PLANTS
 from tests.ptx.pair_plants import PAIR_PLANTS
 from tests.ptx.parser import Unsupported
 from tests.ptx.plants import PLANTS, Plant
@@ -25,7 +26,7 @@ from tests.ptx.registers import Fault
 from tests.ptx.update_cases import weight_with_blocks
 
 SCHEDULES = (None, 0, 1, 2, 3)
-PLANTED = (*PLANTS, *(PAIR_PLANTS if release_of(triton.__version__) >= PAIRS_SINCE else ()))
+PLANTED = (*PLANTS, *ORDER_PLANTS, *(PAIR_PLANTS if release_of(triton.__version__) >= PAIRS_SINCE else ()))
 
 
 def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
@@ -35,9 +36,9 @@ def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
         return partial(_cast, name=op, seed=seed)
     if op == "adamw_step_quantize":
         return partial(weight_with_blocks, moments=torch.bfloat16, shape=(144, 208), seeds=(seed,))
-    pair = "multicast" in rest
-    at = [tile for tile in tiles.production_tiles(backend, op) if tile_name(tile).split()[0] in rest or not rest]
-    tile = next(one for one in at if one.multicast == pair)
+    pair, order = "multicast" in rest, next((one for one in rest if one in CONSUMERS), "free")
+    at = [tile for tile in legal_tiles(backend, op, kind) if tile_name(tile).split()[0] in rest or not rest]
+    tile = next(one for one in at if (one.multicast, one.consumers) == (pair, order))
     if op == "wgrad":
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         return partial(wgrad, dtype=dtype, tile=tile, sizes=((200, 144, 128, seed),))

@@ -10,11 +10,14 @@ Gluon kernels run by ten random schedules on a smaller problem, after the one th
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,23 +91,68 @@ def _add_groups(call: Callable[..., None], *, a: Fp8Tensor, b: Fp8Tensor, at: Te
 
 
 def compare(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile, size: str, seeds: Any) -> None:
-    """By every schedule of `seeds` the same product, within its format's bound of the reference's."""
+    """By every schedule of `seeds` the same product, within its format's bound of the reference's.
+
+    Where the consumers have an order it is the product that they compute without, to the bit.
+    """
     module, name, run = MODULES.get(op, op), op.removesuffix("_columns"), problem(op, kind, size)
-    expected, first = run(getattr(ops("reference", module), name)), None
+    expected, call = run(getattr(ops("reference", module), name)), partial(run, getattr(ops(backend, module), name))
+    sms = 2 if tile.multicast or (tile.consumers == "pingpong" and size == "ragged") else 1
+    first = None if machine.count or tile.consumers == "free" else _unordered(machine, call, kind, tile, sms)
     for machine.seed in seeds:
-        with (
-            chosen(tile),
-            limited_sms(2 if tile.multicast else 1),
-            added_by_tma(kind),
-            on_machine(machine),
-        ):
-            got = run(getattr(ops(backend, module), name))
+        got = _run(machine, call, kind, tile, sms)
         diff = calc_diff(got, expected)
         assert diff <= BOUNDS[got.dtype], (
             f"schedule {machine.seed}: calc_diff {diff:.1e} exceeds {BOUNDS[got.dtype]:.0e}"
         )
         assert first is None or torch.equal(got, first), f"schedule {machine.seed} changes the result"
         first = got
+        kernel, counts = machine.launched[-1]
+        if (tile.consumers, op, size) == ("pingpong", "gemm", "small"):
+            check_pingpong(counts.started)
+        if tile.consumers == "turns":
+            check_turns(counts.started)
+            under_way = re.findall(r"wgmma\.commit_group(.*?)wgmma\.wait_group", kernel.text, re.DOTALL)
+            assert all(part.count("mbarrier.arrive.shared") == 1 for part in under_way), "a turn is passed too late"
+
+
+def check_turns(started: list[tuple[Any, np.ndarray]]) -> None:
+    """Products of each CTA started in turns: consumer 0's, consumer 1's, consumer 0's next, whichever warp is ahead."""
+    waves: dict[Any, list[int]] = {}  # of each warp of the two consumers
+    for cta, warps in started:
+        found = waves.setdefault(cta, [0] * 8)
+        for warp in warps:
+            consumer = int(warp) // 4
+            others = found[4:] if consumer == 0 else found[:4]
+            wave, other = found[warp], min(others)
+            assert other >= wave + consumer, f"consumer {consumer} starts wave {wave} out of turn"
+            found[warp] += 1
+
+
+def check_pingpong(started: list[tuple[Any, np.ndarray]]) -> None:
+    """Products of 4 tiles of 4 steps, two a step: the second consumer starts when the first has left half of its first
+    tile, and no tile is computed twice."""
+    second = next(i for i, (_, warps) in enumerate(started) if warps[0] // 4 == 1)
+    before = [warp for _, warps in started[:second] for warp in warps]
+    assert min(before.count(warp) for warp in range(4)) >= 4, "both consumers of a ping-pong start together"
+    products = sum(len(warps) for _, warps in started) // 4
+    assert products == 4 * 4 * 2, f"{products} products of 64x128 where 32 are enough"
+
+
+def _run(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile, sms: int) -> Tensor:
+    """What `call` gives with `tile`."""
+    with chosen(tile), limited_sms(sms), added_by_tma(kind), on_machine(machine):
+        return call()
+
+
+def _unordered(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile, sms: int) -> Tensor:
+    """What the kernel gives whose consumers have no order: no part of the case, and never edited."""
+    edit, seed, launched = machine.edit, machine.seed, machine.launched
+    machine.edit, machine.seed, machine.launched = None, None, []
+    try:
+        return _run(machine, call, kind, replace(tile, consumers="free"), sms)
+    finally:
+        machine.edit, machine.seed, machine.launched = edit, seed, launched
 
 
 def added_by_tma(kind: str) -> Any:
@@ -116,10 +164,12 @@ def product(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
     if machine.count:
         compare(machine, backend, op, kind, tile, "aligned", (None,))
         return
-    compare(machine, backend, op, kind, tile, "ragged", (None,))
-    seeds = range(SCHEDULES) if backend == "gluon" else range(1)
+    order, seeds = tile.consumers, range(SCHEDULES) if backend == "gluon" else range(1)
+    if op == "grouped_gemm" or order != "turns":  # has tiles without steps, or tiles for two programs
+        compare(machine, backend, op, kind, tile, "ragged", (None, 0, 1) if order == "turns" else (None,))
     compare(machine, backend, op, kind, tile, "pair" if tile.multicast else "small", seeds)
-    compare(machine, backend, op, kind, tile, "tiny", (None,))
+    if order != "turns":
+        compare(machine, backend, op, kind, tile, "tiny", (None,))
 
 
 WGRAD_SIZES = ((200, 144, 272, None), (72, 16, 48, 1))

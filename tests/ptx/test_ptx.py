@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fp8moe.kernels.backend import release_of
+from tests.ptx.order_plants import ORDER_PLANTS
 from tests.ptx.pair_plants import PAIR_PLANTS
 from tests.ptx.plants import PLANTS
 from tests.ptx.speed_limits import ACCEPTED, beyond
@@ -54,6 +55,11 @@ PLANT_REPORTS = {
     "both CTAs of a pair load the same columns": ("calc_diff",),
     "a load for both starts before the peer's barriers exist": ("there is no mbarrier", "multicast::cluster"),
     "a CTA leaves before its peer's last arrival": ("may have left",),
+    "a consumer keeps its turn": ("deadlock", "consumers.py"),
+    "a turn is passed before the product is started": ("out of turn",),
+    "a ping-pong producer fills the other ring": ("a copy overwrites shared memory", "under way"),
+    "a ping-pong's second producer is never told to start": ("deadlock", "consumers.py"),
+    "a ping-pong's slot is given back before its products": ("a copy overwrites shared memory", "without waiting"),
 }
 
 
@@ -92,7 +98,7 @@ def test_every_loop_of_the_machine_code_goes_round(found):
     assert sorted(place for place, times in rounds.items() if not times) == []
 
 
-@pytest.mark.parametrize("plant", [plant.name for plant in (*PLANTS, *PAIR_PLANTS)])
+@pytest.mark.parametrize("plant", [plant.name for plant in (*PLANTS, *ORDER_PLANTS, *PAIR_PLANTS)])
 def test_a_planted_fault_is_found(found, plant):
     if plant not in found["plants"]:
         assert release_of(found["triton"]) < PAIRS_SINCE and plant in [pair.name for pair in PAIR_PLANTS]

@@ -64,6 +64,7 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
 
 
 def _commit(gang: Gang, on: Any) -> None:
+    gang.cta.counts.started.append((gang.cta.ctaid, gang.warps))
     state(gang).groups.append(state(gang).open)
     state(gang).open = []
 
