@@ -10,7 +10,7 @@ exchanged, when the rows are ready. Only the dispatch that an announcement is gi
 
 `dispatched` and `combined` call the verbs under autograd and wait at once: the model without a schedule.
 
-Legend: T tokens, K top-k, D model, E experts, e local experts, R received rows (each expert's group 128-aligned in FP8).
+Legend: T tokens, K top-k, D model, E experts, e local experts, R received rows (groups of experts 128-aligned in FP8).
 """
 
 from __future__ import annotations
