@@ -10,7 +10,7 @@ exchanged, when the rows are ready. Only the dispatch that an announcement is gi
 
 `dispatched` and `combined` call the verbs under autograd and wait at once: the model without a schedule.
 
-Legend: T tokens, K top-k, D model, E experts, e local experts, R received rows (groups of experts 128-aligned in FP8).
+Legend: T tokens, K top-k, D model, E experts, e local experts, R received rows (each expert's group 128-aligned).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, TILE, Fp8Tensor
+from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, Fp8Tensor
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.kernels.row_map import most_rows
@@ -99,7 +99,7 @@ class LocalDispatcher:
     """One rank holds all experts: dispatch is a permutation, and nothing of it is waited for.
 
     On a GPU the rows have room for every routing, up to 127 more an expert than some need: the number of rows is then
-    known on the host. On a CPU it can be read at no cost, and groups without scales are not padded.
+    known on the host. On a CPU it can be read at no cost.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -110,10 +110,8 @@ class LocalDispatcher:
 
     def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Ready[Dispatched]:
         ids_TK, num_experts = announced.topk_ids_TK, self.num_local_experts
-        on_cpu = ids_TK.device.type == "cpu"
-        room = None if on_cpu else most_rows(ids_TK.numel(), num_experts)
-        align = 1 if on_cpu and not isinstance(rows_TD, Fp8Tensor) else TILE
-        row_map = plan_rows(ids_TK, num_experts, align=align, room=room)
+        room = None if ids_TK.device.type == "cpu" else most_rows(ids_TK.numel(), num_experts)
+        row_map = plan_rows(ids_TK, num_experts, room=room)
         weights_R = select_weights(topk_weights_TK, row_map)
         return Ready(Dispatched(permute(rows_TD, row_map), weights_R, row_map.group_offsets, row_map))
 

@@ -5,8 +5,8 @@ the messages; a block's phases (`model.phases`) call them with messages in betwe
 calls them under ordinary autograd and waits for each message.
 
 The routed experts of a rank are two stacked Linears on rows grouped by expert, one launch a product: rows of expert e
-lie in [offsets[e], offsets[e + 1]). Groups are 128-aligned in FP8: a tile of columns never holds tokens of two experts.
-An expert without tokens costs nothing and its `main_grad` is not touched.
+lie in [offsets[e], offsets[e + 1]). Groups are 128-aligned: a tile of columns never holds tokens of two experts. An
+expert without tokens costs nothing and its `main_grad` is not touched.
 
 Legend: T tokens, D model, F expert hidden, K top-k, e local experts, R received rows.
 """

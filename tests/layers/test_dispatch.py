@@ -38,14 +38,3 @@ def test_the_device_back_end_delivers_what_the_specification_does(triton_device)
     theirs = four_verbs(x_TD, ids_TK, weights_TK)
     for name, delivered in theirs.items():
         assert torch.equal(ours[name], delivered), name
-
-
-def test_on_a_cpu_only_fp8_pads_groups():
-    torch.manual_seed(0)
-    x_TD, ids_TK = torch.randn(30, 144).bfloat16(), torch.rand(30, 5).topk(2, dim=1).indices
-    counts = torch.bincount(ids_TK.flatten(), minlength=5)
-    for rows_TD, lengths in ((x_TD, counts), (quantize_rows(x_TD), (counts + 127) // 128 * 128)):
-        dispatcher = LocalDispatcher(5)
-        arrived = dispatcher.dispatch(rows_TD, dispatcher.announce(ids_TK), torch.rand(30, 2)).wait()
-        assert torch.equal(arrived.group_offsets.diff().long(), lengths) and len(arrived.weights_R) == lengths.sum()
-        assert dispatcher.combine(torch.ones(len(arrived.weights_R), 8), arrived.state).wait().eq(2).all()
