@@ -44,6 +44,7 @@ from fp8moe.layers.linear import Linear
 from fp8moe.layers.recompute import Recallable
 
 CHUNK_BYTES = 512 << 20  # of a chunk's logits
+_CPU_TOKENS = 1024  # of a chunk on a CPU: enough for its products, few enough to stay in its cache and in used memory
 _ROWS = 128  # a chunk is a multiple of them, as the tiles of its products are
 
 
@@ -104,10 +105,14 @@ TokenLossHere = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens of a chunk: as many as CHUNK_BYTES allow, then evened out over the chunks; at least 128.
 
-    On a CPU the bytes are those of the logits' FP32 copy as well, which its weight gradient multiplies.
+    On a CPU the bytes are those of the logits' FP32 copy as well, which its weight gradient multiplies, and 1,024
+    tokens are the most.
     """
-    copied = 4 if device.type == "cpu" and dtype is not torch.float32 else 0
+    on_cpu = device.type == "cpu"
+    copied = 4 if on_cpu and dtype is not torch.float32 else 0
     most = max(CHUNK_BYTES // (vocab_size * (dtype.itemsize + copied)) // _ROWS, 1) * _ROWS
+    if on_cpu:
+        most = min(most, _CPU_TOKENS)
     num_chunks = max(ceil_div(tokens, most), 1)
     return max(ceil_div(ceil_div(tokens, num_chunks), _ROWS), 1) * _ROWS
 

@@ -228,8 +228,10 @@ def _add_scaled(total: Tensor | None, partial: Tensor, scale_a: Tensor, scale_b:
 
 
 def _chunks(length: int, width: int) -> list[slice]:
-    """Slices of whole tiles that cover `length`, each about _PRODUCT_CHUNK values at this width."""
-    step = max(1, _PRODUCT_CHUNK // (TILE * max(width, 1))) * TILE
+    """Slices of whole tiles that cover `length`, alike in size, each of at most about _PRODUCT_CHUNK values."""
+    most = max(1, _PRODUCT_CHUNK // (TILE * max(width, 1)))
+    tiles = max(1, ceil_div(length, TILE))
+    step = ceil_div(tiles, ceil_div(tiles, most)) * TILE  # a last product of few rows would be a slow one
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import TILE, Fp8Tensor
+from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.reference._arithmetic import ExactBf16Products, add_product, write_product
 
-_COPIED = 1 << 22  # values of dy copied to FP32 at a time: 16 MiB, which the allocator keeps
+# Of a partial sum: FP32 copies of its operands stay in a core's cache, and in memory that was used before.
+_TOKENS, _OUTPUTS = 1024, 4096
 
 
 def gemm(
@@ -29,7 +30,7 @@ def wgrad(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
 
 
 def _add_wgrad(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
-    # By rows of main_grad: each of its sums is whole, and the FP32 copy of dy (of logits: 64 MiB) reuses its memory.
-    values, step = x.float(), max(1, _COPIED // max(dy.shape[0], 1) // TILE) * TILE
-    for part, target in zip(dy.split(step, dim=1), main_grad.split(step), strict=True):
-        target.addmm_(part.float().t(), values)
+    for tokens, values in zip(dy.split(_TOKENS), x.split(_TOKENS), strict=True):
+        values = values.float()
+        for part, target in zip(tokens.split(_OUTPUTS, dim=1), main_grad.split(_OUTPUTS), strict=True):
+            target.addmm_(part.float().t(), values)

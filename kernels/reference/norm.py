@@ -35,10 +35,9 @@ def rms_norm(
     inverse_rms = torch.empty(t, dtype=torch.float32, device=x.device)
     for part in row_chunks(t, d):
         source = x[part] if delta is None else torch.add(x[part], delta[part], out=h[part])
-        inverse_rms[part] = source.float().square().mean(-1).add_(eps).rsqrt_()
-        normed = _normalize(source, inverse_rms[part], weight)
-        if tensor:
-            y[part] = normed
+        values = source.to(torch.float32, copy=True)
+        inverse_rms[part] = values.square().mean(-1).add_(eps).rsqrt_()
+        normed = _normalize(values, inverse_rms[part], weight, y[part] if tensor else torch.empty_like(source))
         if rows:
             amax, values = tile_amax(magnitude_bits(normed), -1), normed.to(torch.float32, copy=True)
             encode_rows(values, amax, q, part, ACTIVATION_AMAX_FLOOR, power_of_two, last=True)
@@ -49,7 +48,8 @@ def rms_norm_columns(x: Tensor, weight: Tensor, inverse_rms: Tensor, *, power_of
     t, d = x.shape
     out = empty_columns(t, d, x.device)
     for part in row_chunks(t, d):
-        normed = _normalize(x[part], inverse_rms[part], weight)
+        values = x[part].to(torch.float32, copy=True)
+        normed = _normalize(values, inverse_rms[part], weight, torch.empty_like(x[part]))
         amax, values = tile_amax(magnitude_bits(normed), 0), normed.to(torch.float32, copy=True)
         encode_columns(values, amax, out, part, ACTIVATION_AMAX_FLOOR, power_of_two)
     return out
@@ -75,6 +75,6 @@ def rms_norm_backward(
     return dx
 
 
-def _normalize(x: Tensor, inverse_rms: Tensor, weight: Tensor) -> Tensor:
-    """y [m, D] in the dtype of x [m, D]."""
-    return (x.float() * inverse_rms[:, None]).mul_(weight).to(x.dtype)
+def _normalize(values: Tensor, inverse_rms: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """y [m, D] into `out` for x [m, D] in FP32, overwritten; returns `out`."""
+    return out.copy_(values.mul_(inverse_rms[:, None]).mul_(weight))

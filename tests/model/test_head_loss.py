@@ -180,7 +180,7 @@ def test_chunks_are_chosen_by_bytes_and_evened_out() -> None:
     assert [chunk_tokens(t, 129_280, bf16, cuda) for t in (1, 2048, 2049, 4096, 16384)] == [128, 2048, 1152, 2048, 2048]
     assert chunk_tokens(16384, 129_280, torch.float32, cuda) == 1024
     assert chunk_tokens(16384, 129_280, bf16, cpu) == 640  # 6 bytes a logit: 26 chunks
-    assert chunk_tokens(4096, 4096, bf16, cpu) == 4096, "the quickstart's is one chunk"
+    assert [chunk_tokens(t, 4096, bf16, cpu) for t in (1000, 4096, 4097)] == [1024, 1024, 896], "what a cache holds"
     assert chunk_tokens(5000, 1 << 40, bf16, cuda) == 128
 
 

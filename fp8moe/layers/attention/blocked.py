@@ -2,7 +2,9 @@
 
 PyTorch's fused CPU kernel takes equal heads only, and no sinks; for other heads it goes through FP32 as a whole, keeps
 every score, and computes those of the future as well. Here a block of queries meets the keys up to its own end, from
-the first that its window shows, and the backward makes the probabilities again: nothing but q, k, v is kept. Refused:
+the first that its window shows, and the backward makes the probabilities again: nothing but q, k, v is kept. Gradients
+of keys and values are one product of all queries each, zeros included: blocks of that transposed matrix would be copied
+one by one, which takes longer than the zeros. Refused:
 values padded to the width of the keys for the fused kernel, which at 256 tokens is as slow as what it replaces.
 
 Numerics, those of the fused kernels on GPUs: scores, softmax and the gradient of scores in FP32; probabilities and the
@@ -111,13 +113,9 @@ class _BlockedAttention(torch.autograd.Function):
         queries, keys, values, gradients = q.float() * ctx.scale, k.float(), v.float(), dy.float()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         d_sinks = v.new_zeros(len(v), dtype=torch.float32)
-        # Of the future nothing is written or read; what a window hides is read as zero, and what lies between blocks of
-        # queries and blocks of keys that do not begin together.
-        is_read = softmax.window is not None or softmax.ahead % _QUERIES
         for heads in _groups(v):
-            make = v.new_zeros if is_read else v.new_empty
-            p_GSS = make(len(q[heads]), q.shape[1], k.shape[1])
-            d_scores_GSS = make(p_GSS.shape)
+            p_GSS = v.new_zeros(len(q[heads]), q.shape[1], k.shape[1])  # what a query does not see stays zero
+            d_scores_GSS = torch.zeros_like(p_GSS)
             for block in _blocks(q.shape[1]):
                 past = softmax.past(block)
                 p, sink = softmax.probabilities(queries[heads, block], keys[heads, past], heads, block)
@@ -128,10 +126,8 @@ class _BlockedAttention(torch.autograd.Function):
                 d_scores = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32)
                 d_scores_GSS[:, block, past] = d_scores.mul_(ctx.scale)
                 dq[heads, block] = product(d_scores_GSS[:, block, past], k[heads, past])
-            for block in _blocks(k.shape[1]):
-                later = slice(max(0, block.start - softmax.ahead), None)
-                dk[heads, block] = product(d_scores_GSS[:, later, block].mT, q[heads, later])
-                dv[heads, block] = product(p_GSS[:, later, block].mT, dy[heads, later])
+            dk[heads] = product(d_scores_GSS.mT, q[heads])
+            dv[heads] = product(p_GSS.mT, dy[heads])
         back = (_heads_back(x, like) for x, like in zip((dq, dk, dv), ctx.saved_tensors, strict=True))
         by_head = None if softmax.sinks is None else d_sinks.unflatten(0, (-1, softmax.num_heads)).sum(0)
         return *back, by_head, None, None
