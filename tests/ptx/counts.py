@@ -7,7 +7,9 @@ comes to. A warp's access to shared memory takes one wavefront for each word tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +24,18 @@ class Counts:
 
     on: bool = False
     executed: list[int] = field(default_factory=list)  # per instruction of the program, warps that executed it
+    of_runs: dict[int, int] = field(default_factory=dict)  # the same of runs, by their first instruction
     useful: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
     moved: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
     wavefronts: int = 0
     least: int = 0
+
+    def settle(self, runs: Sequence[Any]) -> None:
+        """Count what runs executed with their instructions."""
+        for first, times in self.of_runs.items():
+            for number in range(first, first + runs[first].length):
+                self.executed[number] += times
+        self.of_runs = {}
 
     def global_access(self, name: str, warps: np.ndarray, address: np.ndarray, total: int) -> None:
         """A gang's access of `total` bytes a lane, only lanes that take part."""
