@@ -161,6 +161,7 @@ class Lanewise(NamedTuple):
 
     function: Callable[..., Any]
     dtypes: list[Any]
+    result: np.dtype
 
 
 def build(decoder: Decoder, instruction: Instruction) -> tuple[Op, list[int]]:
@@ -168,29 +169,40 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Op, list[int]]:
     parts, o = instruction.parts, instruction.operands
     if parts[0] in ("mov", "cvta"):
         return _move(decoder, "b64" if parts[0] == "cvta" else parts[-1], o)
-    function, dtypes = lanewise(instruction.opcode, len(o) - 1)
-    target, readers = decoder.slot(o[0]), [decoder.read(text, t) for text, t in zip(o[1:], dtypes, strict=True)]
-    return _apply(function, target, readers, decoder.natural(o[0])), [target]
+    function, dtypes, result = lanewise(instruction.opcode, len(o) - 1)
+    target, natural = decoder.slot(o[0]), np.dtype(decoder.natural(o[0]))
+    readers = [decoder.read(text, t) for text, t in zip(o[1:], dtypes, strict=True)]
+    if result == natural and decoder.program.is_register(o[1]):
+        slots = [decoder.plain(text, t) for text, t in zip(o[1:], dtypes, strict=True)]
+        return _direct(function, target, readers, slots), [target]
+    return _apply(function, target, readers, natural), [target]
 
 
 @cache
 def lanewise(opcode: str, count: int) -> Lanewise:
     """Of an opcode with `count` operands; raises Unsupported where it is none that goes by lanes."""
+    function, dtypes = _function(opcode, count)
+    with np.errstate(all="ignore"):
+        result = function(*(np.ones(1, dtype) for dtype in dtypes)).dtype
+    return Lanewise(function, dtypes, result)
+
+
+def _function(opcode: str, count: int) -> tuple[Callable[..., Any], list[Any]]:
     parts = opcode.split(".")
     name, kind = parts[0], parts[-1]
     if name == "setp":
-        return Lanewise(COMPARE[parts[1]], [dtype_of(kind)] * count)
+        return COMPARE[parts[1]], [dtype_of(kind)] * count
     if kind == "pred":
         function = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[name]
-        return Lanewise(function, [np.bool_] * count)
+        return function, [np.bool_] * count
     if name == "selp":
         dtype = UNSIGNED[int(kind[1:])]
-        return Lanewise(lambda a, b, p: np.where(p, a, b), [dtype, dtype, np.bool_])
+        return (lambda a, b, p: np.where(p, a, b)), [dtype, dtype, np.bool_]
     if name == "cvt":
-        return Lanewise(*convert(parts))
+        return convert(parts)
     if kind in ("bf16", "bf16x2"):
-        return Lanewise(bf16_pair(name, parts), [np.uint16 if kind == "bf16" else np.uint32] * count)
-    return Lanewise(*_typed(parts, count))
+        return bf16_pair(name, parts), [np.uint16 if kind == "bf16" else np.uint32] * count
+    return _typed(parts, count)
 
 
 def _typed(parts: list[str], count: int) -> tuple[Any, list[Any]]:
@@ -209,6 +221,27 @@ def _typed(parts: list[str], count: int) -> tuple[Any, list[Any]]:
         dtype = UNSIGNED[bits]
     typed = {"shl": 1, "shr": 1, "bfe": 1}.get(name, count)
     return _integers(name, parts, bits), [dtype if i < typed else np.uint32 for i in range(count)]
+
+
+def _direct(function: Callable[..., Any], target: int, readers: list[Any], slots: list[int | None]) -> Op:
+    """regs[target] = function(*readers), which gives an array of the register's own type; plain operands have slots."""
+    if len(readers) == 1:
+        (a,) = readers
+        return lambda gang: gang.regs.__setitem__(target, function(a(gang)))
+    if len(readers) == 3:
+        a, b, c = readers
+        return lambda gang: gang.regs.__setitem__(target, function(a(gang), b(gang), c(gang)))
+    (a, b), (first, second) = readers, slots
+    if first is None:
+        return lambda gang: gang.regs.__setitem__(target, function(a(gang), b(gang)))
+    if second is None:
+        return lambda gang: gang.regs.__setitem__(target, function(gang.regs[first], b(gang)))
+
+    def run(gang: Gang) -> None:
+        regs = gang.regs
+        regs[target] = function(regs[first], regs[second])
+
+    return run
 
 
 def _apply(function: Callable[..., Any], target: int, readers: list[Any], natural: Any) -> Op:

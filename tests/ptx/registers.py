@@ -128,6 +128,10 @@ class Decoder:
         convert = converter(natural, dtype)
         return lambda gang: convert(gang.regs[slot])
 
+    def plain(self, text: str, dtype: Any) -> int | None:
+        """The slot of a register that is read as it lies there, as `dtype`; None for any other operand."""
+        return self.slot(text) if self.program.is_register(text) and self.natural(text) == dtype else None
+
     def constant(self, text: str, dtype: np.dtype) -> Any:
         """A literal, or the address of shared memory or of a parameter."""
         if dtype == np.bool_:

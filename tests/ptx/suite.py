@@ -12,6 +12,7 @@ source, option or version.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -51,6 +52,14 @@ def prepare() -> None:
     CUDABackend.make_cubin = lambda *_: b""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
+    gc.disable()  # a program is thousands of functions: Python would look through all of them again and again
+    sweep()
+
+
+def sweep() -> None:
+    """Free what launches left in cycles; what is still there is a program or a module, and stays."""
+    gc.collect()
+    gc.freeze()
 
 
 CASES = (moving_cases, activation_cases, bias_cases, norm_cases, route_cases, product_cases, loss_cases, update_cases)
@@ -72,6 +81,7 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
         run(machine)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
+    sweep()
     kernels, opcodes = set(), set()
     for kernel, counts in machine.launched:
         kernels.add(f"{name} {kernel.name}")
@@ -93,6 +103,7 @@ def plant_all(machine: Machine) -> dict[str, str]:
             continue
         try:
             found[plant.name] = run_plant(plant, machine)
+            sweep()
         except LookupError as broken:
             found[plant.name] = ""
             print(f"cannot plant: {broken}", flush=True)

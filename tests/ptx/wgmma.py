@@ -99,6 +99,7 @@ def _wait(gang: Gang, kept: int) -> None:
             sums.under_way -= 1
             if not sums.under_way:
                 arrived[sums] = sums.registers()
+                sums.tokens = ()  # which hold the sums, and would until the next collection
     if arrived:
         regs = gang.regs
         for slot in gang.cta.decoded.decoder.moved:
@@ -139,7 +140,7 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         if keep:
             start = _sums(before) if found is None else found.values
         bits = gang.cta.fraction_bits if kind == "e4m3" else None
-        descriptors = [np.broadcast_to(read(gang).view(np.uint64), gang.n)[::LANES] for read in (read_a, b)]
+        descriptors = [_of_warps(gang, read(gang)) for read in (read_a, b)]
         at, reads = gang.cta.place(gang), []
         out = np.empty((len(gang.warps), 16, n), np.float32)
         for pair in sorted({(int(x), int(y)) for x, y in zip(*descriptors, strict=True)}):
@@ -171,6 +172,11 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         state(gang).open.append((reads, found))
 
     return multiply, slots
+
+
+def _of_warps(gang: Gang, value: Any) -> np.ndarray:
+    """A descriptor of each warp: its first lane's."""
+    return value[::LANES] if value.shape == (gang.n,) else np.broadcast_to(value, len(gang.warps))
 
 
 def _held(registers: list[np.ndarray]) -> np.ndarray:
