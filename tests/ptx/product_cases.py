@@ -33,8 +33,8 @@ MODULES = {"gemm_columns": "gemm", "grouped_wgrad": "grouped_gemm"}
 # TMA adds whole waves of an expert's rows. "tiny" are the sizes at which a compiled FP8 weight gradient lost every
 # fourth column on Triton 3.8 (pytorch/pytorch issue 188841); "pair" lets the ring of two CTAs come round.
 SIZES = {
-    "aligned": (256, 256, 512), "small": (144, 144, 400), "ragged": (200, 272, 400), "sixteens": (208, 272, 400),
-    "tiny": (32, 16, 16), "pair": (144, 272, 656),
+    "aligned": (256, 256, 512), "small": (144, 144, 272), "ragged": (200, 272, 400), "sixteens": (208, 272, 400),
+    "tiny": (32, 16, 16), "pair": (144, 272, 528),
 }  # fmt: skip
 GROUPS = {"aligned": (256, 256), "small": (128, 0, 128), "ragged": (128, 0, 256), "tiny": (128,), "pair": (384, 0, 256)}
 SUMS = {"aligned": (256, 256), "small": (144, 272), "ragged": (144, 272), "tiny": (32, 16), "pair": (144, 272)}

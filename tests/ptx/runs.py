@@ -1,9 +1,10 @@
 """Runs: instructions of one opcode behind one another, executed as one on so many times as many lanes.
 
 Compilers write a tile's arithmetic as tens of equal instructions on different registers, and a call of NumPy costs
-about the same for all of them as for one. An instruction joins the run before it where both are lane-wise (`arithmetic.lanewise`) or plain copies, take registers
-of the same widths, nothing branches to it, and it reads nothing that the run writes. All operands are read before any
-result is written, so a run may write what its earlier instructions read.
+about the same for all of them as for one. An instruction joins the run before it where both are lane-wise
+(`arithmetic.lanewise`) or plain copies, take registers of the same widths, nothing branches to it, and it reads nothing
+that the run writes. All operands are read before any result is written, so a run may write what its earlier
+instructions read.
 
 A run changes nothing but registers. Where one holds no value, or a product's token, it does nothing, and instructions
 are executed one by one: they say what is wrong.

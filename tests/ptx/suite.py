@@ -5,7 +5,7 @@
 Triton reads TRITON_INTERPRET when it is imported, and the tests' process has it set: `test_ptx` starts this module once
 for all its tests. Another installed Triton is tried by the same command with PYTHONPATH in front of it. ptxas is left
 out of the compiler, so what it caches is no kernel that could run: its cache is a folder of its own, build/ptx-cache.
-That stays (`make clean` removes it): compiling is half of the time, and Triton compiles again what has another
+That stays (`make clean` removes it): compiling is nearly half of the time, and Triton compiles again what has another
 source, option or version.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("MLIR_DISABLE_MULTITHREADING", "1")  # a kernel is too small for a second thread
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / "build" / "ptx-cache"))
 
 import torch
