@@ -15,7 +15,8 @@ kernel that meets its bound on this machine counts on no more than the PTX manua
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -155,58 +156,92 @@ def _integers(name: str, parts: list[str], bits: int) -> Callable[..., Any]:
     return table[name]
 
 
+class Lanewise(NamedTuple):
+    """What an opcode does to each lane by itself: a function of its operands, and the types that it takes them as."""
+
+    function: Callable[..., Any]
+    dtypes: list[Any]
+    result: np.dtype
+
+
 def build(decoder: Decoder, instruction: Instruction) -> tuple[Op, list[int]]:
     """(what executes the instruction, the slots it writes). Raises Unsupported where it is not of this module."""
     parts, o = instruction.parts, instruction.operands
+    if parts[0] in ("mov", "cvta"):
+        return _move(decoder, "b64" if parts[0] == "cvta" else parts[-1], o)
+    function, dtypes, result = lanewise(instruction.opcode, len(o) - 1)
+    target, natural = decoder.slot(o[0]), np.dtype(decoder.natural(o[0]))
+    readers = [decoder.read(text, t) for text, t in zip(o[1:], dtypes, strict=True)]
+    if result == natural and decoder.program.is_register(o[1]):
+        slots = [decoder.plain(text, t) for text, t in zip(o[1:], dtypes, strict=True)]
+        return _direct(function, target, readers, slots), [target]
+    return _apply(function, target, readers, natural), [target]
+
+
+@cache
+def lanewise(opcode: str, count: int) -> Lanewise:
+    """Of an opcode with `count` operands; raises Unsupported where it is none that goes by lanes."""
+    function, dtypes = _function(opcode, count)
+    with np.errstate(all="ignore"):
+        result = function(*(np.ones(1, dtype) for dtype in dtypes)).dtype
+    return Lanewise(function, dtypes, result)
+
+
+def _function(opcode: str, count: int) -> tuple[Callable[..., Any], list[Any]]:
+    parts = opcode.split(".")
     name, kind = parts[0], parts[-1]
-    if name == "mov":
-        return _move(decoder, kind, o)
-    if name == "cvta":
-        return _move(decoder, "b64", o)
-    target = decoder.slot(o[0])
     if name == "setp":
-        dtype = dtype_of(kind)
-        return _apply(COMPARE[parts[1]], target, [decoder.read(x, dtype) for x in o[1:]], np.bool_), [target]
+        return COMPARE[parts[1]], [dtype_of(kind)] * count
     if kind == "pred":
         function = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[name]
-        return _apply(function, target, [decoder.read(x, np.bool_) for x in o[1:]], np.bool_), [target]
+        return function, [np.bool_] * count
     if name == "selp":
         dtype = UNSIGNED[int(kind[1:])]
-        a, b, p = decoder.read(o[1], dtype), decoder.read(o[2], dtype), decoder.read(o[3], np.bool_)
-
-        def select(gang: Gang) -> None:
-            gang.regs[target] = np.where(p(gang).view(np.bool_), a(gang).view(dtype), b(gang).view(dtype))
-
-        return select, [target]
-    natural = decoder.natural(o[0])
+        return (lambda a, b, p: np.where(p, a, b)), [dtype, dtype, np.bool_]
     if name == "cvt":
-        function, dtypes = convert(parts)
-        sources = [decoder.read(x, dtype) for x, dtype in zip(o[1:], dtypes, strict=True)]
-        return _apply(function, target, sources, natural), [target]
+        return convert(parts)
     if kind in ("bf16", "bf16x2"):
-        width = np.uint16 if kind == "bf16" else np.uint32
-        return _apply(bf16_pair(name, parts), target, [decoder.read(x, width) for x in o[1:]], natural), [target]
-    return _apply(*_typed(decoder, parts, target, o[1:]), natural), [target]
+        return bf16_pair(name, parts), [np.uint16 if kind == "bf16" else np.uint32] * count
+    return _typed(parts, count)
 
 
-def _typed(decoder: Decoder, parts: list[str], target: int, sources: list[str]) -> tuple[Any, int, list[Any]]:
-    """(function, target, readers) of an instruction on one type."""
+def _typed(parts: list[str], count: int) -> tuple[Any, list[Any]]:
+    """(function, dtypes of `count` operands) of an instruction on one type."""
     name, kind = parts[0], parts[-1]
     dtype = dtype_of(kind)
     bits = 8 * np.dtype(dtype).itemsize
     if kind[0] == "f":
-        return _floats(name, parts), target, [decoder.read(x, dtype) for x in sources]
+        return _floats(name, parts), [dtype] * count
     if "wide" in parts:
         wide = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * bits]
-        readers = [decoder.read(x, dtype) for x in sources[:2]] + [decoder.read(x, wide) for x in sources[2:]]
         if name == "mul":
-            return (lambda a, b: a.astype(wide) * b.astype(wide)), target, readers
-        return (lambda a, b, c: a.astype(wide) * b.astype(wide) + c), target, readers
+            return (lambda a, b: a.astype(wide) * b.astype(wide)), [dtype, dtype]
+        return (lambda a, b, c: a.astype(wide) * b.astype(wide) + c), [dtype, dtype, wide]
     if name in SAME_BITS or (name in ("mul", "mad") and "hi" not in parts):
         dtype = UNSIGNED[bits]
-    counts = {"shl": 1, "shr": 1, "bfe": 1}.get(name, len(sources))
-    dtypes = [dtype if i < counts else np.uint32 for i in range(len(sources))]
-    return _integers(name, parts, bits), target, [decoder.read(x, d) for x, d in zip(sources, dtypes, strict=True)]
+    typed = {"shl": 1, "shr": 1, "bfe": 1}.get(name, count)
+    return _integers(name, parts, bits), [dtype if i < typed else np.uint32 for i in range(count)]
+
+
+def _direct(function: Callable[..., Any], target: int, readers: list[Any], slots: list[int | None]) -> Op:
+    """regs[target] = function(*readers), which gives an array of the register's own type; plain operands have slots."""
+    if len(readers) == 1:
+        (a,) = readers
+        return lambda gang: gang.regs.__setitem__(target, function(a(gang)))
+    if len(readers) == 3:
+        a, b, c = readers
+        return lambda gang: gang.regs.__setitem__(target, function(a(gang), b(gang), c(gang)))
+    (a, b), (first, second) = readers, slots
+    if first is None:
+        return lambda gang: gang.regs.__setitem__(target, function(a(gang), b(gang)))
+    if second is None:
+        return lambda gang: gang.regs.__setitem__(target, function(gang.regs[first], b(gang)))
+
+    def run(gang: Gang) -> None:
+        regs = gang.regs
+        regs[target] = function(regs[first], regs[second])
+
+    return run
 
 
 def _apply(function: Callable[..., Any], target: int, readers: list[Any], natural: Any) -> Op:
@@ -238,6 +273,7 @@ def _move(decoder: Decoder, kind: str, o: list[str]) -> tuple[Op, list[int]]:
         return _pack(decoder, o[0], list_of(o[1]), int(kind[1:]))
     target, natural = decoder.slot(o[0]), np.dtype(decoder.natural(o[0]))
     source = decoder.read(o[1], natural)
+    decoder.moved.add(target)
 
     def move(gang: Gang) -> None:
         value = source(gang)

@@ -7,6 +7,7 @@ comes to. A warp's access to shared memory takes one wavefront for each word tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from tests.ptx.registers import LANES
 
 SECTOR, BANKS, LINE = 32, 32, 128
+WARP = 48  # the bit of an address at which the number of its warp begins, so that warps are counted apart
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Counts:
     on: bool = False
     executed: list[int] = field(default_factory=list)  # per instruction of the program, warps that executed it
     rounds: dict[int, int] = field(default_factory=dict)  # per branch to an earlier instruction, warps that took it
+    of_runs: dict[int, int] = field(default_factory=dict)  # the same of runs, by their first instruction
     useful: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
     moved: dict[str, int] = field(default_factory=lambda: {"ld": 0, "st": 0})
     wavefronts: int = 0
@@ -34,25 +37,33 @@ class Counts:
         """Warps took the branch that is instruction `number`, back to an earlier one."""
         self.rounds[number] = self.rounds.get(number, 0) + warps
 
+    def settle(self, runs: Sequence[Any]) -> None:
+        """Count what runs executed with their instructions."""
+        for first, times in self.of_runs.items():
+            for number in range(first, first + runs[first].length):
+                self.executed[number] += times
+        self.of_runs = {}
+
     def global_access(self, name: str, warps: np.ndarray, address: np.ndarray, total: int) -> None:
         """A gang's access of `total` bytes a lane, only lanes that take part."""
         if not self.on:
             return
-        for warp in np.unique(warps):
-            mine = address[warps == warp]
-            first, last = mine // SECTOR, (mine + total - 1) // SECTOR
-            self.moved[name] += SECTOR * np.unique(np.concatenate([first, last])).size
-            self.useful[name] += total * np.unique(mine).size
+        sector = np.concatenate([address, address + (total - 1)]) // SECTOR
+        self.moved[name] += SECTOR * np.unique(sector + (np.tile(warps, 2) << WARP)).size
+        self.useful[name] += total * np.unique(address + (warps << WARP)).size
 
     def shared_access(self, warps: np.ndarray, address: np.ndarray, total: int) -> None:
         """Likewise in shared memory."""
         if not self.on:
             return
-        lanes = max(1, LANES // max(1, total // 4))
-        for warp in np.unique(warps):
-            mine = address[warps == warp]
-            for start in range(0, mine.size, lanes):
-                part = mine[start : start + lanes]
-                words = np.unique(part[:, None] // 4 + np.arange(max(1, total // 4)))
-                self.wavefronts += int(np.bincount(words % BANKS).max())
-                self.least += -(-words.size * 4 // LINE)
+        if not address.size:
+            return
+        lanes, words = max(1, LANES // max(1, total // 4)), max(1, total // 4)
+        place = np.arange(warps.size) - np.searchsorted(warps, warps)  # among the lanes of its warp that take part
+        part = warps * LANES + place // lanes  # which lanes are served together
+        found = np.unique((address[:, None] // 4 + np.arange(words)) + (part << WARP)[:, None])
+        part, word = found >> WARP, found & ((1 << WARP) - 1)
+        parts, number, size = np.unique(part, return_inverse=True, return_counts=True)
+        banks = np.bincount(number * BANKS + word % BANKS, minlength=BANKS * parts.size)
+        self.wavefronts += int(banks.reshape(-1, BANKS).max(1).sum())
+        self.least += int((-(-size * 4 // LINE)).sum())

@@ -121,7 +121,9 @@ class Cta:
 
     def local(self, address: np.ndarray) -> np.ndarray:
         """Addresses in this CTA's own shared memory, from its beginning."""
-        if (address >> WINDOW != self.rank).any():
+        if address.size and not (
+            int(np.minimum.reduce(address)) >> WINDOW == self.rank == int(np.maximum.reduce(address)) >> WINDOW
+        ):
             raise Fault(f"reaches into another CTA's shared memory, at {int(address[0]):#x}")
         return address & ((1 << WINDOW) - 1)
 
@@ -142,7 +144,9 @@ class Cta:
     def _touch(self, warp: int, address: int) -> int:
         at = self.local(np.array([address]))
         self.shared.check(at, 8)
-        self.shared.stamps.write(np.array([warp + self.first_warp]), self.shared.granules(at, 8), np.array([False]))
+        self.shared.stamps.write(
+            np.array([warp + self.first_warp]), self.shared.granules(at, 8), lambda: np.array([False])
+        )
         return int(at[0])
 
     def make_mbarrier(self, warp: int, address: int, count: int) -> None:

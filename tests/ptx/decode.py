@@ -17,6 +17,7 @@ import numpy as np
 from tests.ptx import access, arithmetic, barriers, lanes, tma, wgmma
 from tests.ptx.parser import Instruction, Program, Unsupported
 from tests.ptx.registers import LANES, Decoder, Fault, Gang
+from tests.ptx.runs import Run, find_runs
 
 LANE_OPS = ("shfl", "redux", "elect", "vote", "activemask")
 NOTHING = ("nanosleep", "prefetch", "griddepcontrol")
@@ -31,6 +32,7 @@ class Decoded:
     decoder: Decoder
     ops: list[Callable[[Gang], None]]
     granule: int
+    runs: list[Run | None]
 
     def mentioned(self, number: int) -> list[int]:
         """The registers, as slots, that instruction `number` names."""
@@ -178,4 +180,4 @@ def decode(program: Program) -> Decoded:
         parts = instruction.parts
         if parts[0] == "st" and parts[1].startswith("shared"):
             granule = min(granule, int(parts[-1][1:]) // 8)
-    return Decoded(program, decoder, ops, granule)
+    return Decoded(program, decoder, ops, granule, find_runs(decoder, program))

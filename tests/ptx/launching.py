@@ -171,6 +171,7 @@ def execute(machine: Machine, kernel: Kernel, grid: tuple[int, ...], arguments: 
                         cta.peers, cta.meeting, cta.fraction_bits = ctas, meeting, machine.fraction_bits
                     run_cluster(ctas, choices)
     memory.bring_back()
+    counts.settle(decoded.runs)
     machine.launched.append((kernel, counts))
 
 

@@ -18,6 +18,18 @@ from tests.ptx.registers import UNSIGNED, Fault
 BASE = 1 << 32  # a 32-bit slip in an address is seen
 GUARD = 4096
 ALIGNMENT = 256
+NUMBERS = np.arange(16)
+
+
+def views(raw: np.ndarray) -> dict[int, np.ndarray]:
+    """Bytes as elements of 1 to 16 bytes; 16 are two numbers that only ever move together."""
+    return {size: raw.view(UNSIGNED[8 * size] if size <= 8 else np.complex128) for size in (1, 2, 4, 8, 16)}
+
+
+def limits(address: np.ndarray) -> tuple[int, int, int]:
+    """The least and the largest address, and the bits of all."""
+    found = (np.minimum.reduce(address), np.maximum.reduce(address), np.bitwise_or.reduce(address))
+    return int(found[0]), int(found[1]), int(found[2])
 
 
 class Global:
@@ -41,31 +53,35 @@ class Global:
         self.bytes, self.exists = np.zeros(self.used, np.uint8), np.zeros(self.used, bool)
         for start, raw in zip(self.starts, self.parts, strict=True):
             self.bytes[start : start + raw.size], self.exists[start : start + raw.size] = raw, True
-        self.views = {size: self.bytes.view(UNSIGNED[8 * size]) for size in (1, 2, 4, 8)}
+        self.views = views(self.bytes)
 
     def bring_back(self) -> None:
         """Copy every storage's bytes back to where they came from."""
         for start, raw in zip(self.starts, self.parts, strict=True):
             raw[:] = self.bytes[start : start + raw.size]
 
-    def cells(self, address: np.ndarray, size: int, width: int) -> np.ndarray:
-        """Indices of `width` elements of `size` bytes at each address, checked."""
+    def cells(self, address: np.ndarray, total: int) -> np.ndarray:
+        """Indices of the `total` bytes at each address, in units of as many, checked."""
+        if not address.size:
+            return address
+        first, last, bits = limits(address)
+        if bits & (total - 1):
+            raise Fault(f"misaligned access to global memory, {total} bytes at {address[0]:#x}")
         offset = address - BASE
-        if (offset % (size * width)).any():
-            raise Fault(f"misaligned access to global memory, {size * width} bytes at {address[0]:#x}")
-        last = offset + (size * width - 1)
-        if (offset < 0).any() or (last >= self.used).any() or not (self.exists[offset] & self.exists[last]).all():
+        # Storages begin at multiples of ALIGNMENT: an aligned access that ends in one begins there.
+        if first < BASE or last + total > BASE + self.used or not self.exists.take(offset + (total - 1)).all():
             raise Fault("access to global memory out of the bounds of every tensor")
-        return (offset // size)[:, None] + np.arange(width)
+        return offset // total
 
     def read(self, address: np.ndarray, size: int, width: int) -> np.ndarray:
         """[lanes, width] elements of `size` bytes."""
-        return self.views[size][self.cells(address, size, width)]
+        found = self.views[size * width].take(self.cells(address, size * width))
+        return found.view(UNSIGNED[8 * size]).reshape(-1, width)
 
     def write(self, address: np.ndarray, values: np.ndarray) -> None:
         """values [lanes, width]."""
-        size, width = values.dtype.itemsize, values.shape[1]
-        self.views[size][self.cells(address, size, width)] = values
+        view = self.views[values.dtype.itemsize * values.shape[1]]
+        view[self.cells(address, view.itemsize)] = np.ascontiguousarray(values).view(view.dtype)[:, 0]
 
 
 class Shared:
@@ -75,33 +91,41 @@ class Shared:
         size = -(-max(size, 16) // 16) * 16
         self.size, self.granule, self.counts = size, granule, counts
         self.bytes = np.full(size, 0xA5, np.uint8)
-        self.views = {n: self.bytes.view(UNSIGNED[8 * n]) for n in (1, 2, 4, 8)}
+        self.views = views(self.bytes)
         self.stamps, self.first_warp = Stamps(clocks, size // granule, granule), first_warp
 
     def check(self, address: np.ndarray, total: int) -> None:
-        if (address % total).any():
+        if not address.size:
+            return
+        first, last, bits = limits(address)
+        if bits & (total - 1):
             raise Fault(f"misaligned access to shared memory, {total} bytes at {int(address[0])}")
-        if (address < 0).any() or (address + total > self.size).any():
+        if first < 0 or last + total > self.size:
             raise Fault(f"access to shared memory at {int(address.max())}, beyond the {self.size} bytes of this CTA")
 
     def granules(self, address: np.ndarray, total: int) -> np.ndarray:
         """[lanes, n] the granules of `total` bytes at each address."""
-        return (address // self.granule)[:, None] + np.arange(max(1, total // self.granule))
+        return (address // self.granule)[:, None] + NUMBERS[: max(1, total // self.granule)]
 
     def read(self, warps: np.ndarray, address: np.ndarray, size: int, width: int) -> np.ndarray:
         """[lanes, width] elements; an ordinary read by `warps`, one a lane."""
         self.check(address, size * width)
         self.stamps.read(warps + self.first_warp, self.granules(address, size * width))
-        return self.views[size][(address // size)[:, None] + np.arange(width)]
+        view = self.views[size * width]
+        return view.take(address // view.itemsize).view(UNSIGNED[8 * size]).reshape(-1, width)
 
     def write(self, warps: np.ndarray, address: np.ndarray, values: np.ndarray) -> None:
         """An ordinary write of values [lanes, width]."""
         size, width = values.dtype.itemsize, values.shape[1]
         self.check(address, size * width)
-        where, view = (address // size)[:, None] + np.arange(width), self.views[size]
-        before = view[where]
-        view[where] = values
-        if (view[where] != values).any():
+        view = self.views[size * width]
+        where, packed = address // view.itemsize, np.ascontiguousarray(values).view(view.dtype)[:, 0]
+        before = view.take(where)
+        view[where] = packed
+        if (view.take(where).view(values.dtype) != packed.view(values.dtype)).any():
             raise Fault("two lanes write different values to one place of shared memory at once")
-        same = (before == values).all(1)
-        self.stamps.write(warps + self.first_warp, self.granules(address, size * width), same)
+        self.stamps.write(
+            warps + self.first_warp,
+            self.granules(address, size * width),
+            lambda: (before.view(values.dtype).reshape(values.shape) == values).all(1),
+        )

@@ -30,6 +30,7 @@ import numpy as np
 
 from tests.ptx.registers import Fault
 
+PIECE = 16  # bytes that the asynchronous proxy reads at least, of which TMA and WGMMA make everything
 UNWRITTEN = 1 << 30
 UNDER_WAY = UNWRITTEN + 1
 KNOWN, VISIBLE, READ = 0, 1, 2
@@ -78,27 +79,39 @@ class Clocks:
 
 
 class UnderWay:
-    """A read of `granules` by the asynchronous proxy; `what` says which, for a report."""
+    """A read of `pieces` by the asynchronous proxy; `what` says which, for a report."""
 
-    def __init__(self, granules: np.ndarray, what: Callable[[], str]) -> None:
-        self.granules, self.what = granules, what
-        self.first, self.last = int(granules.min()), int(granules.max())
+    def __init__(self, pieces: np.ndarray, what: Callable[[], str]) -> None:
+        self.pieces, self.what = pieces, what
+        self.first, self.last = int(pieces.min()), int(pieces.max())
 
 
 class Stamps:
-    """The accesses to one CTA's shared memory, a stamp a granule."""
+    """The accesses to one CTA's shared memory, a stamp a granule, or for the asynchronous proxy's reads a piece."""
 
     def __init__(self, clocks: Clocks, size: int, granule: int) -> None:
         w = clocks.num_warps
-        self.clocks, self.num_warps, self.granule = clocks, w, granule
-        self.writer = np.zeros(size, np.int16)
+        self.clocks, self.num_warps, self.granule, self.per_piece = clocks, w, granule, PIECE // granule
+        self.owner = np.zeros(size, np.int16)  # agent of the last write, 2 W more where it was an ordinary store
         self.written = np.full(size, UNWRITTEN, np.int32)
-        self.ordinary = np.zeros(size, bool)  # the last write was an ordinary store
-        self.issued = np.zeros((w, size), np.int32)  # last ordinary read of each warp
-        self.ended = np.zeros((w, size), np.int32)  # last read for it by the asynchronous proxy
+        self.pieces_of = [one.view(f"V{one.itemsize * self.per_piece}") for one in (self.owner, self.written)]
+        self.issued = np.zeros((size, w), np.int32)  # last ordinary read by each warp
+        self.ended = np.zeros((size // self.per_piece, w), np.int32)  # last read for it by the asynchronous proxy
         self.under_way: list[UnderWay] = []
         self.places: dict[int, str] = {}  # agent -> where its last write was, for reports
         self.place: Callable[[], str] = lambda: ""
+
+    def _writer(self, granules: Any) -> Any:
+        return self.owner[granules] % (2 * self.num_warps)
+
+    def _ordinary(self, granules: Any) -> Any:
+        return self.owner[granules] >= 2 * self.num_warps
+
+    def _known(self, warps: np.ndarray, granules: np.ndarray) -> np.ndarray:
+        """What warps [n] know of the last writers of granules [n, k]."""
+        rows, agents = self.clocks.rows, 2 * self.num_warps
+        owner = self.owner.take(granules)
+        return rows.reshape(-1).take(owner % agents + (warps * (3 * agents))[:, None])
 
     def _name(self, agent: int) -> str:
         kind = "warp" if agent < self.num_warps else "TMA or cp.async of warp"
@@ -110,102 +123,128 @@ class Stamps:
         written = int(self.written[at])
         if written == UNWRITTEN:
             return Fault(f"{doing} shared memory at {at * self.granule}, which nobody wrote")
-        other = self._name(int(self.writer[at]))
+        other = self._name(int(self._writer(at)))
         if written == UNDER_WAY:
             return Fault(f"{doing} shared memory at {at * self.granule} while a copy of {other} is under way")
-        kind = "ordinary write" if self.ordinary[at] else "write"
+        kind = "ordinary write" if self._ordinary(at) else "write"
         return Fault(f"{doing} shared memory at {at * self.granule} without waiting for the {kind} of {other}")
 
     def check_known(self, warps: np.ndarray, granule: int) -> None:
         """Do these warps know of the last write to a granule?"""
-        known = self.clocks.rows[warps, KNOWN, self.writer[granule]]
+        known = self.clocks.rows[warps, KNOWN, self._writer(granule)]
         if (self.written[granule] > known).any():
             raise self._report(np.array([granule]), np.array([True]), "uses")
 
     def read(self, warps: np.ndarray, granules: np.ndarray) -> None:
         """An ordinary read: warps [n], granules [n, k]."""
-        known = self.clocks.rows[warps[:, None], KNOWN, self.writer[granules]]
-        bad = self.written[granules] > known
-        if bad.any():
-            raise self._report(granules, bad, "reads")
-        self.issued[warps[:, None], granules] = self.clocks.own[warps][:, None]
+        if not warps.size:
+            return
+        written = self.written.take(granules)
+        least = np.minimum.reduce(self.clocks.rows[warps[0] : warps[-1] + 1, KNOWN])  # every one of them knows more
+        if (written > np.concatenate((least, least)).take(self.owner.take(granules))).any():
+            bad = written > self._known(warps, granules)
+            if bad.any():
+                raise self._report(granules, bad, "reads")
+        self.issued[granules, warps[:, None]] = self.clocks.own.take(warps)[:, None]
 
-    def write(self, warps: np.ndarray, granules: np.ndarray, same: np.ndarray) -> None:
-        """An ordinary write; `same` [n] where it changed nothing, so that two warps may write it."""
-        written = self.written[granules]
-        known = self.clocks.rows[warps[:, None], KNOWN, self.writer[granules]]
-        bad = (written > known) & (written != UNWRITTEN) & ~same[:, None]
+    def write(self, warps: np.ndarray, granules: np.ndarray, same: Callable[[], np.ndarray]) -> None:
+        """An ordinary write; `same` says [n] where it changed nothing, so that two warps may write it."""
+        written = self.written.take(granules)
+        bad = written > self._known(warps, granules)
         if bad.any():
-            raise self._report(granules, bad, "writes")
+            bad &= (written != UNWRITTEN) & ~same()[:, None]
+            if bad.any():
+                raise self._report(granules, bad, "writes")
         self._check_under_way(granules)
-        known = self.clocks.rows[warps, KNOWN, : self.num_warps].T[:, :, None]
-        reads = np.maximum(self.issued[:, granules], self.ended[:, granules]) > known
-        if reads.any():
-            reader, lane, k = (int(x[0]) for x in np.nonzero(reads))
-            at = int(granules[lane, k]) * self.granule
-            raise Fault(f"writes shared memory at {at} without waiting for the read of warp {reader}")
-        self.writer[granules] = warps[:, None]
+        known = self.clocks.rows[warps, KNOWN, : self.num_warps]
+        for reads, where in ((self.issued, granules), (self.ended, granules // self.per_piece)):
+            late = reads.take(where, axis=0) > known[:, None]
+            if late.any():
+                lane, k, reader = (int(x[0]) for x in np.nonzero(late))
+                at = int(granules[lane, k]) * self.granule
+                raise Fault(f"writes shared memory at {at} without waiting for the read of warp {reader}")
+        self.owner[granules] = (warps + 2 * self.num_warps)[:, None]
         self.written[granules] = self.clocks.own[warps][:, None]
-        self.ordinary[granules] = True
-        for warp in np.unique(warps):
-            self.places[int(warp)] = self.place()
+        place = self.place()
+        for warp in set(warps.tolist()):
+            self.places[warp] = place
 
     def _check_under_way(self, granules: Any) -> None:
         if not self.under_way:
             return
         run = isinstance(granules, slice)
         first, last = (granules.start, granules.stop - 1) if run else (granules.min(), granules.max())
+        start, end = first // self.per_piece, last // self.per_piece
         for read in self.under_way:
-            if read.last < first or read.first > last:
+            if read.last < start or read.first > end:
                 continue
-            hit = ((read.granules >= first) & (read.granules <= last)) if run else np.isin(read.granules, granules)
+            if run:
+                hit = (read.pieces >= start) & (read.pieces <= end)
+            else:
+                hit = np.isin(read.pieces, granules // self.per_piece)
             if hit.any():
                 raise Fault(f"overwrites shared memory at {int(first) * self.granule} and on, while {read.what()}")
 
-    def begin_read(self, warps: np.ndarray, granules: np.ndarray, what: Callable[[], str]) -> UnderWay:
-        """A read by the asynchronous proxy, on behalf of `warps`: under way until `end_read`."""
-        rows, writer = self.clocks.rows[warps], self.writer[granules]
+    def begin_read(self, warps: np.ndarray, pieces: np.ndarray, what: Callable[[], str]) -> UnderWay:
+        """A read of pieces by the asynchronous proxy, on behalf of `warps`: under way until `end_read`."""
+        rows = self.clocks.rows[warps]
         least = rows.min(0)  # what every one of them knows
-        known = np.where(self.ordinary[granules], least[VISIBLE, writer], least[KNOWN, writer])
-        bad = self.written[granules] > known
+        owner, written = (
+            part.take(pieces).view(t) for part, t in zip(self.pieces_of, (np.int16, np.int32), strict=True)
+        )
+        bad = written > least[: VISIBLE + 1].reshape(-1).take(owner)
         if bad.any():
+            granules = (pieces[:, None] * self.per_piece + np.arange(self.per_piece)).reshape(-1)
             at = granules[bad][:1]
-            if self.ordinary[at[0]] and (self.written[at] <= rows[:, KNOWN][:, self.writer[at]]).all():
-                writer = self._name(int(self.writer[at[0]]))
+            writer = self._writer(at)
+            if self._ordinary(at)[0] and (self.written[at] <= rows[:, KNOWN][:, writer]).all():
                 raise Fault(
-                    f"{what()} at {int(at[0]) * self.granule}: the ordinary write of {writer} is not visible to the "
-                    "asynchronous proxy without fence.proxy.async"
+                    f"{what()} at {int(at[0]) * self.granule}: the ordinary write of {self._name(int(writer[0]))} is "
+                    "not visible to the asynchronous proxy without fence.proxy.async"
                 )
             raise self._report(granules, bad, f"{what()}:")
-        read = UnderWay(granules, what)
+        read = UnderWay(pieces, what)
         self.under_way.append(read)
         return read
 
     def end_read(self, warps: np.ndarray, read: UnderWay) -> None:
         self.under_way.remove(read)
-        self.ended[warps[:, None], read.granules] = self.clocks.own[warps][:, None]
+        self.ended[read.pieces[:, None], warps] = self.clocks.own[warps]
 
     def begin_copy(self, warp: int, granules: Any, *, asynchronous: bool) -> None:
         """A copy into `granules` (an array or a slice) that `warp` starts: by TMA (asynchronous proxy) or cp.async."""
-        writer, rows = self.writer[granules], self.clocks.rows[warp]
-        visible = rows[VISIBLE if asynchronous else KNOWN][writer]
-        known = np.where(self.ordinary[granules], visible, rows[KNOWN][writer])
-        bad = (self.written[granules] > known) & (self.written[granules] != UNWRITTEN)
-        where = np.arange(granules.start, granules.stop) if isinstance(granules, slice) else granules
+        rows, written = self.clocks.rows[warp], self.written[granules]
+        visible = rows[VISIBLE if asynchronous else KNOWN]
+        bad = written > np.concatenate((rows[KNOWN], visible)).take(self.owner[granules])
+        run = isinstance(granules, slice)
         if bad.any():
-            raise self._report(where, bad, "a copy overwrites")
+            bad &= written != UNWRITTEN
+            if bad.any():
+                raise self._report(self._numbers(granules), bad, "a copy overwrites")
         self._check_under_way(granules)
-        for reads, row in ((self.issued, READ if asynchronous else KNOWN), (self.ended, KNOWN)):
-            late = reads[:, granules] > rows[row, : self.num_warps, None]
+        if run:
+            pieces = slice(granules.start // self.per_piece, -(-granules.stop // self.per_piece))
+        else:
+            pieces = granules // self.per_piece
+        for reads, where, row in (
+            (self.issued, granules, READ if asynchronous else KNOWN),
+            (self.ended, pieces, KNOWN),
+        ):
+            late = reads[where] > rows[row, : self.num_warps]
             if late.any():
-                reader, at = (int(x[0]) for x in np.nonzero(late))
+                at, reader = (int(x[0]) for x in np.nonzero(late))
+                at = int(self._numbers(where)[at]) * (self.granule if where is granules else PIECE)
                 raise Fault(
-                    f"a copy overwrites shared memory at {int(where[at]) * self.granule} without waiting until the "
-                    f"read of warp {reader} has its value" + (" (fence.proxy.async)" if row == READ else "")
+                    f"a copy overwrites shared memory at {at} without waiting until the read of "
+                    f"warp {reader} has its value" + (" (fence.proxy.async)" if row == READ else "")
                 )
-        self.writer[granules], self.written[granules] = self.num_warps + warp, UNDER_WAY
-        self.ordinary[granules] = not asynchronous
-        self.places[self.num_warps + warp] = self.place()
+        agent = self.num_warps + warp
+        self.owner[granules], self.written[granules] = agent + (0 if asynchronous else 2 * self.num_warps), UNDER_WAY
+        self.places[agent] = self.place()
+
+    @staticmethod
+    def _numbers(where: Any) -> np.ndarray:
+        return np.arange(where.start, where.stop) if isinstance(where, slice) else where
 
     def end_copy(self, granules: Any, stamp: int) -> None:
         self.written[granules] = stamp

@@ -38,12 +38,13 @@ class Fault(RuntimeError):
 
 
 class Token:
-    """Stands in a register until its value may be used; `value` is what it will be, `ready` when it may."""
+    """Stands in a register for number `index` of the sums of a WGMMA until they may be used."""
 
+    __slots__ = ("index", "sums")
     __array_ufunc__ = None
 
-    def __init__(self, value: np.ndarray) -> None:
-        self.value, self.ready = value, False
+    def __init__(self, sums: Any, index: int) -> None:
+        self.sums, self.index = sums, index
 
 
 class Gang:
@@ -80,6 +81,16 @@ class Gang:
         return int(value[0])
 
 
+def converter(natural: np.dtype, dtype: np.dtype) -> Callable[[Any], Any]:
+    """A register's array of dtype `natural`, as an operand of `dtype`."""
+    if natural.itemsize == dtype.itemsize:
+        return lambda value: value.view(dtype)
+    if natural.itemsize > dtype.itemsize:
+        narrow = UNSIGNED[8 * dtype.itemsize]
+        return lambda value: value.view(natural).astype(narrow).view(dtype)
+    return lambda value: value.view(natural).astype(dtype)
+
+
 class Decoder:
     """Names to slots, texts to readers, for one program."""
 
@@ -87,6 +98,7 @@ class Decoder:
         self.program = program
         self.slots: dict[str, int] = {}
         self.names: list[str] = []
+        self.moved: set[int] = set()  # slots that may hold a token: a WGMMA or a copy writes them
 
     def slot(self, register: str) -> int:
         if register not in self.slots:
@@ -113,12 +125,12 @@ class Decoder:
         slot, natural = self.slot(text), np.dtype(self.natural(text))
         if natural == dtype:
             return lambda gang: gang.regs[slot]
-        if natural.itemsize == dtype.itemsize:
-            return lambda gang: gang.regs[slot].view(dtype)
-        if natural.itemsize > dtype.itemsize:
-            narrow = UNSIGNED[8 * dtype.itemsize]
-            return lambda gang: gang.regs[slot].view(natural).astype(narrow).view(dtype)
-        return lambda gang: gang.regs[slot].view(natural).astype(dtype)
+        convert = converter(natural, dtype)
+        return lambda gang: convert(gang.regs[slot])
+
+    def plain(self, text: str, dtype: Any) -> int | None:
+        """The slot of a register that is read as it lies there, as `dtype`; None for any other operand."""
+        return self.slot(text) if self.program.is_register(text) and self.natural(text) == dtype else None
 
     def constant(self, text: str, dtype: np.dtype) -> Any:
         """A literal, or the address of shared memory or of a parameter."""

@@ -60,9 +60,15 @@ def _run(gang: Gang, burst: int) -> int:
     """Execute until the gang waits, is done, or `burst` instructions are; -> how many."""
     cta, count = gang.cta, 0
     cta.running = gang
-    ops, executed, width = cta.decoded.ops, cta.counts.executed, len(gang.warps)
+    ops, runs, executed, width = cta.decoded.ops, cta.decoded.runs, cta.counts.executed, len(gang.warps)
+    of_runs = cta.counts.of_runs
     while count < burst and gang.waiting is None and not gang.done:
         gang.at = pc = gang.pc
+        run = runs[pc]
+        if run is not None and run.execute(gang):  # beyond the burst too: who else would see it?
+            gang.pc, count = pc + run.length, count + run.length
+            of_runs[pc] = of_runs.get(pc, 0) + width
+            continue
         gang.pc = pc + 1
         count += 1
         executed[pc] += width

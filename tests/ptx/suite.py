@@ -5,13 +5,14 @@
 Triton reads TRITON_INTERPRET when it is imported, and the tests' process has it set: `test_ptx` starts this module once
 for all its tests. Another installed Triton is tried by the same command with PYTHONPATH in front of it. ptxas is left
 out of the compiler, so what it caches is no kernel that could run: its cache is a folder of its own, build/ptx-cache.
-That stays (`make clean` removes it): compiling is half of the time, and Triton compiles again what has another
+That stays (`make clean` removes it): compiling is nearly half of the time, and Triton compiles again what has another
 source, option or version.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("MLIR_DISABLE_MULTITHREADING", "1")  # a kernel is too small for a second thread
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / "build" / "ptx-cache"))
 
 import torch
@@ -53,6 +55,14 @@ def prepare() -> None:
     CUDABackend.make_cubin = lambda *_: b""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
+    gc.disable()  # a program is thousands of functions: Python would look through all of them again and again
+    sweep()
+
+
+def sweep() -> None:
+    """Free what launches left in cycles; what is still there is a program or a module, and stays."""
+    gc.collect()
+    gc.freeze()
 
 
 CASES = (moving_cases, activation_cases, bias_cases, norm_cases, route_cases, product_cases, loss_cases, update_cases)
@@ -74,6 +84,7 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
         run(machine)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
+    sweep()
     kernels, opcodes = set(), set()
     rounds: dict[str, int] = {}
     for kernel, counts in machine.launched:
@@ -99,6 +110,7 @@ def plant_all(machine: Machine) -> dict[str, str]:
             continue
         try:
             found[plant.name] = run_plant(plant, machine)
+            sweep()
         except LookupError as broken:
             found[plant.name] = ""
             print(f"cannot plant: {broken}", flush=True)

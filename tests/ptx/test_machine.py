@@ -117,6 +117,33 @@ def test_integers_are_those_of_python(instruction, expected):
     assert got.tolist() == [(expected(int(x)) + 2**31) % 2**32 - 2**31 for x in values]
 
 
+RUNS = """
+	add.s32 %r4, %r2, 1; add.s32 %r5, %r2, -2; add.s32 %r6, %r1, 3;
+	add.s32 %r7, %r4, 4; add.s32 %r8, %r5, 4; add.s32 %r4, %r1, 4;
+	mov.b32 %r10, %r7; mov.b32 %r7, %r8; mov.b32 %r15, %r6;
+	mov.b32 %r8, %r10;
+	xor.b32 %r12, %r4, %r5; xor.b32 %r13, %r20, %r20; xor.b32 %r14, %r4, %r6;
+	mov.b32 %r11, 5;
+	mad.lo.s32 %r9, %r12, %r11, %r15;
+	sub.s32 %r16, %r7, %r8;
+	add.s32 %r9, %r9, %r13; add.s32 %r9, %r9, %r16; add.s32 %r9, %r9, %r14;
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_a_run_of_equal_instructions_does_what_each_does(seed):
+    """A run ends before what reads its results or is branched to; it may write what it has read. %r20 holds nothing."""
+    values, thread = np.arange(THREADS, dtype=np.int32) * 7 - 50, np.arange(THREADS)
+    expected = ((thread + 4) ^ (values - 2)) * 5 + thread + 3 - 3 + ((thread + 4) ^ (thread + 3))
+    branched = RUNS.replace("add.s32 %r8, %r5", "HERE: add.s32 %r8, %r5")
+    for text, runs in ((RUNS, {0: 3, 3: 3, 6: 3, 10: 3}), (branched, {0: 3, 6: 3, 10: 3})):
+        decoded = decode(parse(HEAD + text + TAIL))
+        start = next(i for i, one in enumerate(decoded.program.code) if one.opcode == "add.s32")
+        found = {i - start: one.length for i, one in enumerate(decoded.runs) if one is not None and i >= start}
+        assert found == runs
+        assert run(text, values, seed).tolist() == expected.tolist()
+
+
 def test_lanes_exchange_values():
     values = np.arange(THREADS, dtype=np.int32)
     assert run("shfl.sync.bfly.b32 %r9, %r2, 5, 31, -1;", values).tolist() == [i ^ 5 for i in range(THREADS)]

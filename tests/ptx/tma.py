@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from tests.ptx.memory import BASE, Global
+from tests.ptx.order import PIECE
 from tests.ptx.parser import Instruction, Unsupported, split_operands
 from tests.ptx.registers import MAPS, WINDOW, Decoder, Fault, Gang
 
 ALIGNMENT = 128  # of a tile in shared memory
-PIECE = 16  # bytes that stay together in every swizzle
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def swizzled(address: np.ndarray, line: int) -> np.ndarray:
 def places(tensor: TensorMap, at: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """(is it inside the tensor, index into global memory, address in shared memory) of every piece of a box, its bytes.
 
-    A piece is 16 bytes, the swizzle's own, where the tensor's rows and the box begin and end at whole pieces, or 1.
-    Indices and addresses count pieces.
+    A piece is 16 bytes, which stay together in every swizzle, where the tensor's rows and the box begin and end at
+    whole pieces, or 1. Indices and addresses count pieces.
     """
     box, shape, strides, size = tensor.box, tensor.shape, tensor.strides, tensor.size
     if len(box) == 1:
@@ -165,10 +165,11 @@ def _load(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, b
 
 
 def _store(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
-    where, stamps = region(gang, tensor, start), gang.cta.shared.stamps
-    place = gang.cta.place(gang)
+    region(gang, tensor, start)  # which must be there
+    stamps, place = gang.cta.shared.stamps, gang.cta.place(gang)
     warps = np.array([warp + gang.cta.first_warp])
-    read = stamps.begin_read(warps, np.arange(where.start, where.stop), lambda: f"the TMA store ({place}) reads")
+    of_tile = np.arange(start // PIECE, -(-(start + tensor.bytes) // PIECE))
+    read = stamps.begin_read(warps, of_tile, lambda: f"the TMA store ({place}) reads")
     store_tile(gang.cta.memory, gang.cta.shared, tensor, at, start, adds)
     gang.stores.append((warps, read))
 

@@ -2,8 +2,8 @@
 
 A `mma_async` takes its operands from shared memory at any moment until `wait_group` has let its group go: nobody may
 write there meanwhile, which `order` watches, so the product is formed at once and kept from the program: its
-registers hold a token that is worth a fault to any instruction but a copy or the next product of the same sums. Sums
-that ordinary instructions wrote need a `wgmma.fence` after that.
+registers hold a token that is worth a fault to any instruction but a copy or the next product of the same sums, which
+adds to them where they are. Sums that ordinary instructions wrote need a `wgmma.fence` after that.
 
 A product is formed in FP32 (each is exact; bounds of the tests are those of the project's GPU tests), or, where the
 machine has `fraction_bits`, an FP8 one as the tensor core keeps it (`accumulator`). Operands with descriptors are
@@ -18,12 +18,14 @@ of k make a group, groups `stride` apart, and the next 64 values lie `leading` f
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from tests.ptx.accumulator import truncated_sum
 from tests.ptx.conversions import E4M3_VALUES, f32_of_bf16
+from tests.ptx.order import PIECE
 from tests.ptx.parser import Instruction, Unsupported, list_of
 from tests.ptx.registers import LANES, Decoder, Fault, Gang, Token
 from tests.ptx.tma import swizzled
@@ -32,12 +34,32 @@ LINES = {1: 128, 2: 64, 3: 32}
 WARPS = 4
 
 
+class Sums:
+    """Sums in one set of registers: `values` [warps, 16, n] FP32; `under_way` is how many products are waited for."""
+
+    def __init__(self, values: np.ndarray, count: int) -> None:
+        self.values, self.under_way = values, 1
+        self.tokens = tuple(Token(self, i) for i in range(count))
+
+    def registers(self) -> list[np.ndarray]:
+        """The bits of each register, for all lanes: lane 4 r + c has columns 2 c and 2 c + 1 of rows r and r + 8."""
+        warps, _, n = self.values.shape
+        parts = self.values.reshape(warps, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+        return list(np.ascontiguousarray(parts).reshape(n // 2, warps * LANES).view(np.uint32))
+
+
+def sums_of(registers: list[np.ndarray]) -> np.ndarray:
+    """[warps, 16, n] FP32: what `registers` gives the bits of."""
+    parts = np.concatenate(registers).view(np.float32).reshape(len(registers) // 4, 2, 2, -1, 8, 4)
+    return np.ascontiguousarray(parts.transpose(3, 1, 4, 0, 5, 2)).reshape(parts.shape[3], 16, -1)
+
+
 class State:
     """A gang's products: since the last commit, and groups of them that are under way."""
 
     def __init__(self) -> None:
-        self.open: list[tuple[Any, list[Token]]] = []
-        self.groups: list[list[tuple[Any, list[Token]]]] = []
+        self.open: list[tuple[Any, Sums]] = []
+        self.groups: list[list[tuple[Any, Sums]]] = []
         self.fenced: list[Any] = []  # what each register held at the last fence
 
     def fence(self, gang: Gang) -> None:
@@ -70,14 +92,21 @@ def _commit(gang: Gang, on: Any) -> None:
 
 
 def _wait(gang: Gang, kept: int) -> None:
-    groups = state(gang).groups
+    groups, arrived = state(gang).groups, {}
     while len(groups) > kept:
         for reads, sums in groups.pop(0):
             for warps, read in reads:
                 gang.cta.shared.stamps.end_read(warps, read)
-            for one in sums:
-                one.ready = True
-    gang.regs = [value.value if value.__class__ is Token and value.ready else value for value in gang.regs]
+            sums.under_way -= 1
+            if not sums.under_way:
+                arrived[sums] = sums.registers()
+                sums.tokens = ()  # which hold the sums, and would until the next collection
+    if arrived:
+        regs = gang.regs
+        for slot in gang.cta.decoded.decoder.moved:
+            value = regs[slot]
+            if value.__class__ is Token and value.sums in arrived:
+                regs[slot] = arrived[value.sums][value.index]
 
 
 def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
@@ -94,25 +123,27 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         fragments, held_slots = [decoder.read(x, np.uint32) for x in held], [decoder.slot(x) for x in held]
         read_a, majors = (lambda gang: np.zeros(1, np.uint64)), [0, *majors[:1]]
     else:
-        read_a = decoder.read(o[1], np.uint64)
+        read_a, held_slots = decoder.read(o[1], np.uint64), []
     if signs != [1, 1] or len(slots) != n // 2:
         raise Unsupported(f"{opcode} with factors {signs} and {len(slots)} registers")
-    lane, i = np.arange(LANES), np.arange(n // 2)[:, None]
-    row, column = lane // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (lane % 4) + i % 2  # [registers, lanes]
-    places: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # of A, of B, granules of both
+    decoder.moved.update(slots)
+    of_sums, of_a_and_sums = itemgetter(*slots), [*slots, *held_slots]
+    places: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # of A, of B, pieces of both
 
-    def product(gang: Gang, on: Any) -> None:
+    def multiply(gang: Gang, on: Any) -> None:
         keep = gang.one(keeps(gang), "the predicate of a WGMMA")
-        _check(gang, [*slots, *held_slots] if held else slots)
+        before, found = of_sums(gang.regs), None  # what the registers hold, and the sums that are still under way
+        if before[0].__class__ is Token and before == before[0].sums.tokens:
+            found = before[0].sums
+        _check(gang, held_slots if found is not None else of_a_and_sums)
         kept = _held([read(gang) for read in fragments]) if held else None
-        sums = _sums(gang, slots) if keep else None
-        bits, before = gang.cta.fraction_bits if kind == "e4m3" else None, None
-        if bits is not None and sums is not None:
-            before = np.zeros((len(gang.warps), 16, n), np.float32)
-            before[:, row, column] = sums.reshape(len(slots), -1, LANES).transpose(1, 0, 2)
-        descriptors = [np.broadcast_to(read(gang).view(np.uint64), gang.n)[::LANES] for read in (read_a, b)]
+        start = None
+        if keep:
+            start = _sums(before) if found is None else found.values
+        bits = gang.cta.fraction_bits if kind == "e4m3" else None
+        descriptors = [_of_warps(gang, read(gang)) for read in (read_a, b)]
         at, reads = gang.cta.place(gang), []
-        out = np.zeros((len(gang.warps), 16, n), np.float32)
+        out = np.empty((len(gang.warps), 16, n), np.float32)
         for pair in sorted({(int(x), int(y)) for x, y in zip(*descriptors, strict=True)}):
             mine = np.flatnonzero((descriptors[0] == pair[0]) & (descriptors[1] == pair[1]))
             quarters = gang.warps[mine] % WARPS
@@ -120,26 +151,33 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
             if key not in places:  # a ring's slots come round again and again
                 rows = (16 * quarters[:, None] + np.arange(16)).reshape(-1) if kept is None else None
                 places[key] = _places(gang, pair, (rows, np.arange(n)), k, kind, majors)
-            of_a, of_b, granules = places[key]
-            left = kept[mine].reshape(-1, k) if kept is not None else _values(gang, of_a, kind)
-            right = _values(gang, of_b, kind)
+            of_a, of_b, pieces = places[key]
+            left = kept[mine].reshape(-1, k) if kept is not None else _values(gang, of_a, kind, majors[0])
+            right = _values(gang, of_b, kind, majors[1])
             if bits is None:
-                found = left @ right.T
+                product = left @ right.T
             else:
-                found = truncated_sum(left, right, None if before is None else before[mine].reshape(-1, n), bits)
-            out[mine] = found.reshape(-1, 16, n)
+                product = truncated_sum(left, right, None if start is None else start[mine].reshape(-1, n), bits)
+            out[mine] = product.reshape(-1, 16, n)
             warps = gang.warps[mine] + gang.cta.first_warp
             what = lambda at=at: f"the WGMMA ({at}) reads it"  # noqa: E731
-            reads.append((warps, gang.cta.shared.stamps.begin_read(warps, granules, what)))
-        values = out[:, row, column].transpose(1, 0, 2).reshape(len(slots), -1)
-        if sums is not None and bits is None:
-            values = values + sums
-        tokens = [Token(value) for value in np.ascontiguousarray(values, np.float32).view(np.uint32)]
-        for slot, token in zip(slots, tokens, strict=True):
-            gang.regs[slot] = token
-        state(gang).open.append((reads, tokens))
+            reads.append((warps, gang.cta.shared.stamps.begin_read(warps, pieces, what)))
+        if start is not None and bits is None:
+            out += start
+        if found is not None:
+            found.values, found.under_way = out, found.under_way + 1
+        else:
+            found = Sums(out, len(slots))
+            for slot, token in zip(slots, found.tokens, strict=True):
+                gang.regs[slot] = token
+        state(gang).open.append((reads, found))
 
-    return product, slots
+    return multiply, slots
+
+
+def _of_warps(gang: Gang, value: Any) -> np.ndarray:
+    """A descriptor of each warp: its first lane's."""
+    return value[::LANES] if value.shape == (gang.n,) else np.broadcast_to(value, len(gang.warps))
 
 
 def _held(registers: list[np.ndarray]) -> np.ndarray:
@@ -155,40 +193,48 @@ def _held(registers: list[np.ndarray]) -> np.ndarray:
 
 def _check(gang: Gang, slots: list[int]) -> None:
     """Sums that ordinary instructions wrote come before a fence."""
-    fenced = state(gang).fenced
+    fenced, regs = state(gang).fenced, gang.regs
     for slot in slots:
-        value = gang.regs[slot]
+        value = regs[slot]
         if value.__class__ is not np.ndarray or (slot < len(fenced) and value is fenced[slot]):
             continue
         if not any(value is one for one in fenced):  # a copy is no write: compilers rename registers
             raise Fault("a WGMMA takes registers that were written after the last wgmma.fence")
 
 
-def _sums(gang: Gang, slots: list[int]) -> np.ndarray:
-    """What the registers hold, [registers, lanes] FP32."""
-    values = [gang.regs[slot] for slot in slots]
-    if any(value is None for value in values):
+def _sums(before: tuple[Any, ...]) -> np.ndarray:
+    """What the registers hold, [warps, 16, n] FP32."""
+    if any(value is None for value in before):
         raise Fault("a WGMMA adds to registers that nobody wrote")
-    return np.stack([value.value if isinstance(value, Token) else value for value in values]).view(np.float32)
+    arrays = {id(one.sums): one.sums.registers() for one in before if one.__class__ is Token}
+    return sums_of([arrays[id(one.sums)][one.index] if one.__class__ is Token else one for one in before])
 
 
 def _places(
     gang: Gang, pair: tuple[int, int], rows: tuple[np.ndarray | None, np.ndarray], k: int, kind: str, majors: list[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the values of A (none: it lies in registers) and of B lie, and the granules of both."""
-    of_a, of_b = (
-        np.zeros(0, np.int64) if numbers is None else _addresses(gang, descriptor, numbers, k, kind, major)
-        for descriptor, numbers, major in zip(pair, rows, majors, strict=True)
-    )
-    return of_a, of_b, np.unique(np.concatenate([of_a.ravel(), of_b.ravel()]) // gang.cta.shared.granule)
+    """Where A (none: it lies in registers) and B lie, and the pieces of 16 bytes that are read of both.
+
+    K-major: pieces of 16 bytes, [rows, k / 16 bytes]. Otherwise each value, in units of 2 bytes, [rows, k].
+    """
+    found, both = [], []
+    for descriptor, numbers, major in zip(pair, rows, majors, strict=True):
+        if numbers is None:
+            found.append(np.zeros(0, np.int64))
+            continue
+        address = _addresses(gang, descriptor, numbers, k, kind, major)
+        both.append(address.ravel() // PIECE)
+        found.append(address // 2 if major else address[:, :: PIECE if kind == "e4m3" else PIECE // 2] // PIECE)
+    return found[0], found[1], np.unique(np.concatenate(both))
 
 
-def _values(gang: Gang, address: np.ndarray, kind: str) -> np.ndarray:
-    """What lies there, as FP32."""
+def _values(gang: Gang, where: np.ndarray, kind: str, major: int) -> np.ndarray:
+    """What lies there, as FP32 [rows, k]."""
     shared = gang.cta.shared
+    raw = (shared.views[2] if major else shared.bytes.view(f"V{PIECE}")).take(where)
     if kind == "e4m3":
-        return E4M3_VALUES.take(shared.bytes.take(address))
-    return f32_of_bf16(shared.views[2].take(address // 2))
+        return E4M3_VALUES.take(raw.view(np.uint8))
+    return f32_of_bf16(raw.view(np.uint16))
 
 
 def _addresses(gang: Gang, descriptor: int, rows: np.ndarray, k: int, kind: str, major: int) -> np.ndarray:
