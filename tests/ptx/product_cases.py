@@ -130,13 +130,16 @@ def check_turns(started: list[tuple[Any, np.ndarray]]) -> None:
 
 
 def check_pingpong(started: list[tuple[Any, np.ndarray]]) -> None:
-    """Products of 4 tiles of 4 steps, two a step: the second consumer starts when the first has left half of its first
-    tile, and no tile is computed twice."""
+    """Products of the 4 tiles of "small", two a step: the second consumer starts when the first has left half of its
+    first tile, and no tile is computed twice."""
+    steps = -(-SIZES["small"][2] // 128)
     second = next(i for i, (_, warps) in enumerate(started) if warps[0] // 4 == 1)
     before = [warp for _, warps in started[:second] for warp in warps]
-    assert min(before.count(warp) for warp in range(4)) >= 4, "both consumers of a ping-pong start together"
+    assert min(before.count(warp) for warp in range(4)) >= steps // 2 * 2, (
+        "both consumers of a ping-pong start together"
+    )
     products = sum(len(warps) for _, warps in started) // 4
-    assert products == 4 * 4 * 2, f"{products} products of 64x128 where 32 are enough"
+    assert products == 4 * steps * 2, f"{products} products of 64x128 where {4 * steps * 2} are enough"
 
 
 def _run(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile, sms: int) -> Tensor:
