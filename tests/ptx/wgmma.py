@@ -164,15 +164,20 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
             reads.append((warps, gang.cta.shared.stamps.begin_read(warps, pieces, what)))
         if start is not None and bits is None:
             out += start
-        if found is not None:
-            found.values, found.under_way = out, found.under_way + 1
-        else:
-            found = Sums(out, len(slots))
-            for slot, token in zip(slots, found.tokens, strict=True):
-                gang.regs[slot] = token
-        state(gang).open.append((reads, found))
+        state(gang).open.append((reads, _keep(gang, slots, found, out)))
 
     return multiply, slots
+
+
+def _keep(gang: Gang, slots: list[int], found: Sums | None, values: np.ndarray) -> Sums:
+    """The sums of a product in its registers, where `found` are already, if they are under way."""
+    if found is not None:
+        found.values, found.under_way = values, found.under_way + 1
+        return found
+    sums = Sums(values, len(slots))
+    for slot, token in zip(slots, sums.tokens, strict=True):
+        gang.regs[slot] = token
+    return sums
 
 
 def _of_warps(gang: Gang, value: Any) -> np.ndarray:
