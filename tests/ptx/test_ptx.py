@@ -21,10 +21,8 @@ from tests.ptx.plants import PLANTS
 from tests.ptx.speed_limits import ACCEPTED, beyond
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-]  # three minutes of a core, two where nothing is to be compiled
+# Three and a half minutes of a core, two where nothing is to be compiled.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = json.loads((ROOT / "tests" / "kernels" / "sm90.json").read_text())
