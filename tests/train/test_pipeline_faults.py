@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from fp8moe.errors import HangError
 from fp8moe.parallel import hang
@@ -51,7 +52,18 @@ def one_leaves(settings: list[str], action: str, leave: Callable[[], None]) -> t
     start = time.monotonic()
     with listening(Leaver(action, leave)), pytest.raises(HangError) as caught:
         forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
-    return time.monotonic() - start, str(caught.value)
+    seconds = time.monotonic() - start
+    wait_for_others()
+    return seconds, str(caught.value)
+
+
+def wait_for_others() -> None:
+    """Stay until all others have been told, or for 30 s: a rank that has gone is named beside the one that was lost."""
+    store = dist.distributed_c10d._get_default_store()
+    store.add("told", 1)
+    until = time.monotonic() + 30
+    while store.add("told", 0) < PP - 1 and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
