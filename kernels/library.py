@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.declarations import DECLARATIONS, PARTS, set_layout
+from fp8moe.kernels.declarations import DECLARATIONS, PARTS
+from fp8moe.kernels.fake_results import set_layout
 from fp8moe.kernels.fp8 import BLOCK_TILE, E5m6Tensor, Fp8Tensor, Rows
+from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.kernels.reference import permute as permutation
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.segments import Segments
@@ -43,7 +45,13 @@ def register(run: Callable[..., Any], by_specification: Callable[[torch.device],
 
 def traced(name: str) -> Callable[..., Any]:
     """The public op `name` through its registration."""
-    special: dict[str, Callable[..., Any]] = {"gemm": _gemm, "plan_rows": _plan_rows}
+    special: dict[str, Callable[..., Any]] = {
+        "gemm": _gemm,
+        "plan_rows": _plan_rows,
+        "plan_message": _plan_message,
+        "unpack_message": _unpack_message,
+        "unpermute": _unpermute,
+    }
     if name in special:
         return special[name]
     return functools.partial(_call_by_kind if f"{name}{FP8}" in DECLARATIONS else _call, name)
@@ -69,12 +77,37 @@ def _call_by_kind(name: str, rows: Rows, *args: Any, **kwargs: Any) -> Any:
     return _call(f"{name}{FP8}" if isinstance(rows, Fp8Tensor) else name, rows, *args, **kwargs)
 
 
-def _plan_rows(topk_ids: Tensor, num_experts: int, *, align: int, room: int | None) -> RowMap:
+def _unpermute(y_R: Tensor, row_map: RowMap, *, out: Tensor | None) -> Tensor:
+    """As of `_gemm`: writing where it is told is an op of its own."""
+    if out is None:
+        total: Tensor = _call("unpermute", y_R, row_map)
+        return total
+    _call("unpermute_into", y_R, row_map, out)
+    return out
+
+
+def _plan_rows(
+    topk_ids: Tensor, num_experts: int, *, align: int, room: int | None, first: int | None, order: Tensor | None
+) -> RowMap:
     """Without `room` the number of rows is data: the specification is traced through, as far as the tracer can."""
     if room is None:
-        return permutation.plan_rows(topk_ids, num_experts, align=align)
-    tensors = torch.ops.fp8moe.plan_rows(topk_ids, num_experts, align=align, room=room)
-    return RowMap(*tensors, *topk_ids.shape)
+        return permutation.plan_rows(topk_ids, num_experts, align=align, first=first, order=order)
+    tensors = torch.ops.fp8moe.plan_rows(topk_ids, num_experts, order, align=align, room=room, first=first or 0)
+    return _map(tensors, len(topk_ids), topk_ids.shape[1])
+
+
+def _plan_message(topk_ids: Tensor, num_peers: int, *args: Any, **kwargs: Any) -> RowMap:
+    tensors = torch.ops.fp8moe.plan_message(topk_ids, num_peers, *args, **kwargs)
+    return _map(tensors, len(topk_ids), min(topk_ids.shape[1], num_peers))
+
+
+def _map(tensors: list[Tensor], num_rows: int, topk: int) -> RowMap:
+    source_R, slot_R, offsets, tokens_per_expert, row_of_slot = tensors
+    return RowMap(source_R, slot_R, offsets, tokens_per_expert, row_of_slot, num_rows, topk)
+
+
+def _unpack_message(message: Tensor, row_map: RowMap, layout: MessageLayout) -> Any:
+    return _call("unpack_message" + FP8 * layout.fp8, message, row_map, layout)
 
 
 def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> Any:
@@ -83,8 +116,13 @@ def _run_flat(run: Callable[..., Any], name: str, *flat: Any, **kwargs: Any) -> 
     if name == "gemm_add":
         run("gemm", *args[:2], out_dtype=torch.float32, accumulate=args[2])
         return None
+    if name == "unpermute_into":
+        run("unpermute", *args[:2], out=args[2])
+        return None
     if name == "gemm":
         kwargs["accumulate"] = None
+    if name == "plan_rows":
+        kwargs["order"] = args.pop()
     result = run(name.removesuffix(FP8), *args, **kwargs)
     if result is None:
         return None
@@ -104,6 +142,8 @@ def _flatten(values: Iterable[Any], *, tiles: bool = True) -> list[Any]:
             flat += [value.data, value.scale, list(value.tile)] if tiles else [value.data, value.scale]
         elif isinstance(value, E5m6Tensor):
             flat += [value.data, value.scale]
+        elif isinstance(value, MessageLayout):
+            flat += [value.dtype, value.width, value.topk]
         elif isinstance(value, Segments):
             flat += [[number for span in value.spans for number in map(int, span)], value.parts]
         elif isinstance(value, RowMap):
@@ -127,6 +167,8 @@ def _regroup(kinds: list[str], flat: Iterable[Any]) -> list[Any]:
             numbers = iter(next(rest))
             spans = tuple((start, stop, bool(decays)) for start, stop, decays in zip(*[numbers] * 3, strict=True))
             args.append(Segments(spans, next(rest)))
+        elif kind == "Layout":
+            args.append(MessageLayout(next(rest), next(rest), next(rest)))
         elif kind == "Map":
             args.append(RowMap(*itertools.islice(rest, len(PARTS["Map"]))))
         else:

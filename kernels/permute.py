@@ -18,31 +18,48 @@ from torch import Tensor
 from fp8moe.kernels import backend
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, ROW_TILE, Fp8Tensor, Rows, check_sizes
 from fp8moe.kernels.quantize import observers, quantize_rows
-from fp8moe.kernels.row_map import RowMap
+from fp8moe.kernels.row_map import RowMap, check_ids
 
 __all__ = ["RowMap", "Rows", "permute", "permute_quantize", "plan_rows", "unpermute"]
 
 _SUMMED = (torch.bfloat16, torch.float32)
 
 
-def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int | None = None) -> RowMap:
-    """topk_ids int64 [N, K], -1 for a copy that is not here -> the map; R = the padded groups together.
+def plan_rows(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    align: int = 128,
+    room: int | None = None,
+    first: int | None = None,
+    order: Tensor | None = None,
+) -> RowMap:
+    """topk_ids [N, K] -> the map; R = the padded groups together.
+
+    Ids are int64, negative for a copy that is not here, or int16 as in a message, inverted. first: the first of the
+    num_experts; other ids are not here. order int64 [N]: the groups hold rows in this order, a permutation of them.
 
     Waits for the device once, for R, unless the caller gives `room` = R: rows behind the last group are padding, and
     groups that reach past it are cut off there (the caller sees that in tokens_per_expert). Raises ValueError for
-    another dtype or shape, and (on a CPU, where it costs nothing) for an id past num_experts.
+    another dtype or shape, and (on a CPU, where it costs nothing) for an id past num_experts where `first` is None.
     """
-    if topk_ids.dim() != 2 or topk_ids.dtype is not torch.int64:
-        raise ValueError(f"topk_ids must be int64 [N, K], got {topk_ids.dtype} {list(topk_ids.shape)}: cast or reshape")
+    check_ids(topk_ids)
     if align < 1:
         raise ValueError(f"align must be at least 1, got {align}: use 128 for FP8, 1 otherwise")
     if num_experts < 1 or (room is not None and room < 0):
         raise ValueError(f"num_experts must be at least 1 and room at least 0, got {num_experts} and {room}")
-    if _read_for_free(topk_ids) and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
+    if order is not None and (order.dtype is not torch.int64 or order.shape != topk_ids.shape[:1]):
+        raise ValueError(
+            f"order must be int64 [{len(topk_ids)}], a number a row of topk_ids, got {order.dtype} {list(order.shape)}"
+        )
+    readable = first is None and topk_ids.dtype is torch.int64 and _read_for_free(topk_ids)
+    if readable and topk_ids.numel() and int(topk_ids.max()) >= num_experts:
         raise ValueError(
             f"topk_ids must be below num_experts={num_experts}, got {int(topk_ids.max())}: renumber the experts"
         )
-    return backend.op("plan_rows")(topk_ids, num_experts, align=align, room=room)
+    op = backend.op("plan_rows")
+    made: RowMap = op(topk_ids, num_experts, align=align, room=room, first=first, order=order)
+    return made
 
 
 def permute(x: Rows, row_map: RowMap) -> Rows:
@@ -80,9 +97,9 @@ def permute_quantize(
     return rows
 
 
-def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
+def unpermute(y_R: Tensor, row_map: RowMap, *, out: Tensor | None = None) -> Tensor:
     """y [R, D] BF16 or FP32 -> [N, D]: the sum of each row's copies in FP32, in slot order, in y's dtype; zero for a
-    row without.
+    row without. out: where it goes, rows that may lie apart.
 
     What padding rows hold is not read. Raises ValueError for another dtype or shape, or another device.
     """
@@ -90,7 +107,15 @@ def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
         raise ValueError(f"unpermute sums BF16 or FP32 rows [R, D], not {y_R.dtype} {list(y_R.shape)}: cast or reshape")
     _check_rows(y_R.shape[0], row_map.slot_R.shape[0], "R")
     _check_device(y_R.device, row_map)
-    return backend.op("unpermute")(y_R, row_map)
+    if out is not None:
+        expected = (row_map.num_rows, y_R.shape[1])
+        if out.dtype is not y_R.dtype or out.shape != expected or (out.numel() and out.stride(1) != 1):
+            raise ValueError(
+                f"out must be {y_R.dtype} {list(expected)} with values side by side, got {out.dtype} {list(out.shape)} "
+                f"of strides {out.stride()}: make it so"
+            )
+    total: Tensor = backend.op("unpermute")(y_R, row_map, out=out)
+    return total
 
 
 def _read_for_free(numbers: Tensor) -> bool:

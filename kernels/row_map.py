@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import TILE
 
+_IDS = (torch.int64, torch.int16)
+
 
 @dataclass(frozen=True)
 class RowMap:
@@ -35,6 +37,21 @@ class RowMap:
         return RowMap(
             self.slot_R, self.slot_R, self.group_offsets, self.tokens_per_expert, self.row_of_slot, num_slots, 1
         )
+
+
+def check_ids(topk_ids: Tensor) -> None:
+    """ValueError unless ids are of a kind that plans take."""
+    if topk_ids.dim() != 2 or topk_ids.dtype not in _IDS:
+        raise ValueError(
+            f"topk_ids must be int64 [N, K], or int16 as in a message, got {topk_ids.dtype} {list(topk_ids.shape)}: "
+            "cast or reshape"
+        )
+
+
+def ids_from(topk_ids: Tensor, first: int, num_experts: int) -> Tensor:
+    """Ids as plans take them -> int64, counted from `first`; -1 for those that none of the experts has."""
+    ids_NK = (~topk_ids if topk_ids.dtype is torch.int16 else topk_ids).long() - first
+    return ids_NK.masked_fill((ids_NK < 0) | (ids_NK >= num_experts), -1)
 
 
 def invert(slot_R: Tensor, num_slots: int) -> Tensor:

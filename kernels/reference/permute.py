@@ -1,16 +1,40 @@
 """Rows to experts and back. Every step is an index operation; the only sum, in `unpermute`, has a fixed order."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E4M3, Fp8Tensor, Rows
 from fp8moe.kernels.reference.quantize import quantize_rows
-from fp8moe.kernels.row_map import RowMap
+from fp8moe.kernels.row_map import RowMap, ids_from
 
 _CHUNK = 1 << 17  # values summed at a time, to stay in a core's cache
 
 
-def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int | None = None) -> RowMap:
+def plan_rows(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    align: int = 128,
+    room: int | None = None,
+    first: int | None = None,
+    order: Tensor | None = None,
+) -> RowMap:
+    ids_NK = ids_from(topk_ids, first or 0, num_experts)
+    if order is None:
+        return _plan(ids_NK, num_experts, align, room)
+    plan = _plan(ids_NK[order], num_experts, align, room)
+    topk, here = plan.topk, plan.slot_R >= 0
+    spare = torch.cat([order, order.new_zeros(1)])  # something to read when there are no rows
+    source_R = torch.where(here, spare[plan.source_R], -1)
+    slot_R = torch.where(here, source_R * topk + plan.slot_R % max(topk, 1), -1)
+    rows_NK = torch.empty_like(plan.row_of_slot).view(-1, topk)
+    rows_NK[order] = plan.row_of_slot.view(-1, topk)
+    return replace(plan, source_R=source_R, slot_R=slot_R, row_of_slot=rows_NK.view(-1))
+
+
+def _plan(topk_ids: Tensor, num_experts: int, align: int, room: int | None) -> RowMap:
     num_rows, topk = topk_ids.shape
     flat = topk_ids.reshape(-1)
     expert = torch.where(flat < 0, num_experts, flat)  # copies that are not here sort to the end
@@ -56,12 +80,13 @@ def permute_quantize(
     return copies
 
 
-def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
+def unpermute(y_R: Tensor, row_map: RowMap, *, out: Tensor | None = None) -> Tensor:
     n, topk = row_map.num_rows, row_map.topk
     r, d = y_R.shape
     row_NK = row_map.row_of_slot.masked_fill(row_map.row_of_slot < 0, r).view(n, topk)  # r is a spare row of zeros
     spare = torch.cat([y_R, y_R.new_zeros(1, d)])
-    out = torch.empty(n, d, dtype=y_R.dtype, device=y_R.device)
+    if out is None:
+        out = torch.empty(n, d, dtype=y_R.dtype, device=y_R.device)
     step = max(1, _CHUNK // max(d, 1))
     for start in range(0, n, step):
         row_mK = row_NK[start : start + step]

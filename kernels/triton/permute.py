@@ -80,10 +80,10 @@ def copy_kernel(
 
 @triton.jit
 def sum_kernel(
-    y, row_of_slot, out, N, width, stride,
+    y, row_of_slot, out, N, width, stride, out_stride,
     DTYPE: tl.constexpr, TOPK: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out [N, width] = sum over k of y [R, width] at row_of_slot [N, TOPK]; width and stride in UNIT values."""
+    """out [N, width] = sum over k of y [R, width] at row_of_slot [N, TOPK]; width and strides in UNIT values."""
     num_d = tl.cdiv(width * UNIT, BLOCK_D)
     n = tl.program_id(0) // num_d * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(0) % num_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -93,7 +93,7 @@ def sum_kernel(
         row = tl.load(row_of_slot + n * TOPK + k, mask=n < N, other=-1).to(tl.int64)
         where = y + row[:, None] * (stride * UNIT) + d[None, :]
         total += tl.load(where, mask=(row >= 0)[:, None] & inside, other=0.0).to(tl.float32)
-    where = out + n.to(tl.int64)[:, None] * (width * UNIT) + d[None, :]
+    where = out + n.to(tl.int64)[:, None] * (out_stride * UNIT) + d[None, :]
     tl.store(where, encode.to_output(total, DTYPE), mask=(n < N)[:, None] & inside)
 
 
@@ -132,34 +132,49 @@ def cast_kernel(
         tl.store(scales + r, tl.full((BLOCK_M,), 1.0, tl.float32), mask=empty)
 
 
-def plan_rows(topk_ids: Tensor, num_experts: int, *, align: int = 128, room: int | None = None) -> RowMap:
-    (n, topk), device = topk_ids.shape, topk_ids.device
-    sizes = (n * topk, max(topk, 1), *topk_ids.stride(), num_experts)
+def plan_rows(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    align: int = 128,
+    room: int | None = None,
+    first: int | None = None,
+    order: Tensor | None = None,
+) -> RowMap:
+    return plan_groups(topk_ids, num_experts, align, room=room, first=first or 0, order=order)
+
+
+def plan_groups(
+    ids: Tensor,
+    num_groups: int,
+    align: int,
+    *,
+    room: int | None,
+    first: int = 0,
+    order: Tensor | None = None,
+    fixed: bool = False,
+) -> RowMap:
+    """See the public `plan_rows`. fixed: groups of `align` rows each, cut where they are longer."""
+    (n, topk), device = ids.shape, ids.device
+    sizes = (n * topk, max(topk, 1), *ids.stride(), first, num_groups)
+    kind = {"ORDERED": order is not None, "INVERTED": ids.dtype is torch.int16}
+    blocks = {"BLOCK_P": PLAN_COPIES, "BLOCK_E": PLAN_EXPERTS, "num_warps": NUM_WARPS}
     num_blocks = ceil_div(n * topk, PLAN_COPIES)
-    counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
-    tokens_per_expert = torch.empty(num_experts, dtype=torch.int64, device=device)
+    counts = torch.empty(num_groups, num_blocks, dtype=torch.int32, device=device)
+    tokens_per_expert = torch.empty(num_groups, dtype=torch.int64, device=device)
     if num_blocks:
-        launch(
-            count_kernel,
-            (num_blocks, ceil_div(num_experts, PLAN_EXPERTS)),
-            topk_ids,
-            counts,
-            *sizes,
-            num_blocks,
-            BLOCK_P=PLAN_COPIES,
-            BLOCK_E=PLAN_EXPERTS,
-            num_warps=NUM_WARPS,
-        )
-    launch(scan_kernel, (num_experts,), counts, tokens_per_expert, num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
+        grid = (num_blocks, ceil_div(num_groups, PLAN_EXPERTS))
+        launch(count_kernel, grid, ids, order, counts, *sizes, num_blocks, **kind, **blocks)
+    launch(scan_kernel, (num_groups,), counts, tokens_per_expert, num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
     if room is None:  # the one wait for the device
         room = int(((tokens_per_expert + (align - 1)) // align * align).sum())
     slot_R, source_R = (torch.empty(room, dtype=torch.int64, device=device) for _ in range(2))
     row_of_slot = torch.empty(n * topk, dtype=torch.int32, device=device)
-    group_offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    group_offsets = torch.empty(num_groups + 1, dtype=torch.int32, device=device)
     launch(
         place_kernel, (max(num_blocks + ceil_div(room, PLAN_COPIES), 1),),
-        topk_ids, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets, *sizes, num_blocks, room,
-        align, BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
+        ids, order, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets, *sizes, num_blocks, room,
+        align, **kind, FIXED=fixed, **blocks,
     )  # fmt: skip
     return RowMap(source_R, slot_R, group_offsets, tokens_per_expert, row_of_slot, n, topk)
 
@@ -194,17 +209,19 @@ def permute_quantize(
     return rows
 
 
-def unpermute(y_R: Tensor, row_map: RowMap) -> Tensor:
+def unpermute(y_R: Tensor, row_map: RowMap, *, out: Tensor | None = None) -> Tensor:
     n, d = row_map.num_rows, y_R.shape[1]
-    out = torch.empty(n, d, dtype=y_R.dtype, device=y_R.device)
+    if out is None:
+        out = torch.empty(n, d, dtype=y_R.dtype, device=y_R.device)
     if out.numel():
         y_R = last_dim_contiguous(y_R)
-        unit = vector_bytes(y_R) // y_R.element_size()
+        unit = math.gcd(vector_bytes(y_R), vector_bytes(out)) // y_R.element_size()
         block_n, block_d = sum_block(d)
         launch(
             sum_kernel, (ceil_div(n, block_n) * ceil_div(d, block_d),),
-            y_R, row_map.row_of_slot, out, n, d // unit, y_R.stride(0) // unit, DTYPE=TL_DTYPE[y_R.dtype],
-            TOPK=row_map.topk, UNIT=unit, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=NUM_WARPS,
+            y_R, row_map.row_of_slot, out, n, d // unit, y_R.stride(0) // unit, out.stride(0) // unit,
+            DTYPE=TL_DTYPE[y_R.dtype], TOPK=row_map.topk, UNIT=unit, BLOCK_N=block_n, BLOCK_D=block_d,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
 

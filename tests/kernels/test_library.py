@@ -1,5 +1,7 @@
 """The registered ops: what tracing sees has the shapes, strides and dtypes of what runs, and computes the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +15,7 @@ from fp8moe.kernels.expert_bias import add_expert_bias, expert_bias_dgrad, exper
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
+from fp8moe.kernels.message import MessageLayout, pack_message, plan_message, unpack_message
 from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
@@ -89,6 +92,27 @@ def every_way(x, ids):
     copies = permute(x, row_map)
     rows = permute(quantize_rows(x), row_map)
     return parts(row_map, copies, rows, permute_quantize(x, row_map, power_of_two=True), unpermute(copies, row_map))
+
+
+def every_message(x, ids, weights):
+    """Rows to peers and on to experts, with their ids and without; sums written where they are told."""
+    to_peers, made = plan_message(ids, 3, 2, room=96, fixed=True), []
+    for rows in (x, quantize_rows(x, power_of_two=True)):
+        layout = MessageLayout.of(rows, 2)
+        message = pack_message(rows, to_peers, ids, weights, sender=5)
+        order = plan_rows(layout.sender_of(message), 7, align=1, room=96, first=-1).source_R
+        to_experts = plan_rows(layout.ids_of(message), 2, room=384, first=2, order=order)
+        plain = pack_message(rows, to_peers)
+        made += [message, to_experts, *unpack_message(message, to_experts, layout), plain]
+        made += [unpack_message(plain, replace(to_experts, topk=1), MessageLayout.of(rows))[0]]
+    copies, total = permute(x, to_peers), x.new_zeros(40, 160)
+    unpermute(copies, to_peers, out=total[:, 8:152])
+    return parts(to_peers, *made, total)
+
+
+def messages_arguments():
+    ids = torch.tensor([[0, 5], [2, -1], [3, 2], [4, 1]]).repeat(10, 1)
+    return torch.randn(40, 144).bfloat16(), ids, torch.rand(40, 2)
 
 
 def every_loss(x, w, labels, weight, total):
@@ -220,6 +244,7 @@ CASES = [
     (every_cast, casts_arguments),
     (every_product, products_arguments),
     (every_way, ways_arguments),
+    (every_message, messages_arguments),
     (every_update, updates_arguments),
     (every_loss, losses_arguments),
     (every_activation, activations_arguments),
@@ -271,7 +296,15 @@ def test_what_an_op_changes_is_declared():
         for name in library.DECLARATIONS
         if any(a.alias_info is not None for a in getattr(torch.ops.fp8moe, name).default._schema.arguments)
     }
-    wgrads = {"gemm_add", "wgrad", "grouped_wgrad", "grouped_mm_wgrad", "embedding_wgrad", "rms_norm_backward"}
+    wgrads = {
+        "gemm_add",
+        "unpermute_into",
+        "wgrad",
+        "grouped_wgrad",
+        "grouped_mm_wgrad",
+        "embedding_wgrad",
+        "rms_norm_backward",
+    }
     updates = {"adamw_step", "adamw_step_quantize"}
     biases = {"add_expert_bias", *(f"expert_bias_{way}{kind}" for way in ("dgrad", "wgrad") for kind in ("", "_fp8"))}
     assert mutated == wgrads | updates | biases | {"route", "cross_entropy", "cross_entropy_with_gradient"}
