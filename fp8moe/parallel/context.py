@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor
+from fp8moe.kernels.message_layout import scales
 from fp8moe.layers.attention.zigzag import joined_parts, parts_of
 from fp8moe.layers.dispatch import Handle
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import all_gather, all_reduce_in_message, start_all_to_all
-from fp8moe.parallel.dispatch.payload import from_bytes, joined, pack, row_bytes, scales
+from fp8moe.parallel.dispatch.payload import from_bytes, joined, pack, row_bytes
 from fp8moe.parallel.stream import communication_stream
 
 

@@ -21,50 +21,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fp8moe.kernels.fp8 import ceil_div
-from fp8moe.kernels.permute import permute, plan_rows, unpermute
-from fp8moe.layers.dispatch import Announced, Dispatched, Handle, gradient_rows, return_weights, select_weights
+from fp8moe.kernels.message import MessageLayout, pack_message, unpack_message
+from fp8moe.kernels.message_layout import MOST_EXPERTS
+from fp8moe.kernels.permute import plan_rows, unpermute
+from fp8moe.layers.dispatch import Announced, Dispatched, Handle, gradient_rows, return_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import PendingAllToAll
-from fp8moe.parallel.dispatch.counts import (
-    Capacity,
-    EpTopology,
-    MessageSizes,
-    Overflow,
-    exact,
-    fixed,
-    fixed_order,
-    origins,
-    padded_rows,
-)
-from fp8moe.parallel.dispatch.hops import (
-    DispatchState,
-    Hop,
-    HopGroup,
-    Payload,
-    Route,
-    in_order,
-    pack_payload,
-    plan_hop,
-    unpack_payload,
-)
-from fp8moe.parallel.dispatch.payload import joined, pack, row_bytes, unpack
+from fp8moe.parallel.dispatch.counts import Capacity, EpTopology, MessageSizes, Needed, Overflow, exact, fixed
+from fp8moe.parallel.dispatch.hops import DispatchState, Hop, HopGroup, Route, plan_hop
+from fp8moe.parallel.dispatch.payload import Columns, joined, split_rows
 from fp8moe.parallel.stream import communication_stream
-
-MOST_EXPERTS = 2**15  # ids travel as int16
 
 
 @dataclass(frozen=True)
 class _Arrived:
-    rows: Tensor  # body, ids and weights, as bytes
-    order_N: Tensor
-    overflowed: Tensor | None
+    message: Tensor  # rows [N, bytes]
+    order_N: Tensor | None  # of the rows by the rank they started from, None where they lie so
     route: Route
-    room: int
+    sizes: MessageSizes
 
 
 class AllToAllDispatcher:
@@ -123,37 +101,49 @@ class AllToAllDispatcher:
 
     def dispatch(self, rows_TD: Rows, announced: Announced, topk_weights_TK: Tensor) -> Handle[Dispatched]:
         """See `Dispatcher`."""
-        topk_ids_TK, topk = announced.topk_ids_TK, announced.topk_ids_TK.shape[1]
+        topk_ids_TK = announced.topk_ids_TK
+        layout = MessageLayout.of(rows_TD, topk_ids_TK.shape[1])
 
         def finish(arrived: _Arrived) -> Dispatched:
-            payload, _ = unpack_payload(arrived.rows, row_bytes(rows_TD), topk, self.hop_groups[-1])
-            e, order_N = self.num_local_experts, arrived.order_N
-            row_map = in_order(plan_rows(payload.ids_TK[order_N], e, room=arrived.room), order_N)
-            if self._overflow is not None and arrived.overflowed is not None:
-                too_many = padded_rows(row_map.tokens_per_expert) > arrived.room
-                self._overflow.note(arrived.overflowed | too_many, topk_ids_TK)
-            rows_RD = permute(unpack(payload.body, rows_TD), row_map)
-            weights_R = select_weights(payload.weights_TK, row_map)
+            ids_NK = layout.ids_of(arrived.message)
+            row_map = plan_rows(
+                ids_NK,
+                self.num_local_experts,
+                room=arrived.sizes.room,
+                first=self.topology.first_expert,
+                order=arrived.order_N,
+            )
+            if self._overflow is not None:
+                hops = [hop.row_map.tokens_per_expert for chunk in arrived.route.hops for hop in chunk]
+                self._overflow.note(Needed(hops, row_map.tokens_per_expert), arrived.sizes, topk_ids_TK)
+            rows_RD, weights_R = unpack_message(arrived.message, row_map, layout)
+            assert weights_R is not None
             return Dispatched(rows_RD, weights_R, row_map.group_offsets, DispatchState(arrived.route, row_map))
 
         return communication_stream(topk_ids_TK.device).start(
-            lambda: self._send(pack(rows_TD), announced, topk_weights_TK), finish, "dispatch"
+            lambda: self._send(rows_TD, layout, announced, topk_weights_TK), finish, "dispatch"
         )
 
     def combine(self, y_RD: Tensor, state: DispatchState[Route]) -> Handle[Tensor]:
         """See `Dispatcher`."""
-        partial_ND = unpermute(y_RD, state.row_map)
+        columns = Columns(((y_RD.dtype, y_RD.shape[1]),))
+        message = columns.empty(state.row_map.num_rows, y_RD.device)
+        unpermute(y_RD, state.row_map, out=columns.of(message)[0])
         return communication_stream(y_RD.device).start(
-            lambda: state.route.send_back([partial_ND], "combine"), lambda sums: sums[0], "combine"
+            lambda: state.route.send_back(message, columns, "combine"), lambda sums: sums[0], "combine"
         )
 
     def dispatch_backward(
         self, dx_RD: Tensor, dweights_R: Tensor, state: DispatchState[Route]
     ) -> Handle[tuple[Tensor, Tensor]]:
         """See `Dispatcher`; the weights' gradients travel with the rows'."""
-        parts = [unpermute(dx_RD, state.row_map), return_weights(dweights_R, state.row_map)]
+        columns = Columns(((dx_RD.dtype, dx_RD.shape[1]), (dweights_R.dtype, state.row_map.topk)))
+        message = columns.empty(state.row_map.num_rows, dx_RD.device)
+        dx_ND, dweights_NK = columns.of(message)
+        unpermute(dx_RD, state.row_map, out=dx_ND)
+        dweights_NK.copy_(return_weights(dweights_R, state.row_map))
         return communication_stream(dx_RD.device).start(
-            lambda: state.route.send_back(parts, "dispatch backward"),
+            lambda: state.route.send_back(message, columns, "dispatch backward"),
             lambda sums: (sums[0], sums[1]),
             "dispatch backward",
         )
@@ -162,8 +152,8 @@ class AllToAllDispatcher:
         """See `Dispatcher`."""
         sent_TD = gradient_rows(dy_TD, fp8=fp8)
         return communication_stream(dy_TD.device).start(
-            lambda: state.route.send(pack(sent_TD), "combine backward"),
-            lambda rows: permute(unpack(rows, sent_TD), state.row_map),
+            lambda: state.route.send(sent_TD, "combine backward"),
+            lambda message: unpack_message(message, state.row_map, MessageLayout.of(sent_TD))[0],
             "combine backward",
         )
 
@@ -172,37 +162,32 @@ class AllToAllDispatcher:
         if self._overflow is not None:
             self._overflow.check()
 
-    def _send(self, body_TB: Tensor, announced: Announced, weights_TK: Tensor) -> _Arrived:
+    def _send(self, rows_TD: Rows, layout: MessageLayout, announced: Announced, weights_TK: Tensor) -> _Arrived:
         """The first dispatch along a new route, hop by hop, each planned from what the last one delivered."""
         sizes: MessageSizes = announced.sizes if self.capacity is not None else announced.sizes.arrived()
-        tokens, topk = self._chunk_tokens(len(weights_TK)), weights_TK.shape[1]
-        columns = (body_TB, announced.topk_ids_TK, weights_TK)
-        payloads = [Payload(*parts) for parts in zip(*(column.split(tokens) for column in columns), strict=True)]
-        hops: list[list[Hop]] = [[] for _ in payloads]
+        tokens, rank = self._chunk_tokens(len(weights_TK)), self.topology.group.rank()
+        columns = split_rows(rows_TD, tokens), announced.topk_ids_TK.split(tokens), weights_TK.split(tokens)
+        hops: list[list[Hop]] = []
         messages: list[PendingAllToAll] = []
-        for number, peers in enumerate(self.hop_groups):
+        for splits, rows, ids, weights in zip(sizes.splits, *columns, strict=True):
+            hop = plan_hop(ids, self.hop_groups[0], splits[0])
+            hops.append([hop])
+            messages.append(hop.send(pack_message(rows, hop.row_map, ids, weights, sender=rank), "dispatch"))
+        for number, peers in enumerate(self.hop_groups[1:], start=1):
             last, messages = messages, []
-            name = "dispatch" if number == 0 else "dispatch, hop 2"
-            for chunk, first in enumerate(payloads):
-                payload = first
-                if number:
-                    payload, _ = unpack_payload(last[chunk].wait(), body_TB.shape[1], topk, self.hop_groups[number - 1])
-                hop = plan_hop(payload.ids_TK, peers, sizes.splits[chunk][number])
+            for chunk, message in enumerate(last):
+                came = message.wait()
+                hop = plan_hop(layout.ids_of(came), peers, sizes.splits[chunk][number])
                 hops[chunk].append(hop)
-                origin = None
-                if number and hop.splits.fixed:
-                    origin = origins(len(payload.body), self.topology.nodes, body_TB.device)
-                messages.append(hop.send(pack_payload(payload, hop, origin), name))
-        rows = [message.wait() for message in messages]
-        return self._arrived(Route(hops, tokens, [len(r) for r in rows]), joined(rows), sizes)
-
-    def _arrived(self, route: Route, rows: Tensor, sizes: MessageSizes) -> _Arrived:
-        if sizes.order_N is not None:
-            return _Arrived(rows, sizes.order_N, None, route, sizes.room)
-        hops = [hop for chunk in route.hops for hop in chunk]
-        over = torch.stack([(hop.row_map.tokens_per_expert > hop.splits.sent[0]).any() for hop in hops]).any()
-        order_N = fixed_order(rows, self.chunks, self.topology, two_hops=len(self.hop_groups) > 1)
-        return _Arrived(rows, order_N, over, route, sizes.room)
+                messages.append(hop.send_on(came, f"dispatch, hop {number + 1}"))
+        arrived = [message.wait() for message in messages]
+        route, whole = Route(hops, tokens, [len(rows) for rows in arrived]), joined(arrived)
+        if len(messages) == len(self.hop_groups) == 1:
+            return _Arrived(whole, None, route, sizes)  # one message after the other, as their senders are numbered
+        # Rows that a fixed message has left over come from nobody, rank -1, and stand first.
+        senders, groups = layout.sender_of(whole), 1 + self.topology.ranks
+        by_sender = plan_rows(senders, groups, align=1, room=len(whole), first=-1)
+        return _Arrived(whole, by_sender.source_R, route, sizes)
 
     def _chunk_tokens(self, tokens: int) -> list[int]:
         """Tokens of each chunk: even, or, with fixed messages, as many as those have room for."""
@@ -227,5 +212,6 @@ def two_hops(
     assert nodes * local == group.size(), (nodes, local, group.size())
     topology = EpTopology(group, num_experts, nodes, local)
     e = topology.local_experts
-    hops = (None if rail is None else HopGroup(rail, local * e), None if node is None else HopGroup(node, e))
+    reached = 0 if rail is None else rail.rank() * local * e  # the experts of this node
+    hops = (None if rail is None else HopGroup(rail, local * e), None if node is None else HopGroup(node, e, reached))
     return topology, tuple(hop for hop in hops if hop is not None)

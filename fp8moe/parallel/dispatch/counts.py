@@ -25,7 +25,6 @@ from fp8moe.errors import ImbalanceError
 from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.parallel.collectives import all_reduce, exchange
 from fp8moe.parallel.dispatch.hops import Splits
-from fp8moe.parallel.dispatch.payload import from_bytes
 
 ALIGN = 128  # rows of an expert's group are padded to a multiple
 
@@ -50,6 +49,11 @@ class EpTopology:
         return self.num_experts // self.ranks
 
     @property
+    def first_expert(self) -> int:
+        """The first of this rank's experts."""
+        return self.group.rank() * self.local_experts
+
+    @property
     def local(self) -> int:
         """This rank's number in its node."""
         return self.group.rank() % self.ranks_per_node
@@ -57,11 +61,10 @@ class EpTopology:
 
 @dataclass(frozen=True)
 class MessageSizes:
-    """`splits[chunk][hop]`; `room` rows R for the experts; `order_N` as in `hops.py`, None with fixed messages."""
+    """`splits[chunk][hop]`; `room` rows R for the experts."""
 
     splits: list[list[Splits]]
     room: int
-    order_N: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,6 @@ def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float
     send = torch.cat([to_node.reshape(m, -1).repeat_interleave(n, 0), experts_We, copies_W1], dim=1)
     got = exchange(send, topology.group, "counts")
     mine = topology.local
-    on_device_CLM = segments(got, c, topology)
     nodes_CM, got = torch.cat([nodes_CM.flatten(), got.flatten()]).cpu().split([c * m, got.numel()])  # the one wait
     nodes_CM, got = nodes_CM.view(c, m), got.view(m * n, -1)
 
@@ -107,9 +109,7 @@ def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float
         check_imbalance(tokens_e, copies / topology.ranks, max_imbalance, topology)
     use = hops_of(topology)
     splits = [[hop for hop, used in zip(pair, use, strict=True) if used] for pair in zip(across, inside, strict=True)]
-    room = int(padded_rows(torch.tensor(tokens_e)))
-    rows = sum(sum(hops[-1].received) for hops in splits)
-    return MessageSizes(splits, room, _global_order(on_device_CLM, rows))
+    return MessageSizes(splits, int(padded_rows(torch.tensor(tokens_e))))
 
 
 def segments(got: Tensor, chunks: int, topology: EpTopology) -> Tensor:
@@ -120,14 +120,14 @@ def segments(got: Tensor, chunks: int, topology: EpTopology) -> Tensor:
 
 
 def padded_rows(tokens_e: Tensor) -> Tensor:
-    """Rows of all groups, each padded to ALIGN: a scalar."""
-    return ((tokens_e + (ALIGN - 1)) // ALIGN * ALIGN).sum()
+    """Rows [..., e] of groups, each padded to ALIGN, together: [...]."""
+    return ((tokens_e + (ALIGN - 1)) // ALIGN * ALIGN).sum(dim=-1)
 
 
 def check_imbalance(tokens_e: list[int], copies: float, limit: float, topology: EpTopology) -> None:
     """ImbalanceError where this rank would receive more than `limit` times the even share, `copies` rows."""
     if sum(tokens_e) > limit * copies:
-        first = topology.group.rank() * topology.local_experts
+        first = topology.first_expert
         raise ImbalanceError(
             f"this rank would receive {sum(tokens_e)} rows, {sum(tokens_e) / max(copies, 1):.2f} times the even share, "
             f"and parallel.max_imbalance={limit} allows {int(limit * copies)}: raise it, or lower batch.micro_batch "
@@ -148,16 +148,6 @@ def _visits(peer_TK: Tensor, peers: int) -> Tensor:
     return torch.zeros(len(peer_TK), peers, dtype=torch.bool, device=peer_TK.device).scatter_(1, peer_TK, True)
 
 
-def _global_order(segments_CLM: Tensor, rows: int) -> Tensor:
-    """Where the `rows` of the order (node, local, chunk) lie that arrived as (chunk, local, node): [N]."""
-    lengths = segments_CLM.reshape(-1)
-    starts = (lengths.cumsum(0) - lengths).view(segments_CLM.shape).permute(2, 1, 0).reshape(-1)
-    ordered = segments_CLM.permute(2, 1, 0).reshape(-1)
-    ends = ordered.cumsum(0)
-    first = torch.repeat_interleave(starts - (ends - ordered), ordered, output_size=rows)
-    return first + torch.arange(rows, device=first.device)
-
-
 def fixed(chunks: int, topk: int, topology: EpTopology, capacity: Capacity) -> MessageSizes:
     """The sizes that need no counts: padded messages, the same on every rank."""
     m, n = topology.nodes, topology.ranks_per_node
@@ -172,44 +162,47 @@ def fixed(chunks: int, topk: int, topology: EpTopology, capacity: Capacity) -> M
     copies = capacity.share(capacity.tokens * topk, arrived * min(topk, topology.local_experts))
     # Each group ends in a tile that is not full: at worst one tile of padding an expert.
     room = (ceil_div(copies, ALIGN) + topology.local_experts) * ALIGN
-    return MessageSizes([[hop for hop, used in zip(hops, use, strict=True) if used]] * chunks, room, None)
+    return MessageSizes([[hop for hop, used in zip(hops, use, strict=True) if used]] * chunks, room)
 
 
-def origins(rows: int, nodes: int, device: torch.device) -> Tensor:
-    """The node each row of a fixed message across nodes came from, [rows, 1] int16: it travels to the second hop."""
-    return (torch.arange(rows, device=device) // (rows // nodes)).to(torch.int16)[:, None]
+@dataclass(frozen=True)
+class Needed:
+    """Rows that a dispatch needed room for: those for each peer, of every hop and chunk, and those of local experts."""
 
-
-def fixed_order(rows: Tensor, chunks: int, topology: EpTopology, *, two_hops: bool) -> Tensor:
-    """`order_N` of rows [N, bytes] that fixed messages delivered; after two hops the origin is their last column."""
-    last = topology.ranks_per_node if two_hops else topology.ranks
-    sender = torch.arange(len(rows), device=rows.device) // (len(rows) // (chunks * last)) % last
-    if two_hops:
-        sender = from_bytes(rows[:, -2:], torch.int16)[:, 0].long() * last + sender
-    return sender.argsort(stable=True)  # chunks of one sender arrived in order
+    hops: list[Tensor]
+    experts: Tensor
 
 
 class Overflow:
-    """Counts messages that did not fit since the last check, on the device and without a wait; read once a step."""
+    """Which dispatches did not fit since the last check; noted without a launch or a wait, read once a step."""
 
     def __init__(self, topology: EpTopology, capacity: Capacity) -> None:
         self._topology, self._capacity = topology, capacity
-        self._state: Tensor | None = None  # [1 + E] int64: dispatches that overflowed, tokens per expert
+        self._needed: list[Needed] = []
+        self._sizes: MessageSizes | None = None  # of all of them
+        self._tokens: Tensor | None = None  # of each expert, int64 [E]
 
-    def note(self, overflowed: Tensor, ids_TK: Tensor) -> None:
-        """Add a dispatch: a scalar, true where some of its rows were not sent; the ids that this rank sent."""
-        if self._state is None:
-            self._state = torch.zeros(1 + self._topology.num_experts, dtype=torch.int64, device=ids_TK.device)
+    def note(self, needed: Needed, sizes: MessageSizes, ids_TK: Tensor) -> None:
+        """Add a dispatch: what it needed, what it had, which dispatches share, and the ids that this rank sent."""
+        self._needed.append(needed)
+        self._sizes = sizes
+        if self._tokens is None:
+            self._tokens = torch.zeros(self._topology.num_experts, dtype=torch.int64, device=ids_TK.device)
+            self._one = torch.ones(1, dtype=torch.int64, device=ids_TK.device)
         flat = ids_TK.reshape(-1)
-        self._state[0] += overflowed
-        self._state[1:].scatter_add_(0, flat, torch.ones_like(flat))
+        self._tokens.scatter_add_(0, flat, self._one.expand_as(flat))
 
     def check(self) -> None:
         """ImbalanceError on every rank if anything overflowed on one since the last check. Collective; waits."""
-        if self._state is None:
+        if self._tokens is None or self._sizes is None:
             return
-        overflowed, *tokens = all_reduce(self._state, self._topology.group, dist.ReduceOp.SUM).tolist()
-        self._state = None
+        over = padded_rows(torch.stack([one.experts for one in self._needed])) > self._sizes.room
+        sent = [hop.sent[0] for chunk in self._sizes.splits for hop in chunk]
+        for rows, *needed in zip(sent, *(one.hops for one in self._needed), strict=True):
+            over |= (torch.stack(needed) > rows).any(dim=1)
+        state = torch.cat([over.sum()[None], self._tokens])
+        self._needed, self._tokens = [], None
+        overflowed, *tokens = all_reduce(state, self._topology.group, dist.ReduceOp.SUM).tolist()
         if overflowed:
             raise ImbalanceError(
                 f"{overflowed} of this step's dispatches had more rows than parallel.capacity_factor="

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.message_layout import MOST_EXPERTS
 from fp8moe.kernels.quantize import quantize_rows
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.operand import Rows
-from fp8moe.parallel.dispatch.all_to_all import MOST_EXPERTS, AllToAllDispatcher, one_hop
+from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fp8moe.errors import ImbalanceError
-from fp8moe.kernels.permute import plan_rows
+from fp8moe.kernels.permute import RowMap, plan_rows
 from fp8moe.parallel.dispatch import all_to_all, counts, make_dispatcher
 from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher, one_hop
 from fp8moe.parallel.dispatch.counts import Capacity, EpTopology, histogram
+from fp8moe.parallel.dispatch.hops import Splits
 from fp8moe.parallel.mesh import build_mesh
 from tests.parallel.ranks import TIMEOUT, run_ranks
 
@@ -26,7 +29,13 @@ def skewed(kind: str, limit: float) -> tuple[str, list[int]]:
     dispatcher = make_dispatcher(kind, mesh, E, max_tokens=T, max_imbalance=limit)
     asked: list[int] = []
     plan_rows = all_to_all.plan_rows
-    all_to_all.plan_rows = lambda *a, **k: (asked.append(k["room"]), plan_rows(*a, **k))[1]  # type: ignore
+
+    def noting(*args: Any, **kwargs: Any) -> RowMap:
+        if kwargs.get("align") is None:  # the plan of the experts' rows, not that of their order
+            asked.append(kwargs["room"])
+        return plan_rows(*args, **kwargs)
+
+    all_to_all.plan_rows = noting  # type: ignore[assignment]
     try:
         arrived = dispatcher.dispatch(ROWS, dispatcher.announce(ALL_TO_ONE), WEIGHTS).wait()
     except ImbalanceError as error:
@@ -191,7 +200,7 @@ def test_the_rooms_of_fixed_messages() -> None:
     assert [[(s.sent, s.received, s.fixed) for s in chunk] for chunk in sizes.splits] == [
         [([12, 12], [12, 12], True), ([18, 18], [18, 18], True)]
     ] * 2
-    assert (sizes.room, sizes.order_N) == ((1 + 2) * 128, None)  # 1.5 x 48 copies are one tile, and one an expert
+    assert sizes.room == (1 + 2) * 128  # 1.5 x 48 copies are one tile, and one an expert
     line = EpTopology(Pair(), E, nodes=4, ranks_per_node=1)  # type: ignore[arg-type]
     (one,) = counts.fixed(1, 1, line, Capacity(10, 1.5)).splits
     assert [s.sent for s in one] == [[4] * 4]  # 1.5 x 10/4, rounded up
@@ -204,28 +213,6 @@ def test_the_rooms_of_fixed_messages() -> None:
 def test_room_is_at_least_one_row_and_at_most_what_can_come() -> None:
     capacity = Capacity(8, 1.25)
     assert [capacity.share(even, 10) for even in (0.0, 0.5, 4.0, 4.1, 8.0, 9.0)] == [1, 1, 5, 6, 10, 10]
-
-
-def test_the_order_of_rows_that_arrive_by_chunk_and_local_rank_and_node() -> None:
-    """Two chunks, two local ranks, two nodes; a row is (node, local, chunk, number), and global order is that order."""
-    segments = torch.tensor([[[2, 1], [0, 1]], [[1, 0], [2, 1]]])  # [C, L, M]
-    lying = [(m, n, c, i) for c in range(2) for n in range(2) for m in range(2) for i in range(int(segments[c, n, m]))]
-    order = counts._global_order(segments, len(lying))
-    assert [lying[i] for i in order.tolist()] == sorted(lying)
-    assert counts._global_order(torch.zeros(2, 2, 2, dtype=torch.int64), 0).tolist() == []
-
-
-def test_the_order_of_rows_that_fixed_messages_deliver() -> None:
-    one = EpTopology(Pair(), E, nodes=4, ranks_per_node=1)  # type: ignore[arg-type]
-    rows = torch.zeros(16, 3, dtype=torch.uint8)  # 2 chunks of 4 senders, 2 rows each
-    order = counts.fixed_order(rows, 2, one, two_hops=False)
-    assert order.tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    two = EpTopology(Pair(), 12, nodes=2, ranks_per_node=3)  # type: ignore[arg-type]
-    nodes = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0, 1], dtype=torch.int16)  # 3 senders, 3 rows each
-    rows = torch.cat([torch.zeros(9, 3, dtype=torch.uint8), nodes[:, None].view(torch.uint8).view(9, 2)], dim=1)
-    order = counts.fixed_order(rows, 1, two, two_hops=True)
-    assert order.tolist() == [1, 2, 5, 6, 7, 0, 3, 4, 8]  # node 0 from senders 0, 1 and 2, then node 1
-    assert counts.origins(6, 2, torch.device("cpu"))[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_limit_itself_is_allowed() -> None:
@@ -243,13 +230,17 @@ def test_a_histogram_of_64_experts_is_written_out() -> None:
 
 
 def test_an_overflow_is_forgotten_once_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch counts once, whether its rows for a peer, or those of its experts once padded, had no room."""
     monkeypatch.setattr(counts, "all_reduce", lambda tensor, *rest: tensor)
     topology = EpTopology(Pair(), 4, nodes=2, ranks_per_node=1)  # type: ignore[arg-type]
     overflow = counts.Overflow(topology, Capacity(8, 1.0))
     overflow.check()  # nothing was dispatched
-    for overflowed in (True, False, True):
-        overflow.note(torch.tensor(overflowed), torch.tensor([[0, 3], [1, 3]]))
-    with pytest.raises(ImbalanceError, match=r"2 of this step's dispatches had .*since the last step: 3, 3, 0, 6\)"):
+    sizes = counts.MessageSizes([[Splits([4, 4], [4, 4], fixed=True)]], 256)
+    fits = ([4, 3], [128, 1])
+    for peers, experts in (([4, 5], [128, 1]), fits, ([9, 4], [129, 1]), ([4, 4], [1, 129])):
+        needed = counts.Needed([torch.tensor(peers)], torch.tensor(experts))
+        overflow.note(needed, sizes, torch.tensor([[0, 3], [1, 3]]))
+    with pytest.raises(ImbalanceError, match=r"3 of this step's dispatches had .*since the last step: 4, 4, 0, 8\)"):
         overflow.check()
-    overflow.note(torch.tensor(False), torch.tensor([[0, 3]]))
+    overflow.note(counts.Needed([torch.tensor(fits[0])], torch.tensor(fits[1])), sizes, torch.tensor([[0, 3]]))
     overflow.check()

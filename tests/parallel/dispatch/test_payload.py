@@ -1,47 +1,60 @@
-"""Bytes of a message: rows come back bit by bit, scales as exponents, whatever they are."""
+"""Rows as bytes: what a row is, and what lies beside it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.message_layout import as_bytes, scales
 from fp8moe.kernels.quantize import quantize_rows
-from fp8moe.parallel.dispatch.payload import as_bytes, exponents, from_bytes, pack, row_bytes, scales, unpack
+from fp8moe.layers.operand import Rows
+from fp8moe.parallel.dispatch.payload import Columns, from_bytes, pack, row_bytes, split_rows
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
 @pytest.mark.parametrize("width", [16, 128, 576])
-def test_fp8_rows_travel_exactly(rows: int, width: int) -> None:
+def test_fp8_rows_are_codes_and_a_byte_a_scale(rows: int, width: int) -> None:
     x = torch.randn(rows, width) * torch.logspace(-30, 30, rows)[:, None]
     sent = quantize_rows(x, amax_floor=1e-30, power_of_two=True)
     packed = pack(sent)
     assert packed.shape == (rows, row_bytes(sent)) == (rows, width + -(-width // 128))
-    got = unpack(packed, sent)
-    assert isinstance(got, Fp8Tensor)
-    assert torch.equal(got.data.view(torch.uint8), sent.data.view(torch.uint8))
-    assert torch.equal(got.scale, sent.scale)
+    assert torch.equal(packed[:, :width], sent.data.view(torch.uint8))
+    assert torch.equal(scales(packed[:, width:]), sent.scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_plain_rows_travel_exactly(dtype: torch.dtype) -> None:
+def test_plain_rows_are_their_own_bytes(dtype: torch.dtype) -> None:
     x = torch.randn(5, 16).to(dtype)
-    assert torch.equal(unpack(pack(x), x), x)  # type: ignore[arg-type]
+    assert torch.equal(from_bytes(pack(x), dtype), x)
     assert pack(x).shape[1] == row_bytes(x)
 
 
-def test_every_power_of_two_and_what_is_not_finite() -> None:
-    powers = torch.ldexp(torch.ones(254), torch.arange(-126, 128))
-    assert torch.equal(scales(exponents(powers)), powers)
-    odd = torch.tensor([float("inf"), float("nan")])
-    assert scales(exponents(odd)).tolist()[0] == float("inf")
-    assert scales(exponents(odd)).isnan().tolist() == [False, True]
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_are_split_as_views(fp8: bool) -> None:
+    x = torch.randn(7, 144)
+    rows = quantize_rows(x) if fp8 else x
+    pieces = split_rows(rows, [3, 0, 4])
+    for piece, start, stop in zip(pieces, (0, 3, 3), (3, 3, 7), strict=True):
+        for ours, whole in zip(parts(piece), parts(rows), strict=True):
+            assert torch.equal(ours, whole[start:stop]) and ours.data_ptr() == whole[start:stop].data_ptr()
 
 
-@pytest.mark.parametrize("scale", [3.0, -2.0, 1.5])
-def test_other_scales_are_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match="quantize with power_of_two=True"):
-        exponents(torch.tensor([1.0, scale]))
+def parts(rows: Rows) -> list[Tensor]:
+    return [rows.data.view(torch.uint8), rows.scale] if isinstance(rows, Fp8Tensor) else [rows]
+
+
+def test_columns_lie_side_by_side_on_multiples_of_16_bytes() -> None:
+    columns = Columns(((torch.bfloat16, 9), (torch.float32, 3)))
+    message = columns.empty(5, torch.device("cpu")).fill_(7)
+    first, second = columns.of(message)
+    assert message.shape == (5, 32 + 16)
+    a, b = torch.randn(5, 9).bfloat16(), torch.randn(5, 3)
+    first.copy_(a)
+    second.copy_(b)
+    assert torch.equal(message[:, :18], as_bytes(a)) and torch.equal(message[:, 32:44], as_bytes(b))
+    assert (message[:, 18:32] == 7).all() and (message[:, 44:] == 7).all()
 
 
 @pytest.mark.parametrize("behind", [0, 1])
