@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fp8moe.kernels.fp8 import E4M3
+from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.layers.attention.context_bytes import context_message_bytes, context_work_bytes
 from fp8moe.model.head_loss import chunk_tokens
 from fp8moe.model.memory import TILE, MicroBatch, Weights, blocks_of
@@ -70,8 +72,8 @@ def mlp_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> f
 def dispatch_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> tuple[float, float]:
     """Of the messages to experts in flight, S rows sent and N arrived: of one pass alone, and of an overlapped pair.
 
-    The most is in dispatch's backward: partial sums of the N rows, joined with the weights' gradients in a copy, the S
-    rows that come back, and their sums. In a pair the other pass's rows are beside them, under FP8 in FP8.
+    The most is in dispatch's backward: partial sums of the N rows beside the weights' gradients, the S rows that come
+    back, and their sums. In a pair the other pass's rows are beside them, under FP8 in FP8.
     """
     c, recipe = config.model, sizes.recipe
     has_experts = any(not c.is_dense(layer) for stage in held for layer in blocks_of(c, stage))
@@ -81,9 +83,9 @@ def dispatch_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch)
     buffers = 0.0
     if config.parallel.dispatcher == "deep_ep":
         buffers = NVLINK_BYTES + (RDMA_BYTES if config.ep > RANKS_PER_NODE else 0)
-    alone = buffers + (rows.sent + 2 * rows.arrived + sizes.tokens) * wide * c.dim
-    payload = c.dim * (1 + 1 / TILE if recipe.fp8 else wide) + 6 * c.router.topk
-    return alone, alone + (rows.sent + rows.arrived) * payload
+    alone = buffers + (rows.sent + rows.arrived + sizes.tokens) * wide * c.dim
+    row = MessageLayout(E4M3 if recipe.fp8 else recipe.dtype, c.dim, c.router.topk).row_bytes
+    return alone, alone + (rows.sent + rows.arrived) * row
 
 
 def loss_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch, device: torch.device) -> float:

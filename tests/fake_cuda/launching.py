@@ -33,7 +33,7 @@ DRIVER = SimpleNamespace(
 )
 ALIGNMENT = 256  # of what the caching allocator returns is 512
 KIND_OF_MODULE = {
-    **dict.fromkeys(("quantize", "e5m6", "permute"), "cast and permute"),
+    **dict.fromkeys(("quantize", "e5m6", "permute", "message"), "cast and permute"),
     **dict.fromkeys(("gemm", "grouped_gemm", "grouped_mm"), "gemm"),
     **dict.fromkeys(("swiglu", "silu_mul", "expert_bias"), "swiglu"),
     **dict.fromkeys(("norm", "rope"), "norm and rotation"),

@@ -127,6 +127,19 @@ def test_a_dispatch_between_ranks_waits_at_most_for_its_counts(traces: Traces, p
     assert [(wait.phase, wait.what) for wait in exact] == [("announce (communication)", "copy to the host")]
 
 
+@both
+@pytest.mark.parametrize("route", ["one_hop", "two_hops"])
+def test_a_layer_whose_ranks_share_experts_takes_few_launches_too(traces: Traces, precision: str, route: str) -> None:
+    """Its four messages in place of one rank's permutations, with their counts where those are exact."""
+    layer, fixed, exact = traces(precision, 4096), traces(precision, route, "fixed"), traces(precision, route, "exact")
+    alone = layer.of(*(f"mixture {phase}" for phase in ("F dispatch", "F combine", "B combine", "B dispatch")))
+    messages = [one for one in fixed.launches if one.phase != "setup"]
+    counts = [one for one in exact.launches if one.phase != "setup"]
+    assert {one.phase for one in counts} == {"announce (communication)"} and count(counts) <= 21
+    assert count(messages) <= (22 if route == "one_hop" else 35)
+    assert count(mixture(layer)) - count(alone) + count(messages) + count(counts) <= 150
+
+
 def test_launches_are_counted(traces: Traces) -> None:
     """The trace sees what it must: kernels, fills, ATen ops, autograd's own, each with its place."""
     trace = traces("fp8", 4096)

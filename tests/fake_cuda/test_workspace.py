@@ -63,7 +63,7 @@ def test_workspace_is_what_the_launchers_allocate(traces: Traces, precision: str
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 @pytest.mark.parametrize("route", ["one_hop", "two_hops"])
 def test_messages_are_what_a_dispatch_allocates(traces: Traces, precision: str, route: str) -> None:
-    """The largest of the four verbs, with messages of a fixed size, within 5 %."""
+    """The larger of the verbs that return, with messages of a fixed size, or up to 6 % more; the others deliver rows R."""
     trace = traces(precision, route, "fixed")
     how = "all_to_all" if route == "one_hop" else "node_limited"
     words = ("data=indexed", "data.paths=[none]", "model=dsv3_671b", f"precision={precision}", f"parallel.ep={RANKS}")
@@ -74,5 +74,6 @@ def test_messages_are_what_a_dispatch_allocates(traces: Traces, precision: str, 
     rows = expert_rows(config)
     assert rows.experts == trace.facts["received rows"]
     alone, paired = dispatch_work(config, [stage(3)], MicroBatch(1, 4096, config.recipe, rows))
-    largest = max(size for phase, size in trace.peak.items() if "backward" in phase or "combine" in phase)
-    assert alone == pytest.approx(largest, rel=0.05) and paired > alone
+    returning = ("combine", "dispatch backward")
+    largest = max(size for phase, size in trace.peak.items() if phase.removesuffix(" (communication)") in returning)
+    assert largest <= 1.005 * alone <= 1.06 * largest and paired > alone

@@ -88,9 +88,8 @@ def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float
     """The sizes for expert ids `pieces` [T, K], one a chunk. Collective. ImbalanceError: see `check_imbalance`."""
     c, m, n, e = len(pieces), topology.nodes, topology.ranks_per_node, topology.local_experts
     rows_CW = torch.stack([_visits(ids // e, m * n).sum(0) for ids in pieces])
-    nodes_CM = torch.stack([_visits(ids // (e * n), m).sum(0) for ids in pieces])
-    experts_We = torch.cat([ids.reshape(-1) for ids in pieces])
-    experts_We = rows_CW.new_zeros(m * n * e).scatter_add_(0, experts_We, torch.ones_like(experts_We)).view(m * n, e)
+    nodes_CM = rows_CW if n == 1 else torch.stack([_visits(ids // (e * n), m).sum(0) for ids in pieces])
+    experts_We = _copies(torch.cat(pieces), m * n * e).view(m * n, e)
     to_node = torch.cat([nodes_CM.T[:, :, None], rows_CW.view(c, m, n).permute(1, 0, 2)], dim=2)  # [M, C, 1 + L]
     copies_W1 = experts_We.sum().expand(m * n, 1)
     send = torch.cat([to_node.reshape(m, -1).repeat_interleave(n, 0), experts_We, copies_W1], dim=1)
@@ -141,6 +140,12 @@ def histogram(tokens: list[int]) -> str:
         return ", ".join(map(str, tokens))
     largest = sorted(range(len(tokens)), key=lambda i: -tokens[i])[:16]
     return ", ".join(f"{i}: {tokens[i]}" for i in largest) + f", mean {sum(tokens) / len(tokens):.1f}"
+
+
+def _copies(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Copies for each expert: int64 [E]."""
+    flat = ids_TK.reshape(-1)
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, flat.new_ones(1).expand_as(flat))
 
 
 def _visits(peer_TK: Tensor, peers: int) -> Tensor:

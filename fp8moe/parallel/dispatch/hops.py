@@ -14,6 +14,7 @@ Legend: T tokens of a chunk, K top-k, S rows sent, N rows that arrive after the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -112,22 +113,29 @@ class Route:
 
     def send_back(self, message: Tensor, columns: Columns, name: str) -> list[Tensor]:
         """Columns of rows [N, bytes] as they arrived -> the sums of each token's, [T, *], column by column."""
-        pieces: list[Tensor] = list(message.split(self.arrived))
-        sums: list[list[Tensor]] = []
-        for number in reversed(range(len(self.hops[0]))):
-            label = name if number == 0 else f"{name}, hop {number + 1}"
+        pieces: Sequence[Tensor] = message.split(self.arrived)
+        for number in range(len(self.hops[0]) - 1, 0, -1):
+            label = f"{name}, hop {number + 1}"
             messages = [hops[number].send_back(x, label) for x, hops in zip(pieces, self.hops, strict=True)]
-            pieces, sums = [], []
-            for came, hops in zip(messages, self.hops, strict=True):
-                row_map, values = hops[number].row_map, columns.of(came.wait())
-                if number:
-                    packed = columns.empty(row_map.num_rows, message.device)
-                    for value, out in zip(values, columns.of(packed), strict=True):
-                        unpermute(value, row_map, out=out)
-                    pieces.append(packed)
-                else:
-                    sums.append([unpermute(value, row_map) for value in values])
+            pieces = [
+                _packed_sums(columns, came.wait(), hops[number].row_map)
+                for came, hops in zip(messages, self.hops, strict=True)
+            ]
+            messages.clear()  # and with them the rows that came
+        messages = [hops[0].send_back(x, name) for x, hops in zip(pieces, self.hops, strict=True)]
+        sums = [
+            [unpermute(value, hops[0].row_map) for value in columns.of(came.wait())]
+            for came, hops in zip(messages, self.hops, strict=True)
+        ]
         return [joined(column) for column in zip(*sums, strict=True)]
+
+
+def _packed_sums(columns: Columns, message: Tensor, row_map: RowMap) -> Tensor:
+    """The sums of each row's copies in a message, as a message."""
+    packed = columns.empty(row_map.num_rows, message.device)
+    for values, out in zip(columns.of(message), columns.of(packed), strict=True):
+        unpermute(values, row_map, out=out)
+    return packed
 
 
 @dataclass(frozen=True)
