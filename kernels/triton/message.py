@@ -95,7 +95,7 @@ def unpack_kernel(
         n = tl.load(sources + r, mask=r < R, other=-1)
         if TOPK > 0:
             slot = tl.load(slots + r, mask=r < R, other=0)
-            weight = tl.load(message_fp32 + (n * ROW + WEIGHTS) // 4 + slot % TOPK, mask=n >= 0, other=0.0)
+            weight = tl.load(message_fp32 + (n * ROW + WEIGHTS) // 4 + slot - n * TOPK, mask=n >= 0, other=0.0)
             tl.store(weights + r, weight, mask=r < R)
         if FP8:
             t = tl.arange(0, BLOCK_T)[:, None]

@@ -63,7 +63,7 @@ def test_workspace_is_what_the_launchers_allocate(traces: Traces, precision: str
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 @pytest.mark.parametrize("route", ["one_hop", "two_hops"])
 def test_messages_are_what_a_dispatch_allocates(traces: Traces, precision: str, route: str) -> None:
-    """The larger of the verbs that return, with messages of a fixed size, or up to 6 % more; the others deliver rows R."""
+    """The larger of the verbs that return, of fixed messages, or up to 6 % more; the others deliver rows R."""
     trace = traces(precision, route, "fixed")
     how = "all_to_all" if route == "one_hop" else "node_limited"
     words = ("data=indexed", "data.paths=[none]", "model=dsv3_671b", f"precision={precision}", f"parallel.ep={RANKS}")

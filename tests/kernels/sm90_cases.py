@@ -20,6 +20,7 @@ from torch import Tensor
 from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import release_of
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
+from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.tiles import Tile
 
@@ -184,6 +185,26 @@ def permute_cases() -> Iterator[Case]:
             yield f"triton permute_quantize {label}", cast
 
 
+def message_cases() -> Iterator[Case]:
+    """Plans of messages and of what arrived, by ids of both kinds, and rows of every kind into a message and out."""
+    ops = importlib.import_module("fp8moe.kernels.triton.message")
+    plan = importlib.import_module("fp8moe.kernels.triton.permute").plan_rows
+    n, k, topk, peers, received = 4096, 7168, 8, 8, 8192
+    ids, weights = torch.empty(n, topk, dtype=torch.int64), torch.empty(n, topk)
+    came = torch.empty(received, 3640, dtype=torch.int16)[:, 3596:3604]
+    numbers, inverse = torch.empty(received, dtype=torch.int64), torch.empty(n * topk, dtype=torch.int32)
+    row_map = RowMap(numbers, numbers, offsets(), numbers[:GROUPS], inverse, n, topk)
+    yield "triton plan_message", partial(ops.plan_message, ids, peers, 32, room=received, fixed=True)
+    yield "triton plan_message of a message", partial(ops.plan_message, came, 4, 8, room=received, first=32)
+    yield "triton plan_rows of a message", partial(plan, came, 32, room=received, first=32, order=numbers)
+    for kind, x in (("fp8", rows(n, k)), ("fp8 K576", rows(n, 576)), ("bf16", torch.empty(n, k, dtype=torch.bfloat16))):
+        for carried, travelling in (("", (ids, weights)), (" without ids", (None, None))):
+            layout = MessageLayout.of(x, topk if travelling[0] is not None else 0)
+            message = torch.empty(n, layout.row_bytes, dtype=torch.uint8)
+            yield f"triton pack_message {kind}{carried}", partial(ops.pack_message, x, row_map, *travelling, sender=3)
+            yield f"triton unpack_message {kind}{carried}", partial(ops.unpack_message, message, row_map, layout)
+
+
 def cases() -> Iterator[Case]:
     """All cases of both device back ends."""
     yield from gemm_cases("gluon")
@@ -191,6 +212,7 @@ def cases() -> Iterator[Case]:
     yield from unquantized_cases()
     yield from cast_cases()
     yield from permute_cases()
+    yield from message_cases()
     yield from importlib.import_module("tests.kernels.sm90_fused_cases").cases()
 
 

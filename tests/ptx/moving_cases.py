@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor
+from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.kernels.row_map import RowMap
 from tests.kernels.row_maps import PARTS, random_ids
 from tests.ptx.launching import Machine, on_machine
@@ -34,6 +35,8 @@ def ops(backend: str, module: str) -> Any:
 
 def bits(value: Any) -> list[Tensor]:
     """What a result is made of, as integers; codes under a scale that is not finite count as zero: any will do."""
+    if value is None:
+        return []
     if isinstance(value, tuple):
         return [part for one in value for part in bits(one)]
     if isinstance(value, RowMap):
@@ -148,6 +151,51 @@ def permute_quantize(machine: Machine, dtype: torch.dtype, power_of_two: bool) -
     both(machine, "permute", "permute_quantize", values(60, width, dtype), some_map(), power_of_two=power_of_two)
 
 
+def plan_message(machine: Machine, of_message: bool) -> None:
+    """Ids as they were chosen and as they arrived, for fixed rooms that some peers overflow and for exact ones."""
+    ids = random_ids(60, TOPK, EXPERTS, 0.2)
+    given = ~ids.to(torch.int16) if of_message else ids
+    if machine.count:
+        both(machine, "message", "plan_message", given, 4, 3, room=160, fixed=not of_message)
+        return
+    for peers, span, first, room, fixed in ((4, 3, 0, 88, True), (2, 3, 4, 70, False), (2, 6, 0, 130, True)):
+        both(machine, "message", "plan_message", given, peers, span, room=room, first=first, fixed=fixed)
+
+
+def plan_received(machine: Machine) -> None:
+    ids = ~random_ids(60, TOPK, EXPERTS, 0.2).to(torch.int16)
+    order = torch.randperm(60)
+    for first, align, room in ((4, 16, 128), (-1, 8, 60)):
+        both(machine, "permute", "plan_rows", ids, 6, align=align, room=room, first=first, order=order)
+
+
+def message(machine: Machine, kind: str, unpacks: bool) -> None:
+    """Packed by a map with padding, or unpacked by one: with ids and without, scales that are not finite too."""
+    width = 576 if "K576" in kind else shapes(machine, (60, 208))[0][1]
+    x: Any = torch.randn(60, width).to(torch.bfloat16)
+    if kind.startswith("fp8"):
+        x = ops("reference", "quantize").quantize_rows(x, power_of_two=True)
+        x.scale[7, 0], x.scale[9, 0] = float("nan"), float("inf")
+        x = Fp8Tensor(x.data, x.scale.mT.contiguous().mT)
+    ids, weights = random_ids(60, TOPK, EXPERTS, 0.2), torch.rand(60, TOPK)
+    travelling = () if "without" in kind else (ids, weights)
+    to_peers = ops("reference", "message").plan_message(ids, 4, 3, room=160, fixed=True)
+    if not unpacks:
+        both(machine, "message", "pack_message", x, to_peers, *travelling, sender=3)
+        return
+    packed = ops("reference", "message").pack_message(x, to_peers, *travelling, sender=3)
+    layout = MessageLayout.of(x, TOPK if travelling else 0)
+    arrived = random_ids(160, TOPK, 6, 0.4)
+    both(
+        machine,
+        "message",
+        "unpack_message",
+        packed,
+        ops("reference", "permute").plan_rows(arrived, 6, align=16),
+        layout,
+    )
+
+
 def cases() -> Iterator[Case]:
     """Every kernel that moves or casts."""
     for dtype, kind in DTYPES:
@@ -166,3 +214,10 @@ def cases() -> Iterator[Case]:
     yield "triton pack_e5m6 bf16", pack
     yield "triton e5m6", unpack
     yield "triton plan_rows", plan
+    yield "triton plan_rows of a message", plan_received
+    yield "triton plan_message", partial(plan_message, of_message=False)
+    yield "triton plan_message of a message", partial(plan_message, of_message=True)
+    for kind in ("fp8", "fp8 K576", "bf16"):
+        for carried in ("", " without ids"):
+            yield f"triton pack_message {kind}{carried}", partial(message, kind=kind + carried, unpacks=False)
+            yield f"triton unpack_message {kind}{carried}", partial(message, kind=kind + carried, unpacks=True)
