@@ -1,4 +1,4 @@
-"""Rows to experts and back: bytes moved a second, beside a plain copy and torch's index_select in the same run.
+"""Rows to experts and back, and into messages and out: bytes moved a second, beside a plain copy and torch's index_select in the same run.
 
     python -m benchmarks.bench_permute [--quick] [--json FILE]
 
@@ -17,12 +17,14 @@ from benchmarks.bandwidth import COPY, Entry, add_bandwidths, size_of
 from benchmarks.contest import write_beside
 from benchmarks.harness import Report, make_parser, parse_arguments
 from fp8moe.kernels import backend
+from fp8moe.kernels.fp8 import Fp8Tensor
+from fp8moe.kernels.message import MessageLayout, pack_message, plan_message, unpack_message
 from fp8moe.kernels.permute import RowMap, permute, permute_quantize, plan_rows, unpermute
 from fp8moe.kernels.quantize import quantize_rows
 
 SUBJECT = "Permutations"
 SELECT, PLAN = "index_select bf16", "plan_rows"
-NUM_EXPERTS, TOPK = 32, 8
+NUM_EXPERTS, TOPK, PEERS = 32, 8, 8
 # Rows of x, their width, the share of their copies that is here: one rank alone, one of eight, and the CPU's.
 SIZES = {"cuda": ((4096, 7168, 1.0), (16384, 7168, 0.125), (16384, 2048, 1.0)), "cpu": ((512, 2048, 1.0),)}
 
@@ -32,6 +34,27 @@ def routing(n: int, share: float, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.rand(n, NUM_EXPERTS, generator=generator, device=device).topk(TOPK, dim=1).indices
     return ids.masked_fill(torch.rand(n, TOPK, generator=generator, device=device) >= share, -1)
+
+
+def messages(rows: Fp8Tensor, ids: Tensor, room: int) -> dict[str, Entry]:
+    """FP8 rows into a message for all peers, with ids and weights, and out of the one that a peer of all experts gets."""
+    weights = torch.rand(ids.shape, device=ids.device)
+    span = NUM_EXPERTS // PEERS
+    sent = plan_message(ids, PEERS, span, room=int(plan_message(ids, PEERS, span, room=0).tokens_per_expert.sum()))
+    all_here = plan_message(ids, 1, NUM_EXPERTS, room=int((ids >= 0).any(dim=1).sum()))
+    layout, message = MessageLayout.of(rows, TOPK), pack_message(rows, all_here, ids, weights)
+    row_map = plan_rows(layout.ids_of(message), NUM_EXPERTS, room=room, first=0)
+    packed = size_of(pack_message(rows, sent, ids, weights)) + size_of(rows) + size_of(ids) + size_of(weights)
+    unpacked, weights_R = unpack_message(message, row_map, layout)
+    assert weights_R is not None
+    return {
+        "plan_message": (lambda: plan_message(ids, PEERS, span, room=len(sent.slot_R)), 0),
+        "pack_message fp8": (lambda: pack_message(rows, sent, ids, weights), packed + size_of(sent.source_R)),
+        "unpack_message fp8": (
+            lambda: unpack_message(message, row_map, layout),
+            size_of(message) + size_of(unpacked) + size_of(weights_R) + 2 * size_of(row_map.source_R),
+        ),
+    }
 
 
 def moves(x: Tensor, ids: Tensor, row_map: RowMap) -> dict[str, Entry]:
@@ -55,6 +78,7 @@ def moves(x: Tensor, ids: Tensor, row_map: RowMap) -> dict[str, Entry]:
         "cast, permute": (cast_then_permute, cast),
         "unpermute bf16": (lambda: unpermute(copies, row_map), size_of(x) + size_of(copies) + slots),
         PLAN: (lambda: plan_rows(ids, NUM_EXPERTS, room=room), 0),
+        **messages(rows, ids, room),
     }
 
 

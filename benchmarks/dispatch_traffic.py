@@ -3,7 +3,7 @@
 The formulas are computed from the routing alone and share no code with the dispatchers, whose own count of the bytes
 they hand to collectives must equal them exactly. Only payload is counted, not headers and acknowledgements.
 
-    FP8 row      D codes + D / 128 exponents + 2 K ids + 4 K weights          to a rank, or to a node
+    FP8 row      D codes + D / 128 exponents + 6 K ids and weights + 2        to a rank, or to a node; a multiple of 16
     BF16 row     2 D                                                          back from it
     counts       8 (chunks (1 + L) + e + 1) bytes a pair of ranks             once a dispatch
     naive        2 D to the expert's rank and 2 D back for every copy
@@ -74,7 +74,8 @@ def distinct(ids: Tensor, span: int, own: int) -> int:
 
 
 def forward_row(setting: Setting) -> int:
-    return setting.hidden + -(-setting.hidden // 128) + 6 * setting.topk
+    parts = setting.hidden + -(-setting.hidden // 128) + 6 * setting.topk + 2
+    return -(-parts // 16) * 16
 
 
 def expected(kind: str, setting: Setting, all_ids: list[Tensor]) -> Traffic:

@@ -1,10 +1,10 @@
 """`fp8moe warmup`: compiles the kernels that a configuration needs, once a node, before its processes start.
 
-Every cast and GEMM of one dense and one expert Linear of each size, and the permutation of rows to experts and back,
-runs once on this machine's GPU, at the sizes of a micro-batch and through the ops of training, so that the tile table
-makes the same choices. The compiled code stays in Triton's cache, which should be on the node's own disk: a shared file
-system with a thousand readers is slower than compiling. Compiling without running was refused: alignment and constants
-come from real operands.
+Every cast and GEMM of one dense and one expert Linear of each size, the permutation of rows to experts and back, and
+their messages between ranks run once on this machine's GPU, at the sizes of a micro-batch and through the ops of
+training, so that the tile table makes the same choices. The compiled code stays in Triton's cache, which should be on
+the node's own disk: a shared file system with a thousand readers is slower than compiling. Compiling without running
+was refused: alignment and constants come from real operands.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fp8moe.errors import ConfigError
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gemm import gemm, wgrad
 from fp8moe.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8moe.kernels.message import MessageLayout, pack_message, plan_message, unpack_message
 from fp8moe.kernels.permute import permute, plan_rows, unpermute
 from fp8moe.kernels.quantize import (
     quantize_blocks,
@@ -34,6 +35,7 @@ from fp8moe.kernels.quantize import (
 from fp8moe.model.config import ModelConfig
 
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
+PEERS = 8  # ranks of a message; another number compiles nothing else
 DESCRIPTION = """\
 Compile the kernels that a run needs into a cache on this node. Settings are those of `fp8moe train`.
 
@@ -91,6 +93,7 @@ def calls(sizes: GemmSizes, device: torch.device) -> Iterator[tuple[str, Callabl
     for n, k in sizes.unquantized:
         yield f"BF16 Linear {n}x{k}", lambda n=n, k=k: unquantized(tokens, n, k, device)  # type: ignore[misc]
     yield f"permutation of rows of {sizes.dim} to {sizes.topk} experts", lambda: expert_rows(tokens, sizes, device)
+    yield f"messages of rows of {sizes.dim} to {sizes.topk} experts", lambda: messages(tokens, sizes, device)
 
 
 def unquantized(tokens: int, n: int, k: int, device: torch.device) -> None:
@@ -136,6 +139,26 @@ def expert_rows(tokens: int, sizes: GemmSizes, device: torch.device) -> None:
     permute(rows, row_map)
     permute(Fp8Tensor(rows.data, rows.scale.contiguous()), row_map)
     unpermute(torch.zeros(len(row_map.slot_R), sizes.dim, dtype=torch.bfloat16, device=device), row_map)
+
+
+def messages(tokens: int, sizes: GemmSizes, device: torch.device) -> None:
+    """Rows packed for other ranks, unpacked from them and summed in return, with their ids and without."""
+    ids = torch.arange(tokens * sizes.topk, device=device).view(tokens, sizes.topk) % (PEERS * sizes.num_experts)
+    x, weights = (
+        torch.zeros(tokens, sizes.dim, dtype=torch.bfloat16, device=device),
+        torch.zeros(ids.shape, device=device),
+    )
+    to_peers = plan_message(ids, PEERS, sizes.num_experts, room=tokens * PEERS, fixed=True)
+    for rows in (x, quantize_rows(x, power_of_two=True)):
+        layout, message = MessageLayout.of(rows, sizes.topk), pack_message(rows, to_peers, ids, weights)
+        order = plan_rows(layout.sender_of(message), 1 + PEERS, align=1, room=len(message), first=-1).source_R
+        for taken in (None, order):
+            row_map = plan_rows(layout.ids_of(message), sizes.num_experts, room=sizes.rows, first=0, order=taken)
+        received, _ = unpack_message(message, row_map, layout)
+        unpack_message(pack_message(rows, to_peers), row_map, MessageLayout.of(rows))
+        if isinstance(received, torch.Tensor):
+            unpermute(received, row_map)
+    permute(message, plan_message(layout.ids_of(message), PEERS, sizes.num_experts, room=len(message)))
 
 
 def choose_cache(given: Path | None) -> Path:

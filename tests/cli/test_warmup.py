@@ -92,7 +92,7 @@ def test_every_call_runs():
         call()
         names.append(name)
     assert names[:4] == ["Linear 144x64", "2 experts 96x64", "2 experts 64x48", "BF16 Linear 48x64"]
-    assert names[4:] == ["permutation of rows of 64 to 2 experts"]
+    assert names[4:] == ["permutation of rows of 64 to 2 experts", "messages of rows of 64 to 2 experts"]
 
 
 def test_the_cache_is_where_it_was_asked_for(monkeypatch):
