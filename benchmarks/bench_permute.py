@@ -1,4 +1,4 @@
-"""Rows to experts and back, and into messages and out: bytes moved a second, beside a plain copy and torch's index_select in the same run.
+"""Rows to experts, into messages, and back: bytes moved a second beside a plain copy and torch's index_select.
 
     python -m benchmarks.bench_permute [--quick] [--json FILE]
 
@@ -37,7 +37,7 @@ def routing(n: int, share: float, device: torch.device) -> Tensor:
 
 
 def messages(rows: Fp8Tensor, ids: Tensor, room: int) -> dict[str, Entry]:
-    """FP8 rows into a message for all peers, with ids and weights, and out of the one that a peer of all experts gets."""
+    """FP8 rows into a message for all peers, with ids and weights, and out of one for a peer that has all experts."""
     weights = torch.rand(ids.shape, device=ids.device)
     span = NUM_EXPERTS // PEERS
     sent = plan_message(ids, PEERS, span, room=int(plan_message(ids, PEERS, span, room=0).tokens_per_expert.sum()))
