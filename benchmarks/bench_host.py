@@ -7,6 +7,9 @@ for about 90 launches (`bench_layer`), 70 microseconds each. On a GPU the layer 
 until it returns, before the device has finished. Without one the same launchers run on a GPU that is pretended
 (`pretended_gpu`), on a layer of the same structure whose sizes are small, since none of this depends on them.
 
+Layers whose ranks share experts launch messages as well: `messages` is a dispatch, its combine and their backwards, of
+fixed sizes, as one rank of eight has them, by messages that are not sent (`unsent_messages`).
+
 Launches of the pretended GPU are Triton's and PyTorch's, each op that computes counted as one. The measure is
 the fastest of many calls: other processes on the machine only ever add. --profile prints the functions
 with the most time of their own, profiler's overhead included.
@@ -30,7 +33,9 @@ from benchmarks.harness import Report, make_parser, parse_arguments
 from benchmarks.kernel_shares import shares
 from benchmarks.layers import DSV2_LITE, LayerStep
 from benchmarks.pretended_gpu import pretended_gpu
+from benchmarks.unsent_messages import FourMessages, one_hop, two_hops, unsent_messages
 from fp8moe.layers.attention import MlaConfig
+from fp8moe.model.config import ModelConfig
 
 NAME, TOKENS = "dsv2_lite", {"cuda": 4096, "cpu": 16}
 SMALL = replace(  # heads of one size: a CPU's attention is then one op, as a GPU's is
@@ -71,17 +76,32 @@ def host_seconds(step: Callable[[], object], device: torch.device, *, repeats: i
     return seconds
 
 
-@contextmanager
-def layers(device: torch.device) -> Iterator[tuple[dict[str, LayerStep], Callable[[LayerStep], int]]]:
-    """The layer by precision, and what counts the launches of a step; on a CPU the block has a pretended GPU."""
-    config = DSV2_LITE if device.type == "cuda" else SMALL
-    steps = {kind: LayerStep(config, precision, TOKENS[device.type], device) for kind, precision in PRECISIONS.items()}
-    if device.type == "cuda":
-        yield steps, lambda step: shares(step).launches
-        return
-    with pretended_gpu() as launches:
+def messages(config: ModelConfig, tokens: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """The messages of such a layer by precision and number of hops."""
+    return {
+        f"messages {kind}{hops}": FourMessages(
+            route(config.experts.num_experts), tokens, config.dim, config.router.topk, device, fp8=kind == "fp8"
+        )
+        for kind in PRECISIONS
+        for hops, route in (("", one_hop), (", two hops", two_hops))
+    }
 
-        def count(step: LayerStep) -> int:
+
+@contextmanager
+def layers(device: torch.device) -> Iterator[tuple[dict[str, Callable[[], object]], Callable[[Any], int]]]:
+    """The layer and its messages by precision, and what counts the launches; on a CPU by a pretended GPU."""
+    config, tokens = DSV2_LITE if device.type == "cuda" else SMALL, TOKENS[device.type]
+    steps: dict[str, Callable[[], object]] = {
+        f"{NAME} {kind}": LayerStep(config, precision, tokens, device) for kind, precision in PRECISIONS.items()
+    }
+    if device.type == "cuda":
+        with unsent_messages():
+            yield steps | messages(config, tokens, device), lambda step: shares(step).launches
+        return
+    with pretended_gpu() as launches, unsent_messages():
+        steps |= messages(config, tokens, device)
+
+        def count(step: Callable[[], object]) -> int:
             launches.count = 0
             with _Counter() as counter:
                 step()
@@ -107,13 +127,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     device: torch.device = arguments.device
     report = Report(device, json_path=arguments.json)
     with layers(device) as (steps, count):
-        for kind, step in steps.items():
+        for name, step in steps.items():
             seconds = host_seconds(step, device, repeats=arguments.repeats, warmup=arguments.warmup)
             number, best = count(step), min(seconds)
             shape = f"T{TOKENS[device.type]}"
-            report.add(f"{NAME} {kind}", shape, "host time", best * 1e3, "ms")
-            report.add(f"{NAME} {kind}", shape, "launches", number, "kernels")
-            report.add(f"{NAME} {kind}", shape, "host time a launch", best * 1e6 / number, "us")
+            report.add(name, shape, "host time", best * 1e3, "ms")
+            report.add(name, shape, "launches", number, "kernels")
+            report.add(name, shape, "host time a launch", best * 1e6 / number, "us")
             if arguments.profile:
                 profiled(step, arguments.repeats, arguments.profile)
     report.finish()

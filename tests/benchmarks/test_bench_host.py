@@ -36,6 +36,8 @@ def test_it_counts_the_launches_of_a_layer(tmp_path):
         launches = found[name, "launches"]
         assert fewest <= launches <= 100, "about as many as a trace of an H100 has"
         assert found[name, "host time a launch"] == pytest.approx(found[name, "host time"] * 1e3 / launches)
+    assert [found[f"messages {kind}", "launches"] for kind in ("bf16", "fp8")] == [19, 20]
+    assert found["messages fp8, two hops", "launches"] == 32
     assert "tottime" in printed
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
+from benchmarks import unsent_messages
+from benchmarks.unsent_messages import RANKS, Arrived
 from fp8moe.kernels.quantize import quantize_rows
-from fp8moe.parallel.dispatch import all_to_all, counts, hops
 from fp8moe.parallel.dispatch.all_to_all import AllToAllDispatcher
 from fp8moe.parallel.dispatch.counts import Capacity, EpTopology
 from fp8moe.parallel.dispatch.hops import HopGroup
@@ -20,33 +17,17 @@ from tests.fake_cuda.launching import on_fake_hopper
 from tests.fake_cuda.recorder import Recorder
 from tests.fake_cuda.trace import Trace
 
-RANKS, NUM_EXPERTS, TOPK, DIM = 8, 256, 8, 7168
+__all__ = ["RANKS", "one_hop", "trace_dispatch", "two_hops"]
 
-
-def group(size: int) -> Any:
-    return SimpleNamespace(size=lambda: size, rank=lambda: 1)
+NUM_EXPERTS, TOPK, DIM = 256, 8, 7168
 
 
 def one_hop() -> tuple[EpTopology, tuple[HopGroup, ...]]:
-    topology = EpTopology(group(RANKS), NUM_EXPERTS, nodes=RANKS, ranks_per_node=1)
-    return topology, (HopGroup(topology.group, topology.local_experts),)
+    return unsent_messages.one_hop(NUM_EXPERTS)
 
 
 def two_hops() -> tuple[EpTopology, tuple[HopGroup, ...]]:
-    topology = EpTopology(group(RANKS), NUM_EXPERTS, nodes=2, ranks_per_node=4)
-    e = topology.local_experts
-    return topology, (HopGroup(group(2), 4 * e), HopGroup(group(4), e))
-
-
-class _Arrived:
-    def __init__(self, value: Any, finish: Callable[[Any], Any]) -> None:
-        self._value, self._finish = value, finish
-
-    def arrived(self) -> Any:
-        return self._value
-
-    def wait(self) -> Any:
-        return self._finish(self._value)
+    return unsent_messages.two_hops(NUM_EXPERTS)
 
 
 def trace_dispatch(route: Callable[[], Any], precision: str, tokens: int, factor: float | None) -> Trace:
@@ -59,22 +40,11 @@ def trace_dispatch(route: Callable[[], Any], precision: str, tokens: int, factor
 
     def start(
         message: Callable[[], Any], finish: Callable[[Any], Any], name: str = "message", *, takes_sms: bool = True
-    ) -> _Arrived:
+    ) -> Arrived:
         with recorder.in_phase(f"{recorder.phase} (communication)"):
-            return _Arrived(message(), finish)
+            return Arrived(message(), finish)
 
-    def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], *rest: Any) -> Any:
-        out = rows.contiguous().new_empty(sum(receive), *rows.shape[1:])
-        return SimpleNamespace(wait=lambda: out)
-
-    with on_fake_hopper(recorder), ExitStack() as stack:
-        stream = SimpleNamespace(start=start)
-        for module, name, replacement in (
-            (all_to_all, "communication_stream", lambda device: stream),
-            (hops, "start_all_to_all", start_all_to_all),
-            (counts, "exchange", lambda send, *rest: send.contiguous().clone()),
-        ):
-            stack.enter_context(mock.patch.object(module, name, replacement))
+    with on_fake_hopper(recorder), unsent_messages.unsent_messages(start):
         capacity = None if factor is None else Capacity(tokens, factor)
         dispatcher = AllToAllDispatcher(*route(), capacity=capacity)
         x = torch.empty(tokens, DIM, dtype=torch.bfloat16, device="cuda")
