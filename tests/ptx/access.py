@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.ptx.conversions import dtype_of
 from tests.ptx.parser import Instruction, Unsupported, list_of
-from tests.ptx.registers import LANES, LOCAL, SIGNED, UNSIGNED, Decoder, Fault, Gang, Token
+from tests.ptx.registers import LANES, LOCAL, SIGNED, UNSIGNED, Decoder, Fault, Gang, Token, every_lane
 
 Active = np.ndarray | None
 
@@ -104,7 +104,7 @@ def _store(decoder: Decoder, instruction: Instruction, space: str) -> tuple[Any,
     readers = [decoder.read(x, dtype) for x in list_of(instruction.operands[1])]
 
     def store(gang: Gang, on: Active) -> None:
-        values = np.stack([np.broadcast_to(read(gang).view(dtype), gang.n) for read in readers], 1)
+        values = np.stack([every_lane(gang, read(gang).view(dtype)) for read in readers], 1)
         at, warps = address(gang), gang.lane_warp
         if on is not None:
             at, warps, values = at[on], warps[on], values[on]

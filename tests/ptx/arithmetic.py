@@ -22,7 +22,7 @@ import numpy as np
 
 from tests.ptx.conversions import bf16_pair, convert, dtype_of
 from tests.ptx.parser import Instruction, Unsupported, list_of
-from tests.ptx.registers import SIGNED, UNSIGNED, Decoder, Gang
+from tests.ptx.registers import SIGNED, UNSIGNED, Decoder, Gang, every_lane
 
 Op = Callable[[Gang], Any]
 SAME_BITS = {"add", "sub", "and", "or", "xor", "not", "shl"}
@@ -52,6 +52,8 @@ def _divide_wide(a: Any, b: Any) -> Any:
 
 def _shift(left: bool, bits: int) -> Callable[[Any, Any], Any]:
     def shift(a: Any, count: Any) -> Any:
+        if isinstance(count, np.generic) and count < bits:  # a literal, as nearly all are
+            return np.left_shift(a, a.dtype.type(count)) if left else np.right_shift(a, a.dtype.type(count))
         count = np.asarray(count).astype(np.int64)
         kept = np.minimum(count, bits - 1).astype(a.dtype)
         moved = np.left_shift(a, kept) if left else np.right_shift(a, kept)
@@ -64,6 +66,9 @@ def _shift(left: bool, bits: int) -> Callable[[Any, Any], Any]:
 def _extract(a: Any, start: Any, length: Any) -> Any:
     """bfe: `length` bits from `start` on, the sign of the topmost spread where the type has one."""
     bits, wide = 8 * a.dtype.itemsize, np.int64 if a.dtype.kind == "i" else np.uint64
+    first, count = (int(x) if isinstance(x, np.generic) else bits + 1 for x in (start, length))
+    if count and first + count <= bits:  # literals, as nearly all are
+        return (a << a.dtype.type(bits - first - count)) >> a.dtype.type(bits - count)
     start, length = np.minimum(start.astype(np.int64), 255), np.minimum(length.astype(np.int64), bits)
     value = a.astype(wide) >> np.minimum(start, 63).astype(wide)
     lift = (64 - length).astype(wide)
@@ -305,7 +310,7 @@ def _pack(decoder: Decoder, target: str, names: list[str], bits: int) -> tuple[O
     slot, readers = decoder.slot(target), [decoder.read(name, each) for name in names]
 
     def pack(gang: Gang) -> None:
-        columns = [np.broadcast_to(read(gang).view(each), gang.n) for read in readers]
+        columns = [every_lane(gang, read(gang).view(each)) for read in readers]
         gang.regs[slot] = np.stack(columns, 1).view(UNSIGNED[bits]).reshape(-1)
 
     return pack, [slot]

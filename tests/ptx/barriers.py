@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.ptx.parser import Instruction, Unsupported
-from tests.ptx.registers import LANES, Decoder, Fault, Gang
+from tests.ptx.registers import LANES, Decoder, Fault, Gang, of_lane
 
 TX_LIMIT = (1 << 20) - 1
 
@@ -80,19 +80,19 @@ def mbarrier(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
 
     def act(gang: Gang, on: Any) -> None:
         lanes = np.arange(gang.n) if on is None else np.flatnonzero(on)
-        number = np.broadcast_to(amount(gang), gang.n)
-        for lane in lanes:
-            at, warp = int(address(gang)[lane]), np.asarray(gang.lane_warp[lane])
+        numbers, addresses = amount(gang), address(gang)
+        for lane in lanes.tolist():
+            at, number, warp = int(addresses[lane]), of_lane(numbers, lane), np.asarray(gang.lane_warp[lane])
             if kind == "init":
-                gang.cta.make_mbarrier(int(warp), at, int(number[lane]))
+                gang.cta.make_mbarrier(int(warp), at, number)
             elif kind == "inval":
                 gang.cta.drop_mbarrier(int(warp), at)
             elif kind == "expect_tx":
-                gang.cta.mbarrier(at, warp[None]).expect(int(number[lane]))
+                gang.cta.mbarrier(at, warp[None]).expect(number)
             else:
-                bar, times = gang.cta.mbarrier(at, warp[None]), 1 if expects else int(number[lane])
+                bar, times = gang.cta.mbarrier(at, warp[None]), 1 if expects else number
                 if expects:
-                    bar.bytes += int(number[lane])
+                    bar.bytes += number
                 bar.arrive(times, gang.cta.clocks.release(np.array([warp + gang.cta.first_warp])))
 
     return act, []

@@ -71,9 +71,10 @@ def _nothing(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
 def _guarded_effect(op: Any, mask: Any) -> Callable[[Gang], None]:
     def run(gang: Gang) -> None:
         on = mask(gang)
-        if on.all():
+        lanes_on = np.count_nonzero(on)
+        if lanes_on == gang.n:
             op(gang, None)
-        elif on.any():
+        elif lanes_on:
             op(gang, on)
 
     return run
@@ -82,9 +83,10 @@ def _guarded_effect(op: Any, mask: Any) -> Callable[[Gang], None]:
 def _guarded(decoder: Decoder, op: Any, mask: Any, targets: list[int]) -> Callable[[Gang], None]:
     def run(gang: Gang) -> None:
         on = mask(gang)
-        if not on.any():
+        lanes_on = np.count_nonzero(on)
+        if not lanes_on:
             return
-        if on.all():
+        if lanes_on == gang.n:
             op(gang)
             return
         old = [access.keep_old(decoder, gang, slot, gang.regs[slot], ~on & False) for slot in targets]
@@ -101,9 +103,9 @@ def _branch(decoder: Decoder, instruction: Instruction) -> Callable[[Gang], None
 
     def branch(gang: Gang) -> None:
         warps = len(gang.warps)
-        if mask is None or (on := mask(gang)).all():
+        if mask is None or (lanes_on := np.count_nonzero(on := mask(gang))) == gang.n:
             gang.pc = target
-        elif on.any():
+        elif lanes_on:
             going = whole_warps(on)
             gang.cta.split(gang, np.where(going, target, gang.pc))
             warps = int(going.sum())

@@ -69,7 +69,11 @@ class Global:
             raise Fault(f"misaligned access to global memory, {total} bytes at {address[0]:#x}")
         offset = address - BASE
         # Storages begin at multiples of ALIGNMENT: an aligned access that ends in one begins there.
-        if first < BASE or last + total > BASE + self.used or not self.exists.take(offset + (total - 1)).all():
+        if (
+            first < BASE
+            or last + total > BASE + self.used
+            or (np.count_nonzero(self.exists.take(offset + (total - 1))) != address.size)
+        ):
             raise Fault("access to global memory out of the bounds of every tensor")
         return offset // total
 
@@ -94,14 +98,16 @@ class Shared:
         self.views = views(self.bytes)
         self.stamps, self.first_warp = Stamps(clocks, size // granule, granule), first_warp
 
-    def check(self, address: np.ndarray, total: int) -> None:
+    def check(self, address: np.ndarray, total: int) -> tuple[int, int]:
+        """The first and the last granule of an access that may be, of `total` bytes at each address."""
         if not address.size:
-            return
+            return 0, 0
         first, last, bits = limits(address)
         if bits & (total - 1):
             raise Fault(f"misaligned access to shared memory, {total} bytes at {int(address[0])}")
         if first < 0 or last + total > self.size:
             raise Fault(f"access to shared memory at {int(address.max())}, beyond the {self.size} bytes of this CTA")
+        return first // self.granule, (last + total - 1) // self.granule
 
     def granules(self, address: np.ndarray, total: int) -> np.ndarray:
         """[lanes, n] the granules of `total` bytes at each address."""
@@ -109,8 +115,8 @@ class Shared:
 
     def read(self, warps: np.ndarray, address: np.ndarray, size: int, width: int) -> np.ndarray:
         """[lanes, width] elements; an ordinary read by `warps`, one a lane."""
-        self.check(address, size * width)
-        self.stamps.read(warps + self.first_warp, self.granules(address, size * width))
+        within = self.check(address, size * width)
+        self.stamps.read(warps + self.first_warp, self.granules(address, size * width), within)
         view = self.views[size * width]
         return view.take(address // view.itemsize).view(UNSIGNED[8 * size]).reshape(-1, width)
 

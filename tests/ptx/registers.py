@@ -76,9 +76,19 @@ class Gang:
         """The value that all lanes share."""
         if not isinstance(value, np.ndarray):
             return int(value)
-        if (value != value[0]).any():
+        if np.count_nonzero(value != value[0]):
             raise Fault(f"{what} differs between lanes that must agree")
         return int(value[0])
+
+
+def of_lane(value: Any, lane: int) -> int:
+    """A lane's of a value of all lanes, or of one for all."""
+    return int(value[lane] if value.shape else value)
+
+
+def every_lane(gang: Gang, value: Any) -> np.ndarray:
+    """A value of all lanes, or one for all, as an array."""
+    return value if value.shape == (gang.n,) else np.broadcast_to(value, gang.n)
 
 
 def converter(natural: np.dtype, dtype: np.dtype) -> Callable[[Any], Any]:
@@ -163,6 +173,8 @@ class Decoder:
             return lambda gang: np.full(gang.n, fixed(gang), np.int64)
         dtype = np.int64 if self.program.bits(base) == 64 else np.uint32
         reader, shift = self.read(base, dtype), int(offset or 0)
+        if not shift:
+            return lambda gang: reader(gang).astype(np.int64)
         return lambda gang: reader(gang).astype(np.int64) + shift
 
     def mask(self, instruction: Instruction) -> Reader | None:

@@ -27,8 +27,10 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
+from triton.runtime.cache import FileCacheManager
 
 from tests.kernels.sm90 import Pretender
 from tests.ptx import (
@@ -49,12 +51,21 @@ from tests.ptx.loops import loops
 from tests.ptx.planting import PLANTED, run_plant, unclean
 
 
+class PtxCache(FileCacheManager):
+    """Keeps PTX and what is known of it: printing the compiler's steps in between takes time, and nobody reads them."""
+
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        return super().put(data if filename.endswith((".json", ".ptx", ".cubin")) else "", filename, binary)
+
+
 def prepare() -> None:
     """A driver that only says what it is, no ptxas, one thread, and memory full of NaN."""
     driver.set_active(Pretender())
+    knobs.cache.manager_class = PtxCache
     CUDABackend.make_cubin = lambda *_: b""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
+    # Fills what torch.empty returns. As torch.use_deterministic_algorithms(True), which imports a compiler first.
+    torch.set_deterministic_debug_mode("error")
     gc.disable()  # a program is thousands of functions: Python would look through all of them again and again
     sweep()
 

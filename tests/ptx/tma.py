@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from tests.ptx.memory import BASE, Global
 from tests.ptx.order import PIECE
 from tests.ptx.parser import Instruction, Unsupported, split_operands
-from tests.ptx.registers import MAPS, WINDOW, Decoder, Fault, Gang
+from tests.ptx.registers import MAPS, WINDOW, Decoder, Fault, Gang, of_lane
 
 ALIGNMENT = 128  # of a tile in shared memory
 
@@ -48,7 +49,8 @@ def swizzled(address: np.ndarray, line: int) -> np.ndarray:
     return address ^ (((address >> 7) & bits) << 4)
 
 
-def places(tensor: TensorMap, at: list[int], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+@lru_cache(maxsize=1024)  # schedule by schedule a case copies the same boxes
+def places(tensor: TensorMap, at: tuple[int, ...], start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """(is it inside the tensor, index into global memory, address in shared memory) of every piece of a box, its bytes.
 
     A piece is 16 bytes, which stay together in every swizzle, where the tensor's rows and the box begin and end at
@@ -56,7 +58,7 @@ def places(tensor: TensorMap, at: list[int], start: int) -> tuple[np.ndarray, np
     """
     box, shape, strides, size = tensor.box, tensor.shape, tensor.strides, tensor.size
     if len(box) == 1:
-        box, shape, strides, at = (1, *box), (1, *shape), (0, *strides), [0, *at]
+        box, shape, strides, at = (1, *box), (1, *shape), (0, *strides), (0, *at)
     whole = (tensor.base, strides[0], start, at[1] * size, box[1] * size, shape[1] * size)
     piece = 1 if any(number % PIECE for number in whole) else PIECE
     row, byte = np.arange(box[0])[:, None], np.arange(0, box[1] * size, piece)[None, :]
@@ -83,7 +85,7 @@ def existing(memory: Global, where: np.ndarray, piece: int) -> np.ndarray:
     return where
 
 
-def load_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int) -> None:
+def load_tile(memory: Global, shared: Any, tensor: TensorMap, at: tuple[int, ...], start: int) -> None:
     """The bytes arrive."""
     inside, outer, inner, piece = places(tensor, at, start)
     tile = pieces(np.zeros(inner.size * piece, np.uint8), piece).reshape(inner.shape)
@@ -91,7 +93,7 @@ def load_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], sta
     pieces(shared.bytes, piece)[inner] = tile
 
 
-def store_tile(memory: Global, shared: Any, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
+def store_tile(memory: Global, shared: Any, tensor: TensorMap, at: tuple[int, ...], start: int, adds: bool) -> None:
     """The bytes are written, or as FP32 added to what is there."""
     inside, outer, inner, piece = places(tensor, at, start)
     kept, tile = pieces(memory.bytes, piece), pieces(shared.bytes, piece)[inner[inside]]
@@ -131,10 +133,10 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
     mask = decoder.read(o[3], np.uint16) if "multicast::cluster" in parts else None
 
     def copy(gang: Gang, on: Any) -> None:
-        for lane in np.arange(gang.n) if on is None else np.flatnonzero(on):
-            pick = lambda value: int(np.broadcast_to(value, gang.n)[lane])  # noqa: B023, E731  used at once
+        for lane in range(gang.n) if on is None else np.flatnonzero(on).tolist():
+            pick = lambda value: of_lane(value, lane)  # noqa: B023, E731  used at once
             tensor = gang.cta.maps[(pick(tensor_map(gang)) - MAPS) // 256]
-            at = [pick(read(gang).view(np.int32)) for read in coordinates]
+            at = tuple(pick(read(gang).view(np.int32)) for read in coordinates)
             start = int(gang.cta.local(np.array([pick(tile(gang))]))[0])
             warp = int(gang.lane_warp[lane])
             if loads:
@@ -146,7 +148,7 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
     return copy, []
 
 
-def _load(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, bar: int, ctas: int) -> None:
+def _load(gang: Gang, warp: int, tensor: TensorMap, at: tuple[int, ...], start: int, bar: int, ctas: int) -> None:
     where = region(gang, tensor, start)
     for cta in gang.cta.peers:
         if not ctas >> cta.rank & 1:
@@ -164,7 +166,7 @@ def _load(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, b
         gang.cta.under_way.append(land)
 
 
-def _store(gang: Gang, warp: int, tensor: TensorMap, at: list[int], start: int, adds: bool) -> None:
+def _store(gang: Gang, warp: int, tensor: TensorMap, at: tuple[int, ...], start: int, adds: bool) -> None:
     region(gang, tensor, start)  # which must be there
     stamps, place = gang.cta.shared.stamps, gang.cta.place(gang)
     warps = np.array([warp + gang.cta.first_warp])

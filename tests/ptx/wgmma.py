@@ -1,9 +1,9 @@
 """Warp-group products: operands in shared memory, sums in registers that nobody may read before the wait.
 
 A `mma_async` takes its operands from shared memory at any moment until `wait_group` has let its group go: nobody may
-write there meanwhile, which `order` watches, so the product is formed at once and kept from the program: its
-registers hold a token that is worth a fault to any instruction but a copy or the next product of the same sums, which
-adds to them where they are. Sums that ordinary instructions wrote need a `wgmma.fence` after that.
+write there meanwhile, which `order` watches, so it does not matter when the product is formed. It is when its group is
+let go; until then its registers hold a token that is worth a fault to any instruction but a copy or the next product of
+the same sums, which adds to them where they are. Sums that ordinary instructions wrote need a `wgmma.fence` after that.
 
 A product is formed in FP32 (each is exact; bounds of the tests are those of the project's GPU tests), or, where the
 machine has `fraction_bits`, an FP8 one as the tensor core keeps it (`accumulator`). Operands with descriptors are
@@ -18,13 +18,14 @@ of k make a group, groups `stride` apart, and the next 64 values lie `leading` f
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from tests.ptx.accumulator import truncated_sum
-from tests.ptx.conversions import E4M3_VALUES, f32_of_bf16
+from tests.ptx.conversions import E4M3_PAIRS, f32_of_bf16
 from tests.ptx.order import PIECE
 from tests.ptx.parser import Instruction, Unsupported, list_of
 from tests.ptx.registers import LANES, Decoder, Fault, Gang, Token
@@ -34,16 +35,74 @@ LINES = {1: 128, 2: 64, 3: 32}
 WARPS = 4
 
 
-class Sums:
-    """Sums in one set of registers: `values` [warps, 16, n] FP32; `under_way` is how many products are waited for."""
+@dataclass(frozen=True)
+class Form:
+    """How operands lie: their kind, which of A and B are K-major (0), whether registers hold A."""
 
-    def __init__(self, values: np.ndarray, count: int) -> None:
-        self.values, self.under_way = values, 1
-        self.tokens = tuple(Token(self, i) for i in range(count))
+    kind: str
+    majors: tuple[int, int]
+    held: bool
+
+    def values(self, shared: Any, side: int, where: np.ndarray) -> np.ndarray:
+        """What lies at places of A (side 0) or B (1), as FP32 [rows, k]."""
+        if self.held and side == 0:
+            return where
+        raw = (shared.views[2] if self.majors[side] else shared.bytes.view(f"V{PIECE}")).take(where)
+        if self.kind == "e4m3":
+            return E4M3_PAIRS.take(raw.view(np.uint16)).view(np.float32)
+        return f32_of_bf16(raw.view(np.uint16))
+
+
+@dataclass(frozen=True)
+class Product:
+    """One WGMMA: by equal descriptors, which of the gang's warps have them, and the places of A and B (`_places`)."""
+
+    form: Form
+    warps: list[list[int]]
+    sides: list[tuple[np.ndarray, np.ndarray]]
+
+
+class Sums:
+    """Sums in one set of registers: `values` [warps, 16, n] FP32, None for zeros, and products that are to be added.
+
+    `under_way` is how many products are waited for. They are formed when the first of them is let go, until when
+    nobody may write what they read: those behind one another with as many gathers and multiplications as a single one.
+    """
+
+    def __init__(self, shared: Any, shape: tuple[int, int, int], values: np.ndarray | None) -> None:
+        self.shared, self.shape, self.values, self.under_way = shared, shape, values, 0
+        self.products: list[Product] = []
+        self.tokens = tuple(Token(self, i) for i in range(shape[2] // 2))
+
+    def settle(self, fraction_bits: int | None = None) -> None:
+        """Form the products."""
+        while self.products:
+            first = self.products[0]
+            alike = [one for one in self.products if one.form == first.form and one.warps == first.warps]
+            alike = alike if len(alike) == len(self.products) else [first]
+            self.products = self.products[len(alike) :]
+            out = np.empty(self.shape, np.float32)
+            for i, warps in enumerate(first.warps):
+                left, right = (
+                    first.form.values(self.shared, side, np.concatenate([one.sides[i][side] for one in alike], 1))
+                    for side in (0, 1)
+                )
+                if fraction_bits is None:
+                    product = left @ right.T
+                else:
+                    start = None if self.values is None else self.values[warps].reshape(-1, self.shape[2])
+                    product = truncated_sum(left, right, start, fraction_bits)
+                product = product.reshape(-1, *self.shape[1:])
+                if len(warps) == len(out):
+                    out = product
+                else:
+                    out[warps] = product
+            self.values = out if self.values is None or fraction_bits is not None else out + self.values
 
     def registers(self) -> list[np.ndarray]:
         """The bits of each register, for all lanes: lane 4 r + c has columns 2 c and 2 c + 1 of rows r and r + 8."""
-        warps, _, n = self.values.shape
+        self.settle()
+        warps, _, n = self.shape
         parts = self.values.reshape(warps, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
         return list(np.ascontiguousarray(parts).reshape(n // 2, warps * LANES).view(np.uint32))
 
@@ -95,6 +154,7 @@ def _wait(gang: Gang, kept: int) -> None:
     groups, arrived = state(gang).groups, {}
     while len(groups) > kept:
         for reads, sums in groups.pop(0):
+            sums.settle()
             for warps, read in reads:
                 gang.cta.shared.stamps.end_read(warps, read)
             sums.under_way -= 1
@@ -128,56 +188,51 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         raise Unsupported(f"{opcode} with factors {signs} and {len(slots)} registers")
     decoder.moved.update(slots)
     of_sums, of_a_and_sums = itemgetter(*slots), [*slots, *held_slots]
+    form = Form(kind, (majors[0], majors[1]), bool(held))
     places: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # of A, of B, pieces of both
 
     def multiply(gang: Gang, on: Any) -> None:
         keep = gang.one(keeps(gang), "the predicate of a WGMMA")
-        before, found = of_sums(gang.regs), None  # what the registers hold, and the sums that are still under way
+        before, sums = of_sums(gang.regs), None  # what the registers hold, and the sums that are still under way
         if before[0].__class__ is Token and before == before[0].sums.tokens:
-            found = before[0].sums
-        _check(gang, held_slots if found is not None else of_a_and_sums)
+            sums = before[0].sums
+        _check(gang, held_slots if sums is not None else of_a_and_sums)
         kept = _held([read(gang) for read in fragments]) if held else None
-        start = None
-        if keep:
-            start = _sums(before) if found is None else found.values
-        bits = gang.cta.fraction_bits if kind == "e4m3" else None
-        descriptors = [_of_warps(gang, read(gang)) for read in (read_a, b)]
-        at, reads = gang.cta.place(gang), []
-        out = np.empty((len(gang.warps), 16, n), np.float32)
-        for pair in sorted({(int(x), int(y)) for x, y in zip(*descriptors, strict=True)}):
-            mine = np.flatnonzero((descriptors[0] == pair[0]) & (descriptors[1] == pair[1]))
-            quarters = gang.warps[mine] % WARPS
+        parts = _by_descriptors(gang, read_a(gang), b(gang))
+        if sums is None:
+            sums = Sums(gang.cta.shared, (len(gang.warps), 16, n), _sums(before) if keep else None)
+            for slot, token in zip(slots, sums.tokens, strict=True):
+                gang.regs[slot] = token
+        elif not keep:
+            sums.products, sums.values = [], None
+        at, reads, sides = gang.cta.place(gang), [], []
+        for pair, mine in parts:
+            warps = gang.warps[mine]
+            quarters = warps % WARPS
             key = (*pair, *quarters.tolist())
             if key not in places:  # a ring's slots come round again and again
                 rows = (16 * quarters[:, None] + np.arange(16)).reshape(-1) if kept is None else None
                 places[key] = _places(gang, pair, (rows, np.arange(n)), k, kind, majors)
             of_a, of_b, pieces = places[key]
-            left = kept[mine].reshape(-1, k) if kept is not None else _values(gang, of_a, kind, majors[0])
-            right = _values(gang, of_b, kind, majors[1])
-            if bits is None:
-                product = left @ right.T
-            else:
-                product = truncated_sum(left, right, None if start is None else start[mine].reshape(-1, n), bits)
-            out[mine] = product.reshape(-1, 16, n)
-            warps = gang.warps[mine] + gang.cta.first_warp
+            sides.append((of_a if kept is None else kept[mine].reshape(-1, k), of_b))
+            warps = warps + gang.cta.first_warp
             what = lambda at=at: f"the WGMMA ({at}) reads it"  # noqa: E731
             reads.append((warps, gang.cta.shared.stamps.begin_read(warps, pieces, what)))
-        if start is not None and bits is None:
-            out += start
-        state(gang).open.append((reads, _keep(gang, slots, found, out)))
+        sums.products.append(Product(form, [mine for _, mine in parts], sides))
+        sums.under_way += 1
+        if kind == "e4m3" and gang.cta.fraction_bits is not None:
+            sums.settle(gang.cta.fraction_bits)
+        state(gang).open.append((reads, sums))
 
     return multiply, slots
 
 
-def _keep(gang: Gang, slots: list[int], found: Sums | None, values: np.ndarray) -> Sums:
-    """The sums of a product in its registers, where `found` are already, if they are under way."""
-    if found is not None:
-        found.values, found.under_way = values, found.under_way + 1
-        return found
-    sums = Sums(values, len(slots))
-    for slot, token in zip(slots, sums.tokens, strict=True):
-        gang.regs[slot] = token
-    return sums
+def _by_descriptors(gang: Gang, a: Any, b: Any) -> list[tuple[tuple[int, int], list[int]]]:
+    """Pairs of descriptors, and which of the gang's warps have them."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for warp, pair in enumerate(zip(_of_warps(gang, a).tolist(), _of_warps(gang, b).tolist(), strict=True)):
+        found.setdefault(pair, []).append(warp)
+    return sorted(found.items())
 
 
 def _of_warps(gang: Gang, value: Any) -> np.ndarray:
@@ -227,37 +282,28 @@ def _places(
         if numbers is None:
             found.append(np.zeros(0, np.int64))
             continue
-        address = _addresses(gang, descriptor, numbers, k, kind, major)
+        step = 1 if major else PIECE if kind == "e4m3" else PIECE // 2
+        address = _addresses(gang, descriptor, numbers, np.arange(0, k, step), kind, major)
         both.append(address.ravel() // PIECE)
-        found.append(address // 2 if major else address[:, :: PIECE if kind == "e4m3" else PIECE // 2] // PIECE)
+        found.append(address // 2 if major else both[-1].reshape(address.shape))
     return found[0], found[1], np.unique(np.concatenate(both))
 
 
-def _values(gang: Gang, where: np.ndarray, kind: str, major: int) -> np.ndarray:
-    """What lies there, as FP32 [rows, k]."""
-    shared = gang.cta.shared
-    raw = (shared.views[2] if major else shared.bytes.view(f"V{PIECE}")).take(where)
-    if kind == "e4m3":
-        return E4M3_VALUES.take(raw.view(np.uint8))
-    return f32_of_bf16(raw.view(np.uint16))
-
-
-def _addresses(gang: Gang, descriptor: int, rows: np.ndarray, k: int, kind: str, major: int) -> np.ndarray:
-    """Where the first byte of each value lies, [rows, k]."""
+def _addresses(gang: Gang, descriptor: int, rows: np.ndarray, of_k: np.ndarray, kind: str, major: int) -> np.ndarray:
+    """Where the first byte of values lies, [rows, of_k]; K-major, those that begin 16 bytes."""
     start, leading, stride = (((descriptor >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
     if descriptor >> 62 not in LINES:
         raise Unsupported("a WGMMA operand without swizzle")
     line, shared = LINES[descriptor >> 62], gang.cta.shared
     size = 1 if kind == "e4m3" else 2
     if major == 0:
-        first = (rows // 8 * stride + rows % 8 * line)[:, None] + np.arange(k)[None, :] * size
+        first = (rows // 8 * stride + rows % 8 * line)[:, None] + of_k * size
     elif kind == "bf16":
         of_row = rows // (line // 2) * leading + rows % (line // 2) * 2
-        of_k = np.arange(k) // 8 * stride + np.arange(k) % 8 * line
-        first = of_row[:, None] + of_k[None, :]
+        first = of_row[:, None] + (of_k // 8 * stride + of_k % 8 * line)
     else:
         raise Unsupported("an E4M3 operand that is not K-major")
     address = swizzled(start + first, line)
-    if (address + size > shared.size).any():
+    if (address + (size if major else PIECE) > shared.size).any():
         raise Fault(f"a WGMMA reads shared memory beyond its {shared.size} bytes")
     return address
