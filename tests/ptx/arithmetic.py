@@ -101,6 +101,8 @@ def _funnel(left: bool, clamp: bool) -> Callable[[Any, Any, Any], Any]:
 
 
 def _high(a: Any, b: Any) -> Any:
+    if a.dtype.itemsize == 8:  # by Python's integers: kernels divide few 64-bit numbers by constants
+        return np.array([int(x) * int(y) >> 64 for x, y in zip(*np.broadcast_arrays(a, b), strict=True)], a.dtype)
     wide = {"i": np.int64, "u": np.uint64}[a.dtype.kind]
     return ((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
 

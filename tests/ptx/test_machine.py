@@ -89,6 +89,10 @@ def test_casts_are_those_of_pytorch():
         ("add.s32 %r9, %r2, -3;", lambda x: x - 3),
         ("mul.lo.s32 %r9, %r2, %r2;", lambda x: x * x),
         ("mul.hi.s32 %r9, %r2, 1717986919;", lambda x: x * 1717986919 >> 32),
+        (
+            "cvt.s64.s32 %rd6, %r2;\n mul.hi.s64 %rd6, %rd6, 6148914691236517206;\n cvt.u32.u64 %r9, %rd6;",
+            lambda x: x * 6148914691236517206 >> 64,
+        ),
         ("div.s32 %r9, %r2, 7;", lambda x: abs(x) // 7 * (1 if x >= 0 else -1)),
         ("rem.s32 %r9, %r2, 7;", lambda x: abs(x) % 7 * (1 if x >= 0 else -1)),
         ("shr.s32 %r9, %r2, 40;", lambda x: -1 if x < 0 else 0),
