@@ -123,7 +123,7 @@ def test_sums_are_written_between_other_values(triton_device, width, dtype):
     row_map = plan_rows(random_ids(40, 4, 6, 0.3).to(triton_device), 6, align=16)
     y = torch.randn(len(row_map.slot_R), width, device=triton_device).to(dtype)
     for start in (0, 1, 8):
-        wide = torch.full((40, width + 16), 5.0, dtype=dtype, device=triton_device)
+        wide = torch.full((40, width + 17), 5.0, dtype=dtype, device=triton_device)
         unpermute(y, row_map, out=wide[:, start : start + width])
         assert torch.equal(wide[:, start : start + width], permutation.unpermute(y, row_map))
         assert bool((wide[:, :start] == 5).all()) and bool((wide[:, start + width :] == 5).all())
