@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among `values`, in lists and dicts too. torch's tree_leaves gives the same; it took half the time of
+    a step whose operations are recorded."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
 
 
 class TrackStorages(TorchDispatchMode):
@@ -21,10 +32,12 @@ class TrackStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {t.untyped_storage()._cdata for t in _tensors(args)}
+        if kwargs:
+            given.update(t.untyped_storage()._cdata for t in _tensors(kwargs.values()))
         out = function(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+        for t in _tensors((out,)):
+            if t.untyped_storage()._cdata not in given:
                 ref = StorageWeakRef(t.untyped_storage())
                 self._bytes.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes()))
         return out

@@ -8,6 +8,7 @@ defect of this program, shown with its traceback).
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -49,10 +50,12 @@ def _usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; `argv` defaults to the arguments of the process."""
+    """Run one command and return its exit code; `argv` defaults to the arguments of the process, which then ends."""
     try:
         code = _main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
+        if argv is None:
+            gc.freeze()  # else Python, as it ends, collects all that torch has made: half a second
         return code
     except BrokenPipeError:  # `fp8moe ... | head`: the reader has gone, and the interpreter must not flush to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

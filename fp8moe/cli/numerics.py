@@ -38,7 +38,10 @@ PAIRS = (
     *(("fp8", "bf16"), ("control", "bf16"), ("fp8", "fp32"), ("bf16", "fp32")),
     *(("fp8_fp32", "bf16"), ("fp8_power_of_two", "bf16")),
 )
-SET_HERE = ("precision", "precision.mode", "precision.scales", "steps", "run_dir", "resume", "init_perturbation")
+SET_HERE = (
+    *("precision", "precision.mode", "precision.scales", "steps", "epochs", "run_dir", "resume", "init_perturbation"),
+    "checkpoint.at_end",
+)
 SMOOTHING = 0.9
 ROWS = 12
 

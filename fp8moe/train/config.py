@@ -37,6 +37,7 @@ from fp8moe.train.guard import GuardConfig
 from fp8moe.train.optimizer import OptimizerConfig, check_deepspeed
 from fp8moe.train.run_dir import check_name, check_run_dir
 from fp8moe.train.trackers import LoggingConfig, check_trackers
+from fp8moe.train.unread import check_unread
 from fp8moe.train.validation import ValidationConfig
 
 
@@ -87,8 +88,7 @@ class TrainConfig:
     # unless `resume` finds one to go on from
     init_from: str | None = None
     init_from_ema: bool = False  # the average of the weights of init_from in their place
-    # each weight that a new run begins from is multiplied by 1 + this or 1 - this, at random
-    # (`train.perturbation`)
+    # each weight that a new run begins from is multiplied by 1 + this or 1 - this, at random (`train.perturbation`)
     init_perturbation: float = 0.0
     # what of its data a resumed run may change: data, tokenizer, document_mask, validation_share, packing, fim
     resume_changes: tuple[str, ...] = ()
@@ -97,8 +97,7 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)  # what follows on more of them, or on another problem
     distill: DistillConfig = field(default_factory=DistillConfig)  # a teacher whose distribution is learned
     grpo: GrpoConfig = field(default_factory=GrpoConfig)  # what `fp8moe grpo` samples, rewards and maximises
-    # what backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same
-    # bits
+    # what backward computes again instead of keeping it from the forward (`fp8moe.layers.recompute`); the same bits
     recompute: tuple[Recompute, ...] = tuple(DEFAULT_RECOMPUTE)
     # record the third step of this attempt (the last of fewer) as run_dir/trace.json and end with its figures
     profile: bool = False
@@ -215,8 +214,8 @@ def laid_out(config: TrainConfig, world_size: int, ranks_per_node: int) -> Train
     Reads nothing of this machine, so that any number of processes can be planned for anywhere. Raises ValueError or
     ConfigError.
     """
-    parallel = config.parallel
-    experts = config.model.experts.num_experts
+    check_unread(config)
+    parallel, experts = config.parallel, config.model.experts.num_experts
     if parallel.dp is not None and parallel.pp * parallel.dp != world_size:
         raise ValueError(
             f"the mesh pp={parallel.pp} x dp={parallel.dp} needs {parallel.pp * parallel.dp} processes and there are "

@@ -40,6 +40,18 @@ def test_bytes_are_those_still_held() -> None:
     assert tracked.live_bytes() == second.nbytes
 
 
+def test_tuples_lists_and_keywords_hold_tensors() -> None:
+    """What an operation was given, by keyword too, is not what it made; nor is a view of it."""
+    given, out = torch.arange(6.0), torch.empty(6)
+    with TrackStorages() as tracked:
+        most = torch.topk(given, 2)
+        more = torch._foreach_add([given, given], 1.0)
+        views = torch.split(given, 2)
+        torch.add(given, 1.0, out=out)
+    assert len(views) == 3
+    assert tracked.live_bytes() == most.values.nbytes + most.indices.nbytes + sum(one.nbytes for one in more)
+
+
 def test_another_thread_may_record_meanwhile() -> None:
     kept: list[Tensor] = []
     with TrackStorages() as tracked:

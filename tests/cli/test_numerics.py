@@ -121,6 +121,8 @@ def test_fp8_is_judged_beside_the_control(
                 "run_dir=x",
                 "resume=auto",
                 "init_perturbation=0.1",
+                "epochs=2",
+                "checkpoint.at_end=true",
             )
         ),
         (["--steps", "5", "--nproc", "none"], "--nproc=none must be a whole number"),

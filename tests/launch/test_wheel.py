@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_container import copy
+from tests.launch.test_container import ROOT, copy
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,18 @@ def fp8moe(installed: Path, folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_plans_trains_and_reports_from_an_empty_folder(installed, tmp_path):
+def test_the_wheel_plans_tokenizes_trains_and_reports_from_an_empty_folder(installed, tmp_path):
+    """On a text of its own: the embedded corpus, which takes ten seconds to prepare, is the container's."""
     code = "import fp8moe, fp8moe.kernels.fp8 as k; print(fp8moe.__file__, k.__file__)"
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100).stdout
     assert [Path(one).is_relative_to(installed) for one in found.split()] == [True, True], found
     assert "tokens/s/GPU" in fp8moe(installed, tmp_path, "plan", "model=tiny", "cluster=h100_1")
-    small = ["model=tiny", "steps=2", "batch.sequences=2", "seq_len=128", "run_dir=run", "device=cpu"]
+    (tmp_path / "text.txt").write_text((ROOT / "CHANGELOG.md").read_text())
+    fp8moe(installed, tmp_path, "tokenize", "--input", "text.txt", "--output", "text", "--vocab-size", "512")
+    text = ["data=indexed", "data.paths=[text]", "model.vocab_size=512", "data.validation_share=0.1"]
+    small = ["model=tiny", "steps=2", "batch.sequences=2", "seq_len=128", "run_dir=run", "device=cpu", *text]
     assert "step 2" in fp8moe(installed, tmp_path, "train", *small).replace("2/2", "step 2")
     fp8moe(installed, tmp_path, "report", "run")
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000

@@ -37,7 +37,9 @@ SIZES = (
     "model.router.top_groups=1", "model.router.force_balance=true", "seq_len=64", "batch.sequences=16",
     "batch.micro_batch=2", "validation.samples=8", "run_dir=null",
 )  # fmt: skip
-WIDE = ("model.attention.num_heads=8", "model.attention.kv_lora_rank=128", "model.router.topk=1")  # keys weigh more
+# With a sequence on several ranks there are fewer of them, and so as many micro-batches as elsewhere.
+CONTEXT = ("batch.sequences=8",)
+WIDE = (*CONTEXT, "model.attention.num_heads=8", "model.attention.kv_lora_rank=128", "model.router.topk=1")  # wide keys
 GROUPED = (
     "model=qwen3_30b_a3b", *(word for word in SIZES if "attention" not in word), "model.attention.num_heads=8",
     "model.attention.num_kv_heads=4", "model.attention.head_dim=32", "model.attention.rope_dim=32",
@@ -71,7 +73,7 @@ LAYOUTS = {
         "recompute=[norm,mla_up]", *WIDE,
     ),
     "grouped queries, bf16, cp 4, mla_up recomputed": (
-        *GROUPED, "precision=bf16", "parallel.ep=1", "parallel.cp=4", "recompute=[mla_up]",
+        *GROUPED, *CONTEXT, "precision=bf16", "parallel.ep=1", "parallel.cp=4", "recompute=[mla_up]",
     ),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from fp8moe.data.indexed import IndexedWriter
 from fp8moe.data.tokenizer import encode_pieces, end_of_text_id, train_tokenizer
 from fp8moe.train import checkpoint
 from fp8moe.train.build import build
+from fp8moe.train.checkpoint import torch_checkpoint as torch_checkpoint  # loaded once, not by each rank that is forked
 from fp8moe.train.config import TrainConfig, resolve
 from fp8moe.train.optimizer import DeepSpeedAdamW, Optimizer
 from fp8moe.train.processes import mesh_of

@@ -18,11 +18,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from fp8moe.data.durable import unwritable
@@ -32,12 +30,10 @@ from fp8moe.train.checkpoint.config import CheckpointConfig
 from fp8moe.train.checkpoint.files import Folder, clear, delete, folder_of, write_bytes, writing_problem
 from fp8moe.train.checkpoint.location import Location
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from fp8moe.train.checkpoint.pieces import LoadPlanner, Pieces, SavePlanner
+from fp8moe.train.checkpoint.pieces import Pieces
 from fp8moe.train.checkpoint.state import STATE_FILE
-from fp8moe.train.checkpoint.storage import INDEX_FILE, SafetensorsReader, SafetensorsWriter, read_index
+from fp8moe.train.checkpoint.storage import INDEX_FILE, read_index
 
-# "... in a single process", which is meant. For good: filters within a block are the process's, not the thread's.
-warnings.filterwarnings("ignore", message=".*assuming the intent is to.*", module="torch.distributed.checkpoint.*")
 STEP_NAME = re.compile(r"step-(\d+)")
 LATEST = "latest"
 SPARE = 1.2  # of a checkpoint's size must be free at start: the new one exists before an old one goes
@@ -59,18 +55,16 @@ def save(
     Raises SpaceError, on every rank, where the disk is full, DataError where a file can't be written otherwise;
     what was there before stays, and what was written goes.
     """
+    from fp8moe.train.checkpoint import torch_checkpoint
+
     final = folder_of(root / f"step-{step}")
     written = final.written_as()
     with _one_sentence(final.where), _removed_on_error(written, is_first):
         _on_first(is_first, group, lambda: clear(written, first=MANIFEST_FILE))
-        writer = SafetensorsWriter(written)
-        dcp.save(
-            dict(tensors), storage_writer=writer, planner=SavePlanner(), process_group=group, no_dist=group is None
-        )
+        files = torch_checkpoint.write(written, tensors, group)
 
         def publish() -> None:
-            files = writer.files | {STATE_FILE: write_bytes(written, STATE_FILE, state.encode())}
-            write_manifest(written, files)
+            write_manifest(written, files | {STATE_FILE: write_bytes(written, STATE_FILE, state.encode())})
             final.publish(written)  # type: ignore[arg-type]
             folder_of(root).replace(LATEST, f"{final.where.name}\n".encode())
             for old in superseded(complete(root), kept, step):
@@ -118,12 +112,14 @@ def _last_line(error: BaseException) -> str:
 def _one_sentence(path: Location) -> Iterator[None]:
     """Turn what goes wrong while writing into a SpaceError or a DataError; torch's CheckpointException derives from
     BaseException."""
+    from fp8moe.train.checkpoint.torch_checkpoint import CheckpointException
+
     advice = "free space or name another run_dir or checkpoint.path; the checkpoints before it are as they were"
     try:
         yield
     except OSError as error:
         raise unwritable(f"checkpoint {path}", error, advice) from error
-    except dcp.api.CheckpointException as failed:
+    except CheckpointException as failed:
         rank, wrapped = next(iter(failed.failures.items()))
         cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         number = cause.errno if isinstance(cause, OSError) else None
@@ -134,9 +130,11 @@ def _one_sentence(path: Location) -> Iterator[None]:
 @contextlib.contextmanager
 def _removed_on_error(written: Folder, is_first: bool) -> Iterator[None]:
     """Delete what a save that failed has written, unless it is whole: it would keep the disk full."""
+    from fp8moe.train.checkpoint.torch_checkpoint import CheckpointException
+
     try:
         yield
-    except (OSError, dcp.api.CheckpointException):
+    except (OSError, CheckpointException):
         with contextlib.suppress(OSError):
             if is_first and not written.has(MANIFEST_FILE):
                 delete(written, last=MANIFEST_FILE)
@@ -177,13 +175,9 @@ def stored_names(path: Location) -> set[str]:
 
 def load(path: Location, tensors: Mapping[str, Tensor | Pieces], group: dist.ProcessGroup | None = None) -> None:
     """Fill `tensors`, named as they were saved, on any layout of ranks. Collective over `group`. Verify first."""
+    from fp8moe.train.checkpoint import torch_checkpoint
+
     try:
-        dcp.load(
-            dict(tensors),
-            storage_reader=SafetensorsReader(folder_of(path)),
-            planner=LoadPlanner(),
-            process_group=group,
-            no_dist=group is None,
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        torch_checkpoint.read(folder_of(path), tensors, group)
+    except (OSError, RuntimeError, ValueError, KeyError, torch_checkpoint.CheckpointException) as error:
         raise DataError(f"{path} can't be read ({_last_line(error)}): resume from another checkpoint") from error

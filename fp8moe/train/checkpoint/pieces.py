@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from fp8moe.layers.linear import is_expert
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.train.optimizer.state import Held
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Pieces:
         return [_chunk(offset, values) for offset, values in self.ranges]
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         return [
             WriteItem(
                 index=MetadataIndex(fqn, torch.Size([offset])),
@@ -55,39 +59,9 @@ class Pieces:
 
 
 def _chunk(offset: int, values: Tensor) -> ChunkStorageMetadata:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata  # a second to import: `torch_checkpoint`
+
     return ChunkStorageMetadata(torch.Size([offset]), values.shape)
-
-
-class SavePlanner(DefaultSavePlanner):
-    """torch's planner, which would look for pieces in subclasses of Tensor only."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.at(index) if isinstance(found, Pieces) else super().lookup_object(index)
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """As `SavePlanner`; torch's would also put None in the place of pieces."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        given = dict(state_dict)
-        super().set_up_planner(state_dict, metadata, is_coordinator)
-        self.state_dict = self.original_state_dict = given
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = self.state_dict[index.fqn]
-        if isinstance(found, Pieces):
-            return found.at(index)
-        tensor: Tensor = super().lookup_tensor(index)
-        return tensor
 
 
 def run_tensors(

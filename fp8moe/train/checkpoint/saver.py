@@ -42,6 +42,8 @@ class Saver:
     def __init__(
         self, root: Location, config: CheckpointConfig, *, is_first: bool, group: dist.ProcessGroup | None
     ) -> None:
+        import fp8moe.train.checkpoint.torch_checkpoint  # noqa: F401, now, and not while the first checkpoint is written
+
         self.root, self._config, self._is_first, self.group = root, config, is_first, group
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()

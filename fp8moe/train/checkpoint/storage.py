@@ -1,10 +1,9 @@
-"""Tensors of a checkpoint as safetensors files, one a rank, for torch.distributed.checkpoint to plan and to reshard.
+"""Tensors of a checkpoint as safetensors files, one a rank, and their index; `torch_checkpoint` plans them.
 
-torch plans who writes which part of which tensor, and who reads it on another layout; this module stores the parts and
-an index in JSON. Nothing is pickled, so that nothing in a checkpoint can run. Each file is hashed from memory as it is
-written. Beside the state itself the host holds one tensor while saving (none, where the state lies on the host), and
-`Folder.chunk` bytes or one row of a tensor while loading. Refused: torch's own file writer, whose index is a pickle,
-and its Hugging Face writer, which hashes nothing and serialises a rank's whole share in memory at once.
+Nothing is pickled, so that nothing in a checkpoint can run. Each file is hashed from memory as it is written. Beside
+the state itself the host holds one tensor while saving (none, where the state lies on the host), and `Folder.chunk`
+bytes or one row of a tensor while loading. Refused: torch's own file writer, whose index is a pickle, and its Hugging
+Face writer, which hashes nothing and serialises a rank's whole share in memory at once.
 
     rank-N.safetensors   the parts that rank N wrote: a whole tensor by its name, a part as name@offset,offset
     index.json           tensor -> dtype, shape, parts: (offsets, sizes, file, name there)
@@ -12,10 +11,7 @@ and its Hugging Face writer, which hashes nothing and serialises a rank's whole 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,18 +19,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
 
-from fp8moe.train.checkpoint.files import Folder, read_text, space_in_words, write_bytes
+from fp8moe.train.checkpoint.files import Folder, read_text
 from fp8moe.train.checkpoint.hashed_file import WrittenFile
 
 INDEX_FILE = "index.json"
@@ -68,6 +54,11 @@ class Part:
 def dtype_name(dtype: torch.dtype) -> str:
     """Safetensors' name of a dtype."""
     return _NAMES[dtype]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype that safetensors calls `name`. Raises KeyError where a checkpoint has none of that name."""
+    return _DTYPES[name]
 
 
 def write_safetensors(
@@ -128,139 +119,7 @@ class TensorFile:
             yield slice(begin - first, end - first), values[(slice(None), *box[1:])] if box else values
 
 
-class SafetensorsWriter(StorageWriter):
-    """Writes into an existing folder; afterwards `files` are those of all ranks, on the coordinator."""
-
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-        self.files: dict[str, WrittenFile] = {}
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """The folder was given to the constructor."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the folder exists."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        if plan.items:
-            file = f"rank-{plan.storage_data}.safetensors"
-            parts = [_part(item, planner) for item in plan.items]
-            with space_in_words(self.folder, file, sum(part.num_bytes for part in parts)):
-                written = write_safetensors(self.folder, file, parts)
-            results = [WriteResult(item.index, written.size, (file, part_name(item), written)) for item in plan.items]
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        where = {}
-        for result in (result for of_rank in results for result in of_rank):
-            file, name, written = result.storage_data
-            where[result.index] = (file, name)
-            self.files[file] = written
-        index = {name: _entry(name, stored, where) for name, stored in metadata.state_dict_metadata.items()}
-        text = json.dumps({"tensors": index}).encode()
-        self.files[INDEX_FILE] = write_bytes(self.folder, INDEX_FILE, text)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
-
-def part_name(item: WriteItem) -> str:
-    """The name under which a part of a tensor lies in its file."""
-    data = item.tensor_data
-    assert data is not None, "a checkpoint holds tensors only"
-    if data.chunk.sizes == data.size:
-        return item.index.fqn
-    return f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
-
-
-def _part(item: WriteItem, planner: SavePlanner) -> Part:
-    data = item.tensor_data
-    assert data is not None, "a checkpoint holds tensors only"
-
-    def values() -> Tensor:
-        tensor = planner.resolve_data(item)
-        assert isinstance(tensor, Tensor)
-        return tensor.detach()
-
-    return Part(part_name(item), data.properties.dtype, data.chunk.sizes, values)
-
-
-def _entry(name: str, stored: Any, where: Mapping[MetadataIndex, tuple[str, str]]) -> dict[str, Any]:
-    assert isinstance(stored, TensorStorageMetadata)
-    parts = []
-    for chunk in stored.chunks:
-        file, key = where[MetadataIndex(name, chunk.offsets)]
-        parts.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), "file": file, "name": key})
-    return {"dtype": _NAMES[stored.properties.dtype], "shape": list(stored.size), "parts": parts}
-
-
 def read_index(folder: Folder) -> dict[str, dict[str, Any]]:
     """The entries of index.json by tensor: dtype, shape, parts."""
     entries: dict[str, dict[str, Any]] = json.loads(read_text(folder, INDEX_FILE))["tensors"]
     return entries
-
-
-class SafetensorsReader(StorageReader):
-    """Reads what a `SafetensorsWriter` wrote, each part of a tensor by itself."""
-
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """The folder was given to the constructor."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        described: dict[str, Any] = {}
-        where: dict[MetadataIndex, tuple[str, str]] = {}
-        for name, entry in read_index(self.folder).items():
-            chunks = []
-            for part in entry["parts"]:
-                chunk = ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["sizes"]))
-                where[MetadataIndex(name, chunk.offsets)] = (part["file"], part["name"])
-                chunks.append(chunk)
-            properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
-            described[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-        return Metadata(described, storage_data=where)
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self._where = metadata.storage_data
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file = defaultdict(list)
-        for item in plan.items:
-            file, name = self._where[item.storage_index]
-            by_file[file].append((item, name))
-        for file, items in by_file.items():
-            with self.folder.open(file) as handle:
-                opened = TensorFile(handle, self.folder.chunk)
-                for item, name in items:
-                    box = [
-                        slice(start, start + length)
-                        for start, length in zip(item.storage_offsets, item.lengths, strict=True)
-                    ]
-                    target = planner.resolve_tensor(item).detach()
-                    opened.read_into(target, name, box)
-                    planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,15 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return Path.touch, (self.target,)
+
+
+def test_torchs_planner_is_loaded_by_what_saves_or_loads_alone() -> None:
+    """It brings sharded tensors and sympy: a second of every command that starts."""
+    slow = re.compile(
+        r"^(import|from) .*(torch\.distributed\.(checkpoint|tensor)|torch_checkpoint|sympy)", re.MULTILINE
+    )
+    sources = (Path(checkpoint.__file__).parents[2]).rglob("*.py")
+    assert [path.name for path in sources if slow.search(path.read_text())] == ["torch_checkpoint.py"]
 
 
 def test_no_pickle_ever_runs(tmp_path: Path) -> None:
