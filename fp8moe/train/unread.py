@@ -10,18 +10,36 @@ setting can still be read.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fp8moe.data.sources import DataConfig
 from fp8moe.errors import ConfigError
+from fp8moe.train.batch import BatchConfig
 from fp8moe.train.grpo_config import GrpoConfig
+from fp8moe.train.optimizer import OptimizerConfig
 from fp8moe.train.validation import ValidationConfig
 
-if TYPE_CHECKING:
-    from fp8moe.train.config import TrainConfig
+
+class Settings(Protocol):
+    """Of a run's configuration (`train.config.TrainConfig`) what is looked at here."""
+
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def grpo(self) -> GrpoConfig: ...
+    @property
+    def batch(self) -> BatchConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def validation(self) -> ValidationConfig: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def epochs(self) -> float | None: ...
 
 
-def check_unread(config: TrainConfig) -> None:
+def check_unread(config: Settings) -> None:
     """Raise ConfigError where a setting is not its default and no part of the run reads it."""
     if config.data.source == "problems":
         _check_grpo(config)
@@ -39,7 +57,7 @@ def check_unread(config: TrainConfig) -> None:
         _refuse(config, "long_conversations", "conversations are of data.source=chat", "truncate")
 
 
-def _check_grpo(config: TrainConfig) -> None:
+def _check_grpo(config: Settings) -> None:
     grpo, batch = config.grpo, config.batch
     if batch.ramp_from is not None:
         raise ConfigError(
@@ -77,7 +95,7 @@ def _check_grpo(config: TrainConfig) -> None:
         )
 
 
-def _refuse(config: TrainConfig, name: str, why: str, instead: str) -> None:
+def _refuse(config: Settings, name: str, why: str, instead: str) -> None:
     """Raise ConfigError unless the field `name` of the data is its default."""
     if _is_changed(config.data, name):
         raise ConfigError(
