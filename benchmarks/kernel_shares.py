@@ -23,7 +23,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("swiglu", r"^(swiglu|silu_mul|bias)\w*_kernel"),
     ("norm and rope", r"^(norm|gain|rotate_queries|make_keys|keys_backward)\w*_kernel|layer_norm|RMSNorm"),
     ("router", r"^(route|balance)\w*_kernel"),
-    ("permutation", r"^(count|scan|place|copy|sum|sum_runs)_kernel"),
+    ("permutation", r"^(count|scan|place|peers|copy|sum|sum_runs|pack_message|unpack_message)_kernel"),
     ("optimizer", r"^(flat_step|blocks_step|partial|total)_kernel"),
     ("loss", r"^cross_entropy_kernel"),
     (

@@ -42,7 +42,7 @@ def move_bodies(
 
 
 @triton.jit(do_not_specialize=["sender"])
-def pack_kernel(
+def pack_message_kernel(
     x, sources, out, scales, ids, weights, out_int16, out_fp32, out_bytes, S, width, stride, out_stride,
     scale_stride_n, scale_stride_t, num_tiles, ids_stride_n, ids_stride_k, weights_stride_n, weights_stride_k, sender,
     body_programs, FP8: tl.constexpr, TOPK: tl.constexpr, BODY: tl.constexpr, WEIGHTS: tl.constexpr, IDS: tl.constexpr,
@@ -80,7 +80,7 @@ def pack_kernel(
 
 
 @triton.jit
-def unpack_kernel(
+def unpack_message_kernel(
     x, sources, out, slots, message_fp32, message_bytes, scales, weights, R, width, stride, out_stride, num_tiles,
     body_programs, FP8: tl.constexpr, TOPK: tl.constexpr, WEIGHTS: tl.constexpr, EXPONENTS: tl.constexpr,
     ROW: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -138,7 +138,7 @@ def pack_message(
         )
         word, tail = min(vector, 4), layout.row_bytes > layout.body
         launch(
-            pack_kernel, (programs + (ceil_div(s, TAIL_ROWS) if tail else 0),),
+            pack_message_kernel, (programs + (ceil_div(s, TAIL_ROWS) if tail else 0),),
             data.view(WORDS[word]), row_map.source_R, message.view(WORDS[word]), scale, topk_ids, weights,
             message.view(torch.int16), message.view(torch.float32), message, s, *sizes,
             *((0, 0) if scale is None else scale.stride()), layout.num_tiles,
@@ -164,7 +164,7 @@ def unpack_message(message: Tensor, row_map: RowMap, layout: MessageLayout) -> t
         sizes, programs, blocks = _bodies(r, layout.body, vector, layout.row_bytes, layout.body)
         word, tail = min(vector, 4), layout.fp8 or topk
         launch(
-            unpack_kernel, (programs + (ceil_div(r, TAIL_ROWS) if tail else 0),),
+            unpack_message_kernel, (programs + (ceil_div(r, TAIL_ROWS) if tail else 0),),
             message.view(WORDS[word]), row_map.source_R, data.view(WORDS[word]), row_map.slot_R,
             message.view(torch.float32), message, scale, weights, r, *sizes, layout.num_tiles, programs,
             FP8=layout.fp8, TOPK=topk, WEIGHTS=layout.weights, EXPONENTS=layout.exponents, ROW=layout.row_bytes,

@@ -144,7 +144,7 @@ def test_a_spill_inside_the_steps_is_found():
 def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
     # (loads, stores) of 16 bytes that a thread must have: 32 words moved, 8 copies of a row summed, 32 values cast.
     # 16 logits, in 2 loads a pass; 8 rows in flight beside main_grad.
-    least = dict.fromkeys(("copy_kernel", "pack_kernel", "unpack_kernel"), (8, 8))
+    least = dict.fromkeys(("copy_kernel", "pack_message_kernel", "unpack_message_kernel"), (8, 8))
     least |= {"sum_kernel": (8, 1), "cast_kernel": (4, 16), "cross_entropy_kernel": (2, 0), "sum_runs_kernel": (10, 2)}
     modules = ("permute", "plan", "message", "cross_entropy", "embedding")
     moved = {name: e for name, e in kernels.items() if e["kernel"].split(".")[-2] in modules}

@@ -187,6 +187,6 @@ def test_plan_names_the_ranks_that_share_a_sequence() -> None:
     assert "gathers 644 bytes a token (81,920 where" in text and "a rank receives 18.5 MB" in text
     assert "of 32,768 tokens take 3.4 GB, 64 heads" in text and f"\n{REDUNDANT} " in text
     assert as_json(found)["layout"]["cp"] == 8
-    assert found.fits and found.worst.total == pytest.approx(81.0e9, rel=0.002), "docs/planning.md, the recipe"
+    assert found.fits and found.worst.total == pytest.approx(80.65e9, rel=0.002), "docs/planning.md, the recipe"
     alone = resolve(replace(config, parallel=replace(config.parallel, cp=1, dp=None)), 1024)
     assert "share a sequence" not in plan_text(predict(alone, there, 1e9), ())

@@ -164,7 +164,7 @@ def plan_message(machine: Machine, of_message: bool) -> None:
     if machine.count:
         both(machine, "message", "plan_message", given, 4, 3, room=160, fixed=not of_message)
         return
-    for peers, span, first, room, fixed in ((4, 3, 0, 88, True), (2, 3, 4, 70, False), (2, 6, 0, 130, True)):
+    for peers, span, first, room, fixed in ((4, 3, 0, 88, True), (2, 3, 4, 70, False), (70, 1, 0, 140, True)):
         both(machine, "message", "plan_message", given, peers, span, room=room, first=first, fixed=fixed)
 
 
