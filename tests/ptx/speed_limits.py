@@ -46,7 +46,7 @@ ACCEPTED = (
     (r"plan_rows ", "loads", 0.2, "a few counts an expert, and ids of rows in a given order"),
     (r"plan_message ", "loads", 0.25, "a few counts a peer"),
     (r"plan_message ", "stores", 0.25, "a few counts a peer, and a scatter of single numbers"),
-    (r"^triton pack_message ", "loads", 0.85, "the place of a row is one number for all of it, its scales are far apart"),
+    (r"^triton pack_message ", "loads", 0.85, "the place of a row is one number, its scales are far apart"),
     (r"^triton pack_message ", "stores", 0.75, "weights, ids and exponents of a row are no whole sectors"),
     (r"^triton unpack_message ", "loads", 0.6, "as is what a row of 256 values has behind its codes, in two sectors"),
     (r"^triton route .* route_kernel", "loads", 0.82, "logits of the chosen are gathered again, from L1"),
