@@ -26,6 +26,7 @@ from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.parallel.collectives import all_reduce, exchange
 from fp8moe.parallel.dispatch.hops import Splits
 
+FOLDED = 256  # dispatches
 ALIGN = 128  # rows of an expert's group are padded to a multiple
 
 
@@ -179,35 +180,49 @@ class Needed:
 
 
 class Overflow:
-    """Which dispatches did not fit since the last check; noted without a launch or a wait, read once a step."""
+    """Which dispatches did not fit since the last check; noted without a wait, read once a step.
+
+    What a dispatch needed is kept as it is, two or three small tensors, and compared with its room FOLDED dispatches at
+    a time: a launch each would be more of the host's time, and keeping all of them memory where no step ends for long.
+    """
 
     def __init__(self, topology: EpTopology, capacity: Capacity) -> None:
         self._topology, self._capacity = topology, capacity
         self._needed: list[Needed] = []
         self._sizes: MessageSizes | None = None  # of all of them
-        self._tokens: Tensor | None = None  # of each expert, int64 [E]
+        self._state: Tensor | None = None  # [1 + E] int64: dispatches that overflowed, tokens per expert
 
     def note(self, needed: Needed, sizes: MessageSizes, ids_TK: Tensor) -> None:
         """Add a dispatch: what it needed, what it had, which dispatches share, and the ids that this rank sent."""
+        if self._state is None:
+            self._state = torch.zeros(1 + self._topology.num_experts, dtype=torch.int64, device=ids_TK.device)
+            self._one = torch.ones(1, dtype=torch.int64, device=ids_TK.device)
         self._needed.append(needed)
         self._sizes = sizes
-        if self._tokens is None:
-            self._tokens = torch.zeros(self._topology.num_experts, dtype=torch.int64, device=ids_TK.device)
-            self._one = torch.ones(1, dtype=torch.int64, device=ids_TK.device)
         flat = ids_TK.reshape(-1)
-        self._tokens.scatter_add_(0, flat, self._one.expand_as(flat))
+        self._state[1:].scatter_add_(0, flat, self._one.expand_as(flat))
+        if len(self._needed) == FOLDED:
+            self._fold(self._state)
 
-    def check(self) -> None:
-        """ImbalanceError on every rank if anything overflowed on one since the last check. Collective; waits."""
-        if self._tokens is None or self._sizes is None:
+    def _fold(self, state: Tensor) -> None:
+        """Count those of the dispatches kept that did not fit, and keep them no longer."""
+        if not self._needed:
             return
+        assert self._sizes is not None
         over = padded_rows(torch.stack([one.experts for one in self._needed])) > self._sizes.room
         sent = [hop.sent[0] for chunk in self._sizes.splits for hop in chunk]
         for rows, *needed in zip(sent, *(one.hops for one in self._needed), strict=True):
             over |= (torch.stack(needed) > rows).any(dim=1)
-        state = torch.cat([over.sum()[None], self._tokens])
-        self._needed, self._tokens = [], None
-        overflowed, *tokens = all_reduce(state, self._topology.group, dist.ReduceOp.SUM).tolist()
+        state[0] += over.sum()
+        self._needed = []
+
+    def check(self) -> None:
+        """ImbalanceError on every rank if anything overflowed on one since the last check. Collective; waits."""
+        if self._state is None:
+            return
+        self._fold(self._state)
+        overflowed, *tokens = all_reduce(self._state, self._topology.group, dist.ReduceOp.SUM).tolist()
+        self._state = None
         if overflowed:
             raise ImbalanceError(
                 f"{overflowed} of this step's dispatches had more rows than parallel.capacity_factor="

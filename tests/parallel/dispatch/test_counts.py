@@ -229,9 +229,11 @@ def test_a_histogram_of_64_experts_is_written_out() -> None:
     assert histogram(list(range(65))).startswith("64: 64, 63: 63, ") and histogram(list(range(65))).count(":") == 16
 
 
-def test_an_overflow_is_forgotten_once_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folded", [1, 3, 256])
+def test_an_overflow_is_forgotten_once_it_is_checked(monkeypatch: pytest.MonkeyPatch, folded: int) -> None:
     """A dispatch counts once, whether its rows for a peer, or those of its experts once padded, had no room."""
     monkeypatch.setattr(counts, "all_reduce", lambda tensor, *rest: tensor)
+    monkeypatch.setattr(counts, "FOLDED", folded)
     topology = EpTopology(Pair(), 4, nodes=2, ranks_per_node=1)  # type: ignore[arg-type]
     overflow = counts.Overflow(topology, Capacity(8, 1.0))
     overflow.check()  # nothing was dispatched
@@ -240,6 +242,7 @@ def test_an_overflow_is_forgotten_once_it_is_checked(monkeypatch: pytest.MonkeyP
     for peers, experts in (([4, 5], [128, 1]), fits, ([9, 4], [129, 1]), ([4, 4], [1, 129])):
         needed = counts.Needed([torch.tensor(peers)], torch.tensor(experts))
         overflow.note(needed, sizes, torch.tensor([[0, 3], [1, 3]]))
+        assert len(overflow._needed) < folded
     with pytest.raises(ImbalanceError, match=r"3 of this step's dispatches had .*since the last step: 4, 4, 0, 8\)"):
         overflow.check()
     overflow.note(counts.Needed([torch.tensor(fits[0])], torch.tensor(fits[1])), sizes, torch.tensor([[0, 3]]))
