@@ -16,15 +16,18 @@ The model. A tile is ceil(K / 128) steps and an epilogue. In a step of BM x BN x
     promotion      BM * BN / 128 FP32 lanes, once (rows by blocks) or twice (columns: a product with b's scale first)
     shared memory  what TMA writes, and what WGMMA reads, 192 * 128 bytes a wave of 64x128; 128 bytes a cycle
     chain          one consumer's waves one after another: 256 cycles of WGMMA each, its latency, the promotion
-    L2             codes and scales at 28.5 bytes a cycle and SM, measured on an H100; a pair reads its rows once
+    L2             codes and scales at 52 bytes a cycle and SM
+    gap            what comes on top of the slowest of the first four for each wave: consumers that are not in turns
+                   multiply together and promote together (`gluon/consumers`); more where both operands have scales
 
-The first four are the consumers' pace. The producer is up to a ring ahead and keeps loading under an epilogue, so a
-tile takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32 comes on top: its traffic
-hides under nothing. Constants are measured once for all sizes; `benchmarks/model.py` holds them against every record.
+The first five are the consumers' pace. The producer is up to a ring ahead and keeps loading under an epilogue, so a
+tile takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32 comes on top: most of its
+traffic hides under nothing. Constants are measured once for all sizes; `benchmarks/model.py` holds them against every
+record.
 
-Consumers in turns cost what free ones do, since the chain binds no tile here. Of two in ping-pong each has a tile to
-itself and hides its epilogue and its sum under the other's steps. No table has either: no GPU has run them
-(`gluon/consumers`).
+Consumers in turns have the smaller gap and lose a while in each tile, until the second has its first turn: free ones
+are faster at K = 512. Of two in ping-pong each has a tile to itself and hides its epilogue and its sum under the
+other's steps; measured, they are no faster than turns, and no table has them.
 """
 
 import functools
@@ -39,19 +42,23 @@ TABLE = Path(__file__).resolve().with_name("tiles.json")
 DEFAULT_DEVICE = "default"
 LENGTHS = ("short", "long")  # of the contraction: how many rows of tiles are best swept together depends on it
 SHORT_CONTRACTION = 2048
+ADDED_BY_TMA = SHORT_CONTRACTION + 1  # tokens of a group from which L2 adds; of fewer TMA fetches what is added to
 HOPPER_SMS = 132
 PAIR = 2  # CTAs of a cluster, side by side along the columns of the output
 
 MACS_PER_CYCLE = 4096  # FP8, one SM
 FP32_LANES = 128
 SHARED_BYTES_PER_CYCLE = 128
-L2_BYTES_PER_CYCLE = 28.5  # one SM, all loading: 6.7 to 7.0 TB/s (benchmarks/LOG.md, What bounds the GEMMs)
+L2_BYTES_PER_CYCLE = 52  # one SM, all loading: at 38 a profile says that L2 is busy 74 % (benchmarks/LOG.md)
 WGMMA_LATENCY = 60  # from the last multiply-add of a wave to its first use
-EPILOGUE_CYCLES = 2000  # of one wave of 64x128: last product, conversion, store, barriers, the next tile's first scales
+# Idle cycles of the tensor core for a wave of each consumer: with scales of one operand for each row, and of both.
+GAPS = {"free": (100, 250), "turns": (40, 175), "pingpong": (40, 175)}
+FIRST_TURN_CYCLES = 720  # of a tile whose consumers are in turns
+EPILOGUE_CYCLES = 2000  # of one wave of 64x128: last product, conversion, store, barriers
 UNQUANTIZED = ("wgrad", "grouped_mm_wgrad")  # ops of BF16 operands
 SUMMED = ("gemm_columns", "grouped_wgrad", *UNQUANTIZED)  # ops that add into FP32
-ADDED_BY_TMA = 2048  # tokens of a group from which L2 adds faster than the loads of an epilogue (`gluon/pipeline`)
-SUM_CYCLES, SUM_CYCLES_BY_TMA = 0.48, 0.38  # for a value of a tile: HBM in and out by registers, or 4 bytes added in L2
+# For a value of a tile: HBM in and out by registers; added in L2 by TMA, or to what it has fetched (`gluon/epilogues`).
+SUM_CYCLES, SUM_CYCLES_BY_TMA = 0.48, 0.38
 CONSUMERS = ("free", "turns", "pingpong")  # how the two of a Gluon kernel share a program's work: `gluon/consumers`
 
 
@@ -88,14 +95,23 @@ class Step:
     shared: float
     chain: float
     l2: float
+    gap: float = 0.0
 
     @property
     def consumers(self) -> float:
         """The pace of the slowest unit that is not L2."""
-        return max(self.tensor, self.promotion, self.shared, self.chain)
+        return max(self.tensor, self.promotion, self.shared, self.chain) + self.gap
 
 
-def step_of(block_m: int, block_n: int, *, columns: bool, rows_shared: int = 1, columns_shared: int = 1) -> Step:
+def step_of(
+    block_m: int,
+    block_n: int,
+    *,
+    columns: bool,
+    rows_shared: int = 1,
+    columns_shared: int = 1,
+    consumers: str = "free",
+) -> Step:
     """One step of a tile of FP8; *_shared: how many CTAs read the tile's rows (columns) from L2 together.
 
     columns: both operands have scales by 1x128, which travel in the ring; else only the rows have.
@@ -111,6 +127,7 @@ def step_of(block_m: int, block_n: int, *, columns: bool, rows_shared: int = 1, 
         shared=((block_m + block_n) * 128 + waves * (64 + width) * 128) / SHARED_BYTES_PER_CYCLE,
         chain=waves / 2 * (wave_tensor + WGMMA_LATENCY + wave_promotion),
         l2=(row_bytes / rows_shared + column_bytes / columns_shared) / L2_BYTES_PER_CYCLE,
+        gap=waves / 2 * GAPS[consumers][columns],
     )
 
 
@@ -133,7 +150,8 @@ def tile_cycles(
     if consumers == "pingpong":  # all waves of a tile one after another, and nothing that the other's steps don't hide
         alone = 2 * (steps * step.chain + waves * EPILOGUE_CYCLES) + added
         return max(steps * step.l2, steps * step.consumers, alone / 2, added)
-    return max(steps * step.l2, steps * step.consumers + waves * EPILOGUE_CYCLES) + added
+    first = FIRST_TURN_CYCLES if consumers == "turns" else 0
+    return max(steps * step.l2, steps * step.consumers + waves * EPILOGUE_CYCLES + first) + added
 
 
 def cycles(tile: Tile, op: str, m: int, n: int, k: int, *, groups: int = 1, sms: int = HOPPER_SMS) -> float:
@@ -143,8 +161,8 @@ def cycles(tile: Tile, op: str, m: int, n: int, k: int, *, groups: int = 1, sms:
     if op in UNQUANTIZED:
         step = unquantized_step(tile.block_m, tile.block_n)
     else:
-        step = step_of(tile.block_m, tile.block_n, columns=op in SUMMED, rows_shared=pair)
-    by_tma = k >= ADDED_BY_TMA and not tile.multicast
+        step = step_of(tile.block_m, tile.block_n, columns=op in SUMMED, rows_shared=pair, consumers=tile.consumers)
+    by_tma = op not in UNQUANTIZED and not tile.multicast
     summed = (SUM_CYCLES_BY_TMA if by_tma else SUM_CYCLES) if op in SUMMED else 0.0
     one = tile_cycles(step, tile.block_m, tile.block_n, k, summed=summed, consumers=tile.consumers)
     return ceil_div(programs, sms // pair) * one

@@ -30,14 +30,22 @@ from fp8moe.kernels.gluon.consumers import (
     wait_start,
     wait_turn,
 )
-from fp8moe.kernels.gluon.pipeline import (
+from fp8moe.kernels.gluon.epilogues import (
+    ADD_FETCHED,
     ADD_TMA,
+    WAVE_PIECES,
+    add_to_fetched,
+    add_wave,
+    fetch_wave,
+    finish_stores,
+    make_sum_barriers,
+    write_wave,
+)
+from fp8moe.kernels.gluon.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
-    add_wave,
     columns_of,
     finish_pair,
-    finish_stores,
     load,
     make_barriers,
     release,
@@ -47,7 +55,6 @@ from fp8moe.kernels.gluon.pipeline import (
     tile_order,
     wait_empty,
     wave_layout,
-    write_wave,
 )
 
 
@@ -111,9 +118,10 @@ def promote(acc, product, sa, sb):
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, mine, other, offsets,
-            num_groups, N, K, T, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-            GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+def consume(INDEX: gl.constexpr, c, sums, bars, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, mine, other,
+            offsets, num_groups, N, K, T, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+            GROUP: gl.constexpr, GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr,
+            CONSUMERS: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide).
 
     In ping-pong all rows, two waves, of every second tile.
@@ -131,11 +139,16 @@ def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full
     down: gl.constexpr = gl.SliceLayout(1, layout)
     dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
+    wave = 0  # of those that were fetched
     num_tiles = num_groups * gl.cdiv(N, BM) * gl.cdiv(K, WIDTH)
     for tile in range(first_tile(INDEX, CONSUMERS), num_tiles, tile_stride(CONSUMERS)):
         row, col, expert, _, steps = locate(tile, N, K, T, offsets, BM, WIDTH, GROUP, GROUPED)
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
+        top = expert * N + row + FIRST
+        if EPILOGUE == ADD_FETCHED:  # noqa: SIM102  one is known when compiling, the other is not
+            if (steps > 0) & (row + FIRST < N):
+                fetch_wave(c, sums, bars, top, col, INDEX)
         for _ in range(steps):
             slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
             mbarrier.wait(full.index(slot), parity)
@@ -170,20 +183,29 @@ def consume(INDEX: gl.constexpr, c, sums, a_ring, b_ring, sa_ring, sb_ring, full
             step += 1
         row += FIRST
         if EPILOGUE == ADD_TMA:
-            top = expert * N
             if steps > 0:
                 if row < N:
-                    add_wave(c, sums.index(INDEX), acc0, top + row, col)
-                if TWO:  # noqa: SIM102  one is known when compiling, the other is not
+                    add_wave(c, sums.index(INDEX), acc0, top, col)
+                if TWO:  # noqa: SIM102
                     if row + DOWN < N:
-                        add_wave(c, sums.index(INDEX), acc1, top + row + DOWN, col + ACROSS)
+                        add_wave(c, sums.index(INDEX), acc1, top + DOWN, col + ACROSS)
+        elif EPILOGUE == ADD_FETCHED:
+            if steps > 0:
+                if row < N:
+                    add_to_fetched(c, sums, bars, acc0, top, col, wave, INDEX)
+                    wave += 1
+                if TWO:  # noqa: SIM102
+                    if row + DOWN < N:
+                        fetch_wave(c, sums, bars, top + DOWN, col + ACROSS, INDEX)
+                        add_to_fetched(c, sums, bars, acc1, top + DOWN, col + ACROSS, wave, INDEX)
+                        wave += 1
         elif steps > 0:
             out = c
             if GROUPED:
                 out += expert.to(gl.int64) * N * c_ld
-            write_wave(out, c, acc0, row, col, N, K, c_ld, EPILOGUE, CTAS)
+            write_wave(out, acc0, row, col, N, K, c_ld, EPILOGUE, CTAS)
             if TWO:
-                write_wave(out, c, acc1, row + DOWN, col + ACROSS, N, K, c_ld, EPILOGUE, CTAS)
+                write_wave(out, acc1, row + DOWN, col + ACROSS, N, K, c_ld, EPILOGUE, CTAS)
     finish_stores(EPILOGUE)
 
 
@@ -198,18 +220,22 @@ def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, 
     b_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * PIECES, BN * CTAS // PIECES, 128], b_desc.layout)
     sa_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BM // HEIGHT, HEIGHT], sa_desc.layout)
     sb_ring = gl.allocate_shared_memory(gl.float32, [STAGES * PIECES, BN * CTAS // PIECES], sb_desc.layout)
+    sums, bars = sa_ring, sa_ring  # never touched: other epilogues write from the registers
     if EPILOGUE == ADD_TMA:
         sums = gl.allocate_shared_memory(gl.float32, [2, 64, c.block_shape[1]], c.layout)
-    else:
-        sums = sa_ring  # never touched: this epilogue writes from the registers
+    elif EPILOGUE == ADD_FETCHED:
+        sums = gl.allocate_shared_memory(gl.float32, [2 * WAVE_PIECES, 64, c.block_shape[1]], c.layout)
+        bars = make_sum_barriers()
     full, empty, both, turn0, turn1 = make_barriers(STAGES, CTAS, CONSUMERS)
     if CONSUMERS == PINGPONG:
         gl.warp_specialize(
             [
-                (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1, offsets,
-                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
-                (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0, offsets,
-                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (0, c, sums, bars, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1,
+                           offsets, num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS,
+                           CONSUMERS)),
+                (consume, (1, c, sums, bars, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0,
+                           offsets, num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS,
+                           CONSUMERS)),
                 (produce, (0, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
                            turn1, offsets, num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
                 (produce, (1, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
@@ -221,10 +247,12 @@ def columns_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, num_groups, N, 
     else:
         gl.warp_specialize(
             [
-                (consume, (0, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1, offsets,
-                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
-                (consume, (1, c, sums, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0, offsets,
-                           num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (0, c, sums, bars, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1,
+                           offsets, num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS,
+                           CONSUMERS)),
+                (consume, (1, c, sums, bars, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0,
+                           offsets, num_groups, N, K, T, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS,
+                           CONSUMERS)),
                 (produce, (0, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
                            turn1, offsets, num_groups, N, K, T, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
             ],

@@ -26,13 +26,16 @@ from fp8moe.kernels import backend, tiles
 from fp8moe.kernels.fp8 import TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.gluon.columns_kernel import columns_kernel
 from fp8moe.kernels.gluon.consumers import FREE, PINGPONG, TURNS
-from fp8moe.kernels.gluon.pipeline import ADD, ADD_TMA, STORE, STORE_TMA
-from fp8moe.kernels.gluon.rows_kernel import rows_kernel
+from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED, ADD_TMA, STORE, STORE_TMA, WAVE_PIECES
+from fp8moe.kernels.gluon.rows_kernel import BLOCK_SCALES, rows_kernel
 from fp8moe.kernels.tiles import ADDED_BY_TMA, DEFAULT_DEVICE, HOPPER_SMS, PAIR, Tile
 from fp8moe.kernels.triton.launch import Block, launch
 
-TMA_ALIGNMENT = 16
-WAVE_ROWS, ADDED_COLUMNS = TILE // 2, 32
+TMA_ALIGNMENT = 16  # bytes: of an address, of a row, and of where a one-dimensional load begins
+TMA_FLOATS = TMA_ALIGNMENT // 4
+WAVE_ROWS, PIECE_COLUMNS = TILE // 2, 32
+FETCHED_BYTES = 2 * WAVE_PIECES.value * WAVE_ROWS * PIECE_COLUMNS * 4  # what two consumers add to
+SHARED_BYTES = 231_000  # of an SM's 227 KB, less room for barriers
 WHOLE, SPLIT = 0, 1  # what each CTA of a pair has of a dim: all of it, or its half
 
 CONSUMERS = {"free": FREE, "turns": TURNS, "pingpong": PINGPONG}
@@ -97,6 +100,7 @@ def launch_rows(
     assert not (grouped and tile.block_m != TILE), "a taller tile could straddle two experts"
     epilogue = ADD.value if accumulate else STORE_TMA.value if out.dtype is torch.bfloat16 else STORE.value
     scale, ctas = _m_major(a.scale), _ctas(tile)
+    block_scale = _aligned(b.scale.contiguous())
     form = _form(tile, ctas, grouped, epilogue)
     c: Descriptor | Tensor = out
     if epilogue == STORE_TMA.value:
@@ -107,9 +111,9 @@ def launch_rows(
         (min(max(1, sms // ctas), num_tiles),),
         _codes(a.data, form.a),
         _codes(b.data.reshape(-1, k) if grouped else b.data, form.b),
+        Descriptor(scale, [(scale.shape[1] - 1) * scale.stride(1) + m], [1], form.a_scale),
+        Descriptor(block_scale, [block_scale.numel()], [1], form.block_scale),
         c,
-        scale,
-        b.scale.contiguous(),
         group_offsets,
         m,
         n,
@@ -136,8 +140,9 @@ def launch_columns(
     num_groups = out.shape[0] if grouped else 1
     ctas = _ctas(tile)
     num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n * ctas)
-    by_tma = accumulate and _can_add_by_tma(out, t // num_groups, ctas)
-    form = _form(tile, ctas, grouped, ADD_TMA.value if by_tma else ADD.value if accumulate else STORE.value)
+    epilogue = _sum_epilogue(out, t // num_groups, tile, ctas) if accumulate else STORE.value
+    form = _form(tile, ctas, grouped, epilogue)
+    by_tma = epilogue in (ADD_TMA.value, ADD_FETCHED.value)
     launch(
         columns_kernel,
         (min(max(1, sms // ctas), num_tiles),),
@@ -156,14 +161,25 @@ def launch_columns(
     )
 
 
-def _can_add_by_tma(out: Tensor, tokens: int, ctas: int) -> bool:
-    """Whether TMA may add tiles into out [N, K] or [E, N, K], and is the faster way to.
+def _sum_epilogue(out: Tensor, tokens: int, tile: Tile, ctas: int) -> int:
+    """How tiles are added into out [N, K] or [E, N, K] of `tokens` tokens a group: by TMA, fetched, or by registers.
 
-    It needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's.
+    TMA needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's; fetching needs
+    shared memory for four pieces of each consumer.
     """
     whole = out.dim() == 2 or out.shape[1] % WAVE_ROWS == 0
     aligned = out.is_contiguous() and out.shape[-1] % 4 == 0 and out.data_ptr() % TMA_ALIGNMENT == 0
-    return tokens >= ADDED_BY_TMA and ctas == 1 and whole and aligned
+    if not whole or not aligned or ctas > 1:
+        return ADD.value
+    if tokens >= ADDED_BY_TMA:
+        return ADD_TMA.value
+    return ADD_FETCHED.value if can_fetch(tile) else ADD.value
+
+
+def can_fetch(tile: Tile) -> bool:
+    """Whether shared memory has room for the ring of a weight gradient's tile and for what it is added to."""
+    ring = tile.stages * (tile.block_m + tile.block_n) * (TILE + 4)
+    return not tile.multicast and ring + FETCHED_BYTES <= SHARED_BYTES
 
 
 class Descriptor(TensorDescriptor):
@@ -186,8 +202,9 @@ class _Form:
     b: Block
     a_scale: Block
     b_scale: Block
+    block_scale: Block  # of a weight's blocks
     stored: Block  # STORE_TMA
-    added: Block  # ADD_TMA
+    added: Block  # ADD_TMA, ADD_FETCHED
     constants: dict[str, Any]
 
 
@@ -198,8 +215,9 @@ def _form(tile: Tile, ctas: int, grouped: bool, epilogue: int) -> _Form:
         b=_block((_columns(tile), TILE), 8, 128, ctas, SPLIT, WHOLE),
         a_scale=_block((_rows(tile),), 32, 0, ctas, WHOLE),
         b_scale=_block((_columns(tile),), 32, 0, ctas, SPLIT),
-        stored=_block((WAVE_ROWS, TILE * ctas), 16, 128, ctas, WHOLE, SPLIT),
-        added=_block((WAVE_ROWS, ADDED_COLUMNS), 32, 128, ctas, WHOLE, WHOLE),
+        block_scale=_block((BLOCK_SCALES.value,), 32, 0, ctas, WHOLE),
+        stored=_block((WAVE_ROWS, PIECE_COLUMNS * ctas), 16, 64, ctas, WHOLE, SPLIT),
+        added=_block((WAVE_ROWS, PIECE_COLUMNS), 32, 128, ctas, WHOLE, WHOLE),
         constants={
             "BM": tile.block_m,
             "BN": tile.block_n,
@@ -253,8 +271,16 @@ def _codes(data: Tensor, block: Block) -> Descriptor:
 
 
 def _m_major(scale: Tensor) -> Tensor:
-    """Scales [M, K/128] at stride 1 along M."""
-    return scale if scale.stride(0) == 1 else scale.mT.contiguous().mT
+    """Scales [M, K/128] where TMA may read them: stride 1 along M, each K tile from a multiple of 16 bytes on."""
+    m, tiles = scale.shape
+    if scale.stride(0) == 1 and (tiles == 1 or scale.stride(1) % TMA_FLOATS == 0):
+        return _aligned(scale)
+    room = scale.new_empty(tiles, ceil_div(m, TMA_FLOATS) * TMA_FLOATS)[:, :m].mT
+    return room.copy_(scale)
+
+
+def _aligned(scale: Tensor) -> Tensor:
+    return scale.clone() if scale.data_ptr() % TMA_ALIGNMENT else scale
 
 
 def _scales(scale: Tensor, block: Block) -> Descriptor:

@@ -48,11 +48,7 @@ would refill slots that its peer still reads; nothing else in the language reach
 barrier can't be used inside `warp_specialize`. In 3.8 it is count 4 and `mbarrier.arrive.shared::cluster` at CTA 0's
 address. Who wants them says so (`launch.pairs_allowed`): they are right on tests/ptx and on an H100, and no faster.
 
-Epilogues: BF16 leaves through shared memory and a TMA store, which clips at the edges of the output; the buffer of a
-consumer is rewritten only after `store_wait(0)` says that its last store has read it. FP32 leaves straight from the
-registers, masked, either written or added into what is there: no other CTA touches the tile. A sum can also leave
-through shared memory by a TMA that adds in L2 (ADD_TMA): it runs under the next tile, but L2 adds about 1.3 TB/s, so it
-pays only where a tile's contraction is long. One addition an element, so still the same bits in every run.
+What becomes of the sums of a tile: `epilogues`.
 
 Registers: two waves of FP32 sums (128 a thread), one product (64) and the scales (36) fit 240 without a spill only if
 the other wave's sum passes through each WGMMA wait and the dead product is handed on as the ignored accumulator of the
@@ -65,7 +61,6 @@ two ways out, turns and ping-pong, with their protocols; in ping-pong the ring a
 one consumer. No table has such a tile before a GPU has measured one.
 """
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -79,8 +74,6 @@ from fp8moe.kernels.gluon.consumers import FREE, PINGPONG
 
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
-# What an epilogue does with a tile: BF16 by TMA, any dtype by masked stores, a masked sum into FP32, or that by TMA.
-STORE_TMA, STORE, ADD, ADD_TMA = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 
 @gluon.constexpr_function
@@ -224,68 +217,7 @@ def start_wave(a, b, dead):
 
 
 @gluon.jit
-def write_wave(c, buffer, acc, row, col, num_rows, num_cols, ld, EPILOGUE: gl.constexpr, CTAS: gl.constexpr):
-    """One 64x128 wave to the output at (row, col). c: a TMA descriptor for STORE_TMA, else a pointer, rows ld apart."""
-    if EPILOGUE == STORE_TMA:
-        tma.store_wait(0)
-        buffer.store(acc.to(gl.bfloat16))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(c, [row, col], buffer)
-    else:
-        layout: gl.constexpr = wave_layout(CTAS)
-        rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        cols = col + gl.arange(0, 128 * CTAS, gl.SliceLayout(0, layout))
-        # A sum of FP32 gradients of all experts has more than 2^31 elements: 64-bit addresses.
-        pointers = c + rows.to(gl.int64)[:, None] * ld + cols[None, :]
-        inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-        if EPILOGUE == ADD:
-            acc += gl.load(pointers, mask=inside, other=0.0)
-        gl.store(pointers, acc.to(c.dtype.element_ty), mask=inside)
-
-
-@gl._core.builtin
-def add_by_tma(desc, at, source, _semantic=None):
-    """Start a TMA that adds shared memory into a tensor: Gluon's builder has the operation, its language hasn't."""
-    at = _semantic._convert_to_ir_values(at, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, at, source.handle)
-
-
-@gluon.jit
-def halves(x):
-    """The left and the right half of the columns of x [64, n]."""
-    return x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def add_piece(c, buffer, piece, row, col):
-    """Add `piece` to the output at (row, col) when the buffer's last TMA has read it."""
-    tma.store_wait(0)
-    buffer.store(piece)
-    fence_async_shared()
-    add_by_tma(c, [row, col], buffer)
-
-
-@gluon.jit
-def add_wave(c, buffer, acc, row, col):
-    """Add one 64x128 wave to the output at (row, col), through a buffer of 64x32."""
-    left, right = halves(acc)
-    piece0, piece1 = halves(left)
-    piece2, piece3 = halves(right)
-    add_piece(c, buffer, piece0, row, col)
-    add_piece(c, buffer, piece1, row, col + 32)
-    add_piece(c, buffer, piece2, row, col + 64)
-    add_piece(c, buffer, piece3, row, col + 96)
-
-
-@gluon.jit
 def finish_pair(CTAS: gl.constexpr):
     """After all partitions: a CTA stays until its peer has made its last arrival."""
     if CTAS == 2:
         gl.barrier(cluster=True)
-
-
-@gluon.jit
-def finish_stores(EPILOGUE: gl.constexpr):
-    """Shared memory must outlive the TMA stores that read it."""
-    if EPILOGUE == STORE_TMA or EPILOGUE == ADD_TMA:  # noqa: SIM109  compared one by one in a kernel
-        tma.store_wait(0)

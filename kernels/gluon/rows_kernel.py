@@ -3,9 +3,11 @@
     c[r, n] = sum over K tiles t of  (a[r, t] . b[e, n, t]) * a_scale[t, r] * b_scale[e, n // 128, t]
 
 a [M, K], b [E * N, K] (E = 1 where dense) by TMA, K-major, zero beyond their edges. a_scale: FP32, M-major (stride 1
-along M, `a_ld` from one K tile to the next); b_scale: FP32, contiguous [E, ceil(N/128), ceil(K/128)]. Both scales come
-by plain loads one step ahead of their use, issued under the WGMMA of the step before: a row's scale in the layout of
-the product is two registers a wave, and a ring would cost shared memory that the fourth stage needs.
+along M, `a_ld` from one K tile to the next, a multiple of 4); b_scale: FP32, contiguous [E, ceil(N/128), ceil(K/128)].
+Both scales travel in the ring, by one-dimensional TMA from each taken as one vector: a's rows, and of b's 32 from the
+multiple of 4 before the block's on, because TMA begins at 16 bytes and writes from 128 bytes on. Loaded from global
+memory into registers a step ahead, they decided the speed: the compiler moved what it had loaded to where the next step
+wants it, and so waited for it in the step of the load (benchmarks/LOG.md).
 
 Grouped: `offsets` int32 [E+1], multiples of 128; a tile of 128 rows lies in one expert, so tiles are 128 high. Rows
 past the last offset have no steps and are written as zeros. The protocol between the partitions: `pipeline`.
@@ -13,7 +15,7 @@ past the last offset have no steps and are written as zeros. The protocol betwee
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from fp8moe.kernels.gluon.consumers import (
     PINGPONG,
@@ -24,15 +26,14 @@ from fp8moe.kernels.gluon.consumers import (
     wait_start,
     wait_turn,
 )
+from fp8moe.kernels.gluon.epilogues import STORE_BUFFERS, STORE_TMA, finish_stores, store_wave, write_wave
 from fp8moe.kernels.gluon.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
-    STORE_TMA,
     columns_of,
     cta_rank,
     find_group,
     finish_pair,
-    finish_stores,
     load,
     make_barriers,
     release,
@@ -42,8 +43,15 @@ from fp8moe.kernels.gluon.pipeline import (
     tile_order,
     wait_empty,
     wave_layout,
-    write_wave,
 )
+
+BLOCK_SCALES = gl.constexpr(32)  # of b, in a slot of the ring for each 128 columns: 128 bytes; one of them is used
+
+
+@gluon.constexpr_function
+def scalar_layout(ctas):
+    """Of single values in shared memory, each CTA's own."""
+    return gl.SwizzledSharedLayout(1, 1, 1, [0], **({"cga_layout": [[0]]} if ctas == 2 else {}))
 
 
 @gluon.jit
@@ -60,10 +68,23 @@ def locate(tile, M, N, K, offsets, num_groups, BM: gl.constexpr, WIDTH: gl.const
 
 
 @gluon.jit
-def produce(INDEX: gl.constexpr, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
-            BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-            CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
-    """The producer, in ping-pong consumer INDEX's: every step's two operand tiles."""
+def scale_at(col, group, PIECE: gl.constexpr, N, K, CTAS: gl.constexpr):
+    """Where b's scale of K tile 0 lies for columns PIECE of a tile at `col`; the next K tile's is the next.
+
+    The last wide tile of a weight may reach past its last block: any block will do, nothing of it is stored.
+    """
+    block = col // 128 + PIECE * CTAS
+    if CTAS == 2:  # each CTA's own columns, a block apart
+        block += cta_rank()
+    blocks_n = gl.cdiv(N, 128)
+    return (group * blocks_n + gl.minimum(block, blocks_n - 1)) * gl.cdiv(K, 128)
+
+
+@gluon.jit
+def produce(INDEX: gl.constexpr, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+            turn1, offsets, M, N, K, num_groups, a_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+            GROUP: gl.constexpr, GROUPED: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
+    """The producer, in ping-pong consumer INDEX's: every step's two operand tiles and their scales."""
     WIDTH: gl.constexpr = BN * CTAS
     PIECES: gl.constexpr = BN // 128
     halfway = gl.cdiv(K, 128) // 2 + STAGES // 2  # by this step the consumer has left half of its first tile
@@ -75,66 +96,39 @@ def produce(INDEX: gl.constexpr, a_desc, b_desc, a_ring, b_ring, full, empty, bo
             slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
             wait_empty(empty, both, slot, parity ^ 1, CTAS)
             bar = full.index(slot)
-            mbarrier.expect(bar, (BM + BN) * 128)
+            mbarrier.expect(bar, (BM + BN) * 128 + (BM + PIECES * BLOCK_SCALES) * 4)
             if CTAS == 1:
+                load(sa_desc, [k * a_ld + row], bar, sa_ring.index(slot), False)
                 load(a_desc, [row, k * 128], bar, a_ring.index(slot), False)
                 load(b_desc, [group * N + col, k * 128], bar, b_ring.index(slot), False)
             else:
                 for piece in gl.static_range(BM // 64):
-                    load(a_desc, [row + piece * 64, k * 128], bar, a_ring.index(slot * (BM // 64) + piece), True)
+                    at = row + piece * 64
+                    load(sa_desc, [k * a_ld + at], bar, sa_ring.index(slot * (BM // 64) + piece), True)
+                    load(a_desc, [at, k * 128], bar, a_ring.index(slot * (BM // 64) + piece), True)
                 for piece in gl.static_range(PIECES):
-                    at = [group * N + col + piece * 256, k * 128]
-                    load(b_desc, at, bar, b_ring.index(slot * PIECES + piece), False)
+                    at = group * N + col + piece * 256
+                    load(b_desc, [at, k * 128], bar, b_ring.index(slot * PIECES + piece), False)
+            for piece in gl.static_range(PIECES):
+                at = scale_at(col, group, piece, N, K, CTAS) + k
+                load(sb_desc, [at & -4], bar, sb_ring.index(slot * PIECES + piece), False)
             tell_start(turn1, step == halfway, INDEX, CONSUMERS)
             step += 1
     tell_start(turn1, step <= halfway, INDEX, CONSUMERS)
 
 
 @gluon.jit
-def scale_pointers(row, col, group, a_scale, b_scale, M, N, K, TALL: gl.constexpr, BN: gl.constexpr,
-                   CTAS: gl.constexpr):  # fmt: skip
-    """(a's rows, which of them exist in the first wave and in the second, b's blocks of either), for K tile 0."""
-    layout: gl.constexpr = wave_layout(CTAS)
-    DOWN: gl.constexpr = 64 if TALL else 0
-    RIGHT: gl.constexpr = CTAS if BN > 128 else 0
-    blocks_n = gl.cdiv(N, 128)
-    num_k = gl.cdiv(K, 128)
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    # The last wide tile of a weight may reach past its last block: any block will do, nothing of it is stored.
-    block = col // 128
-    if CTAS == 2:  # each CTA's own columns, a block apart
-        block = gl.minimum(block + cta_rank(), blocks_n - 1)
-    first = b_scale + (group * blocks_n + block) * num_k
-    second = b_scale + (group * blocks_n + gl.minimum(block + RIGHT, blocks_n - 1)) * num_k
-    return a_scale + rows, rows < M, rows + DOWN < M, first, second
+def block_scale(sb_ring, slot, at, PIECE: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CTAS: gl.constexpr):
+    """[1]: b's scale number `at`, of columns PIECE in a slot of the ring, for all rows of a wave."""
+    PIECES: gl.constexpr = BN // 128
+    single: gl.constexpr = scalar_layout(CTAS)
+    scales = sb_ring._reinterpret(gl.float32, [STAGES * PIECES * BLOCK_SCALES, 1], single)
+    return scales.index((slot * PIECES + PIECE) * BLOCK_SCALES + (at & 3)).load(gl.SliceLayout(1, wave_layout(CTAS)))
 
 
 @gluon.jit
-def load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, k, a_ld, TALL: gl.constexpr, BN: gl.constexpr):
-    """a's and b's scales of K tile k, of the first wave and of the second."""
-    sa0, sb0 = gl.load(a_scales + k * a_ld, mask=inside0, other=0.0), gl.load(b_scales0 + k)
-    sa1, sb1 = sa0, sb0
-    if TALL:
-        sa1 = gl.load(a_scales + k * a_ld + 64, mask=inside1, other=0.0)
-    elif BN > 128:
-        sb1 = gl.load(b_scales1 + k)
-    return sa0, sb0, sa1, sb1
-
-
-@gluon.jit
-def first_scales(tile, FIRST: gl.constexpr, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, TALL: gl.constexpr,
-                 BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-                 CTAS: gl.constexpr):  # fmt: skip
-    """The scales of a tile's K tile 0, for the consumer whose rows begin at FIRST."""
-    row, col, group, _ = locate(tile, M, N, K, offsets, num_groups, BM, BN * CTAS, GROUP, GROUPED)
-    a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row + FIRST, col, group, a_scale, b_scale, M, N,
-                                                                      K, TALL, BN, CTAS)  # fmt: skip
-    return load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, 0, a_ld, TALL, BN)
-
-
-@gluon.jit
-def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, mine, other,
-            offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+def consume(INDEX: gl.constexpr, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, mine, other,
+            offsets, M, N, K, num_groups, c_ld, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
             GROUP: gl.constexpr, GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, CTAS: gl.constexpr,
             CONSUMERS: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide).
@@ -142,7 +136,9 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
     In ping-pong all rows, two waves, of every second tile.
     """
     layout: gl.constexpr = wave_layout(CTAS)
+    down: gl.constexpr = gl.SliceLayout(1, layout)
     WIDTH: gl.constexpr = BN * CTAS
+    PIECES: gl.constexpr = BN // 128
     ALL: gl.constexpr = CONSUMERS == PINGPONG
     TALL: gl.constexpr = BM > 128 or ALL
     TWO: gl.constexpr = TALL or BN > 128
@@ -151,35 +147,29 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
     # Where the second wave lies in the tile; without one, on the first (its sum is then never formed).
     DOWN: gl.constexpr = 64 if TALL else 0
     ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
-    num_k = gl.cdiv(K, 128)
     num_tiles = gl.cdiv(M, BM) * gl.cdiv(N, WIDTH)
-    buffer = c_buffers.index(INDEX)
     dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
     step = 0
-    first = first_tile(INDEX, CONSUMERS)
-    existing = first
-    if ALL:  # the second consumer may have no tile
-        existing = gl.minimum(first, num_tiles - 1)
-    sa0, sb0, sa1, sb1 = first_scales(existing, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, TALL, BM,
-                                      BN, GROUP, GROUPED, CTAS)  # fmt: skip
-    for tile in range(first, num_tiles, tile_stride(CONSUMERS)):
+    for tile in range(first_tile(INDEX, CONSUMERS), num_tiles, tile_stride(CONSUMERS)):
         row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         row += FIRST
-        a_scales, inside0, inside1, b_scales0, b_scales1 = scale_pointers(row, col, group, a_scale, b_scale, M, N, K,
-                                                                          TALL, BN, CTAS)  # fmt: skip
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
+        at0, at1 = scale_at(col, group, 0, N, K, CTAS), scale_at(col, group, PIECES - 1, N, K, CTAS)
         for k in range(steps):
             slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
-            scale0, scale1 = sa0 * sb0, sa1 * sb1
-            # In front of the wait, where the compiler can't sink them under the first WGMMA: a whole step ahead.
-            later = gl.minimum(k + 1, num_k - 1)
-            sa0, sb0, sa1, sb1 = load_scales(a_scales, inside0, inside1, b_scales0, b_scales1, later, a_ld, TALL, BN)
             mbarrier.wait(full.index(slot), parity)
             b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)
+            scale0 = rows_of(sa_ring, slot, FIRST, BM, CTAS).load(down)
+            scale1 = scale0
+            if TALL:
+                scale1 = rows_of(sa_ring, slot, FIRST + DOWN, BM, CTAS).load(down)
+            scale0 *= block_scale(sb_ring, slot, at0 + k, 0, BN, STAGES, CTAS)
+            scale1 *= block_scale(sb_ring, slot, at1 + k, PIECES - 1, BN, STAGES, CTAS)
             wait_turn(mine, step * WAVES, INDEX, CONSUMERS)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
             pass_turn(other, CONSUMERS)
+            fence_async_shared()  # the reads above come before the TMA that refills the slot
             if TWO:
                 product, acc1 = warpgroup_mma_wait(0, deps=[product, acc1])
                 acc0 += product * scale0[:, None]
@@ -194,19 +184,19 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_scale, b_scale, a_ring, b_ring,
                 release(empty, both, slot, CTAS)
                 acc0 += dead * scale0[:, None]
             step += 1
-        # Its steps are found again at the top: Triton 3.6 and 3.7 don't carry them round the loop (benchmarks/LOG.md).
-        # The next tile's first scales arrive under this tile's epilogue (after the last tile: that tile's again).
-        following = gl.minimum(tile + tile_stride(CONSUMERS), num_tiles - 1)
-        sa0, sb0, sa1, sb1 = first_scales(following, FIRST, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, TALL,
-                                          BM, BN, GROUP, GROUPED, CTAS)  # fmt: skip
-        write_wave(c, buffer, acc0, row, col, M, N, c_ld, EPILOGUE, CTAS)
-        if TWO:
-            write_wave(c, buffer, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
+        if EPILOGUE == STORE_TMA:
+            store_wave(c, c_buffers, acc0, row, col, INDEX, 0, CTAS)
+            if TWO:
+                store_wave(c, c_buffers, acc1, row + DOWN, col + ACROSS, INDEX, 1, CTAS)
+        else:
+            write_wave(c, acc0, row, col, M, N, c_ld, EPILOGUE, CTAS)
+            if TWO:
+                write_wave(c, acc1, row + DOWN, col + ACROSS, M, N, c_ld, EPILOGUE, CTAS)
     finish_stores(EPILOGUE)
 
 
 @gluon.jit(do_not_specialize=["M", "num_groups", "a_ld"])
-def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr,
+def rows_kernel(a_desc, b_desc, sa_desc, sb_desc, c, offsets, M, N, K, num_groups, a_ld, c_ld, BM: gl.constexpr,
                 BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
                 EPILOGUE: gl.constexpr, CTAS: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """c = rows x blocks^T; grid: one program an SM in use, or a pair of them."""
@@ -214,22 +204,24 @@ def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_group
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BM // HEIGHT, HEIGHT, 128], a_desc.layout)
     PIECES: gl.constexpr = BN // 128 if CTAS == 2 else 1
     b_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * PIECES, BN * CTAS // PIECES, 128], b_desc.layout)
+    sa_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BM // HEIGHT, HEIGHT], sa_desc.layout)
+    sb_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BN // 128, BLOCK_SCALES], sb_desc.layout)
     if EPILOGUE == STORE_TMA:
-        c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128 * CTAS], c.layout)
+        c_buffers = gl.allocate_shared_memory(gl.bfloat16, [2 * STORE_BUFFERS, 64, 32 * CTAS], c.layout)
     else:
         c_buffers = a_ring  # never touched: this epilogue writes from the registers
     full, empty, both, turn0, turn1 = make_barriers(STAGES, CTAS, CONSUMERS)
     if CONSUMERS == PINGPONG:
         gl.warp_specialize(
             [
-                (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn0, turn1, offsets,
-                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
-                (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn1, turn0, offsets,
-                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
-                (produce, (0, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
-                           BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
-                (produce, (1, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
-                           BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+                (consume, (0, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1, offsets,
+                           M, N, K, num_groups, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (1, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0, offsets,
+                           M, N, K, num_groups, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (produce, (0, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+                           turn1, offsets, M, N, K, num_groups, a_ld, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+                (produce, (1, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+                           turn1, offsets, M, N, K, num_groups, a_ld, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
             ],
             [4, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
@@ -237,12 +229,12 @@ def rows_kernel(a_desc, b_desc, c, a_scale, b_scale, offsets, M, N, K, num_group
     else:
         gl.warp_specialize(
             [
-                (consume, (0, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn0, turn1, offsets,
-                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
-                (consume, (1, c, c_buffers, a_scale, b_scale, a_ring, b_ring, full, empty, both, turn1, turn0, offsets,
-                           M, N, K, num_groups, a_ld, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
-                (produce, (0, a_desc, b_desc, a_ring, b_ring, full, empty, both, turn1, offsets, M, N, K, num_groups,
-                           BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
+                (consume, (0, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn0, turn1, offsets,
+                           M, N, K, num_groups, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (consume, (1, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring, full, empty, both, turn1, turn0, offsets,
+                           M, N, K, num_groups, c_ld, BM, BN, STAGES, GROUP, GROUPED, EPILOGUE, CTAS, CONSUMERS)),
+                (produce, (0, a_desc, b_desc, sa_desc, sb_desc, a_ring, b_ring, sa_ring, sb_ring, full, empty, both,
+                           turn1, offsets, M, N, K, num_groups, a_ld, BM, BN, STAGES, GROUP, GROUPED, CTAS, CONSUMERS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

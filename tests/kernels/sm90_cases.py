@@ -20,6 +20,7 @@ from torch import Tensor
 from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import release_of
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
+from fp8moe.kernels.gluon.launch import can_fetch
 from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.tiles import Tile
@@ -28,6 +29,7 @@ Case = tuple[str, Callable[[], Any]]
 M, N, K = 4096, 4096, 7168
 GROUPS = 4
 SHORT = 1024
+SUMS = ("add", "add_fetched", "add_long")  # by registers, to what TMA has fetched, by a TMA that adds
 PAIRS_SINCE = (3, 8)  # of Triton
 
 
@@ -43,6 +45,7 @@ TRIALS = {
     ("gemm_columns", "add"): (in_turns(256, 128, 4),),
     ("grouped_wgrad", "add"): (PINGPONG,),
     ("grouped_wgrad", "add_long"): (PINGPONG,),
+    ("grouped_wgrad", "add_fetched"): (Tile(256, 128, 3, 8, 4), in_turns(256, 128, 3), Tile(128, 128, 4, 8, 4)),
 }
 
 
@@ -71,9 +74,21 @@ def chosen(tile: Tile) -> Iterator[None]:
     remembered.cache_clear()
 
 
-def with_tile(tile: Tile, launch: Callable[[], Any]) -> None:
+@contextmanager
+def summed(kind: str) -> Iterator[None]:
+    """Sums leave the Gluon kernel as `kind` of SUMS says, however many tokens they have and whatever the tile."""
+    launch = importlib.import_module("fp8moe.kernels.gluon.launch")
+    room = launch.SHARED_BYTES if kind == "add_fetched" else 0
+    with (
+        patch.object(launch, "ADDED_BY_TMA", 1 if kind == "add_long" else 1 << 30),
+        patch.object(launch, "SHARED_BYTES", room),
+    ):
+        yield
+
+
+def with_tile(tile: Tile, kind: str, launch: Callable[[], Any]) -> None:
     """Launch as if the table had chosen `tile`."""
-    with chosen(tile):
+    with chosen(tile), summed(kind):
         launch()
 
 
@@ -84,13 +99,11 @@ def gemm_cases(backend: str) -> Iterator[Case]:
     grouped_wgrad = importlib.import_module(f"fp8moe.kernels.{backend}.grouped_gemm").grouped_wgrad
     total, grads = torch.empty(M, N), torch.empty(GROUPS, M, N)
     columns, experts = (rows(M, K), rows(N, K)), (rows(M, K), blocks(GROUPS, N, K), offsets())
-    few, many = ((rows(M, tokens), rows(N, tokens)) for tokens in (SHORT, GROUPS * K))  # columns of few or many tokens
+    few = rows(M, SHORT), rows(N, SHORT)
     launches = [
         ("gemm", "add", partial(gemm, rows(M, K), blocks(N, K), accumulate=total)),
-        ("gemm_columns", "add", partial(gemm, *few, accumulate=total)),
-        ("gemm_columns", "add_long", partial(gemm, *many, accumulate=total)),
-        ("grouped_wgrad", "add", partial(grouped_wgrad, *few, offsets(), grads)),
-        ("grouped_wgrad", "add_long", partial(grouped_wgrad, *many, offsets(), grads)),
+        *(("gemm_columns", kind, partial(gemm, *few, accumulate=total)) for kind in SUMS),
+        *(("grouped_wgrad", kind, partial(grouped_wgrad, *few, offsets(), grads)) for kind in SUMS),
     ]
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         launches += [
@@ -100,14 +113,20 @@ def gemm_cases(backend: str) -> Iterator[Case]:
         ]
     for op, kind, launch in launches:
         for tile in legal_tiles(backend, op, kind):
-            yield f"{backend} {op} {kind} {tile_name(tile)}", partial(with_tile, tile, launch)
+            yield f"{backend} {op} {kind} {tile_name(tile)}", partial(with_tile, tile, kind, launch)
 
 
 def legal_tiles(backend: str, op: str, kind: str) -> tuple[Tile, ...]:
-    """Production tiles of an op and its trials, with pairs where this Triton has them and TMA doesn't add."""
-    pairs = release_of(triton.__version__) >= PAIRS_SINCE and kind != "add_long"
+    """Production tiles of an op and its trials, with pairs where this Triton has them and the registers add.
+
+    What is fetched needs room beside the ring, and a back end that does it.
+    """
+    pairs = release_of(triton.__version__) >= PAIRS_SINCE and kind not in ("add_long", "add_fetched")
     trials = TRIALS.get((op, kind), ()) if backend == "gluon" else ()
-    return (*tiles.production_tiles(backend, op, pairs=pairs), *(one for one in trials if pairs or not one.multicast))
+    found = (*tiles.production_tiles(backend, op, pairs=pairs), *(one for one in trials if pairs or not one.multicast))
+    if kind != "add_fetched":
+        return found
+    return tuple(tile for tile in found if backend == "gluon" and can_fetch(tile))
 
 
 def tile_name(tile: Tile) -> str:

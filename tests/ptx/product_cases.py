@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import limited_sms
 from fp8moe.kernels.fp8 import Fp8Tensor
 from tests.distance import calc_diff
-from tests.kernels.sm90_cases import chosen, legal_tiles, tile_name
+from tests.kernels.sm90_cases import chosen, legal_tiles, summed, tile_name
 from tests.ptx.launching import Machine, on_machine
 from tests.ptx.moving_cases import Case, ops
 
@@ -77,7 +76,7 @@ def problem(op: str, kind: str, size: str) -> Callable[[Callable[..., Any]], Ten
         if op == "grouped_gemm":
             a, b = rows(tokens + (size == "ragged") * 66, k), blocks(experts, n, k)
             return lambda call: call(a, b, at, out_dtype=out_dtype)
-        m, n = (SUMS_BY_TMA if kind == "add_long" else SUMS)[size]
+        m, n = (SUMS if kind == "add" else SUMS_BY_TMA)[size]
         a, b = columns(tokens, m), columns(tokens, n)
         return partial(_add_groups, a=a, b=b, at=at, before=torch.randn(experts, m, n))
     before = torch.randn(a.shape[0], n)
@@ -146,7 +145,7 @@ def check_pingpong(started: list[tuple[Any, np.ndarray]]) -> None:
 
 def _run(machine: Machine, call: Callable[[], Tensor], kind: str, tile: tiles.Tile, sms: int) -> Tensor:
     """What `call` gives with `tile`."""
-    with chosen(tile), limited_sms(sms), added_by_tma(kind), on_machine(machine):
+    with chosen(tile), limited_sms(sms), summed(kind), on_machine(machine):
         return call()
 
 
@@ -158,11 +157,6 @@ def _unordered(machine: Machine, call: Callable[[], Tensor], kind: str, tile: ti
         return _run(machine, call, kind, replace(tile, consumers="free"), sms)
     finally:
         machine.edit, machine.seed, machine.launched = edit, seed, launched
-
-
-def added_by_tma(kind: str) -> Any:
-    """Sums of few tokens leave the Gluon kernel as those of many do, where the case is of many."""
-    return patch.object(ops("gluon", "launch"), "ADDED_BY_TMA", 1 if kind == "add_long" else 1 << 30)
 
 
 def product(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile) -> None:
@@ -231,8 +225,8 @@ def grouped_mm(machine: Machine, dtype: torch.dtype) -> None:
 
 
 KINDS = {
-    "gemm": ("bf16", "fp32", "add"), "gemm_columns": ("bf16", "fp32", "add", "add_long"),
-    "grouped_gemm": ("bf16", "fp32"), "grouped_wgrad": ("add", "add_long"),
+    "gemm": ("bf16", "fp32", "add"), "gemm_columns": ("bf16", "fp32", "add", "add_fetched", "add_long"),
+    "grouped_gemm": ("bf16", "fp32"), "grouped_wgrad": ("add", "add_fetched", "add_long"),
 }  # fmt: skip
 
 

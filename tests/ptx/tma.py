@@ -6,8 +6,9 @@ when. Until then its bytes in shared memory belong to nobody. A store reads shar
 
 A tensor map is what the driver would encode: sizes outermost first, strides in bytes, the box of one copy (a row of
 it is at most one line of the swizzle wide), and the swizzle: the 16-byte column of a byte in shared memory is
-exclusive-ored with bits of its row (128 bytes: 8 columns, 3 bits; 64: 4; 32: 2). What lies outside the tensor is zero
-when it is loaded and not written when it is stored.
+exclusive-ored with bits of its row (128 bytes: 8 columns, 3 bits; 64: 4; 32: 2). A copy begins at a multiple of 16
+bytes of a row: to an H100 a one-dimensional load that did not was an illegal instruction (benchmarks/LOG.md). What lies
+outside the tensor is zero when it is loaded and not written when it is stored.
 """
 
 from __future__ import annotations
@@ -137,6 +138,8 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
             pick = lambda value: of_lane(value, lane)  # noqa: B023, E731  used at once
             tensor = gang.cta.maps[(pick(tensor_map(gang)) - MAPS) // 256]
             at = tuple(pick(read(gang).view(np.int32)) for read in coordinates)
+            if at[-1] * tensor.size % PIECE:
+                raise Fault(f"TMA's copy begins at {at[-1] * tensor.size} bytes of a row, no multiple of {PIECE}")
             start = int(gang.cta.local(np.array([pick(tile(gang))]))[0])
             warp = int(gang.lane_warp[lane])
             if loads:
