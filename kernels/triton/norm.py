@@ -3,8 +3,8 @@
 Forward: a program holds whole rows as [BLOCK_M, TILES, 128]: the sum of squares is over the last two dims, a tile's
 amax over the last, so that rows in FP8 leave in the pass that norms them. The sum of a single row passes through a
 scalar, which has no layout: Triton 3.6 would add a tensor's twice, for y and for the codes, in two orders, and y would
-not be that of the stored 1/rms. Inline assembly behind the sum is copied with it, pure or not. Columns: the input's tile
-is loaded as [BLOCK_K, 128], like that of `quantize`, and normed with the kept 1/rms: forward's products, hence
+not be that of the stored 1/rms; inline assembly behind the sum is copied with it, pure or not. Columns: the input's
+tile is loaded as [BLOCK_K, 128], like that of `quantize`, and normed with the kept 1/rms: forward's products, hence
 forward's y.
 
 Backward: a fixed number of programs, each with every PROGRAMS-th block of rows. A program keeps its share of the gain's

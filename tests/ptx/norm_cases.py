@@ -73,9 +73,9 @@ def forward(machine: Machine, label: str, dtype: torch.dtype) -> None:
 
 
 def sensitive_gain(h: Tensor, inverse: Tensor) -> tuple[Tensor, int]:
-    """For each feature the BF16 gain that brings y of a row nearest to where BF16 rounds up; how many are within a step.
+    """For each feature the BF16 gain that brings y of a row nearest to where BF16 rounds up; how many touch it.
 
-    A step is one of FP32: a 1/rms off by its last bit rounds those to the neighbour.
+    Those are within a step of FP32 of it: a 1/rms off by its last bit rounds about half of them to the neighbour.
     """
     gains = (1 + torch.arange(128) / 128)[:, None, None]
     lower = ((h.float() * inverse[:, None]) * gains).view(torch.int32) & 0xFFFF  # what BF16 drops
