@@ -1,8 +1,11 @@
 """RMSNorm in Triton: one pass forward, one pass and a small sum backward, columns straight from the input.
 
 Forward: a program holds whole rows as [BLOCK_M, TILES, 128]: the sum of squares is over the last two dims, a tile's
-amax over the last, so that rows in FP8 leave in the pass that norms them. Columns: the input's tile is loaded as
-[BLOCK_K, 128], like that of `quantize`, and normed with the kept 1/rms: forward's products, hence forward's y.
+amax over the last, so that rows in FP8 leave in the pass that norms them. The sum of a single row passes through a
+scalar, which has no layout: Triton 3.6 would add a tensor's twice, for y and for the codes, in two orders, and y would
+not be that of the stored 1/rms; inline assembly behind the sum is copied with it, pure or not. Columns: the input's
+tile is loaded as [BLOCK_K, 128], like that of `quantize`, and normed with the kept 1/rms: forward's products, hence
+forward's y.
 
 Backward: a fixed number of programs, each with every PROGRAMS-th block of rows. A program keeps its share of the gain's
 gradient in registers and writes it once; a second launch adds the shares in their order. Atomics were refused: their
@@ -49,6 +52,8 @@ def norm_kernel(
         tl.store(h + here, rounded, mask=mask)
         value = rounded.to(tl.float32)
     total = tl.sum(tl.sum(value * value, axis=2), axis=1)
+    if BLOCK_M == 1:
+        total = tl.full((1,), tl.sum(total, axis=0), tl.float32)
     mean = tl.div_rn(total, tl.full(total.shape, 0.0, tl.float32) + D)
     r = encode.inverse_of(tl.sqrt_rn(mean + eps))
     tl.store(inverse_rms + m, r, mask=m < M)

@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.reductions import sums_added_again
 from tests.kernels.sass import e4m3_casts, loads_in_flight, spills_in_steps
 from tests.kernels.sm90_cases import CASES
 
@@ -180,6 +181,7 @@ def compile_share(share: int, known: frozenset[str] = frozenset()) -> dict[str, 
             "in_flight": loads_in_flight(sass) if ".gluon." in note.kernel else 0,
             "spills_in_steps": spills_in_steps(sass),
             "casts": e4m3_casts(sass),
+            "added_again": sums_added_again(note.name, compiled.asm),
             "asked_for": compiled.asm["ptx"].count("prefetch.global.L2"),
             "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),
         }

@@ -130,17 +130,6 @@ def test_a_pair_loads_its_rows_once_for_both(found, kernels):
         assert entry["remote"] == 2, f"{name}: each of two consumers tells CTA 0, wherever it is"
 
 
-def test_a_spill_inside_the_steps_is_found():
-    from tests.kernels.sass import spills_in_steps
-
-    def code(*lines):
-        return "\n".join(f"        /*{16 * i:04x}*/    {line} ;    /* 0x0 */" for i, line in enumerate(lines))
-
-    steps = ["LDL R1, [R1]", "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], R24", "@!P0 BRA 0x20"]
-    assert spills_in_steps(code("STL [R1], R0", "NOP", *steps, "EXIT")) == 1
-    assert spills_in_steps(code("STL [R1], R0", "LDL R1, [R1]", *steps[1:], "@P1 BRA 0x0")) == 0
-
-
 def test_rows_move_by_16_bytes_without_a_spill_or_an_atomic(kernels):
     # (loads, stores) of 16 bytes that a thread must have: 32 words moved, 8 copies of a row summed, 32 values cast.
     # 16 logits, in 2 loads a pass; 8 rows in flight beside main_grad.
@@ -227,6 +216,11 @@ def test_norms_and_rotations_neither_spill_nor_take_turns(kernels):
 
 
 @pytest.mark.slow
+def test_no_sum_is_added_again_for_another_layout(kernels):
+    assert {name: entry["added_again"] for name, entry in kernels.items() if entry["added_again"]} == {}
+
+
+@pytest.mark.slow
 def test_one_cta_fits_an_sm(kernels):
     for name, entry in kernels.items():
         figure = entry["figures"]
@@ -239,46 +233,11 @@ def test_a_consumer_hands_a_slot_back_only_when_all_its_warps_are_done(kernels):
     assert [name for name, entry in kernels.items() if entry["unguarded"]] == []
 
 
-def test_an_arrival_without_a_barrier_is_found():
-    from tests.kernels.sm90 import unguarded_arrivals
-
-    arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
-    wgmma = "wgmma.wait_group.sync.aligned 0;"
-    assert unguarded_arrivals("\n".join([wgmma, "bar.sync 2, 128;", "add.s32 %r1, %r2, 8;", arrive])) == 0
-    assert unguarded_arrivals("\n".join(["bar.warp.sync -1;", "add.s32 %r1, %r2, 8;", arrive])) == 0, "a producer's"
-    assert unguarded_arrivals("\n".join([wgmma, "add.s32 %r1, %r2, 8;", arrive])) == 1
-    assert unguarded_arrivals("\n".join(["bar.sync 2, 128;", wgmma, arrive])) == 1
-    assert unguarded_arrivals("\n".join(["bar.sync 2, 128;", "ld.shared.b32 %r3, [%r4];", arrive])) == 1
-    assert unguarded_arrivals("\n".join(["@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 49152;"])) == 0
-
-
 @pytest.mark.slow
 def test_no_scale_is_still_being_read_when_a_slot_is_handed_back(kernels):
     rings = [entry for entry in kernels.values() if entry["kernel"].endswith("gluon.columns_kernel.columns_kernel")]
     assert rings
     assert [name for name, entry in kernels.items() if entry["in_flight"]] == []
-
-
-def test_a_load_in_flight_at_an_arrival_is_found():
-    from tests.kernels.sass import NO_SCOREBOARD, loads_in_flight
-
-    def code(*lines):
-        """(text, scoreboard set, scoreboards waited for) as a disassembly."""
-        words = [(text, (board << 5 | waits << 11) << 41) for text, board, waits in lines]
-        return "\n".join(
-            f"        /*0000*/    {text} ;    /* {0:#018x} */\n    /* {word:#018x} */" for text, word in words
-        )
-
-    load, late = ("LDS R24, [R5+UR7+0x30300]", 0, 0), ("LDS.64 R26, [R5+UR7+0x30320]", NO_SCOREBOARD, 0)
-    barrier = ("BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", NO_SCOREBOARD, 0)
-    arrive = ("@!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R3+UR7+0x318d0], RZ", NO_SCOREBOARD, 0)
-    use, fence = ("FFMA R149, R24, R210, R149", NO_SCOREBOARD, 1), ("FENCE.VIEW.ASYNC.S", 0, 1)
-    assert loads_in_flight(code(load, use, barrier, arrive)) == 0
-    assert loads_in_flight(code(load, barrier, arrive, use)) == 1
-    assert loads_in_flight(code(load, barrier, use, arrive)) == 1, "another warp's load is not waited for after it"
-    assert loads_in_flight(code(late, load, barrier, arrive)) == 2
-    assert loads_in_flight(code(late, load, use, barrier, arrive)) == 0
-    assert loads_in_flight(code(load, late, fence, barrier, arrive)) == 0
 
 
 @pytest.mark.slow
