@@ -33,19 +33,13 @@ SUMS = ("add", "add_fetched", "add_long")  # by registers, to what TMA has fetch
 PAIRS_SINCE = (3, 8)  # of Triton
 
 
-def in_turns(block_m: int, block_n: int, stages: int, *, multicast: bool = False) -> Tile:
-    return Tile(block_m, block_n, stages, 8, 4, multicast, "turns")
-
-
 PINGPONG = Tile(128, 128, 6, 8, 4, consumers="pingpong")
-# Ways to share a program's work that no table has, because nobody has measured them: a few tiles that stand for all.
+# A way to share a program's work that no table has, because turns are faster: a tile that stands for all.
 TRIALS = {
-    ("gemm", "bf16"): (in_turns(256, 128, 4), in_turns(128, 128, 6), in_turns(256, 128, 4, multicast=True), PINGPONG),
-    ("grouped_gemm", "bf16"): (in_turns(128, 256, 4), PINGPONG),
-    ("gemm_columns", "add"): (in_turns(256, 128, 4),),
+    ("gemm", "bf16"): (PINGPONG,),
+    ("grouped_gemm", "bf16"): (PINGPONG,),
     ("grouped_wgrad", "add"): (PINGPONG,),
     ("grouped_wgrad", "add_long"): (PINGPONG,),
-    ("grouped_wgrad", "add_fetched"): (Tile(256, 128, 3, 8, 4), in_turns(256, 128, 3), Tile(128, 128, 4, 8, 4)),
 }
 
 
@@ -123,7 +117,7 @@ def legal_tiles(backend: str, op: str, kind: str) -> tuple[Tile, ...]:
     """
     pairs = release_of(triton.__version__) >= PAIRS_SINCE and kind not in ("add_long", "add_fetched")
     trials = TRIALS.get((op, kind), ()) if backend == "gluon" else ()
-    found = (*tiles.production_tiles(backend, op, pairs=pairs), *(one for one in trials if pairs or not one.multicast))
+    found = (*tiles.production_tiles(backend, op, pairs=pairs), *trials)
     if kind != "add_fetched":
         return found
     return tuple(tile for tile in found if backend == "gluon" and can_fetch(tile))
@@ -177,7 +171,7 @@ def unquantized_cases() -> Iterator[Case]:
         for op, launch in launches.items():
             for tile in tiles.production_tiles("triton", op):
                 label = f" {tile_name(tile)}" if dtype is torch.bfloat16 else ""
-                yield f"triton {op} {kind}{label}", partial(with_tile, tile, launch)
+                yield f"triton {op} {kind}{label}", partial(with_tile, tile, kind, launch)
         yield f"triton grouped_mm {kind}", partial(grouped.grouped_mm, x, weights, offsets())
 
 

@@ -69,11 +69,10 @@ def flip_parity(which: int) -> Edit:
 
 
 def release_early(text: str) -> str:
-    """The first consumer's barrier and arrival come before its products instead of behind them."""
+    """The first consumer's barrier and arrival come before the wait for its products instead of behind it."""
     arrival = matches(text, r"bar\.sync\s+\d+, 128;[^;]*" + statement(ARRIVE))[0]
-    fence = [match for match in matches(text, r"wgmma\.fence") if match.start() < arrival.start()][-1]
-    rest = text[fence.start() : arrival.start()]
-    return text[: fence.start()] + arrival[0] + "\n" + rest + text[arrival.end() :]
+    wait = [m for m in matches(text, statement(r"wgmma\.wait_group")) if m.start() < arrival.start()][-1]
+    return text[: wait.start()] + text[wait.end() : arrival.end()] + wait[0] + text[arrival.end() :]
 
 
 def scaled(factor: float) -> Callable[[re.Match[str]], str]:
@@ -107,13 +106,6 @@ def swap_row_scales(text: str) -> str:
     return change(pattern, lambda m: f"ld.shared.b32 {m[1]}, {m[5]};{m[3]}ld.shared.b32 {m[4]}, {m[2]};")(text)
 
 
-def stale_scale(text: str) -> str:
-    """The scales of step k where those of k + 1 are due: the last minimum before the first product, less one."""
-    product = matches(text, r"wgmma\.fence")[0].start()
-    later = [m for m in matches(text, r"min\.s32\s+(%r\d+), (%r\d+), %r\d+;") if m.start() < product][-1]
-    return text[: later.start()] + f"add.s32 {later[1]}, {later[2]}, -1;" + text[later.end() :]
-
-
 def second_wave_at_the_first(text: str) -> str:
     """The second wave of a tall tile is stored at the rows of the first."""
     stores = matches(text, STORE)
@@ -131,6 +123,7 @@ def truncate_bf16(text: str) -> str:
 ROWS, TALL, WIDE = "gluon gemm bf16 128x128x6", "gluon gemm bf16 256x128x4", "gluon grouped_gemm bf16 128x256x4"
 COLUMNS, PLAIN = "gluon gemm_columns add 256x128x4", "triton gemm bf16 128x128x4"
 BF16, FP32 = "triton wgrad bf16 128x128x3", "triton wgrad fp32"
+FETCHED = "gluon grouped_wgrad add_fetched 256x128x3"
 CAST, BLOCKS, LINES = (f"triton quantize_{what} bf16 pow2" for what in ("columns", "blocks", "rows"))
 UPDATE = "triton adamw_step_quantize bf16 moments"
 
@@ -150,7 +143,8 @@ PLANTS = (
           change(rf"\b{DESCRIPTOR}\b", str(DESCRIPTOR + (1 << 62) - (1 << 64)))),
     Plant("the second product reads 16 bytes too early", PLAIN, change(rf"\b{DESCRIPTOR + 2}\b", str(DESCRIPTOR + 1))),
     Plant("the scales of two rows are swapped", COLUMNS, swap_row_scales),
-    Plant("the scales of step k serve step k + 1", WIDE, stale_scale),
+    Plant("the scale of step k + 4 serves step k", WIDE,
+          change(r"and\.b32\s+(%r\d+), %r\d+, -4;", lambda m: f"{m[0]}\nadd.s32 {m[1]}, {m[1]}, 4;")),
     Plant("the second wave is stored at the rows of the first", TALL, second_wave_at_the_first),
     Plant("an arrival does not wait for the partner warps", ROWS,
           change(rf"bar\.sync\s+\d+, 128;(?=[^;]*{statement(ARRIVE)})", "")),
@@ -159,6 +153,13 @@ PLANTS = (
     Plant("the buffer of a TMA store is written again at once", ROWS, drop(r"cp\.async\.bulk\.wait_group\.read", None)),
     Plant("the coordinates of a load are swapped", WIDE,
           change(r"(bytes \[%r\d+\], \[%rd\d+, \{)(%r\d+), (%r\d+)\}", lambda m: f"{m[1]}{m[3]}, {m[2]}}}")),
+    Plant("a load of scales begins at any of them", ROWS, 
+          change(r"and\.b32(\s+%r\d+, %r\d+), -4;", lambda m: f"and.b32{m[1]}, -1;")),
+    Plant("what a sum is fetched for is taken before it is there", FETCHED, flip_parity(1)),
+    Plant("a sum is fetched over one that is not stored", FETCHED, drop(r"cp\.async\.bulk\.wait_group\.read", None)),
+    Plant("no proxy fence before a fetched sum is stored", FETCHED, fence_before_store),
+    Plant("half of what a sum is added to is expected", FETCHED,
+          change(r"expect_tx\S* _, \[%r\d+\], (8192);", scaled(0.5))),
     Plant("a partition keeps its registers", ROWS, drop(r"setmaxnreg\.dec", None)),
     Plant("a wait is given up after one try", ROWS, change(r"@!complete bra\.uni waitLoop;", "")),
     Plant("a copy by cp.async is not waited for", FP32,
