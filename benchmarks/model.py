@@ -1,29 +1,20 @@
 """PREDICTION of the Hopper GEMMs' speed from their tiles, beside what was measured and beside DeepGEMM's.
 
     python -m benchmarks.model [--sms 132]     of casts: benchmarks.model_casts
-    python -m benchmarks.model --consumers     of consumers in turns and in ping-pong, which no GPU has run
 
 The model and its constants are `fp8moe/plan/gemm_model.py`, by which `fp8moe plan` times GEMMs without a record.
 
 DeepGEMM is predicted from the tiles that its public heuristic chooses for these sizes (deep_gemm/jit_kernels/gemm.py
 of its repository at the time of its pull request 86), so that the model is tested on a kernel that shares by multicast.
-
-Turns and ping-pong are predicted twice, because two readings of the records contradict each other. That L2 binds is
-what the model says and fits every record; then an order of the consumers gains nothing, and ping-pong, whose tiles read
-4/3 of the bytes, loses. That the consumers are in step is what a profile says, L2 63 % busy, and pairs of CTAs, which
-halve the reads of rows and are no faster (LOG.md); then L2 takes 63 % of the time that the model gives it, an order
-removes the rest, and ping-pong hides sums too. A GPU decides; the truth lies between.
 """
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from benchmarks.shapes import DENSE, DENSE_WGRAD, GROUPED, GROUPED_WGRAD
-from fp8moe.kernels.fp8 import TILE
-from fp8moe.kernels.tiles import HOPPER_SMS, SHORT_CONTRACTION, Tile
+from fp8moe.kernels.tiles import HOPPER_SMS, Tile
 from fp8moe.plan.gemm_model import HBM_BYTES_PER_SECOND as HBM_BYTES_PER_SECOND
-from fp8moe.plan.gemm_model import Problem, Work, predict, work_of
+from fp8moe.plan.gemm_model import Work, predict, work_of
 from fp8moe.plan.kernel_records import RECORDS, throughputs
 
 FP8_PEAK = 1979e12
@@ -45,9 +36,6 @@ DEEPGEMM = {
     "grouped_gemm E4 M8192 N7168 K2048": Work(128, 160, 1, 2),
     "grouped_wgrad E4 M7168 N4096 K8192": Work(128, 152, 1, 2, sms=126),
 }
-
-L2_BUSY = 0.63  # of the time of a product that the model calls bound by L2 (LOG.md, What a profile says instead)
-SHAPES = {"turns": ((256, 128), (128, 256), (128, 128)), "pingpong": ((128, 128),)}
 
 
 def measured(name: str = "gluon") -> dict[str, float]:
@@ -73,27 +61,6 @@ def rows(sms: int = HOPPER_SMS) -> Iterator[dict[str, str]]:
         yield row
 
 
-def ordered(sms: int = HOPPER_SMS) -> Iterator[dict[str, str]]:
-    """The table of consumers with an order: as now, then each way with L2 as the bound and with L2 at the profile's."""
-    records = measured()
-    for p in PROBLEMS:
-        now = predict(p, work_of(p, pairs=False, sms=sms)[0]).tflops
-        row = {"op": p.op, "shape": p.label, "as now": f"{now:.0f}"}
-        row["measured"] = _beside(records.get(f"{p.op} {p.label}"), None)
-        for consumers, title in (("turns", "turns"), ("pingpong", "ping-pong")):
-            row[f"{title}, L2 binds"] = _best(p, consumers, sms, l2=1.0)
-            row[f"{title}, in step"] = _best(p, consumers, sms, l2=L2_BUSY, sums_hide=consumers == "pingpong")
-        yield row
-
-
-def _best(p: Problem, consumers: str, sms: int, **reading: Any) -> str:
-    """TFLOPS of the best tile whose consumers share the work so; ping-pong is for short contractions."""
-    if consumers == "pingpong" and p.k > SHORT_CONTRACTION:
-        return "-"
-    shapes = [one for one in SHAPES[consumers] if p.op != "grouped_gemm" or one[0] == TILE]
-    return f"{max(predict(p, Work(*one, sms=sms, consumers=consumers), **reading).tflops for one in shapes):.0f}"
-
-
 def _named(tile: Tile) -> str:
     return f"{tile.block_m}x{tile.block_n}" + (" pair" if tile.multicast else "")
 
@@ -117,15 +84,6 @@ def table(sms: int = HOPPER_SMS) -> str:
     return "\n".join([title, *_lines(rows(sms))])
 
 
-def table_of_consumers(sms: int = HOPPER_SMS) -> str:
-    """Every problem of `shapes`: TFLOPS as now, in turns, and in ping-pong where that is for it."""
-    title = (
-        f"PREDICTION, TFLOPS on {sms} SMs of an H100 if L2 binds, as the model says, and if consumers are in step, as "
-        "a profile says:\nno GPU has run turns or ping-pong (benchmarks/LOG.md, Not run on a GPU)."
-    )
-    return "\n".join([title, *_lines(ordered(sms))])
-
-
 def _lines(found: Iterable[dict[str, str]]) -> list[str]:
     """A heading and the rows, in columns."""
     found = list(found)
@@ -138,11 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description="predict the speed of the Hopper GEMMs from their tiles")
     parser.add_argument("--sms", type=int, default=HOPPER_SMS, help="SMs that compute (132)")
-    parser.add_argument("--consumers", action="store_true", help="of consumers in turns and in ping-pong")
     arguments = parser.parse_args(argv)
     if arguments.sms < 2:
         parser.error(f"--sms must be at least 2, a pair's, got {arguments.sms}")
-    print(table_of_consumers(arguments.sms) if arguments.consumers else table(arguments.sms))
+    print(table(arguments.sms))
     return 0
 
 

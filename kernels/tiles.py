@@ -50,11 +50,12 @@ MACS_PER_CYCLE = 4096  # FP8, one SM
 FP32_LANES = 128
 SHARED_BYTES_PER_CYCLE = 128
 L2_BYTES_PER_CYCLE = 52  # one SM, all loading: at 38 a profile says that L2 is busy 74 % (benchmarks/LOG.md)
+BF16_BYTES_PER_CYCLE = 28.5  # one SM, in BF16 products: by this constant they take what PyTorch's took on an H100
 WGMMA_LATENCY = 60  # from the last multiply-add of a wave to its first use
 # Idle cycles of the tensor core for a wave of each consumer: with scales of one operand for each row, and of both.
-GAPS = {"free": (100, 250), "turns": (40, 175), "pingpong": (40, 175)}
+GAPS = {"free": (110, 260), "turns": (60, 215), "pingpong": (60, 215)}
 FIRST_TURN_CYCLES = 720  # of a tile whose consumers are in turns
-EPILOGUE_CYCLES = 2000  # of one wave of 64x128: last product, conversion, store, barriers
+EPILOGUE_CYCLES = 1700  # of one wave of 64x128: last product, conversion, store, barriers
 UNQUANTIZED = ("wgrad", "grouped_mm_wgrad")  # ops of BF16 operands
 SUMMED = ("gemm_columns", "grouped_wgrad", *UNQUANTIZED)  # ops that add into FP32
 # For a value of a tile: HBM in and out by registers; added in L2 by TMA, or to what it has fetched (`gluon/epilogues`).
@@ -134,7 +135,7 @@ def step_of(
 def unquantized_step(block_m: int, block_n: int) -> Step:
     """One step of 128 of a tile of BF16: twice the bytes, half the multiply-adds a cycle, nothing to promote."""
     fp8 = step_of(block_m, block_n, columns=False)
-    l2 = (block_m + block_n) * 256 / L2_BYTES_PER_CYCLE
+    l2 = (block_m + block_n) * 256 / BF16_BYTES_PER_CYCLE
     return Step(tensor=2 * fp8.tensor, promotion=0.0, shared=2 * fp8.shared, chain=2 * fp8.tensor, l2=l2)
 
 
@@ -191,7 +192,8 @@ def choose(
     pairs = pairs and sms >= PAIR
     # Where one CTA's columns are all there are, a pair would share its rows with nobody.
     legal = [one for one in entries[length_of(k)] if not one.multicast or (pairs and n > one.block_n)]
-    return min(legal, key=lambda tile: cycles(tile, op, m, n, k, groups=groups, sms=sms))
+    # A pair that costs the same reads less: who allows pairs gets it.
+    return min(legal, key=lambda tile: (cycles(tile, op, m, n, k, groups=groups, sms=sms), not tile.multicast))
 
 
 def length_of(k: int) -> str:

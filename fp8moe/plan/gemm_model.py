@@ -4,20 +4,22 @@ Cycles are those of `fp8moe.kernels.tiles`, by which the back end chooses a tile
 of. What turns them into time:
 
     clock     at full power (700 W) the clock falls with the share of its cycles that the tensor core works:
-              2.026 - 0.4 * share GHz, at most 1.98. Of two points: 1.79 GHz at 0.59 (ours, an H100, L2-bound) and 1.67
-              at 0.89 (DeepGEMM's longest contraction, an H800, which is an H100 with slower NVLink)
+              2.026 - 0.4 * share GHz, at most 1.98. Of two points: 1.79 GHz at 0.59 (ours, an H100) and 1.67 at 0.89
+              (DeepGEMM's longest contraction, an H800, which is an H100 with slower NVLink)
     memory    bytes that must cross HBM at what a copy reaches, 2.96 TB/s on an H100 and H800, 4.2 on an H200. Under a
-              product they hide; a sum by registers hides a quarter of the shorter of the two phases
+              product they hide; a sum by registers hides a quarter of the shorter of the two phases, one that is
+              added to what TMA has fetched 0.6 of it
     start     4 microseconds: launch, descriptors, the first loads
 
 Constants are the same for every size. What it leaves out: L2 misses (operands once in L2 are taken to stay there), the
-drift of SMs, temperature. Of the 14 records of an H100 the farthest from its prediction is 15 % off: the longest
-contraction of a weight gradient, where each of these must weigh most. `benchmarks/model.py` prints all of them.
+drift of SMs, temperature, and how far power lets the clock fall in a run of long products. Of the 14 records of an H100
+those farthest from their predictions are 13 % off: a weight gradient of 8,192 tokens, and N2112, measured before
+128x128 tiles took turns. `benchmarks/model.py` prints all of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from fp8moe.kernels.fp8 import ceil_div
@@ -103,13 +105,8 @@ def memory_bytes(problem: Problem) -> float:
     return p.groups * (codes + scales + out)
 
 
-def predict(
-    problem: Problem, work: Work, *, device: str = "H100", l2: float = 1.0, sums_hide: bool = False
-) -> Prediction:
-    """Time and TFLOPS of `problem`, divided as `work` says, on a `device`.
-
-    l2: how much of its time in L2 to count; sums_hide: sums by registers hide under products as loads do.
-    """
+def predict(problem: Problem, work: Work, *, device: str = "H100") -> Prediction:
+    """Time and TFLOPS of `problem`, divided as `work` says, on a `device`."""
     p, sms, summed = problem, work.sms, problem.op in SUMMED
     # TMA adds in L2 for one CTA alone; DeepGEMM adds so always.
     by_tma = summed and p.k >= ADDED_BY_TMA and work.rows_shared == 1
@@ -121,7 +118,6 @@ def predict(
         columns_shared=work.columns_shared,
         consumers=work.consumers,
     )
-    step = replace(step, l2=step.l2 * l2)
     pair = max(work.rows_shared, work.columns_shared)
     blocks = (work.block_m * work.columns_shared, work.block_n * work.rows_shared)
     programs = p.groups * ceil_div(p.m, blocks[0]) * ceil_div(p.n, blocks[1])
@@ -133,7 +129,7 @@ def predict(
     clock = min(FASTEST_CLOCK, CLOCK - CLOCK_PER_SHARE * share)
     compute, memory = waves * one / clock, memory_bytes(p) / HBM_BYTES_PER_SECOND[device]
     seconds = max(compute, memory)
-    if summed and not by_tma and not sums_hide:
+    if summed and not by_tma:
         seconds += (NOT_HIDDEN_FETCHED if pair == 1 else NOT_HIDDEN) * min(compute, memory)
     units = {name: getattr(step, name) for name in ("tensor", "promotion", "shared", "chain")}
     loads = steps * step.l2 >= one - by_l2 * work.block_m * work.block_n
