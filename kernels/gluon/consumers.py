@@ -1,14 +1,14 @@
 """How the two consumers of a program share its work: free, in turns, or ping-pong; `consumers` of a `tiles.Tile`.
 
-FREE, the default: each has half of every tile's rows and never waits for the other. On an H100 the tensor cores are
-busy 63 % of the time of such a product and nothing else is full (benchmarks/LOG.md): both consumers multiply, then both
-promote. What follows is offered against that. It changes no bit and nobody has measured it: it was proven in tests/ptx,
-and a GPU decides (`python -m benchmarks.tune`).
+FREE: each has half of every tile's rows and never waits for the other. On an H100 both then multiply together and promote
+together, while the tensor cores idle. The orders below change no bit; `tests/ptx` proves their protocols, and which
+tiles are in which order is measured (benchmarks/LOG.md, tiles.json).
 
-TURNS. The same halves, and an order in which products start, after FlashAttention-3's warp-group barriers: consumer 0's
-wave, consumer 1's wave, consumer 0's next wave. A consumer waits for its turn before it starts the WGMMA of a wave and
-passes the turn on when all its warps have started it, not when it is done: while the product of one runs, the other's
-last one ends and is promoted. The language has no named barriers; two mbarriers do it:
+TURNS, faster by 3 to 10 % from 12 steps a tile on. The same halves, and an order in which products start, after
+FlashAttention-3's warp-group barriers: consumer 0's wave, consumer 1's wave, consumer 0's next wave. A consumer waits
+for its turn before it starts the WGMMA of a wave and passes the turn on when all its warps have started it, not when it
+is done: while the product of one runs, the other's last one ends and is promoted. The language has no named barriers;
+two mbarriers do it:
 
     turn[i]       count 1.  Consumer 1 - i arrives once a wave, when the wave's WGMMA has been committed. Turn t of
                   consumer i is its wave number t, counted over all tiles. Consumer 1 waits for round t of turn[1],
@@ -23,9 +23,10 @@ own two barriers, for its own two consumers.
 
 PINGPONG. Each consumer has tiles of 128x128 of its own, all their rows, in two waves of 64 rows a step: consumer i
 takes every second tile of the program's order, from the one of number i on. The epilogue of one then runs under the
-steps of the other, which counts where tiles have few steps (K up to 2048); the price is that 128x128 tiles read 4/3 of
-the bytes of 256x128. The consumers share no slot: each has half of the ring, a producer warp of its own, and barriers
-to itself, `empty` with count 1. Two producers and two idle warps are the warp group that one and three were.
+steps of the other, for tiles of few steps (K up to 2048); the price is that 128x128 tiles read 4/3 of the bytes of
+256x128. Measured, it is no faster than turns and hides no sum: no table has it. The consumers share no slot: each has
+half of the ring, a producer warp of its own, and barriers to itself, `empty` with count 1. Two producers and two idle
+warps are the warp group that one and three were.
 
     turn[1]       count 1, one round. Two tiles of the same steps that start together end together, epilogue beside
                   epilogue. So consumer 1's producer waits for this before its first load. Consumer 0's arrives when

@@ -7,9 +7,9 @@ the launch was given. Inside a CTA there are three partitions, after DeepGEMM's 
   across the border between two tiles, so that an epilogue never drains the ring;
 - consumers 0 and 1, four warps each: each owns half of a tile's rows (rows INDEX * BM/2 onwards), multiplies it in
   waves of 64x128 and adds every wave's product, times its scales, into FP32 registers (promotion, each 128 of K: an FP8
-  tensor core keeps about 14 bits). They share the ring and nothing else and never wait for each other, so that the
-  promotion of one can run under the WGMMA of the other. A tile of 256x128 is two waves of rows a consumer ("tall"), one
-  of 128x256 two of columns ("wide", for expert groups aligned to 128 rows), one of 128x128 a single wave.
+  tensor core keeps about 14 bits). They share the ring and nothing else; where they take turns (`consumers`) the
+  promotion of one runs under the WGMMA of the other. A tile of 256x128 is two waves of rows a consumer ("tall"), one of
+  128x256 two of columns ("wide", for expert groups aligned to 128 rows), one of 128x128 a single wave.
 
 Barrier protocol. Step s (counted over all tiles of a program, the same in every partition) uses slot s % STAGES in
 round s // STAGES; parity is the round's lowest bit.
@@ -50,15 +50,14 @@ address. Who wants them says so (`launch.pairs_allowed`): they are right on test
 
 What becomes of the sums of a tile: `epilogues`.
 
-Registers: two waves of FP32 sums (128 a thread), one product (64) and the scales (36) fit 240 without a spill only if
-the other wave's sum passes through each WGMMA wait and the dead product is handed on as the ignored accumulator of the
-next WGMMA; written otherwise, ptxas keeps a second copy of either.
+Registers: two waves of FP32 sums (128 a thread), one product (64) and scales (36 where both operands have them) fit 240
+without a spill only if the other wave's sum passes through each WGMMA wait and the dead product is handed on as the
+ignored accumulator of the next WGMMA; written otherwise, ptxas keeps a second copy of either.
 
 Refused: one m64n256 WGMMA a wide tile (its product alone takes 128 registers); scales multiplied into the operands (FP8
-cannot hold them). A barrier between the consumers was refused too, unmeasured, because one that both meet at puts both
-promotions in the tensor core's way at once. But a profile says that without any they do just that. `consumers` offers
-two ways out, turns and ping-pong, with their protocols; in ping-pong the ring above is two, each of one producer and
-one consumer. No table has such a tile before a GPU has measured one.
+cannot hold them); a barrier that both consumers meet at, which puts both promotions in the tensor core's way at once.
+Without any order they drift into that by themselves: `consumers` has two ways out, turns and ping-pong, with their
+protocols. In ping-pong the ring above is two, each of one producer and one consumer.
 """
 
 from triton.experimental import gluon
