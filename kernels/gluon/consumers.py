@@ -1,8 +1,8 @@
 """How the two consumers of a program share its work: free, in turns, or ping-pong; `consumers` of a `tiles.Tile`.
 
-FREE: each has half of every tile's rows and never waits for the other. On an H100 both then multiply together and promote
-together, while the tensor cores idle. The orders below change no bit; `tests/ptx` proves their protocols, and which
-tiles are in which order is measured (benchmarks/LOG.md, tiles.json).
+FREE: each has half of every tile's rows and never waits for the other. On an H100 both then multiply together and
+promote together, while the tensor cores idle. The orders below change no bit; `tests/ptx` proves their protocols, and
+which tiles are in which order is measured (benchmarks/LOG.md, tiles.json).
 
 TURNS, faster by 3 to 10 % from 12 steps a tile on. The same halves, and an order in which products start, after
 FlashAttention-3's warp-group barriers: consumer 0's wave, consumer 1's wave, consumer 0's next wave. A consumer waits

@@ -65,14 +65,18 @@ def test_every_kernel_of_the_device_back_ends_is_compiled(kernels):
 @pytest.mark.parametrize("backend", ["gluon", "triton"])
 def test_every_production_tile_is_compiled(found, kernels, backend, op):
     from fp8moe.kernels.backend import release_of
+    from fp8moe.kernels.gluon.launch import can_fetch
     from fp8moe.kernels.tiles import production_tiles
+    from tests.kernels.sm90_cases import tile_name
 
     compiled = [name for name in kernels if name.startswith(f"{backend} {op} ")]
     for tile in production_tiles(backend, op, pairs=release_of(found["triton"]) >= (3, 8)):
-        shape = f" {tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} " + "multicast " * tile.multicast
+        shape = f" {tile_name(tile)} "
         kinds = {name.split()[2] for name in compiled if shape + name.split()[-1] in name}
-        # Of a pair TMA never adds: `launch` takes the registers' way.
+        # Of a pair TMA never adds, `launch` takes the registers' way; to fetch takes room beside the ring, and Gluon.
         adds, writes = {"add"} if tile.multicast else {"add", "add_long"}, {"bf16", "fp32"}
+        if backend == "gluon" and can_fetch(tile):
+            adds |= {"add_fetched"}
         expected = {"gemm": writes | {"add"}, "grouped_gemm": writes, "grouped_wgrad": adds}
         assert kinds == expected.get(op, adds | writes)
 
@@ -108,12 +112,16 @@ def test_a_tile_of_sums_is_asked_for_before_it_is_needed(kernels):
 
 
 @pytest.mark.slow
-def test_bf16_rows_leave_by_tma_and_both_scales_of_columns_arrive_by_it(kernels):
+def test_bf16_rows_leave_by_tma_and_all_scales_arrive_by_it(kernels):
     for name, entry in kernels.items():
-        if entry["kernel"].endswith("gluon.rows_kernel.rows_kernel"):
-            assert (entry["figures"]["UTMASTG"] > 0) == (" bf16 " in name), name
-        if entry["kernel"].endswith("gluon.columns_kernel.columns_kernel") and " multicast " not in name:
-            assert entry["figures"]["UTMALDG"] == (8 if " pingpong " in name else 4), name
+        figure, rows = entry["figures"], entry["kernel"].endswith("gluon.rows_kernel.rows_kernel")
+        if rows:
+            assert (figure["UTMASTG"] > 0) == (" bf16 " in name), name
+        if " multicast " not in name and (rows or entry["kernel"].endswith("gluon.columns_kernel.columns_kernel")):
+            height, width = map(int, re.findall(r"(\d+)x(\d+)x", name)[0])
+            loads = 3 + width // 128 if rows else 4  # of a weight, the scale of each 128 columns
+            fetched = 8 * height // 128 if " add_fetched " in name else 0
+            assert figure["UTMALDG"] == loads * (2 if " pingpong " in name else 1) + fetched, name
 
 
 @pytest.mark.slow
@@ -124,9 +132,8 @@ def test_a_pair_loads_its_rows_once_for_both(found, kernels):
     assert bool(pairs) == (release_of(found["triton"]) >= (3, 8))
     for name, entry in pairs.items():
         figure, height, width = entry["figures"], *map(int, re.findall(r"(\d+)x(\d+)x", name)[0])
-        both = 2 if "columns_kernel" in name else 1  # codes, and in a ring of scales those too
-        assert figure["multicast"] == both * height // 64, name
-        assert figure["UTMALDG"] == figure["multicast"] + both * width // 128, name
+        assert figure["multicast"] == 2 * height // 64, f"{name}: codes and scales"
+        assert figure["UTMALDG"] == figure["multicast"] + 2 * width // 128, name
         assert entry["remote"] == 2, f"{name}: each of two consumers tells CTA 0, wherever it is"
 
 

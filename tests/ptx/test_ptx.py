@@ -32,17 +32,20 @@ PAIRS_SINCE = (3, 8)  # of Triton
 # What a report must say, where only one explanation is right: whom it waits for, and where in the source
 # (a copy that is inlined is placed where it is called by one Triton, where it is written by another).
 PLANT_REPORTS = {
-    "a consumer waits for the wrong phase": ("which nobody wrote", r"(?:rows_kernel|pipeline)\.py"),
+    "a consumer waits for the wrong phase": ("which nobody wrote|while a copy of TMA", r"(?:rows_kernel|pipeline)\.py"),
     "the producer waits for the wrong phase": ("deadlock", "waits for the phase of parity", "columns_kernel.py"),
     "a consumer never gives a slot back": ("deadlock", "of 2 arrivals"),
     "a slot is given back before its products": ("a copy overwrites shared memory", "without waiting"),
     "more bytes are expected than come": ("deadlock", "bytes are missing"),
-    "no proxy fence before a TMA store": ("not visible to the asynchronous proxy", "pipeline.py"),
+    "no proxy fence before a TMA store": ("not visible to the asynchronous proxy", "epilogues.py"),
     "no proxy fence behind reads of scales": (
         r"has its value \(fence\.proxy\.async\)",
         r"(?:columns_kernel|pipeline)\.py",
     ),
-    "the scales of step k serve step k + 1": ("calc_diff",),
+    "the scale of step k + 4 serves step k": ("calc_diff",),
+    "a load of scales begins at any of them": ("begins at", "no multiple of 16"),
+    "a sum is fetched over one that is not stored": ("overwrites shared memory", "while the TMA store"),
+    "no proxy fence before a fetched sum is stored": ("not visible to the asynchronous proxy",),
     "an arrival does not wait for the partner warps": ("without waiting until the read of warp",),
     "no wait for a product": ("uses a register of a WGMMA",),
     "no proxy fence between masked rows and their product": ("fence.proxy.async", "wgrad.py"),
