@@ -1,5 +1,5 @@
 """Predicted speeds beside published ones. The planner was asked for a quarter each and 15 % in the mean, and met both
-with the products it knew first; with the records of faster ones, of single calls on a cool card, it is 17 % in the mean."""
+with the products it knew first; with records of faster ones, single calls on a cool card, it is 17 % in the mean."""
 
 from pathlib import Path
 
