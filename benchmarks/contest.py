@@ -34,7 +34,7 @@ def main(
     parser = make_parser(f"{subject}: TFLOPS of every back end and peer on a Hopper GPU")
     parser.add_argument("--shapes", metavar="TEXT", help="only sizes whose label holds TEXT, such as K2048")
     parser.add_argument(
-        "--consumers", choices=tuple(ORDERED), nargs="+", default=(), help="of the Gluon kernels, beside free ones"
+        "--consumers", choices=tuple(ORDERED), nargs="+", default=(), help="of the Gluon kernels, beside the table's"
     )
     arguments = parse_arguments(parser, argv)
     if arguments.device.type != "cuda":

@@ -23,7 +23,7 @@ from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_
 ALONE = "gluon without pairs"
 OURS = ("gluon", ALONE, "triton", "cublas", "te")
 OURS_GROUPED = ("gluon", ALONE, "triton")
-ORDERED = {order: f"gluon {order}" for order in tiles.CONSUMERS if order != "free"}
+ORDERED = {order: f"gluon {order}" for order in tiles.CONSUMERS}
 BF16 = "bf16 cublas"
 
 
@@ -58,7 +58,7 @@ def without_pairs(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_order(op: Callable[..., Any], consumers: str) -> Callable[..., Any]:
-    """The Gluon op with consumers in turns, in the table's tile, or in ping-pong.
+    """The Gluon op with consumers free or in turns, in the table's tile, or in ping-pong.
 
     A call raises ValueError where ping-pong is not for its contraction.
     """

@@ -3,9 +3,10 @@
 `tiles.json` beside this file maps device -> back end -> op -> length of the contraction -> tiles to choose from. They
 are few on purpose: a batch of another size takes another of tiles that are compiled already, and every tile adds
 the same products in the same order, so the choice changes no bit. Among them `choose` takes the one whose busiest SM
-has the least to do, in cycles by `cycles`; where two cost the same, the first of the table, which is the one measured
-to be faster. `benchmarks/tune.py` searches stages and order of tiles on a GPU and rewrites the file. Autotuning inside
-training was refused: the first steps would time candidates, and ranks could choose differently.
+has the least to do, in cycles by `cycles`; where two cost the same, a pair where pairs are allowed, else the first of
+the table, which is the one measured to be faster. `benchmarks/tune.py` searches stages and order of tiles on a GPU and
+rewrites the file. Autotuning inside training was refused: the first steps would time candidates, and ranks could choose
+differently.
 
 A device that has no entries of its own takes those of "default".
 
@@ -20,10 +21,10 @@ The model. A tile is ceil(K / 128) steps and an epilogue. In a step of BM x BN x
     gap            what comes on top of the slowest of the first four for each wave: consumers that are not in turns
                    multiply together and promote together (`gluon/consumers`); more where both operands have scales
 
-The first five are the consumers' pace. The producer is up to a ring ahead and keeps loading under an epilogue, so a
-tile takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32 comes on top: most of its
-traffic hides under nothing. Constants are measured once for all sizes; `benchmarks/model.py` holds them against every
-record.
+The slowest of the first four and the gap are the consumers' pace. The producer is up to a ring ahead and keeps loading
+under an epilogue, so a tile takes the longer of its loads and of its consumers' steps and epilogue. A sum into FP32
+comes on top: most of its traffic hides under nothing. Constants are measured once for all sizes; `benchmarks/model.py`
+holds them against every record.
 
 Consumers in turns have the smaller gap and lose a while in each tile, until the second has its first turn: free ones
 are faster at K = 512. Of two in ping-pong each has a tile to itself and hides its epilogue and its sum under the

@@ -137,7 +137,8 @@ def test_orders_of_the_consumers_are_tried_where_they_are_asked_for():
         return tiles.choose("gluon", "gemm", 4096, 7168, k, groups=1)
 
     table = op(2048)
-    assert with_order(op, "turns")(2048) == replace(table, consumers="turns")
+    for order in ("free", "turns"):
+        assert with_order(op, order)(2048) == replace(table, consumers=order)
     assert with_order(op, "pingpong")(2048) == tiles.Tile(128, 128, 6, 8, 4, consumers="pingpong")
     assert op(2048) == table
     with pytest.raises(ValueError, match="up to 2048, this one is 4096"):

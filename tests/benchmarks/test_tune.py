@@ -13,14 +13,15 @@ from fp8moe.kernels.tiles import CONSUMERS, LENGTHS, Tile, length_of
 def test_candidates_fit_an_sm_and_their_op(op):
     found = list(tune.candidates("gluon", op))
     assert len(found) == len(set(found)) >= 16
-    assert {tile.consumers for tile in found} == {"free"}, "nobody has measured the others"
+    assert {tile.consumers for tile in found} == {"free", "turns"}, "what the table has"
     every = list(tune.candidates("gluon", op, CONSUMERS))
-    assert {replace(tile, consumers="free") for tile in every} == set(found) < set(every)
+    assert {replace(tile, consumers="free") for tile in every} < set(found) < set(every)
     assert {tile.consumers for tile in every} == set(CONSUMERS)
     for tile in found:
         rows = op in ("gemm", "grouped_gemm")
-        ring = tile.stages * (tile.block_m + tile.block_n) * (128 if rows else 132)
-        assert ring + (2 * 64 * 128 * 2 if rows else 0) <= 227 * 1024 - 512
+        scales = 4 * tile.block_m + (tile.block_n if rows else 4 * tile.block_n)
+        ring = tile.stages * ((tile.block_m + tile.block_n) * 128 + scales)
+        assert ring + (2 * 3 * 64 * 32 * 2 if rows else 0) <= 227 * 1024 - 512
         assert op != "grouped_gemm" or tile.block_m == 128
 
 

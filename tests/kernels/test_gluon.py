@@ -243,7 +243,7 @@ def test_a_launch_takes_a_program_an_sm_and_no_more_than_it_has_tiles(monkeypatc
     assert grids == [(rows,), (columns,)]
 
 
-# Last: no GPU has run these kernels, and one that does not end takes the rest of the file with it.
+# Last: one that does not end takes the rest of the file with it.
 @pytest.mark.gpu
 @pytest.mark.parametrize("consumers", ["turns", "pingpong"])
 @pytest.mark.parametrize(("m", "n", "k", "sizes"), [(512, 512, 1024, GROUPS[0]), (4096, 7168, 2048, GROUPS[2])])
