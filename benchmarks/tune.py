@@ -1,7 +1,7 @@
 """Search the tiles of the GEMMs on this GPU and write the best into kernels/tiles.json under the GPU's name.
 
     python -m benchmarks.tune [--backend gluon] [--op gemm ...] [--dry-run]
-    python -m benchmarks.tune --consumers free turns pingpong --dry-run     every order of the consumers (`gluon/consumers`)
+    python -m benchmarks.tune --consumers free turns pingpong --dry-run     every order (`gluon/consumers`)
 
 For short and for long contractions the table gets one tile of each shape, alone and in pairs: that whose stages and
 swept rows have the smallest product of times (geometric mean) over the problems. Which shape a problem then takes is
