@@ -179,6 +179,23 @@ def test_pairs_are_chosen_from_triton_3_8_on_where_they_are_asked_for(monkeypatc
         assert not launch.choose_tile("gemm", 4096, 7168, 4096, cpu).multicast, "a pair takes two SMs"
 
 
+@pytest.mark.parametrize("m", [1, 2, 130, 200])
+@pytest.mark.parametrize("tiles_of_k", [1, 3])
+def test_scales_of_rows_lie_where_tma_may_begin(m, tiles_of_k):
+    pytest.importorskip("triton")
+    from fp8moe.kernels.gluon import launch
+
+    values = torch.arange(1.0, m * tiles_of_k + 1).view(m, tiles_of_k)
+    m_major, later = values.t().contiguous().t(), torch.empty(m * tiles_of_k + 1)[1:].view(tiles_of_k, m).t()
+    for scale in (values, m_major, later.copy_(values)):
+        found = launch._m_major(scale)
+        assert torch.equal(found, values) and found.data_ptr() % 16 == 0
+        assert m == 1 or found.stride(0) == 1
+        assert tiles_of_k == 1 or found.stride(1) % 4 == 0
+    if m % 4 == 0:
+        assert launch._m_major(m_major) is m_major, "what lies well is used in place"
+
+
 def test_batches_of_about_one_size_take_one_tile():
     pytest.importorskip("triton")
     from fp8moe.kernels.gluon.launch import typical_rows
