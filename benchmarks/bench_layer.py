@@ -1,13 +1,14 @@
 """One whole layer, forward, backward and weight gradients: FP8 beside BF16, and where its time goes.
 
-    python -m benchmarks.bench_layer [--layers dsv3 dsv2_lite] [--tokens 4096 16384] [--json FILE]
+    python -m benchmarks.bench_layer [--layers dsv3 dsv2_lite] [--tokens 4096 16384] [--sequence 4096]
 
 A layer is a mixture block with its attention, on one GPU that holds all of its experts (`layers`): DeepSeek-V3's with
 32 experts instead of 256, as many rows as a rank of its cluster receives; DeepSeek-V2-Lite's with its 64; and the
 mixture of Qwen3-30B-A3B, 128 experts of 768, under V2-Lite's attention, since its own is no part of this project.
-Routing is the router's own on random weights. Times are device time, FP8 and BF16 alternated; BF16 is this project's:
-cuBLAS, torch's grouped products, the same fused kernels around them. Shares come from one call under torch.profiler.
-On a CPU a small layer runs the same code.
+The tokens are one sequence, or sequences of `--sequence` tokens, as a micro-batch of several has them: attention's
+share grows with the sequence. Routing is the router's own on random weights. Times are device time, FP8 and BF16
+alternated; BF16 is this project's: cuBLAS, torch's grouped products, the same fused kernels around them. Shares come
+from one call under torch.profiler. On a CPU a small layer runs the same code.
 
 Where the host may be slower than the kernels, at 4,096 tokens or fewer, each is also timed as a CUDA graph, named "fp8
 graph": what `parallel.cuda_graphs` gains, beside the same layer launched by the host.
@@ -33,11 +34,19 @@ CAPTURED_TOKENS = 4096  # at more of them kernels take longer than their launche
 
 
 def measure_layer(
-    report: Report, name: str, config: ModelConfig, tokens: int, device: torch.device, repeats: int, warmup: int
+    report: Report,
+    name: str,
+    config: ModelConfig,
+    tokens: int,
+    sequence: int | None,
+    device: torch.device,
+    repeats: int,
+    warmup: int,
 ) -> None:
     """Add the layer's times, TFLOPS and ratio, and on a GPU its launches and the device time of each kind of work."""
-    steps = {kind: LayerStep(config, precision, tokens, device) for kind, precision in PRECISIONS.items()}
-    shape, flops = f"T{tokens} D{config.dim} E{config.experts.num_experts}", layer_flops(config, tokens)
+    steps = {kind: LayerStep(config, precision, tokens, device, sequence) for kind, precision in PRECISIONS.items()}
+    size = f"T{tokens}" if sequence in (None, tokens) else f"T{tokens} S{sequence}"
+    shape, flops = f"{size} D{config.dim} E{config.experts.num_experts}", layer_flops(config, tokens, sequence)
 
     def add_times(candidates: Mapping[str, Callable[[], object]], kinds: Collection[str]) -> None:
         seconds = alternate(candidates, device, trials=repeats, warmup=warmup)
@@ -87,17 +96,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; write the records where asked."""
     parser = make_parser("A whole layer, FP8 against BF16", repeats=9, warmup=2)
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="dsv3, dsv2_lite, qwen3_mixture; on a CPU: small")
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="tokens of the one sequence (4096 16384)")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="tokens of a call (4096 16384)")
+    parser.add_argument("--sequence", type=int, metavar="S", help="tokens of a sequence (those of the call are one)")
     arguments = parse_arguments(parser, argv)
     device: torch.device = arguments.device
     known = LAYERS[device.type]
     names = arguments.layers or list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--layers {unknown[0]} is no layer of a {device.type} run: use {', '.join(known)}")
+    sizes, sequence = arguments.tokens or TOKENS[device.type], arguments.sequence
+    if sequence is not None and (sequence < 1 or any(tokens % sequence for tokens in sizes)):
+        parser.error(f"--tokens {' '.join(map(str, sizes))} must be multiples of --sequence {sequence}")
     report = Report(device, json_path=arguments.json)
     for name in names:
-        for tokens in arguments.tokens or TOKENS[device.type]:
-            measure_layer(report, name, known[name], tokens, device, arguments.repeats, arguments.warmup)
+        for tokens in sizes:
+            measure_layer(report, name, known[name], tokens, sequence, device, arguments.repeats, arguments.warmup)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     report.finish()

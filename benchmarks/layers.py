@@ -59,9 +59,14 @@ LAYERS: Mapping[str, Mapping[str, ModelConfig]] = MappingProxyType(
 
 
 class LayerStep:
-    """Forward, backward and weight gradients of a model's last block, a mixture, on one sequence of `tokens` tokens."""
+    """Forward, backward and weight gradients of a model's last block, a mixture, on sequences of `sequence` tokens.
 
-    def __init__(self, config: ModelConfig, precision: Precision, tokens: int, device: torch.device) -> None:
+    tokens: of all sequences together, a multiple of `sequence`; without it they are one sequence.
+    """
+
+    def __init__(
+        self, config: ModelConfig, precision: Precision, tokens: int, device: torch.device, sequence: int | None = None
+    ) -> None:
         layer = config.num_layers - 1
         dispatcher = LocalDispatcher(config.experts.num_experts)
         with device:
@@ -70,7 +75,8 @@ class LayerStep:
             )
         _fill(self.model, config.init_std)
         self._block = self.model.block(layer)
-        self._positions = self.model.positions(torch.arange(tokens, device=device)[None])
+        sequence = sequence or tokens
+        self._positions = self.model.positions(torch.arange(sequence, device=device).repeat(tokens // sequence, 1))
         generator = torch.Generator().manual_seed(0)
         x, dy = torch.randn(2, tokens, config.dim, generator=generator).to(device, precision.dtype)
         self._x_TD, self._dy_TD = x, dy / tokens
@@ -100,7 +106,9 @@ def _fill(model: Transformer, std: float) -> None:
     quantize_weights(model)
 
 
-def layer_flops(config: ModelConfig, tokens: int) -> float:
+def layer_flops(config: ModelConfig, tokens: int, sequence: int | None = None) -> float:
     """FLOPs of that, counted as `model.flops` counts a model's, attention causal."""
     active = 2.0 * block_parameters(config, config.num_layers - 1, active=True)
-    return FORWARD_AND_BACKWARD * tokens * (active + config.attention.core_flops(tokens, causal=True, layer=0))
+    return (
+        FORWARD_AND_BACKWARD * tokens * (active + config.attention.core_flops(sequence or tokens, causal=True, layer=0))
+    )

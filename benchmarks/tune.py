@@ -43,7 +43,13 @@ SMALL = (
     Problem("grouped_wgrad", 2048, 7168, 2048, "columns", groups=4),
 )
 PROBLEMS = (*DENSE, *DENSE_WGRAD, *GROUPED, *GROUPED_WGRAD, *SMALL)
-MODULE = {"gemm": "gemm", "gemm_columns": "gemm", "grouped_gemm": "grouped_gemm", "grouped_wgrad": "grouped_wgrad"}
+# What the table of tiles calls an op -> where a back end has it, and its name there.
+OPS = {
+    "gemm": ("gemm", "gemm"),
+    "gemm_columns": ("gemm", "gemm"),
+    "grouped_gemm": ("grouped_gemm", "grouped_gemm"),
+    "grouped_wgrad": ("grouped_gemm", "grouped_wgrad"),
+}
 
 
 def candidates(backend: str, op: str, consumers: Sequence[str] = TRIED) -> Iterator[Tile]:
@@ -66,7 +72,7 @@ def candidates(backend: str, op: str, consumers: Sequence[str] = TRIED) -> Itera
 
 def call_of(backend: str, p: Problem, x: Operands, total: Tensor | None) -> Callable[[], Tensor]:
     """The op on problem `p`; what it returns is its output."""
-    op = implementation(backend, MODULE[p.op], MODULE[p.op])
+    op = implementation(backend, *OPS[p.op])
     if p.op == "gemm":
         return lambda: op(x.a, x.b)
     if p.op == "grouped_gemm":
@@ -147,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Search, and write the table unless --dry-run."""
     parser = argparse.ArgumentParser(description="search GEMM tiles on this GPU and rewrite kernels/tiles.json")
     parser.add_argument("--backend", choices=("gluon", "triton"), default="gluon", help="(gluon)")
-    parser.add_argument("--op", choices=tuple(MODULE), nargs="+", default=list(MODULE), help="(all)")
+    parser.add_argument("--op", choices=tuple(OPS), nargs="+", default=list(OPS), help="(all)")
     parser.add_argument(
         "--consumers",
         choices=CONSUMERS,

@@ -89,6 +89,25 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path: Path):
     assert all(r["value"] > 0 for r in records)
 
 
+def test_sequences_of_a_call_do_not_see_each_other(tmp_path: Path, capsys):
+    both = LayerStep(SMALL, Precision.FP32, 64, CPU, sequence=32)
+    first = LayerStep(SMALL, Precision.FP32, 32, CPU)
+    first._x_TD, first._dy_TD = both._x_TD[:32], both._dy_TD[:32]
+    for found, expected in zip(both(), first(), strict=True):
+        torch.testing.assert_close(found[:32], expected)
+    whole = LayerStep(SMALL, Precision.FP32, 64, CPU)
+    assert not torch.allclose(whole()[0][32:], both()[0][32:])
+    assert layer_flops(SMALL, 64, 32) < layer_flops(SMALL, 64) == layer_flops(SMALL, 64, 64)
+    file = tmp_path / "layer.json"
+    given = ["--device", "cpu", "--repeats", "2", "--warmup", "0", "--sequence", "32", "--json", str(file), "--tokens"]
+    bench_layer.main([*given, "64"])
+    assert {r["shape"] for r in json.loads(file.read_text())} == {"T64 S32 D128 E4"}
+    with pytest.raises(SystemExit) as ended:
+        bench_layer.main([*given, "64", "80"])
+    assert ended.value.code == 2
+    assert "--tokens 64 80 must be multiples of --sequence 32" in capsys.readouterr().err
+
+
 def test_a_captured_layer_is_the_layer(monkeypatch):
     as_on_a_gpu(monkeypatch)
     step, again = (LayerStep(SMALL, Precision.FP8, 64, CPU) for _ in range(2))

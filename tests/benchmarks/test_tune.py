@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from benchmarks import tune
+from benchmarks.peers import Operands
 from fp8moe.kernels.tiles import CONSUMERS, LENGTHS, Tile, length_of
 
 
-@pytest.mark.parametrize("op", list(tune.MODULE))
+@pytest.mark.parametrize("op", list(tune.OPS))
 def test_candidates_fit_an_sm_and_their_op(op):
     found = list(tune.candidates("gluon", op))
     assert len(found) == len(set(found)) >= 16
@@ -26,8 +27,22 @@ def test_candidates_fit_an_sm_and_their_op(op):
 
 
 def test_every_length_of_every_op_is_searched():
-    lengths = {op: {length_of(p.k) for p in tune.PROBLEMS if p.op == op} for op in tune.MODULE}
+    lengths = {op: {length_of(p.k) for p in tune.PROBLEMS if p.op == op} for op in tune.OPS}
     assert all(found == set(LENGTHS) for found in lengths.values()), lengths
+
+
+@pytest.mark.parametrize("p", [p for p in tune.SMALL if length_of(p.k) == "short"], ids=lambda p: p.op)
+def test_every_op_is_called(p):
+    p, device = replace(p, m=128, n=128, k=256), torch.device("cpu")
+    x, total = Operands.make(p, device), torch.zeros(p.groups, p.m, p.n)
+    total = total if p.groups > 1 else total[0]
+    found = tune.call_of("reference", p, x, total)().unflatten(0, (p.groups, -1))
+    if p.op == "grouped_gemm" or p.groups == 1:
+        expected = x.a.dequantize().unflatten(0, (p.groups, -1)) @ x.b.dequantize().view(p.groups, p.n, p.k).mT
+    else:
+        a, b = (columns.dequantize().unflatten(1, (p.groups, -1)).transpose(0, 1) for columns in (x.a, x.b))
+        found, expected = total, a @ b.mT
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_best_of_each_shape_is_the_geometric_mean_of_what_all_problems_have():
