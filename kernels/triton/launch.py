@@ -11,10 +11,15 @@ A key may be finer than Triton's, which then returns a kernel that it has; it is
 type, an interpreted kernel, and launches that a profiler hooks take Triton's way every time, and so does every launch
 under FP8MOE_LAUNCH=triton, should another release call its launcher otherwise. Refused: a kernel called with its
 arguments already packed; what packs them differs between Triton's releases.
+
+A thread's first launch may be one with descriptors: autograd's is, of a layer whose backward begins with a GEMM.
+Triton's launcher gives a thread without a CUDA context the device's, but encodes descriptors before, which needs one.
 """
 
+import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +68,15 @@ class _Found:
 
 
 _found: dict[tuple[Any, ...], _Found] = {}
+_thread = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`: parameters by position, constants and options by name."""
+    if not hasattr(_thread, "entered"):
+        _thread.entered = True
+        if torch.cuda.is_initialized():
+            enter_context(torch.cuda.current_device())
     kinds = kinds_of(args) if _direct() and isinstance(kernel, JITFunction) else None
     if kinds is None:
         kernel[grid](*args, **constants)
@@ -82,6 +92,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
     found.run(x, y, z, stream, found.function, found.metadata, None, None, None, *args, *found.constants)
+
+
+def enter_context(device: int) -> None:
+    """Make `device`'s primary context current in this thread, if it has none."""
+    driver_api, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+    driver_api.cuCtxGetCurrent(ctypes.byref(context))
+    if context.value is None:
+        status = driver_api.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        if status or (status := driver_api.cuCtxSetCurrent(context)):
+            raise RuntimeError(f"the CUDA driver gives this thread no context of device {device}: error {status}")
 
 
 def kinds_of(args: tuple[Any, ...]) -> list[Any] | None:

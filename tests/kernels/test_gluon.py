@@ -3,6 +3,7 @@
 Gluon has no interpreter: without a GPU only the compile gate (`test_sm90`) and the launchers' refusals are tested.
 """
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,20 @@ def hopper():
 
 def exact(a: Fp8Tensor, b: Fp8Tensor) -> torch.Tensor:
     return a.dequantize().double() @ b.dequantize().double().mT
+
+
+@pytest.mark.gpu
+def test_a_thread_may_begin_with_a_product(hopper):
+    a = quantize_rows(data("normal", 256, 512, device=hopper))
+    b = quantize_blocks(data("normal", 128, 512, device=hopper))[0]
+    here, there = torch.zeros(2, 256, 128, device=hopper)
+    gemm(a, b, accumulate=here)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: gemm(a, b, accumulate=there))
+    thread.start()
+    thread.join(timeout=60)
+    torch.cuda.synchronize()
+    assert here.any() and torch.equal(here, there)
 
 
 @pytest.mark.gpu

@@ -141,3 +141,55 @@ def test_a_user_can_leave_every_launch_to_triton(kernel, monkeypatch):
     finally:
         launching._direct.cache_clear()
     assert len(kernel.by_triton) == 2 and not kernel.past
+
+
+class ContextDriver:
+    """Stands in for the CUDA driver: what it is asked, and what it answers."""
+
+    def __init__(self, current: int | None, status: int = 0) -> None:
+        self.current, self.status, self.asked = current, status, list[str]()
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        context._obj.value = self.current
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> int:
+        self.asked.append(f"retain {device}")
+        context._obj.value = 100 + device
+        return self.status
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.asked.append(f"set {context.value}")
+        return 0
+
+
+@pytest.mark.parametrize(("current", "asked"), [(None, ["retain 3", "set 103"]), (7, [])])
+def test_a_thread_gets_a_context_if_it_has_none(monkeypatch, current, asked):
+    driver_api = ContextDriver(current)
+    monkeypatch.setattr(launching.ctypes, "CDLL", lambda name: driver_api)
+    launching.enter_context(3)
+    assert driver_api.asked == asked
+
+
+def test_a_context_that_the_driver_refuses_is_said(monkeypatch):
+    monkeypatch.setattr(launching.ctypes, "CDLL", lambda name: ContextDriver(None, status=101))
+    with pytest.raises(RuntimeError, match="context of device 3: error 101"):
+        launching.enter_context(3)
+
+
+def test_each_thread_asks_once(kernel, monkeypatch):
+    entered = []
+    monkeypatch.setattr(launching.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(launching.torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(launching, "enter_context", entered.append)
+    monkeypatch.setattr(launching, "_thread", launching.threading.local())
+
+    def run():
+        for _ in range(2):
+            launch(kernel.function, (1,), None, 2, SIZE=1, FLAG=True)
+
+    run()
+    other = launching.threading.Thread(target=run)
+    other.start()
+    other.join(timeout=60)
+    assert entered == [5, 5] and len(kernel.by_triton) + len(kernel.past) == 4
