@@ -146,10 +146,11 @@ def consume(INDEX: gl.constexpr, c, sums, bars, a_ring, b_ring, sa_ring, sb_ring
         acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
         top = expert * N + row + FIRST
-        if EPILOGUE == ADD_FETCHED:  # noqa: SIM102  one is known when compiling, the other is not
-            if (steps > 0) & (row + FIRST < N):
-                fetch_wave(c, sums, bars, top, col, INDEX)
+        middle = step + steps // 2
         for _ in range(steps):
+            if EPILOGUE == ADD_FETCHED:  # noqa: SIM102  one is known when compiling, the other is not
+                if (step == middle) & (row + FIRST < N):
+                    fetch_wave(c, sums, bars, top, col, INDEX)
             slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
             mbarrier.wait(full.index(slot), parity)
             b0, b1 = columns_of(b_ring, slot, TWO and not TALL, CTAS)

@@ -8,9 +8,10 @@
     ADD_FETCHED  FP32 added to a copy that TMA brought into shared memory under the tile's steps, four pieces of 64x32
                  a consumer, and stored from there by TMA: for short contractions, whose time is that of the sums'
                  traffic. By registers that traffic is all at the end of a tile, and 32 bytes of a line at a time.
-                 A consumer fetches for itself: the first wave's pieces before the first step, the second wave's as
-                 the first's have been stored, each when the last TMA store has read its buffer (`store_wait`). Each
-                 buffer has a barrier of count 1, whose round is the number of the wave among those of the consumer.
+                 A consumer fetches for itself: the first wave's pieces in the middle of the steps, which spreads the
+                 traffic, the second wave's as the first's have been stored, each when the last TMA store has read
+                 its buffer (`store_wait`). Each buffer has a barrier of count 1, whose round is the number of the wave
+                 among those of the consumer.
 
 One addition an element in all of them, so the same bits in every run.
 """

@@ -133,7 +133,8 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring,
             CONSUMERS: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * BM/2 onwards of every tile, in one wave of 64x128 or two (tall or wide).
 
-    In ping-pong all rows, two waves, of every second tile.
+    In ping-pong all rows, two waves, of every second tile. A step's second product is added while the scales of the
+    next step are on their way: read after the addition, they would keep this consumer from its next product.
     """
     layout: gl.constexpr = wave_layout(CTAS)
     down: gl.constexpr = gl.SliceLayout(1, layout)
@@ -148,13 +149,16 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring,
     DOWN: gl.constexpr = 64 if TALL else 0
     ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
     num_tiles = gl.cdiv(M, BM) * gl.cdiv(N, WIDTH)
-    dead = gl.zeros((64, 128 * CTAS), gl.float32, layout)
+    none = gl.zeros((64, 128 * CTAS), gl.float32, layout)
+    dead = none
     step = 0
     for tile in range(first_tile(INDEX, CONSUMERS), num_tiles, tile_stride(CONSUMERS)):
         row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         row += FIRST
-        acc0 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
-        acc1 = gl.zeros((64, 128 * CTAS), gl.float32, layout)
+        acc0, acc1 = none, none
+        last = gl.zeros((64,), gl.float32, down)  # what the product `dead` is still to be added with
+        if TWO:
+            dead = none
         at0, at1 = scale_at(col, group, 0, N, K, CTAS), scale_at(col, group, PIECES - 1, N, K, CTAS)
         for k in range(steps):
             slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
@@ -166,6 +170,8 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring,
                 scale1 = rows_of(sa_ring, slot, FIRST + DOWN, BM, CTAS).load(down)
             scale0 *= block_scale(sb_ring, slot, at0 + k, 0, BN, STAGES, CTAS)
             scale1 *= block_scale(sb_ring, slot, at1 + k, PIECES - 1, BN, STAGES, CTAS)
+            if TWO:
+                acc1 += dead * last[:, None]
             wait_turn(mine, step * WAVES, INDEX, CONSUMERS)
             product = start_wave(rows_of(a_ring, slot, FIRST, BM, CTAS), b0, dead)
             pass_turn(other, CONSUMERS)
@@ -178,12 +184,14 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring,
                 pass_turn(other, CONSUMERS)
                 dead, acc0 = warpgroup_mma_wait(0, deps=[product, acc0])
                 release(empty, both, slot, CTAS)
-                acc1 += dead * scale1[:, None]
+                last = scale1
             else:
                 dead = warpgroup_mma_wait(0, deps=[product])
                 release(empty, both, slot, CTAS)
                 acc0 += dead * scale0[:, None]
             step += 1
+        if TWO:
+            acc1 += dead * last[:, None]
         if EPILOGUE == STORE_TMA:
             store_wave(c, c_buffers, acc0, row, col, INDEX, 0, CTAS)
             if TWO:
