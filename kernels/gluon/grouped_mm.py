@@ -1,6 +1,5 @@
 """The BF16 weight gradient of experts on Hopper: `tokens_kernel`, with offsets."""
 
-import torch
 from torch import Tensor
 
 from fp8moe.kernels.gluon.launch import choose_tile, num_sms, typical_rows
