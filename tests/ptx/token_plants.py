@@ -1,7 +1,7 @@
 """Faults planted in the BF16 weight gradient (`plants` says how): rows of the next group, and slots given back late.
 
-A last step that is not whole is cut by stores to shared memory, a fence, an arrival at the barrier of both consumers and
-a wait there, in this order and without a product between.
+A last step that is not whole is cut by stores to shared memory, a fence, an arrival at the barrier of both consumers
+and a wait there, in this order and without a product between.
 """
 
 from __future__ import annotations
