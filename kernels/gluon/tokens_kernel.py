@@ -4,17 +4,17 @@
 
 dy [T, N], x [T, K], both as they lie: WGMMA of BF16 takes operands whose contraction is the outer dim of shared memory.
 A step is a box of TOKENS rows of each, in columns of 64 (one line of the 128-byte swizzle): two of dy, one for each
-consumer, and BN / 64 of x that both read. Sums stay in the tensor core over all steps of a tile, FP32 as BF16 products
-need no promotion: one m64n256 WGMMA a 16 tokens, 128 registers a thread. A consumer keeps one step's products under way
-while it waits for the next slot, and gives a slot back when the products of the step behind it have been started and
-its own are done. The protocol is that of `pipeline` without turns and pairs, but for that delay.
+consumer, and BN / 64 of x that both read. A consumer has 64 rows of a tile and all its columns, one m64n256 WGMMA for
+16 tokens. Sums stay in the tensor core over all steps (BF16 needs no promotion), 128 registers a thread. Partitions and
+barriers are those of `pipeline`, without turns and pairs, with one difference: while a step's products run a consumer
+already waits for the next slot and starts that step's, and gives the first slot back when its products have ended.
 
 Groups start and end anywhere. TMA knows the end of the tensor, not of a group: in a last step that is not whole, rows
 behind the group's end belong to the next group, and may hold NaN. They are set to zero in shared memory, of both
-operands for 0 x NaN is NaN. Each consumer does so in its box of dy and in its half of x, which the other reads too:
+operands, for 0 x NaN is NaN. Each consumer does so in its box of dy and in its half of x, which the other reads too:
 
     ends    count 2.  Each consumer arrives once a tile whose last step is not whole, after the fence behind its
-            stores, and waits for round r, the number of such tiles before. Neither can be a round ahead of the other.
+            stores, and then waits for round r, r being the number of such tiles before. Neither can be a round ahead.
             The products of the step before run meanwhile.
 
 An empty group has no steps and its output is not touched.
