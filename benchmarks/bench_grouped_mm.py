@@ -31,11 +31,19 @@ SIZES = {
     ),
     "cpu": ((4, 64, 128, 256), (1, 256, 128, 256)),
 }  # fmt: skip
-CANDIDATES = tuple(
-    Tile(128, width, stages, group, warps)
-    for width, stages, warps in ((256, 4, 8), (256, 3, 8), (128, 3, 8), (128, 3, 4), (128, 4, 8))
-    for group in (4, 8, 16)
-)
+# Columns, stages, warps, tokens of a step by back end: those whose weight gradients have tiles.
+SHAPES = {
+    "triton": ((256, 4, 8, 64), (256, 3, 8, 64), (128, 3, 8, 64), (128, 3, 4, 64), (128, 4, 8, 64)),
+    "gluon": ((256, 4, 4, 32), (256, 3, 4, 64), (256, 4, 4, 64), (128, 4, 4, 64), (128, 6, 4, 64)),
+}
+CANDIDATES = {
+    runs: tuple(
+        Tile(128, width, stages, group, warps, tokens=tokens)
+        for width, stages, warps, tokens in shapes
+        for group in (4, 8, 16)
+    )
+    for runs, shapes in SHAPES.items()
+}
 
 
 def products(
@@ -58,7 +66,7 @@ def products(
     runs = backend.provider(name, backend.resolve(device))
     found = {name: {PEER: peer, f"{runs} {name}": ours}}
     if searched:
-        found[name] |= {f"{runs} {name} {named(tile)}": with_tile(tile, ours) for tile in CANDIDATES}
+        found[name] |= {f"{runs} {name} {named(tile)}": with_tile(tile, ours) for tile in CANDIDATES.get(runs, ())}
     if e > 1:
         w = normal(e, n, k)
         for op, a, b in (("grouped_mm", x, w), ("grouped_mm dgrad", dy, w.mT)):
@@ -70,7 +78,7 @@ def products(
 
 
 def named(tile: Tile) -> str:
-    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} warps {tile.warps}"
+    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} warps {tile.warps} tokens {tile.tokens}"
 
 
 def with_tile(tile: Tile, call: Callable[[], object]) -> Callable[[], object]:

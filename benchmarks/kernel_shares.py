@@ -28,7 +28,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("loss", r"^cross_entropy_kernel"),
     (
         "gemm",
-        r"^(rows|columns|gemm|wgrad|exact_wgrad|zero_rows|grouped_\w+)_kernel|gemm|nvjet|cutlass|xmma|cublas|splitK",
+        r"^(rows|columns|tokens|gemm|wgrad|exact_wgrad|zero_rows|grouped_\w+)_kernel|gemm|nvjet|cutlass|xmma|cublas"
+        r"|splitK",
     ),
     ("element-wise", r"elementwise|reduce_kernel|CatArray|fill|index|scatter|gather|Memcpy|Memset|softmax"),
 )

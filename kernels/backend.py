@@ -84,7 +84,7 @@ OPS = tuple(_MODULE_OF)
 PROVIDES: dict[str, frozenset[str]] = {
     REFERENCE: frozenset(OPS),
     "triton": frozenset(OPS),
-    "gluon": frozenset({"gemm", "grouped_gemm", "grouped_wgrad"}),
+    "gluon": frozenset({"gemm", "grouped_gemm", "grouped_wgrad", "wgrad", "grouped_mm_wgrad"}),
     "cublas": frozenset({"gemm"}),
     "deepgemm": frozenset({"gemm", "grouped_gemm"}),
     "te": frozenset({"gemm"}),

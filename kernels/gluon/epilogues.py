@@ -14,6 +14,11 @@
                  among those of the consumer.
 
 One addition an element in all of them, so the same bits in every run.
+
+Banks. A lane of a fragment has 8 bytes in a row, so that half a warp accesses 32 bytes in each of four rows at once. In
+TMA's 128-byte swizzle those of rows 2 i and 2 i + 1 lie in the same banks, which doubles the time of an access. So of
+pieces that are fetched odd rows take their right 16 columns while even ones take their left (`turn`, `turned`). Where
+tiles are long the time doesn't count, and a consumer in turns would keep a word in local memory.
 """
 
 from triton._C.libtriton import ir
@@ -92,6 +97,28 @@ def add_by_tma(desc, at, source, _semantic=None):
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, at, source.handle)
 
 
+@gluon.constexpr_function
+def turned_layout():
+    """Where element (r, c) of a turned piece [64, 32] FP32 lies: TMA's swizzle, with column c ^ 16 in odd rows."""
+    columns, rows = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]], [[1, 4 ^ 16], [2, 8], [4, 16], [8, 0], [16, 0], [32, 0]]
+    return gl.SharedLinearLayout([*columns, *rows], alignment=1024)
+
+
+@gluon.jit
+def turned(buffer):
+    """A buffer of a piece [64, 32] FP32 as `turn` takes it."""
+    return buffer._reinterpret(gl.float32, [64, 32], turned_layout())
+
+
+@gluon.jit
+def turn(piece):
+    """A piece [64, 32] with the halves of its odd rows exchanged, in the same layout."""
+    left, right = halves(piece, 1)
+    odd = (gl.arange(0, 64, gl.SliceLayout(1, left.type.layout)) & 1 != 0)[:, None]
+    both = gl.join(gl.where(odd, right, left), gl.where(odd, left, right))
+    return gl.convert_layout(both.permute((0, 2, 1)).reshape([64, 32]), piece.type.layout, assert_trivial=True)
+
+
 @gluon.jit
 def add_piece(c, buffer, piece, row, col):
     """Add `piece` to the output at (row, col) when the buffer's last TMA has read it."""
@@ -135,7 +162,8 @@ def add_to_piece(c, buffers, bars, piece, row, col, wave, INDEX: gl.constexpr, N
     """Add `piece` to what was fetched for it and start to store that at (row, col)."""
     mbarrier.wait(bars.index(INDEX * WAVE_PIECES + NUMBER), wave & 1)
     buffer = buffers.index(INDEX * WAVE_PIECES + NUMBER)
-    buffer.store(piece + buffer.load(piece.type.layout))
+    sums = turned(buffer)
+    sums.store(turn(piece) + sums.load(piece.type.layout))
     fence_async_shared()
     tma.async_copy_shared_to_global(c, [row, col], buffer)
 

@@ -1,10 +1,15 @@
-"""FP8 GEMM on Hopper: rows by blocks (`rows_kernel`), rows by rows (`columns_kernel`), with tiles from the table."""
+"""FP8 GEMM on Hopper: rows by blocks (`rows_kernel`), rows by rows (`columns_kernel`), with tiles from the table.
+
+The unquantized weight gradient is `tokens_kernel`'s with one group; Triton's kernel where an operand is FP32.
+"""
 
 import torch
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import BLOCK_TILE, Fp8Tensor
 from fp8moe.kernels.gluon.launch import choose_tile, launch_columns, launch_rows, num_sms
+from fp8moe.kernels.gluon.launch_tokens import by_triton, launch_tokens
+from fp8moe.kernels.triton import gemm as triton_gemm
 
 
 def gemm(
@@ -23,3 +28,14 @@ def gemm(
     if accumulate is None or out is accumulate:
         return out
     return accumulate.add_(out)
+
+
+def wgrad(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
+    total = main_grad[None]
+    if total.numel() == 0 or len(dy) == 0:
+        return
+    if by_triton(dy, x, total):
+        triton_gemm.wgrad(dy, x, main_grad)
+        return
+    tile = choose_tile("wgrad", dy.shape[1], x.shape[1], dy.shape[0], main_grad.device)
+    launch_tokens(dy, x, total, None, tile=tile, sms=num_sms(main_grad.device))

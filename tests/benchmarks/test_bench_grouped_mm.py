@@ -20,13 +20,15 @@ def test_it_records_every_product_beside_torchs(tmp_path: Path) -> None:
         assert record["value"] > 0 and (record["baseline"] == bench.PEER) == name.startswith("reference ")
 
 
-def test_a_tile_is_used_for_the_call() -> None:
-    usual = tiles.choose("triton", "wgrad", 64, 64, 64)
-    for tile in bench.CANDIDATES:
-        seen = bench.with_tile(tile, lambda: tiles.choose("triton", "wgrad", 64, 64, 64))()
+@pytest.mark.parametrize("runs", list(bench.CANDIDATES))
+def test_a_tile_is_used_for_the_call(runs: str) -> None:
+    usual, found = tiles.choose(runs, "wgrad", 64, 64, 64), bench.CANDIDATES[runs]
+    for tile in found:
+        seen = bench.with_tile(tile, lambda: tiles.choose(runs, "wgrad", 64, 64, 64))()
         assert seen == tile
-        assert tile.stages * (tile.block_m + tile.block_n) * 128 <= 227 * 1024 - 1024
-    assert tiles.choose("triton", "wgrad", 64, 64, 64) == usual
+        assert tile.stages * (tile.block_m + tile.block_n) * 2 * tile.tokens <= 227 * 1024 - 1024
+    assert set(tiles.production_tiles(runs, "grouped_mm_wgrad")) <= set(found)
+    assert tiles.choose(runs, "wgrad", 64, 64, 64) == usual
 
 
 @pytest.mark.parametrize("experts", [1, 3])

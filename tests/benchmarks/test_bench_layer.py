@@ -55,6 +55,7 @@ def test_flops_of_all_layers_are_the_models():
     ("kernel", "kind"),
     [
         ("rows_kernel", "gemm"),
+        ("tokens_kernel", "gemm"),
         ("grouped_wgrad_kernel", "gemm"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "gemm"),
         ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<...>>", "gemm"),

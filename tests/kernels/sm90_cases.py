@@ -7,6 +7,7 @@ the tiles of every device in the table are compiled, not only those of this one.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,9 +22,10 @@ from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import release_of
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
 from fp8moe.kernels.gluon.launch import can_fetch
+from fp8moe.kernels.gluon.launch_tokens import fetched_waves
 from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.kernels.row_map import RowMap
-from fp8moe.kernels.tiles import Tile
+from fp8moe.kernels.tiles import UNQUANTIZED, Tile
 
 Case = tuple[str, Callable[[], Any]]
 M, N, K = 4096, 4096, 7168
@@ -31,6 +33,7 @@ GROUPS = 4
 SHORT = 1024
 SUMS = ("add", "add_fetched", "add_long")  # by registers, to what TMA has fetched, by a TMA that adds
 PAIRS_SINCE = (3, 8)  # of Triton
+TOKENS = 64  # of a step of a weight gradient, where a tile doesn't say otherwise
 
 
 PINGPONG = Tile(128, 128, 6, 8, 4, consumers="pingpong")
@@ -120,12 +123,14 @@ def legal_tiles(backend: str, op: str, kind: str) -> tuple[Tile, ...]:
     found = (*tiles.production_tiles(backend, op, pairs=pairs), *trials)
     if kind != "add_fetched":
         return found
-    return tuple(tile for tile in found if backend == "gluon" and can_fetch(tile))
+    fits = fetched_waves if op in UNQUANTIZED else can_fetch
+    return tuple(tile for tile in found if backend == "gluon" and fits(tile))
 
 
 def tile_name(tile: Tile) -> str:
     """What of a tile changes its code; the swept rows are in it too, as a constant of the kernel."""
     ordered = f" {tile.consumers}" if tile.consumers != "free" else ""
+    ordered += f" tokens {tile.tokens}" if tile.tokens != TOKENS else ""
     return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}" + " multicast" * tile.multicast + ordered
 
 
@@ -159,9 +164,20 @@ def _unpack(e5m6: Any, values: Tensor) -> None:
 
 def unquantized_cases() -> Iterator[Case]:
     """Weight gradients of BF16 with every tile and of FP32, dense and grouped, and the grouped products."""
+    m, n, k = 4096, 256, 7168
+    dy, x = (torch.empty(m, size, dtype=torch.bfloat16) for size in (n, k))
+    gluon = {
+        "wgrad": partial(importlib.import_module("fp8moe.kernels.gluon.gemm").wgrad, dy, x, torch.empty(n, k)),
+        "grouped_mm_wgrad": partial(
+            importlib.import_module("fp8moe.kernels.gluon.grouped_mm").grouped_mm_wgrad, dy, x, offsets(),
+            torch.empty(GROUPS, n, k),
+        ),
+    }  # fmt: skip
+    for op, kind in itertools.product(UNQUANTIZED, SUMS):
+        for tile in legal_tiles("gluon", op, kind):
+            yield f"gluon {op} {kind} {tile_name(tile)}", partial(with_tile, tile, kind, gluon[op])
     wgrad = importlib.import_module("fp8moe.kernels.triton.gemm").wgrad
     grouped = importlib.import_module("fp8moe.kernels.triton.grouped_mm")
-    m, n, k = 4096, 256, 7168
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         dy, x, weights = (torch.empty(size, dtype=dtype) for size in ((m, n), (m, k), (GROUPS, n, k)))
         launches = {

@@ -22,19 +22,6 @@ GROUPS = [[128, 0, 384, 1024], [0, 0, 0], [4096, 2048, 8192, 0, 128], [128] * 16
 REPEATS = 20
 
 
-@pytest.fixture
-def hopper():
-    """The device, with the Gluon back end in force and unwritten memory full of NaN; skips where it can't run."""
-    if reason := backend.why_not("gluon"):
-        pytest.skip(reason)
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
-    backend.set_backend("gluon")
-    yield "cuda"
-    backend.set_backend(None)
-    torch.use_deterministic_algorithms(False)
-
-
 def exact(a: Fp8Tensor, b: Fp8Tensor) -> torch.Tensor:
     return a.dequantize().double() @ b.dequantize().double().mT
 

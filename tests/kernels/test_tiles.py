@@ -40,7 +40,7 @@ def shape(tile):
 
 @pytest.mark.parametrize("backend", ["gluon", "triton"])
 def test_every_device_has_every_op_for_every_length(backend):
-    ops = OPS + UNQUANTIZED * (backend == "triton")
+    ops = OPS + UNQUANTIZED
     for device, backends in read_table().items():
         for op, lengths in backends.get(backend, {}).items():
             assert op in ops and tuple(lengths) == LENGTHS and all(lengths.values()), (device, op)
@@ -139,6 +139,18 @@ def test_tiles_of_the_hopper_kernels_are_those_they_can_do():
             scales = 4 * tile.block_m + (tile.block_n if rows else 4 * tile.block_n)
             ring = tile.stages * ((tile.block_m + tile.block_n) * 128 + scales)
             assert ring + (2 * 3 * 64 * 32 * 2 if rows else 0) <= 227 * 1024 - 512, (op, tile)
+
+
+def test_tiles_of_bf16_weight_gradients_are_those_the_hopper_kernel_can_do():
+    for op in UNQUANTIZED:
+        for tile in production_tiles("gluon", op):
+            assert (tile.block_m, tile.warps, tile.consumers, tile.multicast) == (128, 4, "free", False), (op, tile)
+            assert tile.block_n in (128, 256) and tile.tokens in (32, 64), (op, tile)
+            assert tile.stages >= 2 and tile.stages * tile.tokens * (128 + tile.block_n) * 2 <= 227 * 1024 - 512
+        short = [Tile(**one) for one in read_table()["default"]["gluon"][op]["short"]]
+        for tile in short:  # all that a tile is added to has room beside the ring
+            ring, sums = tile.stages * tile.tokens * (128 + tile.block_n) * 2, 128 * tile.block_n * 4
+            assert ring + sums <= 227 * 1024 - 1024, (op, tile)
 
 
 def test_ping_pong_is_in_no_table_for_turns_are_as_fast():

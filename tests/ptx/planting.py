@@ -14,8 +14,9 @@ import torch
 import triton
 
 from fp8moe.kernels.backend import release_of
-from fp8moe.kernels.tiles import CONSUMERS
+from fp8moe.kernels.tiles import CONSUMERS, UNQUANTIZED
 from tests.kernels.sm90_cases import PAIRS_SINCE, legal_tiles, tile_name
+from tests.ptx import token_cases
 from tests.ptx.launching import Machine
 from tests.ptx.moving_cases import both, values
 from tests.ptx.order_plants import ORDER_PLANTS
@@ -24,10 +25,16 @@ from tests.ptx.parser import Unsupported
 from tests.ptx.plants import PLANTS, Plant
 from tests.ptx.product_cases import compare, wgrad
 from tests.ptx.registers import Fault
+from tests.ptx.token_plants import TOKEN_PLANTS
 from tests.ptx.update_cases import weight_with_blocks
 
 SCHEDULES = (None, 0, 1, 2, 3)
-PLANTED = (*PLANTS, *ORDER_PLANTS, *(PAIR_PLANTS if release_of(triton.__version__) >= PAIRS_SINCE else ()))
+PLANTED = (
+    *PLANTS,
+    *ORDER_PLANTS,
+    *TOKEN_PLANTS,
+    *(PAIR_PLANTS if release_of(triton.__version__) >= PAIRS_SINCE else ()),
+)
 
 
 def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
@@ -42,6 +49,8 @@ def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
     of_pair = [tile for tile in at if tile.multicast == pair]
     ordered = [tile for tile in of_pair if tile.consumers == order]
     tile = ordered[0] if ordered else replace(of_pair[0], consumers=order)  # such as free ones, where turns are faster
+    if backend == "gluon" and op in UNQUANTIZED:
+        return partial(token_cases.compare, op=op, kind=kind, tile=tile, size="small", seeds=(seed,))
     if op == "wgrad":
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         return partial(wgrad, dtype=dtype, tile=tile, sizes=((200, 144, 128, seed),))

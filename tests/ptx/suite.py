@@ -44,6 +44,7 @@ from tests.ptx import (
     route_cases,
     speed,
     sum_cases,
+    token_cases,
     update_cases,
 )
 from tests.ptx.launching import Machine
@@ -76,7 +77,10 @@ def sweep() -> None:
     gc.freeze()
 
 
-CASES = (moving_cases, activation_cases, bias_cases, norm_cases, route_cases, product_cases, loss_cases, update_cases)
+CASES = (
+    moving_cases, activation_cases, bias_cases, norm_cases, route_cases, product_cases, token_cases, loss_cases,
+    update_cases,
+)  # fmt: skip
 
 
 def all_cases() -> dict[str, Any]:

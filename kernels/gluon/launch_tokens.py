@@ -1,0 +1,108 @@
+"""From BF16 operands of a weight gradient to a launch of `tokens_kernel`."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from fp8moe.kernels.fp8 import ceil_div
+from fp8moe.kernels.gluon import launch as settings
+from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED, ADD_TMA
+from fp8moe.kernels.gluon.launch import FETCHED_BYTES, PIECE_COLUMNS, TMA_ALIGNMENT, WAVE_ROWS, Descriptor
+from fp8moe.kernels.gluon.tokens_kernel import BM, LINE, tokens_kernel
+from fp8moe.kernels.tiles import Tile
+from fp8moe.kernels.triton.launch import Block, launch
+from fp8moe.kernels.triton.wgrad import aligned
+
+BYTES = 2  # of a BF16 number
+
+
+def by_triton(dy: Tensor, x: Tensor, main_grad: Tensor) -> bool:
+    """Whether `tokens_kernel` can't: an operand is FP32, or the numbers of a row of main_grad don't lie together."""
+    return torch.float32 in (dy.dtype, x.dtype) or main_grad.stride(-1) != 1
+
+
+def launch_tokens(
+    dy: Tensor, x: Tensor, main_grad: Tensor, group_offsets: Tensor | None, *, tile: Tile, sms: int
+) -> None:
+    """main_grad [E, N, K] += dy [rows of e, N]^T @ x [rows of e, K]; without offsets E is 1; no size may be zero."""
+    (t, n), k, num_groups = dy.shape, x.shape[1], main_grad.shape[0]
+    epilogue = _epilogue(main_grad, t // num_groups, tile)
+    form = _form(tile, group_offsets is not None, epilogue)
+    num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n)
+    launch(
+        tokens_kernel,
+        (min(sms, num_tiles),),
+        _operand(dy, form.dy),
+        _operand(x, form.x),
+        main_grad if epilogue == ADD.value else Descriptor(main_grad, [num_groups * n, k], [k, 1], form.added),
+        group_offsets,
+        num_groups,
+        n,
+        k,
+        t,
+        main_grad.stride(0),
+        main_grad.stride(1),
+        **form.constants,
+    )
+
+
+def _epilogue(main_grad: Tensor, tokens: int, tile: Tile) -> int:
+    """How tiles are added into main_grad [E, N, K], of `tokens` tokens a group: by TMA, fetched, or by registers.
+
+    TMA needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's.
+    """
+    num_groups, n, k = main_grad.shape
+    whole = num_groups == 1 or n % WAVE_ROWS == 0
+    if not whole or not main_grad.is_contiguous() or k % 4 or main_grad.data_ptr() % TMA_ALIGNMENT:
+        return ADD.value
+    if tokens >= settings.ADDED_BY_TMA:
+        return ADD_TMA.value
+    return ADD_FETCHED.value if fetched_waves(tile) else ADD.value
+
+
+def fetched_waves(tile: Tile) -> int:
+    """Of how many of a consumer's waves shared memory holds what they are added to, beside the ring: 0 to 2."""
+    ring = tile.stages * (tile.block_m + tile.block_n) * tile.tokens * BYTES
+    return min(max(0, settings.SHARED_BYTES - ring) // FETCHED_BYTES, ceil_div(tile.block_n, 128))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What of a launch follows from its tile and epilogue alone: what each descriptor moves, and the constants."""
+
+    dy: Block
+    x: Block
+    added: Block  # ADD_TMA, ADD_FETCHED
+    constants: dict[str, Any]
+
+
+@functools.cache
+def _form(tile: Tile, grouped: bool, epilogue: int) -> _Form:
+    assert tile.block_m == BM.value and not tile.multicast, "tiles of 128 rows, two consumers of 64"
+    numbers = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    sums = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    return _Form(
+        dy=Block([tile.tokens, LINE.value], numbers),
+        x=Block([tile.tokens, tile.block_n], numbers),
+        added=Block([WAVE_ROWS, PIECE_COLUMNS], sums),
+        constants={
+            "BN": tile.block_n,
+            "TOKENS": tile.tokens,
+            "STAGES": tile.stages,
+            "GROUP": tile.group,
+            "GROUPED": grouped,
+            "EPILOGUE": epilogue,
+            "SETS": fetched_waves(tile) if epilogue == ADD_FETCHED.value else 1,
+            "num_warps": tile.warps,
+        },
+    )
+
+
+def _operand(tokens: Tensor, block: Block) -> Descriptor:
+    """A descriptor of BF16 `tokens` [T, *]."""
+    tokens = aligned(tokens)
+    return Descriptor(tokens, list(tokens.shape), list(tokens.stride()), block)
