@@ -31,17 +31,13 @@ SIZES = {
     ),
     "cpu": ((4, 64, 128, 256), (1, 256, 128, 256)),
 }  # fmt: skip
-# Columns, stages, warps, tokens of a step by back end: those whose weight gradients have tiles.
+# Columns, stages, warps by back end: those whose weight gradients have tiles.
 SHAPES = {
-    "triton": ((256, 4, 8, 64), (256, 3, 8, 64), (128, 3, 8, 64), (128, 3, 4, 64), (128, 4, 8, 64)),
-    "gluon": ((256, 4, 4, 32), (256, 3, 4, 64), (256, 4, 4, 64), (128, 4, 4, 64), (128, 6, 4, 64)),
+    "triton": ((256, 4, 8), (256, 3, 8), (128, 3, 8), (128, 3, 4), (128, 4, 8)),
+    "gluon": ((256, 3, 4), (256, 4, 4), (128, 4, 4), (128, 6, 4)),
 }
 CANDIDATES = {
-    runs: tuple(
-        Tile(128, width, stages, group, warps, tokens=tokens)
-        for width, stages, warps, tokens in shapes
-        for group in (4, 8, 16)
-    )
+    runs: tuple(Tile(128, width, stages, group, warps) for width, stages, warps in shapes for group in (4, 8, 16))
     for runs, shapes in SHAPES.items()
 }
 
@@ -78,7 +74,7 @@ def products(
 
 
 def named(tile: Tile) -> str:
-    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} warps {tile.warps} tokens {tile.tokens}"
+    return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group} warps {tile.warps}"
 
 
 def with_tile(tile: Tile, call: Callable[[], object]) -> Callable[[], object]:

@@ -75,7 +75,6 @@ class Tile:
     warps: int  # of one program; a Gluon kernel has 4 in each of two consumers and one that loads
     multicast: bool = False  # Gluon: a pair of CTAs side by side shares its rows; in the table only where it is true
     consumers: str = "free"  # Gluon: one of CONSUMERS; in the table only where it is another than "free"
-    tokens: int = 64  # Gluon, BF16 weight gradients: of a step; in the table only where it is another than 64
 
     def __post_init__(self) -> None:
         """ValueError where no kernel can share the work so."""

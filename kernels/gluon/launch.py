@@ -178,8 +178,12 @@ def _sum_epilogue(out: Tensor, tokens: int, tile: Tile, ctas: int) -> int:
 
 def can_fetch(tile: Tile) -> bool:
     """Whether shared memory has room for the ring of a weight gradient's tile and for what it is added to."""
-    ring = tile.stages * (tile.block_m + tile.block_n) * (TILE + 4)
-    return not tile.multicast and ring + FETCHED_BYTES <= SHARED_BYTES
+    return not tile.multicast and has_room(tile.stages * (tile.block_m + tile.block_n) * (TILE + 4))
+
+
+def has_room(ring: int) -> bool:
+    """Whether what a wave of each consumer is added to fits shared memory beside a ring of so many bytes."""
+    return ring + FETCHED_BYTES <= SHARED_BYTES
 
 
 class Descriptor(TensorDescriptor):

@@ -9,10 +9,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from fp8moe.kernels.fp8 import ceil_div
-from fp8moe.kernels.gluon import launch as settings
-from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED, ADD_TMA
-from fp8moe.kernels.gluon.launch import FETCHED_BYTES, PIECE_COLUMNS, TMA_ALIGNMENT, WAVE_ROWS, Descriptor
-from fp8moe.kernels.gluon.tokens_kernel import BM, LINE, tokens_kernel
+from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED
+from fp8moe.kernels.gluon.launch import PIECE_COLUMNS, TMA_ALIGNMENT, WAVE_ROWS, Descriptor, has_room
+from fp8moe.kernels.gluon.tokens_kernel import BM, LINE, TOKENS, tokens_kernel
 from fp8moe.kernels.tiles import Tile
 from fp8moe.kernels.triton.launch import Block, launch
 from fp8moe.kernels.triton.wgrad import aligned
@@ -30,7 +29,7 @@ def launch_tokens(
 ) -> None:
     """main_grad [E, N, K] += dy [rows of e, N]^T @ x [rows of e, K]; without offsets E is 1; no size may be zero."""
     (t, n), k, num_groups = dy.shape, x.shape[1], main_grad.shape[0]
-    epilogue = _epilogue(main_grad, t // num_groups, tile)
+    epilogue = _epilogue(main_grad, tile)
     form = _form(tile, group_offsets is not None, epilogue)
     num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n)
     launch(
@@ -50,24 +49,21 @@ def launch_tokens(
     )
 
 
-def _epilogue(main_grad: Tensor, tokens: int, tile: Tile) -> int:
-    """How tiles are added into main_grad [E, N, K], of `tokens` tokens a group: by TMA, fetched, or by registers.
+def _epilogue(main_grad: Tensor, tile: Tile) -> int:
+    """How tiles are added into main_grad [E, N, K]: to what TMA has fetched, or by registers.
 
-    TMA needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's.
+    TMA needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's; fetching needs
+    shared memory for four pieces of each consumer.
     """
     num_groups, n, k = main_grad.shape
     whole = num_groups == 1 or n % WAVE_ROWS == 0
-    if not whole or not main_grad.is_contiguous() or k % 4 or main_grad.data_ptr() % TMA_ALIGNMENT:
-        return ADD.value
-    if tokens >= settings.ADDED_BY_TMA:
-        return ADD_TMA.value
-    return ADD_FETCHED.value if fetched_waves(tile) else ADD.value
+    aligned_rows = main_grad.is_contiguous() and k % 4 == 0 and main_grad.data_ptr() % TMA_ALIGNMENT == 0
+    return ADD_FETCHED.value if whole and aligned_rows and can_fetch_tokens(tile) else ADD.value
 
 
-def fetched_waves(tile: Tile) -> int:
-    """Of how many of a consumer's waves shared memory holds what they are added to, beside the ring: 0 to 2."""
-    ring = tile.stages * (tile.block_m + tile.block_n) * tile.tokens * BYTES
-    return min(max(0, settings.SHARED_BYTES - ring) // FETCHED_BYTES, ceil_div(tile.block_n, 128))
+def can_fetch_tokens(tile: Tile) -> bool:
+    """Whether shared memory has room for the ring of a tile and for what a wave of each consumer is added to."""
+    return has_room(tile.stages * (tile.block_m + tile.block_n) * TOKENS.value * BYTES)
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class _Form:
 
     dy: Block
     x: Block
-    added: Block  # ADD_TMA, ADD_FETCHED
+    added: Block  # ADD_FETCHED
     constants: dict[str, Any]
 
 
@@ -86,17 +82,15 @@ def _form(tile: Tile, grouped: bool, epilogue: int) -> _Form:
     numbers = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     sums = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     return _Form(
-        dy=Block([tile.tokens, LINE.value], numbers),
-        x=Block([tile.tokens, tile.block_n], numbers),
+        dy=Block([TOKENS.value, LINE.value], numbers),
+        x=Block([TOKENS.value, tile.block_n], numbers),
         added=Block([WAVE_ROWS, PIECE_COLUMNS], sums),
         constants={
             "BN": tile.block_n,
-            "TOKENS": tile.tokens,
             "STAGES": tile.stages,
             "GROUP": tile.group,
             "GROUPED": grouped,
             "EPILOGUE": epilogue,
-            "SETS": fetched_waves(tile) if epilogue == ADD_FETCHED.value else 1,
             "num_warps": tile.warps,
         },
     )

@@ -3,7 +3,7 @@
     c[e, n, k] = sum over tokens t of e of  dy[t, n] * x[t, k],  added to what is in c
 
 dy [T, N], x [T, K], both as they lie: WGMMA of BF16 takes operands whose contraction is the outer dim of shared memory.
-A step is a box of TOKENS rows of each, in columns of 64 (one line of the 128-byte swizzle): two of dy, one for each
+A step is a box of 64 tokens of each, in columns of 64 (one line of the 128-byte swizzle): two of dy, one for each
 consumer, and BN / 64 of x that both read. A consumer has 64 rows of a tile and all its columns, one m64n256 WGMMA for
 16 tokens. Sums stay in the tensor core over all steps (BF16 needs no promotion), 128 registers a thread. Partitions and
 barriers are those of `pipeline`, without turns and pairs, with one difference: while a step's products run a consumer
@@ -19,8 +19,8 @@ operands, for 0 x NaN is NaN. Each consumer does so in its box of dy and in its 
 
 An empty group has no steps and its output is not touched.
 
-Sums: `epilogues`. Of ADD_FETCHED, both waves' sums are fetched under the steps where the ring leaves room for them
-(SETS is 2): a tile's main gradients take as long in HBM as 1,024 tokens on the tensor cores.
+Sums: `epilogues`, fetched by TMA for any number of tokens, or by registers where TMA can't. On an H100 other rings and
+the adds of L2 are slower (benchmarks/LOG.md).
 
 Refused: tensor maps of each group, which the device would have to write; operands zeroed by registers (`where` between
 load and product), since WGMMA takes transposed operands from shared memory only; a mask of dy alone.
@@ -38,10 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fp8moe.kernels.gluon.consumers import FREE
 from fp8moe.kernels.gluon.epilogues import (
     ADD_FETCHED,
-    ADD_TMA,
     WAVE_PIECES,
     add_to_fetched,
-    add_wave,
     fetch_wave,
     finish_stores,
     halves,
@@ -62,6 +60,7 @@ from fp8moe.kernels.gluon.pipeline import (
 )
 
 BM = gl.constexpr(128)  # rows of a tile: 64 of each consumer
+TOKENS = gl.constexpr(64)  # of a step
 LINE = gl.constexpr(64)  # BF16 numbers of a line of shared memory
 
 
@@ -89,7 +88,7 @@ def locate(tile, N, K, T, offsets, BN: gl.constexpr, GROUP: gl.constexpr, GROUPE
 
 @gluon.jit
 def produce(dy_desc, x_desc, dy_ring, x_ring, full, empty, both, offsets, num_groups, N, K, T, BN: gl.constexpr,
-            TOKENS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
+            STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
     """The producer: every step's boxes of both operands."""
     num_tiles = num_groups * gl.cdiv(N, BM) * gl.cdiv(K, BN)
     step = 0
@@ -143,22 +142,22 @@ def waves_of(acc, TWO: gl.constexpr):
 
 
 @gluon.jit
-def consume(INDEX: gl.constexpr, c, sums0, bars0, sums1, bars1, dy_ring, x_ring, full, empty, both, ends, offsets,
-            num_groups, N, K, T, stride_e, c_ld, BN: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-            GROUP: gl.constexpr, GROUPED: gl.constexpr, EPILOGUE: gl.constexpr, SETS: gl.constexpr):  # fmt: skip
+def consume(INDEX: gl.constexpr, c, sums, bars, dy_ring, x_ring, full, empty, both, ends, offsets, num_groups, N, K, T,
+            stride_e, c_ld, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
+            EPILOGUE: gl.constexpr):  # fmt: skip
     """Consumer INDEX: rows INDEX * 64 onwards of every tile, in one wave of 64x128 or two."""
     layout: gl.constexpr = sum_layout(BN)
     TWO: gl.constexpr = BN > 128
     step = 0
     cut = 0  # tiles whose last step was not whole
-    wave0 = 0  # of those fetched into the first buffers
-    wave1 = 0  # and into the second
+    wave = 0  # of those that were fetched
     num_tiles = num_groups * gl.cdiv(N, BM) * gl.cdiv(K, BN)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row, col, expert, _, tokens = locate(tile, N, K, T, offsets, BN, GROUP, GROUPED)
         row += INDEX * 64
         top = expert * N + row
         acc = gl.zeros((64, BN), gl.float32, layout)
+        middle = gl.cdiv(tokens, TOKENS) // 2
         for k in range(gl.cdiv(tokens, TOKENS)):
             slot, parity = ring_position(step, STAGES, 0, FREE)
             mbarrier.wait(full.index(slot), parity)
@@ -168,11 +167,8 @@ def consume(INDEX: gl.constexpr, c, sums0, bars0, sums1, bars1, dy_ring, x_ring,
                 cut_step(dy_box, x_box, left, ends, cut, INDEX)
             acc = warpgroup_mma(dy_box.permute((1, 0)), x_box, acc, is_async=True)
             if EPILOGUE == ADD_FETCHED:  # noqa: SIM102  one is known when compiling, the other is not
-                if (k == 0) & (row < N):
-                    fetch_wave(c, sums0, bars0, top, col, INDEX)
-                    if SETS == 2:  # noqa: SIM102
-                        if col + 128 < K:
-                            fetch_wave(c, sums1, bars1, top, col + 128, INDEX)
+                if (k == middle) & (row < N):
+                    fetch_wave(c, sums, bars, top, col, INDEX)
             acc = warpgroup_mma_wait(1, deps=[acc])
             before, _ = ring_position(step + STAGES - 1, STAGES, 0, FREE)
             mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
@@ -183,25 +179,15 @@ def consume(INDEX: gl.constexpr, c, sums0, bars0, sums1, bars1, dy_ring, x_ring,
             release(empty, both, last, 1)
             cut += (tokens % TOKENS != 0).to(gl.int32)
             acc0, acc1 = waves_of(acc, TWO)
-            if EPILOGUE == ADD_TMA:
+            if EPILOGUE == ADD_FETCHED:
                 if row < N:
-                    add_wave(c, sums0.index(INDEX), acc0, top, col)
+                    add_to_fetched(c, sums, bars, acc0, top, col, wave, INDEX)
+                    wave += 1
                     if TWO:  # noqa: SIM102
                         if col + 128 < K:
-                            add_wave(c, sums0.index(INDEX), acc1, top, col + 128)
-            elif EPILOGUE == ADD_FETCHED:
-                if row < N:
-                    add_to_fetched(c, sums0, bars0, acc0, top, col, wave0, INDEX)
-                    wave0 += 1
-                    if TWO:  # noqa: SIM102
-                        if col + 128 < K:
-                            if SETS == 2:
-                                add_to_fetched(c, sums1, bars1, acc1, top, col + 128, wave1, INDEX)
-                                wave1 += 1
-                            else:
-                                fetch_wave(c, sums0, bars0, top, col + 128, INDEX)
-                                add_to_fetched(c, sums0, bars0, acc1, top, col + 128, wave0, INDEX)
-                                wave0 += 1
+                            fetch_wave(c, sums, bars, top, col + 128, INDEX)
+                            add_to_fetched(c, sums, bars, acc1, top, col + 128, wave, INDEX)
+                            wave += 1
             else:
                 out = c + expert.to(gl.int64) * stride_e if GROUPED else c
                 write_wave(out, acc0, row, col, N, K, c_ld, EPILOGUE, 1)
@@ -210,41 +196,31 @@ def consume(INDEX: gl.constexpr, c, sums0, bars0, sums1, bars1, dy_ring, x_ring,
     finish_stores(EPILOGUE)
 
 
-@gluon.jit
-def make_sums(c, COUNT: gl.constexpr):
-    """COUNT buffers of what a TMA moves of the output at a time."""
-    return gl.allocate_shared_memory(gl.float32, [COUNT, 64, c.block_shape[1]], c.layout)
-
-
 @gluon.jit(do_not_specialize=["num_groups", "T"])
 def tokens_kernel(dy_desc, x_desc, c, offsets, num_groups, N, K, T, stride_e, c_ld, BN: gl.constexpr,
-                  TOKENS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-                  EPILOGUE: gl.constexpr, SETS: gl.constexpr):  # fmt: skip
-    """c [E, N, K] += dy [tokens of e, N]^T @ x [tokens of e, K]; grid as in `rows_kernel`. EPILOGUE: one that adds.
+                  STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
+                  EPILOGUE: gl.constexpr):  # fmt: skip
+    """c [E, N, K] += dy [tokens of e, N]^T @ x [tokens of e, K]; grid as in `rows_kernel`.
 
-    SETS: of ADD_FETCHED, how many waves of a tile of two have buffers of their own.
+    EPILOGUE: ADD, with c a pointer, or ADD_FETCHED, with c a descriptor of all experts' rows.
     """
     dy_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, TOKENS, LINE], dy_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, BN], x_desc.layout)
-    sums0, bars0 = dy_ring, dy_ring  # never touched: the registers add
-    if EPILOGUE == ADD_TMA:
-        sums0 = make_sums(c, 2)
-    elif EPILOGUE == ADD_FETCHED:
-        sums0, bars0 = make_sums(c, 2 * WAVE_PIECES), make_sum_barriers()
-    sums1, bars1 = sums0, bars0
-    if SETS == 2:
-        sums1, bars1 = make_sums(c, 2 * WAVE_PIECES), make_sum_barriers()
+    sums, bars = dy_ring, dy_ring  # never touched: the registers add
+    if EPILOGUE == ADD_FETCHED:
+        sums = gl.allocate_shared_memory(gl.float32, [2 * WAVE_PIECES, 64, c.block_shape[1]], c.layout)
+        bars = make_sum_barriers()
     ends = gl.allocate_shared_memory(gl.int64, [1, 1], barrier_layout())
     mbarrier.init(ends.index(0), count=2)
     full, empty, both, _, _ = make_barriers(STAGES, 1, FREE)
     gl.warp_specialize(
         [
-            (consume, (0, c, sums0, bars0, sums1, bars1, dy_ring, x_ring, full, empty, both, ends, offsets,
-                       num_groups, N, K, T, stride_e, c_ld, BN, TOKENS, STAGES, GROUP, GROUPED, EPILOGUE, SETS)),
-            (consume, (1, c, sums0, bars0, sums1, bars1, dy_ring, x_ring, full, empty, both, ends, offsets,
-                       num_groups, N, K, T, stride_e, c_ld, BN, TOKENS, STAGES, GROUP, GROUPED, EPILOGUE, SETS)),
-            (produce, (dy_desc, x_desc, dy_ring, x_ring, full, empty, both, offsets, num_groups, N, K, T, BN,
-                       TOKENS, STAGES, GROUP, GROUPED)),
+            (consume, (0, c, sums, bars, dy_ring, x_ring, full, empty, both, ends, offsets, num_groups, N, K, T,
+                       stride_e, c_ld, BN, STAGES, GROUP, GROUPED, EPILOGUE)),
+            (consume, (1, c, sums, bars, dy_ring, x_ring, full, empty, both, ends, offsets, num_groups, N, K, T,
+                       stride_e, c_ld, BN, STAGES, GROUP, GROUPED, EPILOGUE)),
+            (produce, (dy_desc, x_desc, dy_ring, x_ring, full, empty, both, offsets, num_groups, N, K, T, BN, STAGES,
+                       GROUP, GROUPED)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

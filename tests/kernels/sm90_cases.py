@@ -22,7 +22,7 @@ from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import release_of
 from fp8moe.kernels.fp8 import E4M3, Fp8Tensor, scale_shape
 from fp8moe.kernels.gluon.launch import can_fetch
-from fp8moe.kernels.gluon.launch_tokens import fetched_waves
+from fp8moe.kernels.gluon.launch_tokens import can_fetch_tokens
 from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.tiles import UNQUANTIZED, Tile
@@ -32,9 +32,8 @@ M, N, K = 4096, 4096, 7168
 GROUPS = 4
 SHORT = 1024
 SUMS = ("add", "add_fetched", "add_long")  # by registers, to what TMA has fetched, by a TMA that adds
+TOKEN_SUMS = SUMS[:2]  # of BF16 weight gradients
 PAIRS_SINCE = (3, 8)  # of Triton
-TOKENS = 64  # of a step of a weight gradient, where a tile doesn't say otherwise
-
 
 PINGPONG = Tile(128, 128, 6, 8, 4, consumers="pingpong")
 # A way to share a program's work that no table has, because turns are faster: a tile that stands for all.
@@ -123,14 +122,13 @@ def legal_tiles(backend: str, op: str, kind: str) -> tuple[Tile, ...]:
     found = (*tiles.production_tiles(backend, op, pairs=pairs), *trials)
     if kind != "add_fetched":
         return found
-    fits = fetched_waves if op in UNQUANTIZED else can_fetch
+    fits = can_fetch_tokens if op in UNQUANTIZED else can_fetch
     return tuple(tile for tile in found if backend == "gluon" and fits(tile))
 
 
 def tile_name(tile: Tile) -> str:
     """What of a tile changes its code; the swept rows are in it too, as a constant of the kernel."""
     ordered = f" {tile.consumers}" if tile.consumers != "free" else ""
-    ordered += f" tokens {tile.tokens}" if tile.tokens != TOKENS else ""
     return f"{tile.block_m}x{tile.block_n}x{tile.stages} group {tile.group}" + " multicast" * tile.multicast + ordered
 
 
@@ -173,7 +171,7 @@ def unquantized_cases() -> Iterator[Case]:
             torch.empty(GROUPS, n, k),
         ),
     }  # fmt: skip
-    for op, kind in itertools.product(UNQUANTIZED, SUMS):
+    for op, kind in itertools.product(UNQUANTIZED, TOKEN_SUMS):
         for tile in legal_tiles("gluon", op, kind):
             yield f"gluon {op} {kind} {tile_name(tile)}", partial(with_tile, tile, kind, gluon[op])
     wgrad = importlib.import_module("fp8moe.kernels.triton.gemm").wgrad

@@ -10,19 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fp8moe.kernels import tiles
 from fp8moe.kernels.backend import limited_sms
 from fp8moe.kernels.gemm import wgrad
 from fp8moe.kernels.grouped_mm import grouped_mm_wgrad
-from fp8moe.kernels.tiles import LENGTHS, Tile, production_tiles
+from fp8moe.kernels.tiles import Tile, production_tiles
 from tests.distance import calc_diff
 from tests.kernels.device_cases import KINDS, data, offsets_of
 
 pytest.importorskip("triton")
 
 from fp8moe.kernels.gluon import gemm, grouped_mm, launch, launch_tokens
-from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED, ADD_TMA
-from tests.kernels.sm90_cases import SUMS, chosen, summed
+from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED
+from tests.kernels.sm90_cases import TOKEN_SUMS, chosen, summed
 
 GROUPS = [[3, 0, 64, 0, 150], [1024, 1000, 0, 1111], [1], [0, 0], [4100, 2000, 8192, 0, 128]]
 TILES = production_tiles("gluon", "grouped_mm_wgrad")
@@ -60,14 +59,12 @@ def test_each_group_against_fp64(hopper, sizes, n, k, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("added", SUMS)
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_n}x{tile.stages} of {tile.tokens}")
+@pytest.mark.parametrize("added", TOKEN_SUMS)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_n}x{tile.stages}")
 def test_every_way_to_add_gives_the_same_bits_every_time(hopper, tile, added):
     dy, x, offsets = operands("normal", hopper, [1024, 1000, 0, 1111, 1], 1024, 1536)
     before, totals = torch.randn(5, 1024, 1536, device=hopper), []
     for sums in ("add", *[added] * REPEATS):
-        if sums == "add_fetched" and not launch_tokens.fetched_waves(tile):
-            pytest.skip("no room beside the ring")
         total = before.clone()
         with chosen(tile), summed(sums):
             grouped_mm_wgrad(dy, x, offsets, total)
@@ -129,32 +126,22 @@ def test_without_rows_or_groups_nothing_is_launched(launched):
 
 
 @pytest.mark.parametrize(
-    ("experts", "n", "k", "tokens", "expected"),
+    ("experts", "n", "k", "expected"),
     [
-        (2, 128, 64, 1024, ADD_FETCHED),
-        (2, 128, 64, 2048, ADD_FETCHED),
-        (2, 128, 64, 2049, ADD_TMA),
-        (2, 96, 64, 1024, ADD),  # a wave of 64 rows would reach into the next expert
-        (1, 96, 64, 1024, ADD_FETCHED),
-        (2, 128, 66, 1024, ADD),
+        (2, 128, 64, ADD_FETCHED),
+        (2, 96, 64, ADD),  # a wave of 64 rows would reach into the next expert
+        (1, 96, 64, ADD_FETCHED),
+        (2, 128, 66, ADD),
     ],
 )
-def test_how_sums_are_added(experts, n, k, tokens, expected):
-    for length in LENGTHS:
-        tile = Tile(**tiles.read_table()["default"]["gluon"]["grouped_mm_wgrad"][length][0])
-        found = launch_tokens._epilogue(torch.empty(experts, n, k), tokens, tile)
-        no_room = expected is ADD_FETCHED and length == "long"
-        assert found == (ADD if no_room else expected).value
+def test_how_sums_are_added(experts, n, k, expected):
+    for tile in TILES:
+        assert launch_tokens._epilogue(torch.empty(experts, n, k), tile) == expected.value
+    deep = Tile(128, 256, 4, 8, 4)
+    assert launch_tokens._epilogue(torch.empty(2, 128, 64), deep) == ADD.value, "its ring leaves no room"
     spread, late = torch.empty(2, 128, 128)[:, :, :64], torch.empty(2 * 128 * 64 + 1)[1:].view(2, 128, 64)
     for lies in (spread, late):
-        assert launch_tokens._epilogue(lies, 1024, TILES[0]) == ADD.value
-
-
-def test_shared_memory_holds_what_both_waves_are_added_to_beside_a_ring_of_short_steps():
-    assert launch_tokens.fetched_waves(Tile(128, 256, 4, 8, 4, tokens=32)) == 2
-    assert launch_tokens.fetched_waves(Tile(128, 256, 3, 8, 4)) == 1
-    assert launch_tokens.fetched_waves(Tile(128, 256, 4, 8, 4)) == 0
-    assert launch_tokens.fetched_waves(Tile(128, 128, 4, 8, 4)) == 1, "a tile of one wave a consumer"
+        assert launch_tokens._epilogue(lies, TILES[0]) == ADD.value
 
 
 def test_a_launch_takes_a_program_an_sm_and_operands_where_they_lie(launched):

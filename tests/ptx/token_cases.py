@@ -16,7 +16,7 @@ import torch
 
 from fp8moe.kernels.backend import limited_sms
 from fp8moe.kernels.tiles import UNQUANTIZED, Tile
-from tests.kernels.sm90_cases import SUMS, chosen, legal_tiles, summed, tile_name
+from tests.kernels.sm90_cases import TOKEN_SUMS, chosen, legal_tiles, summed, tile_name
 from tests.ptx.launching import Machine, on_machine
 from tests.ptx.moving_cases import Case, ops
 from tests.ptx.product_cases import SCHEDULES, offsets, within
@@ -67,6 +67,6 @@ def gradient(machine: Machine, op: str, kind: str, tile: Tile) -> None:
 def cases() -> Iterator[Case]:
     """Dense and grouped, every way to add, every tile that has room for it."""
     for op in UNQUANTIZED:
-        for kind in SUMS:
+        for kind in TOKEN_SUMS:
             for tile in legal_tiles("gluon", op, kind):
                 yield f"gluon {op} {kind} {tile_name(tile)}", partial(gradient, op=op, kind=kind, tile=tile)

@@ -10,7 +10,7 @@ import re
 
 from tests.ptx.plants import ARRIVE, TRY_WAIT, Plant, change, matches, statement
 
-SUM, FETCHED = "gluon grouped_mm_wgrad add 128x256x4", "gluon grouped_mm_wgrad add_fetched 128x256x4"
+SUM, FETCHED = "gluon grouped_mm_wgrad add 128x256x3", "gluon grouped_mm_wgrad add_fetched 128x256x3"
 BETWEEN = r"(?:(?!wgmma|fence\.proxy)[\s\S])*?"
 CUT = rf"(fence\.proxy\.async[^;]*;){BETWEEN}{statement(ARRIVE)}{BETWEEN}{TRY_WAIT}"
 KEPT = r"selp\.b16(\s+%rs\d+, %rs\d+), 0, %p\d+;"  # a number of a row that is the group's, or zero
