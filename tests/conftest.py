@@ -49,8 +49,6 @@ LONGEST = (
     "cli/test_resume.py",
     "cli/test_bad_settings.py",
     "post/distill/test_taught.py",
-    "parallel/test_hang.py",
-    "train/test_pipeline_faults.py",
     "post/test_reference.py",
     "cli/test_plan.py",
     "benchmarks/test_bench_step.py",
