@@ -70,10 +70,11 @@ endif
 
 # One thread a process: the tests start processes of their own, and two cores thrash when each takes both. Files come in
 # the order of tests/conftest.py, the longest first; pytest-xdist's own order puts files of few tests last, however long.
-# A test that ends its worker ends the run: pytest-xdist would start another worker and wait for both for ever.
+# A test that ends its worker ends the run: pytest-xdist would start another worker and wait for both for ever. Bytecode
+# is written whatever the machine says: else both workers, and each process that a test starts, compile the project again.
 .PHONY: test
 test: $(SETUP) ## the tests that need no GPU
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 # Without a GPU each of them would be skipped, which looks like success.
 .PHONY: test-gpu

@@ -1,37 +1,27 @@
 """Settings of a command line to a `TrainConfig`: hydra composes a plain dict, which is converted strictly.
 
-Hydra and OmegaConf are used here and in `cluster` only. The compose API is used and not `@hydra.main`, which makes a
-run directory a rank, sets up logging, and exits 1 on an unknown key. Settings are hydra's overrides: `key=value`,
-`group=choice`, dotted keys. They are checked before hydra reads them: a mistyped key or choice gives one sentence with
-the nearest right one. In the conversion every key must be a field of the dataclass and every value of the field's type;
-a union of dataclasses is chosen by its tag, the field `kind`.
+Settings are hydra's overrides: `key=value`, `group=choice`, dotted keys. They are checked before hydra (`hydra_tree`)
+composes them: a mistyped key or choice gives one sentence with the nearest right one. In the conversion every key must
+be a field of the dataclass and every value of the field's type; a union of dataclasses is chosen by its tag, the field
+`kind`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
-import tempfile
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from enum import Enum
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.types import Override
 
-import fp8moe
-from fp8moe.cli.experiment_file import in_words, read_experiment, refuse_resolvers
+from fp8moe.cli.hydra_tree import CONFIGS, config_groups, is_file, parse, tree_by_hydra
 from fp8moe.cli.key_names import unknown_key
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
@@ -40,8 +30,6 @@ from fp8moe.train.config import TrainConfig
 T = TypeVar("T")
 
 _OWNERS = {"hydra": "hydra, which only composes the configuration here", "cluster": "fp8moe plan"}  # of other settings
-_FILE = "file-"  # before the name of an experiment that is a file of the user's
-CONFIGS = Path(fp8moe.__file__).resolve().parent / "configs"
 
 # Keys of the model configuration when it was flat, and where they are now.
 _YARN_KEYS = ("factor", "original_max_seq_len", "beta_slow", "beta_fast", "mscale", "mscale_all")
@@ -83,53 +71,16 @@ def composed(tree: Mapping[str, Any]) -> Composed:
 
 
 def tree_of(settings: Sequence[str]) -> dict[str, Any]:
-    """The defaults changed by `settings`, as a plain dict of all keys with its values resolved.
+    """The defaults changed by `settings`, as a plain dict of all keys with its values resolved; the caller's to change.
 
     experiment=PATH.yaml stands for a file of the user's, written like one of `configs/experiment`.
     """
     known = keys_of(TrainConfig)
     for setting in settings:
         check(parse(setting), known)
-    try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            initialize_config_dir(str(CONFIGS), version_base="1.3"),
-        ):
-            names = [_for_hydra(setting, Path(folder)) for setting in settings]
-            words = [f"hydra.searchpath=[file://{folder}]", *names]
-            tree = hydra_compose("train", words, return_hydra_config=True)
-            choices = tree.hydra.runtime.choices
-            OmegaConf.set_struct(tree, False)
-            del tree["hydra"]
-            refuse_resolvers(OmegaConf.to_container(tree), "")
-            if tree.get("name") is None:
-                tree["name"] = str(choices.get("experiment") or choices["model"]).removeprefix(_FILE)
-            plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except yaml.YAMLError as error:  # of hydra's loader, which refuses a key that is given twice
-        raise ConfigError(f"a file of settings can't be read ({in_words(error)}): write each key once") from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_line(error)) from error
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
-
-
-def _for_hydra(setting: str, folder: Path) -> str:
-    """`setting` as hydra takes it: a file of the user's is put into `folder`, where hydra looks for groups too."""
-    override = parse(setting)
-    if override.key_or_group not in config_groups() and override.type is OverrideType.CHANGE:
-        return f"++{setting}"  # adds the group that is null, of which the key is one: attention.yarn
-    if override.key_or_group != "experiment" or not _is_file(override.value()):
-        return setting
-    path = Path(str(override.value())).expanduser()
-    text = read_experiment(path)
-    (folder / "experiment").mkdir(exist_ok=True)
-    name = _FILE + path.stem
-    (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
-    return f"experiment={name}"
-
-
-def _is_file(value: object) -> bool:
-    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
+    if any(is_file(parse(setting).value()) for setting in settings):
+        return tree_by_hydra.__wrapped__(tuple(settings))
+    return copy.deepcopy(tree_by_hydra(tuple(settings)))
 
 
 def as_yaml(config: TrainConfig) -> str:
@@ -144,17 +95,6 @@ def plain_values(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain_values(item) for item in value]
     return value.value if isinstance(value, Enum) else value
-
-
-@functools.lru_cache(maxsize=1024)  # several readers ask for each, and its grammar takes a millisecond
-def parse(setting: str) -> Override:
-    """One setting as hydra reads it, not to be changed. Raises ConfigError unless it is one."""
-    if "=" not in setting and not setting.startswith("~"):
-        raise ConfigError(f"{shown(setting)} is not a setting: write key=value")
-    try:
-        return OverridesParser.create().parse_override(setting)
-    except HydraException as error:
-        raise ConfigError(f"{shown(setting)} can't be read as key=value: {_first_line(error)}") from error
 
 
 def check(override: Override, known: Sequence[str]) -> None:
@@ -182,13 +122,8 @@ def _check_choice(group: str, value: object) -> None:
     if isinstance(value, dict) or (value is None and group in ("experiment", "lr_schedule")):
         return
     choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-    if value not in choices and not (group == "experiment" and _is_file(value)):
+    if value not in choices and not (group == "experiment" and is_file(value)):
         raise ConfigError(f"{group}={value!s:.60} is not one of {', '.join(choices)}{nearest(value, choices)}")
-
-
-def config_groups() -> set[str]:
-    """Names of a run's groups in configs/."""
-    return {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"cluster"}
 
 
 def keys_in(group: str, choice: object) -> list[str]:
@@ -199,11 +134,6 @@ def keys_in(group: str, choice: object) -> list[str]:
 def _leaves(known: Sequence[str]) -> list[str]:
     # A key below a leaf reaches into a list or an optional group (data.paths.0): hydra checks those.
     return [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or str(error.__cause__ or "").strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".").replace("++", "", 1)  # which `_for_hydra` added
 
 
 def to_dataclass(cls: type[T], values: object, path: str = "") -> T:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fp8moe.cli.compose import CONFIGS, MOVED, as_yaml, compose, config_groups, keys_of, to_dataclass
+from fp8moe.cli.compose import CONFIGS, MOVED, as_yaml, compose, config_groups, keys_of, to_dataclass, tree_of
 from fp8moe.errors import ConfigError
 from fp8moe.layers.attention import GqaConfig, MlaConfig
 from fp8moe.layers.attention.yarn import YarnConfig
@@ -183,3 +183,14 @@ def test_no_key_of_today_is_called_moved() -> None:
 def test_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert compose([]).config.name == "tiny"
+
+
+def test_a_tree_is_the_callers_own_and_a_file_is_read_each_time(tmp_path: Path) -> None:
+    """What hydra composed of the same settings is kept: nobody may change it, and no file may change behind it."""
+    first = tree_of(["steps=7"])
+    first["model"]["dim"], first["data"]["paths"] = 0, ["mine"]
+    assert tree_of(["steps=7"]) == tree_of(["steps=7 "]) != first
+    file = tmp_path / "mine.yaml"
+    for steps in (3, 4):
+        file.write_text(f"steps: {steps}\n")
+        assert tree_of([f"experiment={file}"])["steps"] == steps

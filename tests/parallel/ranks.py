@@ -6,6 +6,7 @@ traceback, and none outlives it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -34,6 +35,15 @@ def run_ranks(
 
     Ranks `absent` are not waited for: they hang or die, and their result is None.
     """
+    with started(function, world_size, *args, timeout=timeout, absent=absent) as results:
+        return results()
+
+
+@contextlib.contextmanager
+def started(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90.0, absent: tuple[int, ...] = ()
+) -> Iterator[Callable[[], list[Any]]]:
+    """The same without waiting: what is yielded gives the results, and no rank outlives the block."""
     for prepare in BEFORE:
         prepare(args)
     context = multiprocessing.get_context("fork")
@@ -43,15 +53,17 @@ def run_ranks(
             context.Process(target=_rank, args=(function, args, rank, world_size, folder, pipes[rank][1]), daemon=True)
             for rank in range(world_size)
         ]
-        for process, (_, writer) in zip(ranks, pipes, strict=True):
-            process.start()
-            writer.close()
+        deadline = time.monotonic() + timeout
         try:
-            return _collect([reader for reader, _ in pipes], time.monotonic() + timeout, absent)
+            for process, (_, writer) in zip(ranks, pipes, strict=True):
+                process.start()
+                writer.close()
+            yield lambda: _collect([reader for reader, _ in pipes], deadline, absent)
         finally:
             for process in ranks:
-                process.kill()
-                process.join()
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
 
 
 def _collect(readers: list[Connection], deadline: float, absent: tuple[int, ...]) -> list[Any]:

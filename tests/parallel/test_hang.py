@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from fp8moe.parallel import hang, place
 from fp8moe.parallel.collectives import all_reduce
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh, warm_up
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import run_ranks, started
 
 WORLD, LOST, TIMEOUT = 4, 2, 3.0
 BOUND = TIMEOUT + 30.0
@@ -38,7 +41,7 @@ def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def one_is_missing(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
+def one_is_missing(kind: str, leave: Callable[[], None], left: Event) -> dict[str, Any]:
     """A round of dispatch and combine by all, then one without rank LOST; what this rank reports."""
     hang.HEARTBEAT = 0.25
     mesh = build_mesh(1, WORLD, WORLD, timeout=timedelta(seconds=TIMEOUT), ranks_per_node=2)
@@ -49,6 +52,7 @@ def one_is_missing(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
     arrived = dispatcher.dispatch(rows, dispatcher.announce(ids), weights).wait()
     dispatcher.combine(arrived.rows_RD, arrived.state).wait()
     if mesh.rank == LOST:
+        left.set()
         leave()
     start = time.monotonic()
     first, second = (dispatcher.dispatch(rows, dispatcher.announce(ids), weights) for _ in range(2))
@@ -61,17 +65,31 @@ def one_is_missing(kind: str, leave: Callable[[], None]) -> dict[str, Any]:
             "secondary": failure.secondary}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind, leave, words",
-    [
-        ("all_to_all", sleep, "is alive and stopped"),
-        ("all_to_all", freeze, "has ended or is frozen"),
-        ("all_to_all", die, "has ended or is frozen"),
-        ("node_limited", die, "has ended or is frozen"),
-    ],
-)
-def test_the_missing_rank_is_named(kind: str, leave: Callable[[], None], words: str) -> None:
-    answers = run_ranks(one_is_missing, WORLD, kind, leave, timeout=BOUND, absent=(LOST,))
+CASES = [
+    ("all_to_all", sleep, "is alive and stopped"),
+    ("all_to_all", freeze, "has ended or is frozen"),
+    ("all_to_all", die, "has ended or is frozen"),
+    ("node_limited", die, "has ended or is frozen"),
+]
+
+
+@pytest.fixture(scope="module")
+def of_cases() -> list[list[dict[str, Any]]]:
+    """What the ranks of every case report. One case starts at a time, and all of them wait for lost ranks at once."""
+    with ExitStack() as stack:
+        results = []
+        for kind, leave, _ in CASES:
+            left = multiprocessing.get_context("fork").Event()
+            case = started(one_is_missing, WORLD, kind, leave, left, timeout=BOUND + 60, absent=(LOST,))
+            results.append(stack.enter_context(case))
+            if not left.wait(60):
+                results[-1]()  # says why
+        return [result() for result in results]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{kind}-{leave.__name__}" for kind, leave, _ in CASES])
+def test_the_missing_rank_is_named(of_cases: list[list[dict[str, Any]]], case: int) -> None:
+    (_, leave, words), answers = CASES[case], of_cases[case]
     for rank, answer in enumerate(answers):
         if rank == LOST:
             continue

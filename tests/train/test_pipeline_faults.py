@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
+from multiprocessing.synchronize import Event
 
 import pytest
 import torch.distributed as dist
@@ -15,7 +18,7 @@ from fp8moe.errors import HangError
 from fp8moe.parallel import hang
 from fp8moe.profile.spans import Stopwatch, listening
 from fp8moe.train.step import forward_backward, next_batches
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import started
 from tests.train.runs import built, configured
 
 PP, LOST, TIMEOUT = 4, 2, 4.0
@@ -24,11 +27,12 @@ PP, LOST, TIMEOUT = 4, 2, 4.0
 class Leaver:
     """Hears of every action, and leaves at one."""
 
-    def __init__(self, action: str, leave: Callable[[], None]) -> None:
-        self._action, self._leave = action, leave
+    def __init__(self, action: str, leave: Callable[[], None], left: Event) -> None:
+        self._action, self._leave, self._left = action, leave, left
 
     def began(self, name: str) -> None:
         if name.split("&")[0] == self._action:
+            self._left.set()
             self._leave()
 
     def ended(self, name: str, began: None) -> None: ...
@@ -42,7 +46,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def one_leaves(settings: list[str], action: str, leave: Callable[[], None]) -> tuple[float, str]:
+def one_leaves(settings: list[str], action: str, leave: Callable[[], None], left: Event) -> tuple[float, str]:
     """How long this rank waited, and what it was told."""
     hang.HEARTBEAT = 0.25
     run = built(configured(settings, world_size=PP))
@@ -50,7 +54,7 @@ def one_leaves(settings: list[str], action: str, leave: Callable[[], None]) -> t
     run.links.timeout = timedelta(seconds=TIMEOUT)
     batches, counts = next_batches(run)
     start = time.monotonic()
-    with listening(Leaver(action, leave)), pytest.raises(HangError) as caught:
+    with listening(Leaver(action, leave, left)), pytest.raises(HangError) as caught:
         forward_backward(run, batches, counts, 0.3, Stopwatch(run.device))
     seconds = time.monotonic() - start
     wait_for_others()
@@ -66,22 +70,34 @@ def wait_for_others() -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "schedule, action, leave, words",
-    [
-        ("1f1b", "F2.3", die, "has ended or is frozen"),
-        ("1f1b", "BW2.1", sleep, "is alive and stopped after number"),
-        ("dualpipe", "F2.1", die, "has ended or is frozen"),
-        ("dualpipe", "F1.5", sleep, "is alive and stopped after number"),
-    ],
-)
-def test_the_rank_that_stops_is_named(
-    corpus: list[str], schedule: str, action: str, leave: Callable[[], None], words: str
-) -> None:
-    settings = [*corpus, f"parallel.schedule={schedule}", f"parallel.pp={PP}", "model.num_layers=4",
-                "batch.micro_batch=1", "precision=bf16"]  # fmt: skip
-    answers = run_ranks(one_leaves, PP, settings, action, leave, absent=(LOST,))
-    for rank, answer in enumerate(answers):
+CASES = [
+    ("1f1b", "F2.3", die, "has ended or is frozen"),
+    ("1f1b", "BW2.1", sleep, "is alive and stopped after number"),
+    ("dualpipe", "F2.1", die, "has ended or is frozen"),
+    ("dualpipe", "F1.5", sleep, "is alive and stopped after number"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(corpus: list[str]) -> list[list[tuple[float, str]]]:
+    """What the ranks of every case say. One case computes at a time, and all of them wait for lost ranks at once."""
+    with ExitStack() as stack:
+        results = []
+        for schedule, action, leave, _ in CASES:
+            settings = [*corpus, f"parallel.schedule={schedule}", f"parallel.pp={PP}", "model.num_layers=4",
+                        "batch.micro_batch=1", "precision=bf16"]  # fmt: skip
+            left = multiprocessing.get_context("fork").Event()
+            case = started(one_leaves, PP, settings, action, leave, left, absent=(LOST,))
+            results.append(stack.enter_context(case))
+            if not left.wait(60):
+                results[-1]()  # says why
+        return [result() for result in results]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case[:2])) for case in CASES])
+def test_the_rank_that_stops_is_named(answers: list[list[tuple[float, str]]], case: int) -> None:
+    words = CASES[case][3]
+    for rank, answer in enumerate(answers[case]):
         if rank != LOST:
             seconds, said = answer
             assert seconds < TIMEOUT + 30
