@@ -106,20 +106,20 @@ def test_unquantized_weight_gradients_run_on_the_tensor_cores_from_tma_without_a
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["wgrad", "grouped_mm_wgrad"])
 def test_bf16_weight_gradients_of_hopper_move_all_by_tma_and_sum_in_the_tensor_core(kernels, op):
-    from fp8moe.kernels.gluon.launch_tokens import fetched_waves
+    from fp8moe.kernels.gluon.tokens_kernel import TOKENS
     from fp8moe.kernels.tiles import production_tiles
-    from tests.kernels.sm90_cases import tile_name
+    from tests.kernels.sm90_cases import TOKEN_SUMS, tile_name
 
     expected = {}
     for tile in production_tiles("gluon", op):
-        for kind in ("add", "add_long", *(["add_fetched"] if fetched_waves(tile) else [])):
+        for kind in TOKEN_SUMS:
             expected[f"gluon {op} {kind} {tile_name(tile)} tokens_kernel"] = tile, kind
     found = {name for name, entry in kernels.items() if entry["kernel"].endswith("gluon.tokens_kernel.tokens_kernel")}
     assert {name for name in found if name.split()[1] == op} == set(expected)
     for name, (tile, kind) in expected.items():
         figure, boxes = kernels[name]["figures"], 2 + tile.block_n // 64
         pieces = 2 * 4 * tile.block_n // 128 if kind == "add_fetched" else 0  # of 64x32, of both consumers
-        assert figure["HGMMA"] == 2 * tile.tokens // 16 and figure["QGMMA"] == 0, name
+        assert figure["HGMMA"] == 2 * TOKENS.value // 16 and figure["QGMMA"] == 0, name
         assert (figure["UTMALDG"], figure["UTMASTG"]) == (boxes + pieces, pieces), name
         assert figure["STL"] == figure["LDL"] == figure["local"] == 0, name
 

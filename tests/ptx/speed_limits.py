@@ -15,10 +15,9 @@ ACROSS = "maxima along tokens cross warps through shared memory, laid out by Tri
 ACCEPTED = (
     (r"^gluon grouped_gemm .* rows_kernel", "loads", 0.12, "only the ends of groups are loaded, a word each"),
     (r"^gluon grouped_wgrad add_(long|fetched) ", "loads", 0.12, "only a group's two offsets are loaded, a word each"),
-    (r"^gluon grouped_mm_wgrad add_(long|fetched) ", "loads", 0.12, "the same"),
+    (r"^gluon grouped_mm_wgrad add_fetched ", "loads", 0.12, "the same"),
     (r"^gluon gemm_columns bf16 ", "stores", 0.5, "a warp's fragment has 8 values of a row: 16 bytes of BF16"),
     (r" add_long .* columns_kernel", "banks", 1.65, "rows of a fragment, 8 bytes a lane, meet in TMA's swizzle"),
-    (r" add_long .* tokens_kernel", "banks", 2.0, "the same, and no other access beside them"),
     (r"^triton (gemm|grouped_gemm) ", "loads", 0.23, "a scale of a block is one word of a sector a warp"),
     (r"zero_rows_kernel", "loads", 0.12, "only the end of the last group is loaded, a word"),
     (r"^triton grouped_mm fp32 ", "banks", 7.5, "FP32 experts, tests' choice, read weights across their rows"),
