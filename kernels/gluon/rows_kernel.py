@@ -149,16 +149,16 @@ def consume(INDEX: gl.constexpr, c, c_buffers, a_ring, b_ring, sa_ring, sb_ring,
     DOWN: gl.constexpr = 64 if TALL else 0
     ACROSS: gl.constexpr = 128 * CTAS if TWO and not TALL else 0
     num_tiles = gl.cdiv(M, BM) * gl.cdiv(N, WIDTH)
-    none = gl.zeros((64, 128 * CTAS), gl.float32, layout)
-    dead = none
+    zeros = gl.zeros((64, 128 * CTAS), gl.float32, layout)
+    dead = zeros
     step = 0
     for tile in range(first_tile(INDEX, CONSUMERS), num_tiles, tile_stride(CONSUMERS)):
         row, col, group, steps = locate(tile, M, N, K, offsets, num_groups, BM, WIDTH, GROUP, GROUPED)
         row += FIRST
-        acc0, acc1 = none, none
+        acc0, acc1 = zeros, zeros
         last = gl.zeros((64,), gl.float32, down)  # what the product `dead` is still to be added with
         if TWO:
-            dead = none
+            dead = zeros
         at0, at1 = scale_at(col, group, 0, N, K, CTAS), scale_at(col, group, PIECES - 1, N, K, CTAS)
         for k in range(steps):
             slot, parity = ring_position(step, STAGES, INDEX, CONSUMERS)
