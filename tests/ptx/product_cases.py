@@ -29,6 +29,7 @@ from tests.ptx.launching import Machine, on_machine
 from tests.ptx.moving_cases import Case, ops
 
 SCHEDULES = 10
+NAN = 0x7F  # a code of E4M3
 BOUNDS = {torch.bfloat16: 5e-6, torch.float32: 1e-12}  # of `calc_diff`
 MODULES = {"gemm_columns": "gemm", "grouped_wgrad": "grouped_gemm"}
 # Rows, columns and contraction by the name of a size; the tokens of its groups; rows and columns of their sums, where
@@ -48,6 +49,14 @@ def rows(m: int, k: int) -> Fp8Tensor:
     return ops("reference", "quantize").quantize_rows(torch.randn(m, k).to(torch.bfloat16))
 
 
+def spoilt_rows(m: int, k: int) -> Fp8Tensor:
+    """Rows of which the first ends in NaN, as the casts write it: in the code and in the scale."""
+    found = rows(m, k)
+    found.data.view(torch.uint8)[0, -1] = NAN
+    found.scale[0, -1] = float("nan")
+    return found
+
+
 def columns(t: int, k: int) -> Fp8Tensor:
     """Columns of a [t, k] tensor, K-major."""
     found = ops("reference", "quantize").quantize_columns(torch.randn(t, k).to(torch.bfloat16))
@@ -62,19 +71,20 @@ def offsets(*sizes: int) -> Tensor:
     return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
 
 
-def problem(op: str, kind: str, size: str) -> Callable[[Callable[..., Any]], Tensor]:
+def problem(op: str, kind: str, size: str, *, spoilt: bool = False) -> Callable[[Callable[..., Any]], Tensor]:
     """A function that calls an op of any back end on operands drawn here, of a size of SIZES, and gives its output."""
+    rows_of = spoilt_rows if spoilt else rows
     out_dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     m, n, k = SIZES[size]
     if op == "gemm":
-        a, b = rows(m, k), blocks(n, k)
+        a, b = rows_of(m, k), blocks(n, k)
     elif op == "gemm_columns":
         a, b = columns(k, m), columns(k, n)
     else:
         groups = (GROUPS_OF_ROWS if op == "grouped_gemm" else GROUPS)[size]
         at, experts, tokens = offsets(*groups), len(groups), sum(groups)
         if op == "grouped_gemm":
-            a, b = rows(tokens + (size == "ragged") * 66, k), blocks(experts, n, k)
+            a, b = rows_of(tokens + (size == "ragged") * 66, k), blocks(experts, n, k)
             return lambda call: call(a, b, at, out_dtype=out_dtype)
         m, n = (SUMS if kind == "add" else SUMS_BY_TMA)[size]
         a, b = columns(tokens, m), columns(tokens, n)
@@ -115,6 +125,15 @@ def compare(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
             check_turns(counts.started)
             under_way = re.findall(r"wgmma\.commit_group(.*?)wgmma\.wait_group", kernel.text, re.DOTALL)
             assert all(part.count("mbarrier.arrive.shared") == 1 for part in under_way), "a turn is passed too late"
+
+
+def spoil(machine: Machine, op: str, tile: tiles.Tile) -> None:
+    """NaN in a row stays there: nothing of a tile's products is left for the tile behind it."""
+    run = problem(op, "fp32", "small", spoilt=True)
+    expected, machine.seed = run(getattr(ops("reference", op), op)), None
+    got = _run(machine, partial(run, getattr(ops("gluon", op), op)), "fp32", tile, 1)
+    assert expected[0].isnan().all() and not expected[1:].isnan().any()
+    assert torch.equal(got.isnan(), expected.isnan()), "NaN of a row is in another one's sums"
 
 
 def check_turns(started: list[tuple[Any, np.ndarray]]) -> None:
@@ -172,6 +191,8 @@ def product(machine: Machine, backend: str, op: str, kind: str, tile: tiles.Tile
     compare(machine, backend, op, kind, tile, "pair" if tile.multicast else "small", seeds)
     if order != "turns":
         compare(machine, backend, op, kind, tile, "tiny", (None,))
+    if backend == "gluon" and kind == "fp32" and op in ("gemm", "grouped_gemm") and not tile.multicast:
+        spoil(machine, op, tile)
 
 
 WGRAD_SIZES = ((200, 144, 272, None), (72, 16, 48, 1))
