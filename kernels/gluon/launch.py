@@ -164,16 +164,22 @@ def launch_columns(
 def _sum_epilogue(out: Tensor, tokens: int, tile: Tile, ctas: int) -> int:
     """How tiles are added into out [N, K] or [E, N, K] of `tokens` tokens a group: by TMA, fetched, or by registers.
 
-    TMA needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's; fetching needs
-    shared memory for four pieces of each consumer.
+    Fetching needs shared memory for four pieces of each consumer.
     """
-    whole = out.dim() == 2 or out.shape[1] % WAVE_ROWS == 0
-    aligned = out.is_contiguous() and out.shape[-1] % 4 == 0 and out.data_ptr() % TMA_ALIGNMENT == 0
-    if not whole or not aligned or ctas > 1:
+    if ctas > 1 or not takes_waves(out):
         return ADD.value
     if tokens >= ADDED_BY_TMA:
         return ADD_TMA.value
     return ADD_FETCHED.value if can_fetch(tile) else ADD.value
+
+
+def takes_waves(out: Tensor) -> bool:
+    """Whether TMA may read and write waves of sums, out [N, K] or [E, N, K].
+
+    It needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's.
+    """
+    whole = out.dim() == 2 or out.shape[1] % WAVE_ROWS == 0
+    return whole and out.is_contiguous() and out.shape[-1] % TMA_FLOATS == 0 and out.data_ptr() % TMA_ALIGNMENT == 0
 
 
 def can_fetch(tile: Tile) -> bool:

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED
-from fp8moe.kernels.gluon.launch import PIECE_COLUMNS, TMA_ALIGNMENT, WAVE_ROWS, Descriptor, has_room
+from fp8moe.kernels.gluon.launch import PIECE_COLUMNS, WAVE_ROWS, Descriptor, has_room, takes_waves
 from fp8moe.kernels.gluon.tokens_kernel import BM, LINE, TOKENS, tokens_kernel
 from fp8moe.kernels.tiles import Tile
 from fp8moe.kernels.triton.launch import Block, launch
@@ -50,15 +50,9 @@ def launch_tokens(
 
 
 def _epilogue(main_grad: Tensor, tile: Tile) -> int:
-    """How tiles are added into main_grad [E, N, K]: to what TMA has fetched, or by registers.
-
-    TMA needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's; fetching needs
-    shared memory for four pieces of each consumer.
-    """
-    num_groups, n, k = main_grad.shape
-    whole = num_groups == 1 or n % WAVE_ROWS == 0
-    aligned_rows = main_grad.is_contiguous() and k % 4 == 0 and main_grad.data_ptr() % TMA_ALIGNMENT == 0
-    return ADD_FETCHED.value if whole and aligned_rows and can_fetch_tokens(tile) else ADD.value
+    """How tiles are added into main_grad [E, N, K]: to what TMA has fetched, or by registers."""
+    total = main_grad[0] if len(main_grad) == 1 else main_grad
+    return ADD_FETCHED.value if takes_waves(total) and can_fetch_tokens(tile) else ADD.value
 
 
 def can_fetch_tokens(tile: Tile) -> bool:
