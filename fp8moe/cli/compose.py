@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from hydra.core.override_parser.types import Override
 
-from fp8moe.cli.hydra_tree import CONFIGS, config_groups, is_file, parse, tree_by_hydra
+from fp8moe.cli.hydra_tree import CONFIGS, config_groups, is_file, kept_tree, parse, tree_by_hydra
 from fp8moe.cli.key_names import unknown_key
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
@@ -79,8 +79,8 @@ def tree_of(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         check(parse(setting), known)
     if any(is_file(parse(setting).value()) for setting in settings):
-        return tree_by_hydra.__wrapped__(tuple(settings))
-    return copy.deepcopy(tree_by_hydra(tuple(settings)))
+        return tree_by_hydra(tuple(settings))
+    return copy.deepcopy(kept_tree(tuple(settings)))
 
 
 def as_yaml(config: TrainConfig) -> str:

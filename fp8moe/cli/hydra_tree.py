@@ -45,13 +45,17 @@ def config_groups() -> set[str]:
     return {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"cluster"}
 
 
-# A command composes its settings twice and the defaults for its report, and hydra takes a tenth of a second each time.
 @functools.lru_cache(maxsize=256)
-def tree_by_hydra(settings: tuple[str, ...]) -> dict[str, Any]:
-    """The defaults changed by checked settings, as a plain dict with its values resolved, not to be changed.
+def kept_tree(settings: tuple[str, ...]) -> dict[str, Any]:
+    """`tree_by_hydra` of settings that name no file, so that it depends on them alone; not to be changed.
 
-    It depends on the settings alone, which may call no resolver, unless one of them names a file.
+    A command composes its settings twice and the defaults for its report, and hydra takes a tenth of a second a time.
     """
+    return tree_by_hydra(settings)
+
+
+def tree_by_hydra(settings: tuple[str, ...]) -> dict[str, Any]:
+    """The defaults changed by checked settings, as a plain dict with its values resolved."""
     try:
         with (
             tempfile.TemporaryDirectory() as folder,

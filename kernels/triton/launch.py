@@ -73,10 +73,9 @@ _thread = threading.local()
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`: parameters by position, constants and options by name."""
-    if not hasattr(_thread, "entered"):
+    if not hasattr(_thread, "entered") and torch.cuda.is_initialized():
         _thread.entered = True
-        if torch.cuda.is_initialized():
-            enter_context(torch.cuda.current_device())
+        enter_context(torch.cuda.current_device())
     kinds = kinds_of(args) if _direct() and isinstance(kernel, JITFunction) else None
     if kinds is None:
         kernel[grid](*args, **constants)
