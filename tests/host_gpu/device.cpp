@@ -6,6 +6,7 @@
 // It must be loaded before `import torch`, which asks for the hooks once.
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -18,6 +19,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -64,18 +66,22 @@ std::vector<Copy> copies;
 std::atomic<int64_t> next_event{1};
 
 void start_copy(const at::Tensor& to, const at::Tensor& from) {
-  std::lock_guard<std::mutex> lock(copies_mutex);
-  copies.push_back({to, from.clone(), next_event.load()});
+  Copy copy{to, from.clone(), next_event.load()};
   std::memset(to.mutable_data_ptr(), 0xFF, to.nbytes());
+  std::lock_guard<std::mutex> lock(copies_mutex);
+  copies.push_back(std::move(copy));
 }
 
 void end_copies(int64_t event) {  // that were started before `event`
-  std::lock_guard<std::mutex> lock(copies_mutex);
-  std::erase_if(copies, [&](const Copy& copy) {
-    if (copy.before > event) return false;
-    copy.to.copy_(copy.from);
-    return true;
-  });
+  std::vector<Copy> due;
+  {
+    std::lock_guard<std::mutex> lock(copies_mutex);
+    const auto later = std::stable_partition(
+        copies.begin(), copies.end(), [&](const Copy& copy) { return copy.before <= event; });
+    due.assign(std::make_move_iterator(copies.begin()), std::make_move_iterator(later));
+    copies.erase(copies.begin(), later);
+  }
+  for (const auto& copy : due) copy.to.copy_(copy.from);
 }
 
 // ---- memory
@@ -303,7 +309,8 @@ void on_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
     auto& value = (*stack)[begin + i];
     const auto* alias = arguments[i].alias_info();
     if (value.isTensor() && value.toTensor().defined() && !value.toTensor().is_cuda()) device_only = false;
-    value = call.converted(value, alias != nullptr && alias->isWrite());
+    const bool collective = i == 0 && call.name.starts_with("c10d::") && call.name != "c10d::send";  // undeclared
+    value = call.converted(value, collective || (alias != nullptr && alias->isWrite()));
   }
   const bool blocks = call.name == "aten::_local_scalar_dense" || call.name == "aten::nonzero" ||
       (call.name == "aten::copy_" && !device_only && !(*stack)[begin + 2].toBool());
@@ -437,6 +444,8 @@ struct Hooks : CUDAHooksInterface {
   DeviceIndex getCurrentDevice() const override { return LOCAL_RANK; }
   DeviceIndex current_device() const override { return LOCAL_RANK; }
   Device getDeviceFromPtr(void*) const override { return DEVICE; }
+  const Generator& getDefaultGenerator(DeviceIndex) const override { return getDefaultCPUGenerator(); }
+  Generator getNewGenerator(DeviceIndex) const override { return createCPUGenerator(); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetDefaultCPUAllocator(); }
 };
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import torch.distributed as dist
-
 from fp8moe.kernels import backend
 from tests.fake_cuda.launching import mutated
+from tests.host_gpu import nccl
 
 HOPPER = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0, total_memory=80 * 1024**3
@@ -114,16 +113,7 @@ def install() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    start, group = dist.init_process_group, dist.new_group
-
-    def init_process_group(backend: str, **options: Any) -> None:
-        start(backend.replace("nccl", "gloo"), **options)
-
-    def new_group(*args: Any, pg_options: Any = None, **options: Any) -> Any:
-        return group(*args, **options)
-
-    dist.init_process_group, dist.new_group = init_process_group, new_group
-    dist.ProcessGroupNCCL = SimpleNamespace(Options=lambda **_: SimpleNamespace(config=SimpleNamespace()))
+    nccl.install()
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: 0
     backend._run = run_op
     backend.why_not = lambda name: None
