@@ -118,9 +118,9 @@ def _model(options: argparse.Namespace) -> tuple[ModelConfig, tuple[int, ...] | 
     if options.model is None:
         if given or options.settings:
             first = (given or options.settings)[0]
-            named = first.rpartition("=")[2]
-            advice = f"no setting: write --name {named}" if named in SCHEDULES else "needs a model: add --model NAME"
-            raise ConfigError(f"{first} {'is ' * (named in SCHEDULES)}{advice}")
+            if (name := first.rpartition("=")[2]) in SCHEDULES:
+                raise ConfigError(f"{first} is no setting: write --name {name}")
+            raise ConfigError(f"{first} needs a model: add --model NAME")
         return None
     from fp8moe.cli.compose import compose
 
