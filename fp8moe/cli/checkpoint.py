@@ -45,6 +45,8 @@ def found(path: str) -> list[Location]:
             return [given]
         if inside := below(given) or _elsewhere(given):
             return inside
+        if isinstance(given, Path) and (given / "config.json").is_file():
+            raise ConfigError(f"{path} is a Hugging Face directory, not a checkpoint: fp8moe import makes a run of it")
     raise ConfigError(f"{path} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
 
 
@@ -116,6 +118,8 @@ def described(checkpoint: Location) -> str:
 
 
 def _numbers(state: dict[str, Any]) -> list[str]:
+    from fp8moe.data.identity import short
+
     config, model = state.get("config", {}), state["model"]
     written = ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items())
     tokens = state["consumed"] * state["seq_len"]
@@ -125,7 +129,7 @@ def _numbers(state: dict[str, Any]) -> list[str]:
         "schedule": _schedule(state, config) if "optimizer" in config else "unknown",
         "samples": f"{state['consumed']}, {tokens:,} tokens of seq_len {state['seq_len']}, in the order of seed "
         f"{state['seed']}",
-        "data": ", ".join(f"{name} {_short(value)}" for name, value in (state.get("data") or {}).items()) or "unknown",
+        "data": ", ".join(f"{name} {short(value)}" for name, value in (state.get("data") or {}).items()) or "unknown",
         "model": f"dim {model['dim']}, {model['num_layers']} layers, {model['experts']['num_experts']} experts, "
         f"vocabulary {model['vocab_size']}",
         "precision": config.get("precision", {}).get("mode", "unknown"),
@@ -153,11 +157,6 @@ def _leaves(config: dict[str, Any]) -> Iterator[str]:
             yield from _leaves(value)
         else:
             yield key
-
-
-def _short(value: object) -> str:
-    """A hash by its beginning, another value whole."""
-    return value[:12] if isinstance(value, str) else str(value).lower()
 
 
 def _kinds(index: dict[str, dict[str, Any]]) -> list[str]:

@@ -93,9 +93,12 @@ def _check(arguments: argparse.Namespace, processes: int) -> None:
 def _evaluate(arguments: argparse.Namespace, processes: int) -> None:
     """One rank's part of the command."""
     from fp8moe.cli.trained import find_trained
+    from fp8moe.data.tokenizer import check_beside
 
     trained = find_trained(arguments, processes)
     vocabulary = trained.vocabulary() if trained.tokenizer.is_file() or not arguments.tokens else None
+    if vocabulary is not None:
+        check_beside(trained.tokenizer, arguments.tokens)
     scores: list[dict[str, Any]] = []
     with trained.loaded(averaged=arguments.ema) as (model, mesh, _):
         for stream in _streams(arguments, vocabulary):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from fp8moe.interop.hf_model import HfModel
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """The command `fp8moe import`."""
     arguments = parse(command_parser(), argv)
     from fp8moe.cli.released import configuration
+    from fp8moe.cli.resume import CONFIG_FILE
     from fp8moe.interop.hf_model import open_model
     from fp8moe.interop.import_run import write_run
     from fp8moe.interop.new_directory import check_empty
@@ -43,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
 
     folder, out = Path(arguments.directory), Path(arguments.out)
     check_empty(out)
+    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} is a run directory and needs no import: begin from it with init_from={folder}")
     model = open_model(folder, arguments.mtp)
     tokenizer, sentence = usable(folder, model.config.vocab_size)
     composed = configuration(model, None if tokenizer is None else out.absolute() / tokenizer.name)

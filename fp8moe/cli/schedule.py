@@ -55,7 +55,7 @@ def command_parser() -> Parser:
     """The parser of the command line."""
     parser = make_parser("schedule", DESCRIPTION, settings=True)
     add = parser.add_argument
-    add("--name", default="dualpipe", metavar="NAME", help=f"{', '.join(SCHEDULES)} (dualpipe)")
+    add("--name", "--schedule", default="dualpipe", metavar="NAME", help=f"{', '.join(SCHEDULES)} (dualpipe)")
     add("--pp", type=int, default=8, metavar="N", help="pipeline ranks (8)")
     add("--microbatches", type=int, metavar="N", help="micro-batches of a step (20, or 2 a rank if that is more)")
     add(
@@ -117,7 +117,10 @@ def _model(options: argparse.Namespace) -> tuple[ModelConfig, tuple[int, ...] | 
     given = [f"--{name}" for name in ("layout", "seq-len") if getattr(options, name.replace("-", "_")) is not None]
     if options.model is None:
         if given or options.settings:
-            raise ConfigError(f"{(given or options.settings)[0]} needs a model: add --model NAME")
+            first = (given or options.settings)[0]
+            if (name := first.rpartition("=")[2]) in SCHEDULES:
+                raise ConfigError(f"{first} is no setting: write --name {name}")
+            raise ConfigError(f"{first} needs a model: add --model NAME")
         return None
     from fp8moe.cli.compose import compose
 

@@ -14,13 +14,13 @@ from fp8moe.data.chat_tokens import rendered
 from fp8moe.data.fim import open_fim
 from fp8moe.data.indexed import IndexedDataset
 from fp8moe.data.sources import DataConfig
-from fp8moe.data.tokenizer import check_size, load_tokenizer, tokenizer_beside
+from fp8moe.data.tokenizer import check_beside, check_size, load_tokenizer, tokenizer_beside
 
 
 def check_files(config: DataConfig) -> None:
     """Raises DataError at a token file or tokenizer that is missing, unreadable or broken, or lacks a sentinel of FIM,
-    ConfigError at one that has more ids than `vocab_size`; of conversations each file's first row and the template are
-    looked at. Writes nothing."""
+    and at token files of another tokenizer than `tokenizer`; ConfigError at one that has more ids than `vocab_size`. Of
+    conversations each file's first row and the template are looked at. Writes nothing."""
     if config.source == "chat":
         _, tokenizer, template = open_chat_tools(config)
         check_size(tokenizer, config.vocab_size)
@@ -38,5 +38,7 @@ def check_files(config: DataConfig) -> None:
     path = given or tokenizer_beside(config.paths + config.validation_paths)
     if path is not None:
         check_size(load_tokenizer(path), config.vocab_size)
+    if given is not None:
+        check_beside(given, config.paths + config.validation_paths)
     if path is not None or config.source == "indexed":
         open_fim(config, path, 0)

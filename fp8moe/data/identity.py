@@ -7,6 +7,7 @@ move; of a large file, its size and blocks spread over it are hashed, not every 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ class DataIdentity:
     def as_stored(self) -> dict[str, Any]:
         """The fields, for JSON."""
         return asdict(self)
+
+
+def short(value: object) -> str:
+    """A stored field for a reader: a hash by its beginning, anything else whole."""
+    is_hash = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) is not None
+    return str(value)[:12] if is_hash else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_same_data(where: object, stored: dict[str, Any], here: DataIdentity, allowed: tuple[str, ...]) -> None:

@@ -121,6 +121,15 @@ def num_ids(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def ids_apart(one: Tokenizer, other: Tokenizer) -> tuple[int, int]:
+    """(ids that name other text in `other`, ids compared): those of both but special tokens, which may be renamed."""
+    ours, theirs = ({id: token for token, id in each.get_vocab().items()} for each in (one, other))
+    shared = (
+        (ours.keys() & theirs.keys()) - one.get_added_tokens_decoder().keys() - other.get_added_tokens_decoder().keys()
+    )
+    return sum(ours[id] != theirs[id] for id in shared), len(shared)
+
+
 def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     """The id that ends a document: of token `name`, or of the first of KNOWN_END_OF_TEXT. Raises DataError."""
     for candidate in (name,) if name is not None else KNOWN_END_OF_TEXT:
@@ -187,3 +196,17 @@ def tokenizer_beside(prefixes: Sequence[str]) -> Path | None:
                 "encode the text of both with one"
             )
     return present[0] if present else None
+
+
+def check_beside(given: Path, prefixes: Sequence[str]) -> None:
+    """Raise DataError where token files were encoded by a tokenizer whose ids name other text than those of `given`."""
+    for prefix in prefixes:
+        beside = Path(f"{prefix}.tokenizer.json")
+        if not is_file(beside) or file_hash(beside) == file_hash(given):
+            continue
+        apart, shared = ids_apart(load_tokenizer(given), load_tokenizer(beside))
+        if apart:
+            raise DataError(
+                f"{prefix}.bin was encoded with {beside}, of whose {shared:,} ids {apart:,} name other text in "
+                f"{given}: encode the text with the latter (fp8moe tokenize --tokenizer)"
+            )

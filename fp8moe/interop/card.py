@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fp8moe.data.identity import short
 from fp8moe.interop.export_hf import Export
 from fp8moe.model.flops import count_parameters
 
@@ -24,7 +25,7 @@ def model_card(export: Export, name: str, said: list[str]) -> str:
         "precision of the training": _of(config, "precision", "mode"),
         "optimizer": f"{state['optimizer']}, peak learning rate {_of(config, 'optimizer', 'schedule', 'peak')}",
         "batch": f"{_of(config, 'batch', 'sequences')} sequences",
-        "data": ", ".join(f"{key} {str(value)[:12]}" for key, value in (state.get("data") or {}).items()) or "unknown",
+        "data": ", ".join(f"{key} {short(value)}" for key, value in (state.get("data") or {}).items()) or "unknown",
         "written by": versions or "unknown",
         "commit": state.get("commit") or "unknown",
     }

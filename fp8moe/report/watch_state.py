@@ -30,8 +30,9 @@ class Watched:
 
     config: of the newest start; empty without one. last: the newest record of a step; None before the first. steps,
     losses and violations (MaxVio): of every step that has them. recent: the newest RECENT records. validations: of
-    each, its step, loss and bits a byte. skipped: steps that changed nothing. events: the newest. experts, ranks: the
-    newest record of expert loads and of figures of the ranks. checkpoint: step and Unix time of the newest.
+    each, its step, loss and bits a byte. rewards, held_out: of fp8moe grpo, each with its step. skipped: steps that
+    changed nothing. events: the newest. experts, ranks: the newest record of expert loads and of figures of the ranks.
+    checkpoint: step and Unix time of the newest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,6 +59,8 @@ class Watched:
         self.violations: deque[float] = deque(maxlen=512)
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.validations: list[tuple[int, float, float | None]] = []
+        self.rewards: list[tuple[int, float]] = []
+        self.held_out: list[tuple[int, float]] = []
         self.slowest: Record | None = None
         self.skipped = 0
 
@@ -95,6 +98,9 @@ class Watched:
             self.violations.append(record["max_violation"])
         if record.get("val_loss") is not None:
             self.validations.append((step, record["val_loss"], record.get("val_bits_per_byte")))
+        for kept, name in ((self.rewards, "reward"), (self.held_out, "held_out_accuracy")):
+            if record.get(name) is not None:
+                kept.append((step, record[name]))
         if record.get("slowest_rank") is not None:
             self.slowest = record
         self.skipped += bool(record.get("skipped"))

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8moe.report.watch_plot import bars, binned, curve
-from fp8moe.report.watch_state import Record, Watched
+from fp8moe.report.watch_state import RECENT, Record, Watched
 from fp8moe.train.durations import duration
 
 CURVE_LINES = 8  # at most, a fifth of the terminal
@@ -82,7 +82,8 @@ def _curve(run: Watched, width: int, height: int, draw: Callable[[str], str]) ->
     stretched = values if is_mean else [values[point * count // points] for point in range(points)]
     lines = [f"{label:>8} {draw(line)}" for label, line in zip(labels, curve(stretched, height), strict=True)]
     each = f"means of {count / points:.3g} steps" if is_mean else "of each step"
-    title = f"training loss, nats a token, steps {run.steps[0]} to {run.steps[-1]}; {each}"
+    what = "policy loss" if run.rewards else "training loss, nats a token"
+    title = f"{what}, steps {run.steps[0]} to {run.steps[-1]}; {each}"
     return Panel(Text("\n".join(lines), no_wrap=True), title=title, title_align="left")
 
 
@@ -91,6 +92,7 @@ def _figures(run: Watched, now: float, draw: Callable[[str], str]) -> Table:
     last, count = run.last, len(run.recent)
     recent = f"mean of the last {count} steps" if count > 1 else "of 1 step"
     rows: list[tuple[str, str]] = [
+        *_learned(run),
         ("loss", f"{_number('{:.4f}', last.get('loss'))} in step {last['step']}"),
         ("", f"{_number('{:.4f}', run.mean('loss'))} {recent}"),
         ("grad norm", f"{_number('{:.2f}', last.get('grad_norm'))} in step {last['step']}"),
@@ -110,6 +112,20 @@ def _figures(run: Watched, now: float, draw: Callable[[str], str]) -> Table:
     rows.append(("skipped", f"{run.skipped} of {len(run.steps):,} steps"))
     rows.append(("checkpoint", _checkpoint(run, now)))
     return _grid(rows)
+
+
+def _learned(run: Watched) -> list[tuple[str, str]]:
+    """What fp8moe grpo is to raise; nothing of other runs."""
+    if not run.rewards:
+        return []
+    (step, reward), last = run.rewards[-1], [value for _, value in run.rewards[-RECENT:]]
+    recent = f"mean of the last {len(last)} batches" if len(last) > 1 else "of 1 batch"
+    rows = [("reward", f"{reward:.4g} in step {step}"), ("", f"{sum(last) / len(last):.4g} {recent}")]
+    if run.held_out:
+        (step, accuracy), before = run.held_out[-1], run.held_out[-2:-1]
+        changed = "".join(f" (step {earlier}: {value:.1%})" for earlier, value in before)
+        rows.append(("held-out", f"{accuracy:.1%} right after step {step}{changed}"))
+    return rows
 
 
 def _checkpoint(run: Watched, now: float) -> str:

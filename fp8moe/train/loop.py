@@ -28,7 +28,7 @@ from fp8moe.train.optimizer import Optimizer
 from fp8moe.train.out_of_memory import out_of_memory_in_words
 from fp8moe.train.preempt import Preemption
 from fp8moe.train.processes import choose_device, claim_run_dir, end_startup, processes, release_run_dir
-from fp8moe.train.rollback import ADVICE, roll_back
+from fp8moe.train.rollback import last_step_skipped, roll_back
 from fp8moe.train.run import Run
 from fp8moe.train.run_dir import describe_start
 from fp8moe.train.run_lock import released
@@ -128,7 +128,7 @@ def run_to_end(
                 run.ema.wait()
             run_logger.note_saved(run.saver.finished(), run.saver.failures())
             if run.guard.in_a_row:
-                raise NonFiniteError(f"step {run.step}, the run's last, was skipped, so it is not saved: {ADVICE}")
+                raise last_step_skipped(run)
             preemption.finish()
             summary = run_logger.finish(trace.figures)
         if last_lines is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fp8moe.data.chat_tokens import described
 from fp8moe.data.mixture import table, uses
+from fp8moe.data.tokenizer import file_hash, ids_apart, load_tokenizer
+from fp8moe.errors import DataError
 from fp8moe.kernels import backend
 from fp8moe.model.flops import BF16_PEAK, count_parameters, flops_per_token
 from fp8moe.parallel.collectives import gather
@@ -49,6 +53,36 @@ def opening(run: Run) -> str:
     if run.step:
         lines.append(f"resumed after step {run.step}, {run.sampler.consumed} samples consumed")
     return "\n".join(lines)
+
+
+def other_tokenizer(run: Run) -> str | None:
+    """A warning where token ids name other tokens than those that the weights of `init_from` have learned; else None.
+
+    None as well where either has no tokenizer.json that can be read, as behind a URL. It is no error: a model may be
+    given another vocabulary on purpose.
+    """
+    config, mine = run.config, run.data.tokenizer
+    if config.init_from is None or run.step or mine is None:
+        return None
+    given = Path(config.init_from)  # a run, a Hugging Face directory, or RUN/checkpoints/step-N
+    theirs = next(
+        (file for folder in (given, *given.parents[:2]) if (file := folder / "tokenizer.json").is_file()), None
+    )
+    if theirs is None:
+        return None
+    try:
+        if file_hash(theirs) == file_hash(mine.path):
+            return None
+        apart, shared = ids_apart(load_tokenizer(mine.path), load_tokenizer(theirs))
+    except DataError:
+        return None
+    if not apart:
+        return None
+    return (
+        f"the weights of init_from={config.init_from} have learned other tokens: {apart:,} of {shared:,} ids differ "
+        f"between {mine.path} and {theirs}: encode the text with the latter (fp8moe tokenize --tokenizer), unless "
+        "this is meant"
+    )
 
 
 def _data(run: Run) -> list[str]:

@@ -18,6 +18,7 @@ from fp8moe.train.run import Run
 from fp8moe.train.run_state import restore
 
 ADVICE = "resume from the last checkpoint with a lower optimizer.schedule.peak, or try precision=bf16"
+ANEW = "start anew with a lower optimizer.schedule.peak, or try precision=bf16"
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +51,7 @@ def roll_back(run: Run) -> Rollback:
     end_startup(run.mesh, run.links, parallel.startup_timeout)  # reading a checkpoint takes as long as it did at start
     chosen = _last_checkpoint(run)
     if chosen is None:
-        raise NonFiniteError(f"{problem}, and there is no checkpoint to go back to: {ADVICE}")
+        raise NonFiniteError(f"{problem}, and there is no checkpoint to go back to: {ANEW}")
     path, state = chosen
     if not guard.may_return_to(state.step):
         raise NonFiniteError(
@@ -64,6 +65,14 @@ def roll_back(run: Run) -> Rollback:
     guard.returned_to(state.step)
     end_startup(run.mesh, run.links, parallel.timeout)
     return Rollback(problem, step, path, state.consumed, consumed)
+
+
+def last_step_skipped(run: Run) -> NonFiniteError:
+    """The error of a run whose last step was skipped. Collective over all ranks."""
+    said = f"step {run.step}, the run's last, was skipped, so it is not saved"
+    if _last_checkpoint(run) is None:
+        return NonFiniteError(f"{said}, and there is no checkpoint: {ANEW}")
+    return NonFiniteError(f"{said}: {ADVICE}")
 
 
 def _last_checkpoint(run: Run) -> tuple[checkpoint.Location, checkpoint.RunState] | None:

@@ -60,6 +60,9 @@ def check_run_dir(run_dir: str | None, resume: str) -> None:
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file and must be a directory: use another run_dir")
+    above = next((folder for folder in path.absolute().parents if folder.exists()), path)
+    if not above.is_dir():
+        raise ConfigError(f"run_dir={run_dir} lies below {above}, which is a file: use another run_dir")
     check_unlocked(path)
     if here or not path.is_dir():
         return

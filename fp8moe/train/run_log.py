@@ -27,7 +27,7 @@ from fp8moe.train.checkpoint.folder import step_of
 from fp8moe.train.events import EventLog, started_as
 from fp8moe.train.metric_names import flat
 from fp8moe.train.metrics import MetricsWriter, StepReport
-from fp8moe.train.opening import memory_of_largest_rank, opening
+from fp8moe.train.opening import memory_of_largest_rank, opening, other_tokenizer
 from fp8moe.train.progress import ProgressDisplay
 from fp8moe.train.rollback import Rollback
 from fp8moe.train.run import Run
@@ -91,11 +91,16 @@ class RunLogger:
         self._steps: list[tuple[int, float]] = []  # (tokens, seconds) of each
         self._fp8_shares: tuple[float | None, float | None] = (None, None)
         self._extra: dict[str, Any] = {}  # of the next record
+        self._rewards: deque[float] = deque(maxlen=LOSS_STEPS)  # mean of each batch of rollouts
+        self._held_out_accuracy: float | None = None
+        self._has_spread = True  # some group of the last batch of rollouts had completions that scored differently
         self._validation: ValidationReport | None = None
         self._averaged: ValidationReport | None = None
         self.note_event("start", *started_as(run))
         self.print(opening(run))
         self.print(memory_of_largest_rank(run))
+        if run.is_first and (sentence := other_tokenizer(run)) is not None:
+            self.warn(sentence)
 
     @property
     def num_steps(self) -> int:
@@ -132,16 +137,32 @@ class RunLogger:
     def add_figures(self, figures: Mapping[str, Any]) -> None:
         """Add figures to the record of the step that is noted next, and show them as often as the step."""
         self._extra |= figures
+        if "reward" in figures:
+            self._note_rewards(figures)
+        self._held_out_accuracy = figures.get("held_out_accuracy", self._held_out_accuracy)
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in flat(figures).items())
         if self._run.step % self._run.config.logging.every == 0 or "held_out_accuracy" in figures:
             self.print(f"  {numbers}")
         else:
             self._log.info("%s", numbers)
 
+    def _note_rewards(self, figures: Mapping[str, Any]) -> None:
+        """Keep a batch's mean reward; warn at the first of batches in a row that give no gradient."""
+        self._rewards.append(figures["reward"])
+        drawn, had_spread = figures["groups_drawn"], self._has_spread
+        self._has_spread = figures["groups_alike"] < drawn
+        if had_spread and not self._has_spread:
+            self.warn(
+                f"batch {figures['rollouts']} of rollouts gives no gradient: within each of its {drawn} groups all "
+                f"completions scored alike (mean reward {figures['reward']:.4g}): use easier or harder problems, more "
+                "grpo.samples, a higher grpo.temperature, or a model that is sometimes right"
+            )
+
     def note_rollback(self, rollback: Rollback) -> None:
         """Report a rollback; records of the steps that it undoes go, and the next one says what they were."""
         self.print(str(rollback))
         self._losses.clear()
+        self._rewards.clear()
         self._extra |= {"rolled_back_from": rollback.step, "passed_over": [rollback.first, rollback.stop - 1]}
         if self._writer is not None and self._events is not None:
             self._writer.forget_after(self._run.step)
@@ -232,6 +253,9 @@ class RunLogger:
             precision=run.config.precision.mode.value,
             run_dir=str(run.run_dir),
             trace=trace,
+            reward=sum(self._rewards) / len(self._rewards) if self._rewards else None,
+            reward_batches=len(self._rewards),
+            held_out_accuracy=self._held_out_accuracy,
         )
         if self._writer is not None:
             write_summary(summary, run.run_dir / "summary.json")

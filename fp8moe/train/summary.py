@@ -32,7 +32,8 @@ class Summary:
     max_violation, and expert_token_shares, by layer each expert's share of its tokens. Of this start alone, whose first
     step is first_step: rollbacks, tokens (predicted), tokens_per_second, over its steps but the first and without
     validation and checkpoints, and wall_seconds, start-up included. loss: training loss, mean of the last loss_steps
-    steps. trace: figures of the step that profile=true recorded.
+    steps. trace: figures of the step that profile=true recorded. Of `fp8moe grpo` alone: reward, mean of the last
+    reward_batches batches of rollouts of this start, and held_out_accuracy, the last measured; loss is the policy's.
     """
 
     loss: float
@@ -59,6 +60,9 @@ class Summary:
     first_step: int = 1
     consumed_samples: int = 0
     seq_len: int = 0
+    reward: float | None = None
+    reward_batches: int = 0
+    held_out_accuracy: float | None = None
 
 
 def balance(loads: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -79,7 +83,10 @@ def table(summary: Summary) -> str:
     averaged = [] if s.val_loss_ema is None else [("  averaged weights", f"{s.val_loss_ema:.4f} nats a token")]
     mean = f"mean of the last {s.loss_steps} steps" if s.loss_steps > 1 else "of the last step"
     rows = [
-        ("training loss", f"{s.loss:.4f} nats a token, {mean}"),
+        *_learned(s),
+        ("training loss", f"{s.loss:.4f} nats a token, {mean}")
+        if s.reward is None
+        else ("policy loss", f"{s.loss:.4f}, {mean}"),
         ("validation loss", f"{s.val_loss:.4f} nats a token, after step {s.steps}"),
         *averaged,
     ]
@@ -109,6 +116,17 @@ def table(summary: Summary) -> str:
     rows.append(("run directory", s.run_dir))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def _learned(s: Summary) -> list[tuple[str, str]]:
+    """What `fp8moe grpo` is to raise; nothing of other runs."""
+    if s.reward is None:
+        return []
+    over = f"mean of the last {s.reward_batches} batches" if s.reward_batches > 1 else "of the last batch"
+    rows = [("reward", f"{s.reward:.4g}, {over} of rollouts")]
+    if s.held_out_accuracy is not None:
+        rows.append(("held-out accuracy", f"{s.held_out_accuracy:.1%}, when last measured"))
+    return rows
 
 
 def _speed(s: Summary) -> str:

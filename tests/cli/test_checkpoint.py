@@ -46,6 +46,17 @@ def test_whole_ones_are_ok_and_a_damaged_one_is_named(run: Path, capsys: pytest.
     assert "holds no complete checkpoint: name a run directory" in capsys.readouterr().err
 
 
+def test_a_released_model_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for words in (
+        ["verify", str(tmp_path)],
+        ["inspect", str(tmp_path)],
+        ["export", str(tmp_path), str(tmp_path / "x")],
+    ):
+        assert main(words) == 2
+        assert "is a Hugging Face directory, not a checkpoint: fp8moe import makes a run" in capsys.readouterr().err
+
+
 def test_what_is_inside(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run)]) == 0
     shown = capsys.readouterr().out

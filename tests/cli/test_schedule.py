@@ -39,6 +39,11 @@ def test_the_cost_option_sets_the_costs(tmp_path: Path, name: str, pp: int, bubb
     assert max(json.loads(file.read_text())["bubble"]) == bubble
 
 
+def test_the_schedule_by_the_name_of_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["schedule", "--schedule", "zb1p", "--pp", "2"]) == 0
+    assert "zb1p" in capsys.readouterr().out
+
+
 def test_compare_and_the_published_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--pp", "16", "--microbatches", "120", "--cost", "deepseek-v3", "--compare", "--width", "80"]) == 0
     out = capsys.readouterr().out
@@ -94,6 +99,8 @@ def _activations(text: str) -> float:
         ("--layout 2,2", "--layout needs a model: add --model NAME"),
         ("--seq-len 2", "--seq-len needs a model: add --model NAME"),
         ("model.dim=64", "model.dim=64 needs a model: add --model NAME"),
+        ("zb1p", "zb1p is no setting: write --name zb1p"),
+        ("parallel.schedule=zb1p", "parallel.schedule=zb1p is no setting: write --name zb1p"),
         ("--pp 2 --model tiny --layout 2,1", "layout 2,1 places 3 blocks, but the model has 4: add 1 more"),
         ("--pp 2 --model tiny parallel.layout=[1,4]", "layout 1,4 places 5 blocks, but the model has 4: take 1 away"),
         ("--pp 2 --model tiny --layout two", "--layout 'two' is not a list of block counts: write for example 4,4,3"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fp8moe.data.fim import fim_in_words
-from fp8moe.data.identity import BLOCK_BYTES, CHANGES, DataIdentity, check_same_data, content_hash
+from fp8moe.data.identity import BLOCK_BYTES, CHANGES, DataIdentity, check_same_data, content_hash, short
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.packing import PackedDataset, every_document
 from fp8moe.data.sampler import BlendedDataset
@@ -19,6 +19,14 @@ from fp8moe.data.sources import DataConfig
 from fp8moe.errors import ConfigError
 
 HERE = DataIdentity("train", "validation", "tokenizer", document_mask=False, validation_share=0.2)
+
+
+def test_a_hash_is_shown_by_its_beginning_and_words_whole() -> None:
+    shown = dataclasses.replace(HERE, tokenizer="0123456789abcdef" * 4, fim="data.fim_rate=0.1 data.fim_tokens=a,b,c")
+    assert {name: short(value) for name, value in shown.as_stored().items()} == {
+        **{"train": "train", "validation": "validation", "tokenizer": "0123456789ab", "document_mask": "false"},
+        **{"validation_share": "0.2", "packing": "stream", "fim": "data.fim_rate=0.1 data.fim_tokens=a,b,c"},
+    }
 
 
 def write(prefix: Path, seed: int) -> PackedDataset:

@@ -17,6 +17,7 @@ from fp8moe.data import tokenizer as module
 from fp8moe.data.token_bytes import byte_of_character, token_byte_strings
 from fp8moe.data.tokenizer import (
     SPECIAL_TOKENS,
+    check_beside,
     check_size,
     encode_pieces,
     end_of_text_id,
@@ -131,6 +132,23 @@ def test_the_tokenizer_beside_token_files(trained: Tokenizer, tmp_path: Path) ->
         tokenizer_beside(prefixes)
     with pytest.raises(DataError, match=r"a.tokenizer.json does not exist"):
         file_hash(tmp_path / "a.tokenizer.json")
+
+
+def test_token_files_of_another_tokenizer_are_refused_and_renamed_special_tokens_are_not(tmp_path: Path) -> None:
+    ours, theirs = train_tokenizer(["aaab bbba " * 9], 270), train_tokenizer(["xyxy yyxx " * 9], 266)
+    given, prefix = tmp_path / "given.json", str(tmp_path / "a")
+    save_tokenizer(ours, given)
+    check_beside(given, [prefix])  # nothing lies beside it
+    given_text = given.read_text()
+    Path(f"{prefix}.tokenizer.json").write_text(given_text.replace("<|endoftext|>", "<|stop|>"))
+    check_beside(given, [prefix])
+    save_tokenizer(theirs, f"{prefix}.tokenizer.json")
+    apart = sum(ours.id_to_token(id) != theirs.id_to_token(id) for id in range(260, theirs.get_vocab_size()))
+    shared = theirs.get_vocab_size() - 4  # without the special tokens
+    with pytest.raises(
+        DataError, match=rf"a.bin was encoded with .*, of whose {shared} ids {apart} name other text in"
+    ):
+        check_beside(given, [prefix])
 
 
 def test_a_saved_tokenizer_is_the_same(trained: Tokenizer, tmp_path: Path) -> None:

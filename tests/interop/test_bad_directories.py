@@ -48,6 +48,11 @@ def byte_level(size: int) -> str:
     return tokenizer.to_str()
 
 
+def test_a_run_directory(hf):
+    (hf / "config.json").rename(hf / "config.yaml")
+    refused(hf, f"{hf} is a run directory and needs no import: begin from it with init_from={hf}", ConfigError)
+
+
 def test_a_missing_shard(hf):
     shard = sorted(hf.glob("*.safetensors"))[1]
     shard.unlink()

@@ -271,6 +271,6 @@ def test_what_can_not_be_written(tmp_path):
         ConfigError, match=r"no weight of this model can be FP8 \(its 64 inputs are no multiple of 128\)"
     ):
         export([str(tmp_path / "run"), str(tmp_path / "other"), "--precision", "fp8"])
-    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
+    with pytest.raises(ConfigError, match="is a Hugging Face directory, not a checkpoint"):
         export([str(tmp_path / "hf"), str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()

@@ -162,6 +162,20 @@ def test_a_run_that_trains(tmp_path: Path) -> None:
     assert all(len(line) <= PLAIN_WIDTH for line in text.splitlines())
 
 
+def test_a_policy_shows_what_it_learns_by(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run", steps=1)
+    append(folder / "metrics.jsonl", step(2, reward=0.25, held_out_accuracy=0.1), step(3), step(4, reward=0.75),
+           step(5, held_out_accuracy=0.5))  # fmt: skip
+    text = shown(folder, once=True)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "policy loss, steps 1 to 5" in text and "training loss" not in text
+    place = lines.index("reward 0.75 in step 4")
+    assert lines[place + 1 : place + 3] == [
+        "0.5 mean of the last 2 batches",
+        "held-out 50.0% right after step 5 (step 2: 10.0%)",
+    ]
+
+
 def test_what_a_run_does_not_have_is_left_out(tmp_path: Path) -> None:
     """Metrics alone, as a run of an older version has them; and a configuration alone, before the first step."""
     append(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0}, {"step": 2, "loss": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from fp8moe.cli.compose import as_yaml
 from fp8moe.cli.resume import compose_run
+from fp8moe.data.tokenizer import save_tokenizer, train_tokenizer
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.train.loop import run_to_end
-from fp8moe.train.opening import opening
+from fp8moe.train.opening import opening, other_tokenizer
 from fp8moe.train.run_dir import describe_start
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import built, configured, differing, joined, masters, stored
@@ -87,6 +89,19 @@ def test_a_run_that_has_a_checkpoint_goes_on_from_it(corpus: list[str], origin: 
         assert torch.equal(master, masters(first.optimizer)[name]), name
     gone = [*again[:2], f"init_from={tmp_path / 'gone'}", *again[3:], "steps=3"]
     assert built(configured(corpus, *gone)).step == 2, "what it began from may be deleted"
+
+
+def test_weights_that_have_learned_another_tokenizer_are_named(corpus: list[str], origin: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(origin, tmp_path / "copy")
+    assert other_tokenizer(built(configured(corpus, f"init_from={copy}", "precision=bf16"))) is None, "none is there"
+    save_tokenizer(train_tokenizer(["xyxy yyxx " * 9], 270), copy / "tokenizer.json")
+    run = built(configured(corpus, f"init_from={copy / 'checkpoints' / 'step-2'}", "precision=bf16"))
+    assert run.data.tokenizer is not None and re.search(
+        rf"have learned other tokens: \d of \d+ ids differ between {run.data.tokenizer.path} and {copy}/tokenizer.json",
+        str(other_tokenizer(run)),
+    )
+    shutil.copyfile(run.data.tokenizer.path, copy / "tokenizer.json")
+    assert other_tokenizer(run) is None
 
 
 def _head(origin: Path, corpus: list[str]) -> Tensor:

@@ -235,7 +235,9 @@ def test_a_spike_goes_back_and_passes_over_its_data(
 def test_without_a_checkpoint_the_run_ends(corpus: list[str], tmp_path: Path) -> None:
     run = built(configured([*corpus, "precision=bf16", f"run_dir={tmp_path}"]))
     before_step(2, 0, poison_bias)
-    with pytest.raises(NonFiniteError, match="in step 2, and there is no checkpoint to go back to: resume") as caught:
+    with pytest.raises(
+        NonFiniteError, match="in step 2, and there is no checkpoint to go back to: start anew"
+    ) as caught:
         run_to_end(run, time.perf_counter())
     assert caught.value.exit_code == 5 and good_steps(tmp_path) == []
 
@@ -278,6 +280,21 @@ def test_a_run_whose_end_is_not_finite_does_not_succeed(
         run_to_end(run, time.perf_counter())
     assert caught.value.exit_code == 5 and good_steps(tmp_path) == [1, 2]
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_last_step_that_is_skipped_where_nothing_was_saved_is_no_reason_to_resume(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(configured([*corpus, "steps=1", f"run_dir={tmp_path}"]))
+    passes = step_module.train_passes
+
+    def poisoned(run: Run, *rest: Any) -> Any:
+        poison_gradient(run)
+        return passes(run, *rest)
+
+    monkeypatch.setattr(step_module, "train_passes", poisoned)
+    with pytest.raises(NonFiniteError, match=r"^step 1, the run's last, .*, and there is no checkpoint: start anew"):
+        run_to_end(run, time.perf_counter())
 
 
 def test_the_count_in_a_row_survives_a_resume(corpus: list[str], tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def test_what_can_be_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file and must be a directory"):
         check_run_dir(str(tmp_path / "file"), "auto")
+    with pytest.raises(ConfigError, match=rf"run_dir=.*/x/y lies below {tmp_path}/file, which is a file: use another"):
+        check_run_dir(str(tmp_path / "file" / "x" / "y"), "none")
     with pytest.raises(ConfigError, match="run_dir is not set: add run_dir=PATH"):
         check_run_dir(None, "auto")
 

@@ -100,6 +100,26 @@ def test_the_summary_is_made_of_the_steps(corpus: list[str], tmp_path: Path) -> 
     ]
 
 
+def test_rewards_are_summed_up_and_batches_without_a_gradient_are_named_once_in_a_row(
+    corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = built(configured(corpus, f"run_dir={tmp_path}"))
+    run_logger = RunLogger(run, time.perf_counter())
+    for number, (alike, reward) in enumerate([(4, 0.0), (4, 0.0), (3, 0.5), (4, 1.0)], 1):
+        run_logger.add_figures({"rollouts": number, "groups_drawn": 4, "groups_alike": alike, "reward": reward})
+        run_logger.note(replace(REPORT, step=number), ValidationReport(9.0, 8.0, 1))
+    run_logger.add_figures({"rollouts": 4, "clip_share": 0.0})  # a second update of the last batch
+    run_logger.add_figures({"held_out_accuracy": 0.25, "held_out_length": 8.0})
+    summary = run_logger.finish(None)
+    run_logger.close()
+    assert (summary.reward, summary.reward_batches, summary.held_out_accuracy) == (0.375, 4, 0.25)
+    warned = [line for line in capsys.readouterr().out.splitlines() if "gives no gradient" in line]
+    assert [line.split(": ")[0] for line in warned] == [
+        f"batch {number} of rollouts gives no gradient" for number in (1, 4)
+    ]
+    assert "its 4 groups all completions scored alike (mean reward 1)" in warned[1]
+
+
 def test_layers_are_in_the_order_of_the_model() -> None:
     names = ["mtp.block.moe.router", "blocks.10.moe.router", "blocks.9.moe.router", "blocks.1.moe.router"]
     run = SimpleNamespace(loads={name: torch.ones(2) for name in names}, mesh=SimpleNamespace(pp_group=None))

@@ -67,6 +67,16 @@ def test_what_is_missing_has_no_line_and_what_is_wrong_stands_out() -> None:
     assert worse["skipped steps"].startswith("2 of the whole run: ")
 
 
+def test_a_policy_says_what_it_has_learned() -> None:
+    of_policy = replace(SUMMARY, reward=0.1875, reward_batches=4, held_out_accuracy=0.25, loss=-0.0027)
+    assert list(lines(of_policy))[:3] == ["reward", "held-out accuracy", "policy loss"]
+    assert lines(of_policy)["reward"] == "0.1875, mean of the last 4 batches of rollouts"
+    assert lines(of_policy)["held-out accuracy"] == "25.0%, when last measured"
+    assert lines(of_policy)["policy loss"] == "-0.0027, mean of the last 10 steps"
+    one = lines(replace(of_policy, reward_batches=1, held_out_accuracy=None))
+    assert one["reward"] == "0.1875, of the last batch of rollouts" and "held-out accuracy" not in one
+
+
 def test_a_resumed_run_tells_its_own_start_from_the_whole() -> None:
     resumed = lines(replace(SUMMARY, first_step=61, tokens=80000, consumed_samples=5120, seq_len=64, rollbacks=1))
     assert resumed["steps, whole run"] == "80, 5,120 sequences of 64 tokens"
