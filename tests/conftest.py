@@ -26,6 +26,7 @@ LONGEST = (
     "ptx/test_ptx.py",
     "kernels/test_sm90.py",
     "train/test_pipeline.py",
+    "host_gpu/test_commands.py",
     "train/test_resume.py",
     "faults/test_faults.py",
     "cli/test_launch.py",

@@ -191,7 +191,7 @@ def forward_passes(run: Run, batches: Sequence[Batch], token_loss: ChunkLoss | N
     """Forwards alone, for validation: the model in evaluation mode -> FP64 [3] as above. Collective likewise."""
     schedule = forwards(training_schedule(run, run.config.num_microbatches), len(batches))
     if run.zero is not None:
-        run.zero.wait_weights()  # without the MTP module the loss has another place than the one that waits for the head
+        run.zero.wait_weights()  # a pass waits by its place, and without the MTP module the loss has another
     run.model.eval()
     try:
         with torch.no_grad():

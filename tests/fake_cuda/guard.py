@@ -1,4 +1,6 @@
-"""Builds and loads `guard.cpp`, without which autograd refuses tensors on `cuda` where PyTorch was built without CUDA.
+"""Builds and loads libraries that must come before PyTorch.
+
+Without `guard.cpp` autograd refuses tensors on `cuda` where PyTorch was built without CUDA.
 
 Nothing here imports torch: the library must be loaded before it.
 """
@@ -42,19 +44,20 @@ def _torch() -> Path:
     return Path(found.origin).parent
 
 
-def build(folder: Path) -> Path:
-    """The compiled guard in `folder`, built once for this source and this PyTorch."""
+def build(folder: Path, source: Path = SOURCE, *included: Path) -> Path:
+    """The library of `source` in `folder`, built once for it, the files that it includes and this PyTorch."""
     torch, cxx = _torch(), compiler()
     assert cxx is not None
     version = importlib.metadata.version("torch")
-    key = hashlib.sha256(f"{SOURCE.read_text()} {version} {torch} {cxx}".encode()).hexdigest()[:16]
-    library = folder / f"fake_cuda_guard_{key}.so"
+    texts = "".join(one.read_text() for one in (source, *included))
+    key = hashlib.sha256(f"{texts} {version} {torch} {cxx}".encode()).hexdigest()[:16]
+    library = folder / f"{source.stem}_{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
         include, lib = torch / "include", torch / "lib"
         command = [
-            *(cxx, "-O1", "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", str(partial)),
+            *(cxx, "-O1", "-shared", "-fPIC", "-std=c++20", str(source), "-o", str(partial)),
             *(f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"),
             *(f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10", "-ltorch_cpu"),
         ]

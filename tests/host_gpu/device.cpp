@@ -16,162 +16,15 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <mutex>
+#include "streams.h"
 
 namespace {
 
-int from_environment(const char* name, int otherwise) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? otherwise : std::atoi(value);
-}
+using namespace host_gpu;
 
-const int LOCAL_RANK = from_environment("LOCAL_RANK", 0);
-const int NUM_DEVICES = from_environment("LOCAL_WORLD_SIZE", 1);
-const c10::Device DEVICE(c10::DeviceType::CUDA, LOCAL_RANK);  // a process has its own
-thread_local c10::StreamId stream_now = 0;
-std::atomic<c10::StreamId> streams{1};
-std::atomic<int64_t> bytes_now{0}, bytes_peak{0};
-
-// ---- what is written down: one line a launch's tensor, an event, an allocation
-
-enum Kind : int64_t { READ, WRITE, RECORD, WAIT, SYNCHRONIZE, ALLOCATE, FREE, RECORD_STREAM };
-
-std::mutex log_mutex;
-std::vector<int64_t> log_lines;  // kind, stream, first byte or event, last byte + 1, index into log_names
-std::vector<std::string> log_names;
-bool logging = false;
-
-void write_down(Kind kind, int64_t stream, int64_t first, int64_t last, const std::string& name = "") {
-  if (!logging) return;
-  std::lock_guard<std::mutex> lock(log_mutex);
-  log_lines.insert(log_lines.end(), {kind, stream, first, last, static_cast<int64_t>(log_names.size())});
-  log_names.push_back(name);
-}
-
-// ---- copies to the host that nobody has waited for
-
-struct Copy {
-  at::Tensor to, from;
-  int64_t before;  // the next event when it was started
-};
-
-std::mutex copies_mutex;
-std::vector<Copy> copies;
-std::atomic<int64_t> next_event{1};
-
-void start_copy(const at::Tensor& to, const at::Tensor& from) {
-  Copy copy{to, from.clone(), next_event.load()};
-  std::memset(to.mutable_data_ptr(), 0xFF, to.nbytes());
-  std::lock_guard<std::mutex> lock(copies_mutex);
-  copies.push_back(std::move(copy));
-}
-
-void end_copies(int64_t event) {  // that were started before `event`
-  std::vector<Copy> due;
-  {
-    std::lock_guard<std::mutex> lock(copies_mutex);
-    const auto later = std::stable_partition(
-        copies.begin(), copies.end(), [&](const Copy& copy) { return copy.before <= event; });
-    due.assign(std::make_move_iterator(copies.begin()), std::make_move_iterator(later));
-    copies.erase(copies.begin(), later);
-  }
-  for (const auto& copy : due) copy.to.copy_(copy.from);
-}
-
-// ---- memory
-
-void release(void* context) {
-  auto* memory = static_cast<std::pair<c10::DataPtr, size_t>*>(context);
-  const auto first = reinterpret_cast<int64_t>(memory->first.get());
-  write_down(FREE, 0, first, first + static_cast<int64_t>(memory->second));
-  bytes_now -= static_cast<int64_t>(memory->second);
-  delete memory;
-}
-
-c10::DataPtr on_device(c10::DataPtr host, size_t size) {
-  auto* memory = new std::pair<c10::DataPtr, size_t>(std::move(host), size);
-  void* data = memory->first.get();
-  const auto now = bytes_now += static_cast<int64_t>(size);
-  auto peak = bytes_peak.load();
-  while (now > peak && !bytes_peak.compare_exchange_weak(peak, now)) {}
-  const auto first = reinterpret_cast<int64_t>(data);
-  write_down(ALLOCATE, stream_now, first, first + static_cast<int64_t>(size));
-  return {data, memory, &release, DEVICE};
-}
-
-struct DeviceAllocator final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override {
-    auto host = c10::GetDefaultCPUAllocator()->allocate(size);
-    if (size > 0) std::memset(host.get(), 0xFF, size);  // NaN in every format of floats
-    return on_device(std::move(host), size);
-  }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
-  void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
-};
-
-DeviceAllocator allocator;
 REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &allocator);
-
-// ---- streams and events
-
-c10::Stream stream_of(c10::StreamId id) { return c10::Stream(c10::Stream::UNSAFE, DEVICE, id); }
-
-struct Event {
-  std::atomic<int64_t> version{0};
-};
-
-struct Guard final : c10::impl::DeviceGuardImplInterface {
-  c10::DeviceType type() const override { return DEVICE.type(); }
-  c10::Device exchangeDevice(c10::Device) const override { return DEVICE; }
-  c10::Device getDevice() const override { return DEVICE; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const override { return stream_of(stream_now); }
-  c10::Stream getDefaultStream(c10::Device) const override { return stream_of(0); }
-  c10::Stream getNewStream(c10::Device, int) const override { return stream_of(streams++); }
-  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override { return getNewStream(DEVICE, 0); }
-  c10::Stream exchangeStream(c10::Stream stream) const override {
-    return stream_of(std::exchange(stream_now, stream.id()));
-  }
-  c10::DeviceIndex deviceCount() const noexcept override { return NUM_DEVICES; }
-  c10::DeviceCapability getDeviceCapability(c10::Device) const override { return {}; }
-  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
-    if (*event == nullptr) *event = new Event();
-    auto* made = static_cast<Event*>(*event);
-    made->version = next_event++;
-    write_down(RECORD, stream.id(), made->version, 0);
-  }
-  void block(void* event, const c10::Stream& stream) const override {
-    if (event != nullptr) write_down(WAIT, stream.id(), static_cast<Event*>(event)->version, 0);
-  }
-  void synchronizeEvent(void* event) const override {
-    if (event == nullptr) return;
-    write_down(SYNCHRONIZE, -1, static_cast<Event*>(event)->version, 0);
-    end_copies(static_cast<Event*>(event)->version);
-  }
-  bool queryEvent(void* event) const override {
-    synchronizeEvent(event);
-    return true;
-  }
-  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
-  bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream& stream) const override {
-    write_down(SYNCHRONIZE, stream.id(), 0, 0);
-    end_copies(next_event);
-  }
-  void synchronizeDevice(const c10::DeviceIndex) const override {
-    write_down(SYNCHRONIZE, -2, 0, 0);
-    end_copies(next_event);
-  }
-  double elapsedTime(void*, void*, const c10::DeviceIndex) const override { return 1.0; }
-};
-
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
 // ---- tensors of the device as tensors of the host, and back
@@ -206,7 +59,7 @@ at::Tensor to_device(const at::Tensor& tensor) {
 }
 
 void write_down_access(bool writes, const at::Tensor& tensor, const std::string& name) {
-  if (!logging || tensor.numel() == 0) return;
+  if (!logging || tensor.numel() == 0 || name.starts_with("c10d::")) return;  // `nccl.py` knows what those write
   int64_t span = 1;
   for (int64_t i = 0; i < tensor.dim(); ++i) span += (tensor.size(i) - 1) * tensor.stride(i);
   const auto first = reinterpret_cast<int64_t>(tensor.const_data_ptr());
@@ -309,8 +162,7 @@ void on_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
     auto& value = (*stack)[begin + i];
     const auto* alias = arguments[i].alias_info();
     if (value.isTensor() && value.toTensor().defined() && !value.toTensor().is_cuda()) device_only = false;
-    const bool collective = i == 0 && call.name.starts_with("c10d::") && call.name != "c10d::send";  // undeclared
-    value = call.converted(value, collective || (alias != nullptr && alias->isWrite()));
+    value = call.converted(value, alias != nullptr && alias->isWrite());
   }
   const bool blocks = call.name == "aten::_local_scalar_dense" || call.name == "aten::nonzero" ||
       (call.name == "aten::copy_" && !device_only && !(*stack)[begin + 2].toBool());

@@ -1,5 +1,6 @@
-"""Makes this process believe that it has one H100, on the device of `device.cpp`: what PyTorch, Triton and NCCL would ask
-of a GPU is answered here, and every op of the project runs by its specification on the device's memory.
+"""Makes this process believe that the device of `device.cpp` is an H100.
+
+What PyTorch asks of a GPU is answered here, and an op of the project runs by its specification on the device's memory.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def run_op(name: str, *args: Any, **kwargs: Any) -> Any:
 
 def install() -> None:
     """Patch PyTorch and the back ends, for the rest of the process."""
+
     def stream(device: Any = None, **_: Any) -> torch.Stream:
         return torch.Stream(device="cuda")
 

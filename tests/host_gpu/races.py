@@ -1,5 +1,4 @@
-"""Races between streams, found in what `device.cpp` wrote down: memory that two streams touch, one of them writing, where
-nothing orders the one behind the other.
+"""Races between streams, found in what the device wrote down: memory that two touch, one of them writing, in no order.
 
 A stream does what it was given in order, and what else is ordered an event says: recorded on one stream and waited for
 by another, or by the host, whose later launches then all come behind. Each stream has a vector clock, the newest line

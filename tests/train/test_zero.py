@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fp8moe.layers.linear import QuantizedWeight, main_grad_of
 from fp8moe.model.stage import pass_parameters
+from fp8moe.parallel.sharding import zero
 from fp8moe.train.loop import _validations, averaged_weights
 from fp8moe.train.memory import expected_bytes, measured_bytes, replicas_of
 from fp8moe.train.step import train_step
@@ -87,6 +89,30 @@ def assert_same(ours: Tensor, theirs: Tensor, what: str, *, exact: bool) -> None
     elif ours.dtype is torch.float32 and not what.startswith(("exp_avg", "momentum")):
         distance = float((ours - theirs).norm() / theirs.norm())
         assert distance <= STEPS * 1e-6, f"{what}: {distance:.1e}"
+
+
+def validated(settings: list[str], seconds: float) -> float:
+    """The validation loss after a step whose weights take so long to come back, each bucket of them."""
+    gather = zero._gather
+
+    def late(bucket: zero.ShardedBucket) -> None:
+        time.sleep(seconds)
+        gather(bucket)
+
+    zero._gather = late
+    run = built(configured(settings, world_size=2))
+    train_step(run)
+    report, _ = _validations(run)
+    assert report is not None
+    return report.loss
+
+
+def test_validation_waits_for_the_weights(corpus: list[str]) -> None:
+    """The head's too: without the MTP module its pass has another place in the stage than in training."""
+    settings = [*corpus, *SETTINGS, "model.mtp_depth=1", "precision=fp32", "parallel.ep=2", "validation.every=1",
+                "validation.samples=4", "optimizer.schedule.peak=0.1"]  # fmt: skip
+    at_once, late = (run_ranks(validated, 2, settings, seconds) for seconds in (0.0, 0.1))
+    assert at_once == late
 
 
 def mirrored(settings: list[str]) -> bool:

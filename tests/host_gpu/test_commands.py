@@ -1,0 +1,77 @@
+"""Training on this GPU, whole commands under torchrun: it runs, no two streams race, losses are one CPU process's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import SMALL, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+CALM = ("report=false", "validation.completions=0", "steps=3", "parallel.timeout=60")
+
+
+def train(processes: int, program: list[str], *settings: str, report: Path | None = None) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    command = [sys.executable, *(torchrun if processes > 1 else ()), *program, "train", *settings]
+    environment = ENVIRONMENT | ({} if report is None else {"HOST_GPU_REPORT": str(report)})
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False, errors="replace"
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record[name] for record in records for name in ("loss", "val_loss") if record.get(name) is not None]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The settings of a small run that trains and validates, with the MTP module and without a device."""
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
+    return (*corpus, *(one for one in SMALL if not one.startswith(("device=", "steps="))), *CALM)
+
+
+LAYOUTS = {
+    "experts, messages of a fixed size in chunks, overlapped, averaged weights": (2, (
+        "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.chunks=2", "parallel.capacity_factor=4",
+        "ema.decay=0.9", "validation.ema=true", "validation.every=1", "checkpoint.every=1", "precision=fp8",
+    )),
+    "a pipeline both ways with experts and replicas of them": (4, (
+        "parallel.pp=2", "parallel.ep=1", "parallel.schedule=dualpipe", "model.num_layers=4", "validation.every=2",
+        "precision=fp32", "batch.micro_batch=1",
+    )),
+    "two hops": (4, (
+        "parallel.ep=4", "parallel.dispatcher=node_limited", "parallel.ranks_per_node=2", "precision=bf16",
+    )),
+    "matrices on their owners": (2, ("parallel.ep=1", "optimizer=muon", "precision=fp8", "validation.every=1")),
+}  # fmt: skip
+NEAR = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 5e-3}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_runs_without_races_and_as_on_the_host(
+    name: str, library: Path, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    processes, settings = LAYOUTS[name]
+    there, here = tmp_path / "gpu", tmp_path / "cpu"
+    train(
+        processes, ["-m", "tests.host_gpu", str(library)], *small, *settings, "device=cuda", f"run_dir={there}",
+        report=tmp_path,
+    )  # fmt: skip
+    for rank in range(processes):
+        report = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert report["found"] == [] and report["streams"] > 1
+        assert report["without"]["wait"], "races where no stream waits"
+        assert report["without"]["record_stream"], "memory that goes back too early where nobody says who uses it"
+    alone = (one for one in settings if not one.startswith("parallel."))
+    train(1, ["-m", "fp8moe"], *small, *alone, "device=cpu", f"run_dir={here}")
+    (precision,) = (one.partition("=")[2] for one in settings if one.startswith("precision="))
+    assert losses(there) == pytest.approx(losses(here), rel=NEAR[precision])
