@@ -1,6 +1,6 @@
 """Every kernel's compiled PTX, run on this CPU: to the bit where it casts or moves, within bounds where it multiplies.
 
-One process runs all cases (`suite`); each kernel of the compile table has a test of its own here, which reads what
+One command runs all cases (`suite`); each kernel of the compile table has a test of its own here, which reads what
 became of its case.
 """
 
