@@ -215,10 +215,8 @@ def _copy(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
         values[full] = gang.cta.memory.read(source(gang)[active][full], 4, total // 4)
         gang.cta.counts.global_access("ld", warps[full], source(gang)[active][full], total)
         granules = shared.granules(to, total)
-        for warp in np.unique(warps):
-            shared.stamps.begin_copy(
-                int(warp) + shared.first_warp, granules[warps == warp].reshape(-1), asynchronous=False
-            )
+        for warp in sorted(set(warps.tolist())):
+            shared.stamps.begin_copy(warp + shared.first_warp, granules[warps == warp].reshape(-1), asynchronous=False)
         shared.views[4][(to // 4)[:, None] + np.arange(total // 4)] = values
         gang.copies.append((warps, granules))
 
@@ -235,7 +233,7 @@ def _wait(gang: Gang, kept: int) -> None:
     shared = gang.cta.shared
     while len(gang.copy_groups) > kept:
         group = gang.copy_groups.pop(0)
-        for warp in {int(w) for warps, _ in group for w in np.unique(warps)}:
+        for warp in sorted({w for warps, _ in group for w in warps.tolist()}):
             stamp, known = shared.stamps.clocks.arrival(warp + shared.first_warp)
             for warps, granules in group:
                 shared.stamps.end_copy(granules[warps == warp].reshape(-1), stamp)
