@@ -30,7 +30,7 @@ import triton
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
-from triton.runtime.cache import FileCacheManager
+from triton.runtime.cache import FileCacheManager, triton_key
 
 from tests.kernels.sm90 import Pretender
 from tests.ptx import (
@@ -69,6 +69,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     # Fills what torch.empty returns. As torch.use_deterministic_algorithms(True), which imports a compiler first.
     torch.set_deterministic_debug_mode("error")
+    triton_key()  # reads the whole compiler, so here once for all processes
     gc.disable()  # a program is thousands of functions: Python would look through all of them again and again
     sweep()
 
