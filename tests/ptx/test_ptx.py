@@ -4,6 +4,7 @@ One command runs all cases (`suite`); each kernel of the compile table has a tes
 became of its case.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -81,13 +82,25 @@ PROMOTED, ONE_SUM, IN_FP32 = 1e-3, 2e-2, 1e-6
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What the process reports: {"triton": version, "cases": {name: ...}, "plants": ..., "sums": ...}."""
-    folder = tmp_path_factory.mktemp("ptx")
+    """What the command reports: {"triton": version, "cases": {name: ...}, "plants": ..., "sums": ...}.
+
+    Workers of pytest-xdist that share this file's tests share the report: the first of them makes it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    report = folder / "ptx.json"
+    with open(folder / "ptx.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.exists():
+            run_suite(report)
+    return json.loads(report.read_text())
+
+
+def run_suite(report):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "fp8moe"))}
-    command = [sys.executable, "-m", "tests.ptx", "--json", str(folder / "found.json")]
+    command = [sys.executable, "-m", "tests.ptx", "--json", str(report)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
-    assert run.returncode in (0, 1), run.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
+    assert run.returncode in (0, 1) and report.exists(), run.stderr[-3000:]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
