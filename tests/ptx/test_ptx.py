@@ -23,7 +23,7 @@ from tests.ptx.speed_limits import ACCEPTED, beyond
 from tests.ptx.token_plants import TOKEN_PLANTS
 
 pytest.importorskip("triton")
-# Three and a half minutes of a core, two where nothing is to be compiled.
+# Two minutes of CPU, on two cores, and twice as much where all is to be compiled; a busy machine takes longer.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
