@@ -46,7 +46,7 @@ def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
     return _store(decoder, instruction, space)
 
 
-def _shape(parts: list[str]) -> tuple[int, int]:
+def shape_of(parts: list[str]) -> tuple[int, int]:
     """(bytes of an element, elements) of an access."""
     width = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
     return np.dtype(dtype_of(parts[-1])).itemsize, width
@@ -69,7 +69,7 @@ def _parameter(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[in
 def _load(decoder: Decoder, instruction: Instruction, space: str) -> tuple[Any, list[int]]:
     names = list_of(instruction.operands[0])
     slots, naturals = [decoder.slot(x) for x in names], [np.dtype(decoder.natural(x)) for x in names]
-    size, width = _shape(instruction.parts)
+    size, width = shape_of(instruction.parts)
     element, address = np.dtype(dtype_of(instruction.parts[-1])), decoder.address(instruction.operands[1])
 
     def register(values: np.ndarray, natural: np.dtype) -> np.ndarray:
@@ -99,7 +99,7 @@ def _load(decoder: Decoder, instruction: Instruction, space: str) -> tuple[Any, 
 
 
 def _store(decoder: Decoder, instruction: Instruction, space: str) -> tuple[Any, list[int]]:
-    size, width = _shape(instruction.parts)
+    size, width = shape_of(instruction.parts)
     dtype, address = UNSIGNED[8 * size], decoder.address(instruction.operands[0])
     readers = [decoder.read(x, dtype) for x in list_of(instruction.operands[1])]
 
@@ -123,7 +123,7 @@ def _local(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
     """One value of each thread's local memory; an access that names no space may reach that one only."""
     loads, dtype = instruction.parts[0] == "ld", np.dtype(dtype_of(instruction.parts[-1]))
     register, place = instruction.operands if loads else instruction.operands[::-1]
-    size, width = _shape(instruction.parts)
+    size, width = shape_of(instruction.parts)
     if width != 1:
         raise Unsupported(f"{instruction.opcode}: vectors in local memory are not known")
     slot, natural = decoder.slot(register), np.dtype(decoder.natural(register))
@@ -215,10 +215,8 @@ def _copy(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
         values[full] = gang.cta.memory.read(source(gang)[active][full], 4, total // 4)
         gang.cta.counts.global_access("ld", warps[full], source(gang)[active][full], total)
         granules = shared.granules(to, total)
-        for warp in np.unique(warps):
-            shared.stamps.begin_copy(
-                int(warp) + shared.first_warp, granules[warps == warp].reshape(-1), asynchronous=False
-            )
+        for warp in sorted(set(warps.tolist())):
+            shared.stamps.begin_copy(warp + shared.first_warp, granules[warps == warp].reshape(-1), asynchronous=False)
         shared.views[4][(to // 4)[:, None] + np.arange(total // 4)] = values
         gang.copies.append((warps, granules))
 
@@ -235,7 +233,7 @@ def _wait(gang: Gang, kept: int) -> None:
     shared = gang.cta.shared
     while len(gang.copy_groups) > kept:
         group = gang.copy_groups.pop(0)
-        for warp in {int(w) for warps, _ in group for w in np.unique(warps)}:
+        for warp in sorted({w for warps, _ in group for w in warps.tolist()}):
             stamp, known = shared.stamps.clocks.arrival(warp + shared.first_warp)
             for warps, granules in group:
                 shared.stamps.end_copy(granules[warps == warp].reshape(-1), stamp)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.ptx.bit_fields import extract, funnel, permute_bytes
 from tests.ptx.conversions import bf16_pair, convert, dtype_of
 from tests.ptx.parser import Instruction, Unsupported, list_of
 from tests.ptx.registers import SIGNED, UNSIGNED, Decoder, Gang, every_lane
@@ -59,43 +60,6 @@ def _shift(left: bool, bits: int) -> Callable[[Any, Any], Any]:
         moved = np.left_shift(a, kept) if left else np.right_shift(a, kept)
         beyond = np.right_shift(a, a.dtype.type(bits - 1)) if not left and a.dtype.kind == "i" else a.dtype.type(0)
         return np.where(count >= bits, beyond, moved)
-
-    return shift
-
-
-def _extract(a: Any, start: Any, length: Any) -> Any:
-    """bfe: `length` bits from `start` on, the sign of the topmost spread where the type has one."""
-    bits, wide = 8 * a.dtype.itemsize, np.int64 if a.dtype.kind == "i" else np.uint64
-    first, count = (int(x) if isinstance(x, np.generic) else bits + 1 for x in (start, length))
-    if count and first + count <= bits:  # literals, as nearly all are
-        return (a << a.dtype.type(bits - first - count)) >> a.dtype.type(bits - count)
-    start, length = np.minimum(start.astype(np.int64), 255), np.minimum(length.astype(np.int64), bits)
-    value = a.astype(wide) >> np.minimum(start, 63).astype(wide)
-    lift = (64 - length).astype(wide)
-    return np.where(length == 0, 0, (value << np.minimum(lift, 63)) >> np.minimum(lift, 63)).astype(a.dtype)
-
-
-def _permute_bytes(a: Any, b: Any, selector: Any) -> Any:
-    """prmt: each byte of the result is one of eight, or the sign of one spread over it."""
-    pool = np.stack(
-        [np.broadcast_to(x, np.broadcast(a, b).shape).copy().view(np.uint8).reshape(-1, 4) for x in (a, b)], 1
-    )
-    pool, out = pool.reshape(-1, 8), np.zeros((pool.shape[0], 4), np.uint8)
-    lane = np.arange(out.shape[0])
-    for i in range(4):
-        nibble = np.broadcast_to((selector >> np.uint32(4 * i)) & np.uint32(15), lane.shape).astype(np.int64)
-        byte = pool[lane, nibble & 7]
-        out[:, i] = np.where(nibble & 8, np.where(byte & 0x80, 0xFF, 0), byte)
-    return out.reshape(-1).view(np.uint32)
-
-
-def _funnel(left: bool, clamp: bool) -> Callable[[Any, Any, Any], Any]:
-    def shift(low: Any, high: Any, count: Any) -> Any:
-        count = np.minimum(count, 32) if clamp else count & np.uint32(31)
-        pair = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
-        count = np.asarray(count).astype(np.uint64)
-        moved = (pair << count) >> np.uint64(32) if left else pair >> count
-        return moved.astype(np.uint32)
 
     return shift
 
@@ -154,8 +118,8 @@ def _integers(name: str, parts: list[str], bits: int) -> Callable[..., Any]:
         "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
         "not": np.invert, "neg": np.negative, "abs": np.abs, "min": np.minimum, "max": np.maximum, "div": _divide,
         "rem": lambda a, b: a - _divide(a, b) * b, "shl": _shift(True, bits), "shr": _shift(False, bits),
-        "mul": _high if "hi" in parts else np.multiply, "mad": lambda a, b, c: a * b + c, "bfe": _extract,
-        "prmt": _permute_bytes, "shf": _funnel("l" in parts, "clamp" in parts),
+        "mul": _high if "hi" in parts else np.multiply, "mad": lambda a, b, c: a * b + c, "bfe": extract,
+        "prmt": permute_bytes, "shf": funnel("l" in parts, "clamp" in parts),
         "popc": lambda a: np.array([int(x).bit_count() for x in a], np.uint32),
     }  # fmt: skip
     if name not in table:

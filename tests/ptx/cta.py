@@ -101,6 +101,10 @@ class Cta:
 
     def arrive(self, gang: Gang, number: int, needed: int) -> None:
         """The gang comes to barrier `number`, which `needed` warps pass together."""
+        if number not in self.barriers and len(gang.warps) == needed:  # all of them at once
+            warps = gang.warps + self.first_warp
+            self.clocks.acquire(warps, self.clocks.release(warps))
+            return
         barrier = self.barriers.setdefault(number, Barrier())
         if set(barrier.warps) & set(gang.warps.tolist()):
             raise Fault(f"a warp comes to barrier {number} twice")

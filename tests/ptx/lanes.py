@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.ptx.conversions import dtype_of
 from tests.ptx.parser import Instruction, Unsupported
-from tests.ptx.registers import LANES, Decoder, Gang
+from tests.ptx.registers import LANES, Decoder, Gang, every_lane
 
 
 def build(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:
@@ -27,17 +27,31 @@ def _shuffle(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
     target, inside = decoder.slot(names[0]), decoder.slot(names[1]) if len(names) > 1 else None
     value, by = decoder.read(o[1], np.uint32), decoder.read(o[2], np.uint32)
 
+    kept: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # by lanes and a distance that is the same for all
+
     def shuffle(gang: Gang) -> None:
-        lane, start = np.arange(gang.n) % LANES, np.arange(gang.n) // LANES * LANES
-        b = np.asarray(by(gang)).astype(np.int64) & 31
-        source = {"bfly": lane ^ b, "idx": b + 0 * lane, "up": lane - b, "down": lane + b}[mode]
-        valid = (source >= 0) & (source < LANES)
-        values = np.broadcast_to(value(gang).view(np.uint32), gang.n)
-        gang.regs[target] = values[start + np.where(valid, source, lane)]
+        distance = by(gang)
+        if isinstance(distance, np.generic):
+            key = gang.n, int(distance)
+            if key not in kept:
+                kept[key] = _sources(mode, *key)
+            source, valid = kept[key]
+        else:
+            source, valid = _sources(mode, gang.n, distance)
+        gang.regs[target] = every_lane(gang, value(gang).view(np.uint32)).take(source)
         if inside is not None:
             gang.regs[inside] = valid
 
     return shuffle, [target] + ([] if inside is None else [inside])
+
+
+def _sources(mode: str, lanes: int, distance: Any) -> tuple[np.ndarray, np.ndarray]:
+    """From which lane each takes its value, itself where there is none, and whether there is one."""
+    lane, start = np.arange(lanes) % LANES, np.arange(lanes) // LANES * LANES
+    b = np.asarray(distance).astype(np.int64) & 31
+    source = {"bfly": lane ^ b, "idx": b + 0 * lane, "up": lane - b, "down": lane + b}[mode]
+    valid = (source >= 0) & (source < LANES)
+    return start + np.where(valid, source, lane), valid
 
 
 def _reduce(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]]:

@@ -30,7 +30,7 @@ from tests.distance import calc_diff
 from tests.ptx.launching import Machine
 from tests.ptx.layer_definition import defined
 from tests.ptx.layer_machine import Watch, on_hopper
-from tests.ptx.layer_step import EMPTY, RECIPES, Stepped, build, draw, step
+from tests.ptx.layer_step import EMPTY, Stepped, build, draw, step
 from tests.ptx.moving_cases import INTEGERS
 
 # Ops whose sums have an order of their own, or whose exponential is the GPU's; all others give equal bits.
@@ -141,11 +141,9 @@ def assess(kind: str, got: Stepped, reference: Stepped, exact: Stepped) -> list[
     return wrong
 
 
-def run_layers(machine: Machine) -> dict[str, dict[str, Any]]:
-    """The report of each kind of layer, printed as well."""
-    reports = {}
-    for kind in RECIPES:
-        reports[kind] = report = run_layer(kind, machine)
-        told = "\n    ".join(report["wrong"]) or "right"
-        print(f"whole layer, {kind}: {len(report['launched'])} launches, {report['seconds']} s: {told}", flush=True)
-    return reports
+def report(kind: str, machine: Machine) -> dict[str, Any]:
+    """`run_layer`'s report, printed as well."""
+    found = run_layer(kind, machine)
+    told = "\n    ".join(found["wrong"]) or "right"
+    print(f"whole layer, {kind}: {len(found['launched'])} launches, {found['seconds']} s: {told}", flush=True)
+    return found

@@ -121,17 +121,21 @@ class Shared:
         return view.take(address // view.itemsize).view(UNSIGNED[8 * size]).reshape(-1, width)
 
     def write(self, warps: np.ndarray, address: np.ndarray, values: np.ndarray) -> None:
-        """An ordinary write of values [lanes, width]."""
+        """An ordinary write of values [lanes, width], of all or, where that is a fault, of none."""
         size, width = values.dtype.itemsize, values.shape[1]
         self.check(address, size * width)
         view = self.views[size * width]
         where, packed = address // view.itemsize, np.ascontiguousarray(values).view(view.dtype)[:, 0]
         before = view.take(where)
         view[where] = packed
-        if (view.take(where).view(values.dtype) != packed.view(values.dtype)).any():
-            raise Fault("two lanes write different values to one place of shared memory at once")
-        self.stamps.write(
-            warps + self.first_warp,
-            self.granules(address, size * width),
-            lambda: (before.view(values.dtype).reshape(values.shape) == values).all(1),
-        )
+        try:
+            if np.count_nonzero(view.take(where).view(values.dtype) != packed.view(values.dtype)):
+                raise Fault("two lanes write different values to one place of shared memory at once")
+            self.stamps.write(
+                warps + self.first_warp,
+                self.granules(address, size * width),
+                lambda: (before.view(values.dtype).reshape(values.shape) == values).all(1),
+            )
+        except Fault:
+            view[where] = before
+            raise

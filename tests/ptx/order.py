@@ -80,11 +80,11 @@ class Clocks:
 
 
 class UnderWay:
-    """A read of `pieces` by the asynchronous proxy; `what` says which, for a report."""
+    """A read of `pieces`, in order, by the asynchronous proxy; `what` says which, for a report."""
 
     def __init__(self, pieces: np.ndarray, what: Callable[[], str]) -> None:
         self.pieces, self.what = pieces, what
-        self.first, self.last = int(pieces.min()), int(pieces.max())
+        self.first, self.last = int(pieces[0]), int(pieces[-1])
 
 
 class Stamps:
@@ -195,7 +195,7 @@ class Stamps:
     def begin_read(self, warps: np.ndarray, pieces: np.ndarray, what: Callable[[], str]) -> UnderWay:
         """A read of pieces by the asynchronous proxy, on behalf of `warps`: under way until `end_read`."""
         rows = self.clocks.rows[warps]
-        least = rows.min(0)  # what every one of them knows
+        least = np.minimum.reduce(rows)  # what every one of them knows
         owner, written = (
             part.take(pieces).view(t) for part, t in zip(self.pieces_of, (np.int16, np.int32), strict=True)
         )

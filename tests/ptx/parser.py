@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 TYPES = {"pred": 1, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64, "u32": 32, "u64": 64, "s32": 32, "s64": 64}
+_LABEL = re.compile(r"\s*[$\w]+:")
+_GUARD = re.compile(r"@(!?)([%\w]+) ")
+_NUMBERED = re.compile(r"(%[a-z]+)\d+")
 _SKIPPED = (".section", ".file", ".pragma", ".b8", ".b32", ".b64", ".version", ".target", ".address_size", ".extern")
 
 
@@ -31,7 +35,7 @@ class Instruction:
     negated: bool = False
     place: str = ""
 
-    @property
+    @cached_property
     def parts(self) -> list[str]:
         return self.opcode.split(".")
 
@@ -67,21 +71,24 @@ class Program:
 
     def bits(self, register: str) -> int:
         """Width of a register in bits; 1 for a predicate."""
-        if not self.is_register(register):
+        found = self.registers.get(register) or self.numbered.get(register)
+        if not found and not self.is_register(register):
             raise Unsupported(f"register {register} is not declared")
-        return self.registers.get(register) or self.numbered[register]
+        return found or self.numbered[register]
 
     def is_register(self, text: str) -> bool:
         if text in self.registers:
             return True
         if text not in self.numbered:
-            match = re.fullmatch(r"(%[a-z]+)\d+", text)
+            match = _NUMBERED.fullmatch(text)
             self.numbered[text] = 0 if match is None else self.registers.get(match[1], 0)
         return self.numbered[text] > 0
 
 
 def split_operands(text: str) -> list[str]:
     """Operands at the commas outside braces and brackets."""
+    if "{" not in text and "[" not in text:
+        return [word.strip() for word in text.split(",")] if text else []
     found, depth, word = [], 0, ""
     for c in text:
         depth += (c in "{[") - (c in "}]")
@@ -120,6 +127,10 @@ class _Body:
                 self.place = comment or " ".join(code.split()[1:4])
                 return
             if code.startswith(_SKIPPED):
+                return
+            if code.find(";") == len(code) - 1 and code[:1] not in ("{", "}", "") and not _LABEL.match(code):
+                self.buffer = ""
+                self.statement(" ".join(code[:-1].split()))  # one statement, as nearly every line
                 return
         for c in code + "\n":
             if c == "{" and not self.buffer.strip():
@@ -180,7 +191,7 @@ class _Body:
 
     def instruction(self, text: str) -> None:
         guard, negated = None, False
-        if match := re.match(r"@(!?)([%\w]+) ", text):
+        if match := _GUARD.match(text):
             guard, negated, text = match[2], bool(match[1]), text[match.end() :]
         opcode, _, rest = text.partition(" ")
         self.program.code.append(Instruction(opcode, split_operands(rest), guard, negated, self.place))

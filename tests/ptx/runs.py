@@ -6,8 +6,10 @@ about the same for all of them as for one. An instruction joins the run before i
 that the run writes. All operands are read before any result is written, so a run may write what its earlier
 instructions read.
 
-A run changes nothing but registers. Where one holds no value, or a product's token, it does nothing, and instructions
-are executed one by one: they say what is wrong.
+Accesses to memory make runs too (`access_runs`), which end where a burst does.
+
+Where a register holds no value, or a product's token, a run does nothing, and instructions are executed one by one:
+they say what is wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptx import access_runs
 from tests.ptx.arithmetic import Lanewise, lanewise
 from tests.ptx.parser import Instruction, Program
 from tests.ptx.registers import Decoder, Gang, converter
@@ -32,10 +35,11 @@ LANEWISE = {
 
 @dataclass(frozen=True)
 class Run:
-    """`length` instructions; `execute` says whether it did."""
+    """`length` instructions; `execute` says whether it did. `seen`: others see what it does, and when."""
 
     length: int
     execute: Callable[[Gang], bool]
+    seen: bool = False
 
 
 @dataclass
@@ -43,25 +47,28 @@ class _Member:
     """An instruction that may join a run; runs are of members with equal keys."""
 
     key: Any
-    target: str
+    targets: list[str]
     sources: list[str]
-    form: Lanewise | None  # None: a copy
+    form: Lanewise | Instruction | None  # of a copy None, of an access itself
 
 
 def _member(decoder: Decoder, instruction: Instruction) -> _Member | None:
     o, program = instruction.operands, decoder.program
+    if instruction.opcode.startswith(("ld.", "st.")):
+        found = access_runs.member(decoder, instruction)
+        return None if found is None else _Member(*found, instruction)
     if instruction.guard is not None or not o or not program.is_register(o[0]):
         return None
     if instruction.opcode.startswith("mov."):
         if len(o) == 2 and not o[1].startswith("{"):
-            return _Member(("mov", program.bits(o[0])), o[0], o[1:], None)
+            return _Member(("mov", program.bits(o[0])), o[:1], o[1:], None)
         return None
     if instruction.opcode.partition(".")[0] not in LANEWISE or any(text.startswith("global_smem") for text in o):
         return None
     widths = [program.bits(text) if program.is_register(text) else 0 for text in o]
     if any(not width and text.startswith("%") for text, width in zip(o, widths, strict=True)):
         return None  # a special register
-    return _Member((instruction.opcode, *widths), o[0], o[1:], lanewise(instruction.opcode, len(o) - 1))
+    return _Member((instruction.opcode, *widths), o[:1], o[1:], lanewise(instruction.opcode, len(o) - 1))
 
 
 def find_runs(decoder: Decoder, program: Program) -> list[Run | None]:
@@ -84,16 +91,19 @@ def find_runs(decoder: Decoder, program: Program) -> list[Run | None]:
             members, written = [], set()
         if member is not None:
             members.append(member)
-            written.add(member.target)
+            written.update(member.targets)
     close(len(program.code))
     return found
 
 
 def _run(decoder: Decoder, members: list[_Member]) -> Run:
-    slots, form = [decoder.slot(member.target) for member in members], members[0].form
+    form = members[0].form
+    if isinstance(form, Instruction):
+        return Run(len(members), access_runs.build(decoder, [member.form for member in members]), seen=True)
+    slots = [decoder.slot(member.targets[0]) for member in members]
     if form is None:
         return Run(len(members), _copies(decoder, slots, [member.sources[0] for member in members]))
-    length, natural = len(members), np.dtype(decoder.natural(members[0].target))
+    length, natural = len(members), np.dtype(decoder.natural(members[0].targets[0]))
     operands = [
         _operand(decoder, [member.sources[i] for member in members], np.dtype(dtype))
         for i, dtype in enumerate(form.dtypes)

@@ -28,7 +28,7 @@ def describe(cta: Cta, gang: Gang) -> str:
 def run_cluster(ctas: list[Cta], choices: random.Random | None) -> None:
     """Run until all warps have left; Fault where the program is wrong or stuck."""
     budget = INSTRUCTIONS
-    favour: dict[int, float] = {}
+    favour: dict[Gang, float] = {}
     while True:
         alive = [gang for cta in ctas for gang in cta.gangs if not gang.done]
         flying = [cta for cta in ctas if cta.under_way]
@@ -46,7 +46,7 @@ def run_cluster(ctas: list[Cta], choices: random.Random | None) -> None:
         if choices is None:
             gang, burst = ready[0], 1 << 30
         else:
-            weights = [favour.setdefault(id(g), choices.random() ** 3 + 0.01) for g in ready]
+            weights = [favour.setdefault(g, choices.random() ** 3 + 0.01) for g in ready]
             gang, burst = choices.choices(ready, weights)[0], choices.choice(BURSTS)
         gang.waiting = None
         budget -= _run(gang, min(burst, budget))
@@ -65,7 +65,8 @@ def _run(gang: Gang, burst: int) -> int:
     while count < burst and gang.waiting is None and not gang.done:
         gang.at = pc = gang.pc
         run = runs[pc]
-        if run is not None and run.execute(gang):  # beyond the burst too: who else would see it?
+        # Beyond the burst too where nobody else would see it.
+        if run is not None and (not run.seen or count + run.length <= burst) and run.execute(gang):
             gang.pc, count = pc + run.length, count + run.length
             of_runs[pc] = of_runs.get(pc, 0) + width
             continue

@@ -1,12 +1,12 @@
-"""Runs the cases one after the other in a process of its own, and reports each as a line of JSON.
+"""Runs the cases in processes of its own, two at once, and writes what became of each as JSON.
 
     python -m tests.ptx [--only TEXT] [--json FILE]
 
 Triton reads TRITON_INTERPRET when it is imported, and the tests' process has it set: `test_ptx` starts this module once
-for all its tests. Another installed Triton is tried by the same command with PYTHONPATH in front of it. ptxas is left
-out of the compiler, so what it caches is no kernel that could run: its cache is a folder of its own, build/ptx-cache.
-That stays (`make clean` removes it): compiling is nearly half of the time, and Triton compiles again what has another
-source, option or version.
+for all its tests, and `sharing` gives its work to two processes. Another installed Triton is tried by the same command
+with PYTHONPATH in front of it. ptxas is left out of the compiler, so what it caches is no kernel that could run: its
+cache is a folder of its own, build/ptx-cache. That stays (`make clean` removes it): compiling is more than half of the
+time, and Triton compiles again what has another source, option or version.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import triton
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
-from triton.runtime.cache import FileCacheManager
+from triton.runtime.cache import FileCacheManager, triton_key
 
 from tests.kernels.sm90 import Pretender
 from tests.ptx import (
@@ -42,12 +42,14 @@ from tests.ptx import (
     norm_cases,
     product_cases,
     route_cases,
+    sharing,
     speed,
     sum_cases,
     token_cases,
     update_cases,
 )
 from tests.ptx.launching import Machine
+from tests.ptx.layer_step import RECIPES
 from tests.ptx.loops import loops
 from tests.ptx.planting import PLANTED, run_plant, unclean
 
@@ -67,6 +69,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     # Fills what torch.empty returns. As torch.use_deterministic_algorithms(True), which imports a compiler first.
     torch.set_deterministic_debug_mode("error")
+    triton_key()  # reads the whole compiler, so here once for all processes
     gc.disable()  # a program is thousands of functions: Python would look through all of them again and again
     sweep()
 
@@ -116,12 +119,12 @@ def run_case(name: str, run: Any, machine: Machine) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plant_all(machine: Machine) -> dict[str, str]:
-    """What was found of each planted fault, by name; empty where nothing was."""
-    found, wrong = {}, unclean(machine)
-    for plant in PLANTED:
-        if plant.case in wrong:
-            found[plant.name] = f"not planted: {wrong[plant.case]}"
+def plant_all(machine: Machine, case: str) -> dict[str, str]:
+    """What was found of each fault planted in a case, by name; empty where nothing was."""
+    found, wrong = {}, unclean(machine, case)
+    for plant in [plant for plant in PLANTED if plant.case == case]:
+        if wrong:
+            found[plant.name] = f"not planted: {wrong}"
             continue
         try:
             found[plant.name] = run_plant(plant, machine)
@@ -133,6 +136,27 @@ def plant_all(machine: Machine) -> dict[str, str]:
     return found
 
 
+MACHINE = Machine()  # of this process
+RUNS = all_cases()
+
+
+def work(part: sharing.Part) -> dict[str, dict[str, Any]]:
+    """What became of a part's cases, planted faults, sums and layers, each printed as well."""
+    found: dict[str, dict[str, Any]] = {section: {} for section in sharing.SECTIONS}
+    for name in part.cases:
+        found["cases"][name] = result = run_case(name, RUNS[name], MACHINE)
+        print(f"{name}: {result['error'] or 'right'}, {result['seconds']} s", flush=True)
+    for case in part.planted:
+        found["plants"] |= plant_all(MACHINE, case)
+    for backend in part.sums:
+        found["sums"] |= sum_cases.sums(MACHINE, backend)
+    for name, row in found["sums"].items():
+        print(f"sums of 13 fraction bits: {name}: {row}", flush=True)
+    for kind in part.layers:
+        found["layers"][kind] = layer_cases.report(kind, MACHINE)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description="run every kernel's PTX on the CPU")
     parser.add_argument(
@@ -141,22 +165,19 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each case there")
     parser.add_argument("--write", action="store_true", help="rewrite this Triton version's part of counts.json")
     parser.add_argument("--missing", action="store_true", help="only cases that counts.json lacks for this Triton")
+    parser.add_argument("--processes", type=int, default=sharing.PROCESSES, help="how many run at once")
     arguments = parser.parse_args()
     if arguments.write and arguments.only:
         parser.error("--write needs every case, or with --missing those that have no counts: leave --only out")
     prepare()
-    machine, results = Machine(), {}
     kept = speed.recorded(triton.__version__) if arguments.missing else {}
     known = {kernel.rsplit(" ", 1)[0] for kernel in kept}
-    for name, run in all_cases().items():
-        if arguments.only in name and name not in known:
-            results[name] = run_case(name, run, machine)
-            print(f"{name}: {results[name]['error'] or 'right'}, {results[name]['seconds']} s", flush=True)
-    planted = {} if arguments.only or arguments.missing else plant_all(machine)
-    sums = sum_cases.sums(machine) if arguments.only in ("", "sums") and not arguments.missing else {}
-    layers = layer_cases.run_layers(machine) if arguments.only in ("", "layer") and not arguments.missing else {}
-    for name, row in sums.items():
-        print(f"sums of 13 fraction bits: {name}: {row}", flush=True)
+    only, cases = arguments.only, [name for name in RUNS if arguments.only in name and name not in known]
+    planted = () if only or arguments.missing else dict.fromkeys(plant.case for plant in PLANTED)
+    sums = sharing.BACKENDS if only in ("", "sums") and not arguments.missing else ()
+    layers = tuple(RECIPES) if only in ("", "layer") and not arguments.missing else ()
+    found = sharing.perform(work, sharing.parts(cases, planted, sums, layers), arguments.processes)
+    results = found["cases"]
     failed = [name for name, result in results.items() if result["error"]]
     opcodes = {opcode for result in results.values() for opcode in result["opcodes"]}
     kernels = {kernel for result in results.values() for kernel in result["kernels"]}
@@ -166,10 +187,8 @@ def main() -> int:
         counts = {kernel: row for result in results.values() for kernel, row in result["counts"].items()}
         speed.write(triton.__version__, kept | counts)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(
-            {"triton": triton.__version__, "cases": results, "plants": planted, "sums": sums, "layers": layers}
-        ))  # fmt: skip
-    return 1 if failed or any(found["wrong"] for found in layers.values()) else 0
+        arguments.json.write_text(json.dumps({"triton": triton.__version__} | found))
+    return 1 if failed or any(report["wrong"] for report in found["layers"].values()) else 0
 
 
 if __name__ == "__main__":

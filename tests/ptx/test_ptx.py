@@ -1,9 +1,10 @@
 """Every kernel's compiled PTX, run on this CPU: to the bit where it casts or moves, within bounds where it multiplies.
 
-One process runs all cases (`suite`); each kernel of the compile table has a test of its own here, which reads what
+One command runs all cases (`suite`); each kernel of the compile table has a test of its own here, which reads what
 became of its case.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from tests.ptx.speed_limits import ACCEPTED, beyond
 from tests.ptx.token_plants import TOKEN_PLANTS
 
 pytest.importorskip("triton")
-# Three and a half minutes of a core, two where nothing is to be compiled.
+# Two minutes of CPU, on two cores, and twice as much where all is to be compiled; a busy machine takes longer.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,13 +82,25 @@ PROMOTED, ONE_SUM, IN_FP32 = 1e-3, 2e-2, 1e-6
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What the process reports: {"triton": version, "cases": {name: ...}, "plants": ..., "sums": ...}."""
-    folder = tmp_path_factory.mktemp("ptx")
+    """What the command reports: {"triton": version, "cases": {name: ...}, "plants": ..., "sums": ...}.
+
+    Workers of pytest-xdist that share this file's tests share the report: the first of them makes it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    report = folder / "ptx.json"
+    with open(folder / "ptx.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.exists():
+            run_suite(report)
+    return json.loads(report.read_text())
+
+
+def run_suite(report):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "fp8moe"))}
-    command = [sys.executable, "-m", "tests.ptx", "--json", str(folder / "found.json")]
+    command = [sys.executable, "-m", "tests.ptx", "--json", str(report)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
-    assert run.returncode in (0, 1), run.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
+    assert run.returncode in (0, 1) and report.exists(), run.stderr[-3000:]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

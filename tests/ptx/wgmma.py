@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -189,7 +190,7 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
     decoder.moved.update(slots)
     of_sums, of_a_and_sums = itemgetter(*slots), [*slots, *held_slots]
     form = Form(kind, (majors[0], majors[1]), bool(held))
-    places: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # of A, of B, pieces of both
+    layout = (n, k, kind, *majors)
 
     def multiply(gang: Gang, on: Any) -> None:
         keep = gang.one(keeps(gang), "the predicate of a WGMMA")
@@ -209,11 +210,9 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         for pair, mine in parts:
             warps = gang.warps[mine]
             quarters = warps % WARPS
-            key = (*pair, *quarters.tolist())
-            if key not in places:  # a ring's slots come round again and again
-                rows = (16 * quarters[:, None] + np.arange(16)).reshape(-1) if kept is None else None
-                places[key] = _places(gang, pair, (rows, np.arange(n)), k, kind, majors)
-            of_a, of_b, pieces = places[key]
+            of_a, of_b, pieces = _places(
+                gang.cta.shared.size, pair, None if kept is not None else tuple(quarters.tolist()), layout
+            )
             sides.append((of_a if kept is None else kept[mine].reshape(-1, k), of_b))
             warps = warps + gang.cta.first_warp
             what = lambda at=at: f"the WGMMA ({at}) reads it"  # noqa: E731
@@ -270,40 +269,42 @@ def _sums(before: tuple[Any, ...]) -> np.ndarray:
     return sums_of([arrays[id(one.sums)][one.index] if one.__class__ is Token else one for one in before])
 
 
+@lru_cache(maxsize=8192)  # a ring's slots come round again and again, and are where another kernel's are
 def _places(
-    gang: Gang, pair: tuple[int, int], rows: tuple[np.ndarray | None, np.ndarray], k: int, kind: str, majors: list[int]
+    size: int, pair: tuple[int, int], quarters: tuple[int, ...] | None, layout: tuple[int, int, str, int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where A (none: it lies in registers) and B lie, and the pieces of 16 bytes that are read of both.
+    """Where A (quarters None: it lies in registers) and B lie, and the pieces of 16 bytes that are read of both.
 
     K-major: pieces of 16 bytes, [rows, k / 16 bytes]. Otherwise each value, in units of 2 bytes, [rows, k].
     """
+    n, k, kind, *majors = layout
+    rows = None if quarters is None else np.add.outer(16 * np.array(quarters), np.arange(16)).reshape(-1), np.arange(n)
     found, both = [], []
     for descriptor, numbers, major in zip(pair, rows, majors, strict=True):
         if numbers is None:
             found.append(np.zeros(0, np.int64))
             continue
         step = 1 if major else PIECE if kind == "e4m3" else PIECE // 2
-        address = _addresses(gang, descriptor, numbers, np.arange(0, k, step), kind, major)
+        address = _addresses(size, descriptor, numbers, np.arange(0, k, step), kind, major)
         both.append(address.ravel() // PIECE)
         found.append(address // 2 if major else both[-1].reshape(address.shape))
     return found[0], found[1], np.unique(np.concatenate(both))
 
 
-def _addresses(gang: Gang, descriptor: int, rows: np.ndarray, of_k: np.ndarray, kind: str, major: int) -> np.ndarray:
+def _addresses(size: int, descriptor: int, rows: np.ndarray, of_k: np.ndarray, kind: str, major: int) -> np.ndarray:
     """Where the first byte of values lies, [rows, of_k]; K-major, those that begin 16 bytes."""
     start, leading, stride = (((descriptor >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
     if descriptor >> 62 not in LINES:
         raise Unsupported("a WGMMA operand without swizzle")
-    line, shared = LINES[descriptor >> 62], gang.cta.shared
-    size = 1 if kind == "e4m3" else 2
+    line, bytes_of_value = LINES[descriptor >> 62], 1 if kind == "e4m3" else 2
     if major == 0:
-        first = (rows // 8 * stride + rows % 8 * line)[:, None] + of_k * size
+        first = (rows // 8 * stride + rows % 8 * line)[:, None] + of_k * bytes_of_value
     elif kind == "bf16":
         of_row = rows // (line // 2) * leading + rows % (line // 2) * 2
         first = of_row[:, None] + (of_k // 8 * stride + of_k % 8 * line)
     else:
         raise Unsupported("an E4M3 operand that is not K-major")
     address = swizzled(start + first, line)
-    if (address + (size if major else PIECE) > shared.size).any():
-        raise Fault(f"a WGMMA reads shared memory beyond its {shared.size} bytes")
+    if (address + (bytes_of_value if major else PIECE) > size).any():
+        raise Fault(f"a WGMMA reads shared memory beyond its {size} bytes")
     return address
