@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels import backend
+from fp8moe.layers.attention import choice
 from tests.fake_cuda.launching import mutated
 from tests.host_gpu import nccl
 
@@ -120,3 +121,4 @@ def install() -> None:
     backend._run = run_op
     backend.why_not = lambda name: None
     backend.set_backend(None)
+    choice.machine_of = lambda device, heads: choice.Machine("cpu")  # a GPU's kernels of attention are not here

@@ -48,10 +48,13 @@ LAYOUTS = {
         "parallel.pp=2", "parallel.ep=1", "parallel.schedule=dualpipe", "model.num_layers=4", "validation.every=2",
         "precision=fp32", "batch.micro_batch=1",
     )),
-    "two hops": (4, (
+    "two hops, documents apart": (4, (
         "parallel.ep=4", "parallel.dispatcher=node_limited", "parallel.ranks_per_node=2", "precision=bf16",
+        "data.packing=documents", "data.document_mask=true",
     )),
-    "matrices on their owners": (2, ("parallel.ep=1", "optimizer=muon", "precision=fp8", "validation.every=1")),
+    "matrices on their owners, sequences shared": (2, (
+        "parallel.ep=1", "parallel.cp=2", "optimizer=muon", "precision=fp8", "validation.every=1",
+    )),
 }  # fmt: skip
 NEAR = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 5e-3}
 

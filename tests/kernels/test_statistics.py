@@ -1,6 +1,9 @@
 """Counting what casts lose: crafted tensors with known shares."""
 
+from typing import Any
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8moe.kernels.fp8 import BLOCK_TILE, E4M3, Fp8Tensor
 from fp8moe.kernels.quantize import quantize_blocks, quantize_columns, quantize_rows, quantize_rows_and_columns
@@ -55,3 +58,24 @@ def test_observers_nest_and_end() -> None:
             quantize_rows(torch.randn(3, 16))
     quantize_rows(torch.randn(4, 16))
     assert (outer.values, inner.values) == (32, 48)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads, for each of which a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_reading_waits_twice_however_many_casts_there_were() -> None:
+    with _Reads() as reads, observe_casts() as counted:
+        for _ in range(20):
+            quantize_rows(torch.randn(4, 32))
+        assert reads.count == 0
+        assert counted.of_kind("activations") == (20 * 4 * 32, 0, 0)
+    assert reads.count == 2
