@@ -2,7 +2,8 @@
 
 It ends with the command's code, or, where that is 0, with 9 if two streams touched memory that nothing orders. With
 HOST_GPU_REPORT=FOLDER each rank writes there, as JSON, what it found, and what it would find if no stream waited for an
-event, or nobody said that memory is used elsewhere: a command that finds nothing then either proves nothing.
+event, or nobody said that memory is used elsewhere: a command that finds nothing then either proves nothing. What may
+run under its messages stands there too.
 """
 
 import json
@@ -18,7 +19,7 @@ if __name__ == "__main__":
     guard.load(Path(sys.argv[1]))
     import torch
 
-    from tests.host_gpu import hopper, races
+    from tests.host_gpu import hopper, overlap, races
 
     hopper.install()
     torch.ops.host_gpu.log(True)
@@ -34,10 +35,6 @@ if __name__ == "__main__":
             name: races.races(line for line in log if line[0] != kind)
             for name, kind in (("wait", races.WAIT), ("record_stream", races.RECORD_STREAM))
         }
-        report = {
-            "found": found,
-            "without": without,
-            "streams": len({line[1] for line in log if line[0] < races.RECORD}),
-        }
+        report = {"found": found, "without": without, "under_messages": overlap.products_under_messages(log)}
         Path(folder, f"{hopper.LOCAL_RANK}.json").write_text(json.dumps(report))
     sys.exit(code or (RACES if found else 0))

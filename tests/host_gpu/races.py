@@ -46,7 +46,9 @@ class _Block:
     recorded: set[int] = field(default_factory=set)
 
 
-class _Replay:
+class Replay:
+    """A log gone through line by line: the clocks behind the last line, and what was found so far."""
+
     def __init__(self) -> None:
         self.found: dict[tuple[str, str, str], str] = {}
         self._clocks: dict[int, Clock] = {}
@@ -73,6 +75,10 @@ class _Replay:
             self._free(first)
         elif kind == RECORD_STREAM and (block := self._block_of(first)) is not None:
             block.recorded.add(stream)
+
+    def time(self, stream: int, other: int) -> int:
+        """The newest of `other`'s accesses that is done when the next one of `stream` begins; its own last one."""
+        return self._clocks.get(stream, {}).get(other, 0)
 
     def _clock(self, stream: int) -> Clock:
         clock = self._clocks.setdefault(stream, {})
@@ -135,7 +141,7 @@ def lines(numbers: Sequence[int], names: Sequence[str]) -> Iterable[Line]:
 
 def races(log: Iterable[Line]) -> list[str]:
     """What is wrong in a log, a sentence each, each pair of ops once."""
-    replay = _Replay()
+    replay = Replay()
     for line in log:
         replay.line(line)
     return list(replay.found.values())

@@ -56,6 +56,12 @@ LAYOUTS = {
         "parallel.ep=1", "parallel.cp=2", "optimizer=muon", "precision=fp8", "validation.every=1",
     )),
 }  # fmt: skip
+# Messages with products under them. Half of the first layout's 96 in training belong to pairs of a forward and a
+# backward, and 36 have a product beside them; each of the second has keys and values of a shared sequence.
+UNDER = {
+    "experts, messages of a fixed size in chunks, overlapped, averaged weights": 36,
+    "matrices on their owners, sequences shared": 36,
+}
 NEAR = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 5e-3}
 
 
@@ -71,7 +77,8 @@ def test_training_runs_without_races_and_as_on_the_host(
     )  # fmt: skip
     for rank in range(processes):
         report = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert report["found"] == [] and report["streams"] > 1
+        assert report["found"] == []
+        assert sum(count > 0 for count in report["under_messages"]) >= UNDER.get(name, 0)
         assert report["without"]["wait"], "races where no stream waits"
         assert report["without"]["record_stream"], "memory that goes back too early where nobody says who uses it"
     alone = (one for one in settings if not one.startswith("parallel."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.host_gpu.overlap import LEAST, products_under_messages
 from tests.host_gpu.races import (
     ALLOCATE,
     FREE,
@@ -68,3 +69,27 @@ def test_what_nothing_orders_is_found(log: list[Line], kind: str) -> None:
 
 def test_a_pair_of_ops_is_told_once() -> None:
     assert len(races([MINE, WRITTEN, READ_THERE, WRITTEN, READ_THERE])) == 2  # either way
+
+
+MESSAGE: list[Line] = [(RECORD, 0, 1, 0, ""), (WAIT, 1, 1, 0, ""), (WRITE, 1, 0, LEAST, "all_to_all_single")]
+ARRIVED: list[Line] = [(RECORD, 1, 2, 0, ""), (WAIT, 0, 2, 0, "")]
+PRODUCT: Line = (WRITE, 0, 5000, 6000, "fp8moe::gemm")
+OTHER: Line = (WRITE, 0, 6000, 7000, "fp8moe::rms_norm")
+
+
+@pytest.mark.parametrize(
+    ("log", "products"),
+    [
+        ([PRODUCT, *MESSAGE, PRODUCT, PRODUCT, OTHER, *ARRIVED, OTHER, PRODUCT], [2]),
+        ([PRODUCT, *MESSAGE, *ARRIVED, PRODUCT, OTHER], [0]),
+        (
+            [*MESSAGE[:2], PRODUCT, MESSAGE[2], PRODUCT, *ARRIVED, OTHER],
+            [2],
+        ),  # it may begin where its stream has waited
+        ([PRODUCT, *MESSAGE, (SYNCHRONIZE, 1, 0, 0, ""), PRODUCT, OTHER], [0]),  # the host has waited
+        ([PRODUCT, *MESSAGE, PRODUCT], []),  # nobody has waited for it
+        ([PRODUCT, *MESSAGE, *MESSAGE, PRODUCT, *ARRIVED, OTHER], [1, 1]),
+    ],
+)
+def test_products_under_messages_are_counted(log: list[Line], products: list[int]) -> None:
+    assert products_under_messages(log) == products
