@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp8moe.kernels import backend
 from fp8moe.layers.attention import choice
+from fp8moe.parallel.stream import tensors_of
 from tests.fake_cuda.launching import mutated
 from tests.host_gpu import nccl
 
@@ -25,19 +26,6 @@ HOPPER = SimpleNamespace(
 )
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in an argument or result, in their order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors(one)
-    elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
-    elif dataclasses.is_dataclass(value):
-        yield from tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -56,12 +44,12 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def run_op(name: str, *args: Any, **kwargs: Any) -> Any:
     """Op `name` by its specification, on the memory of its arguments."""
-    given = list(tensors([args, kwargs]))
+    given = list(tensors_of([args, list(kwargs.values())]))
     devices = {one.device for one in given}
     if devices == {torch.device("cpu")}:
         return backend._load(backend.REFERENCE, name)(*args, **kwargs)
     assert devices == {torch.device("cuda", LOCAL_RANK)}, f"{name} was given tensors on {sorted(map(str, devices))}"
-    written = {id(one) for one in mutated(name, args, kwargs)} | {id(one) for one in tensors(kwargs.get("out"))}
+    written = {id(one) for one in mutated(name, args, kwargs)} | {id(one) for one in tensors_of(kwargs.get("out"))}
     originals: dict[int, Tensor] = {}
 
     def host(tensor: Tensor) -> Tensor:
