@@ -68,6 +68,16 @@ def _receives(function: Callable[..., Any], args: tuple[Any, ...], group: Any, o
     return bool(root != dist.get_rank(group))
 
 
+def _filled(function: Callable[..., Any], flat: list[Tensor], group: Any) -> list[Tensor]:
+    """What a collective writes: its first tensor, of a gather in place without the part that is this rank's own."""
+    if function.__name__ != "all_gather_into_tensor":
+        return flat[:1]
+    parts = list(flat[0].view(-1).chunk(dist.get_world_size(group)))
+    if parts[rank := dist.get_rank(group)].data_ptr() == flat[1].data_ptr():
+        del parts[rank]
+    return parts
+
+
 def _on_its_stream(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, group: Any = None, **options: Any) -> Any:
@@ -80,9 +90,11 @@ def _on_its_stream(function: Callable[..., Any]) -> Callable[..., Any]:
         stream, caller = _streams[group], torch.accelerator.current_stream()
         stream.wait_event(caller.record_event())
         with stream:
-            for place, one in enumerate(flat):
-                writes = place == 0 and (function.__name__ in WRITES_FIRST or _receives(function, args, group, options))
+            writes = function.__name__ in WRITES_FIRST or _receives(function, args, group, options)
+            for one in _filled(function, flat, group) if writes else flat[:1]:
                 torch.ops.host_gpu.access(one, writes, function.__name__)
+            for one in flat[1:]:
+                torch.ops.host_gpu.access(one, False, function.__name__)
             work = function(*args, group=group, **options)
             done = stream.record_event()
         if work is not None:

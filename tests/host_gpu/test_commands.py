@@ -32,7 +32,8 @@ def train_there(processes: int, library: Path, settings: tuple[str, ...], report
 
 def losses(run_dir: Path) -> list[float]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [record[name] for record in records for name in ("loss", "val_loss") if record.get(name) is not None]
+    names = ("loss", "val_loss", "val_loss_ema")
+    return [record[name] for record in records for name in names if record.get(name) is not None]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ LAYOUTS = {
     )),
     "a pipeline both ways": (2, (
         "parallel.pp=2", "parallel.ep=1", "parallel.schedule=dualpipe", "model.num_layers=4", "validation.every=2",
-        "precision=fp32", "batch.micro_batch=1",
+        "checkpoint.every=1", "precision=fp32", "batch.micro_batch=1",
     )),
     "two hops, documents apart": (4, (
         "parallel.ep=4", "parallel.dispatcher=node_limited", "parallel.ranks_per_node=2", "precision=bf16",
