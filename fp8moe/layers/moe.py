@@ -1,6 +1,6 @@
 """A mixture of experts: route, announce, cast; dispatch; experts; combine; the shared experts beside them.
 
-Parallelism is the dispatcher's business alone. `MoE.route` and `MoE.compute` are the two stretches of compute around
+Parallelism is the dispatcher's business alone. `MoE.route`, `shared` and `experts` are the stretches of compute around
 the messages; a block's phases (`model.phases`) call them with messages in between that a schedule may hide, `forward`
 calls them under ordinary autograd and waits for each message.
 
@@ -113,16 +113,11 @@ class MoE(nn.Module):
         x = activation(x_TD, self.recipe, power_of_two=True)
         return Routed(x, announced, routing.topk_weights_TK, routing.balance_loss, routing.balance_share)
 
-    def compute(self, received: Received, x: Activation) -> tuple[Tensor, Tensor | None]:
-        """The compute between the two messages: y [R, D] of the routed experts, [T, D] of the shared ones."""
-        shared_TD = None if self.shared is None else self.shared(x)
-        return self.experts(received), shared_TD
-
     def forward(self, routed: Routed) -> Tensor:
         """Dispatch, experts and combine under ordinary autograd, each message waited for at once."""
         received = dispatched(self.dispatcher, routed.x, routed.announced, routed.topk_weights_TK)
-        y_RD, shared_TD = self.compute(received, routed.x)
-        return with_shared(combined(self.dispatcher, y_RD, received), shared_TD)
+        shared_TD = None if self.shared is None else self.shared(routed.x)
+        return with_shared(combined(self.dispatcher, self.experts(received), received), shared_TD)
 
 
 def with_shared(routed_TD: Tensor, shared_TD: Tensor | None) -> Tensor:

@@ -62,7 +62,6 @@ class MlpState:
 
     dispatch_state: Any
     gradient: Fp8Gradient | None
-    has_shared: bool
 
 
 @dataclass(frozen=True)
@@ -187,10 +186,12 @@ class DensePass(_BlockPass):
 class MoePass(_BlockPass):
     """A block with experts: attn, dispatch, mlp, combine; messages start in their phase and are awaited by the next.
 
-    The counts of a dispatch leave at the end of attn, as soon as experts are chosen; the dispatch reads them.
+    The counts of a dispatch leave at the end of attn, as soon as experts are chosen; the dispatch reads them. Shared
+    experts need no message: mlp begins with them, forward and backward, and they hide what mlp then waits for.
     """
 
-    _mlp_graph: DetachedGraph
+    _shared_graph: DetachedGraph | None
+    _experts_graph: DetachedGraph
 
     def __init__(self, block: Block, source: Callable[[], Tensor], positions: Positions, balance: BalanceLoss) -> None:
         super().__init__(block, source, positions, balance)
@@ -229,29 +230,38 @@ class MoePass(_BlockPass):
         self._attn_state = AttnState(state.operand, None, state.balance_share)
 
     def _mlp(self) -> None:
-        arrived, self._dispatch_message = release(self._dispatch_message).wait(), None
+        message, self._dispatch_message = release(self._dispatch_message), None
         state, self._attn_state = release(self._attn_state), None
-        operand = state.operand  # its rows are done with after this
-        if state.balance_share is not None:
-            self._balance.tally(state.balance_share.value())
-        del state
-        h_TD, handle_TD, *_ = self._attn_graph.take()
+        self._h_TD, handle_TD, *_ = self._attn_graph.take()
+        self._shared_graph = self._run_shared(handle_TD, state.operand)
+        balance_share = state.balance_share
+        del state  # the operand's rows are done with
+        arrived = message.wait()
+        if balance_share is not None:
+            self._balance.tally(balance_share.value())
 
-        def mlp(handle_RD: Tensor, weights_R: Tensor, handle_TD: Tensor) -> tuple[tuple[Tensor, ...], MlpState]:
+        def experts(handle_RD: Tensor, weights_R: Tensor) -> tuple[tuple[Tensor], MlpState]:
             received = receive(arrived, handle_RD, weights_R)
-            y_RD, shared_TD = self._moe.compute(received, Activation(handle_TD, operand))
-            outputs = (y_RD,) if shared_TD is None else (y_RD, shared_TD)
-            return outputs, MlpState(received.state, received.gradient, shared_TD is not None)
+            return (self._moe.experts(received),), MlpState(received.state, received.gradient)
 
-        handle_RD = handle_of_rows(arrived.rows_RD, like=handle_TD)
-        inputs = handle_RD, arrived.weights_R, handle_TD
-        self._mlp_graph, self._mlp_state = run_detached(mlp, *inputs, wgrads=self._mlp_wgrads)
-        self._h_TD = h_TD
+        inputs = handle_of_rows(arrived.rows_RD, like=handle_TD), arrived.weights_R
+        self._experts_graph, self._mlp_state = run_detached(experts, *inputs, wgrads=self._mlp_wgrads)
+
+    def _run_shared(self, handle_TD: Tensor, operand: Operand) -> DetachedGraph | None:
+        shared = self._moe.shared
+        if shared is None:
+            return None
+
+        def run(handle_TD: Tensor) -> tuple[tuple[Tensor], None]:
+            return (shared(Activation(handle_TD, operand)),), None
+
+        return run_detached(run, handle_TD, wgrads=self._mlp_wgrads)[0]
 
     def _combine(self) -> None:
-        y_RD, *shared = self._mlp_graph.take()
+        (y_RD,) = self._experts_graph.take()
+        (shared_TD,) = (None,) if self._shared_graph is None else self._shared_graph.take()
         message = self._moe.dispatcher.combine(y_RD, release(self._mlp_state).dispatch_state)
-        self._combine_state = CombineState(message, self._h_TD, shared[0] if shared else None)
+        self._combine_state = CombineState(message, self._h_TD, shared_TD)
         del self._h_TD
 
     @property
@@ -268,10 +278,11 @@ class MoePass(_BlockPass):
 
     def _mlp_backward(self) -> None:
         late, self._combine_backward_state = release(self._combine_backward_state), None
-        state = release(self._mlp_state)
-        dy_RD = deliver(late.message.wait(), state.gradient, like=late.dy_TD)
-        d_shared = (late.dy_TD,) if state.has_shared else ()
-        d_handle_RD, d_weights_R, d_normed_TD = self._mlp_graph.backward(dy_RD, *d_shared)
+        d_normed_TD = None
+        if self._shared_graph is not None:
+            (d_normed_TD,) = self._shared_graph.backward(late.dy_TD)
+        dy_RD = deliver(late.message.wait(), release(self._mlp_state).gradient, like=late.dy_TD)
+        d_handle_RD, d_weights_R = self._experts_graph.backward(dy_RD)
         assert d_handle_RD is not None and d_weights_R is not None
         self._mlp_backward_state = MlpBackwardState(late.dy_TD, d_normed_TD, (d_handle_RD, d_weights_R))
 
