@@ -6,9 +6,13 @@ profile): attention of the forward hides the dispatch of the backward's gradient
 forward's dispatch, and so on, every message under compute. The order of the published trace's annotations was refused:
 taken as start order it leaves the forward's combine exposed.
 
+A block's first phase leaves its weight gradients to the next block's backward, which runs them behind the start of its
+own combine (`LEFT_OVER`): without a forward beside it they hide that message, and with one it starts earlier.
+
 Where ranks share sequences (`model.context_phases`) attention has a message of its own. The forward's gather starts
 before the pair's first message, which the same queue carries, for attention reads it first; it hides under the queries'
-projections, which are inside attn. The scatter of its gradients hides under attention's weight gradients.
+projections, which are inside attn. The scatter of its gradients hides under attention's weight gradients; left over
+are those of the keys.
 
 What has no partner runs in the same order, alone: a dense block has no messages, one of two stages may have more
 blocks, and the embedding, the head and the MTP module's projection stand outside the pairs.
@@ -22,11 +26,13 @@ from itertools import zip_longest
 from fp8moe.layers.phase import Pass
 from fp8moe.profile.spans import span
 
-# (F forward | B backward | W weight gradients, phase)
+LEFT_OVER = ("W", "left over")  # weight gradients of the first phase of the block before
+# (F forward | B backward | W weight gradients, phase); of W a block's first phase is left over for the next
 PAIR = (
     ("F", "keys"),
     ("F", "gather"),
     ("B", "combine"),
+    LEFT_OVER,
     ("F", "attn"),
     ("F", "dispatch"),
     ("B", "mlp"),
@@ -38,7 +44,6 @@ PAIR = (
     ("B", "gather"),
     ("W", "attn"),
     ("B", "keys"),
-    ("W", "keys"),
 )
 WeightGradients = tuple[tuple[str, Callable[[], None]], ...]  # of named phases
 _PAIRED = frozenset(name for _, name in PAIR)
@@ -75,12 +80,15 @@ def run_pair(forward: Sequence[Pass], backward: Sequence[Pass]) -> None:
 
     Either may be empty; a backward without a partner still hides its messages under its own weight gradients.
     """
+    left_over: WeightGradients = ()
     for ahead, back in zip_longest(_layers(forward), _layers(tuple(reversed(backward))), fillvalue=((), None)):
         run_forward(ahead[0])
         for one in back[0]:
+            run_wgrads(left_over)
             run_backward((one,))
-            run_wgrads(deferred_wgrads((one,)))
-        _run_layers(ahead[1], back[1])
+            left_over = deferred_wgrads((one,))
+        left_over = _run_layers(ahead[1], back[1], left_over)
+    run_wgrads(left_over)
 
 
 def _layers(passes: Sequence[Pass]) -> Iterator[tuple[tuple[Pass, ...], Pass | None]]:
@@ -96,18 +104,26 @@ def _layers(passes: Sequence[Pass]) -> Iterator[tuple[tuple[Pass, ...], Pass | N
         yield tuple(before), None
 
 
-def _run_layers(forward: Pass | None, backward: Pass | None) -> None:
+def _run_layers(forward: Pass | None, backward: Pass | None, left_over: WeightGradients) -> WeightGradients:
+    """Run two blocks by `PAIR`; `left_over` by the block before -> what this one leaves."""
     ahead = {} if forward is None else {phase.name: phase for phase in forward.phases}
     back = {} if backward is None else {phase.name: phase for phase in backward.phases}
+    first = None if backward is None else backward.phases[0]
     for part, name in PAIR:
-        if part == "F" and name in ahead:
+        if (part, name) == LEFT_OVER:
+            run_wgrads(left_over)
+        elif part == "F" and name in ahead:
             _call(part, name, ahead[name].forward)
         elif part == "B" and name in back:
             _call(part, name, back[name].backward)
-        elif part == "W" and name in back:
+        elif part == "W" and name in back and back[name] is not first:
             wgrad = back[name].wgrad
             assert wgrad is not None
             _call(part, name, wgrad)
+    if first is None:
+        return ()
+    assert first.wgrad is not None
+    return ((first.name, first.wgrad),)
 
 
 def _call(part: str, name: str, phase: Callable[[], None]) -> None:

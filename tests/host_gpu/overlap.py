@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from tests.host_gpu.races import WRITE, Line, Replay
 
 MAIN = 0  # the stream of compute
-MESSAGE, PRODUCT = "all_to_all_single", "gemm"
+MESSAGE, PRODUCT = "all_to_all_single", "mm"  # gemm, grouped_mm, mm, bmm, addmm
 LEAST = 1024  # bytes: what is smaller announces counts, or opens a connection
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.layers.phase import Phase
-from fp8moe.parallel.overlap import PAIR, deferred_wgrads, run_backward, run_forward, run_pair, run_wgrads
+from fp8moe.parallel.overlap import LEFT_OVER, PAIR, deferred_wgrads, run_backward, run_forward, run_pair, run_wgrads
 
 PHASES = {
     "moe": ("attn", "dispatch", "mlp", "combine"),
@@ -52,14 +52,24 @@ def paired(forward: list[str], backward: list[str]) -> Log:
     return log
 
 
-def test_two_layers_follow_the_list() -> None:
-    log = paired(["shared moe"] * 2, ["shared moe"] * 2)
-    assert [(part, name) for part, name, _ in log] == [*PAIR, *PAIR]
-    first = log[: len(PAIR)]
-    assert {number for part, _, number in first if part == "F"} == {0}
-    assert {number for part, _, number in first if part != "F"} == {101}
-    alone = [entry for entry in PAIR if entry[1] not in ("keys", "gather")]
-    assert [(part, name) for part, name, _ in paired(["moe"], ["moe"])] == alone
+def listed(kind: str, layer: int) -> Log:
+    """The list for blocks of one kind, the backward's numbered `layer` and what it leaves over with it."""
+    first = PHASES[kind][0]
+    log: Log = []
+    for part, name in PAIR:
+        if (part, name) == LEFT_OVER:
+            log += [("W", first, layer + 1)]
+        elif name in PHASES[kind] and (part, name) != ("W", first):
+            log += [(part, name, 101 - layer if part == "F" else layer)]
+    return log
+
+
+@pytest.mark.parametrize("kind", ["moe", "shared moe", "dense", "shared dense"])
+def test_two_layers_follow_the_list(kind: str) -> None:
+    first = PHASES[kind][0]
+    log = [*listed(kind, 101), *listed(kind, 100), ("W", first, 100)]
+    log.remove(("W", first, 102))
+    assert paired([kind] * 2, [kind] * 2) == log
 
 
 @pytest.mark.parametrize("kind", ["moe", "shared moe"])
@@ -117,11 +127,12 @@ def test_one_after_the_other_does_the_same_work(kinds: list[str]) -> None:
 def test_the_order_is_the_documented_one() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "pipeline.md").read_text()
     (line,) = (line for line in page.splitlines() if line.startswith("    F keys | "))
-    assert [tuple(entry.split()) for entry in line.split("|")] == list(PAIR)
+    assert [tuple(entry.split(maxsplit=1)) for entry in map(str.strip, line.split("|"))] == list(PAIR)
 
 
-def test_a_backward_without_a_partner_hides_its_dispatch_under_its_weight_gradients() -> None:
-    log = paired([], ["moe", "moe"])
-    layer = ["B combine", "B mlp", "B dispatch", "W mlp", "B attn", "W attn"]
-    assert [f"{part} {name}" for part, name, _ in log] == 2 * layer
-    assert [number for *_, number in log] == [101] * 6 + [100] * 6
+def test_a_backward_without_a_partner_hides_its_messages_under_its_weight_gradients() -> None:
+    log = [f"{part} {name} {number}" for part, name, number in paired([], ["moe", "dense", "moe", "loss"])]
+    assert log[:3] == ["B loss 103", "B combine 102", "W loss 103"]
+    assert log[3:9] == ["B mlp 102", "B dispatch 102", "W mlp 102", "B attn 102", "W attn 102", "B mlp 101"]
+    assert log[9:14] == ["W mlp 101", "B attn 101", "B combine 100", "W attn 101", "B mlp 100"]
+    assert log[14:] == ["B dispatch 100", "W mlp 100", "B attn 100", "W attn 100"]
