@@ -21,7 +21,7 @@ from fp8moe.model.partition import Stage
 from fp8moe.plan.attention_work import add_attention
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.forward_work import FP32, FP64, entry_sizes
-from fp8moe.plan.layer_time import Sizes, block_time
+from fp8moe.plan.layer_time import Sizes, alone_seconds, block_time
 from fp8moe.plan.mlp_work import add_mlp
 from fp8moe.plan.network import Exchange, exchange_seconds
 from fp8moe.plan.rates import Card, host_seconds, launches_of, parts_of, total
@@ -44,7 +44,7 @@ def forward_seconds(sizes: Sizes, stage: Stage, card: Card, cluster: Cluster) ->
             *(logits, logits),
         ]
     launches = sum(block.launches["F"] for block in blocks) + launches_of(ends)
-    return max(sum(block.alone("F") for block in blocks) + total(parts_of(ends, card)), host_seconds(launches))
+    return max(alone_seconds(blocks, "F") + total(parts_of(ends, card)), host_seconds(launches))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _layer(of: Decoding, layer: int, rows: int, card: Card, cluster: Cluster) ->
     absorbed = a.linears(model.dim)[-2] if isinstance(a, MlaConfig) else None
     pieces = [
         piece
-        for piece in (*work.attn["F"], *work.mlp["F"])
+        for piece in (*work.attn["F"], *work.shared["F"], *work.mlp["F"])
         if not isinstance(piece, Attention) and not (isinstance(piece, Product) and (piece.n, piece.k) == absorbed)
     ]
     if isinstance(a, MlaConfig):

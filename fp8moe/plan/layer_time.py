@@ -1,10 +1,10 @@
 """Seconds of a block's pass, alone and in an overlapped pair: compute phases and messages on two streams.
 
 Phases start in the order of `parallel.overlap.PAIR`, and a message starts when what stands before it is computed.
-Compute waits for a message where its phase reads it; where ranks share sequences the beginning of attn's forward, the
-queries' projections, does not read the gather yet. So a pair of blocks takes the longer of compute and messages, and
-whatever of a message finds nothing to hide under. In a pair, products and attention have the SMs that
-`parallel.communication_sms` leaves.
+Compute waits for a message where its phase reads it. Two phases begin with what does not read it yet: attn's forward
+with the queries' projections, where ranks share sequences, and mlp with the shared experts. So a pair of blocks takes
+the longer of compute and messages, and whatever of a message finds nothing to hide under. From a message's start to
+where it is waited for, products and attention have the SMs that `parallel.communication_sms` leaves.
 
 The host launches one kernel after another: a pass takes no less than its launches take. Those of messages are made by
 another thread and left out.
@@ -13,14 +13,14 @@ another thread and left out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from fp8moe.layers.attention.context_bytes import gathered_values, row_bytes
 from fp8moe.layers.recipe import Recipe
 from fp8moe.model.config import ModelConfig
-from fp8moe.parallel.overlap import PAIR
+from fp8moe.parallel.overlap import LEFT_OVER, PAIR
 from fp8moe.plan.attention_work import add_attention
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.mlp_work import add_mlp
@@ -28,7 +28,7 @@ from fp8moe.plan.network import Exchange, Gather, exchange_seconds
 from fp8moe.plan.rates import Card, Parts, added, launches_of, parts_of, total
 from fp8moe.plan.work import BlockWork
 
-COMPUTE = ("keys", "queries", "attn", "mlp")
+COMPUTE = ("keys", "queries", "attn", "shared", "mlp")
 MESSAGES = ("gather", "dispatch", "combine")
 
 
@@ -57,11 +57,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class BlockTime:
-    """Of one block: seconds of each (part, phase), messages included, launches of F, B and W, and compute by kind."""
+    """Of one block: seconds of each (part, phase), messages included, launches of F, B and W, and compute by kind.
 
-    seconds: dict[tuple[str, str], float]
-    launches: dict[str, int]
-    parts: dict[str, Parts]
+    beside: the seconds while a message is in flight; None: they are the same.
+    """
+
+    seconds: Mapping[tuple[str, str], float]
+    launches: Mapping[str, int]
+    parts: Mapping[str, Parts]
+    beside: Mapping[tuple[str, str], float] | None = None
 
     def compute(self, part: str) -> float:
         """Seconds of compute in F, B or W."""
@@ -71,15 +75,14 @@ class BlockTime:
         """Seconds of messages in F or B."""
         return sum(self.seconds.get((part, phase), 0.0) for phase in MESSAGES)
 
-    def alone(self, part: str) -> float:
-        """Seconds of F, B or W with nothing beside it: only the queries' projections hide a message, the gather."""
-        hidden = min(self.seconds.get((part, "queries"), 0.0), self.seconds.get((part, "gather"), 0.0))
-        return self.compute(part) + self.messages(part) - hidden
+    def of(self, step: tuple[str, str], *, beside: bool) -> float:
+        """Seconds of a step of compute, of 0 where the block has none; beside a message or not."""
+        seconds = self.beside if beside and self.beside is not None else self.seconds
+        return seconds.get(step, 0.0)
 
     def without(self, *phases: str) -> BlockTime:
         """The same without those messages."""
-        others = {key: seconds for key, seconds in self.seconds.items() if key[1] not in phases}
-        return BlockTime(others, self.launches, self.parts)
+        return replace(self, seconds={key: seconds for key, seconds in self.seconds.items() if key[1] not in phases})
 
 
 @functools.lru_cache(maxsize=2048)
@@ -113,38 +116,63 @@ def block_time(sizes: Sizes, dense: bool, layer: int, card: Card, cluster: Clust
     return BlockTime(seconds, launches, parts)
 
 
-# PAIR, and before attn's forward what of it does not read the gather.
-ORDER = tuple(step for at in PAIR for step in ((("F", "queries"), at) if at == ("F", "attn") else (at,)))
+# PAIR, and before attn's forward and mlp what of them reads no message.
+_AHEAD = {("F", "attn"): "queries", **{(part, "mlp"): "shared" for part in "FBW"}}
+ORDER = tuple(step for at in PAIR for step in (((at[0], _AHEAD[at]), at) if at in _AHEAD else (at,)))
 # The messages that a phase of compute reads: its own block's, or the block's before it for what begins a forward.
 _READS = {("F", "keys"): (("F", "combine"),), ("F", "attn"): (("F", "combine"), ("F", "gather")),
           ("B", "mlp"): (("B", "combine"),), ("F", "mlp"): (("F", "dispatch"),), ("B", "attn"): (("B", "dispatch"),),
           ("B", "keys"): (("B", "gather"),)}  # fmt: skip
 
 
-def pair_seconds(forward: Sequence[BlockTime], backward: Sequence[BlockTime], *, overlap: bool = True) -> float:
-    """Seconds of the forward of some blocks beside the whole backward of others, both in the order they run.
+class _Streams:
+    """When compute and messages are done with what they have been given, and which messages nobody has waited for."""
 
-    Either may be empty. overlap=False: one phase after the other, messages too.
+    def __init__(self) -> None:
+        self.computed = self.messaged = 0.0
+        self._in_flight: dict[tuple[str, str], float] = {}  # when it arrives
+
+    def message(self, step: tuple[str, str], seconds: float) -> None:
+        """Start a message when compute is done."""
+        self.messaged = max(self.messaged, self.computed) + seconds
+        self._in_flight[step] = self.messaged
+
+    def compute(self, block: BlockTime, step: tuple[str, str]) -> None:
+        """Compute when the messages that the step reads have arrived."""
+        for message in _READS.get(step, ()):
+            self.computed = max(self.computed, self._in_flight.pop(message, 0.0))
+        self.computed += block.of(step, beside=bool(self._in_flight))
+
+
+def pair_seconds(forward: Sequence[BlockTime], backward: Sequence[BlockTime], *, wgrads: bool = True) -> float:
+    """Seconds of the forward of some blocks beside the backward of others, both in the order they run.
+
+    Either may be empty. wgrads=False: a backward that leaves its weight gradients for later.
     """
-    compute = messages = 0.0  # when each stream is free
-    arrived: dict[tuple[str, str], float] = {}
+    streams = _Streams()
+    left_over: tuple[BlockTime, tuple[str, str]] | None = None
     for ahead, back in zip_longest(forward, backward):
-        for part, phase in ORDER:
-            block = ahead if part == "F" else back
-            if block is None or (part, phase) not in block.seconds:
+        first = "keys" if back is not None and ("B", "keys") in back.seconds else "attn"  # left over for the next block
+        for step in ORDER:
+            block = ahead if step[0] == "F" else back
+            if step == LEFT_OVER and left_over is not None:
+                streams.compute(*left_over)
+                left_over = None
+            elif block is None or step not in block.seconds or step == ("W", first) or (step[0] == "W" and not wgrads):
                 continue
-            length = block.seconds[part, phase]
-            if phase in MESSAGES:
-                messages = max(messages, compute) + length
-                arrived[part, phase] = messages
-                if not overlap:
-                    compute = messages
+            elif step[1] in MESSAGES:
+                streams.message(step, block.seconds[step])
             else:
-                read = (arrived.get(message, 0.0) for message in _READS.get((part, phase), ()))
-                compute = max(compute, *read, 0.0) + length
-    return max(compute, messages)
+                streams.compute(block, step)
+        if back is not None and wgrads:
+            left_over = back, ("W", first)
+    if left_over is not None:
+        streams.compute(*left_over)
+    return max(streams.computed, streams.messaged)
 
 
 def alone_seconds(blocks: Sequence[BlockTime], part: str) -> float:
     """Seconds of the F, B or W of some blocks with nothing beside it."""
-    return sum(block.alone(part) for block in blocks)
+    if part == "W":
+        return sum(block.compute("W") for block in blocks)
+    return pair_seconds(blocks, ()) if part == "F" else pair_seconds((), blocks[::-1], wgrads=False)

@@ -16,9 +16,9 @@ from fp8moe.plan.work import BlockWork, Pass, Piece, Product, Small
 SWIGLU, PERMUTE = "SwiGLU", "permutation"
 
 
-def swiglu(work: BlockWork, rows: float, hidden: int, recipe: Recipe) -> None:
+def swiglu(work: BlockWork, rows: float, hidden: int, recipe: Recipe, phase: str = "mlp") -> None:
     """SwiGLU of `rows` rows, its backward, and what the weight gradient of `down` reads of it."""
-    f, b, w = (work.mlp[which] for which in "FBW")
+    f, b, w = (getattr(work, phase)[which] for which in "FBW")
     if recipe.fp8:
         f.append(Pass("swiglu", SWIGLU, rows * hidden * (4 + 3 * CAST)))
         b.append(Pass("swiglu backward", SWIGLU, rows * hidden * (2 + 6 * CAST)))
@@ -30,15 +30,16 @@ def swiglu(work: BlockWork, rows: float, hidden: int, recipe: Recipe) -> None:
         w.append(Pass("swiglu", SWIGLU, rows * hidden * 6))
 
 
-def _dense(work: BlockWork, dim: int, hidden: int, recipe: Recipe, tokens: int) -> None:
-    linear(work, "mlp", tokens, 2 * hidden, dim, fp8=recipe.fp8)
-    linear(work, "mlp", tokens, dim, hidden, fp8=recipe.fp8)
-    swiglu(work, tokens, hidden, recipe)
+def _dense(work: BlockWork, phase: str, dim: int, hidden: int, recipe: Recipe, tokens: int) -> None:
+    linear(work, phase, tokens, 2 * hidden, dim, fp8=recipe.fp8)
+    linear(work, phase, tokens, dim, hidden, fp8=recipe.fp8)
+    swiglu(work, tokens, hidden, recipe, phase)
+    _, b, w = (getattr(work, phase)[which] for which in "FBW")
     if recipe.fp8:
-        work.mlp["B"].append(Pass("cast both", CASTS, tokens * dim * (2 + 2 * CAST)))
-        work.mlp["W"].append(Pass("norm columns", CASTS, tokens * dim * (2 + CAST)))
+        b.append(Pass("cast both", CASTS, tokens * dim * (2 + 2 * CAST)))
+        w.append(Pass("norm columns", CASTS, tokens * dim * (2 + CAST)))
     elif Recompute.NORM in recipe.recompute:
-        work.mlp["W"].append(Pass("norm", CASTS, tokens * dim * 4))
+        w.append(Pass("norm", CASTS, tokens * dim * 4))
 
 
 def _experts(work: BlockWork, model: ModelConfig, recipe: Recipe, tokens: int, ep: int, imbalance: float) -> None:
@@ -68,7 +69,7 @@ def add_mlp(
     """The MLP of block number `layer`, dense or a mixture of experts."""
     dim = model.dim
     if model.is_dense(layer):
-        _dense(work, dim, model.dense_hidden, recipe, tokens)
+        _dense(work, "mlp", dim, model.dense_hidden, recipe, tokens)
         work.attn["F"].append(Pass("add", ADD, tokens * dim * 6))
         return
     gate = model.experts.num_experts
@@ -80,4 +81,4 @@ def add_mlp(
     sums = 2 if model.experts.num_shared else 1
     work.attn["F"].append(Pass("add", ADD, sums * tokens * dim * 6))
     if model.experts.num_shared:
-        _dense(work, dim, model.experts.num_shared * model.experts.hidden, recipe, tokens)
+        _dense(work, "shared", dim, model.experts.num_shared * model.experts.hidden, recipe, tokens)

@@ -7,7 +7,7 @@ simulator's costs with each stage's own times, pairs included.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fp8moe.model.partition import Stage
 from fp8moe.plan.cluster import Cluster
@@ -35,10 +35,9 @@ WHOLE = View()
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage: its blocks on all SMs and on those that messages leave, and what stands at its ends, by F, B, W."""
+    """One stage: its blocks, and what stands at its ends, by F, B, W."""
 
     blocks: tuple[BlockTime, ...]
-    beside: tuple[BlockTime, ...]
     ends: Mapping[str, Parts]
     launches: Mapping[str, int]
     card: Card
@@ -51,20 +50,21 @@ class StageTime:
         """Seconds that the host takes for the launches of `parts`."""
         return host_seconds(sum(self.launches[part] for part in parts)) if view.host else 0.0
 
-    def seen(self, view: View, *, overlap: bool) -> tuple[BlockTime, ...]:
-        """The blocks as they run beside others' messages."""
-        blocks = self.beside if view.fewer_sms and overlap else self.blocks
+    def seen(self, view: View) -> tuple[BlockTime, ...]:
+        """The blocks with what the view takes in."""
         left_out = (("dispatch", "combine") if not view.messages else ()) + (("gather",) if not view.keys else ())
+        blocks = self.blocks if view.fewer_sms else tuple(replace(block, beside=None) for block in self.blocks)
         return tuple(block.without(*left_out) for block in blocks) if left_out else blocks
 
     def alone(self, part: str, view: View = WHOLE) -> float:
         """Seconds of F, B or W with nothing beside it."""
-        return max(alone_seconds(self.seen(view, overlap=False), part) + self.end(part), self.host(part, view))
+        return max(alone_seconds(self.seen(view), part) + self.end(part), self.host(part, view))
 
     def backward(self, view: View = WHOLE, *, overlap: bool) -> float:
-        """Seconds of the whole backward, whose messages hide under its own weight gradients."""
-        blocks = pair_seconds((), self.seen(view, overlap=overlap)[::-1], overlap=overlap)
-        return max(blocks + self.end("BW"), self.host("BW", view))
+        """Seconds of the whole backward; overlap: its messages hide under its own weight gradients."""
+        blocks = self.seen(view)
+        seconds = pair_seconds((), blocks[::-1]) if overlap else sum(alone_seconds(blocks, part) for part in "BW")
+        return max(seconds + self.end("BW"), self.host("BW", view))
 
     def compute(self) -> float:
         """Seconds of all compute, on all SMs."""
@@ -80,10 +80,13 @@ class StageTime:
 
 
 def paired(ahead: StageTime, back: StageTime, view: View = WHOLE, *, overlap: bool) -> float:
-    """Seconds of the forward of one stage overlapped with the whole backward of another."""
-    blocks = ahead.seen(view, overlap=overlap), back.seen(view, overlap=overlap)[::-1]
-    seconds = pair_seconds(*blocks, overlap=overlap) + ahead.end("F") + back.end("BW")
-    return max(seconds, ahead.host("F", view) + back.host("BW", view))
+    """Seconds of the forward of one stage and the whole backward of another, overlapped or one after the other."""
+    forward, backward = ahead.seen(view), back.seen(view)
+    if overlap:
+        seconds = pair_seconds(forward, backward[::-1])
+    else:
+        seconds = alone_seconds(forward, "F") + sum(alone_seconds(backward, part) for part in "BW")
+    return max(seconds + ahead.end("F") + back.end("BW"), ahead.host("F", view) + back.host("BW", view))
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,15 @@ def stage_time(sizes: Sizes, stage: Stage, card: Card, beside: Card, cluster: Cl
     dense = [sizes.model.is_dense(layer) for layer in layers]
     like = [_like(sizes, layer) for layer in layers]
 
-    def timed(on: Card) -> tuple[BlockTime, ...]:
-        return tuple(block_time(sizes, d, n, on, cluster) for d, n in zip(dense, like, strict=True))
+    def timed(d: bool, n: int) -> BlockTime:
+        block = block_time(sizes, d, n, card, cluster)
+        return block if beside == card else replace(block, beside=block_time(sizes, d, n, beside, cluster).seconds)
 
     pieces = ends_of(sizes, stage)
-    blocks = timed(card)
+    blocks = tuple(timed(d, n) for d, n in zip(dense, like, strict=True))
     launches = {part: sum(b.launches[part] for b in blocks) + launches_of(pieces[part]) for part in "FBW"}
     ends = {part: parts_of(pieces[part], card) for part in "FBW"}
-    return StageTime(blocks, timed(beside) if beside != card else blocks, ends, launches, card)
+    return StageTime(blocks, ends, launches, card)
 
 
 def _like(sizes: Sizes, layer: int) -> int:

@@ -38,12 +38,10 @@ from fp8moe.train.config import TrainConfig, stages_of
 
 SECONDS_AN_HOUR, SECONDS_A_DAY = 3600.0, 86400.0
 NETWORK, HOST = "network model", "launches"
-# What a step takes with everything, without the host's waits, without messages of keys too, without those to experts,
-# and on all SMs as well.
-VIEWS = (
-    *(View(), View(host=False), View(keys=False, host=False)),
-    *(View(messages=False, keys=False, host=False), View(False, False, False, False)),
-)
+# What a step takes with everything, without the host's waits, without messages of keys too, on all SMs, and without
+# messages to experts as well.
+NO_KEYS = View(keys=False, host=False)
+VIEWS = (View(), View(host=False), NO_KEYS, replace(NO_KEYS, fewer_sms=False), View(False, False, False, False))
 
 
 @dataclass(frozen=True)
@@ -207,24 +205,26 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
     times = _times(config, cluster, stages, imbalance)
     at = (parallel.schedule, pp, config.num_microbatches)
     message = _message(config, cluster)
-    views = VIEWS if parallel.cp > 1 else tuple(view for view in VIEWS if view.keys == view.messages)
+    views = VIEWS if parallel.cp > 1 else tuple(view for view in VIEWS if view is not NO_KEYS)
     costs = [_costs(config, times, message, view) for view in views]
     (makespan,) = _line(*at, lambda replay: (replay.makespan(costs[0].of, message),))
     busy = [_line(*at, lambda replay, one=one: replay.busy(one.of)) for one in costs]  # type: ignore[misc]
     busiest = max(range(pp), key=busy[0].__getitem__)
-    whole, device, *no_keys, fewer, computed = (one[busiest] for one in busy)
+    whole, device, *no_keys, on_all, computed = (one[busiest] for one in busy)
+    experts = (no_keys or [device])[0]  # with messages to them alone
+    fewer_sms = experts - on_all
     mine = _held(config, busiest)
     update = _update(config, cluster, mine, costs[0])
     makespan = max(makespan, whole)  # equal but for rounding where nobody waits
     taught = teacher_seconds(config, cluster)
     seconds = makespan + update.exposed + update.update + taught
     passes = config.num_microbatches / (2 if parallel.schedule == "dualpipe" else 1)
-    messages = passes * sum(times[index].messages() for index in mine)
+    messages, waits = passes * sum(times[index].messages() for index in mine), device - fewer_sms - computed
     parts = [
         *_parts([times[index] for index in mine], passes, computed),
-        Part("fewer SMs beside messages", fewer - computed, MODEL),
+        Part("fewer SMs beside messages", fewer_sms, MODEL),
         *(Part("waits for messages of keys", device - one, NETWORK) for one in no_keys),
-        Part("waits for messages", (no_keys or [device])[0] - fewer, NETWORK),
+        Part("waits for messages", on_all - computed, NETWORK),
         Part("waits for the host", whole - device, HOST),
         Part("bubble", makespan - whole, "simulator"),
         Part("gradients and weights between replicas", update.exposed, NETWORK),
@@ -236,9 +236,9 @@ def step_time(config: TrainConfig, cluster: Cluster, *, imbalance: float = 1.0) 
         tokens=config.batch.sequences * config.seq_len,
         gpus=pp * config.dp,
         bubble=(makespan - whole) / seconds,
-        hidden=max(0.0, 1 - (device - fewer) / messages) if messages else 1.0,
+        hidden=max(0.0, 1 - waits / messages) if messages else 1.0,
         optimizer_seconds=update.update,
-        exposed_communication_seconds=device - fewer + update.exposed,
+        exposed_communication_seconds=waits + update.exposed,
         forward_seconds=passes * sum(alone_seconds(times[index].blocks, "F") for index in mine),
         parts=tuple(parts),
         flops_per_token=flops_per_token(config.model, config.seq_len),

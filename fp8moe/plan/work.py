@@ -67,10 +67,11 @@ class BlockWork:
 
     What dispatch and combine compute beside their messages stands in the phase that waits for it or starts it. keys:
     before the gather, where ranks share sequences (`model.context_phases`); queries: the beginning of attn's forward,
-    which does not wait for it.
+    which does not wait for it; shared: the shared experts, with which mlp begins before it waits for a message.
     """
 
     keys: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})
     queries: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})
     attn: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})
+    shared: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})
     mlp: dict[str, list[Piece]] = field(default_factory=lambda: {"F": [], "B": [], "W": []})

@@ -49,7 +49,9 @@ def gather_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -
 def mlp_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> float:
     """Of the largest MLP: gradients of its output, its hidden features and its input; under FP8 their casts.
 
-    Rows of experts arrive in FP8 and are cast along columns later; those of a dense MLP are cast both ways at once.
+    Rows of experts arrive in FP8 and are cast along columns later; those of a dense MLP are cast both ways at once. The
+    backward of shared experts has gone before: beside it lie the gradient of their input, and what their weight
+    gradients read.
     """
     c, recipe = config.model, sizes.recipe
     wide, cast = recipe.dtype.itemsize, 1 + 4 / TILE
@@ -65,6 +67,9 @@ def mlp_work(config: TrainConfig, held: Sequence[Stage], sizes: MicroBatch) -> f
             size = of(sizes.tokens, c.dense_hidden, 2)
         else:
             size = of(sizes.expert_rows(c.router.topk).experts, c.experts.hidden, 1)
+            if shared := c.experts.num_shared * c.experts.hidden:
+                read = cast * (c.dim + 2 * shared) if recipe.fp8 else wide * 2 * shared
+                size += sizes.tokens * (wide * c.dim + read)
         largest = max(largest, size)
     return largest
 

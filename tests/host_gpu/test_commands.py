@@ -61,8 +61,8 @@ LAYOUTS = {
     )),
 }  # fmt: skip
 # Messages with products under them, at least: 102 of the first layout's 144, validation's included, 38 of 52 of the two
-# hops, which have no pairs, all 36 of the shared sequences. A thread of the host that waits for the device meanwhile, as
-# those of EMA and of checkpoints do, orders a few more.
+# hops, which have no pairs, all 36 of the shared sequences. A thread of the host that waits for the device meanwhile,
+# as those of EMA and of checkpoints do, orders a few more.
 UNDER = {
     "experts, messages of a fixed size in chunks, overlapped, averaged weights": 84,
     "two hops, documents apart": 36,

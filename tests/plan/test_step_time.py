@@ -13,7 +13,7 @@ from fp8moe.plan import stage_time, step_time
 from fp8moe.plan.gemm_model import Problem, predict, work_of
 from fp8moe.plan.gemm_time import product_time
 from fp8moe.plan.kernel_records import RECORDS, records
-from fp8moe.plan.layer_time import BlockTime, Sizes, alone_seconds, block_time, pair_seconds
+from fp8moe.plan.layer_time import Sizes, block_time
 from fp8moe.plan.network import Exchange, collective_seconds, exchange_seconds, neighbour_seconds, places_hit
 from fp8moe.plan.rates import SHARES, Card
 from fp8moe.plan.update_time import held, update_time
@@ -165,25 +165,6 @@ def test_collectives_and_neighbours_by_hand():
 
 
 # Pairs and schedules
-
-
-def block(compute, message=None):
-    seconds = {(part, phase): compute for part in "FBW" for phase in ("attn", "mlp")}
-    if message is not None:
-        seconds |= {(part, phase): message for part in "FB" for phase in ("dispatch", "combine")}
-    return BlockTime(seconds, dict.fromkeys("FBW", 0), {})
-
-
-def test_a_pair_hides_messages_under_compute_up_to_their_length():
-    quiet, short, long = block(1.0), block(1.0, 0.5), block(1.0, 10.0)
-    assert pair_seconds([quiet] * 3, [quiet] * 3) == 18
-    # combine(B) under attn(F), dispatch(F) under mlp(B), dispatch(B) under mlp(W), combine(F) under attn(B).
-    assert pair_seconds([short], [short]) == 6
-    assert alone_seconds([short], "F") == 3 and alone_seconds([short], "W") == 2
-    assert pair_seconds([short], [short], overlap=False) == 8
-    assert pair_seconds([long], [long]) == 40, "four messages, one behind the other"
-    assert pair_seconds([], [short]) == pytest.approx(0.5 + 4), "combine is exposed, dispatch is under mlp(W)"
-    assert pair_seconds([short, short], [short]) == pytest.approx(6 + 3)
 
 
 def test_a_step_is_the_simulators_makespan_and_what_follows_it():
