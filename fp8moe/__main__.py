@@ -13,9 +13,12 @@ import importlib
 import os
 import sys
 
+from fp8moe.cuda_environment import prepare
+
 # torch's C++ code prints warnings of every connection that is tried again; errors still show. It reads this once.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once too: `cli.threads`
+prepare(os.environ)
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),

@@ -40,8 +40,6 @@ fi
 
 # One thread a rank unless told otherwise: ranks on one node would fight for the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Expert groups change size each step; segments that grow keep the caching allocator from fragmenting on them.
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # A run that goes on by itself is started again up to three times; one that was preempted ends at once each time.
 RESTARTS=0

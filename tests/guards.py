@@ -31,7 +31,7 @@ FLOORS = {
     "cli": 7,
     "__main__": 8,
 }
-BESIDE = ("errors", "limits")  # files beside the floors, which import nothing of the project
+BESIDE = ("errors", "limits", "cuda_environment")  # files beside the floors, which import nothing of the project
 NO_ERRORS = ("kernels", "layers")  # they raise plain ValueError
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 320, 60, 100
 CODE = ("kernels", "fp8moe", "benchmarks", "tests")
@@ -144,7 +144,7 @@ def _refused(here: str, target: str) -> str | None:
         return f"{here} imports nothing of the project, and so not {target}"
     if there == "errors":
         return f"{here} raises plain ValueError and may not import {target}" if here in NO_ERRORS else None
-    if there in (here, "", "__version__", "limits"):
+    if there in (here, "", "__version__", "limits", "cuda_environment"):
         return None
     if there not in FLOORS:
         return f"{target} stands on no floor"

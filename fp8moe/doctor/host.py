@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch.distributed import ProcessGroup
 
+from fp8moe.cuda_environment import MOST_QUEUES, QUEUES, few_queues
 from fp8moe.doctor.finding import Finding, Level
 from fp8moe.parallel.collectives import gather
 
@@ -27,7 +28,16 @@ MEMORY, SHARED = Path("/proc/meminfo"), Path("/dev/shm")
 
 def check_host(local_processes: int, world_size: int, *, gpu: bool) -> list[Finding]:
     """Lines on memory, shared memory and limits. local_processes: ranks of the run on this machine."""
-    return [*_memory(local_processes), *_shared_memory(local_processes, gpu), *_limits(world_size, gpu)]
+    queues = _queues() if gpu and world_size > 1 else []
+    return [*_memory(local_processes), *_shared_memory(local_processes, gpu), *_limits(world_size, gpu), *queues]
+
+
+def _queues() -> list[Finding]:
+    """Whether messages can travel beside compute, by what the environment gives CUDA."""
+    few = few_queues(os.environ)
+    if few is None:
+        return []
+    return [Finding(PART, few, Level.ADVICE, f"unset {QUEUES}: fp8moe then takes {MOST_QUEUES}")]
 
 
 def _memory(local_processes: int) -> list[Finding]:

@@ -233,8 +233,9 @@ def build_mesh(
 
 
 def nccl_options(max_ctas: int) -> Any:
-    """Options of an NCCL group that takes at most `max_ctas` SMs."""
+    """Options of an NCCL group that takes at most `max_ctas` SMs, and takes them before compute that waits for one."""
     options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
     options.config.max_ctas = max_ctas
     return options
 

@@ -75,7 +75,9 @@ class Stream:
     def __init__(self, device: torch.device, name: str = COMMUNICATION) -> None:
         self._queue: queue.SimpleQueue[tuple[Pending[Any, Any], Any]] = queue.SimpleQueue()
         self._device = device
-        self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Layers wait for messages to experts: what they launch goes first to an SM that becomes free.
+        priority = -1 if name == COMMUNICATION else 0
+        self._cuda = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
         self._error: BaseException | None = None
         threading.Thread(target=self._work, name=name, daemon=True).start()
 

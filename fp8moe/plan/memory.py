@@ -105,7 +105,7 @@ def _most_blocks(schedule: Schedule, pp_rank: int, by_stage: list[StageBytes]) -
 def fragmentation_bytes(blocks: float) -> float:
     """An allowance: a page of the allocator for each block of each micro-batch that is held at once.
 
-    With expandable segments (`launch/torchrun.sh` sets them) free pages are unmapped where memory is short, and what
+    With expandable segments (`cuda_environment` sets them) free pages are unmapped where memory is short, and what
     stays lost are pages that a hole shares with its neighbours: half a page at either end of it, on average. Tensors of
     a block are made and let go together, so there is a hole for each at worst. Weights, gradients and optimizer state
     are a few buffers that are made once. pith-train's estimator allows 10 % of everything.

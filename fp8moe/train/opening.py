@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from fp8moe.cuda_environment import few_queues
 from fp8moe.data.chat_tokens import described
 from fp8moe.data.mixture import table, uses
 from fp8moe.data.tokenizer import file_hash, ids_apart, load_tokenizer
@@ -83,6 +85,12 @@ def other_tokenizer(run: Run) -> str | None:
         f"between {mine.path} and {theirs}: encode the text with the latter (fp8moe tokenize --tokenizer), unless "
         "this is meant"
     )
+
+
+def messages_beside_compute(run: Run) -> str | None:
+    """A warning where the environment keeps messages between GPUs from travelling beside compute; else None."""
+    few = few_queues(os.environ) if run.device.type == "cuda" and run.mesh.world_size > 1 else None
+    return None if few is None else f"{few}, and nothing of them is hidden: unset it"
 
 
 def _data(run: Run) -> list[str]:

@@ -27,7 +27,7 @@ from fp8moe.train.checkpoint.folder import step_of
 from fp8moe.train.events import EventLog, started_as
 from fp8moe.train.metric_names import flat
 from fp8moe.train.metrics import MetricsWriter, StepReport
-from fp8moe.train.opening import memory_of_largest_rank, opening, other_tokenizer
+from fp8moe.train.opening import memory_of_largest_rank, messages_beside_compute, opening, other_tokenizer
 from fp8moe.train.progress import ProgressDisplay
 from fp8moe.train.rollback import Rollback
 from fp8moe.train.run import Run
@@ -99,8 +99,9 @@ class RunLogger:
         self.note_event("start", *started_as(run))
         self.print(opening(run))
         self.print(memory_of_largest_rank(run))
-        if run.is_first and (sentence := other_tokenizer(run)) is not None:
-            self.warn(sentence)
+        for sentence in (other_tokenizer(run), messages_beside_compute(run)) if run.is_first else ():
+            if sentence is not None:
+                self.warn(sentence)
 
     @property
     def num_steps(self) -> int:

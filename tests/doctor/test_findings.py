@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fp8moe.cuda_environment import QUEUES
 from fp8moe.doctor import gemm, gpu, host, storage, versions
 from fp8moe.doctor.finding import Finding, Level, merged
 from fp8moe.doctor.odd import odd_ones, odd_places
@@ -107,6 +108,17 @@ def test_limits_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert wrong(host.check_host(1, 4096, gpu=True)) == {}
     monkeypatch.setattr(host, "MEMORY", tmp_path / "absent")
     assert host.available_bytes() is None and host.check_host(1, 1, gpu=True)
+
+
+def test_few_queues_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(QUEUES, "1")
+    said = {f"{QUEUES}=1 has compute and messages between ranks wait for each other": Level.ADVICE}
+    found = wrong(host.check_host(1, 2, gpu=True)).items()
+    assert said.items() <= found
+    for alike in (host.check_host(1, 1, gpu=True), host.check_host(1, 2, gpu=False)):
+        assert not said.items() & wrong(alike).items()
+    monkeypatch.setenv(QUEUES, "32")
+    assert not said.items() & wrong(host.check_host(1, 2, gpu=True)).items()
 
 
 def test_versions_and_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:

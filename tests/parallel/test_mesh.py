@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,14 @@ def test_only_groups_that_carry_tokens_are_bounded(monkeypatch: pytest.MonkeyPat
     _, fake = built(monkeypatch, 0, 2, 4, 4, ranks_per_node=2, nccl_ctas=20)
     bounded = {made[0].rstrip("0123456789") for made in fake.made if made[3] == ("at most", 20)}
     assert bounded == {"ep", "rail", "node"} and {made[3] for made in fake.made} == {None, ("at most", 20)}
+
+
+def test_what_nccl_is_told_of_such_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SimpleNamespace(config=SimpleNamespace())
+    nccl = SimpleNamespace(Options=lambda: options)
+    monkeypatch.setattr(mesh_module.dist, "ProcessGroupNCCL", nccl, raising=False)
+    assert mesh_module.nccl_options(20) is options
+    assert vars(options) == {"config": SimpleNamespace(max_ctas=20), "is_high_priority_stream": True}
 
 
 def test_a_world_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,20 @@ import torch
 from fp8moe.kernels import backend
 from fp8moe.parallel.stream import Pending, Stream, communication_stream, leaving_sms, tensors_of
 from fp8moe.profile import spans
-from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Recorder, exposed_seconds, listening
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, REPLICAS, Recorder, exposed_seconds, listening
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
+
+
+def test_messages_to_experts_go_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To an SM that becomes free; gradients of replicas, which nobody waits for, stand behind compute."""
+    given: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority=0: given.append(priority))
+    monkeypatch.setattr(Stream, "_work", lambda stream: None)
+    for name in (COMMUNICATION, REPLICAS):
+        Stream(torch.device("cuda", 0), name)
+    assert given == [-1, 0]
 
 
 def test_messages_run_in_order_beside_the_caller_and_only_waits_are_exposed() -> None:
