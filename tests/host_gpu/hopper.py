@@ -73,7 +73,7 @@ def run_op(name: str, *args: Any, **kwargs: Any) -> Any:
 def install() -> None:
     """Patch PyTorch and the back ends, for the rest of the process."""
 
-    def stream(device: Any = None, **_: Any) -> torch.Stream:
+    def stream(device: Any = None, priority: int = 0) -> torch.Stream:
         return torch.Stream(device="cuda")
 
     def event(enable_timing: bool = False, **_: Any) -> torch.Event:
