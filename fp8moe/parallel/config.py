@@ -22,8 +22,8 @@ class ParallelConfig:
     # one micro-batch under the compute of another
     schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     overlap: bool = True  # hide messages under compute; false: one after the other, the same bits
-    # on a GPU: SMs that experts' messages may take (NCCL's max_ctas), and that GEMMs of an overlapped pair
-    # leave free
+    # on a GPU: SMs that messages beside compute may take (NCCL's max_ctas), and that GEMMs leave free from the start
+    # of a layer's message to its wait
     communication_sms: int = 20
     layout: tuple[int, ...] | None = None  # blocks of each pipeline stage; None: cut by cost (`fp8moe.model.partition`)
     # how tokens are sent to experts (`fp8moe.parallel.dispatch`): all_to_all in one hop; node_limited once to a

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from fp8moe.parallel.collectives import all_reduce, exchange
 
 LAYER_AXES = ("ep", "rail", "node", "cp")  # whose groups carry the messages of layers
+REPLICA_AXES = ("dense", "expert")  # gradients and weights, beside compute as well
 
 
 def divisors(number: int) -> list[int]:
@@ -209,7 +210,7 @@ def build_mesh(
     """The mesh of this process. With more than one process torch.distributed must be up; collective over all ranks.
 
     `ranks_per_node` adds the groups of a two-hop dispatcher; `mirrored`, `tied` and `cp` are those of `axis_ranks`;
-    `nccl_ctas` bounds the SMs that NCCL takes for messages of layers (None: as NCCL likes, and without NCCL).
+    `nccl_ctas` bounds the SMs that NCCL takes for messages beside compute (None: as NCCL likes, and without NCCL).
     """
     world = pp * dp
     if world == 1:
@@ -223,7 +224,7 @@ def build_mesh(
     for axis, groups in axis_ranks(pp, dp, ep, ranks_per_node, mirrored=mirrored, tied=tied, cp=cp).items():
         for number, ranks in enumerate(groups):
             if len(ranks) > 1:  # every rank must take part in making every group, in one order
-                options = None if nccl_ctas is None or axis not in LAYER_AXES else nccl_options(nccl_ctas)
+                options = None if nccl_ctas is None else nccl_options(axis, nccl_ctas)
                 group = dist.new_group(ranks, timeout=timeout, group_desc=f"{axis}{number}", pg_options=options)
                 if rank in ranks:
                     mine[axis] = group
@@ -232,11 +233,18 @@ def build_mesh(
     return Mesh(pp, dp, ep, rank, mirrored, cp, **found)
 
 
-def nccl_options(max_ctas: int) -> Any:
-    """Options of an NCCL group that takes at most `max_ctas` SMs, and takes them before compute that waits for one."""
+def nccl_options(axis: str, max_ctas: int) -> Any:
+    """Options of an NCCL group whose messages travel beside compute; None for the groups of other axes.
+
+    It takes at most `max_ctas` SMs, which GEMMs leave free, wherever these are: on Hopper NCCL's programs come in
+    clusters of 4, which want as many free SMs side by side. Messages of layers take an SM that becomes free before
+    compute does.
+    """
+    if axis not in (*LAYER_AXES, *REPLICA_AXES):
+        return None
     options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = True
-    options.config.max_ctas = max_ctas
+    options.is_high_priority_stream = axis in LAYER_AXES
+    options.config.max_ctas, options.config.cga_cluster_size = max_ctas, 1
     return options
 
 

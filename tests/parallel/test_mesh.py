@@ -129,19 +129,21 @@ def test_groups_of_a_mirrored_and_of_a_tied_pipeline(monkeypatch: pytest.MonkeyP
     assert (data.dense_group, data.expert_group) == (("dense0", 0, 1, 2, 3), ("expert1", 1, 3))
 
 
-def test_only_groups_that_carry_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh_module, "nccl_options", lambda ctas: ("at most", ctas))
-    _, fake = built(monkeypatch, 0, 2, 4, 4, ranks_per_node=2, nccl_ctas=20)
-    bounded = {made[0].rstrip("0123456789") for made in fake.made if made[3] == ("at most", 20)}
-    assert bounded == {"ep", "rail", "node"} and {made[3] for made in fake.made} == {None, ("at most", 20)}
-
-
-def test_what_nccl_is_told_of_such_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = SimpleNamespace(config=SimpleNamespace())
-    nccl = SimpleNamespace(Options=lambda: options)
-    monkeypatch.setattr(mesh_module.dist, "ProcessGroupNCCL", nccl, raising=False)
-    assert mesh_module.nccl_options(20) is options
-    assert vars(options) == {"config": SimpleNamespace(max_ctas=20), "is_high_priority_stream": True}
+def test_groups_whose_messages_travel_beside_compute_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In SMs, wherever these are; messages of layers go before compute."""
+    nccl = SimpleNamespace(Options=lambda: SimpleNamespace(config=SimpleNamespace()))
+    monkeypatch.setattr(Dist, "ProcessGroupNCCL", nccl, raising=False)
+    _, fake = built(monkeypatch, 0, 2, 8, 4, ranks_per_node=2, nccl_ctas=20)
+    made = {name.rstrip("0123456789"): options for name, _, _, options in fake.made}
+    bounded = {axis: options for axis, options in made.items() if options is not None}
+    assert (
+        bounded.keys() == {"ep", "rail", "node", "dense", "expert"}
+        and {"world", "dp", "pp", "up", "down"} < made.keys()
+    )
+    assert all(options.config == SimpleNamespace(max_ctas=20, cga_cluster_size=1) for options in bounded.values())
+    first = {axis for axis, options in bounded.items() if options.is_high_priority_stream}
+    assert first == {"ep", "rail", "node"}
+    assert {made[3] for made in built(monkeypatch, 0, 2, 8, 4, ranks_per_node=2)[1].made} == {None}
 
 
 def test_a_world_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
