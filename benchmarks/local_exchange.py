@@ -16,8 +16,8 @@ from torch import Tensor
 from fp8moe.kernels.permute import permute
 from fp8moe.layers.dispatch import Announced, Dispatched, Handle, LocalDispatcher, gradient_rows
 from fp8moe.layers.operand import Rows
+from fp8moe.parallel.device_stream import communication_stream
 from fp8moe.parallel.dispatch.payload import row_bytes
-from fp8moe.parallel.stream import communication_stream
 
 TIMED_COPIES = 20
 

@@ -38,9 +38,7 @@ class Arrived:
         return self._finish(self._value)
 
 
-def at_once(
-    message: Callable[[], Any], finish: Callable[[Any], Any], name: str = "message", *, takes_sms: bool = True
-) -> Arrived:
+def at_once(message: Callable[[], Any], finish: Callable[[Any], Any], name: str = "message", **_: Any) -> Arrived:
     """In place of the communication stream's `start`: the message in the thread that starts it."""
     return Arrived(message(), finish)
 

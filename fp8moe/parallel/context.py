@@ -23,8 +23,8 @@ from fp8moe.layers.attention.zigzag import joined_parts, parts_of
 from fp8moe.layers.dispatch import Handle
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import all_gather, all_reduce_in_message, start_all_to_all
+from fp8moe.parallel.device_stream import communication_stream
 from fp8moe.parallel.dispatch.payload import from_bytes, joined, pack, row_bytes
-from fp8moe.parallel.stream import communication_stream
 
 
 def gather_bytes(rows: int, row_bytes: int, cp: int) -> int:

@@ -1,10 +1,12 @@
-"""Communication stream: a FIFO thread on which messages run while the caller computes; one for each kind of message.
+"""Streams of messages, which run beside compute, first in, first out; one for each kind of message.
 
 `start` gives a handle at once; the handle owns the message's buffers until it is waited for, and `wait()` is counted as
-exposed communication. A thread and not a single asynchronous collective, because a message has several stages: the
-second hop starts when the first has arrived, rows are sent when counts are known. On a GPU the same thread is the host
-of a CUDA stream: it reads counts while the caller goes on to enqueue compute, so counts stall nobody; events order the
-two streams. A thread pool was refused: every rank must issue a group's collectives in one order, which one queue gives.
+exposed communication. Every rank must issue a group's collectives in one order, which one queue gives: a thread pool
+was refused. A single asynchronous collective would not do either, because a message has several stages: the second hop
+starts when the first has arrived, rows are sent when counts are known.
+
+On a CPU a thread runs them (`HostStream`): gloo's collectives and compute leave Python's lock free for each other. On a
+GPU a message is a few launches on a CUDA stream of its own (`device_stream`), and whoever starts it launches them.
 
 GEMMs that run one program an SM leave SMs to a message while it is in flight, from its start to its wait in the order
 of the caller's launches: `leaving_sms` says how many they may take (`kernels.backend.limit_sms`).
@@ -16,13 +18,12 @@ message after the first failed one would only hang.
 from __future__ import annotations
 
 import dataclasses
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +38,15 @@ Result = TypeVar("Result")
 class Pending(Generic[Value, Result]):
     """A message in flight; `finish` turns what arrived into the result, on the thread and stream that waits."""
 
-    def __init__(self, message: Callable[[], Value], finish: Callable[[Value], Result], name: str) -> None:
+    def __init__(
+        self,
+        message: Callable[[], Value],
+        finish: Callable[[Value], Result],
+        name: str,
+        issue: Callable[[Any], None] | None = None,
+    ) -> None:
         self.name = name
+        self._issue = issue  # runs the message, and those before it, if nothing has
         self.future: Future[tuple[Value, Any]] = Future()
         self._message: Callable[[], Value] | None = message  # owns the buffers
         self._finish: Callable[[Value], Result] | None = finish
@@ -50,13 +58,19 @@ class Pending(Generic[Value, Result]):
         return self._message()
 
     def arrived(self) -> Value:
-        """What arrived, without `finish`; for a later message on the stream's thread, where it needs no wait."""
+        """What arrived, without `finish`; for a later message of the stream, where it needs no wait."""
         return self.future.result()[0]
+
+    def has(self, quality: Callable[[Value], bool]) -> bool:
+        """Whether it has run and what arrived has a quality; one that failed has any."""
+        return self.future.done() and (self.future.exception() is not None or quality(self.arrived()))
 
     def wait(self) -> Result:
         """The result, as often as it is asked for; raises what the message raised."""
         if self._finish is not None:
             with span(f"wait {self.name}"), waiting(), _counted_until_waited(self):
+                if self._issue is not None:
+                    self._issue(self)
                 value, done = self.future.result()
                 if done is not None:
                     torch.cuda.current_stream().wait_event(done)
@@ -69,15 +83,31 @@ class Pending(Generic[Value, Result]):
         return self._result
 
 
-class Stream:
-    """First in, first out; a daemon thread, so that a hung message can't keep a failed process alive."""
+class Stream(Protocol):
+    """First in, first out."""
 
-    def __init__(self, device: torch.device, name: str = COMMUNICATION) -> None:
-        self._queue: queue.SimpleQueue[tuple[Pending[Any, Any], Any]] = queue.SimpleQueue()
-        self._device = device
-        # Layers wait for messages to experts: what they launch goes first to an SM that becomes free.
-        priority = -1 if name == COMMUNICATION else 0
-        self._cuda = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
+    def start(
+        self,
+        message: Callable[[], Value],
+        finish: Callable[[Value], Result],
+        name: str = "message",
+        *,
+        takes_sms: bool = True,
+        ready: Callable[[], bool] | None = None,
+    ) -> Pending[Value, Result]:
+        """Queue `message`, called `name`; on a GPU it begins after what the caller's stream has been given so far.
+
+        takes_sms: GEMMs leave SMs to it until it is waited for; not for one so small that nobody waits for it itself.
+        ready: whether it runs without the host's waiting for the device; None: always. Asked when all before it ran.
+        """
+        ...
+
+
+class HostStream:
+    """The CPU's: a daemon thread, so that a hung message can't keep a failed process alive."""
+
+    def __init__(self, name: str = COMMUNICATION) -> None:
+        self._queue: queue.SimpleQueue[Pending[Any, Any]] = queue.SimpleQueue()
         self._error: BaseException | None = None
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
@@ -88,32 +118,27 @@ class Stream:
         name: str = "message",
         *,
         takes_sms: bool = True,
+        ready: Callable[[], bool] | None = None,
     ) -> Pending[Value, Result]:
-        """Queue `message`, called `name`; on a GPU it begins after what the caller's stream has been given so far.
-
-        takes_sms: GEMMs leave SMs to it until it is waited for; not for one so small that nobody waits for it itself.
-        """
+        """See `Stream`; the thread may wait for whatever it likes."""
         pending = Pending(message, finish, name)
         if takes_sms:
-            _count(pending)
-        ready = torch.cuda.current_stream(self._device).record_event() if self._cuda is not None else None
-        self._queue.put((pending, ready))
+            count_until_waited(pending)
+        self._queue.put(pending)
         return pending
 
     def _work(self) -> None:
-        with torch.no_grad(), torch.cuda.stream(self._cuda):  # a stream of None is no context at all
+        with torch.no_grad():
             while True:
-                self._step(*self._queue.get())
+                self._step(self._queue.get())
 
-    def _step(self, pending: Pending[Any, Any], ready: Any) -> None:
+    def _step(self, pending: Pending[Any, Any]) -> None:
         try:
             if self._error is not None:
                 raise self._error
-            if self._cuda is not None:
-                self._cuda.wait_event(ready)
             with span(f"message {pending.name}"):
                 value = pending.call()
-            pending.future.set_result((value, None if self._cuda is None else self._cuda.record_event()))
+            pending.future.set_result((value, None))
         except BaseException as error:
             self._error = error
             pending.future.set_exception(error)
@@ -138,7 +163,8 @@ def leaving_sms(count: int | None) -> Iterator[None]:
         limit_sms(None)
 
 
-def _count(pending: Pending[Any, Any]) -> None:
+def count_until_waited(pending: Pending[Any, Any]) -> None:
+    """Have GEMMs leave SMs to a message from now on until it is waited for, where `leaving_sms` is in force."""
     if _sms:
         _in_flight.add(pending)
         limit_sms(_sms[-1])
@@ -165,15 +191,3 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors_of(getattr(value, field.name))
-
-
-_streams: dict[tuple[torch.device, str], Stream] = {}
-os.register_at_fork(after_in_child=_streams.clear)  # a child inherits no threads
-
-
-def communication_stream(device: torch.device, name: str = COMMUNICATION) -> Stream:
-    """The stream of this process for `device` by name: COMMUNICATION carries tokens to experts, REPLICAS gradients and
-    weights between replicas, which take long and must not stand in front of tokens."""
-    if (device, name) not in _streams:
-        _streams[device, name] = Stream(device, name)
-    return _streams[device, name]

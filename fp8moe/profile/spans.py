@@ -8,9 +8,9 @@ there `waiting` stands between two events of the current stream, and the Stopwat
 step is over, as it does its laps. A host that waits first holds the second event back, so that counts too.
 
 Listeners belong to the process; spans come from its compute and its two communication threads, that of tokens and that
-of gradients and weights between replicas. Times are those of
-`time.perf_counter`, which all processes of one machine share; `parallel.collectives.clock_offset` gives the difference
-of two machines' clocks.
+of gradients and weights between replicas; on a GPU, where one thread launches all, from what acts for them. Times are
+those of `time.perf_counter`, which all processes of one machine share; `parallel.collectives.clock_offset` gives the
+difference of two machines' clocks.
 """
 
 from __future__ import annotations
@@ -144,6 +144,20 @@ class Span:
         return self.thread == other.thread and self.start <= other.start and other.end <= self.end
 
 
+_acting = threading.local()
+
+
+@contextmanager
+def acting_as(name: str) -> Iterator[None]:
+    """Within the block spans of this thread are those of the thread called `name`."""
+    before = getattr(_acting, "name", None)
+    _acting.name = name
+    try:
+        yield
+    finally:
+        _acting.name = before
+
+
 class Recorder:
     """Records every span, in the order in which they end."""
 
@@ -154,7 +168,7 @@ class Recorder:
         return time.perf_counter()
 
     def ended(self, name: str, began: float) -> None:
-        name_of_thread = threading.current_thread().name
+        name_of_thread = getattr(_acting, "name", None) or threading.current_thread().name
         thread = name_of_thread if name_of_thread in (COMMUNICATION, REPLICAS) else COMPUTE
         self.spans.append(Span(name, thread, began, time.perf_counter()))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -33,14 +35,12 @@ def two_hops() -> tuple[EpTopology, tuple[HopGroup, ...]]:
 def trace_dispatch(route: Callable[[], Any], precision: str, tokens: int, factor: float | None) -> Trace:
     """The four verbs of a dispatch of `tokens` tokens, each message arriving at once.
 
-    factor: of fixed messages; None counts exactly, and stops behind the counts, whose numbers a trace does not have.
+    factor: of fixed messages; None counts exactly, and stops before the counts are read, which a trace does not have.
     The phase of what the communication stream runs ends in "(communication)".
     """
     recorder = Recorder()
 
-    def start(
-        message: Callable[[], Any], finish: Callable[[Any], Any], name: str = "message", *, takes_sms: bool = True
-    ) -> Arrived:
+    def start(message: Callable[[], Any], finish: Callable[[Any], Any], name: str = "message", **_: Any) -> Arrived:
         with recorder.in_phase(f"{recorder.phase} (communication)"):
             return Arrived(message(), finish)
 
@@ -51,7 +51,8 @@ def trace_dispatch(route: Callable[[], Any], precision: str, tokens: int, factor
         rows = quantize_rows(x, power_of_two=True) if precision == "fp8" else x
         ids = torch.zeros(tokens, TOPK, dtype=torch.int64, device="cuda")
         weights = torch.empty(tokens, TOPK, device="cuda")
-        with recorder.in_phase("announce"):
+        current = SimpleNamespace(record_event=lambda: None)
+        with recorder.in_phase("announce"), mock.patch.object(torch.cuda, "current_stream", lambda device: current):
             announced = dispatcher.announce(ids)
         if factor is None:
             return recorder.trace

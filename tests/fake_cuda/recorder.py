@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):
             self.waited(name)
 
     def _watch_copies(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
-        if target.device.type == "cpu" and source.device.type == "cuda":
+        if target.device.type == "cpu" and source.device.type == "cuda" and not non_blocking:
             self.waited("copy to the host")
         if source.device.type == "cpu" and target.device.type == "cuda":
             self.trace.copies.append(Wait(self.phase, "copy to the device", site()))

@@ -120,11 +120,11 @@ def test_the_page_of_the_layer_shows_these_traces(traces: Traces) -> None:
 
 @both
 @pytest.mark.parametrize("route", ["one_hop", "two_hops"])
-def test_a_dispatch_between_ranks_waits_at_most_for_its_counts(traces: Traces, precision: str, route: str) -> None:
-    """Once, on the communication thread; with fixed messages never."""
+def test_a_dispatch_between_ranks_is_announced_without_a_wait(traces: Traces, precision: str, route: str) -> None:
+    """With fixed messages nothing of it waits; exact counts are on their way, and waited for where they are needed."""
     fixed, exact = (traces(precision, route, counted).waits for counted in ("fixed", "exact"))
     assert fixed == []
-    assert [(wait.phase, wait.what) for wait in exact] == [("announce (communication)", "copy to the host")]
+    assert [wait for wait in exact if wait.phase != "setup"] == []
 
 
 @both

@@ -10,7 +10,8 @@ import torch
 
 from fp8moe.kernels import backend
 from fp8moe.layers.phase import Phase
-from fp8moe.parallel.stream import Pending, communication_stream
+from fp8moe.parallel.device_stream import communication_stream
+from fp8moe.parallel.stream import Pending
 from fp8moe.schedule.build import build_schedule
 from tests.parallel.test_pipeline import Logged, alone
 

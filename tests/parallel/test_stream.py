@@ -14,26 +14,17 @@ import pytest
 import torch
 
 from fp8moe.kernels import backend
-from fp8moe.parallel.stream import Pending, Stream, communication_stream, leaving_sms, tensors_of
+from fp8moe.parallel.device_stream import communication_stream
+from fp8moe.parallel.stream import HostStream, Pending, leaving_sms, tensors_of
 from fp8moe.profile import spans
-from fp8moe.profile.spans import COMMUNICATION, COMPUTE, REPLICAS, Recorder, exposed_seconds, listening
+from fp8moe.profile.spans import COMMUNICATION, COMPUTE, Recorder, exposed_seconds, listening
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
 
-def test_messages_to_experts_go_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To an SM that becomes free; gradients of replicas, which nobody waits for, stand behind compute."""
-    given: list[int] = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority=0: given.append(priority))
-    monkeypatch.setattr(Stream, "_work", lambda stream: None)
-    for name in (COMMUNICATION, REPLICAS):
-        Stream(torch.device("cuda", 0), name)
-    assert given == [-1, 0]
-
-
 def test_messages_run_in_order_beside_the_caller_and_only_waits_are_exposed() -> None:
-    stream, gate, order = Stream(CPU), threading.Event(), []
+    stream, gate, order = HostStream(), threading.Event(), []
 
     def first() -> int:
         gate.wait(10)
@@ -57,7 +48,7 @@ def test_messages_run_in_order_beside_the_caller_and_only_waits_are_exposed() ->
 
 
 def test_a_handle_owns_its_buffers_until_it_is_waited_for() -> None:
-    stream, tensor = Stream(CPU), torch.ones(3)
+    stream, tensor = HostStream(), torch.ones(3)
     alive = weakref.ref(tensor)
     handle = stream.start(lambda t=tensor: t + 1, lambda y: y)
     del tensor
@@ -70,7 +61,7 @@ def test_a_handle_owns_its_buffers_until_it_is_waited_for() -> None:
 
 
 def test_sms_are_left_from_a_messages_start_to_its_wait() -> None:
-    stream, free = Stream(CPU), lambda: backend.allowed_sms(132)
+    stream, free = HostStream(), lambda: backend.allowed_sms(132)
     unlimited = stream.start(lambda: 1, lambda x: x)
     with leaving_sms(100):
         assert free() == 132
@@ -115,7 +106,7 @@ def test_a_stream_that_waits_for_a_message_is_timed_as_waiting(monkeypatch: pyte
 
 
 def test_an_exception_reaches_its_waiter_and_ends_the_stream() -> None:
-    stream, ran = Stream(CPU), []
+    stream, ran = HostStream(), []
 
     def fail() -> None:
         raise RuntimeError("the link is down")
@@ -129,11 +120,11 @@ def test_an_exception_reaches_its_waiter_and_ends_the_stream() -> None:
 
 def test_messages_record_no_graph() -> None:
     x = torch.ones(2, requires_grad=True)
-    assert not Stream(CPU).start(lambda: x * 2, lambda y: y).wait().requires_grad
+    assert not HostStream().start(lambda: x * 2, lambda y: y).wait().requires_grad
 
 
 def test_a_later_message_reads_what_an_earlier_one_delivered() -> None:
-    stream = Stream(CPU)
+    stream = HostStream()
     counts = stream.start(lambda: [2, 3], sum, "counts")
     rows = stream.start(lambda: [n + 1 for n in counts.arrived()], lambda got: got, "rows")
     assert (rows.wait(), counts.wait()) == ([3, 4], 5)
@@ -142,7 +133,7 @@ def test_a_later_message_reads_what_an_earlier_one_delivered() -> None:
 def test_messages_and_their_waits_are_spans() -> None:
     kept = Recorder()
     with listening(kept):
-        message = Stream(CPU).start(lambda: 1, lambda x: x, "rows")
+        message = HostStream().start(lambda: 1, lambda x: x, "rows")
         assert (message.wait(), message.wait()) == (1, 1)
     assert sorted((span.name, span.thread) for span in kept.spans) == [
         ("message rows", COMMUNICATION), ("wait rows", COMPUTE),

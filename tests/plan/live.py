@@ -10,7 +10,7 @@ from unittest import mock
 from benchmarks.live_memory import TrackStorages
 from fp8moe.parallel.links import PendingReceive
 from fp8moe.parallel.pipeline import Pipeline
-from fp8moe.parallel.stream import Stream
+from fp8moe.parallel.stream import HostStream
 from fp8moe.plan.memory import RankMemory, rank_memory
 from fp8moe.schedule.action import Action
 from fp8moe.train.config import TrainConfig
@@ -36,7 +36,7 @@ def live(config: TrainConfig) -> Live:
     """
     run = built(config)
     tracked, most = TrackStorages(), 0
-    compute, start = Pipeline._compute, Stream.start
+    compute, start = Pipeline._compute, HostStream.start
 
     def before(pipeline: Pipeline, action: Action) -> None:
         nonlocal most
@@ -46,14 +46,14 @@ def live(config: TrainConfig) -> Live:
         most = max(most, tracked.live_bytes() - messages)
         compute(pipeline, action)
 
-    def started(stream: Stream, work: Callable[[], Any], *rest: Any, **options: Any) -> Any:
+    def started(stream: HostStream, work: Callable[[], Any], *rest: Any, **options: Any) -> Any:
         def inside() -> Any:
             with tracked:
                 return work()
 
         return start(stream, inside, *rest, **options)
 
-    patched = mock.patch.multiple(Pipeline, _compute=before), mock.patch.object(Stream, "start", started)
+    patched = mock.patch.multiple(Pipeline, _compute=before), mock.patch.object(HostStream, "start", started)
     with patched[0], patched[1], tracked:
         train_step(run)
     planned = rank_memory(run.config, on_gpu=False)[run.mesh.pp_rank]

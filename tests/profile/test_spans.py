@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8moe.parallel.stream import Stream
+from fp8moe.parallel.stream import HostStream
 from fp8moe.profile import spans
 from fp8moe.profile.spans import (
     COMMUNICATION,
@@ -79,7 +79,7 @@ def test_messages_and_waits_have_their_threads_and_times() -> None:
     kept = Recorder()
     with listening(kept), span("F0.0"):
         with span("F dispatch"):
-            message = Stream(CPU).start(lambda: time.sleep(0.2), lambda _: 1, "dispatch")
+            message = HostStream().start(lambda: time.sleep(0.2), lambda _: 1, "dispatch")
         with span("F mlp"):
             message.wait()
     with span("nobody listens"):

@@ -31,10 +31,10 @@ from fp8moe.kernels.permute import plan_rows, unpermute
 from fp8moe.layers.dispatch import Announced, Dispatched, Handle, gradient_rows, return_weights
 from fp8moe.layers.operand import Rows
 from fp8moe.parallel.collectives import PendingAllToAll
-from fp8moe.parallel.dispatch.counts import Capacity, EpTopology, MessageSizes, Needed, Overflow, exact, fixed
+from fp8moe.parallel.device_stream import communication_stream
+from fp8moe.parallel.dispatch.counts import Capacity, Counts, EpTopology, MessageSizes, Needed, Overflow, exact, fixed
 from fp8moe.parallel.dispatch.hops import DispatchState, Hop, HopGroup, Route, plan_hop
 from fp8moe.parallel.dispatch.payload import Columns, joined, split_rows
-from fp8moe.parallel.stream import communication_stream
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class AllToAllDispatcher:
     def announce(self, topk_ids_TK: Tensor) -> Announced:
         """See `Dispatcher`. Collective over the group, as every verb is, in one order on all ranks.
 
-        Exact counts go on the communication stream, whose thread alone waits for them; fixed sizes need none.
+        Exact counts go on the communication stream; fixed sizes need none.
         """
         topk = topk_ids_TK.shape[1]
         if self.capacity is not None:
@@ -95,7 +95,7 @@ class AllToAllDispatcher:
             return Announced(topk_ids_TK, fixed(self.chunks, topk, self.topology, self.capacity))
         pieces = topk_ids_TK.split(self._chunk_tokens(len(topk_ids_TK)))
         counts = communication_stream(topk_ids_TK.device).start(
-            lambda: exact(pieces, self.topology, self.max_imbalance), lambda sizes: sizes, "counts", takes_sms=False
+            lambda: exact(pieces, self.topology, self.max_imbalance), lambda counts: counts, "counts", takes_sms=False
         )
         return Announced(topk_ids_TK, counts)
 
@@ -121,7 +121,10 @@ class AllToAllDispatcher:
             return Dispatched(rows_RD, weights_R, row_map.group_offsets, DispatchState(arrived.route, row_map))
 
         return communication_stream(topk_ids_TK.device).start(
-            lambda: self._send(rows_TD, layout, announced, topk_weights_TK), finish, "dispatch"
+            lambda: self._send(rows_TD, layout, announced, topk_weights_TK),
+            finish,
+            "dispatch",
+            ready=None if self.capacity is not None else lambda: announced.sizes.has(Counts.are_here),
         )
 
     def combine(self, y_RD: Tensor, state: DispatchState[Route]) -> Handle[Tensor]:
@@ -164,7 +167,7 @@ class AllToAllDispatcher:
 
     def _send(self, rows_TD: Rows, layout: MessageLayout, announced: Announced, weights_TK: Tensor) -> _Arrived:
         """The first dispatch along a new route, hop by hop, each planned from what the last one delivered."""
-        sizes: MessageSizes = announced.sizes if self.capacity is not None else announced.sizes.arrived()
+        sizes: MessageSizes = announced.sizes if self.capacity is not None else announced.sizes.arrived().sizes()
         tokens, rank = self._chunk_tokens(len(weights_TK)), self.topology.group.rank()
         columns = split_rows(rows_TD, tokens), announced.topk_ids_TK.split(tokens), weights_TK.split(tokens)
         hops: list[list[Hop]] = []

@@ -3,7 +3,7 @@
 Exact: each rank tells every other how many rows it sends to that rank's node, how many of them each rank of that node
 gets, and how many copies are for each expert of the rank: a few integers a pair. With them every size of the dispatch
 is known on the host, R included, and nothing waits for the device again. The exchange runs on the communication
-stream, whose host thread waits for it; the thread that computes does not.
+stream; the dispatch is launched when its counts are on the host, by the phase that needs the rows at the latest.
 
 Fixed: every message has the same number of rows, a stated multiple of an even share, and nothing is exchanged or read.
 What does not fit is counted on the device and read before the optimizer step: `Overflow`.
@@ -85,8 +85,45 @@ def hops_of(topology: EpTopology) -> tuple[bool, bool]:
     return topology.nodes > 1 or topology.ranks_per_node == 1, topology.ranks_per_node > 1
 
 
-def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float | None) -> MessageSizes:
-    """The sizes for expert ids `pieces` [T, K], one a chunk. Collective. ImbalanceError: see `check_imbalance`."""
+@dataclass(frozen=True)
+class Counts:
+    """What ranks told each other of a dispatch, on its way to the host: `exact`.
+
+    host: nodes_CM, then a row [n] a rank; `copied`: when it is there, None where it is.
+    """
+
+    host: Tensor
+    copied: torch.cuda.Event | None
+    chunks: int
+    topology: EpTopology
+    max_imbalance: float | None
+
+    def are_here(self) -> bool:
+        """Whether `sizes` needs no wait."""
+        return self.copied is None or self.copied.query()
+
+    def sizes(self) -> MessageSizes:
+        """The sizes of the messages; waits for the counts. ImbalanceError: see `check_imbalance`."""
+        if self.copied is not None:
+            self.copied.synchronize()  # the one wait
+        topology, c, m, n = self.topology, self.chunks, self.topology.nodes, self.topology.ranks_per_node
+        mine, nodes_CM, got = topology.local, self.host[: c * m].view(c, m), self.host[c * m :].view(m * n, -1)
+        by_rank = got[:, : c * (1 + n)].view(m, n, c, 1 + n)  # of rank (node, local): its rows to my node, each rank
+        across = [Splits(nodes_CM[i].tolist(), by_rank[:, mine, i, 0].tolist()) for i in range(c)]
+        segments_CLM = segments(got, c, topology)
+        onward = by_rank[:, mine, :, 1:].sum(0)  # [C, L]
+        inside = [Splits(onward[i].tolist(), segments_CLM[i].sum(1).tolist()) for i in range(c)]
+        *tokens_e, copies = got[:, c * (1 + n) :].sum(0).tolist()
+        if self.max_imbalance is not None:
+            check_imbalance(tokens_e, copies / topology.ranks, self.max_imbalance, topology)
+        use = hops_of(topology)
+        pairs = zip(across, inside, strict=True)
+        splits = [[hop for hop, used in zip(pair, use, strict=True) if used] for pair in pairs]
+        return MessageSizes(splits, int(padded_rows(torch.tensor(tokens_e))))
+
+
+def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float | None) -> Counts:
+    """Exchange the counts for expert ids `pieces` [T, K], one a chunk, and send them to the host. Collective."""
     c, m, n, e = len(pieces), topology.nodes, topology.ranks_per_node, topology.local_experts
     rows_CW = torch.stack([_visits(ids // e, m * n).sum(0) for ids in pieces])
     nodes_CM = rows_CW if n == 1 else torch.stack([_visits(ids // (e * n), m).sum(0) for ids in pieces])
@@ -94,22 +131,11 @@ def exact(pieces: tuple[Tensor, ...], topology: EpTopology, max_imbalance: float
     to_node = torch.cat([nodes_CM.T[:, :, None], rows_CW.view(c, m, n).permute(1, 0, 2)], dim=2)  # [M, C, 1 + L]
     copies_W1 = experts_We.sum().expand(m * n, 1)
     send = torch.cat([to_node.reshape(m, -1).repeat_interleave(n, 0), experts_We, copies_W1], dim=1)
-    got = exchange(send, topology.group, "counts")
-    mine = topology.local
-    nodes_CM, got = torch.cat([nodes_CM.flatten(), got.flatten()]).cpu().split([c * m, got.numel()])  # the one wait
-    nodes_CM, got = nodes_CM.view(c, m), got.view(m * n, -1)
-
-    by_rank = got[:, : c * (1 + n)].view(m, n, c, 1 + n)  # of rank (node, local): its rows to my node, and to each rank
-    across = [Splits(nodes_CM[i].tolist(), by_rank[:, mine, i, 0].tolist()) for i in range(c)]
-    segments_CLM = segments(got, c, topology)
-    onward = by_rank[:, mine, :, 1:].sum(0)  # [C, L]
-    inside = [Splits(onward[i].tolist(), segments_CLM[i].sum(1).tolist()) for i in range(c)]
-    *tokens_e, copies = got[:, c * (1 + n) :].sum(0).tolist()
-    if max_imbalance is not None:
-        check_imbalance(tokens_e, copies / topology.ranks, max_imbalance, topology)
-    use = hops_of(topology)
-    splits = [[hop for hop, used in zip(pair, use, strict=True) if used] for pair in zip(across, inside, strict=True)]
-    return MessageSizes(splits, int(padded_rows(torch.tensor(tokens_e))))
+    found = torch.cat([nodes_CM.flatten(), exchange(send, topology.group, "counts").flatten()])
+    if found.device.type != "cuda":
+        return Counts(found, None, c, topology, max_imbalance)
+    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+    return Counts(host, torch.cuda.current_stream(found.device).record_event(), c, topology, max_imbalance)
 
 
 def segments(got: Tensor, chunks: int, topology: EpTopology) -> Tensor:

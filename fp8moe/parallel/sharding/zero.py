@@ -32,9 +32,10 @@ from torch.nn import Parameter
 from fp8moe.kernels.squared_norm import squared_norm
 from fp8moe.layers.linear import MainGrads, QuantizedWeight, is_expert
 from fp8moe.parallel.collectives import all_gather, all_reduce_in_message, reduce_scatter
+from fp8moe.parallel.device_stream import communication_stream
 from fp8moe.parallel.mesh import Mesh
 from fp8moe.parallel.sharding.buckets import Bucket, Matrices, Span, make_buckets, no_matrices
-from fp8moe.parallel.stream import Pending, Stream, communication_stream
+from fp8moe.parallel.stream import Pending, Stream
 from fp8moe.profile.spans import REPLICAS
 from fp8moe.schedule.action import Schedule
 
