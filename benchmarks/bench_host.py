@@ -10,6 +10,9 @@ until it returns, before the device has finished. Without one the same launchers
 Layers whose ranks share experts launch messages as well: `messages` is a dispatch, its combine and their backwards, of
 fixed sizes, as one rank of eight has them, by messages that are not sent (`unsent_messages`).
 
+`beside`: a message of MESSAGE products is started, PRODUCTS follow, and it is waited for: launched by whoever starts it
+(`parallel.device_stream`), and by a thread in its place, which was refused.
+
 Launches of the pretended GPU are Triton's and PyTorch's, each op that computes counted as one. The measure is
 the fastest of many calls: other processes on the machine only ever add. --profile prints the functions
 with the most time of their own, profiler's overhead included.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +38,12 @@ from benchmarks.kernel_shares import shares
 from benchmarks.layers import DSV2_LITE, LayerStep
 from benchmarks.pretended_gpu import pretended_gpu
 from benchmarks.unsent_messages import FourMessages, one_hop, two_hops, unsent_messages
+from fp8moe.kernels.gemm import gemm
+from fp8moe.kernels.triton.layout import empty_blocks, empty_rows
 from fp8moe.layers.attention import MlaConfig
 from fp8moe.model.config import ModelConfig
+from fp8moe.parallel.device_stream import DeviceStream
+from fp8moe.parallel.stream import HostStream, Stream
 
 NAME, TOKENS = "dsv2_lite", {"cuda": 4096, "cpu": 16}
 SMALL = replace(  # heads of one size: a CPU's attention is then one op, as a GPU's is
@@ -44,6 +52,7 @@ SMALL = replace(  # heads of one size: a CPU's attention is then one op, as a GP
     attention=MlaConfig(num_heads=2, kv_lora_rank=64, nope_dim=32, rope_dim=16, v_dim=48),
     experts=replace(DSV2_LITE.experts, num_experts=8, hidden=64),
 )
+PRODUCTS, MESSAGE = 60, 20  # of FP8, small
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")
 
 
@@ -110,6 +119,44 @@ def layers(device: torch.device) -> Iterator[tuple[dict[str, Callable[[], object
         yield steps, count
 
 
+def beside(device: torch.device, stream: Stream) -> Callable[[], float]:
+    """A message of products beside others -> seconds from its start until it is launched; its time is the host's."""
+    a, b = empty_rows(32, 256, device), empty_blocks((128, 256), device)
+
+    def message() -> float:
+        for _ in range(MESSAGE):
+            gemm(a, b)
+        return time.perf_counter()
+
+    def step() -> float:
+        start = time.perf_counter()
+        pending = stream.start(message, lambda launched: launched - start)
+        for _ in range(PRODUCTS):
+            gemm(a, b)
+        return pending.wait()
+
+    return step
+
+
+def report_beside(report: Report, device: torch.device, repeats: int) -> None:
+    """Rows of `beside` for both ways, alternated: median seconds of the whole, and until the message is launched."""
+    on_gpu = torch.device("cuda", 0)
+    steps = {"in turn": beside(on_gpu, DeviceStream(on_gpu)), "by a thread": beside(on_gpu, HostStream())}
+    whole: dict[str, list[float]] = {name: [] for name in steps}
+    launched: dict[str, list[float]] = {name: [] for name in steps}
+    for call in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            until = step()
+            if call:
+                launched[name].append(until)
+                whole[name].append(time.perf_counter() - start)
+    shape = f"{PRODUCTS}+{MESSAGE}"
+    for name in steps:
+        for metric, seconds in (("host time", whole[name]), ("message launched", launched[name])):
+            report.add(f"message {name}", shape, metric, statistics.median(seconds) * 1e3, "ms")
+
+
 def profiled(step: Callable[[], object], calls: int, lines: int) -> None:
     """Print the `lines` functions with the most time of their own in `calls` calls."""
     profile = cProfile.Profile()
@@ -136,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report.add(name, shape, "host time a launch", best * 1e6 / number, "us")
             if arguments.profile:
                 profiled(step, arguments.repeats, arguments.profile)
+        report_beside(report, device, arguments.repeats)
     report.finish()
 
 

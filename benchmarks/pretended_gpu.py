@@ -27,6 +27,7 @@ from fp8moe.kernels import backend
 CUDA = torch.device("cuda", 0)
 HOPPER = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0)
 FACTORIES = ("empty", "zeros", "ones", "full", "arange", "tensor")
+_STREAM = SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
 DESCRIPTOR = {"swizzle": 3, "elem_size": 1, "elem_type": 1, "block_size": [64, 128], "fp4_padded": False}
 
 
@@ -100,6 +101,10 @@ def device_patches() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "get_device_properties", lambda device=None: HOPPER),
         (torch.cuda, "get_device_name", lambda device=None: HOPPER.name),
         (torch.cuda, "device_of", lambda tensor: ExitStack()),
+        (torch.cuda, "Stream", lambda *_: _STREAM),
+        (torch.cuda, "stream", lambda stream: ExitStack()),
+        (torch.cuda, "current_stream", lambda device=None: _STREAM),
+        (torch.Tensor, "record_stream", lambda tensor, stream: None),
         (backend, "why_not", lambda name: None),
     ]
 

@@ -39,6 +39,8 @@ def test_it_counts_the_launches_of_a_layer(tmp_path):
     assert [found[f"messages {kind}", "launches"] for kind in ("bf16", "fp8")] == [19, 20]
     assert found["messages fp8, two hops", "launches"] == 32
     assert "tottime" in printed
+    for name in ("message in turn", "message by a thread"):
+        assert 0 < found[name, "message launched"] < found[name, "host time"]
 
 
 def test_interpreted_kernels_are_no_launches():
