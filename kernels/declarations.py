@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fp8moe.kernels import device_layout
 from fp8moe.kernels import fake_results as fake
-from fp8moe.kernels.triton import layout
 
 PARTS = {
     "Tensor": ("Tensor {}",),
@@ -109,9 +109,11 @@ DECLARATIONS = {
     ),
     "rope_queries": Declaration(("Tensor q", *_ANGLES), "", ("tensor",), fake.contiguous),
     "rope_queries_backward": Declaration(("Tensor dq", *_ANGLES), "", ("tensor",), fake.contiguous),
-    "rope_keys": Declaration(("Tensor kv", "Tensor k_rope", *_ANGLES), "int nope_dim", ("tensor",), layout.empty_keys),
+    "rope_keys": Declaration(
+        ("Tensor kv", "Tensor k_rope", *_ANGLES), "int nope_dim", ("tensor",), device_layout.empty_keys
+    ),
     "rope_keys_backward": Declaration(
-        ("Tensor dk", "Tensor dv", *_ANGLES), "", ("tensor", "tensor"), layout.empty_keys_gradient
+        ("Tensor dk", "Tensor dv", *_ANGLES), "", ("tensor", "tensor"), device_layout.empty_keys_gradient
     ),
     "plan_rows": Declaration(
         ("Tensor topk_ids", "int num_experts", "Maybe order"),

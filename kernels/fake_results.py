@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8moe.kernels import device_layout
 from fp8moe.kernels.fp8 import E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, Rows, ceil_div
 from fp8moe.kernels.message_layout import MessageLayout
 from fp8moe.kernels.reference import _arithmetic as specified
 from fp8moe.kernels.row_map import RowMap
-from fp8moe.kernels.triton import layout
 
 
 @dataclass
@@ -40,21 +40,23 @@ def cast_rows(x: Tensor, **kwargs: Any) -> list[Tensor]:
     q = (
         specified.empty_rows(m, k, x.device)
         if _layout.by_specification(x.device)
-        else layout.empty_rows(m, k, x.device)
+        else device_layout.empty_rows(m, k, x.device)
     )
     return [q.data.view(x.shape), q.scale.reshape(*x.shape[:-1], ceil_div(k, TILE))]
 
 
 def cast_columns(x: Tensor | Fp8Tensor | E5m6Tensor, **kwargs: Any) -> list[Tensor]:
     m, k = x.shape
-    empty = specified.empty_columns if _layout.by_specification(x.device) else layout.empty_columns
+    empty = specified.empty_columns if _layout.by_specification(x.device) else device_layout.empty_columns
     columns = empty(m, k, x.device)
     return [columns.data, columns.scale]
 
 
 def cast_blocks(w: Tensor, **kwargs: Any) -> list[Tensor]:
     shapes = (tuple(w.shape), (*w.shape[:-2], w.shape[-1], w.shape[-2]))
-    return [part for shape in shapes for q in [layout.empty_blocks(shape, w.device)] for part in (q.data, q.scale)]
+    return [
+        part for shape in shapes for q in [device_layout.empty_blocks(shape, w.device)] for part in (q.data, q.scale)
+    ]
 
 
 def packed(x: Tensor, **kwargs: Any) -> list[Tensor]:

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.device_layout import empty_columns, empty_scales
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5M6_VALUES, E5M6_WORDS, TILE, E5m6Tensor, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.columns import LANES, cast_columns, load_factors, scale_at, token_at
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.launch import launch
-from fp8moe.kernels.triton.layout import empty_columns, empty_scales
 from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, last_dim_contiguous
 
 BLOCK_M = 32

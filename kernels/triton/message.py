@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.device_layout import empty_rows
 from fp8moe.kernels.fp8 import Fp8Tensor, Rows, ceil_div, next_power_of_2
 from fp8moe.kernels.message_layout import MANTISSA_BITS, MessageLayout
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.triton.launch import launch
-from fp8moe.kernels.triton.layout import empty_rows
 from fp8moe.kernels.triton.permute import NUM_WARPS, WORDS, copy_block, plan_groups, vector_bytes
 from fp8moe.kernels.triton.plan import peers_kernel
 from fp8moe.kernels.triton.quantize import last_dim_contiguous

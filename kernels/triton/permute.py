@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.device_layout import empty_rows
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, Rows, ceil_div, next_power_of_2
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.launch import launch
-from fp8moe.kernels.triton.layout import empty_rows
 from fp8moe.kernels.triton.plan import count_kernel, place_kernel, scan_kernel
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.device_layout import empty_blocks, empty_columns, empty_rows
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.columns import (
@@ -30,7 +31,6 @@ from fp8moe.kernels.triton.columns import (
     scale_at,
 )
 from fp8moe.kernels.triton.launch import launch
-from fp8moe.kernels.triton.layout import empty_blocks, empty_columns, empty_rows
 
 ROWS_BLOCK_M = 32  # rows a program casts when it writes no columns
 COLUMNS_BLOCK_K = 64  # columns a program casts when it writes no rows

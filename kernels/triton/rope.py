@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.device_layout import empty_keys, empty_keys_gradient
 from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
 from fp8moe.kernels.triton.launch import launch
-from fp8moe.kernels.triton.layout import empty_keys, empty_keys_gradient
 from fp8moe.kernels.triton.quantize import NUM_WARPS, last_dim_contiguous
 
 QUERY_HEADS, KEY_HEADS = 32, 32  # heads of a token that a program holds at a time

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.kernels.device_layout import empty_columns, empty_rows
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, GRADIENT_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.activation import activated, differentiate
@@ -35,7 +36,6 @@ from fp8moe.kernels.triton.columns import (
 )
 from fp8moe.kernels.triton.groups import group_of, group_width
 from fp8moe.kernels.triton.launch import launch
-from fp8moe.kernels.triton.layout import empty_columns, empty_rows
 from fp8moe.kernels.triton.quantize import cast_rows, last_dim_contiguous
 
 NUM_WARPS = 4

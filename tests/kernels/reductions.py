@@ -22,4 +22,5 @@ def sums_added_again(name: str, asm: dict[str, str]) -> int:
     """By how many sums a kernel's TTGIR has more than its TTIR (a negative number: fewer)."""
     if "ttir" not in asm:  # Gluon: the source chooses every layout
         return 0
+    assert asm["ttir"] and asm["ttgir"], "the cache has kept no text"
     return rounded_sums(asm["ttgir"]) - (rounded_sums(asm["ttir"]) - UNUSED.get(name, 0))

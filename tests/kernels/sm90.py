@@ -6,7 +6,8 @@
 
 The launchers themselves are run, on CPU tensors that nobody reads, with the launch replaced by a note of what would
 have been compiled: the signature, alignment and constants are those of a real run, and a launcher that doesn't fit its
-kernel fails here. Notes are then compiled for sm_90a in two processes and their SASS is counted.
+kernel fails here. Notes are then compiled for sm_90a in two processes (`ptx_cache`: kernels that `tests.ptx` has
+compiled are not compiled again) and their SASS is counted.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -27,16 +26,14 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels import ptx_cache
 from tests.kernels.reductions import sums_added_again
-from tests.kernels.sass import e4m3_casts, loads_in_flight, spills_in_steps
-from tests.kernels.sm90_cases import CASES
+from tests.kernels.sass import disassembled, e4m3_casts, loads_in_flight, spills_in_steps, texts
+from tests.kernels.sm90_cases import cases
 
 TABLE = Path(__file__).with_name("sm90.json")
-TARGET = GPUTarget("cuda", 90, 32)
 COUNTED = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 PROCESSES = 2
 SYNCED = ("bar.sync", "bar.warp.sync")  # the warps of a consumer, the one warp of a producer
@@ -51,19 +48,6 @@ IN_LOCAL_MEMORY = {
     "3.6.0": _LEFT | {"triton swiglu_backward clamped bf16 pow2 swiglu_backward_kernel": (1, 8)},
     "3.7.1": _LEFT,
 }
-
-
-class Pretender:
-    """Stands in for Triton's CUDA driver where there is none: a Hopper GPU that is asked for its kind only."""
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -99,27 +83,11 @@ def noting(label: str, notes: dict[str, Note]) -> Iterator[None]:
 
 def collect() -> dict[str, Note]:
     """Every kernel that the cases launch, by name."""
-    driver.set_active(Pretender())
     notes: dict[str, Note] = {}
-    for label, launch in CASES:
+    for label, launch in cases():
         with noting(label, notes):
             launch()
     return notes
-
-
-def disassembly(compiled: Any) -> tuple[str, str]:
-    """SASS, and what it uses of the machine, as the toolkit prints them."""
-    # Not compiled.asm["sass"]: Triton's own reader of the disassembly stops early at some kernels.
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        sass, usage = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, timeout=120, check=True).stdout
-            for flag in ("--dump-sass", "--dump-resource-usage")
-        )
-    assert "EXIT" in sass, "the disassembly is empty"
-    return sass, usage
 
 
 def figures(compiled: Any, sass: str, usage: str) -> dict[str, int]:
@@ -166,35 +134,49 @@ def unguarded_arrivals(ptx: str) -> int:
     return wrong
 
 
-def compile_share(share: int, known: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
-    """Compile every PROCESSES-th kernel, from number `share`, of those whose names are not in `known`."""
-    torch.set_num_threads(1)
-    result = {}
-    for note in [note for name, note in collect().items() if name not in known][share::PROCESSES]:
-        compiled = triton.compile(note.source, target=TARGET, options=note.options)
-        sass, usage = disassembly(compiled)
-        result[note.name] = {
-            "kernel": note.kernel,
-            "figures": figures(compiled, sass, usage),
-            "wide": wide(sass),
-            "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
-            "in_flight": loads_in_flight(sass) if ".gluon." in note.kernel else 0,
-            "spills_in_steps": spills_in_steps(sass),
-            "casts": e4m3_casts(sass),
-            "added_again": sums_added_again(note.name, compiled.asm),
-            "asked_for": compiled.asm["ptx"].count("prefetch.global.L2"),
-            "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),
-        }
-    return result
+def compile_share(notes: list[Note]) -> dict[str, dict[str, Any]]:
+    """What is found of each kernel, by name."""
+    compiled = [triton.compile(note.source, target=ptx_cache.TARGET, options=note.options) for note in notes]
+    codes = [ptx_cache.machine_code(one, note.options) for note, one in zip(notes, compiled, strict=True)]
+    return {
+        note.name: reading(note, one, *code)
+        for note, one, code in zip(notes, compiled, disassembled(codes), strict=True)
+    }
+
+
+def reading(note: Note, compiled: Any, sass: str, usage: str) -> dict[str, Any]:
+    """What the tests want to know of one kernel."""
+    code = texts(sass)
+    return {
+        "kernel": note.kernel,
+        "figures": figures(compiled, code, usage),
+        "wide": wide(code),
+        "unguarded": unguarded_arrivals(compiled.asm["ptx"]) if ".gluon." in note.kernel else 0,
+        "in_flight": loads_in_flight(sass) if ".gluon." in note.kernel else 0,
+        "spills_in_steps": spills_in_steps(sass),
+        "casts": e4m3_casts(code),
+        "added_again": sums_added_again(note.name, compiled.asm),
+        "asked_for": compiled.asm["ptx"].count("prefetch.global.L2"),
+        "remote": compiled.asm["ptx"].count("mbarrier.arrive.shared::cluster"),
+    }
+
+
+NOTES: list[Note] = []  # of this process, whose children compile a share each: a note can't be sent to another process
+
+
+def _numbered(share: int) -> dict[str, dict[str, Any]]:
+    return compile_share(NOTES[share::PROCESSES])
 
 
 def compile_all(known: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
-    """Name -> kernel, figures and what else `compile_share` reports, of every kernel not in `known`."""
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
-        shares = list(pool.map(compile_share, range(PROCESSES), [known] * PROCESSES))
+    """Name -> kernel, figures and what else `reading` reports, of every kernel not in `known`."""
+    torch.set_num_threads(1)
+    ptx_cache.prepare()
+    NOTES[:] = [note for name, note in collect().items() if name not in known]
     merged: dict[str, dict[str, Any]] = {}
-    for share in shares:
-        merged |= share
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("fork")) as pool:  # modules are loaded once
+        for share in pool.map(_numbered, range(PROCESSES)):
+            merged |= share
     return dict(sorted(merged.items()))
 
 

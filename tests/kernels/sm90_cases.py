@@ -241,6 +241,3 @@ def cases() -> Iterator[Case]:
     yield from permute_cases()
     yield from message_cases()
     yield from importlib.import_module("tests.kernels.sm90_fused_cases").cases()
-
-
-CASES = tuple(cases())

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from fp8moe.kernels.triton import launch as launching  # noqa: E402
 from fp8moe.kernels.triton.launch import Descriptor, block_of, kinds_of, launch  # noqa: E402
-from tests.kernels.sm90 import Pretender  # noqa: E402
+from tests.kernels.ptx_cache import Pretender  # noqa: E402
 
 NUMBERS = (0, 1, 2, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**40, 2**63, 2**63 + 1)
 

@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.sm90 import TARGET
+from tests.kernels.ptx_cache import TARGET
 from tests.ptx.counts import Counts
 from tests.ptx.cta import Cta, Meeting
 from tests.ptx.decode import Decoded, decode

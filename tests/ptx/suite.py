@@ -4,9 +4,7 @@
 
 Triton reads TRITON_INTERPRET when it is imported, and the tests' process has it set: `test_ptx` starts this module once
 for all its tests, and `sharing` gives its work to two processes. Another installed Triton is tried by the same command
-with PYTHONPATH in front of it. ptxas is left out of the compiler, so what it caches is no kernel that could run: its
-cache is a folder of its own, build/ptx-cache. That stays (`make clean` removes it): compiling is more than half of the
-time, and Triton compiles again what has another source, option or version.
+with PYTHONPATH in front of it. What is compiled is kept, for the compile gate as well: `tests.kernels.ptx_cache`.
 """
 
 from __future__ import annotations
@@ -22,17 +20,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ.setdefault("MLIR_DISABLE_MULTITHREADING", "1")  # a kernel is too small for a second thread
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / "build" / "ptx-cache"))
 
 import torch
 import triton
-from triton import knobs
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime import driver
-from triton.runtime.cache import FileCacheManager, triton_key
 
-from tests.kernels.sm90 import Pretender
+from tests.kernels import ptx_cache
 from tests.ptx import (
     activation_cases,
     bias_cases,
@@ -54,22 +46,12 @@ from tests.ptx.loops import loops
 from tests.ptx.planting import PLANTED, run_plant, unclean
 
 
-class PtxCache(FileCacheManager):
-    """Keeps PTX and what is known of it: printing the compiler's steps in between takes time, and nobody reads them."""
-
-    def put(self, data: Any, filename: str, binary: bool = True) -> str:
-        return super().put(data if filename.endswith((".json", ".ptx", ".cubin")) else "", filename, binary)
-
-
 def prepare() -> None:
-    """A driver that only says what it is, no ptxas, one thread, and memory full of NaN."""
-    driver.set_active(Pretender())
-    knobs.cache.manager_class = PtxCache
-    CUDABackend.make_cubin = lambda *_: b""
+    """A compiler without a GPU and without ptxas, one thread, and memory full of NaN."""
+    ptx_cache.prepare()
     torch.set_num_threads(1)
     # Fills what torch.empty returns. As torch.use_deterministic_algorithms(True), which imports a compiler first.
     torch.set_deterministic_debug_mode("error")
-    triton_key()  # reads the whole compiler, so here once for all processes
     gc.disable()  # a program is thousands of functions: Python would look through all of them again and again
     sweep()
 
