@@ -38,8 +38,8 @@ from benchmarks.kernel_shares import shares
 from benchmarks.layers import DSV2_LITE, LayerStep
 from benchmarks.pretended_gpu import pretended_gpu
 from benchmarks.unsent_messages import FourMessages, one_hop, two_hops, unsent_messages
+from fp8moe.kernels.device_layout import empty_blocks, empty_rows
 from fp8moe.kernels.gemm import gemm
-from fp8moe.kernels.triton.layout import empty_blocks, empty_rows
 from fp8moe.layers.attention import MlaConfig
 from fp8moe.model.config import ModelConfig
 from fp8moe.parallel.device_stream import DeviceStream
