@@ -94,8 +94,6 @@ def _tried(config: TrainConfig, base: TrainConfig, cluster: Cluster, least: floa
     near = legal_layouts(base, cluster.gpus, cluster.gpus_per_node, near=True, imbalance=_imbalance(base))
     for alike in near.fitting(memory_of(cluster) * (1 - ROOM)):
         for one in alike:
-            if base is not config and not one.parallel.cuda_graphs:
-                continue  # fixed messages alone are no faster
             if least_seconds(one, cluster) * (1 + GAIN) > least:
                 continue
             time = step_time(one, cluster)

@@ -12,9 +12,10 @@ import pytest
 from fp8moe.cli.cluster import compose_cluster
 from fp8moe.cli.compose import compose
 from fp8moe.plan.faster import GAIN, ROOM, faster, faster_json, faster_text, removable, with_fixed_messages
-from fp8moe.plan.layouts import as_written, layouts
+from fp8moe.plan.layouts import as_written, changed, layouts
 from fp8moe.plan.memory import rank_memory, worst_rank
 from fp8moe.plan.prediction import Prediction, memory_of, predict
+from fp8moe.plan.step_time import step_time
 from fp8moe.train.config import resolve
 
 LITE = ["model=dsv2_lite_16b", "seq_len=1024", "batch.sequences=128", "validation.samples=64", "parallel.ep=8"]
@@ -25,6 +26,7 @@ PLANS = {
     "schedule": ([*LITE, "seq_len=4096", "batch.micro_batch=2"], ["cluster=h100_8"]),
     "pipeline": ([*LITE, "parallel.pp=2", "parallel.ep=4", "batch.micro_batch=1"], ["cluster=h100_8"]),
     "bound": ([*QWEN, "parallel.max_imbalance=1.25"], ["cluster=h100_8", "cluster.memory_gb=80"]),
+    "both": (["model=qwen3_30b_a3b", "seq_len=4096", "batch.sequences=512", "batch.micro_batch=1"], ["cluster=h200_8"]),
     "pads": ([*LITE, "validation.samples=8", "batch.micro_batch=1"], ["cluster=h100_8", "cluster.memory_gb=64"]),
 }
 
@@ -71,14 +73,21 @@ def test_more_keys_bring_more(plan: tuple[str, Prediction]) -> None:
 
 
 def test_nothing_near_is_left_out(plan: tuple[str, Prediction]) -> None:
-    """No layout with the same pp, ep and cp that fits as these must is faster by more than GAIN than the fastest."""
-    _, before = plan
+    """No layout with the same pp, ep and cp that fits as these must is GAIN faster than the fastest of them, and none
+    that is GAIN faster than the plan changes fewer keys than the first."""
+    name, before = plan
     found, limit = faster(before), (1 - ROOM) * memory_of(before.cluster)
+    assert len(found) > 1 or name not in ("both", "fixed")
+    fewest: list[int] = []
     for base in (before.config, with_fixed_messages(before.config)):
         for one in layouts(base, 8, 8, near=True) if base is not None else ():
-            if worst_rank(rank_memory(one, imbalance=found[0].imbalance)).total <= limit:
-                seconds = predict(one, before.cluster, 1e9).time.seconds
-                assert seconds * (1 + GAIN) > found[-1].time.seconds or one.config == found[-1].config
+            if worst_rank(rank_memory(one, imbalance=found[0].imbalance)).total > limit:
+                continue
+            seconds = step_time(one, before.cluster).seconds
+            assert seconds * (1 + GAIN) > found[-1].time.seconds
+            if seconds * (1 + GAIN) <= before.time.seconds:
+                fewest.append(len(changed(before.config, one)))
+    assert min(fewest) == len(found[0].settings)
 
 
 def test_nothing_to_gain_is_nothing_said() -> None:
@@ -87,8 +96,9 @@ def test_nothing_to_gain_is_nothing_said() -> None:
     assert faster(best) == () and faster_text(best.time, (), best.cluster) == ""
     tight = predict(before.config, replace(before.cluster, memory_gb=before.worst.total / 1e9 + 0.01), 1e9)
     assert tight.fits and faster(tight) == (), "no room"
-    too_large = predict(before.config, replace(before.cluster, memory_gb=before.worst.total / 1e9 - 0.01), 1e9)
-    assert not too_large.fits and faster(too_large) == ()
+    pairs = planned([*PLANS["host"][0], "parallel.schedule=dualpipev"], ["cluster=h100_8"])
+    too_large = predict(pairs.config, replace(pairs.cluster, memory_gb=pairs.worst.total / 1e9 - 0.01), 1e9)
+    assert not too_large.fits and faster(too_large) == (), "a search says what fits"
 
 
 def test_graphs_between_ranks_are_named_for_what_they_refuse() -> None:

@@ -54,6 +54,9 @@ def test_layouts_near_one_have_its_mesh() -> None:
     every, near = (list(layouts(config, 8, 8, near=near)) for near in (False, True))
     alike = [one for one in every if (one.parallel.pp, one.ep, one.parallel.cp) == (2, 2, 1)]
     assert near == alike and {one.parallel.schedule for one in near} == set(SCHEDULES)
+    shared = resolve(compose([*TINY, "seq_len=8192", "model.max_seq_len=8192", "parallel.cp=2"]).config, 8)
+    assert {one.parallel.cp for one in layouts(shared, 8, 8)} == {1, 2, 4}
+    assert {one.parallel.cp for one in layouts(shared, 8, 8, near=True)} == {2}
 
 
 def test_validation_samples_follow_the_layout() -> None:
