@@ -173,6 +173,7 @@ def _print_plan(
     document: dict[str, Any],
 ) -> int:
     """tokens: of the whole run, and of a completion on average."""
+    from fp8moe.plan.faster import faster, faster_json, faster_text
     from fp8moe.plan.plan_text import plan_text
     from fp8moe.plan.prediction import as_json, predict, tokens_of
     from fp8moe.plan.rollouts import rollouts_json, rollouts_text
@@ -180,8 +181,11 @@ def _print_plan(
     of_run, mean = tokens
     found = predict(laid, cluster, of_run)
     epochs = None if laid.epochs is None or of_run != tokens_of(laid) else _of_epochs(laid)
-    print("\n\n".join(filter(None, (plan_text(found, refused), epochs, rollouts_text(found, mean)))))
+    changes = faster(found)
+    said = faster_text(found.time, changes, cluster)
+    print("\n\n".join(filter(None, (plan_text(found, refused), epochs, rollouts_text(found, mean), said))))
     document |= {"refused": refused, **as_json(found), "rollouts": rollouts_json(found, mean)}
+    document["faster"] = faster_json(changes)
     return 0 if found.fits else EXIT["memory"]
 
 

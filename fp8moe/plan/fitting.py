@@ -18,7 +18,7 @@ from fp8moe.train.config import TrainConfig
 
 MARGIN = 1.05
 Names = tuple[Recompute, ...]
-Group = tuple[int, str, int, int]  # pp, schedule, ep, cp
+Group = tuple[int, str, int, int, bool]  # pp, schedule, ep, cp, CUDA graphs
 Key = tuple[Group, int, Names]
 
 
@@ -26,13 +26,15 @@ Key = tuple[Group, int, Names]
 class Layouts:
     """Every legal layout of a configuration; the memory of each is computed once, when it is asked for.
 
-    recomputed: what the backward may compute again, the least first. groups: (pp, schedule, ep, cp) -> layouts of
-    growing micro-batch that compute again all they can.
+    recomputed: what the backward may compute again, the least first. groups: (pp, schedule, ep, cp, CUDA graphs) ->
+    layouts of growing micro-batch that compute again all they can. imbalance: rows that the busiest rank's experts
+    get, as a multiple of an even share.
     """
 
     gpus_per_node: int
     recomputed: list[Names]
     groups: dict[Group, list[TrainConfig]]
+    imbalance: float = 1.0
     known: dict[Key, float] = field(default_factory=dict)
 
     @property
@@ -41,10 +43,11 @@ class Layouts:
         return sum(map(len, self.groups.values())) * len(self.recomputed)
 
     def bytes(self, config: TrainConfig) -> float:
-        """What the worst rank of a layout needs where routing is balanced."""
+        """What the worst rank of a layout needs."""
         key = key_of(config)
         if key not in self.known:
-            self.known[key] = worst_rank(rank_memory(config, gpus_per_node=self.gpus_per_node)).total
+            ranks = rank_memory(config, gpus_per_node=self.gpus_per_node, imbalance=self.imbalance)
+            self.known[key] = worst_rank(ranks).total
         return self.known[key]
 
     def fitting(self, limit: float) -> list[list[TrainConfig]]:
@@ -69,13 +72,15 @@ class Layouts:
         return min((group[0] for group in self.groups.values()), key=self.bytes)
 
 
-def legal_layouts(config: TrainConfig, gpus: int, gpus_per_node: int) -> Layouts:
-    """Every legal layout of a configuration, which need not be resolved."""
+def legal_layouts(
+    config: TrainConfig, gpus: int, gpus_per_node: int, *, near: bool = False, imbalance: float = 1.0
+) -> Layouts:
+    """Every legal layout of a configuration, which need not be resolved; near: see `layouts.layouts`."""
     recomputed = recompute_sets(config.precision.mode)
     groups: dict[Group, list[TrainConfig]] = {}
-    for one in layouts(config, gpus, gpus_per_node, recomputed[-1:]):
+    for one in layouts(config, gpus, gpus_per_node, recomputed[-1:], near=near):
         groups.setdefault(_group_of(one), []).append(one)
-    return Layouts(gpus_per_node, recomputed, groups)
+    return Layouts(gpus_per_node, recomputed, groups, imbalance)
 
 
 def key_of(config: TrainConfig) -> Key:
@@ -85,4 +90,4 @@ def key_of(config: TrainConfig) -> Key:
 
 def _group_of(config: TrainConfig) -> Group:
     parallel = config.parallel
-    return parallel.pp, parallel.schedule, config.ep, parallel.cp
+    return parallel.pp, parallel.schedule, config.ep, parallel.cp, parallel.cuda_graphs

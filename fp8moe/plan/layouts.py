@@ -1,4 +1,6 @@
-"""Layouts of a configuration on a number of GPUs: pp x ep x cp x schedule x recompute x micro-batch, by train's rules.
+"""Layouts of a configuration on a number of GPUs, by train's rules.
+
+pp x ep x cp x schedule x recompute x micro-batch, each without CUDA graphs of a micro-batch and with them.
 
 A layout is legal where `train.config.laid_out` accepts it, which is what `fp8moe train` does first. Three settings that
 are none of a layout's keys follow it where they would forbid it: the start and the increment of a batch that grows are
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, cast
 
 from fp8moe.errors import ConfigError
@@ -30,6 +32,7 @@ from fp8moe.train.config import TrainConfig, laid_out
 KEYS = ("parallel.pp", "parallel.ep", "parallel.schedule", "batch.micro_batch", "recompute")
 FOLLOWING = (
     *("parallel.cp", "parallel.dp", "parallel.layout", "batch.ramp_from", "batch.increment", "validation.samples"),
+    *("parallel.cuda_graphs", "parallel.capacity_factor", "parallel.max_imbalance"),
     *("optimizer.sharding", "grpo.rollout_batch"),
 )
 LEAST_PART = 2048  # tokens of a sequence that a rank has where several share it
@@ -44,6 +47,7 @@ class Layout(NamedTuple):
     micro_batch: int
     recompute: tuple[Recompute, ...]
     cp: int = 1
+    cuda_graphs: bool = False
 
 
 def as_written(config: TrainConfig, cluster: Cluster) -> tuple[TrainConfig, tuple[str, ...]]:
@@ -69,24 +73,38 @@ def as_written(config: TrainConfig, cluster: Cluster) -> tuple[TrainConfig, tupl
 
 
 def layouts(
-    config: TrainConfig, gpus: int, gpus_per_node: int, recomputed: Sequence[tuple[Recompute, ...]] | None = None
+    config: TrainConfig,
+    gpus: int,
+    gpus_per_node: int,
+    recomputed: Sequence[tuple[Recompute, ...]] | None = None,
+    *,
+    near: bool = False,
 ) -> Iterator[TrainConfig]:
     """The configuration, which need not be resolved, in every legal layout, resolved.
 
-    recomputed: sets of what a backward computes again; None: every one.
+    recomputed: sets of what a backward computes again; None: every one. near: those alone that have the pp, ep and cp
+    of the configuration, which is resolved.
     """
     recomputed = recompute_sets(config.precision.mode) if recomputed is None else recomputed
-    for pp in divisors(gpus):
+    for layout in _tried(config, gpus, recomputed[0], near=near):
+        found = laid_out_as(config, layout, gpus, gpus_per_node)
+        if found is not None:  # what is computed again forbids nothing
+            yield from (replace(found, recompute=names) for names in recomputed)
+
+
+def _tried(config: TrainConfig, gpus: int, recompute: tuple[Recompute, ...], *, near: bool) -> Iterator[Layout]:
+    """Layouts that could be legal; those of one pp, schedule, ep, cp and CUDA graphs by growing micro-batch."""
+    for pp in [config.parallel.pp] if near else divisors(gpus):
         dp = gpus // pp
         if config.optimizer.sharding == "deepspeed" and (pp > 1 or dp == 1):
             continue
         for cp, micro_batch in _shares(config, dp):
-            for schedule in SCHEDULES:
-                for ep in divisors(math.gcd(dp // cp, config.model.experts.num_experts)):
-                    layout = Layout(pp, ep, schedule, micro_batch, recomputed[0], cp)
-                    found = laid_out_as(config, layout, gpus, gpus_per_node)
-                    if found is not None:  # what is computed again forbids nothing
-                        yield from (replace(found, recompute=names) for names in recomputed)
+            if near and cp != config.parallel.cp:
+                continue
+            eps = [config.ep] if near else divisors(math.gcd(dp // cp, config.model.experts.num_experts))
+            for schedule, ep in product(SCHEDULES, eps):
+                graphs = (False, True) if pp == cp == 1 and schedule == "1f1b" else (False,)
+                yield from (Layout(pp, ep, schedule, micro_batch, recompute, cp, one) for one in graphs)
 
 
 def _shares(config: TrainConfig, dp: int) -> Iterator[tuple[int, int]]:
@@ -132,6 +150,7 @@ def applied(config: TrainConfig, layout: Layout, gpus: int) -> TrainConfig:
         cp=layout.cp,
         schedule=cast(Literal["1f1b", "zb1p", "dualpipe", "dualpipev"], schedule),
         layout=by_hand if stays else None,
+        cuda_graphs=layout.cuda_graphs,
     )
     unit = dp // layout.cp * layout.micro_batch
     samples = config.validation.samples
@@ -182,4 +201,6 @@ def _written(value: Any) -> str:
         return f"[{','.join(name for name in Recompute if name in value)}]"
     if isinstance(value, tuple):
         return f"[{','.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else str(value)

@@ -21,6 +21,7 @@ from fp8moe.model.memory import MicroBatch, deferred_bytes, pass_bytes, rank_wei
 from fp8moe.model.partition import Stage
 from fp8moe.plan.communicators import GIB, communicator_bytes
 from fp8moe.plan.expert_rows import expert_rows
+from fp8moe.plan.graph_costs import graph_bytes
 from fp8moe.plan.held import StageBytes, most_held, most_messages
 from fp8moe.plan.phases import KINDS as OF_PHASES
 from fp8moe.plan.phases import UPDATES, add_teacher, other_phases, policy_bytes
@@ -34,8 +35,8 @@ from fp8moe.train.memory import replicas_of, state_bytes
 
 IN_TURN = ("attention workspace", "MLP workspace", "logits and loss", "optimizer step")
 KINDS = (
-    *STATE, "activations", "data", "dispatch buffers", "gather buffers", "pipeline buffers", *IN_TURN, *OF_PHASES,
-    "communicators", "CUDA context", "fragmentation",
+    *STATE, "activations", "data", "dispatch buffers", "gather buffers", "pipeline buffers", "beside graphs", *IN_TURN,
+    *OF_PHASES, "communicators", "CUDA context", "fragmentation",
 )  # fmt: skip
 OF_PASSES = ("activations", "dispatch buffers", "gather buffers")
 PAGE = 20 * 2**20  # that PyTorch's allocator maps and unmaps at once with expandable segments, of large tensors
@@ -157,11 +158,14 @@ def _rank(
     hidden = sizes.tokens * config.model.dim * config.recipe.dtype.itemsize
     kinds["pipeline buffers"] = float(most_messages(schedule, pp_rank) * hidden)
     device = torch.device("cuda" if on_gpu else "cpu")
+    update = optimizer_work(config, weights)
+    if config.parallel.cuda_graphs and on_gpu:  # their pool keeps what the optimizer would else use again
+        kinds["beside graphs"], update = graph_bytes(config, held, sizes, update), 0.0
     in_turn = {
         "attention workspace": attention_work(config, held, sizes),
         "MLP workspace": mlp_work(config, held, sizes),
         "logits and loss": loss_work(config, held, sizes, device),
-        "optimizer step": optimizer_work(config, weights) - sum(kinds[kind] for kind in OF_PASSES),
+        "optimizer step": update - sum(kinds[kind] for kind in OF_PASSES),
     }
     largest = max(in_turn, key=lambda kind: in_turn[kind])
     kinds[largest] = max(0.0, in_turn.pop(largest))

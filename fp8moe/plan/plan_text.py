@@ -33,6 +33,7 @@ def layout_words(config: TrainConfig) -> str:
     shared = f"cp={config.parallel.cp} " if config.parallel.cp > 1 else ""
     return (
         f"pp={config.parallel.pp} dp={config.dp} ep={config.ep} {shared}{config.parallel.schedule}, "
+        f"{'CUDA graphs, ' if config.parallel.cuda_graphs else ''}"
         f"{config.num_microbatches} micro-batches of {config.micro_batch}, recomputed: {again}"
     )
 

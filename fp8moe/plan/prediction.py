@@ -111,6 +111,7 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
         "micro_batch": config.micro_batch,
         "num_microbatches": config.num_microbatches,
         "recompute": sorted(config.recompute),
+        "cuda_graphs": config.parallel.cuda_graphs,
     }
 
 

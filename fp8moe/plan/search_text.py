@@ -20,6 +20,7 @@ HEADER = (
     "schedule",
     "micro-batch",
     "recomputed",
+    "graphs",
     "tokens/s/GPU",
     "MFU",
     "bubble",
@@ -36,9 +37,10 @@ def search_text(found: Search, cluster: Cluster) -> str:
         parallel = config.parallel
         sizes = (number, parallel.pp, config.dp, config.ep, parallel.cp, parallel.schedule, config.micro_batch)
         again = ",".join(name for name in Recompute if name in config.recompute) or "-"
+        graphs = "yes" if parallel.cuda_graphs else "-"
         shares = [f"{share:.1%}" for share in (time.mfu, time.bubble, time.hidden)]
         speed = f"{time.tokens_per_second_per_gpu:,.0f}"
-        rows.append((*map(str, sizes), again, speed, *shares, f"{one.bytes / GB:.1f}"))
+        rows.append((*map(str, sizes), again, graphs, speed, *shares, f"{one.bytes / GB:.1f}"))
     return (
         f"{found.legal:,} layouts of {cluster.gpus:,} GPUs are legal, {found.fit:,} of them fit {cluster.memory_gb:g} "
         f"GB; the fastest, by prediction:\n{table(HEADER, rows)}"

@@ -26,6 +26,7 @@ from fp8moe.model.flops import flops_per_token
 from fp8moe.model.partition import Stage, partition
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.communicators import on_node
+from fp8moe.plan.graph_costs import replayed
 from fp8moe.plan.layer_time import Sizes, alone_seconds
 from fp8moe.plan.network import Exchange, Gather, neighbour_seconds
 from fp8moe.plan.rates import BYTES, MODEL, Card, added
@@ -162,8 +163,8 @@ def _times(
     left = HOPPER_SMS - config.parallel.communication_sms if config.ep * config.parallel.cp > 1 else HOPPER_SMS
     beside = replace(card, sms=left)
     times = tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
-    if config.parallel.cuda_graphs:  # a replay launches all of them, between the messages
-        times = tuple(replace(one, launches=dict.fromkeys("FBW", 0)) for one in times)
+    if config.parallel.cuda_graphs:
+        times = tuple(replayed(config, *one) for one in zip(stages, times, strict=True))
     return times
 
 

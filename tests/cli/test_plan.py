@@ -78,6 +78,22 @@ def test_every_rank_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "times an even share: fits too, rank " in out and "pipeline rank 0: embedding + block" in out
 
 
+def test_a_plan_ends_with_what_would_be_faster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    words = ["experiment=qwen3_30b_8gpu", "cluster=h100_8", "--json", str(path)]
+    assert main(["plan", *words, "batch.micro_batch=1"]) == 0
+    out, found = capsys.readouterr().out, figures(path)["faster"]
+    last = out[out.index("\n\nfaster by prediction (of the step now: waits for the host ") :]
+    assert found and f"\n{shlex.join(found[0]['settings'])} " in last and "batch.micro_batch=2" in found[0]["settings"]
+    assert main(["plan", *words, *found[0]["settings"]]) == 0
+    out, alone = capsys.readouterr().out, figures(path)
+    assert alone["tokens_per_second_per_gpu"] == found[0]["tokens_per_second_per_gpu"]
+    assert max(rank["total"] for rank in alone["memory"]["balanced"]) == found[0]["bytes"]
+    assert all("parallel.capacity_factor=1.5" in one["settings"] for one in alone["faster"]), "which comes last"
+    assert main(["plan", *LITE, "cluster=h100_1", "--json", str(path)]) == 4
+    assert figures(path)["faster"] == []
+
+
 def test_search_prints_a_line_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     assert main(["plan", "--search", *LITE, "cluster=h100_8", "cluster.price_per_gpu_hour=3", "--json", str(path)]) == 0

@@ -21,23 +21,42 @@ def accepted(config: TrainConfig, gpus: int) -> set[tuple[object, ...]]:
     """Every combination of sizes that `resolve` takes, tried one by one."""
     found = set()
     sizes = range(1, gpus + 1)
-    for pp, ep, schedule, micro in itertools.product(sizes, sizes, SCHEDULES, range(1, 13)):
-        parallel = replace(config.parallel, pp=pp, ep=ep, schedule=schedule)  # type: ignore[arg-type]
+    shapes = itertools.product(sizes, sizes, SCHEDULES, range(1, 13), (False, True))
+    for pp, ep, schedule, micro, graphs in shapes:
+        parallel = replace(config.parallel, pp=pp, ep=ep, schedule=schedule, cuda_graphs=graphs)  # type: ignore[arg-type]
         try:
             resolve(replace(config, parallel=parallel, batch=replace(config.batch, micro_batch=micro)), gpus)
         except ValueError:
             continue
-        found.add((pp, ep, schedule, micro))
+        found.add((pp, ep, schedule, micro, graphs))
     return found
 
 
+def sizes_of(config: TrainConfig) -> tuple[object, ...]:
+    parallel = config.parallel
+    return parallel.pp, config.ep, parallel.schedule, config.micro_batch, parallel.cuda_graphs
+
+
+@pytest.mark.parametrize("words", [(), ("parallel.capacity_factor=1.5",), ("parallel.cuda_graphs=true",)])
 @pytest.mark.parametrize("gpus", [1, 4, 6])
-def test_legal_is_what_train_accepts(gpus: int) -> None:
-    config = compose([*TINY, "batch.sequences=12", "validation.samples=12"]).config
+def test_legal_is_what_train_accepts(gpus: int, words: tuple[str, ...]) -> None:
+    config = compose([*TINY, "batch.sequences=12", "validation.samples=12", *words]).config
     found = list(layouts(config, gpus, 8))
-    by_sizes = {(one.parallel.pp, one.ep, one.parallel.schedule, one.micro_batch) for one in found}
+    by_sizes = set(map(sizes_of, found))
     assert by_sizes == accepted(config, gpus)
+    graphs = {one.ep for one in found if one.parallel.cuda_graphs}
+    assert graphs == ({ep for _, ep, *_ in by_sizes} if "parallel.capacity_factor=1.5" in words else {1})
     assert len(found) == len(by_sizes) * 4  # FP8 has swiglu in all of 2^2 sets
+
+
+def test_layouts_near_one_have_its_mesh() -> None:
+    config = resolve(compose([*TINY, "parallel.pp=2", "parallel.ep=2"]).config, 8)
+    every, near = (list(layouts(config, 8, 8, near=near)) for near in (False, True))
+    alike = [one for one in every if (one.parallel.pp, one.ep, one.parallel.cp) == (2, 2, 1)]
+    assert near == alike and {one.parallel.schedule for one in near} == set(SCHEDULES)
+    shared = resolve(compose([*TINY, "seq_len=8192", "model.max_seq_len=8192", "parallel.cp=2"]).config, 8)
+    assert {one.parallel.cp for one in layouts(shared, 8, 8)} == {1, 2, 4}
+    assert {one.parallel.cp for one in layouts(shared, 8, 8, near=True)} == {2}
 
 
 def test_validation_samples_follow_the_layout() -> None:

@@ -17,6 +17,7 @@ from fp8moe.train.config import TrainConfig, resolve
 
 def recipe(*settings: str) -> TrainConfig:
     words = ["experiment=dsv2_lite_8gpu", "data.paths=[a]", "batch.micro_batch=null", "validation.samples=4096"]
+    words += ["parallel.schedule=1f1b", "recompute=[norm,mla_up,swiglu]"]
     return compose([*words, *settings]).config
 
 

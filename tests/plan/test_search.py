@@ -33,14 +33,17 @@ def need(config: TrainConfig) -> float:
 
 def shape(config: TrainConfig) -> tuple[object, ...]:
     parallel = config.parallel
-    return parallel.pp, config.ep, parallel.cp, parallel.schedule, config.micro_batch, tuple(sorted(config.recompute))
+    sizes = parallel.pp, config.ep, parallel.cp, config.micro_batch
+    return *sizes, parallel.schedule, parallel.cuda_graphs, tuple(sorted(config.recompute))
 
 
+FIXED = ["parallel.capacity_factor=1.5", "seq_len=1024"]  # CUDA graphs between ranks, and a host that they relieve
 LONG = ["seq_len=8192", "batch.sequences=8", "model.max_seq_len=8192"]  # parts of 4,096 and 2,048 tokens are tried
 
 
 @pytest.mark.parametrize(
-    ("words", "share"), [([], 1.0), ([], 0.4), (["precision=bf16"], 0.1), (LONG, 0.5), ([*LONG, "parallel.cp=2"], 0.1)]
+    ("words", "share"),
+    [([], 1.0), ([], 0.4), (["precision=bf16"], 0.1), (LONG, 0.5), ([*LONG, "parallel.cp=2"], 0.1), (FIXED, 0.5)],
 )
 def test_brute_force_agrees(words: list[str], share: float) -> None:
     config = compose([*WORDS, "batch.sequences=16", *words]).config
@@ -53,6 +56,8 @@ def test_brute_force_agrees(words: list[str], share: float) -> None:
     times = {shape(one): step_time(one, cluster).seconds for one in fit}
     found = search(config, cluster)
     assert (found.legal, found.fit) == (len(every), len(fit))
+    if words is FIXED:
+        assert {one.ep for one in every if one.parallel.cuda_graphs} == {1, 2, 4, 8}
     assert all(times[shape(one.config)] == one.time.seconds for one in found.best)
     legal = legal_layouts(config, 8, 8)
     for count in (1, 2, 5, 30, len(fit)):
