@@ -119,7 +119,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
         place(os.environ)
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
     count = num_processes or 1
-    composed, origin = compose_run(arguments.settings, count, arguments.from_run, command.begin or tree_of)
+    begin = command.begin or tree_of
+    composed, origin = compose_run(arguments.settings, count, arguments.from_run, begin, command.name)
     if arguments.cfg:
         print(_job_text(composed, count), end="")
         return 0
@@ -180,7 +181,8 @@ def _rank(command: Command, argv: Sequence[str]) -> int:
 
         here = place(os.environ)
         world_size, is_first = here.world_size, here.rank == 0
-        composed, origin = compose_run(arguments.settings, world_size, arguments.from_run, command.begin or tree_of)
+        begin = command.begin or tree_of
+        composed, origin = compose_run(arguments.settings, world_size, arguments.from_run, begin, command.name)
         if arguments.cfg:
             if is_first:
                 print(_job_text(composed, world_size), end="")

@@ -207,6 +207,30 @@ def test_mistakes_are_one_sentence(
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
+def test_damage_is_said_once(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the sentence that ends it, or in the line that passes it over; a command without a log file prints warnings."""
+    copy, text = tmp_path / "copy", tmp_path / "text"
+    shutil.copytree(run, copy)
+    text.write_text("z;" * 20)
+    (newest,) = (copy / "checkpoints").glob("step-*")
+    (newest / "index.json").unlink()
+    assert main(["eval", str(copy), "--text", str(text)]) == 3
+    told = capsys.readouterr().err
+    assert told.count("index.json is missing") == 1
+    assert told.splitlines()[-1].startswith(f"fp8moe: none of the 1 checkpoints that RUN={copy} may use is whole (")
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+    shutil.copytree(run / "checkpoints" / newest.name, copy / "checkpoints" / "step-1")
+    assert main(["eval", str(copy), "--text", str(text)]) == 0
+    told = capsys.readouterr().err
+    assert told.endswith(
+        f"checkpoint {newest}: index.json is missing; it is damaged and passed over\n"
+        f"checkpoint {copy}/checkpoints/step-1 is whole and taken in its place\n"
+    )
+    assert told.count("index.json is missing") == 1
+
+
 @pytest.mark.parametrize("command", ["generate", "eval"])
 def test_only_the_run_is_required(command: str, capsys: pytest.CaptureFixture) -> None:
     assert main([command]) == 2
