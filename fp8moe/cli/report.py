@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +36,11 @@ def main(argv: Sequence[str]) -> int:
     out = Path(arguments.out or (Path(arguments.runs[0]) / NAME if len(arguments.runs) == 1 else NAME))
     if out.is_dir():
         raise ConfigError(f"--out={out} is a directory and must be a file: use --out {out / NAME}")
+    if os.path.lexists(out) and not out.is_file():  # a device, which the page would take the place of
+        raise ConfigError(f"--out={out} is there and is no ordinary file: use another one, --out {NAME}")
     if arguments.out and not out.parent.is_dir():
-        raise ConfigError(f"--out={out} is in {out.parent}, which is not there: make it, or use another file")
+        wrong = "a file and must be a directory: use" if out.parent.exists() else "not there: make it, or use"
+        raise ConfigError(f"--out={out} is in {out.parent}, which is {wrong} another file")
     for note in write_report(arguments.runs, out, _defaults):
         print(note)
     print(f"report: {out}")

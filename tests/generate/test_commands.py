@@ -210,7 +210,7 @@ def test_mistakes_are_one_sentence(
 def test_damage_is_said_once(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the sentence that ends it, or in the line that passes it over; a command without a log file prints warnings."""
+    """In the last sentence, or in the line that passes it over; a command without a log file prints warnings."""
     copy, text = tmp_path / "copy", tmp_path / "text"
     shutil.copytree(run, copy)
     text.write_text("z;" * 20)
