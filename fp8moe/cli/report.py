@@ -47,8 +47,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def at_end(run_dir: Path) -> None:
-    """Write the report of a run that ends here; what goes wrong is said in a line and ends nothing."""
+def at_end(run_dir: Path, *, silent: bool = False) -> None:
+    """Write the report of a run that ends here; what goes wrong is said in a line and ends nothing.
+
+    silent: that it was written is not said.
+    """
     try:
         from fp8moe.report.page import NAME, write_report
         from fp8moe.train.json_lines import METRICS
@@ -56,7 +59,8 @@ def at_end(run_dir: Path) -> None:
         if not (run_dir / METRICS).exists():  # it failed before its first step
             return
         write_report([run_dir], run_dir / NAME, _defaults)
-        print(f"report: {run_dir / NAME}", flush=True)
+        if not silent:
+            print(f"report: {run_dir / NAME}", flush=True)
     except Exception as error:
         print(f"the report of the run can't be written ({error}): fp8moe report {run_dir} tries again", flush=True)
 
