@@ -164,6 +164,8 @@ def main(argv: Sequence[str]) -> int:
     _check(arguments)
     num_processes = count_processes(arguments.nproc)
     out = arguments.out or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-numerics")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out={out} is a file and must be a directory: use a new one")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out={out} is not empty: use a new directory")
     losses = {}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, check_file, make_parser, parse
 from fp8moe.errors import ConfigError
 
 DESCRIPTION = """\
@@ -34,13 +34,10 @@ def main(argv: Sequence[str]) -> int:
     from fp8moe.report.page import NAME, write_report
 
     out = Path(arguments.out or (Path(arguments.runs[0]) / NAME if len(arguments.runs) == 1 else NAME))
-    if out.is_dir():
-        raise ConfigError(f"--out={out} is a directory and must be a file: use --out {out / NAME}")
+    if arguments.out or out.is_dir():
+        check_file("--out", out, NAME)
     if os.path.lexists(out) and not out.is_file():  # a device, which the page would take the place of
         raise ConfigError(f"--out={out} is there and is no ordinary file: use another one, --out {NAME}")
-    if arguments.out and not out.parent.is_dir():
-        wrong = "a file and must be a directory: use" if out.parent.exists() else "not there: make it, or use"
-        raise ConfigError(f"--out={out} is in {out.parent}, which is {wrong} another file")
     for note in write_report(arguments.runs, out, _defaults):
         print(note)
     print(f"report: {out}")

@@ -79,6 +79,11 @@ def test_the_command_trains_all_three_and_judges(
     assert ": FP8 is BEYOND" in capsys.readouterr().out
     assert main([*words, "--out", str(tmp_path / "wide")]) == 2  # nothing is written over
     assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*words, "--out", str(tmp_path / "file")]) == 2
+    assert (
+        capsys.readouterr().err == f"fp8moe: --out={tmp_path}/file is a file and must be a directory: use a new one\n"
+    )
 
 
 def test_fp8_is_judged_beside_the_control(

@@ -183,6 +183,8 @@ def test_multiple_choice_is_scored(run: Path, tmp_path: Path, capsys: pytest.Cap
     ("generate RUN --prompt a --nproc 3 parallel.ep=3", 2, "parallel.ep=3 does not divide num_experts=4: use 1, 2 or"),
     ("generate RUN --chat - --nproc 2", 2, "--chat - reads stdin, which 2 processes can't share: use one process"),
     ("generate RUN --prompt a --top-p 2", 2, "sampling.top_p=2.0 must be above 0 and at most 1"),
+    ("generate RUN --prompt a --json NONE/a", 2, "--json=NONE/a is in NONE, which is not there: make it, or use anot"),
+    ("eval RUN --text LONG --json EMPTY", 2, "--json=EMPTY is a directory and must be a file: use --json EMPTY/sco"),
     ("generate RUN --file NONE", 3, "NONE can't be read (No such file or directory): name a text file"),
     ("eval RUN", 2, "nothing to score: add --text PATH, --tokens PREFIX or --choices PATH"),
     ("eval RUN --text NONE", 3, "NONE can't be read (No such file or directory): name a text file"),
