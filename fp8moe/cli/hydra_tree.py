@@ -33,11 +33,22 @@ CONFIGS = Path(fp8moe.__file__).resolve().parent / "configs"
 def parse(setting: str) -> Override:
     """One setting as hydra reads it, not to be changed. Raises ConfigError unless it is one."""
     if ("=" not in setting and not setting.startswith("~")) or setting.startswith("="):
-        raise ConfigError(no_setting(setting))
+        raise ConfigError(no_setting(setting, _choice_of(setting)))
     try:
         return OverridesParser.create().parse_override(setting)
     except HydraException as error:
         raise ConfigError(unreadable(setting, _first_line(error), _reads)) from error
+
+
+def _choice_of(word: str) -> str | None:
+    """The setting that a word alone may mean: a choice of a group, or a file of settings; None: no one."""
+    if is_file(word) and Path(word).is_file():
+        return f"experiment={word}"
+    if not word.isidentifier():
+        return None
+    return next(
+        (f"{group}={word}" for group in sorted(config_groups()) if (CONFIGS / group / f"{word}.yaml").is_file()), None
+    )
 
 
 def _reads(setting: str) -> bool:

@@ -142,7 +142,8 @@ def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:
         where = checkpoint.location(resume)
         run = where if isinstance(where, Path) else None
         if run is not None and not (run / CONFIG_FILE).is_file():
-            run = run.absolute().parent.parent
+            whole = run.absolute()
+            run = whole.parent if whole.name == checkpoint.FOLDER else whole.parent.parent
     if run is not None and (run / CONFIG_FILE).is_file():
         return Origin(run, read_configuration(run), goes_on=True)
     found = checkpoint.find(resume, run_dir, path)

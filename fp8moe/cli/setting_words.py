@@ -20,9 +20,9 @@ _MOST = 150  # characters of a setting that is shown mended
 _CLOSING = {"[": "]", "{": "}"}
 
 
-def no_setting(word: str) -> str:
-    """The sentence on a word without `=`."""
-    return f"{shown(word)} is not a setting: write key=value, without spaces around ="
+def no_setting(word: str, instead: str | None) -> str:
+    """The sentence on a word without `=`. instead: the setting that it may mean."""
+    return f"{shown(word)} is not a setting: write {instead or 'key=value, without spaces around ='}"
 
 
 def unreadable(setting: str, reason: str, reads: Callable[[str], bool]) -> str:

@@ -46,6 +46,8 @@ def test_the_word_to_write_in_its_place(word: str, wrong: str, instead: str, val
     [
         (["train =3"], "'train =3' has a space beside its key: write train=3"),
         (["steps", "=3"], "'steps' is not a setting: write key=value, without spaces around ="),
+        (["quickstart"], "'quickstart' is not a setting: write experiment=quickstart"),
+        (["tiny"], "'tiny' is not a setting: write model=tiny"),
         (["=3"], "'=3' is not a setting: write key=value, without spaces around ="),
         (["größe=3"], "'größe=3' begins with no key, which is a word of letters and dots: see fp8moe keys"),
         (["a.=3"], "'a.=3' can't be read as key=value (token recognition error at: '.'): write 'KEY=\"VALUE\"'"),

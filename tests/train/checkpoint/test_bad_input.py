@@ -124,7 +124,9 @@ def test_a_checkpoint_that_is_not_meant(run: Path, corpus: list[str], tmp_path: 
         ([f"resume={run}", f"data.tokenizer={other}"], "was trained with another tokenizer than this run's: use data."),
         ([f"resume={later}"], "checkpoint format 6 is of a later version, which this one cannot"),
         ([f"resume={no_manifest}"], "no_manifest holds no complete checkpoint: name a run directory or its checkpoin"),
-        ([f"resume={tmp_path / 'nowhere'}"], "nowhere holds no complete checkpoint: name a run directory or its chec"),
+        ([f"resume={tmp_path / 'nowhere'}"], "nowhere does not exist: name a run directory or its checkpoints/step-N"),
+        ([f"resume={run.parent}"], f"{run.parent} holds no complete checkpoint: name a run in it, such as {run}"),
+        (["resume="], "the path of a run or checkpoint is empty: name a run directory or its checkpoints/step-N"),
         ([f"resume={run}", "steps=2"], "step-2 has 2 steps done and steps=2: use steps=3 or more to go on"),
     ):
         code, sentence = refused(["steps=3", *words], capsys)
