@@ -12,7 +12,7 @@ from fp8moe.cli.hydra_tree import parse
 from fp8moe.errors import ConfigError
 
 EMPTY, OPEN, QUOTE = "an empty entry in its list", "a list that does not end", "a sign that is read in quotes alone"
-MINE = os.environ.get("HOME", "/home/me")
+MINE = os.environ.get("HOME", "/me")
 SPACE, HOME = "a space beside its key", "a ~ that the shell leaves as it is"
 
 

@@ -300,23 +300,3 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
             os.utime(tmp_path / f"a.{ending}", ns=(0, 0))
         assert IndexedDataset(tmp_path / "a").fingerprint != first
         first = IndexedDataset(tmp_path / "a").fingerprint
-
-
-def test_what_lies_at_a_prefix_is_named(tmp_path: Path) -> None:
-    prefix = tmp_path / "my tokens"
-    with IndexedWriter(prefix, 300) as writer:
-        writer.write(np.array([1, 2]))
-        writer.end_document()
-    (tmp_path / "text.jsonl").touch()
-    for given, says in (
-        (f"{prefix}.bin", f"{prefix}.bin is one of two files, which are given by their PREFIX: use {prefix}"),
-        (f"{prefix}.idx", f"{prefix}.idx is one of two files, which are given by their PREFIX: use {prefix}"),
-        (f"{tmp_path}", f"{tmp_path} is a folder and token files are given by their PREFIX: use {prefix}"),
-        (f"{tmp_path}/none", f"{tmp_path}/none.idx does not exist: a data set is two files, PREFIX.bin and PREFIX.idx, "
-         "given as PREFIX (`fp8moe tokenize` writes them)"),
-        (f"{tmp_path}/text.jsonl", f"{tmp_path}/text.jsonl holds no token ids: fp8moe tokenize --input {tmp_path}/text."
-         "jsonl --output PREFIX makes token files of text, and fp8moe sft reads conversations"),
-    ):  # fmt: skip
-        with pytest.raises(DataError) as caught:
-            IndexedDataset(given)
-        assert str(caught.value) == says
