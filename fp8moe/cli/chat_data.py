@@ -11,7 +11,7 @@ import numpy as np
 from fp8moe.data.card import histogram
 from fp8moe.data.chat_rows import read_conversations
 from fp8moe.data.chat_template import open_template
-from fp8moe.data.chat_tokens import encode_conversation, rendered
+from fp8moe.data.chat_tokens import encode_conversation, is_silenced, rendered
 from fp8moe.data.tokenizer import load_tokenizer
 from fp8moe.errors import ConfigError
 
@@ -23,20 +23,23 @@ def print_chat(path: Path, options: argparse.Namespace) -> None:
     tokenizer_path = Path(options.tokenizer)
     tokenizer = load_tokenizer(tokenizer_path)
     template = open_template(options.chat_template, tokenizer_path, tokenizer)
-    lengths, learned, unanswered = [], 0, 0
+    lengths, learned, unanswered, silenced = [], 0, 0, 0
     shown: list[str] = []
     for place, messages in read_conversations(path):
         parts = rendered(template, place, messages)
         ids, mask = encode_conversation(template, tokenizer, messages)
         lengths.append(len(ids))
         learned += int(mask.sum())
-        unanswered += not mask.any()
+        is_silent = is_silenced(parts, messages)
+        silenced, unanswered = silenced + is_silent, unanswered + (not is_silent and not mask.any())
         if len(shown) < options.samples:
             lines = [f"  [{'learned' if is_learned else 'given'}] {_quoted(text)}" for text, is_learned in parts]
             shown.append("\n".join([f"\n{place}, {len(ids):,} tokens, {int(mask.sum()):,} learned:", *lines]))
     tokens = np.array(lengths, dtype=np.int64)
     print(f"{path}: {len(tokens):,} conversations, {unanswered:,} without an answer, {template.source}")
     print(f"{tokens.sum():,} tokens, of which {learned / max(1, tokens.sum()):.1%} are learned")
+    if silenced:
+        print(f"{template.source} writes nothing of the answers of {silenced:,} conversations")
     print("\n".join(["", f"{'tokens':>23} {'conversations':>13}", *histogram(tokens), *shown]))
 
 

@@ -38,6 +38,7 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "U8": 1}
 def found(path: str) -> list[Location]:
     """The complete checkpoints at or below `path`, oldest first. Raises ConfigError where there is none."""
     from fp8moe.train.checkpoint import below, is_complete, location, looking_up
+    from fp8moe.train.checkpoint.search import none_at
 
     given = location(path)
     with looking_up(path):
@@ -47,7 +48,7 @@ def found(path: str) -> list[Location]:
             return inside
         if isinstance(given, Path) and (given / "config.json").is_file():
             raise ConfigError(f"{path} is a Hugging Face directory, not a checkpoint: fp8moe import makes a run of it")
-    raise ConfigError(f"{path} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+    raise ConfigError(none_at(given, path))
 
 
 def _elsewhere(given: Location) -> list[Location]:

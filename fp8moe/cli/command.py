@@ -17,6 +17,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from fp8moe.errors import EXIT, LOST_PEER_PHRASES, ConfigError, SpaceError, is_out_of_memory
@@ -73,6 +74,18 @@ def _refuse_settings_as_options(parser: Parser, argv: Sequence[str]) -> None:
         after = argv[i + 1] if i + 1 < len(argv) and re.match(r"-?[^-=][^=]*$", argv[i + 1]) else None
         if instead := setting_for(option, value if has_value else after, keys_of(TrainConfig)):
             raise ConfigError(f"{option} is no option, settings are key=value: {instead}")
+
+
+def check_file(option: str, path: Path, name: str) -> None:
+    """Raise ConfigError, before any work, where the file that `option` names has no folder, or is one.
+
+    name: that such a file may have.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option}={path} is a directory and must be a file: use {option} {path / name}")
+    if not path.parent.is_dir():
+        wrong = "a file and must be a directory: use" if path.parent.exists() else "not there: make it, or use"
+        raise ConfigError(f"{option}={path} is in {path.parent}, which is {wrong} another file")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, check_file, make_parser, parse
 from fp8moe.cli.launch import run_command
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{shown(arguments.run_dir)} is no argument of doctor: write run_dir=PATH")
     if not 1 <= arguments.timeout <= 86400:
         raise ConfigError(f"--timeout={arguments.timeout:g} must be from 1 to 86400 seconds: use {SECONDS:g}")
+    if arguments.json is not None:
+        check_file("--json", Path(arguments.json), "doctor.json")
 
     def examined(world_size: int) -> None:
         _examine(world_size, Path(path) if path else None, arguments.timeout, arguments.json)

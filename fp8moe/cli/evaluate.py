@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, check_file, make_parser, parse
 from fp8moe.cli.launch import count_processes, is_worker, run_command
 from fp8moe.errors import ConfigError, DataError
 
@@ -78,6 +78,8 @@ def _check(arguments: argparse.Namespace, processes: int) -> None:
         if value is not None and value < (2 if name == "limit" else 1):
             least = 2 if name == "limit" else 1
             raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least {least}: use {least} or more")
+    if arguments.json is not None:
+        check_file("--json", arguments.json, "scores.json")
     trained = find_trained(arguments, processes)
     longest = trained.config.model.max_seq_len
     if arguments.seq_len is not None and arguments.seq_len > longest:

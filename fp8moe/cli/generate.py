@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, check_file, make_parser, parse
 from fp8moe.cli.launch import count_processes, is_worker, run_command
 from fp8moe.errors import ConfigError
 
@@ -78,6 +78,8 @@ def _check(arguments: argparse.Namespace, processes: int) -> None:
     _ways(arguments)
     if arguments.chat == "-" and processes > 1:
         raise ConfigError(f"--chat - reads stdin, which {processes} processes can't share: use one process or a file")
+    if arguments.json is not None:
+        check_file("--json", arguments.json, "completions.json")
     _config(arguments)
     trained = find_trained(arguments, processes)
     _ends(arguments, trained, trained.vocabulary())

@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fp8moe
 from fp8moe.cli.experiment_file import in_words, read_experiment, refuse_resolvers
+from fp8moe.cli.setting_words import no_setting, unreadable
 from fp8moe.errors import ConfigError
-from fp8moe.limits import shown
 
 _FILE = "file-"  # before the name of an experiment that is a file of the user's
 CONFIGS = Path(fp8moe.__file__).resolve().parent / "configs"
@@ -32,12 +32,32 @@ CONFIGS = Path(fp8moe.__file__).resolve().parent / "configs"
 @functools.lru_cache(maxsize=1024)  # several readers ask for each, and its grammar takes a millisecond
 def parse(setting: str) -> Override:
     """One setting as hydra reads it, not to be changed. Raises ConfigError unless it is one."""
-    if "=" not in setting and not setting.startswith("~"):
-        raise ConfigError(f"{shown(setting)} is not a setting: write key=value")
+    if ("=" not in setting and not setting.startswith("~")) or setting.startswith("="):
+        raise ConfigError(no_setting(setting, _choice_of(setting)))
     try:
         return OverridesParser.create().parse_override(setting)
     except HydraException as error:
-        raise ConfigError(f"{shown(setting)} can't be read as key=value: {_first_line(error)}") from error
+        raise ConfigError(unreadable(setting, _first_line(error), _reads)) from error
+
+
+def _choice_of(word: str) -> str | None:
+    """The setting that a word alone may mean: a choice of a group, or a file of settings; None: no one."""
+    if is_file(word) and Path(word).is_file():
+        return f"experiment={word}"
+    if not word.isidentifier():
+        return None
+    return next(
+        (f"{group}={word}" for group in sorted(config_groups()) if (CONFIGS / group / f"{word}.yaml").is_file()), None
+    )
+
+
+def _reads(setting: str) -> bool:
+    """Whether hydra reads a setting."""
+    try:
+        OverridesParser.create().parse_override(setting)
+    except HydraException:
+        return False
+    return True
 
 
 def config_groups() -> set[str]:

@@ -40,7 +40,7 @@ PAIRS = (
 )
 SET_HERE = (
     *("precision", "precision.mode", "precision.scales", "steps", "epochs", "run_dir", "resume", "init_perturbation"),
-    "checkpoint.at_end",
+    *("checkpoint.at_end", "logging.summary"),
 )
 SMOOTHING = 0.9
 ROWS = 12
@@ -164,13 +164,17 @@ def main(argv: Sequence[str]) -> int:
     _check(arguments)
     num_processes = count_processes(arguments.nproc)
     out = arguments.out or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-numerics")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out={out} is a file and must be a directory: use a new one")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out={out} is not empty: use a new directory")
     losses = {}
-    for run, chosen in RUNS.items():
+    for number, (run, chosen) in enumerate(RUNS.items(), start=1):
         run_dir = out / run
+        print(f"run {number} of {len(RUNS)}, {run}: {run_dir}", flush=True)
         settings = [*chosen, f"steps={arguments.steps}", f"run_dir={run_dir}"]
-        code = launch(["train", *arguments.settings, *settings, "checkpoint.at_end=false"], num_processes)
+        more = ["checkpoint.at_end=false", "logging.summary=false"]
+        code = launch(["train", *arguments.settings, *settings, *more], num_processes)
         if code:
             return code
         losses[run] = read_losses(run_dir / "metrics.jsonl")

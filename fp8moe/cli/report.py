@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, check_file, make_parser, parse
 from fp8moe.errors import ConfigError
 
 DESCRIPTION = """\
@@ -33,18 +34,21 @@ def main(argv: Sequence[str]) -> int:
     from fp8moe.report.page import NAME, write_report
 
     out = Path(arguments.out or (Path(arguments.runs[0]) / NAME if len(arguments.runs) == 1 else NAME))
-    if out.is_dir():
-        raise ConfigError(f"--out={out} is a directory and must be a file: use --out {out / NAME}")
-    if arguments.out and not out.parent.is_dir():
-        raise ConfigError(f"--out={out} is in {out.parent}, which is not there: make it, or use another file")
+    if arguments.out or out.is_dir():
+        check_file("--out", out, NAME)
+    if os.path.lexists(out) and not out.is_file():  # a device, which the page would take the place of
+        raise ConfigError(f"--out={out} is there and is no ordinary file: use another one, --out {NAME}")
     for note in write_report(arguments.runs, out, _defaults):
         print(note)
     print(f"report: {out}")
     return 0
 
 
-def at_end(run_dir: Path) -> None:
-    """Write the report of a run that ends here; what goes wrong is said in a line and ends nothing."""
+def at_end(run_dir: Path, *, silent: bool = False) -> None:
+    """Write the report of a run that ends here; what goes wrong is said in a line and ends nothing.
+
+    silent: that it was written is not said.
+    """
     try:
         from fp8moe.report.page import NAME, write_report
         from fp8moe.train.json_lines import METRICS
@@ -52,7 +56,8 @@ def at_end(run_dir: Path) -> None:
         if not (run_dir / METRICS).exists():  # it failed before its first step
             return
         write_report([run_dir], run_dir / NAME, _defaults)
-        print(f"report: {run_dir / NAME}", flush=True)
+        if not silent:
+            print(f"report: {run_dir / NAME}", flush=True)
     except Exception as error:
         print(f"the report of the run can't be written ({error}): fp8moe report {run_dir} tries again", flush=True)
 

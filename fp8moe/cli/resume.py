@@ -15,6 +15,7 @@ the old weights, in silence.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from fp8moe.cli.compose import Composed, composed, config_groups, keys_in, parse, plain_values, tree_of
+from fp8moe.cli.run_kind import check_command
 from fp8moe.errors import ConfigError
 from fp8moe.limits import shown
 from fp8moe.train import checkpoint
@@ -52,11 +54,12 @@ def compose_run(
     world_size: int,
     from_run: str | None = None,
     begin: Callable[[Sequence[str]], dict[str, Any]] = tree_of,
+    command: str | None = None,
 ) -> tuple[Composed, Origin | None]:
     """The configuration of `settings` on `world_size` processes, and the run it was taken from, if there is one.
 
-    begin: the tree of the settings of a run that is taken from no other. Raises ConfigError or ValueError with one
-    sentence.
+    begin: the tree of the settings of a run that is taken from no other. command: that is to run it; None: any. Raises
+    ConfigError or ValueError with one sentence.
     """
     typed = tree_of(settings)
     _check_places(typed)
@@ -66,6 +69,9 @@ def compose_run(
         _steps_or_epochs(tree, settings)
         return composed(tree), None
     tree = overlaid(origin.tree, typed, tree_of([]), settings)
+    if command is not None:
+        named = from_run or (origin.run if typed["resume"] in ("auto", "required") else typed["resume"])
+        check_command(command, named, origin.tree, tree, _named(typed, from_run))
     tree |= {key: typed[key] for key in (_OF_THE_COMMAND if origin.goes_on else (*_OF_THE_COMMAND, *_WEIGHTS))}
     if not origin.goes_on:
         tree["checkpoint"]["path"] = typed["checkpoint"]["path"]  # which holds the other run's
@@ -74,6 +80,17 @@ def compose_run(
     _refit(tree, settings, world_size)
     _steps_or_epochs(tree, settings)
     return composed(tree), origin
+
+
+def _named(typed: Mapping[str, Any], from_run: str | None) -> str:
+    """The words of a command line that name the run that a configuration is taken from."""
+    if from_run is not None:
+        return f"--from {shlex.quote(from_run)}"
+    words = shlex.quote(f"resume={typed['resume']}")
+    if typed["resume"] not in ("auto", "required"):
+        return words
+    places = {"run_dir": typed["run_dir"], "checkpoint.path": typed["checkpoint"]["path"]}
+    return " ".join([words, *(shlex.quote(f"{key}={value}") for key, value in places.items() if value is not None)])
 
 
 def note(origin: Origin | None, config: TrainConfig) -> str | None:
@@ -125,7 +142,8 @@ def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:
         where = checkpoint.location(resume)
         run = where if isinstance(where, Path) else None
         if run is not None and not (run / CONFIG_FILE).is_file():
-            run = run.absolute().parent.parent
+            whole = run.absolute()
+            run = whole.parent if whole.name == checkpoint.FOLDER else whole.parent.parent
     if run is not None and (run / CONFIG_FILE).is_file():
         return Origin(run, read_configuration(run), goes_on=True)
     found = checkpoint.find(resume, run_dir, path)

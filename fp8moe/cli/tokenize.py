@@ -97,7 +97,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check_prefix(output: str) -> None:
+    """Raise ConfigError unless `output` ends in a name, to which endings are added."""
+    name = output.rpartition("/")[2]
+    if name in ("", ".", ".."):
+        raise ConfigError(f"--output={output} is a folder and must be a PREFIX: use {os.path.join(output, 'text')}")
+    if name.endswith(ENDINGS):
+        ending = next(one for one in ENDINGS if name.endswith(one))
+        raise ConfigError(f"--output={output} is a PREFIX, to which {ending} is added: use {output[: -len(ending)]}")
+
+
 def _run(options: argparse.Namespace) -> None:
+    _check_prefix(options.output)
     workers = _workers(options.workers)
     taken = [options.output + ending for ending in ENDINGS if os.path.lexists(options.output + ending)]
     if taken and not options.force:

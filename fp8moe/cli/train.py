@@ -56,17 +56,20 @@ class Command:
         from fp8moe.interop.hf_model import open_released
         from fp8moe.train.loop import train
 
+        says = config.logging.summary
+        report = partial(at_end, silent=not says)
         if self.method is not None:
             if config.distill.teacher is not None:
                 raise ConfigError(f"fp8moe {self.name} learns from no teacher: use distill.teacher=null")
-            train(config, as_yaml, open_released, partial(commands, command=self.name), at_end, self.method())
+            last_words = partial(commands, command=self.name) if says else None
+            train(config, as_yaml, open_released, last_words, report, self.method())
             return
         method = None
         if (teacher := find_teacher(config)) is not None:
             from fp8moe.post.distill.taught import Taught
 
             method = Taught(teacher)
-        train(config, as_yaml, open_released, last_lines, at_end, method)
+        train(config, as_yaml, open_released, last_lines if says else None, report, method)
 
 
 def parser_of(name: str, description: str) -> Parser:
@@ -119,7 +122,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
         place(os.environ)
     num_processes = None if arguments.nproc is None else count_processes(arguments.nproc)
     count = num_processes or 1
-    composed, origin = compose_run(arguments.settings, count, arguments.from_run, command.begin or tree_of)
+    begin = command.begin or tree_of
+    composed, origin = compose_run(arguments.settings, count, arguments.from_run, begin, command.name)
     if arguments.cfg:
         print(_job_text(composed, count), end="")
         return 0
@@ -180,7 +184,8 @@ def _rank(command: Command, argv: Sequence[str]) -> int:
 
         here = place(os.environ)
         world_size, is_first = here.world_size, here.rank == 0
-        composed, origin = compose_run(arguments.settings, world_size, arguments.from_run, command.begin or tree_of)
+        begin = command.begin or tree_of
+        composed, origin = compose_run(arguments.settings, world_size, arguments.from_run, begin, command.name)
         if arguments.cfg:
             if is_first:
                 print(_job_text(composed, world_size), end="")

@@ -80,7 +80,10 @@ def _conversation(row: Any, place: str) -> Conversation:
     key = next((name for name in (_MESSAGES, _SHAREGPT) if is_row and row.get(name) is not None), None)
     if key is None:
         there = f"has {', '.join(map(str, row)) or 'none'}" if is_row else f"is {shown(row)}"
-        raise DataError(f"{place} has no {_MESSAGES}, it {there[:200]}: name the list of messages {_MESSAGES}")
+        raise DataError(
+            f"{place} has no {_MESSAGES}, it {there[:200]}: write "
+            f'{{"{_MESSAGES}": [{{"role": "user", "content": ...}}, {{"role": "assistant", "content": ...}}]}}'
+        )
     messages = row[key]
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{place}: {key} is {shown(messages)} and must be a list of at least 1 message")

@@ -54,6 +54,7 @@ BUILT_IN = {
         "{% if add_generation_prompt %}Assistant:{{ '\\n' }}{% endif %}"
     ),
 }
+WRITE = "write message.content of the role assistant in data.chat_template"  # advice
 # Noncharacters of Unicode, which no text for interchange has, around what a template marks.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"[{_BEGIN}{_END}]")
@@ -105,6 +106,8 @@ class ChatTemplate:
             before = self._rendered(messages[:number], asks=True)
             until = self._rendered(messages[: number + 1], asks=False)
             if not (until.startswith(before) and whole.startswith(until) and len(before) >= places[-1]):
+                if until == self._rendered(messages[:number], asks=False):
+                    raise ConfigError(f"{self.source} writes nothing of message {number + 1}, the assistant's: {WRITE}")
                 raise ConfigError(
                     f"{self.source} renders message {number + 1}, the assistant's, otherwise than a model is asked for "
                     "it, so what to learn of it can't be told: mark it by {% generation %} and {% endgeneration %} in "

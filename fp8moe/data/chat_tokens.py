@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 
 from fp8moe.data.cache import built_folder, key_of
 from fp8moe.data.chat_rows import Conversation, read_conversations
-from fp8moe.data.chat_template import ChatTemplate, Message
+from fp8moe.data.chat_template import WRITE, ChatTemplate, Message
 from fp8moe.data.durable import unreadable
 from fp8moe.data.identity import content_hash
 from fp8moe.data.indexed import IndexedDataset, IndexedWriter
@@ -218,10 +218,11 @@ def _kept(
     path: Path, template: ChatTemplate, tokenizer: Tokenizer, capacity: int, drops: bool, counts: Counts
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:
     """Ids and mask of the conversations that are kept, which `counts` counts."""
-    rows = read_conversations(path)
+    rows, silenced = read_conversations(path), 0
     while some := list(islice(rows, _ROWS)):
         parts = [rendered(template, place, messages) for place, messages in some]
         answered = [of_one for of_one in parts if any(learned for _, learned in of_one)]
+        silenced += sum(is_silenced(of_one, messages) for of_one, (_, messages) in zip(parts, some, strict=True))
         counts.conversations += len(some)
         counts.unanswered += len(some) - len(answered)
         for ids, mask in _encoded(tokenizer, answered):
@@ -233,6 +234,17 @@ def _kept(
             ids, mask = ids[:capacity], mask[:capacity]
             counts.tokens, counts.learned = counts.tokens + len(ids), counts.learned + int(mask.sum())
             yield ids, mask
+    if silenced and counts.unanswered == counts.conversations:
+        raise ConfigError(
+            f"{template.source} writes nothing of what the assistant says in {path}, where {silenced} of "
+            f"{counts.conversations} conversations have an answer: {WRITE}"
+        )
+
+
+def is_silenced(parts: Sequence[tuple[str, bool]], messages: Conversation) -> bool:
+    """Whether a conversation has an answer and its text, in parts, nothing of it."""
+    says = any(one["role"] == "assistant" and one["content"].strip() for one in messages)
+    return says and not any(learned for _, learned in parts)
 
 
 def rendered(template: ChatTemplate, place: str, messages: Conversation) -> list[tuple[str, bool]]:

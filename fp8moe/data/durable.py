@@ -7,13 +7,16 @@ full, or a quota is used up, else DataError.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from fp8moe.errors import DataError, SpaceError
 
+MOST_NAME = 200  # bytes of a file's name that its hidden name has; file systems take 255
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # a file system that can't flush a folder
 
@@ -31,8 +34,8 @@ def sync(path: Path) -> None:
 
 
 def scratch_name(final: Path) -> Path:
-    """The hidden name beside `final` under which this process writes it."""
-    return final.with_name(f".{final.name}.{os.getpid()}")
+    """The hidden name beside `final` under which this process writes it; no longer than a file's may be."""
+    return final.with_name(f".{os.fsdecode(os.fsencode(final.name)[:MOST_NAME])}.{os.getpid()}")
 
 
 def publish(written: Path, final: Path) -> None:
@@ -44,22 +47,31 @@ def publish(written: Path, final: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that no reader, and no crash, sees half of it. Raises OSError; an old file stays then."""
-    scratch = scratch_name(path)
-    try:
+    with _scratch(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
         publish(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file so that no reader, and no crash, sees half of it. Raises OSError."""
-    scratch = scratch_name(path)
-    try:
+    with _scratch(path) as scratch:
         shutil.copyfile(source, scratch)
         publish(scratch, path)
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """The hidden name under which a file is written; removed at the end. An OSError names `path` in its place."""
+    scratch = scratch_name(path)
+    try:
+        yield scratch
+    except OSError as error:
+        if error.filename == str(scratch):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide the cause
+            scratch.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> list[Path]:

@@ -175,10 +175,7 @@ class IndexedDataset:
     def _open(self) -> None:
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise DataError(
-                    f"{path} does not exist: a data set is two files, PREFIX.bin and PREFIX.idx, given as PREFIX "
-                    "(`fp8moe tokenize` writes them)"
-                )
+                raise DataError(_missing(path, Path(self.prefix)))
         dtype, lengths, pointers, boundaries = _read_index(self.idx_path)
         num_tokens = _check_sequences(self.idx_path, lengths, pointers, boundaries, dtype.itemsize)
         expected, actual = num_tokens * dtype.itemsize, self.bin_path.stat().st_size
@@ -230,6 +227,24 @@ class IndexedDataset:
         raise DataError(
             f"{self.bin_path}: token {start + at} has id {found}, outside a vocabulary of {vocab_size}: {advice}"
         )
+
+
+def _missing(path: Path, prefix: Path) -> str:
+    """The sentence on a token file that is not there, by what lies at its prefix."""
+    if prefix.suffix in (".bin", ".idx") and prefix.is_file():
+        return f"{prefix} is one of two files, which are given by their PREFIX: use {prefix.with_suffix('')}"
+    if prefix.is_file():
+        return (
+            f"{prefix} holds no token ids: fp8moe tokenize --input {prefix} --output PREFIX makes token files of text, "
+            "and fp8moe sft reads conversations"
+        )
+    inside = sorted(prefix.glob("[!.]*.idx")) if prefix.is_dir() and not path.exists() else []
+    if inside:
+        return f"{prefix} is a folder and token files are given by their PREFIX: use {inside[0].with_suffix('')}"
+    return (
+        f"{path} does not exist: a data set is two files, PREFIX.bin and PREFIX.idx, given as PREFIX (`fp8moe "
+        "tokenize` writes them)"
+    )
 
 
 def _read_index(

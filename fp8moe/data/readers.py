@@ -219,8 +219,13 @@ def _json_documents(handle: TextIO, path: Path, text_key: str) -> Iterator[tuple
             ) from error
         except (RecursionError, ValueError) as error:  # nested too deep; a number of more than 4,300 digits
             raise DataError(f"{path} line {number} can't be read as JSON ({error}): remove that line") from error
-        if not isinstance(record, dict) or text_key not in record:
-            keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path} line {number} is of type {type(record).__name__} and must be an object: write "
+                f'{{"{text_key}": ...}} a line'
+            )
+        if text_key not in record:
+            keys = ", ".join(sorted(record))
             keys = keys if len(keys) <= 200 else f"{keys[:200]}..."
             raise DataError(f"{path} line {number} has no key {text_key!r}, it has {keys or 'none'}: use --text-key")
         text = record[text_key]

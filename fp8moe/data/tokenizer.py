@@ -104,6 +104,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def _read(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a tokenizer.json. Raises DataError."""
     if not is_file(Path(path)):
+        if Path(path).is_dir():
+            raise DataError(f"{path} is a folder and a tokenizer one file: use {Path(path, 'tokenizer.json')}")
         raise DataError(f"{path} does not exist: a tokenizer is one tokenizer.json file")
     try:
         return Path(path).read_bytes()

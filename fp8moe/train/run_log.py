@@ -97,8 +97,8 @@ class RunLogger:
         self._validation: ValidationReport | None = None
         self._averaged: ValidationReport | None = None
         self.note_event("start", *started_as(run))
-        self.print(opening(run))
-        self.print(memory_of_largest_rank(run))
+        self._describe(opening(run))
+        self._describe(memory_of_largest_rank(run))
         for sentence in (other_tokenizer(run), messages_beside_compute(run)) if run.is_first else ():
             if sentence is not None:
                 self.warn(sentence)
@@ -270,7 +270,7 @@ class RunLogger:
         self._display.close()
         if trace is not None:
             self.print("\n" + step_trace.table(trace, run.run_dir / step_trace.TRACE))
-        self.print("\n" + table(summary))
+        self._describe("\n" + table(summary))
         return summary
 
     def close(self) -> None:
@@ -282,6 +282,15 @@ class RunLogger:
     def print(self, text: str) -> None:
         """Print on rank 0 and log on every rank."""
         self._display.print(text)
+        self._log_lines(text)
+
+    def _describe(self, text: str) -> None:
+        """The same of what a run is and ends with, which logging.summary=false logs alone."""
+        if self._run.config.logging.summary:
+            self._display.print(text)
+        self._log_lines(text)
+
+    def _log_lines(self, text: str) -> None:
         for line in text.splitlines():
             self._log.info("%s", line)
 

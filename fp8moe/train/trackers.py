@@ -29,6 +29,8 @@ class LoggingConfig:
     """How often progress is shown, and what is measured and logged."""
 
     every: int = 10  # steps between plain progress lines
+    # print what a run is at its start, and its summary and completions at its end; false: its progress alone
+    summary: bool = True
     fp8_every: int = 0  # steps between counts of saturated and underflowed FP8 values; 0: on the last step only
     # steps between records of each expert's load and each rank's memory and working time; null: 50 in a run, 0: none
     experts_every: int | None = None

@@ -43,7 +43,7 @@ def test_whole_ones_are_ok_and_a_damaged_one_is_named(run: Path, capsys: pytest.
     assert main(["verify", str(run / "checkpoints" / "step-2")]) == 0
     file.write_bytes(whole)
     assert main(["verify", str(run.parent / "nowhere")]) == 2
-    assert "holds no complete checkpoint: name a run directory" in capsys.readouterr().err
+    assert "nowhere does not exist: name a run directory" in capsys.readouterr().err
 
 
 def test_a_released_model_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_the_quickstart_runs_on_one_to_eight_processes() -> None:
         (["hydra.run.dir=x"], "hydra.run.dir is a setting of hydra"),
         (["cluster=h100_8"], "cluster is a setting of fp8moe plan: leave it out"),
         (["cluster.nodes=4"], "cluster.nodes is a setting of fp8moe plan: leave it out"),
-        (["steps=[1"], r"'steps=\[1' can't be read as key=value"),
+        (["steps=[1"], r"'steps=\[1' has a list that does not end: write steps=\[1\]$"),
         (["steps=${nothing}"], "nothing"),
         (["steps=five"], "steps='five' .* must be a whole number"),
         (["data.weights=[1,a]"], r"data.weights\[1\]='a'"),

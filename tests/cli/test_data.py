@@ -182,5 +182,10 @@ def test_conversations_are_shown_with_what_is_learned(tmp_path: Path, capsys: py
     assert f"{path}: 3 conversations, 1 without an answer, the chat template chatml\n" in out
     assert '  [given] "<|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\na b<|im_end|>\\n<|im_sta' in out
     assert '  [learned] "c d<|im_end|>"\n  [given] "\\n<|im_start|>user' in out and "line 2" not in out
+    (tmp_path / "users.jinja").write_text("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    assert main([*words, "--chat-template", str(tmp_path / "users.jinja")]) == 0
+    out = capsys.readouterr().out
+    assert f"{path}: 3 conversations, 1 without an answer, {tmp_path}/users.jinja\n" in out
+    assert f"\n{tmp_path}/users.jinja writes nothing of the answers of 2 conversations\n" in out
     assert main(words) == 2 and "has no chat template" in capsys.readouterr().err
     assert main(words[:2]) == 2 and "needs a tokenizer: use --tokenizer" in capsys.readouterr().err

@@ -50,7 +50,19 @@ def test_the_command_trains_all_three_and_judges(
     monkeypatch.setattr(numerics, "launch", in_process)
     words = ["numerics", "--steps", "3", "--nproc", "1", *SMALL[:-1], *corpus]
     assert main([*words, "--out", str(tmp_path / "wide"), "--bound", "0.05"]) == 0
-    assert ": FP8 is within the bound of 5.00%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ": FP8 is within the bound of 5.00%" in said
+    before, _, rest = said.partition("\n\nsmoothed training loss")
+    lines = before.splitlines()  # progress alone; what a run is and ends with is in its log
+    assert [line for line in lines if line.startswith("run ")] == [
+        f"run {number} of 6, {run}: {tmp_path / 'wide' / run}" for number, run in enumerate(numerics.RUNS, start=1)
+    ]
+    assert all(line.startswith(("run ", "step ", "validation after step 3: ")) for line in lines), before
+    assert len(lines) <= 6 * 5 and "summary" not in rest
+    for run in numerics.RUNS:
+        log = (tmp_path / "wide" / run / "logs" / "rank-0.log").read_text()
+        assert "training loss" in log and "memory of this process" in log
+        assert all((tmp_path / "wide" / run / name).is_file() for name in ("summary.json", "report.html"))
     result = json.loads((tmp_path / "wide" / "numerics.json").read_text())
     assert result["verdict"]["within"] and all(len(losses) == 3 for losses in result["losses"].values())
     assert set(result["losses"]) == set(numerics.RUNS)
@@ -67,6 +79,11 @@ def test_the_command_trains_all_three_and_judges(
     assert ": FP8 is BEYOND" in capsys.readouterr().out
     assert main([*words, "--out", str(tmp_path / "wide")]) == 2  # nothing is written over
     assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*words, "--out", str(tmp_path / "file")]) == 2
+    assert (
+        capsys.readouterr().err == f"fp8moe: --out={tmp_path}/file is a file and must be a directory: use a new one\n"
+    )
 
 
 def test_fp8_is_judged_beside_the_control(
@@ -123,6 +140,7 @@ def test_fp8_is_judged_beside_the_control(
                 "init_perturbation=0.1",
                 "epochs=2",
                 "checkpoint.at_end=true",
+                "logging.summary=true",
             )
         ),
         (["--steps", "5", "--nproc", "none"], "--nproc=none must be a whole number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     old = write_run(tmp_path / "old", config="data: {source: indexed, paths: [a]}\n")
     (tmp_path / "empty").mkdir()
     runs = [str(write_run(tmp_path / "many" / str(number))) for number in range(9)]
+    os.mkfifo(tmp_path / "pipe")
+    long = "a" * 300
     for code, arguments, sentence in (
         (2, [], "the following arguments are required: RUN_DIR; see fp8moe report --help"),
         (2, [f"{tmp_path}/three"], f"{tmp_path}/three is not there: name a run's directory, such as {two}"),
@@ -75,6 +78,14 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
          f"{two}/report.html"),
         (2, [f"{one}", "--out", f"{two}/a/b"], f"--out={two}/a/b is in {two}/a, which is not there: make it, or use "
          "another file"),
+        (2, [f"{one}", "--out", f"{two}/config.yaml/b"], f"--out={two}/config.yaml/b is in {two}/config.yaml, which is "
+         "a file and must be a directory: use another file"),
+        (2, [f"{one}", "--out", f"{tmp_path}/pipe"], f"--out={tmp_path}/pipe is there and is no ordinary file: use "
+         "another one, --out report.html"),
+        (3, [f"{one}", "--out", "/proc/x.html"], "/proc/x.html: No such file or directory: check the path, its access "
+         "and its disk"),
+        (3, [f"{one}", "--out", f"{two}/{long}"], f"{two}/{long}: File name too long: check the path, its access and "
+         "its disk"),
     ):  # fmt: skip
         assert main(["report", *arguments]) == code
         assert capsys.readouterr().err == f"fp8moe: {sentence}\n"

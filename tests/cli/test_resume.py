@@ -51,6 +51,13 @@ def test_a_place_that_is_no_text_is_one_sentence(key: str, value: str) -> None:
         compose_run(["resume=auto", "checkpoint=3"], 1)
 
 
+def test_a_folder_of_checkpoints_means_its_run(run: Path) -> None:
+    """As one of its checkpoints does: the run goes on in its directory."""
+    for named in (run / "checkpoints", run / "checkpoints" / "step-40"):
+        composed, origin = compose_run([f"resume={named}", "steps=80"], 4)
+        assert origin is not None and origin.run == run and composed.config.run_dir == str(run)
+
+
 def test_what_was_not_typed_is_the_runs(run: Path) -> None:
     first = resolve(compose(FIRST).config, 4)
     config = resumed(run, "steps=80")

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -22,7 +23,7 @@ from fp8moe.__main__ import main
 from fp8moe.cli import tokenize
 from fp8moe.data.build import open_data
 from fp8moe.data.cache import built_folder
-from fp8moe.data.indexed import IndexedDataset
+from fp8moe.data.indexed import IndexedDataset, IndexedWriter
 from fp8moe.data.readers import find_files
 from fp8moe.data.sources import DataConfig
 from fp8moe.data.tokenizer import load_tokenizer
@@ -275,3 +276,23 @@ def test_an_index_of_its_own_is_read(corpus: Path) -> None:
     assert len(IndexedDataset(corpus / "grammar")) == 400
     pickle.loads(pickle.dumps(Runs(corpus / "ran")))
     assert (corpus / "ran").exists()
+
+
+def test_what_lies_at_a_prefix_is_named(tmp_path: Path) -> None:
+    prefix = tmp_path / "my tokens"
+    with IndexedWriter(prefix, 300) as writer:
+        writer.write(np.array([1, 2]))
+        writer.end_document()
+    (tmp_path / "text.jsonl").touch()
+    for given, says in (
+        (f"{prefix}.bin", f"{prefix}.bin is one of two files, which are given by their PREFIX: use {prefix}"),
+        (f"{prefix}.idx", f"{prefix}.idx is one of two files, which are given by their PREFIX: use {prefix}"),
+        (f"{tmp_path}", f"{tmp_path} is a folder and token files are given by their PREFIX: use {prefix}"),
+        (f"{tmp_path}/none", f"{tmp_path}/none.idx does not exist: a data set is two files, PREFIX.bin and PREFIX.idx, "
+         "given as PREFIX (`fp8moe tokenize` writes them)"),
+        (f"{tmp_path}/text.jsonl", f"{tmp_path}/text.jsonl holds no token ids: fp8moe tokenize --input {tmp_path}/text."
+         "jsonl --output PREFIX makes token files of text, and fp8moe sft reads conversations"),
+    ):  # fmt: skip
+        with pytest.raises(DataError) as caught:
+            IndexedDataset(given)
+        assert str(caught.value) == says

@@ -86,6 +86,9 @@ REWRITES = (  # reasoning of earlier turns is taken out
     ("{{ 1 // 0 }}", "refuses these messages"),
     (CHATML.replace("assistant\\n", "assistant\\n<think>\\n"), r"^the template renders message 3, the assistant's, "
      r"otherwise than a model is asked for it, .*: mark it by {% generation %} and {% endgeneration %}"),
+    ("{% for m in messages if m.role != 'assistant' %}U{{ m.content }}{% endfor %}"
+     "{% if add_generation_prompt %}A{% endif %}",
+     r"^the template writes nothing of message 3, the assistant's: write message.content of the role assistant in "),
     (REWRITES, "renders message 3, the assistant's, otherwise"),
     ("{% generation %}{% generation %}a{% endgeneration %}{% endgeneration %}", "has {% generation %} inside"),
 ])  # fmt: skip

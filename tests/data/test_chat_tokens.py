@@ -115,6 +115,24 @@ def test_a_file_of_which_nothing_is_learned_is_refused(opened: Open, rows: list[
         opened(rows)
 
 
+NOTHING = {
+    "questions alone": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+    "no messages": "Hello.",
+    "empty": "",
+    "empty marks": "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("text", NOTHING.values(), ids=NOTHING)
+def test_a_template_that_writes_no_answer_is_named(opened: Open, tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        opened([exchange("a", "b"), {"messages": TURNS[:2]}, {"messages": TURNS}], text)
+    assert str(caught.value) == (
+        f"the template writes nothing of what the assistant says in {tmp_path / 'chat.jsonl'}, where 2 of 3 "
+        "conversations have an answer: write message.content of the role assistant in data.chat_template"
+    )
+
+
 def test_a_template_that_fails_names_the_row(opened: Open) -> None:
     text = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     with pytest.raises(DataError, match=r"chat.jsonl line 2: the template refuses these messages \(no system role\)"):

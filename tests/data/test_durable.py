@@ -179,6 +179,21 @@ def test_a_line_of_letters_takes_no_longer_than_words(tmp_path: Path) -> None:
     assert [len(piece) for piece in kept] == [1, *[RUN_CHARS] * 5, 1], "the first, then one of 16"
 
 
+def test_a_name_as_long_as_a_file_system_takes(tmp_path: Path) -> None:
+    """Its hidden name is no longer, and an error names the file that was to be written."""
+    path = tmp_path / ("é" * 127)
+    durable.write_text(path, "here")
+    durable.copy_file(path, tmp_path / ("b" * 255))
+    assert {one.read_text() for one in tmp_path.iterdir()} == {"here"} and len(list(tmp_path.iterdir())) == 2
+    for write in (durable.write_text, lambda path, text: durable.copy_file(tmp_path / ("b" * 255), path)):
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / ("b" * 256), "there")
+        assert caught.value.filename == f"{tmp_path}/{'b' * 256}" and caught.value.filename2 is None
+    with pytest.raises(FileNotFoundError) as caught:
+        durable.copy_file(tmp_path / "none", tmp_path / "copy")
+    assert caught.value.filename in (tmp_path / "none", f"{tmp_path}/none")
+
+
 def test_sizes_that_no_library_can_take(tmp_path: Path) -> None:
     for size in (2**20 + 1, 10**12, 2**63):
         with pytest.raises(ConfigError, match="use at most 1048576"):

@@ -183,6 +183,8 @@ def test_multiple_choice_is_scored(run: Path, tmp_path: Path, capsys: pytest.Cap
     ("generate RUN --prompt a --nproc 3 parallel.ep=3", 2, "parallel.ep=3 does not divide num_experts=4: use 1, 2 or"),
     ("generate RUN --chat - --nproc 2", 2, "--chat - reads stdin, which 2 processes can't share: use one process"),
     ("generate RUN --prompt a --top-p 2", 2, "sampling.top_p=2.0 must be above 0 and at most 1"),
+    ("generate RUN --prompt a --json NONE/a", 2, "--json=NONE/a is in NONE, which is not there: make it, or use anot"),
+    ("eval RUN --text LONG --json EMPTY", 2, "--json=EMPTY is a directory and must be a file: use --json EMPTY/sco"),
     ("generate RUN --file NONE", 3, "NONE can't be read (No such file or directory): name a text file"),
     ("eval RUN", 2, "nothing to score: add --text PATH, --tokens PREFIX or --choices PATH"),
     ("eval RUN --text NONE", 3, "NONE can't be read (No such file or directory): name a text file"),
@@ -205,6 +207,30 @@ def test_mistakes_are_one_sentence(
     assert main(arguments.split()) == code
     shown = capsys.readouterr()
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_damage_is_said_once(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the last sentence, or in the line that passes it over; a command without a log file prints warnings."""
+    copy, text = tmp_path / "copy", tmp_path / "text"
+    shutil.copytree(run, copy)
+    text.write_text("z;" * 20)
+    (newest,) = (copy / "checkpoints").glob("step-*")
+    (newest / "index.json").unlink()
+    assert main(["eval", str(copy), "--text", str(text)]) == 3
+    told = capsys.readouterr().err
+    assert told.count("index.json is missing") == 1
+    assert told.splitlines()[-1].startswith(f"fp8moe: none of the 1 checkpoints that RUN={copy} may use is whole (")
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+    shutil.copytree(run / "checkpoints" / newest.name, copy / "checkpoints" / "step-1")
+    assert main(["eval", str(copy), "--text", str(text)]) == 0
+    told = capsys.readouterr().err
+    assert told.endswith(
+        f"checkpoint {newest}: index.json is missing; it is damaged and passed over\n"
+        f"checkpoint {copy}/checkpoints/step-1 is whole and taken in its place\n"
+    )
+    assert told.count("index.json is missing") == 1
 
 
 @pytest.mark.parametrize("command", ["generate", "eval"])

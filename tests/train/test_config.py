@@ -47,7 +47,7 @@ ALONE = [  # settings of one process, and what the refusal says
     (["parallel.chunks=0"], "parallel.chunks=0 must be at least 1"),
     (["parallel.capacity_factor=0.5"], "parallel.capacity_factor=0.5 must be at least 1"),
     (["parallel.capacity_factor=2", "parallel.max_imbalance=3"], "use parallel.max_imbalance=null, not 3.0"),
-    (["resume=nowhere"], "resume=nowhere holds no complete checkpoint"),
+    (["resume=nowhere"], "resume=nowhere does not exist: name a run directory"),
     (["resume=auto"], "resume=auto goes on in a run directory and run_dir is not set"),
     (["precision.backend=abacus"], "back end 'abacus' does not exist"),
     (["precision.backend=cublas"], "back end 'cublas' cannot run here: it needs a GPU"),

@@ -124,7 +124,7 @@ def test_a_damaged_one_is_passed_over_and_what_can_not_serve_is_said(
         DataError, match=r"none of the 1 checkpoints that init_from=.*step-2 may use is whole .*: name an"
     ):
         built(configured(corpus, newest))
-    with pytest.raises(ConfigError, match=r"init_from=.*nowhere holds no complete checkpoint: name a run directory"):
+    with pytest.raises(ConfigError, match=r"init_from=.*nowhere does not exist: name a run directory"):
         configured(corpus, f"init_from={tmp_path / 'nowhere'}")
     with pytest.raises(
         ConfigError, match=r"a checkpoint of another model: model.dim=64 there and 96 here; use its own"

@@ -23,6 +23,7 @@ from fp8moe.train.checkpoint.pieces import Pieces as Pieces
 from fp8moe.train.checkpoint.pieces import logical_shape as logical_shape
 from fp8moe.train.checkpoint.pieces import run_tensors as run_tensors
 from fp8moe.train.checkpoint.saver import Saver as Saver
+from fp8moe.train.checkpoint.search import FOLDER as FOLDER
 from fp8moe.train.checkpoint.search import below as below
 from fp8moe.train.checkpoint.search import candidates as candidates
 from fp8moe.train.checkpoint.search import check_root as check_root

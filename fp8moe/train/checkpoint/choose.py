@@ -67,12 +67,12 @@ def _whole(key: str, found: list[Location], mesh: Mesh, advice: str) -> Location
         wrong = [problem for share in shares for problem in share]
         if not wrong:
             if damaged and mesh.rank == 0:
-                print(f"checkpoint {path} is whole: the run goes on from it", file=sys.stderr, flush=True)
+                for one in damaged:
+                    print(f"checkpoint {one}; it is damaged and passed over", file=sys.stderr)
+                print(f"checkpoint {path} is whole and taken in its place", file=sys.stderr, flush=True)
             return path
         damaged.append(f"{path}: {wrong[0]}")
-        logger.warning("damaged checkpoint %s", damaged[-1])
-        if mesh.rank == 0:
-            print(f"checkpoint {damaged[-1]}; it is damaged and passed over", file=sys.stderr, flush=True)
+        logger.info("damaged checkpoint %s", damaged[-1])  # no warning, which a command without a log file prints
     if damaged:
         raise DataError(
             f"none of the {len(found)} checkpoints that {key} may use is whole ({'; '.join(damaged)}): {advice}"

@@ -43,6 +43,8 @@ def location(text: str | Path | Url) -> Location:
     """The path or URL that `text` means."""
     if not isinstance(text, str):
         return text
+    if not text:  # of a variable of the shell that is not set; Path("") would be the folder one is in
+        raise ConfigError("the path of a run or checkpoint is empty: name a run directory or its checkpoints/step-N")
     if text.startswith("file://"):
         return Path("/" + text.removeprefix("file://").lstrip("/"))
     return Url(text.rstrip("/")) if "://" in text else Path(text)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.train.checkpoint.files import folder_of
-from fp8moe.train.checkpoint.folder import complete, is_complete, step_of
+from fp8moe.train.checkpoint.folder import LATEST, complete, is_complete, step_of
 from fp8moe.train.checkpoint.location import Location, location
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE
 from fp8moe.train.checkpoint.state import FORMAT
 
+FOLDER = "checkpoints"  # of a run directory
 logger = logging.getLogger(__name__)
 
 
@@ -29,17 +30,17 @@ def looking_up(what: str) -> Iterator[None]:
 
 def below(path: Location) -> list[Location]:
     """The complete checkpoints of `path`, a run directory or the folder of its checkpoints, oldest first."""
-    return complete(path / "checkpoints") or complete(path)
+    return complete(path / FOLDER) or complete(path)
 
 
 def root_of(run_dir: str | Path, path: str | None) -> Location:
     """Where a run keeps its checkpoints: `path` (`checkpoint.path`), or below its run directory."""
-    return Path(run_dir) / "checkpoints" if path is None else location(path)
+    return Path(run_dir) / FOLDER if path is None else location(path)
 
 
 def _of_run(run_dir: str | Path, path: str | None) -> list[Location]:
     """A run's complete checkpoints, the newest first: at `path`, and those that it wrote before it was given one."""
-    found = complete(Path(run_dir) / "checkpoints")
+    found = complete(Path(run_dir) / FOLDER)
     if path is not None:
         found += complete(location(path))
     return sorted(found, key=step_of)[::-1]
@@ -90,14 +91,31 @@ def _at(where: Location, said: str) -> list[Location]:
             f"{said} is a checkpoint of format 2 or earlier, without a {MANIFEST_FILE}, and this version reads format "
             f"{FORMAT}: use the version that wrote it"
         )
-    raise ConfigError(f"{said} holds no complete checkpoint: name a run directory or its checkpoints/step-N")
+    raise ConfigError(none_at(where, said))
+
+
+def none_at(where: Location, said: str) -> str:
+    """The sentence on a place without a checkpoint; said: how it was named."""
+    if isinstance(where, Path) and not where.exists():
+        return f"{said} does not exist: name a run directory or its checkpoints/step-N"
+    one = _run_below(where)
+    advice = "name a run directory or its checkpoints/step-N" if one is None else f"name a run in it, such as {one}"
+    return f"{said} holds no complete checkpoint: {advice}"
+
+
+def _run_below(where: Location) -> Path | None:
+    """The newest run directory with a checkpoint in the folder `where`."""
+    if not isinstance(where, Path) or not where.is_dir():
+        return None
+    found = [latest.parent.parent for latest in where.glob(f"*/{FOLDER}/{LATEST}")]
+    return max(found, key=lambda one: (one / FOLDER / LATEST).stat().st_mtime, default=None)
 
 
 def _is_old(where: Location) -> bool:
     """Whether this is a checkpoint of format 2 or earlier, or a run with one."""
     if folder_of(where).has(".metadata"):
         return True
-    root = where / "checkpoints"
+    root = where / FOLDER
     return any(folder_of(root / name).has(".metadata") for name in folder_of(root).names())
 
 

@@ -48,8 +48,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
     """The exit code and the one sentence of a command that fails."""
     capsys.readouterr()
     code = main(["train", *arguments])
-    *before, last = capsys.readouterr().err.splitlines()
-    assert all("it is damaged and passed over" in line for line in before), before
+    (last,) = capsys.readouterr().err.splitlines()
     assert last.startswith("fp8moe: ") and "Traceback" not in last
     return code, last.removeprefix("fp8moe: ")
 
@@ -100,7 +99,8 @@ def test_the_newest_is_damaged(run: Path, fault: str, monkeypatch: pytest.Monkey
     assert main(["train", f"resume={run}", "steps=3"]) == 0
     told = capsys.readouterr().err
     assert chosen == [1] and f"step-2: {named}" in told
-    assert told.endswith(f"checkpoint {run / 'checkpoints' / 'step-1'} is whole: the run goes on from it\n")
+    assert told.endswith(f"checkpoint {run / 'checkpoints' / 'step-1'} is whole and taken in its place\n")
+    assert told.count(named) == told.count("it is damaged and passed over") == 1, told
     flip(run / "checkpoints" / "step-1" / "index.json")
     before = bytes_of(run)
     code, sentence = refused([f"resume={run}", "steps=4"], capsys)
@@ -124,7 +124,9 @@ def test_a_checkpoint_that_is_not_meant(run: Path, corpus: list[str], tmp_path: 
         ([f"resume={run}", f"data.tokenizer={other}"], "was trained with another tokenizer than this run's: use data."),
         ([f"resume={later}"], "checkpoint format 6 is of a later version, which this one cannot"),
         ([f"resume={no_manifest}"], "no_manifest holds no complete checkpoint: name a run directory or its checkpoin"),
-        ([f"resume={tmp_path / 'nowhere'}"], "nowhere holds no complete checkpoint: name a run directory or its chec"),
+        ([f"resume={tmp_path / 'nowhere'}"], "nowhere does not exist: name a run directory or its checkpoints/step-N"),
+        ([f"resume={run.parent}"], f"{run.parent} holds no complete checkpoint: name a run in it, such as {run}"),
+        (["resume="], "the path of a run or checkpoint is empty: name a run directory or its checkpoints/step-N"),
         ([f"resume={run}", "steps=2"], "step-2 has 2 steps done and steps=2: use steps=3 or more to go on"),
     ):
         code, sentence = refused(["steps=3", *words], capsys)
