@@ -4,7 +4,7 @@ On one rank the graphs hold every launch. Where ranks share experts they are div
 (`parallel.dispatch.captured`): the messages' own launches stay the host's, and tensors pass by way of buffers that lie
 still, one for each that a verb is given or gives, the same for all layers. What is given is copied once, by a graph;
 what arrives twice, by the host into its buffer and by the next graph out of it. A replay's own 10 microseconds are left
-out, and so are the launches of the thread that sends, as without graphs.
+out.
 
 The graphs' pool keeps activations and workspace from step to step, so an update and validation's forwards, of which the
 larger counts, have memory of their own.
@@ -24,14 +24,13 @@ from fp8moe.model.memory import TILE, MicroBatch
 from fp8moe.model.partition import Stage
 from fp8moe.plan.expert_rows import expert_rows
 from fp8moe.plan.forward_work import forward_bytes, head_bytes
-from fp8moe.plan.rates import added, parts_of
+from fp8moe.plan.rates import added, message_launches, parts_of
 from fp8moe.plan.stage_time import StageTime
 from fp8moe.plan.work import Pass
 from fp8moe.train.config import TrainConfig
 
 COPIES = "copies for messages"
-# Of a layer's messages, by the thread that computes, in one hop or two (a trace of `tests/fake_cuda`).
-LAUNCHES = {"F": 8, "B": 5}
+COPY_LAUNCHES = 0.1  # of the host's time of a launch: PyTorch's own
 
 
 def passed(config: TrainConfig, rows: float) -> Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]:
@@ -58,17 +57,18 @@ def passed(config: TrainConfig, rows: float) -> Mapping[str, tuple[tuple[float, 
     }
 
 
-def replayed(config: TrainConfig, stage: Stage, time: StageTime) -> StageTime:
-    """The times of a stage whose micro-batches are graphs."""
-    none = dict.fromkeys("FBW", 0)
+def replayed(config: TrainConfig, stage: Stage, time: StageTime, hops: int) -> StageTime:
+    """The times of a stage whose micro-batches are graphs. hops: of a row to its experts."""
+    none: dict[str, float] = dict.fromkeys("FBW", 0.0)
     mixtures = sum(not config.model.is_dense(layer) for layer in stage.layers)
     mixtures += stage.mtp and config.model.has_experts
     if config.ep == 1 or not mixtures:
         return replace(time, launches=none)
     launches, ends = {**none}, dict(time.ends)
+    of_messages = message_launches(hops, exact=False)
     for part, (given, arrive) in passed(config, expert_rows(config).experts).items():
         moved = 2 * mixtures * (sum(given) + 2 * sum(arrive))
-        launches[part] = mixtures * (LAUNCHES[part] + len(arrive))
+        launches[part] = mixtures * (of_messages[part] + COPY_LAUNCHES * len(arrive))
         ends[part] = added(ends[part], parts_of([Pass("add", COPIES, moved)], time.card))
     return replace(time, launches=launches, ends=ends)
 

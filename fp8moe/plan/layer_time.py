@@ -6,8 +6,7 @@ with the queries' projections, where ranks share sequences, and mlp with the sha
 the longer of compute and messages, and whatever of a message finds nothing to hide under. From a message's start to
 where it is waited for, products and attention have the SMs that `parallel.communication_sms` leaves.
 
-The host launches one kernel after another: a pass takes no less than its launches take. Those of messages are made by
-another thread and left out.
+The host launches one kernel after another, those of messages too: a pass takes no less than its launches take.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fp8moe.plan.attention_work import add_attention
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.mlp_work import add_mlp
 from fp8moe.plan.network import Exchange, Gather, exchange_seconds
-from fp8moe.plan.rates import Card, Parts, added, launches_of, parts_of, total
+from fp8moe.plan.rates import Card, Parts, added, launches_of, message_launches, parts_of, total
 from fp8moe.plan.work import BlockWork
 
 COMPUTE = ("keys", "queries", "attn", "shared", "mlp")
@@ -37,7 +36,7 @@ class Sizes:
     """What a block's time depends on beside its number: a rank's tokens of a micro-batch, how they reach the experts.
 
     gather: of the ranks that share sequences; None: nobody does. imbalance: what the busiest rank receives over an even
-    share. padding: length of messages over that of even ones.
+    share. padding: length of messages over that of even ones. exact: counts are exchanged, and messages as long.
     """
 
     model: ModelConfig
@@ -47,6 +46,7 @@ class Sizes:
     exchange: Exchange
     imbalance: float = 1.0
     padding: float = 1.0
+    exact: bool = True
     gather: Gather | None = None
 
     @property
@@ -63,7 +63,7 @@ class BlockTime:
     """
 
     seconds: Mapping[tuple[str, str], float]
-    launches: Mapping[str, int]
+    launches: Mapping[str, float]
     parts: Mapping[str, Parts]
     beside: Mapping[tuple[str, str], float] | None = None
 
@@ -93,7 +93,8 @@ def block_time(sizes: Sizes, dense: bool, layer: int, card: Card, cluster: Clust
     add_attention(work, s.model, s.recipe, layer, s.tokens, s.seq_len, s.cp)
     add_mlp(work, s.model, s.recipe, layer, s.tokens, s.exchange.ep, s.imbalance)
     seconds: dict[tuple[str, str], float] = {}
-    launches, parts = {}, {}
+    launches: dict[str, float] = {}
+    parts = {}
     for part in "FBW":
         phases = {phase: getattr(work, phase)[part] for phase in COMPUTE}
         timed = {phase: parts_of(pieces, card) for phase, pieces in phases.items()}
@@ -101,6 +102,9 @@ def block_time(sizes: Sizes, dense: bool, layer: int, card: Card, cluster: Clust
         parts[part] = added(*timed.values())
         launches[part] = sum(launches_of(pieces) for pieces in phases.values())
     if not dense and s.exchange.ep > 1:
+        permutations = {"F": 2, "B": 2, "W": 0}  # among the pieces
+        for part, count in message_launches(s.exchange.hops, exact=s.exact).items():
+            launches[part] += count - permutations[part]
         for part, phase, coded, ids in (
             ("F", "dispatch", fp8, True),
             ("F", "combine", False, False),

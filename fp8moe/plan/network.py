@@ -44,6 +44,11 @@ class Exchange:
     chunks: int = 1
 
     @property
+    def hops(self) -> int:
+        """Messages that a row travels by, one behind the other."""
+        return 2 if self.dispatcher == "node_limited" and self.nodes > 1 and self.per_node > 1 else 1
+
+    @property
     def nodes(self) -> int:
         """Nodes that the ranks span."""
         return ceil_div(self.ep, self.per_node)

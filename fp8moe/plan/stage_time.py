@@ -39,7 +39,7 @@ class StageTime:
 
     blocks: tuple[BlockTime, ...]
     ends: Mapping[str, Parts]
-    launches: Mapping[str, int]
+    launches: Mapping[str, float]
     card: Card
 
     def end(self, parts: str) -> float:

@@ -139,7 +139,8 @@ def sizes_of(config: TrainConfig, cluster: Cluster, imbalance: float = 1.0) -> S
     exchange = Exchange(parallel.dispatcher, config.ep, min(per_node, config.ep), parallel.chunks)
     tokens, padding, cp = config.rank_tokens, parallel.capacity_factor or 1.0, parallel.cp
     gather = Gather(cp, on_node("cp", cp, config, cluster.gpus_per_node)) if cp > 1 else None
-    return Sizes(config.model, config.recipe, tokens, config.seq_len, exchange, imbalance, padding, gather)
+    exact = parallel.capacity_factor is None
+    return Sizes(config.model, config.recipe, tokens, config.seq_len, exchange, imbalance, padding, exact, gather)
 
 
 def _costs(config: TrainConfig, times: tuple[StageTime, ...], message: float, view: View) -> StageCosts:
@@ -164,7 +165,8 @@ def _times(
     beside = replace(card, sms=left)
     times = tuple(stage_time(sizes, stage, card, beside, cluster) for stage in stages)
     if config.parallel.cuda_graphs:
-        times = tuple(replayed(config, *one) for one in zip(stages, times, strict=True))
+        hops = sizes.exchange.hops
+        times = tuple(replayed(config, *one, hops) for one in zip(stages, times, strict=True))
     return times
 
 

@@ -24,7 +24,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "configs" / "experiment"
 RECIPES = [
     ("dsv2_lite_8gpu", "h100_8", (1, 8, "1f1b"), "adamw", 512 * 4096, 4.2e-4, 0.316**2, 62.0, 4.0),
     ("qwen3_30b_8gpu", "h100_8", (1, 8, "1f1b"), "muon", 1024 * 2048, 3e-4, 0.0, 79.4, 1.8),
-    ("moonlight_16gpu", "h100_2x8", (2, 2, "zb1p"), "muon", 512 * 8192, 4.2e-4, 0.1, 70.5, 2.0),
+    ("moonlight_16gpu", "h100_2x8", (1, 8, "1f1b"), "muon", 512 * 8192, 4.2e-4, 0.1, 62.9, 2.5),
 ]
 # Of a line of figures in a recipe's comment: tokens/s/GPU, GB, GB at a multiple of an even share, what is changed.
 FIGURES = re.compile(r"^#   +([\d,]+) +([\d.]+) +([\d.]+) at ([\d.]+) +(.*)$", re.MULTILINE)
