@@ -232,6 +232,19 @@ def test_a_checkpoint_without_one_goes_on_with_the_first_weights(
     assert run.step == 4 and is_reference(run, 0, weights_of(given))
 
 
+def test_averaged_weights_that_a_run_began_from_are_its_reference(
+    first: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    origin = grpo(corpus, tmp_path / "averaged", "steps=2", "ema.decay=0.5")
+    begun = (f"init_from={origin}", "init_from_ema=true", f"run_dir={tmp_path / 'run'}", f"resume={first}", "steps=5")
+    run, _ = policy_run(policy_config(corpus, *SETTINGS, *begun))
+    saved = checkpoint_at(origin, 2)
+    assert run.step == 4 and run.reference is not None and run.reference.step == 0
+    kept = {f"ema.{name}": one.tensors["reference"] for name, (one,) in run.reference.held().items()}
+    assert all(torch.equal(values, saved[name].flatten()) for name, values in kept.items())
+    assert not equal(part(saved, "ema"), part(saved, "master"))
+
+
 def test_it_stays_where_it_is_replaced_no_more(whole: Path, corpus: list[str], tmp_path: Path) -> None:
     settings = (f"resume={whole}/checkpoints/step-4", f"run_dir={tmp_path}", f"init_from={tmp_path / 'gone'}")
     run, method = policy_run(policy_config(corpus, *SETTINGS, *settings))
