@@ -53,6 +53,16 @@ def test_what_the_memory_bounds_is_said_and_a_sum_hides_a_part_of_its_shorter_ph
             assert p.bound == "hbm" and p.seconds == pytest.approx(memory + shown * compute + 4e-6)
 
 
+def test_the_unit_that_a_step_waits_for_is_named():
+    """Of small tiles L2: its loads beside steps of (64 + 64) * 128 + (64 + 64) * 128 bytes of shared memory."""
+    loads, consumers = 64 * (132 + 128) / 52, 256 + 110 / 2
+    for steps, slower in ((128, "l2"), (32, "shared")):  # of few steps the epilogue, which hides no load, is the longer
+        p = predict(Problem("gemm", 8192, 8192, 128 * steps), Work(64, 64))
+        one = {"l2": steps * loads, "shared": steps * consumers + 850}
+        assert p.bound == slower == max(one, key=one.__getitem__)
+        assert p.seconds == pytest.approx(p.waves * one[slower] / p.clock + 4e-6) and p.waves == 125
+
+
 def test_every_record_of_an_h100_is_predicted():
     records = measured()
     assert records.keys() == {f"{p.op} {p.label}" for p in PROBLEMS}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from fp8moe.cli.compose import to_dataclass
 from fp8moe.errors import ConfigError
@@ -18,6 +19,7 @@ from fp8moe.interop.hf_model import HfModel
 from fp8moe.interop.names import RowOrder
 from fp8moe.interop.reader_names import expected
 from fp8moe.model.config import ModelConfig
+from tests.interop import released
 
 MODELS = {
     "dsv3_671b": "deepseek_v3", "dsv2_236b": "deepseek_v2", "dsv2_lite_16b": "deepseek_v2", "kimi_k2": "kimi_k2",
@@ -56,6 +58,41 @@ def test_the_name_map_has_every_tensor_that_readers_look_for(name):
     originals = dict(family.copies(model))
     ours |= {copy: ours[original] for copy, original in originals.items()}
     assert ours == looked_for
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(decoder_sparse_step=2), dict(decoder_sparse_step=3, mlp_only_layers=[2]), dict(), None]
+)
+def test_dense_layers_that_readers_look_for_are_those_of_transformers(settings):
+    """None: a config.json without the key, for which every reader has 1."""
+    config = Qwen3MoeConfig(**released.QWEN3 | dict(num_hidden_layers=6) | (settings or {}))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config).state_dict()
+    keys = config.to_dict() | {"num_experts": config.num_experts}
+    if settings is None:
+        del keys["decoder_sparse_step"]
+    dense = "model.layers.{}.mlp.gate_proj.weight"
+    found = expected(keys)
+    assert [dense.format(i) in found for i in range(6)] == [dense.format(i) in theirs for i in range(6)]
+    assert {name: shape for name, shape in found.items() if ".experts." not in name} == {
+        name: tuple(tensor.shape) for name, tensor in theirs.items() if ".experts." not in name
+    }
+
+
+@pytest.mark.parametrize(
+    "kinds", [("sliding", "full"), ("full", "sliding"), ("sliding", "sliding"), ("full", "full")], ids="-".join
+)
+def test_windows_of_layers_are_those_of_config_json(kinds):
+    family, said = FAMILIES["gpt_oss"], [f"{kinds[i % 2]}_attention" for i in range(24)]
+    keys = family.write(model_of("gpt_oss_20b")) | {"model_type": "gpt_oss", "layer_types": said}
+    model = family.read(Keys(keys, "config.json"))
+    window = {"sliding": 128, "full": None}
+    assert [model.attention.window_of(i) for i in range(24)] == [window[kinds[i % 2]] for i in range(24)]
+    assert family.write(model)["layer_types"] == said
+    changed = keys | {"layer_types": ["full_attention", *said[1:-1], "sliding_attention"]}
+    if kinds[0] == kinds[1]:
+        with pytest.raises(ConfigError, match=r"layer_types=.* is not supported, windows in other layers"):
+            family.read(Keys(changed, "config.json"))
 
 
 def test_a_model_that_no_family_can_say(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import zip_longest
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8moe.plan.held import StageBytes, most_held, most_messages, pair_excess
@@ -95,6 +95,7 @@ def test_few_micro_batches_hold_what_many_do(name: str, pp: int) -> None:
 BYTES = st.lists(st.floats(0, 100), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(BYTES, BYTES)
 def test_a_pair_is_between_nothing_and_a_whole_stage(ahead: list[float], back: list[float]) -> None:
     excess = pair_excess(ahead, back)

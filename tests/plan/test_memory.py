@@ -289,6 +289,13 @@ def _all_again(config: TrainConfig) -> TrainConfig:
     return replace(config, recompute=tuple(Recompute))
 
 
+def test_graphs_keep_memory_on_a_gpu_alone() -> None:
+    graphs = ("parallel.schedule=1f1b", "parallel.capacity_factor=1.5", "parallel.cuda_graphs=true")
+    config = dsv2_lite("optimizer.sharding=none", *graphs)
+    ((on_gpu,), (on_cpu,)) = (rank_memory(config, on_gpu=there) for there in (True, False))
+    assert on_gpu.kinds["beside graphs"] > 0 == on_cpu.kinds["beside graphs"]
+
+
 def test_kinds_add_up_to_the_peak() -> None:
     rank = worst_rank(rank_memory(dsv3()))
     assert isinstance(rank, RankMemory) and rank.total == sum(rank.kinds.values())

@@ -14,7 +14,7 @@ from fp8moe.cli.cluster import compose_cluster
 from fp8moe.cli.compose import compose
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.fitting import legal_layouts
-from fp8moe.plan.layouts import layouts
+from fp8moe.plan.layouts import KEYS, layouts
 from fp8moe.plan.memory import rank_memory
 from fp8moe.plan.search import can_fit, fastest, paste, search
 from fp8moe.plan.step_time import least_seconds, step_time
@@ -93,6 +93,8 @@ def test_the_pasted_line_is_what_was_found() -> None:
     line = shlex.split(paste(config, words, best, cluster))
     assert line[:4] == ["fp8moe", "train", "--nproc", "8"] and len(line) == len(set(line))
     assert {"steps=77", "name=mine", "optimizer.eps=1e-7"} <= set(line) and "parallel.pp=2" not in line[4:8]
+    whole = [word.partition("=")[0] for word in shlex.split(paste(best, words, best, cluster))]
+    assert sorted(key for key in whole if key in KEYS) == sorted(KEYS), "the whole layout, were it the run's own"
     again = resolve(compose(line[4:]).config, 8)
     assert again == replace(best, name="mine", recompute=again.recompute) and shape(again) == shape(best)
     many = shlex.split(paste(config, words, best, cluster_of("cluster.nodes=2")))

@@ -57,6 +57,7 @@ def test_a_record_is_used_on_its_own_card_alone():
     assert product_time(replace(BIG, m=4224), "H100").source == "model"
     turned = Product(16384, 7168, 4096, columns=True, fp8=True)  # measured as [7168, 16384]
     assert product_time(turned, "H100").source == "record" and product_time(turned, "H200").source == "model"
+    assert product_time(replace(BIG, m=7168, n=4096), "H100").source == "model", "only gradients count turned"
 
 
 def test_bf16_products_of_the_model_are_close_to_the_records():
@@ -209,6 +210,7 @@ def test_the_bubble_is_the_published_formulas_where_stages_are_alike():
     step, times = step_time.step_time(config, there), step_time._times(config, there, step_time._stages(config))
     costs = stage_time.Costs(times[3].alone("F"), times[3].backward(overlap=True), 0)
     assert step.bubble * step.seconds == pytest.approx(published_bubble("1f1b", 16, costs), rel=0.02)
+    assert step_time.least_seconds(config, there) == pytest.approx(step.seconds, rel=1e-4), "no wait but the schedule's"
 
 
 # What must never turn around

@@ -18,6 +18,7 @@ from fp8moe.__main__ import main
 from fp8moe.cli.compose import as_yaml, compose
 from fp8moe.errors import ConfigError
 from fp8moe.post.grpo import Grpo
+from fp8moe.post.reference import reference_weights
 from fp8moe.post.rollouts import load
 from fp8moe.train import checkpoint
 from fp8moe.train.config import TrainConfig
@@ -231,12 +232,50 @@ def test_a_checkpoint_without_one_goes_on_with_the_first_weights(
     assert run.step == 4 and is_reference(run, 0, weights_of(given))
 
 
+def test_averaged_weights_that_a_run_began_from_are_its_reference(
+    first: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    origin = grpo(corpus, tmp_path / "averaged", "steps=2", "ema.decay=0.5")
+    begun = (f"init_from={origin}", "init_from_ema=true", f"run_dir={tmp_path / 'run'}", f"resume={first}", "steps=5")
+    run, _ = policy_run(policy_config(corpus, *SETTINGS, *begun))
+    saved = checkpoint_at(origin, 2)
+    assert run.step == 4 and run.reference is not None and run.reference.step == 0
+    kept = {f"ema.{name}": one.tensors["reference"] for name, (one,) in run.reference.held().items()}
+    assert all(torch.equal(values, saved[name].flatten()) for name, values in kept.items())
+    assert not equal(part(saved, "ema"), part(saved, "master"))
+
+
 def test_it_stays_where_it_is_replaced_no_more(whole: Path, corpus: list[str], tmp_path: Path) -> None:
     settings = (f"resume={whole}/checkpoints/step-4", f"run_dir={tmp_path}", f"init_from={tmp_path / 'gone'}")
     run, method = policy_run(policy_config(corpus, *SETTINGS, *settings))
     kept = weights_of(run)
     save_checkpoint(stepped(run, method, 4))
     assert is_reference(run, 4, kept) and checkpoint_at(tmp_path, 8)[AT].tolist() == [4, 32]
+
+
+def test_a_forward_by_it_reads_its_weights_and_router_biases(
+    whole: Path, first: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    """The reference of step 6 is the policy of step 4: within the block the model is what that checkpoint holds."""
+    settings = (EVERY, "steps=7", f"resume={whole}", f"run_dir={tmp_path}")
+    run, _ = policy_run(policy_config(corpus, *SETTINGS, *settings))
+    own, kept = (part(checkpoint_at(folder, step), "bias") for folder, step in ((whole, 6), (first, 4)))
+    norm, kept_norm = (checkpoint_at(folder, step)["master.norm.weight"] for folder, step in ((whole, 6), (first, 4)))
+
+    def held() -> tuple[dict[str, Tensor], Tensor]:
+        biases = {name: router.bias_E.clone() for name, router in run.routers().items()}
+        return biases, run.model.get_parameter("norm.weight").detach().clone()
+
+    assert run.reference is not None and not equal(own, kept) and not torch.equal(norm, kept_norm)
+    for _ in range(2):
+        biases, weight = held()
+        assert equal(biases, own) and torch.equal(weight, norm)
+        with reference_weights(run, run.reference):
+            biases, weight = held()
+        assert equal(biases, kept) and torch.equal(weight, kept_norm)
+    with pytest.raises(OSError, match="lost"), reference_weights(run, run.reference):
+        raise OSError("lost")
+    assert equal(held()[0], own) and torch.equal(held()[1], norm)
 
 
 def test_other_commands_read_such_a_checkpoint(

@@ -135,15 +135,20 @@ def test_the_cause_by_figures() -> None:
 
 
 def test_the_first_setting_lowers_the_cause(run: Run) -> None:
-    def first(cause: str, **changes: Any) -> str:
+    def all_of(cause: str, **changes: Any) -> list[str]:
         config: TrainConfig = run.config
         for key, value in changes.items():
             group, _, name = key.partition("__")
             config = dataclasses.replace(
                 config, **{group: dataclasses.replace(getattr(config, group), **{name: value})}
             )
-        return savings(cause, config)[0]
+        return savings(cause, config)
 
+    def first(cause: str, **changes: Any) -> str:
+        return all_of(cause, **changes)[0]
+
+    shared_out = [all_of(ACTIVATIONS, parallel__dp=dp, optimizer__sharding="none") for dp in (1, 4)]
+    assert ["optimizer.sharding=zero1" in settings for settings in shared_out] == [False, True]
     assert first(OPTIMIZER, parallel__dp=4, optimizer__sharding="none") == "optimizer.sharding=zero1"
     assert first(OPTIMIZER, optimizer__sharding="none", optimizer__moments="fp32") == "optimizer.moments=bf16"
     assert first(OPTIMIZER, optimizer__sharding="none") == "optimizer=muon, with one moment"

@@ -104,7 +104,9 @@ def test_balance_by_hand() -> None:
 
 def test_the_file_is_strict_json(tmp_path: Path) -> None:
     write_summary(replace(SUMMARY, loss=math.nan), tmp_path / "summary.json")
-    written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    text = (tmp_path / "summary.json").read_text()
+    written = json.loads(text, parse_constant=pytest.fail)
+    assert '\n "loss": null,\n' in text and text.endswith("\n}\n"), "a key a line, for readers"
     assert written["loss"] is None and written["expert_token_shares"] == {"one": [0.75, 0.25]}
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 

@@ -83,7 +83,10 @@ def choose(
     answers = {prompt.id: prompt.row.get("answer") for prompt in wanted.prompts}
     rows = []
     for (prompt, form), accepted in groups.items():
-        distinct = list({sample["text"]: sample for sample in reversed(accepted)}.values())[::-1]
+        first: dict[str, Sample] = {}
+        for sample in accepted:
+            first.setdefault(sample["text"], sample)
+        distinct = list(first.values())
         table.accepted += len(accepted)
         table.duplicates += len(accepted) - len(distinct)
         if prefer == "shortest":

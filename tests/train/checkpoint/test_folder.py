@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from fp8moe.errors import ConfigError, DataError
 from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.model.config import ModelConfig
 from fp8moe.train import checkpoint
-from fp8moe.train.checkpoint import CheckpointConfig, RunState
+from fp8moe.train.checkpoint import CheckpointConfig, RunState, torch_checkpoint
 from tests.model.shapes import changed
 
 BASE = compose([]).config.model
@@ -29,6 +30,25 @@ def save(root: Path, step: int, keep: int = 9, value: float = 0.0, keep_every: i
     text = checkpoint.state_text(state, BASE, {})
     kept = CheckpointConfig(keep=keep, keep_every=keep_every)
     return checkpoint.save(root, step, text, tensors, kept=kept, is_first=True, group=None)
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        *((ValueError("many\nthe last line\n"), "the last line"), (KeyError(), "KeyError")),
+        *((OSError(errno.EIO, "broken disk"), "broken disk"), (OSError("the store is gone"), "the store is gone")),
+    ],
+)
+def test_what_failed_on_another_rank_is_said(
+    cause: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> None:
+        raise torch_checkpoint.CheckpointException("save", {3: (cause, None)})  # type: ignore[dict-item]
+
+    monkeypatch.setattr(torch_checkpoint, "write", write)
+    with pytest.raises(DataError, match=rf"step-1 can't be written \(rank 3: {said}\): free space or name"):
+        save(tmp_path, 1)
+    assert checkpoint.find("auto", tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fp8moe.errors import DataError
 from fp8moe.train import checkpoint
 from fp8moe.train.checkpoint import CheckpointConfig, folder_of
-from fp8moe.train.checkpoint.files import LocalFolder
+from fp8moe.train.checkpoint.files import LocalFolder, writing_problem
 from fp8moe.train.checkpoint.manifest import problems, read_manifest
 from fp8moe.train.checkpoint.storage import Part, write_safetensors
 
@@ -33,6 +33,18 @@ TENSORS = {
 def saved(root: Path, step: int = 1) -> Path:
     kept = CheckpointConfig(keep=9)
     return checkpoint.save(root, step, '{"step": 1}\n', TENSORS, kept=kept, is_first=True, group=None)
+
+
+def test_why_nothing_can_be_written_is_said_without_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert writing_problem(tmp_path / "new") is None and not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    assert writing_problem(tmp_path / "file" / "below") == "Not a directory"
+
+    def lost(_: LocalFolder) -> None:
+        raise OSError("the store is gone")  # as remote file systems raise it, without a number
+
+    monkeypatch.setattr(LocalFolder, "make", lost)
+    assert writing_problem(tmp_path / "new") == "the store is gone"
 
 
 @pytest.mark.parametrize("chunk", [LocalFolder.chunk, 7])
