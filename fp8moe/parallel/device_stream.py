@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from fp8moe.parallel.stream import HostStream, Pending, Result, Stream, Value, count_until_waited
+from fp8moe.parallel.stream import HostStream, Pending, Stream
 from fp8moe.profile.spans import COMMUNICATION, acting_as, span
 
 
-class DeviceStream:
-    """First in, first out; see `parallel.stream.Stream`."""
+class DeviceStream(Stream):
+    """A GPU's: its queue holds what the host does not know enough of yet, and what stands behind."""
 
     def __init__(self, device: torch.device, name: str = COMMUNICATION) -> None:
         self._queue: deque[tuple[Pending[Any, Any], torch.cuda.Event, Callable[[], bool] | None]] = deque()
@@ -30,22 +30,9 @@ class DeviceStream:
         self._cuda = torch.cuda.Stream(device, -1 if name == COMMUNICATION else 0)
         self._error: Exception | None = None
 
-    def start(
-        self,
-        message: Callable[[], Value],
-        finish: Callable[[Value], Result],
-        name: str = "message",
-        *,
-        takes_sms: bool = True,
-        ready: Callable[[], bool] | None = None,
-    ) -> Pending[Value, Result]:
-        """See `Stream`."""
-        pending = Pending(message, finish, name, self._issue)
-        if takes_sms:
-            count_until_waited(pending)
+    def _put(self, pending: Pending[Any, Any], ready: Callable[[], bool] | None) -> None:
         self._queue.append((pending, torch.cuda.current_stream(self._device).record_event(), ready))
         self._issue()
-        return pending
 
     def _issue(self, wanted: Pending[Any, Any] | None = None) -> None:
         """Launch what is queued up to `wanted`, and behind it up to the first that is not ready."""

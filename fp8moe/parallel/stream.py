@@ -20,10 +20,11 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class Pending(Generic[Value, Result]):
         return self._result
 
 
-class Stream(Protocol):
+class Stream(ABC):
     """First in, first out."""
 
     def start(
@@ -98,12 +99,25 @@ class Stream(Protocol):
         """Queue `message`, called `name`; on a GPU it begins after what the caller's stream has been given so far.
 
         takes_sms: GEMMs leave SMs to it until it is waited for; not for one so small that nobody waits for it itself.
-        ready: whether it runs without the host's waiting for the device; None: always. Asked when all before it ran.
+        ready: on a GPU, whether it runs without the host's waiting for the device; None: always. Asked when all before
+        it ran.
         """
-        ...
+        pending = Pending(message, finish, name, self._issue)
+        if takes_sms:
+            _count(pending)
+        self._put(pending, ready)
+        return pending
+
+    @abstractmethod
+    def _put(self, pending: Pending[Any, Any], ready: Callable[[], bool] | None) -> None:
+        """Take a message."""
+
+    @abstractmethod
+    def _issue(self, wanted: Pending[Any, Any]) -> None:
+        """Somebody waits for a message: run it, and those before it, if nothing else does."""
 
 
-class HostStream:
+class HostStream(Stream):
     """The CPU's: a daemon thread, so that a hung message can't keep a failed process alive."""
 
     def __init__(self, name: str = COMMUNICATION) -> None:
@@ -111,21 +125,11 @@ class HostStream:
         self._error: BaseException | None = None
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
-    def start(
-        self,
-        message: Callable[[], Value],
-        finish: Callable[[Value], Result],
-        name: str = "message",
-        *,
-        takes_sms: bool = True,
-        ready: Callable[[], bool] | None = None,
-    ) -> Pending[Value, Result]:
-        """See `Stream`; the thread may wait for whatever it likes."""
-        pending = Pending(message, finish, name)
-        if takes_sms:
-            count_until_waited(pending)
+    def _put(self, pending: Pending[Any, Any], ready: Callable[[], bool] | None) -> None:
         self._queue.put(pending)
-        return pending
+
+    def _issue(self, wanted: Pending[Any, Any]) -> None:
+        """The thread runs all of them."""
 
     def _work(self) -> None:
         with torch.no_grad():
@@ -163,8 +167,7 @@ def leaving_sms(count: int | None) -> Iterator[None]:
         limit_sms(None)
 
 
-def count_until_waited(pending: Pending[Any, Any]) -> None:
-    """Have GEMMs leave SMs to a message from now on until it is waited for, where `leaving_sms` is in force."""
+def _count(pending: Pending[Any, Any]) -> None:
     if _sms:
         _in_flight.add(pending)
         limit_sms(_sms[-1])
