@@ -23,6 +23,13 @@ SHARED_LIMIT = 227 * 1024  # bytes one CTA may use
 REGISTER_FILE = 65536
 # Two words a thread are kept in local memory from one tile to its epilogue; the steps of a tile touch none.
 SPILLED_ONCE_A_TILE = {"gluon gemm_columns add 256x128x4 group 8 multicast columns_kernel": 2}
+SPILLED_BY = {  # and by no newer Triton
+    "3.6.0": {
+        "gluon gemm add 128x256x4 group 16 rows_kernel": 20,
+        "gluon gemm add 128x256x4 group 8 turns rows_kernel": 20,
+        "gluon gemm add 256x128x4 group 8 turns rows_kernel": 16,
+    }
+}
 GEMMS = ("rows_kernel", "columns_kernel", "gemm_kernel", "grouped_gemm_kernel", "grouped_wgrad_kernel")
 
 
@@ -80,12 +87,13 @@ def test_every_production_tile_is_compiled(found, kernels, backend, op):
 
 
 @pytest.mark.slow
-def test_fp8_products_run_on_the_tensor_cores_from_tma_without_a_spill(kernels):
+def test_fp8_products_run_on_the_tensor_cores_from_tma_without_a_spill(kernels, found):
+    spilled = SPILLED_ONCE_A_TILE | SPILLED_BY.get(found["triton"], {})
     gemms = {name: entry["figures"] for name, entry in kernels.items() if is_gemm(entry)}
     assert gemms
     for name, figure in gemms.items():
         assert figure["QGMMA"] > 0 and figure["HGMMA"] == 0 and figure["UTMALDG"] >= 2, name
-        allowed = SPILLED_ONCE_A_TILE.get(name, 0)
+        allowed = spilled.get(name, 0)
         assert kernels[name]["spills_in_steps"] == 0, name
         assert max(figure["STL"], figure["LDL"]) <= allowed and figure["local"] <= 4 * allowed, name
         # Promotion: every value that a WGMMA of k32 makes (64 a thread, 4 a product) is multiplied and added.
