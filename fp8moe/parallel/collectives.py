@@ -42,7 +42,7 @@ def all_reduce(tensor: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.Red
 
 
 def all_reduce_in_message(tensor: Tensor, group: ProcessGroup | None, name: str) -> None:
-    """Sum in place over `group`, on a stream's thread: what it waits for is not exposed communication."""
+    """Sum in place over `group`, within a message: what it waits for is not exposed communication."""
     if group is not None:
         with hang.collective(group, f"all_reduce ({name})"):
             dist.all_reduce(tensor, group=group)
@@ -152,7 +152,7 @@ def reduce_scatter(flat: Tensor, parts: Parts, group: ProcessGroup, name: str) -
     """Sum flat [n] over `group`, each part on its own rank, in place: outside its part a rank keeps its own values.
 
     On a CPU the summands are added in the order of the ranks, so that a sum depends on nothing else, and each rank
-    sends n (W-1)/W values; gloo's own reduction, an all-reduce, sends twice as many. For a stream's thread: it waits on
+    sends n (W-1)/W values; gloo's own reduction, an all-reduce, sends twice as many. For messages: on a CPU it waits on
     the host.
     """
     me = group.rank()
@@ -173,7 +173,7 @@ def reduce_scatter(flat: Tensor, parts: Parts, group: ProcessGroup, name: str) -
 
 
 def all_gather(flat: Tensor, parts: Parts, group: ProcessGroup, name: str) -> None:
-    """Fill the parts of flat [n] that other ranks of `group` hold, each from its rank, in place, on such a thread."""
+    """Fill the parts of flat [n] that other ranks of `group` hold, each from its rank, in place, within a message."""
     mine = flat[slice(*parts[group.rank()])]
     pieces = [flat[start:stop] for start, stop in parts]
     _count(group, [len(mine)] * group.size(), flat.element_size())

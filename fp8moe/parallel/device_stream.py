@@ -28,7 +28,7 @@ class DeviceStream(Stream):
         self._device, self._name = device, name
         # Layers wait for messages to experts: what they launch goes first to an SM that becomes free.
         self._cuda = torch.cuda.Stream(device, -1 if name == COMMUNICATION else 0)
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def _put(self, pending: Pending[Any, Any], ready: Callable[[], bool] | None) -> None:
         self._queue.append((pending, torch.cuda.current_stream(self._device).record_event(), ready))
@@ -55,9 +55,11 @@ class DeviceStream(Stream):
                     value = pending.call()
                 done = self._cuda.record_event()
             pending.future.set_result((value, done))
-        except Exception as error:
+        except BaseException as error:
             self._error = error
             pending.future.set_exception(error)
+            if not isinstance(error, Exception):  # Ctrl-C is the caller's
+                raise
 
 
 _streams: dict[tuple[torch.device, str], Stream] = {}

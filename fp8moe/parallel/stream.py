@@ -54,7 +54,7 @@ class Pending(Generic[Value, Result]):
         self._result: Any = None
 
     def call(self) -> Value:
-        """Run the message; the stream's thread does."""
+        """Run the message; its stream does."""
         assert self._message is not None
         return self._message()
 

@@ -90,7 +90,7 @@ def other_tokenizer(run: Run) -> str | None:
 def messages_beside_compute(run: Run) -> str | None:
     """A warning where the environment keeps messages between GPUs from travelling beside compute; else None."""
     few = few_queues(os.environ) if run.device.type == "cuda" and run.mesh.world_size > 1 else None
-    return None if few is None else f"{few}, and nothing of them is hidden: unset it"
+    return None if few is None else f"{few}, and fewer of them are hidden: unset it"
 
 
 def _data(run: Run) -> list[str]:

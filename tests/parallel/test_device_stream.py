@@ -96,8 +96,11 @@ def test_what_a_message_raises_is_raised_by_its_wait_and_by_all_later_ones(log: 
     for pending in (bad, needs, stream.start(lambda: 1, lambda x: x)):
         with pytest.raises(ZeroDivisionError):
             pending.wait()
+    stopped = DeviceStream(CUDA)
     with pytest.raises(KeyboardInterrupt):
-        DeviceStream(CUDA).start(_interrupted, lambda x: x)
+        stopped.start(_interrupted, lambda x: x)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.start(lambda: 1, lambda x: x)
 
 
 def _interrupted() -> None:
