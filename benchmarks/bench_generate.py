@@ -38,7 +38,7 @@ def candidates(model: Transformer, length: int) -> dict[str, tuple[Callable[[], 
     prefix, on_device_T = ids_T.tolist(), ids_T.to(device)
     session = Session(model, TOGETHER, length)
     for row in range(TOGETHER):
-        session.forward([prefix[:-1]], [row], [0])
+        session.forward(session.ids([prefix[:-1]]), session.where([row], [0], length - 1))
 
     def recomputed() -> Tensor:
         positions = model.positions(torch.arange(length, device=device)[None])
@@ -46,7 +46,8 @@ def candidates(model: Transformer, length: int) -> dict[str, tuple[Callable[[], 
         return head(norm(hidden_TD[-1:]))
 
     def cached(count: int) -> Tensor:
-        hidden_BSD = session.forward([prefix[-1:]] * count, range(count), [length - 1] * count)
+        where = session.where(range(count), [length - 1] * count, 1)
+        hidden_BSD = session.forward(session.ids([prefix[-1:]] * count), where)
         return session.logits(hidden_BSD[:, 0])
 
     one = (lambda: cached(1), 1)

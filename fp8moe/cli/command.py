@@ -50,6 +50,15 @@ def make_parser(name: str, description: str, *, settings: bool = False) -> Parse
     return parser
 
 
+def add_graphs(parser: argparse._ActionsContainer) -> None:
+    """The argument by which a command that generates takes CUDA graphs."""
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="on a GPU: forwards behind the prompts are CUDA graphs, of which the host launches each at once",
+    )
+
+
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`; options may stand before, between and after settings. Raises ConfigError with one sentence."""
     _refuse_settings_as_options(parser, argv)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, add_graphs, make_parser, parse
 from fp8moe.cli.launch import count_processes, is_worker, run_command
 from fp8moe.cli.threads import usable_cores
 from fp8moe.errors import DataError
@@ -60,6 +60,7 @@ def command_parser() -> Parser:
         "--stop-token", action="append", default=[], metavar="TOKEN", help="a special token that ends an answer"
     )
     group.add_argument("--batch", type=int, default=32, metavar="N", help="answers that go on together (32)")
+    add_graphs(group)
     group.add_argument("--nproc", metavar="N", help="processes to start on this machine; auto: one a GPU")
     group.add_argument("--ema", action="store_true", help="use the average of the weights")
     group.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, where the run directory has none")

@@ -129,6 +129,7 @@ class Own:
     def __init__(self, arguments: argparse.Namespace, processes: int) -> None:
         self._arguments = arguments
         self._trained = find_trained(arguments, processes)
+        self._trained.check_graphs(arguments)
         step = None
         if isinstance(self._trained.source, str):
             where = checkpoint.location(self._trained.source)
@@ -158,6 +159,7 @@ class Own:
                     self.identity,
                     self._ends,
                     self._arguments.stop,
+                    self._trained.graphs(self._arguments, mesh, generation),
                 ),
                 mesh.rank == 0,
             )

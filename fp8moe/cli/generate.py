@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8moe.cli.command import Parser, check_file, make_parser, parse
+from fp8moe.cli.command import Parser, add_graphs, check_file, make_parser, parse
 from fp8moe.cli.launch import count_processes, is_worker, run_command
 from fp8moe.errors import ConfigError
 
@@ -59,6 +59,7 @@ def command_parser() -> Parser:
     parser.add_argument("--ignore-end", action="store_true", help="go on behind the end-of-text token")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="prompts that go on together (32)")
     parser.add_argument("--mtp", action="store_true", help="speculative decoding with the MTP module")
+    add_graphs(parser)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write prompts, completions and figures here")
     return parser
 
@@ -82,6 +83,7 @@ def _check(arguments: argparse.Namespace, processes: int) -> None:
         check_file("--json", arguments.json, "completions.json")
     _config(arguments)
     trained = find_trained(arguments, processes)
+    trained.check_graphs(arguments)
     _ends(arguments, trained, trained.vocabulary())
 
 
@@ -134,12 +136,13 @@ def _generate(arguments: argparse.Namespace, processes: int) -> None:
         return
     check_prompts(first[0], trained.config.model.max_seq_len)
     with trained.loaded(averaged=arguments.ema) as (model, mesh, _):
+        graphs = trained.graphs(arguments, mesh, config)
         turn: tuple[list[list[int]], Callable[[str], None]] | None = first
         while turn is not None:
             prompts, answered = turn
             shown = _Shown(vocabulary, ends, arguments.stop, prompts, silent=mesh.rank > 0)
             completions, figures = generate(
-                model, prompts, config, mesh, num_ids=vocabulary.num_ids, accept=shown.accept
+                model, prompts, config, mesh, num_ids=vocabulary.num_ids, accept=shown.accept, graphs=graphs
             )
             shown.finish()
             if mesh.rank == 0:

@@ -18,6 +18,8 @@ from fp8moe.cli.compose import composed, parse, tree_of
 from fp8moe.cli.released import settings_of
 from fp8moe.cli.resume import CONFIG_FILE, overlaid, read_configuration
 from fp8moe.errors import ConfigError
+from fp8moe.generate.captured import DecodingGraphs, decoding_graphs
+from fp8moe.generate.decode import GenerationConfig
 from fp8moe.generate.open import for_use, load_model
 from fp8moe.generate.text import Vocabulary
 from fp8moe.interop.hf_dir import is_hf_directory
@@ -42,6 +44,17 @@ class Trained:
     config: TrainConfig
     source: str | HfModel
     tokenizer: Path
+
+    def check_graphs(self, arguments: argparse.Namespace) -> None:
+        """Raise ConfigError where CUDA graphs are asked for and there is no GPU."""
+        if arguments.cuda_graphs and (device := choose_device(self.config)).type != "cuda":
+            raise ConfigError(f"--cuda-graphs needs a GPU and the model computes on the {device.type}: leave it out")
+
+    def graphs(self, arguments: argparse.Namespace, mesh: Mesh, generation: GenerationConfig) -> DecodingGraphs | None:
+        """The CUDA graphs that are asked for."""
+        if not arguments.cuda_graphs:
+            return None
+        return decoding_graphs(mesh, self.config.model.experts.num_experts, generation.tokens_at_once(mesh.dp))
 
     def vocabulary(self) -> Vocabulary:
         """Its tokenizer. Raises DataError."""

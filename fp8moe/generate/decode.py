@@ -13,7 +13,8 @@ with the probability that the model gives it.
 
 On several ranks sequences are dealt out over all of them, and every rank makes the same number of forwards, since
 experts are shared: a rank whose sequences have all ended repeats its last one's forward, and the result is dropped. New
-tokens are exchanged each step, so that all ranks know every completion and decide alike which have ended.
+tokens are exchanged each step, so that all ranks know every completion and decide alike which have ended. On a GPU the
+forwards behind the prompts may be graphs (`captured`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from fp8moe.errors import ConfigError
+from fp8moe.generate.captured import CapturedForward, DecodingGraphs
 from fp8moe.generate.sampling import Sampler, SamplingConfig
-from fp8moe.generate.session import Session
+from fp8moe.generate.session import Session, Where
 from fp8moe.limits import POSITIVE, Range, check_fields
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.collectives import all_reduce
@@ -53,6 +55,10 @@ class GenerationConfig:
             max_tokens=POSITIVE,
             batch=Range(least=1, most=2**16),
         )
+
+    def tokens_at_once(self, ranks: int) -> int:
+        """Tokens of one of so many ranks in a forward behind the prompts, at most."""
+        return -(-self.batch // ranks) * (1 + self.mtp)
 
 
 @dataclass
@@ -106,11 +112,13 @@ def generate(
     num_ids: int,
     accept: Accept,
     draws: Sequence[int] | None = None,
+    graphs: DecodingGraphs | None = None,
 ) -> tuple[list[Completion], Figures]:
     """Completions of `prompts` (token ids), the same on every rank. Collective over all ranks; no pipeline.
 
     num_ids: ids below it are generated. accept: called on every rank for every token, in order within a completion.
     draws: for each prompt the number that, with the seed, decides what it draws; its place in `prompts` if None.
+    graphs: of forwards behind the prompts, for `config.tokens_at_once` tokens; None: there are none.
     Raises ConfigError for a prompt that is empty or too long, and for mtp without an MTP module.
     """
     context = model.config.max_seq_len
@@ -124,7 +132,7 @@ def generate(
     for start in range(0, len(completions), config.batch):
         batch = completions[start : start + config.batch]
         draw_of = {one.number: numbers[one.number] for one in batch}
-        _Batch(model, batch, config, mesh, num_ids, accept, draw_of).run(figures)
+        _Batch(model, batch, config, mesh, num_ids, accept, draw_of, graphs).run(figures)
     model.train(training)
     return completions, figures
 
@@ -154,6 +162,7 @@ class _Batch:
         num_ids: int,
         accept: Accept,
         draw_of: Mapping[int, int],
+        graphs: DecodingGraphs | None,
     ) -> None:
         self._completions, self._config, self._mesh, self._accept = completions, config, mesh, accept
         self._draw_of = draw_of
@@ -165,8 +174,9 @@ class _Batch:
         self._prompt_forwards = max(len({tuple(one.prompt) for one in part}) for part in filled)
         self._limits = [min(len(one.prompt) + config.max_tokens, model.config.max_seq_len) for one in completions]
         device = next(model.parameters()).device
-        length = max(self._limits) + 2  # the last two tokens may come at once, and a guess behind them
-        self._session = Session(model, len(mine), length, mtp=config.mtp)
+        self._length = max(self._limits) + 2  # the last two tokens may come at once, and a guess behind them
+        self._session = Session(model, len(mine), self._length, mtp=config.mtp)
+        self._forwards, self._drafts = CapturedForward(model, graphs), CapturedForward(model, graphs)
         self._sampler = Sampler(config.sampling, [draw_of[one.number] for one in mine], num_ids, device)
 
     def run(self, figures: Figures) -> None:
@@ -187,10 +197,11 @@ class _Batch:
     def _prompt(self, one: _Sequence) -> int:
         """The token after a sequence's prompt, and the guess behind it."""
         prompt = one.completion.prompt
-        hidden_BSD = self._session.forward([prompt], [one.row], [0])
+        ids, where = self._session.ids([prompt]), self._session.where([one.row], [0], len(prompt))
+        hidden_BSD = self._session.forward(ids, where)
         one.last = self._draw([one], hidden_BSD[:, -1])[0]
         one.place = len(prompt)
-        drafts = self._session.draft(hidden_BSD, [[*prompt[1:], one.last]], [one.row], [0])
+        drafts = self._session.draft(hidden_BSD, self._session.ids([[*prompt[1:], one.last]]), where)
         one.draft = self._guess(drafts[:, -1])[0]
         return one.last
 
@@ -201,22 +212,24 @@ class _Batch:
             groups.setdefault(tuple(one.completion.prompt), []).append(one)
         first, row_of = [], list(range(len(self._mine)))
         for prompt, group in groups.items():
-            hidden_BSD = self._session.forward([prompt], [group[0].row], [0])
+            hidden_BSD = self._forward_prompt(prompt, group[0].row)
             logits_BV = self._session.logits(hidden_BSD[:, -1]).expand(len(group), -1)
             drawn = self._sampler.draw([self._draw_of[one.completion.number] for one in group], logits_BV)
             for one, token in zip(group, drawn, strict=True):
                 one.last, one.place, row_of[one.row] = token, len(prompt), group[0].row
                 first.append((one, token))
         for _ in range(self._prompt_forwards - len(groups)):  # keeps step with ranks that have more prompts
-            self._session.forward([self._mine[0].completion.prompt], [0], [0])
+            self._forward_prompt(self._mine[0].completion.prompt, 0)
         if len(groups) < len(self._mine):
             self._session.take(torch.tensor(row_of))
         return first
 
+    def _forward_prompt(self, prompt: Sequence[int], row: int) -> Tensor:
+        return self._session.forward(self._session.ids([prompt]), self._session.where([row], [0], len(prompt)))
+
     def _step(self, alive: Sequence[_Sequence]) -> list[list[int]]:
         """The next token of each sequence; one that has ended already gets the same again."""
-        rows, starts = [one.row for one in alive], [one.place for one in alive]
-        hidden_BSD = self._session.forward([[one.last] for one in alive], rows, starts)
+        hidden_BSD = self._run(self._forwards, self._session.forward, alive, [[one.last] for one in alive])
         new = self._draw(alive, hidden_BSD[:, 0])
         for one, token in zip(alive, new, strict=True):
             self._advance(one, [token])
@@ -224,19 +237,39 @@ class _Batch:
 
     def _step_with_drafts(self, alive: Sequence[_Sequence]) -> list[list[int]]:
         """The next token of each sequence, and the one after it where the MTP module guessed the first of both."""
-        rows, starts = [one.row for one in alive], [one.place for one in alive]
-        hidden_BSD = self._session.forward([[one.last, one.draft] for one in alive], rows, starts)
+        both = [[one.last, one.draft] for one in alive]
+        hidden_BSD = self._run(self._forwards, self._session.forward, alive, both)
         new = [[token] for token in self._draw(alive, hidden_BSD[:, 0])]
         right = [i for i, one in enumerate(alive) if new[i][0] == one.draft]
         if right:
             for i, token in zip(right, self._draw([alive[i] for i in right], hidden_BSD[right, 1]), strict=True):
                 new[i].append(token)
         after = [[*tokens, tokens[0]][:2] for tokens in new]  # behind a wrong guess any token: it is written over
-        drafts_BSD = self._session.draft(hidden_BSD, after, rows, starts)
+        drafts_BSD = self._run(self._drafts, self._session.draft, alive, after, hidden_BSD)
         ends = drafts_BSD[list(range(len(alive))), [len(tokens) - 1 for tokens in new]]
         for one, tokens, draft in zip(alive, new, self._guess(ends), strict=True):
             self._advance(one, tokens, draft)
         return new
+
+    def _run(
+        self,
+        forward: CapturedForward,
+        call: Callable[..., Tensor],
+        alive: Sequence[_Sequence],
+        ids: Sequence[Sequence[int]],
+        *given: Tensor,
+    ) -> Tensor:
+        """`call` of `given`, new tokens and where they go, as a graph where there are graphs."""
+        rows, seq_len = tuple(one.row for one in alive), len(ids[0])
+        where = self._session.where(rows, [one.place for one in alive], seq_len)
+        length = forward.length(where.length, self._length)
+
+        def compute(ids_BS: Tensor, starts_B: Tensor, rows_B: Tensor, *others: Tensor) -> Tensor:
+            return call(*others, ids_BS, Where(rows_B if len(rows_B) else None, starts_B, length))
+
+        rows_B = where.starts_B[:0] if where.rows_B is None else where.rows_B
+        kind = rows, seq_len, length
+        return forward.run(kind, compute, self._session.ids(ids), where.starts_B, rows_B, *given)
 
     def _advance(self, one: _Sequence, tokens: Sequence[int], draft: int = 0) -> None:
         if one.completion.ended is None and not one.is_copy:

@@ -10,7 +10,8 @@ logits, which another batch or layout may change. `decode` is the generator of t
 guesses with the MTP module, and seeds a generator a completion, which costs a call of Python a token.
 
 Experts are shared between ranks, so all ranks of a group make the same number of forwards: one whose rows have ended
-repeats its last forward. In a pipeline every rank computes its stages alone (`stages`).
+repeats its last forward. In a pipeline every rank computes its stages alone (`stages`). On a GPU the forwards behind
+the prompts may be graphs (`captured`); the host waits for the device once a token, to know how many rows go on.
 
 Legend: N rows, G samples of a prompt, D model, V vocabulary.
 """
@@ -27,17 +28,17 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fp8moe.generate.captured import CapturedForward, DecodingGraphs
 from fp8moe.generate.decode import check_prompts
 from fp8moe.generate.routing import RoutingRecord, noting
-from fp8moe.generate.sampling import nucleus
-from fp8moe.generate.session import Session
+from fp8moe.generate.sampling import draw
+from fp8moe.generate.session import Session, Where
 from fp8moe.generate.stages import LocalStage, Stages, WholeModel
 from fp8moe.model.transformer import Transformer, generator_of
 from fp8moe.parallel.collectives import all_reduce, gather
 from fp8moe.parallel.mesh import Mesh
 
 PROMPT_TOKENS = 1 << 14  # of prompts that go through the model together, about
-DRAWN_VALUES = 1 << 25  # logits whose distribution is computed at once
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ class GroupSampling:
     routing: bool = False
     top_p: float = 1.0
     seconds: float | None = None
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts of a rank whose samples go on together."""
+        return max(1, self.batch // self.samples)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a rank that go on together, at most."""
+        return self.prompts_at_once * self.samples
 
 
 @dataclass(frozen=True)
@@ -81,15 +92,17 @@ def sample_groups(
     config: GroupSampling,
     mesh: Mesh,
     pipeline: Stages | None = None,
+    graphs: DecodingGraphs | None = None,
 ) -> list[list[Sampled]]:
     """G completions of each prompt (token ids), the same on every rank. Collective over all ranks.
 
     names: of the prompts, which with the number of a sample decide what is drawn. pipeline: the stages of this rank;
-    None: the model is whole. Raises ConfigError for a prompt that is empty or too long.
+    None: the model is whole. graphs: of forwards behind the prompts, for `config.rows` tokens; None: there are none.
+    Raises ConfigError for a prompt that is empty or too long.
     """
     check_prompts(prompts, model.config.max_seq_len)
     stages: Stages = WholeModel(model) if pipeline is None else pipeline
-    training, at_once = model.training, max(1, config.batch // config.samples)
+    training, at_once = model.training, config.prompts_at_once
     mine = list(range(len(prompts)))[mesh.dp_rank :: mesh.dp]
     found: dict[int, list[Sampled]] = {}
     deadline = None if config.seconds is None else time.perf_counter() + config.seconds
@@ -101,7 +114,7 @@ def sample_groups(
         for numbers in sets:
             chosen = numbers or [0]  # keeps step with the other ranks
             posed = [prompts[i] for i in chosen], [names[i] for i in chosen]
-            every.append(_Rows(model, *posed, config, mesh, stages, deadline))
+            every.append(_Rows(model, *posed, config, mesh, stages, deadline, graphs))
         _complete(every, stages, config.max_tokens)
         for numbers, rows in zip(sets, every, strict=True):
             completions = rows.completions()
@@ -140,6 +153,7 @@ class _Rows:
         mesh: Mesh,
         stages: Stages,
         deadline: float | None,
+        graphs: DecodingGraphs | None,
     ) -> None:
         self._prompts, self._config, self._stages, self._deadline = prompts, config, stages, deadline
         self._group, self._pp_group = mesh.ep_group, mesh.pp_group
@@ -150,9 +164,10 @@ class _Rows:
         self._places = lengths.to(self._device)  # of the token that is not in the caches yet
         self._rows = torch.arange(count, device=self._device)  # of the results, of the rows that are left
         layers = [layer for stage in stages.local for layer in stage.layers]
-        longest = int((lengths + self._limits.cpu()).max())
-        self._session = Session(model, count, longest, layers=layers)
-        self._routing = RoutingRecord(model, count, longest) if config.routing else None
+        self._longest_prompt, self._most = int(lengths.max()), int((lengths + self._limits.cpu()).max())
+        self._session = Session(model, count, self._most, layers=layers)
+        self._forwards = {stage: CapturedForward(model, graphs) for stage in stages.local}
+        self._routing = RoutingRecord(model, count, self._most) if config.routing else None
         self._drawn: Tensor | None = None  # tokens and log-probabilities, on the rank that draws
         self._ids = torch.zeros(count, config.max_tokens, dtype=torch.int64, device=self._device)
         self._logprobs = torch.zeros(count, config.max_tokens, dtype=torch.float32, device=self._device)
@@ -184,9 +199,13 @@ class _Rows:
         last: dict[int, Tensor] = {}
         for numbers in self._prompt_parts():
             rows = [number * self._config.samples for number in numbers]
-            hidden_BSD = self._through(stage, [self._prompts[i] for i in numbers], rows, [0] * len(rows))
-            if hidden_BSD is not None:
-                last |= dict(zip(numbers, hidden_BSD[:, -1], strict=True))
+            ids_BS = self._session.ids([self._prompts[i] for i in numbers])
+            where = self._session.where(rows, [0] * len(rows), ids_BS.shape[1])
+            made_TD = self._compute(stage, self._given(stage, ids_BS), where, self._rows[rows])
+            if stage.head:
+                last |= dict(zip(numbers, made_TD.unflatten(0, ids_BS.shape)[:, -1], strict=True))
+            else:
+                self._stages.send(stage, made_TD)
         if stage.head:
             hidden_BD = torch.stack([last[number] for number in range(len(self._prompts))])
             self._draw(0, hidden_BD.repeat_interleave(self._config.samples, 0))
@@ -203,18 +222,18 @@ class _Rows:
         most = int(all_reduce(torch.tensor(len(parts)), self._group, dist.ReduceOp.MAX))
         return parts + parts[:1] * (most - len(parts))
 
-    def _through(
-        self, stage: LocalStage, ids: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int]
-    ) -> Tensor | None:
-        """New tokens through a stage -> their hidden states [B, S, D] where the head is; else they are handed on."""
-        session, length = self._session, len(ids[0])
-        x_TD = session.embed(ids) if stage.embedding else self._stages.receive(stage, len(ids) * length)
-        with noting(self._routing, self._rows[list(rows)], starts, length):
-            x_TD = session.blocks(stage.layers, x_TD, length, rows, starts)
-        if stage.head:
-            return session.normed(x_TD, len(rows))
-        self._stages.send(stage, x_TD)
-        return None
+    def _given(self, stage: LocalStage, ids_BS: Tensor) -> Tensor:
+        """What a stage is given for new tokens: their ids, or what the stage before made of them."""
+        return ids_BS if stage.embedding else self._stages.receive(stage, ids_BS.numel())
+
+    def _compute(self, stage: LocalStage, given: Tensor, where: Where, rows: Tensor) -> Tensor:
+        """New tokens through a stage, [T, D]; the head's behind the final norm. rows: of the results, int64 [B]."""
+        session = self._session
+        x_TD = session.embed(given) if stage.embedding else given
+        length = len(x_TD) // len(rows)
+        with noting(self._routing, rows, where.starts_B, length):
+            x_TD = session.blocks(stage.layers, x_TD, length, where)
+        return session.normed(x_TD) if stage.head else x_TD
 
     def _draw(self, step: int, hidden_ND: Tensor) -> None:
         """Draw token number `step` of the rows that are left, and share it; past the deadline -1, but for the first."""
@@ -241,9 +260,10 @@ class _Rows:
         self._counts[rows] += going
         self._ended[rows] |= going & torch.isin(tokens.long(), self._ends)
         alive = self._going(step + 1)
-        if not self._anyone(bool(alive.any())):
+        count = int(alive.sum())
+        if not self._anyone(count > 0):
             return False
-        if bool(alive.any()) and 2 * int(alive.sum()) <= len(alive):
+        if 0 < 2 * count <= len(alive):
             kept = alive.nonzero().flatten()
             self._rows = rows[kept]
             self._session.take(kept)
@@ -257,35 +277,22 @@ class _Rows:
     def forward(self, stage: LocalStage, step: int) -> None:
         """Put token number `step` of every row through a stage, the last of one that has ended; behind the head draw
         the next."""
-        rows = self._rows
+        rows, forward = self._rows, self._forwards[stage]
         number = self._counts[rows].clamp(max=step + 1, min=1) - 1
         ids, places = self._ids[rows, number], self._places[rows] + number
-        hidden_NSD = self._through(stage, ids[:, None].tolist(), list(range(len(rows))), places.tolist())
-        if hidden_NSD is not None:
-            self._draw(step + 1, hidden_NSD[:, 0])
+        length = forward.length(self._longest_prompt + step + 1, self._most)
+
+        def compute(given: Tensor, places: Tensor) -> Tensor:
+            return self._compute(stage, given, Where(None, places, length), rows)
+
+        made_ND = forward.run((len(rows), length), compute, self._given(stage, ids[:, None]), places)
+        if stage.head:
+            self._draw(step + 1, made_ND)
+        else:
+            self._stages.send(stage, made_ND)
 
     def _anyone(self, alive: bool) -> bool:
         """Whether a rank that shares experts goes on."""
         if self._group is None:
             return alive
         return bool(all_reduce(torch.tensor(int(alive)), self._group, dist.ReduceOp.MAX))
-
-
-def draw(logits_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [N] by numbers FP64 in [0, 1), and their log-probabilities FP32 at the temperature.
-
-    temperature 0: the likeliest tokens, with their log-probabilities at temperature 1. top_p: as in `sampling`.
-    """
-    tokens, logprobs = [], []
-    size = max(1, DRAWN_VALUES // logits_NV.shape[1])
-    for logits, uniform in zip(logits_NV.split(size), uniform_N.split(size), strict=True):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-        if temperature == 0:
-            chosen = logp.argmax(-1)
-        else:
-            reached = nucleus(logp.double().exp_(), top_p).cumsum_(-1)
-            chosen = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
-            chosen = chosen.clamp(max=logp.shape[1] - 1)
-        tokens.append(chosen)
-        logprobs.append(logp.gather(1, chosen[:, None])[:, 0])
-    return torch.cat(tokens), torch.cat(logprobs)

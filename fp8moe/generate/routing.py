@@ -45,10 +45,10 @@ class RoutingRecord:
         self._ids_NPLK = torch.zeros(shape, dtype=integers_for(config.experts.num_experts), device=device)
 
     @contextmanager
-    def noting(self, rows: Tensor, starts: Sequence[int], length: int) -> Iterator[None]:
-        """While the block runs a forward of `length` tokens of each of `rows` (int64), from places `starts` on."""
+    def noting(self, rows: Tensor, starts: Tensor, length: int) -> Iterator[None]:
+        """While the block runs a forward of `length` tokens of each of `rows`, from places `starts` on (int64)."""
         ids_NPLK = self._ids_NPLK
-        at = torch.tensor(starts, device=ids_NPLK.device)[:, None] + torch.arange(length, device=ids_NPLK.device)
+        at = starts[:, None] + torch.arange(length, device=ids_NPLK.device)
 
         def hook(layer: int) -> Any:
             def note(router: Any, given: Any, routing: Routing) -> None:
@@ -77,7 +77,7 @@ class RoutingRecord:
 
 
 @contextmanager
-def noting(record: RoutingRecord | None, rows: Tensor, starts: Sequence[int], length: int) -> Iterator[None]:
+def noting(record: RoutingRecord | None, rows: Tensor, starts: Tensor, length: int) -> Iterator[None]:
     """As `RoutingRecord.noting`, where there is a record."""
     if record is None:
         yield

@@ -4,7 +4,7 @@ Temperature divides the logits; 0 takes the likeliest token. top_p keeps the few
 reach it (nucleus sampling, arXiv 1904.09751), renormalised. Every completion draws from a generator of its own, seeded
 by `seed` and its number, once a token: what is drawn depends neither on the other prompts of a batch nor on the ranks.
 
-Legend: B completions, V vocabulary.
+Legend: B completions, N rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fp8moe.limits import Range, check_fields
+
+DRAWN_VALUES = 1 << 25  # logits whose distribution is computed at once
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,26 @@ def nucleus(p_BV: Tensor, top_p: float) -> Tensor:
     ordered, order = p_BV.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered  # of likelier tokens; 0 for the first, which always stays
     return torch.zeros_like(p_BV).scatter_(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+
+
+def draw(logits_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [N] by numbers FP64 in [0, 1), and their log-probabilities FP32 at the temperature.
+
+    temperature 0: the likeliest tokens, with their log-probabilities at temperature 1. top_p: as above.
+    """
+    tokens, logprobs = [], []
+    size = max(1, DRAWN_VALUES // logits_NV.shape[1])
+    for logits, uniform in zip(logits_NV.split(size), uniform_N.split(size), strict=True):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+        if temperature == 0:
+            chosen = logp.argmax(-1)
+        else:
+            reached = nucleus(logp.double().exp_(), top_p).cumsum_(-1)
+            chosen = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
+            chosen = chosen.clamp(max=logp.shape[1] - 1)
+        tokens.append(chosen)
+        logprobs.append(logp.gather(1, chosen[:, None])[:, 0])
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
 class Sampler:

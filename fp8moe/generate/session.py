@@ -10,7 +10,7 @@ Legend: B sequences, S new tokens of each, T = B x S, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,21 @@ from torch import Tensor, nn
 from fp8moe.layers.attention import Positions
 from fp8moe.layers.attention.cache import CachedForward, LayerCache
 from fp8moe.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the new tokens of B sequences go.
+
+    rows_B: the sequences' rows in the caches, int64; None: all rows, in order. starts_B: the place of each one's first
+    new token, int64: 0 for all, which is `is_first`, or for none. length: tokens that no sequence exceeds with the new
+    ones; more than needed are masked.
+    """
+
+    rows_B: Tensor | None
+    starts_B: Tensor
+    length: int
+    is_first: bool = False
 
 
 class Session:
@@ -35,50 +50,55 @@ class Session:
             assert model.mtp is not None
             blocks.append(model.mtp.block)
         self._caches: dict[nn.Module, LayerCache] = {block.attn: block.attn.new_cache(rows, length) for block in blocks}
-        self._device = next(model.parameters()).device
+        self._device, self._rows = next(model.parameters()).device, rows
 
-    def forward(self, ids: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int]) -> Tensor:
-        """Hidden states [B, S, D] behind the final norm, of tokens `ids` from places `starts` on of sequences `rows`.
+    def where(self, rows: Sequence[int], starts: Sequence[int], seq_len: int) -> Where:
+        """Of `seq_len` new tokens of each of the sequences `rows`, from places `starts` on."""
+        every = tuple(rows) == tuple(range(self._rows))
+        rows_B = None if every else torch.tensor(rows, device=self._device)
+        return Where(rows_B, torch.tensor(starts, device=self._device), max(starts) + seq_len, not any(starts))
 
-        All starts are 0, or none is.
-        """
-        hidden_TD = self.blocks(range(self._model.config.num_layers), self.embed(ids), len(ids[0]), rows, starts)
-        return self.normed(hidden_TD, len(rows))
+    def forward(self, ids_BS: Tensor, where: Where) -> Tensor:
+        """Hidden states [B, S, D] behind the final norm, of new tokens' ids."""
+        layers = range(self._model.config.num_layers)
+        hidden_TD = self.blocks(layers, self.embed(ids_BS), ids_BS.shape[1], where)
+        return self.normed(hidden_TD).unflatten(0, ids_BS.shape)
 
-    def embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
+    def ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """[B, S], int64."""
+        return torch.tensor(ids, device=self._device)
+
+    def embed(self, ids_BS: Tensor) -> Tensor:
         """Token ids -> [T, D]."""
         assert self._model.embedding is not None
-        return self._model.embedding(torch.tensor(ids, device=self._device).flatten())
+        return self._model.embedding(ids_BS.flatten())
 
-    def blocks(
-        self, layers: Sequence[int], x_TD: Tensor, seq_len: int, rows: Sequence[int], starts: Sequence[int]
-    ) -> Tensor:
-        """[T, D] through some blocks, of S tokens of each of the sequences `rows`, as in `forward`."""
-        positions = self._positions(seq_len, rows, starts)
+    def blocks(self, layers: Sequence[int], x_TD: Tensor, seq_len: int, where: Where) -> Tensor:
+        """[T, D] through some blocks, of S tokens of each sequence."""
+        positions = self._positions(seq_len, where)
         for layer in layers:
             x_TD, _ = self._model.block(layer)(x_TD, positions)
         return x_TD
 
-    def normed(self, hidden_TD: Tensor, num_sequences: int) -> Tensor:
-        """What the last block gave, behind the final norm, [B, S, D]."""
+    def normed(self, hidden_TD: Tensor) -> Tensor:
+        """What the last block gave, behind the final norm, [T, D]."""
         assert self._model.norm is not None
         normed: Tensor = self._model.norm(hidden_TD).tensor
-        return normed.unflatten(0, (num_sequences, -1))
+        return normed
 
-    def draft(
-        self, hidden_BSD: Tensor, ids: Sequence[Sequence[int]], rows: Sequence[int], starts: Sequence[int]
-    ) -> Tensor:
+    def draft(self, hidden_BSD: Tensor, ids_BS: Tensor, where: Where) -> Tensor:
         """The MTP module's hidden states [B, S, D] for the head: of a token's hidden state and the token after it."""
         mtp = self._model.mtp
         assert mtp is not None
-        positions = self._positions(len(ids[0]), rows, starts)
-        x_TD, _ = mtp.block(mtp.enter(hidden_BSD.flatten(0, 1), self.embed(ids)), positions)
-        return mtp.leave(x_TD).tensor.unflatten(0, (len(rows), -1))
+        positions = self._positions(ids_BS.shape[1], where)
+        x_TD, _ = mtp.block(mtp.enter(hidden_BSD.flatten(0, 1), self.embed(ids_BS)), positions)
+        return mtp.leave(x_TD).tensor.unflatten(0, ids_BS.shape)
 
     def take(self, rows: Tensor) -> None:
         """Make the caches those of `rows` (int64), in that order; a row may be left out, or be there several times."""
         for cache in self._caches.values():
             cache.entries = cache.entries[rows]
+        self._rows = len(rows)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V] in the model's unquantized dtype."""
@@ -86,7 +106,7 @@ class Session:
         logits: Tensor = self._model.head(hidden_BD)
         return logits
 
-    def _positions(self, seq_len: int, rows: Sequence[int], starts: Sequence[int]) -> Positions:
-        positions_BS = torch.tensor(starts, device=self._device)[:, None] + torch.arange(seq_len, device=self._device)
-        cached = CachedForward(self._caches, tuple(rows), positions_BS, max(starts) + seq_len, is_first=not any(starts))
+    def _positions(self, seq_len: int, where: Where) -> Positions:
+        positions_BS = where.starts_B[:, None] + torch.arange(seq_len, device=self._device)
+        cached = CachedForward(self._caches, where.rows_B, positions_BS, where.length, is_first=where.is_first)
         return replace(self._model.positions(positions_BS), cached=cached)

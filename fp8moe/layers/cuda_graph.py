@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 import torch
 
+LEAST_STEP, STEPS = 64, 8
+
 
 class Graph(Protocol):
     """Work for the device, captured once."""
@@ -95,6 +97,17 @@ class Captured:
         call()
         self._steps.append(call)
         self._begin()
+
+
+def step_of(length: int) -> int:
+    """By how much lengths near `length` are apart that are captured: 64, or an eighth of the power of two below."""
+    return max(LEAST_STEP, (1 << (length.bit_length() - 1)) // STEPS)
+
+
+def rounded(length: int, most: int) -> int:
+    """A length that grows, up to one that is captured; at most `most`."""
+    step = step_of(length)
+    return min(-(-length // step) * step, most)
 
 
 _capturing: list[Captured] = []

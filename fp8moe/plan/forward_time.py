@@ -7,28 +7,35 @@
 
 A token's seconds are a bound from below: exact counts make the host wait in each mixture, drawn ids once a token, and
 none of that hides under anything. No GPU has decoded with this code, so no record stands against it.
+
+With CUDA graphs (`generate.captured`) the host launches messages and what draws, PyTorch's own kernels, alone; and,
+once for the tokens that a graph serves, all launches twice: when a kind of forward is met, and when it is captured.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from fp8moe.layers.attention import MlaConfig
+from fp8moe.layers.cuda_graph import step_of
 from fp8moe.layers.recipe import Recipe
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.partition import Stage
 from fp8moe.plan.attention_work import add_attention
 from fp8moe.plan.cluster import Cluster
 from fp8moe.plan.forward_work import FP32, FP64, entry_sizes
+from fp8moe.plan.graph_costs import COPY_LAUNCHES
 from fp8moe.plan.layer_time import Sizes, alone_seconds, block_time
 from fp8moe.plan.mlp_work import add_mlp
 from fp8moe.plan.network import Exchange, exchange_seconds
-from fp8moe.plan.rates import Card, host_seconds, launches_of, parts_of, total
+from fp8moe.plan.rates import Card, host_seconds, launches_of, message_launches, parts_of, total
 from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Small
 
 CACHE, HEAD = "caches", "head and drawing"
 LAUNCHES = 7  # of attention to a cache beside products: a cast, mask, softmax, the entry that is written
+BUFFERS = 5  # that the host copies what arrives into, a mixture: codes and scales, weights, where groups begin; sums
 
 
 def forward_seconds(sizes: Sizes, stage: Stage, card: Card, cluster: Cluster) -> float:
@@ -49,17 +56,22 @@ def forward_seconds(sizes: Sizes, stage: Stage, card: Card, cluster: Cluster) ->
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a token's time depends on beside its stage: the model, how rows reach the experts, ids that are drawn."""
+    """What a token's time depends on beside its stage: the model, how rows reach the experts, ids that are drawn.
+
+    graphs: forwards are CUDA graphs.
+    """
 
     model: ModelConfig
     recipe: Recipe
     exchange: Exchange
     num_ids: int
+    graphs: bool = False
 
 
 def token_seconds(of: Decoding, stage: Stage, rows: int, length: float, card: Card, cluster: Cluster) -> float:
     """Of one new token of each of `rows` sequences of `length` tokens in a stage, drawn behind the head."""
-    model = of.model
+    model, step = of.model, step_of(max(1, int(length)))
+    length = math.ceil(length / step) * step if of.graphs else length
     kinds = [model.is_dense(layer) for layer in stage.layers]
     seconds, launches = 0.0, 0
     for dense in set(kinds):
@@ -75,7 +87,15 @@ def token_seconds(of: Decoding, stage: Stage, rows: int, length: float, card: Ca
         ends += [Pass("norm", HEAD, rows * model.dim * 4), Product(rows, model.vocab_size, model.dim)]
         ends += [Pass("add", HEAD, rows * of.num_ids * drawn), Small(20)]
     seconds += total(parts_of(ends, card))
-    return max(seconds, host_seconds(launches + launches_of(ends)))
+    messages = 0.0
+    if of.exchange.ep > 1:
+        messages = kinds.count(False) * message_launches(of.exchange.hops, exact=not of.graphs)["F"]
+    all_launches = launches + launches_of(ends) + messages
+    if not of.graphs:
+        return max(seconds, host_seconds(all_launches))
+    buffers = kinds.count(False) * BUFFERS if of.exchange.ep > 1 else 0
+    left = messages + COPY_LAUNCHES * (buffers + launches_of(ends)) + 2 * all_launches / step
+    return max(seconds, host_seconds(left))
 
 
 @functools.lru_cache(maxsize=4096)

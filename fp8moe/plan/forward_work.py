@@ -26,12 +26,14 @@ from fp8moe.plan.expert_rows import visits
 FP32, FP64 = 4, 8
 
 
-def forward_bytes(model: ModelConfig, recipe: Recipe, layers: Sequence[int], tokens: float, ep: int = 1) -> float:
-    """Of `tokens` through these blocks, one after the other."""
+def forward_bytes(
+    model: ModelConfig, recipe: Recipe, layers: Sequence[int], tokens: float, ep: int = 1, *, roomy: bool = False
+) -> float:
+    """Of `tokens` through these blocks, one after the other; roomy: messages have room for every routing."""
     if not layers:
         return 0.0
     stream = 2 * recipe.dtype.itemsize * model.dim * tokens
-    mlps = [_mlp_bytes(model, recipe, tokens, ep, dense=model.is_dense(layer)) for layer in layers]
+    mlps = [_mlp_bytes(model, recipe, tokens, ep, dense=model.is_dense(layer), roomy=roomy) for layer in layers]
     return stream + max(_attention_bytes(model, recipe) * tokens, *mlps)
 
 
@@ -49,7 +51,7 @@ def _attention_bytes(model: ModelConfig, recipe: Recipe) -> float:
     return wide * (model.dim + values) + of_casts
 
 
-def _mlp_bytes(model: ModelConfig, recipe: Recipe, tokens: float, ep: int, *, dense: bool) -> float:
+def _mlp_bytes(model: ModelConfig, recipe: Recipe, tokens: float, ep: int, *, dense: bool, roomy: bool) -> float:
     """Input, gate and up, their product and the output; of a mixture for the shared experts and for each row, with the
     rows as they arrived and their sums."""
     wide, dim = recipe.dtype.itemsize, model.dim
@@ -65,9 +67,13 @@ def _mlp_bytes(model: ModelConfig, recipe: Recipe, tokens: float, ep: int, *, de
     local = e.num_experts // ep
     rows = tokens * topk + min(tokens * topk, local) * TILE / 2
     places = visits(model.router, e.num_experts, local) if ep > 1 else 1.0
+    still = 0.0
+    if roomy and ep > 1:  # and buffers, the same for all layers, that messages are sent from and arrive in
+        rows, places = tokens * ep * min(topk, local) + local * TILE, float(ep)
+        still = (tokens + rows) * (kept + wide) * dim
     arrived = tokens * places * (kept + (2 * wide if ep > 1 else wide)) * dim
     shared = tokens * wide * dim if e.num_shared else 0.0
-    return own + max(of(tokens, e.num_shared * e.hidden), of(rows, e.hidden) + arrived + shared)
+    return own + still + max(of(tokens, e.num_shared * e.hidden), of(rows, e.hidden) + arrived + shared)
 
 
 def head_bytes(model: ModelConfig, recipe: Recipe, tokens: int, device: torch.device) -> float:

@@ -112,7 +112,8 @@ def sampling_work(config: TrainConfig, stages: list[Stage], sizes: RolloutSizes,
     layers = [layer for stage in stages for layer in stage.layers]
     rows = sizes.rows_of_set
     prompts = forward_bytes(model, recipe, layers, sizes.prompts_together * sizes.longest_prompt, ep)
-    token = forward_bytes(model, recipe, layers, rows, ep) + attend_bytes(model, recipe, rows, sizes.length, device)
+    token = forward_bytes(model, recipe, layers, rows, ep, roomy=config.grpo.cuda_graphs)
+    token += attend_bytes(model, recipe, rows, sizes.length, device)
     copied = recipe.dtype.itemsize * rows * sizes.length * cache_width(model.attention)
     head = any(stage.head for stage in stages)
     drawing = draw_bytes(recipe, rows, config.data.vocab_size, DRAWN_VALUES) if head else 0.0

@@ -81,7 +81,7 @@ def _card(config: TrainConfig, cluster: Cluster) -> Card:
 
 
 def _exchange(config: TrainConfig, cluster: Cluster) -> Exchange:
-    """By exact counts, whatever the updates' dispatcher is."""
+    """In one hop, whatever the updates' dispatcher is."""
     return Exchange("all_to_all", config.ep, min(cluster.gpus_per_node, config.ep))
 
 
@@ -120,7 +120,8 @@ def _tokens(config: TrainConfig, cluster: Cluster, mean_tokens: float) -> float:
     of, most = rollout_sizes(config), config.grpo.max_tokens
     stages = stages_of(config)
     ranks = [sampling_stages(config, stages, rank) for rank in range(config.parallel.pp)]
-    decoding = Decoding(config.model, config.recipe, _exchange(config, cluster), config.data.vocab_size)
+    ids, graphs = config.data.vocab_size, config.grpo.cuda_graphs
+    decoding = Decoding(config.model, config.recipe, _exchange(config, cluster), ids, graphs)
     card = _card(config, cluster)
     seconds = 0.0
     for count, middle, rows in stretches(of.rows_of_set, most, mean_tokens):

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fp8moe.model.memory import rank_weights
+from fp8moe.plan.faster_rollouts import faster_rollouts, faster_rollouts_json, faster_rollouts_text
 from fp8moe.plan.memory import RankMemory, worst_rank
 from fp8moe.plan.prediction import Prediction
 from fp8moe.plan.rollout_memory import has_rollouts, is_policy, rollout_sizes
@@ -52,6 +53,7 @@ def rollouts_json(found: Prediction, mean_tokens: float | None = None) -> dict[s
     if counts is None:
         return None
     time, of_host = _time(found, mean_tokens), reference_bytes(found.config)
+    faster = faster_rollouts(found, time.mean_tokens)
     sampling = time.sampling / time.seconds if has_rollouts(found.config) else None
     return {
         **counts,
@@ -60,6 +62,7 @@ def rollouts_json(found: Prediction, mean_tokens: float | None = None) -> dict[s
         "time": asdict(time),
         "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
         "share": sampling,
+        "faster": faster_rollouts_json(faster),
     }
 
 
@@ -85,7 +88,9 @@ def rollouts_text(found: Prediction, mean_tokens: float | None = None) -> str | 
             f"the reference takes {of_host / GB:.2f} GB of the host's memory a rank, "
             f"{of_host * found.cluster.gpus_per_node / GB:.1f} GB a node"
         )
-    return "\n".join([*lines, *_time_text(config, _time(found, mean_tokens), counts["batches"])])
+    time = _time(found, mean_tokens)
+    faster = faster_rollouts_text(time.sampling, faster_rollouts(found, time.mean_tokens), found.cluster)
+    return "\n".join([*lines, *_time_text(config, time, counts["batches"]), *filter(None, [faster])])
 
 
 def phases_text(rank: RankMemory) -> str:

@@ -44,6 +44,7 @@ from fp8moe.post.scoring import Scorer, score_rollouts
 from fp8moe.schedule.build import microbatches
 from fp8moe.train.config import TrainConfig
 from fp8moe.train.method import StepWork
+from fp8moe.train.processes import choose_device
 from fp8moe.train.run import Run
 from fp8moe.train.run_state import save_and_stop
 
@@ -77,6 +78,11 @@ class Grpo:
                 "own, or begin from this one, init_from=RUN"
             )
         check_replay(config)
+        if grpo.cuda_graphs and grpo.server is None and (device := choose_device(config)).type != "cuda":
+            raise ConfigError(
+                f"grpo.cuda_graphs=true needs a GPU and this run computes on the {device.type}: use "
+                "grpo.cuda_graphs=false"
+            )
         if grpo.server is not None:
             Endpoint(endpoint_of(grpo), "completions")  # a setting that can't be is said before anything is written
             Announcement(grpo)

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fp8moe.generate.captured import decoding_graphs
 from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
 from fp8moe.generate.samples import exact_dispatch
 from fp8moe.generate.stages import stages_of
@@ -70,8 +71,11 @@ class BuiltIn:
         run = self._run
         if run.zero is not None:
             run.zero.wait_weights()
+        graphs = None
+        if run.config.grpo.cuda_graphs:
+            graphs = decoding_graphs(run.mesh, run.config.model.experts.num_experts, sampling.rows)
         with exact_dispatch(run):
-            return sample_groups(run.model, prompts, names, sampling, run.mesh, stages_of(run))
+            return sample_groups(run.model, prompts, names, sampling, run.mesh, stages_of(run), graphs)
 
     def ahead(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], sampling: GroupSampling, max_age: int

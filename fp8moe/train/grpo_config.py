@@ -27,6 +27,9 @@ class GrpoConfig:
     max_tokens: int = 256  # of a completion
     temperature: float = 1.0  # of the rollouts and of the policy that is trained
     rollout_batch: int = 512  # sequences that a rank decodes together
+    # forwards of tokens that the run itself samples are CUDA graphs, which save the host nearly all of their launches;
+    # they need a GPU
+    cuda_graphs: bool = False
     minibatches: int = 1  # updates that share out a batch of rollouts
     epochs: int = 1  # passes over a batch of rollouts
     # more problems are drawn, at most so many times, in place of groups that score alike (DAPO's dynamic sampling)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fp8moe.generate.captured import DecodingGraphs
 from fp8moe.generate.decode import Completion, Figures, GenerationConfig, generate
 from fp8moe.layers.dispatch import Dispatcher, LocalDispatcher
 from fp8moe.layers.linear import quantize_weights
@@ -69,12 +70,13 @@ def generated(
     mesh: Mesh | None = None,
     *,
     stop: int | None = None,
+    graphs: DecodingGraphs | None = None,
     **options: Any,
 ) -> tuple[list[Completion], Figures]:
     """Completions by `generate`, which end at the token `stop`."""
     return generate(
         model, prompts, GenerationConfig(**options), mesh or alone(), num_ids=VOCABULARY,
-        accept=lambda _, token: token == stop,
+        accept=lambda _, token: token == stop, graphs=graphs,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from fp8moe.errors import ConfigError
 from fp8moe.generate import decode
 from fp8moe.generate.decode import Completion, GenerationConfig
 from fp8moe.generate.sampling import SamplingConfig
-from fp8moe.generate.session import Session
+from fp8moe.generate.session import Session, Where
 from fp8moe.layers.attention import cache
 from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.recipe import Precision
@@ -159,8 +159,9 @@ def test_the_mtp_module_sees_what_it_is_trained_on() -> None:
         session = Session(model, 1, 12, mtp=True)
         pieces = []
         for first, last in ((0, 7), (7, 8), (8, 10), (10, 11)):
-            hidden_BSD = session.forward([text[first:last]], [0], [first])
-            pieces.append(session.draft(hidden_BSD, [text[first + 1 : last + 1]], [0], [first])[0])
+            where = session.where([0], [first], last - first)
+            hidden_BSD = session.forward(session.ids([text[first:last]]), where)
+            pieces.append(session.draft(hidden_BSD, session.ids([text[first + 1 : last + 1]]), where)[0])
     torch.testing.assert_close(torch.cat(pieces), whole.tensor, rtol=1e-4, atol=1e-4)
 
 
@@ -172,8 +173,8 @@ def test_lower_precisions_stay_close(precision: Precision, bound: float) -> None
     with torch.no_grad():
         whole = model.logits(text)[0].float()
         session = Session(model, 1, 16)
-        got = [session.logits(session.forward([text[0, :5].tolist()], [0], [0])[0])]
-        got += [session.logits(session.forward([[int(text[0, i])]], [0], [i])[0]) for i in range(5, 16)]
+        got = [session.logits(session.forward(text[:, :5], session.where([0], [0], 5))[0])]
+        got += [session.logits(session.forward(text[:, i, None], session.where([0], [i], 1))[0]) for i in range(5, 16)]
     error = (torch.cat(got).float() - whole).norm() / whole.norm()
     assert error < bound
 
@@ -213,9 +214,9 @@ def test_samples_of_a_prompt_share_its_forward(
     through: list[int] = []
     forward = Session.forward
 
-    def counted(self: Session, ids: Any, rows: Any, starts: Any) -> Tensor:
-        through.extend(len(one) for one, start in zip(ids, starts, strict=True) if start == 0)
-        return forward(self, ids, rows, starts)
+    def counted(self: Session, ids_BS: Tensor, where: Where) -> Tensor:
+        through.extend([ids_BS.shape[1]] * len(ids_BS) * where.is_first)
+        return forward(self, ids_BS, where)
 
     monkeypatch.setattr(Session, "forward", counted)
     completions, figures = generated(model, asked, max_tokens=COUNT, sampling=sampling)

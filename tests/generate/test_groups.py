@@ -10,7 +10,8 @@ import torch
 
 from fp8moe.errors import ConfigError
 from fp8moe.generate import groups as generate_groups
-from fp8moe.generate.groups import GroupSampling, Sampled, draw, sample_groups
+from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
+from fp8moe.generate.sampling import draw
 from fp8moe.generate.stages import PipelineStages
 from fp8moe.model.partition import partition
 from fp8moe.model.transformer import generator_of

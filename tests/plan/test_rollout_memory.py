@@ -11,7 +11,7 @@ import torch
 from benchmarks.live_memory import TrackPeak
 from fp8moe.cli.compose import compose
 from fp8moe.data.packing import Batch
-from fp8moe.generate import groups
+from fp8moe.generate import groups, sampling
 from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
 from fp8moe.generate.routing import RoutingRecord
 from fp8moe.generate.session import Session
@@ -294,4 +294,4 @@ def test_experts_that_are_replayed() -> None:
 
 def test_bounds_are_those_of_the_generator() -> None:
     assert rollout_memory.PROMPT_TOKENS == groups.PROMPT_TOKENS
-    assert rollout_memory.DRAWN_VALUES == groups.DRAWN_VALUES
+    assert rollout_memory.DRAWN_VALUES == sampling.DRAWN_VALUES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,10 @@ from fp8moe.cli.compose import compose
 from fp8moe.errors import ConfigError
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.flops import count_parameters
+from fp8moe.parallel.dispatch.counts import Capacity, EpTopology, fixed
+from fp8moe.plan.faster_rollouts import faster_rollouts
 from fp8moe.plan.forward_time import Decoding, token_seconds
+from fp8moe.plan.forward_work import forward_bytes
 from fp8moe.plan.network import Exchange
 from fp8moe.plan.prediction import predict
 from fp8moe.plan.rates import HOST_SECONDS, Card
@@ -158,3 +162,64 @@ def test_a_teachers_forwards_are_part_of_a_step() -> None:
 
 def parts(time: StepTime) -> float:
     return pytest.approx(sum(part.seconds for part in time.parts if part.name == "teacher's forwards"))  # type: ignore[no-any-return]
+
+
+def test_graphs_leave_the_host_messages_and_what_draws() -> None:
+    """Of one row, which binds nothing else: on one rank a few small launches, and all of them twice a graph."""
+    config = configured("model=moonlight_16b", "data=indexed", "data.paths=[a]", "seq_len=8192", world_size=1)
+    (stage,), card = stages_of(config), Card("H200", 1e15, fp8=True)
+    alone = Decoding(config.model, config.recipe, Exchange("all_to_all", 1, 1), 1000)
+    shared = replace(alone, exchange=Exchange("all_to_all", 8, 8))
+
+    def launches(of: Decoding, length: float = 2048.0) -> float:
+        return token_seconds(of, stage, 1, length, card, CLUSTER) / HOST_SECONDS
+
+    layers = config.model.num_layers - 1
+    of_messages = launches(shared) - launches(alone)
+    assert of_messages == pytest.approx(layers * (7 + 2), rel=0.05)
+    graphs = launches(replace(shared, graphs=True))
+    assert graphs == pytest.approx(layers * (7 + 0.5) + 2 + 2 * (launches(shared) - layers * 2) / 256, rel=0.02)
+    device = token_seconds(replace(alone, graphs=True), stage, 1, 2048.0, card, CLUSTER)
+    assert device < 0.1 * token_seconds(alone, stage, 1, 2048.0, card, CLUSTER), "kernels bind"
+
+
+def test_lengths_are_those_of_the_graphs() -> None:
+    config = configured("model=moonlight_16b", "data=indexed", "data.paths=[a]", "seq_len=8192", world_size=1)
+    (stage,), card = stages_of(config), Card("H200", 1e12, fp8=True)
+    of = Decoding(config.model, config.recipe, Exchange("all_to_all", 1, 1), 1000, graphs=True)
+    times = [token_seconds(of, stage, 64, length, card, CLUSTER) for length in (4097.0, 4200.0, 4608.0, 4609.0)]
+    assert times[0] == times[1] == times[2] < times[3]
+
+
+def test_sampling_that_is_faster_by_prediction() -> None:
+    """Graphs, then as many rows as are there; each change fits, and its figures are those of its own plan."""
+    words = ("experiment=r1_zero", "grpo.cuda_graphs=false", "grpo.rollout_batch=64")
+    found = predict(configured(*words), CLUSTER, 1e9)
+    first, *more = faster_rollouts(found, 16384)
+    assert first.settings == ("grpo.cuda_graphs=true",) and [len(one.settings) for one in more] == [2]
+    now = rollout_time(found.config, CLUSTER, 0.0, 16384).sampling
+    assert first.seconds < now / 3 and more[0].seconds < first.seconds / 1.03
+    for one in (first, *more):
+        again = predict(configured(*words, *one.settings), CLUSTER, 1e9)
+        assert rollout_time(again.config, CLUSTER, 0.0, 16384).sampling == one.seconds
+        assert again.worst.total == one.bytes < 0.98 * CLUSTER.memory_gb * 1e9
+    text, figures = rollouts_text(found, 16384), rollouts_json(found, 16384)
+    assert text is not None and f"=true {first.tokens_per_second_per_gpu:,.0f} " in re.sub(" +", " ", text)
+    assert figures is not None and figures["faster"][0]["settings"] == ["grpo.cuda_graphs=true"]
+    assert faster_rollouts(predict(configured(*words, *more[-1].settings), CLUSTER, 1e9), 16384) == ()
+    small = replace(CLUSTER, memory_gb=found.worst.total / 1e9 + 0.5)
+    assert faster_rollouts(predict(found.config, small, 1e9), 16384)[-1].bytes < 0.98 * small.memory_gb * 1e9
+    assert faster_rollouts(predict(found.config, replace(CLUSTER, memory_gb=1.0), 1e9), 16384) == ()
+
+
+def test_messages_of_graphs_have_room_for_every_routing() -> None:
+    config = configured(*ZERO, "parallel.ep=8", world_size=8)
+    model, rows = config.model, 64
+    topology = EpTopology(None, model.experts.num_experts, 8, 1)  # type: ignore[arg-type]  # sizes alone
+    sizes = fixed(1, model.router.topk, topology, Capacity(rows, float("inf")))
+    received = sum(sizes.splits[0][0].received)
+    assert received == 8 * rows and sizes.room >= 8 * rows * min(model.router.topk, topology.local_experts)
+    roomy, usual = (forward_bytes(model, config.recipe, [5], rows, 8, roomy=one) for one in (True, False))
+    row = 1 + 4 / 128  # of a value that a product reads
+    least = sizes.room * ((row + 2 * 2) * model.experts.hidden + (row + 2) * model.dim) + received * row * model.dim
+    assert least < roomy < 1.5 * least and usual < least / 4

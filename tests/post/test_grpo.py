@@ -15,7 +15,10 @@ import torch
 
 from fp8moe.cli.compose import as_yaml
 from fp8moe.errors import ConfigError
+from fp8moe.generate.captured import DecodingGraphs, decoding_graphs
 from fp8moe.layers.linear import main_grad_of
+from fp8moe.parallel.mesh import Mesh
+from fp8moe.post import grpo, rollouts
 from fp8moe.post.grpo import Grpo
 from fp8moe.post.rollouts import FOLDER
 from fp8moe.train.config import TrainConfig
@@ -24,6 +27,7 @@ from fp8moe.train.loop import train
 from fp8moe.train.step import train_step
 from tests.parallel.ranks import run_ranks
 from tests.post.runs import policy_config, policy_run
+from tests.train.recorded_graph import RecordedGraph, as_on_a_gpu
 from tests.train.runs import configured
 
 
@@ -215,11 +219,32 @@ def test_a_reward_that_hangs_leaves_out_its_sample_and_no_process(
     assert all(message.endswith(says) for message in named)
 
 
+def test_samples_of_captured_forwards_are_the_same(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights before each update; the reference's and the training's forwards are as they were."""
+    made: list[RecordedGraph] = []
+
+    def graphs(mesh: Mesh, num_experts: int, tokens: int) -> DecodingGraphs:
+        return decoding_graphs(mesh, num_experts, tokens, lambda: lambda: made.append(RecordedGraph()) or made[-1])
+
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(rollouts, "decoding_graphs", graphs)
+    monkeypatch.setattr(grpo, "choose_device", lambda config: torch.device("cuda", 0))
+    plain = steps(policy_config(corpus), 2)
+    assert not made
+    captured = steps(policy_config(corpus, "grpo.cuda_graphs=true"), 2)
+    assert len(made) >= 6, "held-out problems and two batches, of two numbers of rows at least"
+    timed = ("time", "rollout_seconds", "rollout_tokens_per_second")
+    for one, other in zip(plain, captured, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
 def test_what_can_not_be_is_refused(corpus: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"learns from problems and data.source is indexed: go on with a run of its"):
         Grpo().open_data(configured(corpus), None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"grpo.max_tokens=100 follow, and a row has seq_len \+ 1 = 49: use seq_len="):
         policy_run(policy_config(corpus, "grpo.max_tokens=100"))
+    with pytest.raises(ConfigError, match=r"cuda_graphs=true needs a GPU and this run computes on the cpu: use .*fals"):
+        policy_run(policy_config(corpus, "grpo.cuda_graphs=true"))
     with pytest.raises(ConfigError, match=r"grpo.rewards=none is not one of accuracy, format, think"):
         policy_run(policy_config(corpus, "grpo.rewards=[none]"))
     with pytest.raises(ConfigError, match=r"rewards=tests.post.given_rewards:nothing can't be imported"):

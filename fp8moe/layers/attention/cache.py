@@ -50,20 +50,17 @@ class Cached(Protocol):
 class CachedForward:
     """What a forward of S new tokens of each of B sequences writes to the caches and reads of them.
 
-    caches: by layer. rows: the B sequences' rows in them. positions_BS: the tokens' places, int64. length: tokens that
-    the longest of the sequences has, the new ones included. is_first: the tokens are the first S of their sequences, so
-    that they attend to each other alone and nothing is read.
+    caches: by layer. rows_B: the sequences' rows in them, int64; None: all rows, in order. positions_BS: the tokens'
+    places, int64. length: entries of a row that are read, at least the tokens of the longest of the sequences, the new
+    ones included. is_first: the tokens are the first S of their sequences, so that they attend to each other alone and
+    nothing is read. Nothing here makes the host wait.
     """
 
     caches: Mapping[nn.Module, LayerCache]
-    rows: tuple[int, ...]
+    rows_B: Tensor | None
     positions_BS: Tensor
     length: int
     is_first: bool
-
-    @cached_property
-    def _rows_B(self) -> Tensor:
-        return torch.tensor(self.rows, device=self.positions_BS.device)
 
     @cached_property
     def mask_BSL(self) -> Tensor:
@@ -79,13 +76,14 @@ class CachedForward:
 
     def write(self, layer: nn.Module, entries_TW: Tensor) -> None:
         """Keep the entries of the new tokens, sequence after sequence."""
-        entries = self.caches[layer].entries
-        entries[self._rows_B[:, None], self.positions_BS] = entries_TW.view(*self.positions_BS.shape, -1)
+        entries, places_BS = self.caches[layer].entries, self.positions_BS
+        rows_B = torch.arange(len(places_BS), device=places_BS.device) if self.rows_B is None else self.rows_B
+        entries[rows_B[:, None], places_BS] = entries_TW.view(*places_BS.shape, -1)
 
     def read(self, layer: nn.Module) -> Tensor:
         """The entries of the sequences, [B, L, W]: a view where all rows are asked for."""
         entries = self.caches[layer].entries[:, : self.length]
-        return entries if self.rows == tuple(range(len(entries))) else entries[self._rows_B]
+        return entries if self.rows_B is None else entries[self.rows_B]
 
 
 def attend_to_cache(

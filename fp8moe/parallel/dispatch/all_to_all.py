@@ -78,7 +78,7 @@ class AllToAllDispatcher:
         self.topology, self.hop_groups, self.chunks = topology, hop_groups, chunks
         self.capacity, self.max_imbalance = capacity, max_imbalance
         self.num_local_experts = topology.local_experts
-        self._overflow = None if capacity is None else Overflow(topology, capacity)
+        self._overflow = None if capacity is None or capacity.holds_all else Overflow(topology, capacity)
 
     def announce(self, topk_ids_TK: Tensor) -> Announced:
         """See `Dispatcher`. Collective over the group, as every verb is, in one order on all ranks.

@@ -70,14 +70,22 @@ class MessageSizes:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Fixed messages for batches of at most `tokens` tokens a rank, with `factor` times the even share of room."""
+    """Fixed messages for batches of at most `tokens` tokens a rank, with `factor` times the even share of room.
+
+    Infinite: with room for every routing.
+    """
 
     tokens: int
     factor: float
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether nothing can overflow."""
+        return math.isinf(self.factor)
+
     def share(self, even: float, worst: int) -> int:
         """Rows of room: at least 1, at most what could ever come."""
-        return max(1, min(worst, math.ceil(self.factor * even)))
+        return max(1, worst if self.holds_all else min(worst, math.ceil(self.factor * even)))
 
 
 def hops_of(topology: EpTopology) -> tuple[bool, bool]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp8moe.generate.captured import DecodingGraphs
 from fp8moe.generate.decode import Completion, GenerationConfig, generate
 from fp8moe.generate.text import TextStream, Vocabulary
 from fp8moe.model.transformer import Transformer
@@ -22,7 +23,8 @@ from fp8moe.post.distill.teacher import Failed, Messages, Reply, Request
 
 @dataclass(frozen=True)
 class OwnTeacher:
-    """A loaded model that answers. encode: messages to token ids. ends, stops: tokens and texts that end an answer."""
+    """A loaded model that answers. encode: messages to token ids. ends, stops: tokens and texts that end an answer.
+    graphs: of forwards behind the prompts."""
 
     model: Transformer
     mesh: Mesh
@@ -32,6 +34,7 @@ class OwnTeacher:
     identity: Mapping[str, Any]
     ends: frozenset[int]
     stops: Sequence[str] = ()
+    graphs: DecodingGraphs | None = None
 
     def replies(self, requests: Sequence[Request]) -> Iterator[Reply | Failed]:
         """Batch by batch. A prompt that is empty or leaves no room in the context has no sample."""
@@ -63,6 +66,7 @@ class OwnTeacher:
             num_ids=self.vocabulary.num_ids,
             accept=accept,
             draws=[request.draw for request, _ in batch],
+            graphs=self.graphs,
         )
         replies = []
         for (request, ids), completion, stream in zip(batch, completions, streams, strict=True):

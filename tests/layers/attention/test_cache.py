@@ -40,11 +40,11 @@ def at(config: MlaConfig | GqaConfig, places_BS: Tensor) -> Positions:
 @torch.no_grad()
 def in_pieces(layer: torch.nn.Module, config: MlaConfig | GqaConfig, x_BSD: Tensor, pieces: list[int]) -> Tensor:
     """The layer's outputs with a cache, for tokens that come in pieces; the rows are taken in another order."""
-    batch, rows, begin, found = len(x_BSD), tuple(reversed(range(len(x_BSD)))), 0, []
+    batch, rows_B, begin, found = len(x_BSD), torch.arange(len(x_BSD)).flip(0), 0, []
     caches = {layer: layer.new_cache(batch, LENGTH + 3)}  # type: ignore[operator]
     for size in pieces:
         places_BS = torch.arange(begin, begin + size).expand(batch, -1)
-        cached = CachedForward(caches, rows, places_BS, begin + size, is_first=begin == 0)
+        cached = CachedForward(caches, rows_B, places_BS, begin + size, is_first=begin == 0)
         y_TD = layer(x_BSD[:, begin : begin + size].flatten(0, 1), replace(at(config, places_BS), cached=cached))
         found.append(y_TD.unflatten(0, (batch, size)))
         begin += size
@@ -89,7 +89,7 @@ def test_windows_sinks_and_shared_heads_beside_a_plain_softmax(window: int | Non
     places_BS = torch.tensor(starts)[:, None] + torch.arange(S)
     q, k, v = torch.randn(B, S, H, d), torch.randn(B, 11, G, d), torch.randn(B, 11, G, V)
     sinks_H = torch.randn(H) if has_sinks else None
-    mask = CachedForward({}, (0, 1, 2), places_BS, 11, is_first=False).window_mask_BSL(window)
+    mask = CachedForward({}, None, places_BS, 11, is_first=False).window_mask_BSL(window)
     found = attend_to_cache(q, k, v, 0.3, mask, sinks_H)
     for b in range(B):
         for s in range(S):
