@@ -58,8 +58,8 @@ class CapturedForward:
         self._captured: Captured | None = None
 
     def length(self, length: int, most: int) -> int:
-        """How many entries of a row are read where `length` are needed and there are `most`."""
-        return length if self._graphs is None else rounded(length, most)
+        """How many entries of a row are read where no row needs more than `length` and there are `most`."""
+        return min(length, most) if self._graphs is None else rounded(length, most)
 
     def run(self, kind: Hashable, call: Callable[..., Tensor], *given: Tensor) -> Tensor:
         """`call(*given)`, a tensor. One kind: the same launches, on other values in tensors of the same shapes.

@@ -82,7 +82,7 @@ def on_stages() -> tuple[list[list[int]], list[Any]]:
     record = RoutingRecord(part, 2, 3)
     router = part.block(layers[1]).moe.router  # type: ignore[union-attr]
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(mesh.pp_rank))
-    with record.noting(torch.tensor([1]), [1], 2):
+    with record.noting(torch.tensor([1]), torch.tensor([1]), 2):
         chosen = router(torch.randn(2, config.dim), 1).topk_ids_TK
     return chosen.tolist(), [one.tolist() for one in record.of_rows([2, 3], mesh.pp_group)]
 
