@@ -15,7 +15,7 @@ since ranks don't capture at the same time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ class CapturedForward:
     def __init__(self, model: nn.Module, graphs: DecodingGraphs | None) -> None:
         self._graphs = graphs
         self._layers = [module for module in model.modules() if isinstance(module, MoE)]
-        self._kind: Hashable = None
+        self._kind: tuple[object, ...] = ()
         self._given: tuple[Tensor, ...] = ()
         self._result: Tensor | None = None
         self._captured: Captured | None = None
@@ -61,13 +61,15 @@ class CapturedForward:
         """How many entries of a row are read where no row needs more than `length` and there are `most`."""
         return min(length, most) if self._graphs is None else rounded(length, most)
 
-    def run(self, kind: Hashable, call: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        """`call(*given)`, a tensor. One kind: the same launches, on other values in tensors of the same shapes.
+    def run(self, length: int, call: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """`call(*given)`, a tensor, where `length` entries of a row are read.
 
-        Whatever else `call` reads or writes lies where it lay. It may read nothing to the host.
+        Calls of one length and shapes of `given` are of one kind: they make the same launches, and whatever else they
+        read or write lies where it lay. None may read anything to the host.
         """
         if self._graphs is None:
             return call(*given)
+        kind = length, *(one.shape for one in given)
         if kind != self._kind or self._result is None:
             self._captured = None  # with its memory, before the next one's
             with self._dispatching(self._graphs.dispatcher):

@@ -268,8 +268,7 @@ class _Batch:
             return call(*others, ids_BS, Where(rows_B if len(rows_B) else None, starts_B, length))
 
         rows_B = where.starts_B[:0] if where.rows_B is None else where.rows_B
-        kind = rows, seq_len, length
-        return forward.run(kind, compute, self._session.ids(ids), where.starts_B, rows_B, *given)
+        return forward.run(length, compute, self._session.ids(ids), where.starts_B, rows_B, *given)
 
     def _advance(self, one: _Sequence, tokens: Sequence[int], draft: int = 0) -> None:
         if one.completion.ended is None and not one.is_copy:

@@ -285,7 +285,7 @@ class _Rows:
         def compute(given: Tensor, places: Tensor) -> Tensor:
             return self._compute(stage, given, Where(None, places, length), rows)
 
-        made_ND = forward.run((len(rows), length), compute, self._given(stage, ids[:, None]), places)
+        made_ND = forward.run(length, compute, self._given(stage, ids[:, None]), places)
         if stage.head:
             self._draw(step + 1, made_ND)
         else:

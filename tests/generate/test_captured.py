@@ -68,7 +68,7 @@ def samples_of(model: Transformer, graphs: DecodingGraphs | None, **changes: Any
     return [one for group in groups for one in group]
 
 
-def as_it_is(self: CapturedForward, kind: object, call: Callable[..., Tensor], *given: Tensor) -> Tensor:
+def as_it_is(self: CapturedForward, length: int, call: Callable[..., Tensor], *given: Tensor) -> Tensor:
     return call(*given)
 
 
