@@ -164,6 +164,12 @@ void on_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
     if (value.isTensor() && value.toTensor().defined() && !value.toTensor().is_cuda()) device_only = false;
     value = call.converted(value, alias != nullptr && alias->isWrite());
   }
+  if (call.name == "aten::_local_scalar_dense" || call.name == "aten::nonzero" || call.name == "aten::equal")
+    host_takes_part("the host reads by " + call.name);
+  if (call.name == "aten::copy_" && !device_only) host_takes_part("memory of the host is copied or written");
+  if (call.name == "aten::index.Tensor" || call.name == "aten::index_put_" || call.name == "aten::_index_put_impl_")
+    for (const auto& one : (*stack)[begin + 1].toOptionalTensorVector())
+      if (one && one->scalar_type() == at::kBool) host_takes_part("the host counts what a mask selects");
   const bool blocks = call.name == "aten::_local_scalar_dense" || call.name == "aten::nonzero" ||
       (call.name == "aten::copy_" && !device_only && !(*stack)[begin + 2].toBool());
   if (copies_out && (*stack)[begin + 2].toBool() && (*stack)[begin].toTensor().is_contiguous()) {
@@ -267,6 +273,7 @@ TORCH_LIBRARY(host_gpu, m) {
     write_down_access(writes, x, name);
   });
   m.def("log(bool on) -> ()", [](bool on) { logging = on; });
+  m.def("capture(bool on) -> ()", [](bool on) { capturing = captures_here = on; });
   m.def("lines() -> (int[], str[])", []() {
     std::lock_guard<std::mutex> lock(log_mutex);
     return std::make_tuple(log_lines, log_names);

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels import backend
+from fp8moe.layers import cuda_graph
 from fp8moe.layers.attention import choice
 from fp8moe.parallel.stream import tensors_of
 from tests.fake_cuda.launching import mutated
-from tests.host_gpu import nccl
+from tests.host_gpu import graphs, nccl
 
 HOPPER = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0, total_memory=80 * 1024**3
@@ -101,6 +102,7 @@ def install() -> None:
         "stream": lambda one: nullcontext() if one is None else one,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "graph_pool_handle": lambda: None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
@@ -109,4 +111,5 @@ def install() -> None:
     backend._run = run_op
     backend.why_not = lambda name: None
     backend.set_backend(None)
+    cuda_graph.CudaGraph = graphs.HostGpuGraph
     choice.machine_of = lambda device, heads: choice.Machine("cpu")  # a GPU's kernels of attention are not here

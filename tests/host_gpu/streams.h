@@ -41,6 +41,15 @@ inline void write_down(Kind kind, int64_t stream, int64_t first, int64_t last, c
   log_names.push_back(name);
 }
 
+// ---- while a graph is captured, whose launches are done again without the host
+
+inline std::atomic<bool> capturing{false};
+inline thread_local bool captures_here = false;  // other threads may ask for events, as in CUDA's thread-local mode
+
+inline void host_takes_part(const std::string& how) {
+  TORCH_CHECK(!capturing, how, " while a graph is captured");
+}
+
 // ---- copies to the host that nobody has waited for
 
 struct Copy {
@@ -138,20 +147,27 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeEvent(void* event) const override {
     if (event == nullptr) return;
+    host_takes_part("the host waits for an event");
+    arrive(event);
+  }
+  void arrive(void* event) const {
     write_down(SYNCHRONIZE, -1, static_cast<Event*>(event)->version, 0);
     end_copies(static_cast<Event*>(event)->version);
   }
   bool queryEvent(void* event) const override {
-    synchronizeEvent(event);
+    if (captures_here) host_takes_part("the host asks for an event");
+    if (event != nullptr) arrive(event);
     return true;
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream& stream) const override {
+    host_takes_part("the host waits for a stream");
     write_down(SYNCHRONIZE, stream.id(), 0, 0);
     end_copies(next_event);
   }
   void synchronizeDevice(const c10::DeviceIndex) const override {
+    host_takes_part("the host waits for the device");
     write_down(SYNCHRONIZE, -2, 0, 0);
     end_copies(next_event);
   }

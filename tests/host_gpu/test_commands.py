@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from fp8moe.cli.compose import as_yaml
+from fp8moe.cli.generate import main as generate
 from fp8moe.train.loop import train
 from tests.train.runs import SMALL, configured, write_corpus
 
@@ -19,15 +21,16 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 CALM = ("report=false", "validation.completions=0", "steps=3", "parallel.timeout=60")
 
 
-def train_there(processes: int, library: Path, settings: tuple[str, ...], report: Path) -> None:
-    """`fp8moe train` on so many GPUs, each rank's report in the folder `report`."""
+def run_there(processes: int, library: Path, command: Sequence[str], report: Path) -> str:
+    """What `fp8moe COMMAND` says on so many GPUs, each rank's report in the folder `report`."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    command = [sys.executable, *torchrun, "-m", "tests.host_gpu", str(library), "train", *settings, "device=cuda"]
+    command = [sys.executable, *torchrun, "-m", "tests.host_gpu", str(library), *command, "device=cuda"]
     done = subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT | {"HOST_GPU_REPORT": str(report)}, capture_output=True, text=True,
         timeout=200, check=False, errors="replace",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -77,7 +80,7 @@ def test_training_runs_without_races_and_as_on_the_host(
 ) -> None:
     processes, settings = LAYOUTS[name]
     there, here = tmp_path / "gpu", tmp_path / "cpu"
-    train_there(processes, library, (*small, *settings, f"run_dir={there}"), tmp_path)
+    run_there(processes, library, ("train", *small, *settings, f"run_dir={there}"), tmp_path)
     for rank in range(processes):
         report = json.loads((tmp_path / f"{rank}.json").read_text())
         assert report["found"] == []
@@ -88,3 +91,22 @@ def test_training_runs_without_races_and_as_on_the_host(
     train(configured(list(small), *alone, "steps=3", f"run_dir={here}"), as_yaml)
     (precision,) = (one.partition("=")[2] for one in settings if one.startswith("precision="))
     assert losses(there) == pytest.approx(losses(here), rel=NEAR[precision])
+
+
+def test_graphs_train_and_generate_as_the_host_does(
+    library: Path, small: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A micro-batch as graphs between its messages to experts; then forwards of two tokens of each text. What the host
+    may take no part in, it does not: the device refuses it."""
+    there, here = tmp_path / "gpu", tmp_path / "cpu"
+    graphs = ("parallel.ep=2", "parallel.capacity_factor=4", "parallel.cuda_graphs=true")
+    of_both = ("precision=fp8", "batch.micro_batch=2", "checkpoint.every=3")
+    run_there(2, library, ("train", *small, *of_both, *graphs, f"run_dir={there}"), tmp_path)
+    train(configured(list(small), *of_both, f"run_dir={here}"), as_yaml)
+    assert losses(there) == pytest.approx(losses(here), rel=NEAR["fp8"])
+    ask = (str(there), "--prompt", "the ", "--prompt", "a", "--max-tokens", "8", "precision=fp32")
+    texts = run_there(2, library, ("generate", *ask, "--cuda-graphs", "--mtp", "parallel.ep=2"), tmp_path)
+    assert all(json.loads((tmp_path / f"{rank}.json").read_text())["found"] == [] for rank in range(2))
+    capsys.readouterr()
+    assert generate([*ask, "device=cpu"]) == 0
+    assert texts == capsys.readouterr().out

@@ -16,6 +16,7 @@ from tests.fake_cuda import guard
 guard.load(Path(sys.argv[1]))
 import torch
 from tests.host_gpu import hopper
+from tests.host_gpu.graphs import HostGpuGraph
 hopper.install()
 """
 
@@ -60,6 +61,27 @@ event.synchronize()
 print("a copy has arrived when it was waited for", before, host.sum().item() == 866)
 with torch.cuda.stream(torch.cuda.Stream()):
     print("streams are told apart", torch.cuda.current_stream().stream_id != 0)
+total = torch.zeros((), device="cuda")
+graph = HostGpuGraph(None, None)
+with graph.capturing():
+    total += x.sum()
+for value in (1.0, 2.0):
+    x.fill_(value)
+    graph.replay()
+print("a graph does again what was captured", total.item() == 12 + 24)
+def refused(call):
+    try:
+        with HostGpuGraph(None, None).capturing():
+            call()
+    except (RuntimeError, AssertionError) as error:
+        return "while a graph is captured" in str(error)
+    return False
+calls = (
+    lambda: torch.tensor([1.0], device="cuda"), lambda: torch.zeros(2).to("cuda", non_blocking=True), lambda: x.cpu(),
+    lambda: x[x > 0], lambda: x.sum().item(), lambda: event.synchronize(), lambda: event.query(),
+)
+print("a capture has no part of the host", [refused(call) for call in calls] == [True] * len(calls))
+print("and has ended", not refused(lambda: None) and x.cpu().shape == (3, 4))
 kept = torch.cuda.memory_allocated()
 y = torch.empty(1000, device="cuda")
 print("memory is counted", torch.cuda.memory_allocated() - kept == 4000)
@@ -82,6 +104,9 @@ print("memory is counted", torch.cuda.memory_allocated() - kept == 4000)
         "a copy has arrived when it was waited for True True",
         "streams are told apart True",
         "memory is counted True",
+        "a graph does again what was captured True",
+        "a capture has no part of the host True",
+        "and has ended True",
     ],
 )
 def test_it_is_a_device(semantics: str, line: str) -> None:

@@ -114,7 +114,7 @@ def test_a_token_takes_what_it_reads() -> None:
 
 def test_rollouts_take_longer_with_less() -> None:
     """Of rows at once, where launches bind; of bandwidth, where longer completions show; a reference is a forward."""
-    config = configured(*ZERO)
+    config = configured(*ZERO, "grpo.cuda_graphs=false")
 
     def time(changed: TrainConfig, mean: float = 16384, cluster: object = CLUSTER) -> float:
         return rollout_time(changed, cluster, 10.0, mean).sampling  # type: ignore[arg-type]
@@ -222,4 +222,5 @@ def test_messages_of_graphs_have_room_for_every_routing() -> None:
     roomy, usual = (forward_bytes(model, config.recipe, [5], rows, 8, roomy=one) for one in (True, False))
     row = 1 + 4 / 128  # of a value that a product reads
     least = sizes.room * ((row + 2 * 2) * model.experts.hidden + (row + 2) * model.dim) + received * row * model.dim
-    assert least < roomy < 1.5 * least and usual < least / 4
+    buffers = (rows + sizes.room) * (row + 2) * model.dim
+    assert least + buffers < roomy < 1.15 * (least + buffers) and usual < roomy / 6

@@ -46,11 +46,14 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """All of the memory that a tensor is a view of."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 class RecordedGraph(TorchDispatchMode):
     """A `Graph`; `entries` are what was captured."""
+
+    messages_have_threads = True  # whose ops are not the capture's
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class RecordedGraph(TorchDispatchMode):
         run, mine, ended = backend._run, threading.get_ident(), list[bool]()
 
         def run_op(name: str, *args: Any, **kwargs: Any) -> Any:
-            if ended or threading.get_ident() != mine:  # a message's
+            if ended or (self.messages_have_threads and threading.get_ident() != mine):
                 return run(name, *args, **kwargs)
             self._in_op = True
             try:
