@@ -173,6 +173,7 @@ def test_multiple_choice_is_scored(run: Path, tmp_path: Path, capsys: pytest.Cap
     ("generate EMPTY --prompt a", 2, "EMPTY is neither a run directory, with its config.yaml, nor a checkpoint: name"),
     ("generate HF --prompt a", 2, "HF/config.json"),
     ("generate RUN", 2, "there is nothing to continue: add --prompt TEXT, --file PATH or --chat PATH"),
+    ("generate RUN --prompt a --cuda-graphs", 2, "--cuda-graphs needs a GPU and the model computes on the cpu: leave"),
     ("generate RUN --prompt a --chat b", 2, "--chat can't stand beside --prompt or --file: use one of them"),
     ("generate RUN --prompt=", 2, "prompt 1 is empty: give at least one character"),
     ("generate RUN --prompt a --stop-token no", 2, "--stop-token='no' is no token of the tokenizer"),
