@@ -20,6 +20,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once too: `cli.threads`
 prepare(os.environ)
 
+# Python's collector looks for cycles after so many new objects, 700 by itself: a tenth of a start, which is imports,
+# whose objects all stay.
+COLLECT_AFTER = (10_000, 20, 50)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fp8moe.cli.train", "train a model; --nproc N starts N processes on this machine"),
     "sft": ("fp8moe.cli.sft", "fine-tune a model on conversations; as train, with other data and defaults"),
@@ -54,6 +57,8 @@ def _usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; `argv` defaults to the arguments of the process, which then ends."""
+    if argv is None:
+        gc.set_threshold(*COLLECT_AFTER)
     try:
         code = _main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -15,6 +15,8 @@ from fp8moe.train.run import Run
 from fp8moe.train.step import train_step
 from tests.train.runs import SMALL, write_corpus
 
+THRESHOLD = 700  # new objects after which Python collects by itself
+
 
 class Cycle:
     """An object that only the collector frees."""
@@ -34,7 +36,7 @@ def test_no_step_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def step(run: Run, **words: object) -> object:
         alive.append(sum(cycle() is not None for cycle in cycles))
         within[0] = True
-        kept = [[number] for number in range(100 * gc.get_threshold()[0])]
+        kept = [[number] for number in range(100 * THRESHOLD)]
         cycles.append(weakref.ref(Cycle()))
         report = train_step(run, **words)  # type: ignore[arg-type]
         assert not gc.isenabled() and len(kept) > 1000
@@ -45,11 +47,14 @@ def test_no_step_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(garbage, "EVERY", 2)
     corpus = write_corpus(tmp_path)
     gc.callbacks.append(watch)
+    before = gc.get_threshold()
+    gc.set_threshold(THRESHOLD, 10, 10)
     try:
         words = ["precision=bf16", "steps=5", "checkpoint.at_end=false", f"run_dir={tmp_path / 'run'}"]
         assert main(["train", *SMALL, *corpus, *words]) == 0
     finally:
         gc.callbacks.remove(watch)
+        gc.set_threshold(*before)
     assert collections and not any(collections)
     assert alive == [0, 1, 0, 1, 0], "those of two steps are collected after the second"
     log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
