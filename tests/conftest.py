@@ -37,6 +37,7 @@ LONGEST = (
     "plan/test_memory.py",
     "train/test_zero.py",
     "post/test_grpo.py",
+    "generate/test_captured.py",
     "launch/test_container.py",
     "plan/test_search.py",
     "kernels/test_triton_message.py",
