@@ -18,6 +18,11 @@ _LEARNS_FROM = {"train": "text or conversations", "sft": "conversations", "grpo"
 _BEGINS = {"sft": "data.paths=[FILE] run_dir=NEW", "grpo": "run_dir=NEW"}  # behind init_from=RUN
 
 
+def command_of(source: str) -> str:
+    """The command that learns from data of this kind, and goes on with such a run."""
+    return _OF_SOURCE.get(source, "train")
+
+
 def check_command(command: str, run: object, theirs: Mapping[str, Any], ours: Mapping[str, Any], typed: str) -> None:
     """Raise ConfigError where `fp8moe COMMAND` does not do what the run at `run` does.
 
@@ -25,7 +30,7 @@ def check_command(command: str, run: object, theirs: Mapping[str, Any], ours: Ma
     that name the run: resume=RUN, --from RUN.
     """
     source = _source(theirs)
-    kind = _OF_SOURCE.get(source, "train")
+    kind = command_of(source)
     if kind == command or (command, kind) == ("train", "sft") or _source(ours) != source:
         return
     same = "begin another like it" if typed.startswith("--from") else "go on with it"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fp8moe.__main__ import main
+from fp8moe.cli.command import make_parser
 from fp8moe.cli.compose import as_yaml, compose
 from fp8moe.cli.resume import compose_run
+from fp8moe.cli.train import Command
 
 SETTINGS = {
     "train": ["experiment=quickstart"],
@@ -64,3 +70,21 @@ def test_its_own_command_and_train_go_on(runs: dict[str, Path]) -> None:
     chats = ["data=chat", "data.paths=[a.jsonl]", "data.tokenizer=t.json"]
     composed, _ = compose_run(chats, 1, str(runs["train"]), command="sft")  # other data were typed
     assert composed.config.data.source == "chat"
+
+
+def test_a_run_ends_with_the_command_that_goes_on_with_it(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "fp8moe.train.loop.train", lambda config, as_yaml, released, last, *more: ended.update(last=last)
+    )
+    for command, of in (("train", "train"), ("sft", "sft"), ("grpo", "grpo"), ("train", "sft")):
+        config = compose_run([f"resume={runs[of]}"], 1, command=command)[0].config
+        config = replace(config, validation=replace(config.validation, completions=0))
+        Command(command, lambda: make_parser("", ""), method=Mock() if command == "grpo" else None).train(config)
+        data = SimpleNamespace(chat=None, tokenizer=None)
+        run = SimpleNamespace(saver=SimpleNamespace(newest=1), run_dir=runs[of], data=data, config=config)
+        words = shlex.split(ended["last"](run).splitlines()[-1])
+        assert words == ["fp8moe", of, f"resume={runs[of]}", f"steps={2 * config.steps}"]
+        assert compose_run(words[2:], 1, command=words[1])[0].config.steps == 2 * config.steps
