@@ -63,6 +63,21 @@ def test_another_command_says_which_and_how_to_begin(
         )
 
 
+def test_a_new_run_learns_from_the_data_of_its_command(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, source, more, use in (
+        ("sft", "stdlib", ["experiment=quickstart", "data.paths=[a.jsonl]"], "chat"),
+        ("sft", "indexed", ["data.source=indexed", "data.paths=[tokens]"], "chat"),
+        ("grpo", "stdlib", ["experiment=quickstart"], "problems"),
+    ):
+        assert main([command, f"init_from={runs['train']}", *more]) == 2
+        assert capsys.readouterr().err == (
+            f"fp8moe: fp8moe {command} learns from {LEARNS_FROM[command]}, data.source={use}, and data.source={source} "
+            f"is of fp8moe train: use data.source={use}\n"
+        )
+
+
 def test_its_own_command_and_train_go_on(runs: dict[str, Path]) -> None:
     for command, of in (("train", "train"), ("sft", "sft"), ("grpo", "grpo"), ("train", "sft")):
         composed, _ = compose_run([f"resume={runs[of]}"], 1, command=command)
