@@ -15,7 +15,7 @@ from typing import Any
 
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.model.config import ModelConfig
-from fp8moe.train.checkpoint.files import folder_of, read_text
+from fp8moe.train.checkpoint.files import folder_of, read_text, reason
 from fp8moe.train.checkpoint.location import Location
 
 FORMAT = 5  # 1: the model in one flat list, 2: torch's pickled index, 3: tensors in shape, 4: MTP joined the other way
@@ -77,7 +77,7 @@ def read_state(
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
+        raise DataError(f"{path}/state.json can't be read ({reason(error)}): resume from another checkpoint") from error
     ours = json.loads(json.dumps(asdict(model)))
     if found := list(differences(extended(theirs, ours) if extending else theirs, ours)):
         instead = advice and f", or {advice}"
