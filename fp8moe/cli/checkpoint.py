@@ -103,7 +103,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 def described(checkpoint: Location) -> str:
     """What is inside, as text. Raises DataError where a file can't be read."""
-    from fp8moe.train.checkpoint.files import folder_of, read_text
+    from fp8moe.train.checkpoint.files import folder_of, read_text, reason
     from fp8moe.train.checkpoint.manifest import read_manifest
     from fp8moe.train.checkpoint.state import STATE_FILE
     from fp8moe.train.checkpoint.storage import read_index
@@ -114,7 +114,10 @@ def described(checkpoint: Location) -> str:
         files, index = read_manifest(checkpoint), read_index(folder)
         lines = [str(checkpoint), *_numbers(state), "", *_kinds(index), "", f"{len(files)} files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{checkpoint} can't be read ({error!r}): verify it with fp8moe verify") from error
+        name = getattr(error, "filename", None)
+        raise DataError(
+            f"{name or checkpoint} can't be read ({reason(error)}): verify it with fp8moe verify"
+        ) from error
     return "\n".join([*lines, *(f"  {name:<28} {_amount(file.size):>10}" for name, file in files.items())])
 
 

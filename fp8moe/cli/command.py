@@ -17,6 +17,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,6 +63,7 @@ def add_graphs(parser: argparse._ActionsContainer) -> None:
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`; options may stand before, between and after settings. Raises ConfigError with one sentence."""
     _refuse_settings_as_options(parser, argv)
+    _refuse_unknown_options(parser, argv)
     return parser.parse_intermixed_args(list(argv))
 
 
@@ -83,6 +85,19 @@ def _refuse_settings_as_options(parser: Parser, argv: Sequence[str]) -> None:
         after = argv[i + 1] if i + 1 < len(argv) and re.match(r"-?[^-=][^=]*$", argv[i + 1]) else None
         if instead := setting_for(option, value if has_value else after, keys_of(TrainConfig)):
             raise ConfigError(f"{option} is no option, settings are key=value: {instead}")
+
+
+def _refuse_unknown_options(parser: Parser, argv: Sequence[str]) -> None:
+    """Raise ConfigError at an option that there is not, before the one that it stands for is missed."""
+    known = parser._option_string_actions
+    for word in argv:
+        option = word.partition("=")[0]
+        if word == "--":
+            return
+        if not re.match(r"--[A-Za-z]", option) or option in known:
+            continue
+        near = get_close_matches(option, [name for name in known if name.startswith("--")], 1)
+        parser.error(f"unrecognized arguments: {option}{f', perhaps meant as {near[0]}' if near else ''}")
 
 
 def check_file(option: str, path: Path, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -199,7 +200,8 @@ def _value(hint: Any, value: object, path: str) -> object:
         return hint(_choice(value, tuple(member.value for member in hint), path))
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}={_show(value)} must be a list: write {path}=[...]")
+            entry = value if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) else "..."
+            raise ConfigError(f"{path}={_show(value)} must be a list: write {path}=[{entry}]")
         return tuple(_value(get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     return _scalar(hint, value, path)
 
@@ -242,6 +244,6 @@ def _scalar(hint: type, value: object, path: str) -> object:
     wanted, advice = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint], ""
     if hint is int and isinstance(value, float) and abs(value) < 1e9:
         advice = f": use {round(value)}"
-    elif hint is str:
+    elif hint is str and not isinstance(value, list | Mapping):
         advice = f""": quote it, '{path}="{value}"'"""
     raise ConfigError(f"{path}={_show(value)} must be {wanted}{advice}")

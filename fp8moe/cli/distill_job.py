@@ -47,6 +47,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.endpoint is not None and (arguments.model is None or arguments.nproc is not None):
         raise ConfigError("--endpoint needs --model NAME, and takes no --nproc: requests are bounded by --concurrency")
     output = Path(arguments.output)
+    if output.is_dir():
+        raise ConfigError(f"--output={output} is a directory and must be a file: use --output {output / 'chats.jsonl'}")
     if output.exists() and not samples_path(output).exists():
         raise ConfigError(f"{output} exists and {samples_path(output)} does not: name another --output")
     check_stops(arguments.stop)

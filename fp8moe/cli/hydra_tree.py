@@ -7,6 +7,7 @@ run directory a rank, sets up logging, and exits 1 on an unknown key.
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,10 @@ def tree_by_hydra(settings: tuple[str, ...]) -> dict[str, Any]:
     except yaml.YAMLError as error:  # of hydra's loader, which refuses a key that is given twice
         raise ConfigError(f"a file of settings can't be read ({in_words(error)}): write each key once") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_line(error)) from error
+        line = _first_line(error)
+        if there := re.fullmatch(r"Could not append to config\. An item is already at '(.+)'", line):
+            line = f"+{there[1]} would add a key that is there: write {there[1]}=VALUE"
+        raise ConfigError(line) from error
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
 

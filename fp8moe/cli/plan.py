@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, check_file, make_parser, parse
 from fp8moe.errors import EXIT, ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:  # they load torch, which --help need not wait for
@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(command_parser(), argv)
     tokens = None if arguments.tokens is None else parse_tokens(arguments.tokens)
     mean_tokens = None if arguments.mean_tokens is None else parse_tokens(arguments.mean_tokens, "--mean-tokens")
+    if arguments.json is not None:
+        check_file("--json", Path(arguments.json), "plan.json")
     from fp8moe.cli.cluster import compose_cluster, split_settings
     from fp8moe.plan.layouts import as_written
     from fp8moe.plan.prediction import tokens_of
@@ -96,7 +98,8 @@ def parse_tokens(text: str, name: str = "--tokens") -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < 1e18:
-        raise ConfigError(f"{name} {text!r} must be a number of tokens from 1 to 1e18: write for example 14.8T or 2e12")
+        example = "14.8T or 2e12" if name == "--tokens" else "2048"
+        raise ConfigError(f"{name} {text!r} must be a number of tokens from 1 to 1e18: write for example {example}")
     return number
 
 

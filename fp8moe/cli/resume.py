@@ -67,6 +67,7 @@ def compose_run(
     if origin is None:
         tree = begin(settings)
         _steps_or_epochs(tree, settings)
+        _check_paths(tree, settings)
         return composed(tree), None
     tree = overlaid(origin.tree, typed, tree_of([]), settings)
     if command is not None:
@@ -79,6 +80,7 @@ def compose_run(
         tree["run_dir"] = str(origin.run)
     _refit(tree, settings, world_size)
     _steps_or_epochs(tree, settings)
+    _check_paths(tree, settings)
     return composed(tree), origin
 
 
@@ -133,17 +135,17 @@ def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:
     if from_run is not None:
         if resume != "none":
             raise ConfigError(f"--from begins a new run and resume={resume} goes on with an old one: leave one out")
-        return Origin(Path(from_run), read_configuration(Path(from_run)), goes_on=False)
+        other = _with_configuration(Path(from_run))
+        return Origin(other, read_configuration(other), goes_on=False)
     if resume == "none":
         return None
     if resume in ("auto", "required"):
-        run = None if run_dir is None else Path(run_dir)
+        if run_dir is None:
+            raise ConfigError(f"resume={resume} goes on in a run directory and run_dir is not set: add run_dir=PATH")
+        run: Path | None = Path(run_dir)
     else:
         where = checkpoint.location(resume)
-        run = where if isinstance(where, Path) else None
-        if run is not None and not (run / CONFIG_FILE).is_file():
-            whole = run.absolute()
-            run = whole.parent if whole.name == checkpoint.FOLDER else whole.parent.parent
+        run = _with_configuration(where) if isinstance(where, Path) else None
     if run is not None and (run / CONFIG_FILE).is_file():
         return Origin(run, read_configuration(run), goes_on=True)
     found = checkpoint.find(resume, run_dir, path)
@@ -151,6 +153,15 @@ def _origin(typed: Mapping[str, Any], from_run: str | None) -> Origin | None:
     if found is None or stored is None:
         return None  # nothing yet, or a checkpoint that can't be read: `train.config` judges it
     return Origin(found.parent, stored, goes_on=True)
+
+
+def _with_configuration(run: Path) -> Path:
+    """The run directory of a path: itself, or that of the checkpoint or the folder of checkpoints that it is."""
+    if (run / CONFIG_FILE).is_file():
+        return run
+    whole = run.absolute()
+    above = whole.parent if whole.name == checkpoint.FOLDER else whole.parent.parent
+    return above if (above / CONFIG_FILE).is_file() else run
 
 
 def read_configuration(run: Path) -> Mapping[str, Any]:
@@ -217,6 +228,18 @@ def _steps_or_epochs(tree: dict[str, Any], settings: Sequence[str]) -> None:
     keys = {parse(setting).key_or_group for setting in settings}
     if "steps" in keys and "epochs" not in keys:
         tree["epochs"] = None
+
+
+def _check_paths(tree: Mapping[str, Any], settings: Sequence[str]) -> None:
+    """Raise ConfigError where data.paths is typed, is empty, and the text that nobody named would be trained on."""
+    keys, data = {parse(setting).key_or_group for setting in settings}, tree.get("data")
+    if "data.paths" not in keys or keys & {"data", "data.source"} or not isinstance(data, Mapping):
+        return
+    if data.get("source") == "stdlib" and data.get("paths") == []:
+        raise ConfigError(
+            "data.paths=[] names 0 files, and data.source=stdlib would train on the text of this Python: name at least "
+            "1 with data.source=indexed, or leave data.paths out"
+        )
 
 
 def _refit(tree: dict[str, Any], settings: Sequence[str], world_size: int) -> None:

@@ -11,11 +11,28 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from fp8moe.data.sources import SOURCES
 from fp8moe.errors import ConfigError
 
 _OF_SOURCE = {"chat": "sft", "problems": "grpo"}  # others: train
 _LEARNS_FROM = {"train": "text or conversations", "sft": "conversations", "grpo": "problems"}
 _BEGINS = {"sft": "data.paths=[FILE] run_dir=NEW", "grpo": "run_dir=NEW"}  # behind init_from=RUN
+
+
+def command_of(source: str) -> str:
+    """The command that learns from data of this kind, and goes on with such a run."""
+    return _OF_SOURCE.get(source, "train")
+
+
+def check_source(command: str, tree: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a new run of `fp8moe COMMAND` would have data that this command does not learn from."""
+    source = _source(tree)
+    if source in SOURCES and (kind := command_of(source)) != command:
+        wanted = next(one for one, name in _OF_SOURCE.items() if name == command)
+        raise ConfigError(
+            f"fp8moe {command} learns from {_LEARNS_FROM[command]}, data.source={wanted}, and data.source={source} is "
+            f"of fp8moe {kind}: use data.source={wanted}"
+        )
 
 
 def check_command(command: str, run: object, theirs: Mapping[str, Any], ours: Mapping[str, Any], typed: str) -> None:
@@ -25,7 +42,7 @@ def check_command(command: str, run: object, theirs: Mapping[str, Any], ours: Ma
     that name the run: resume=RUN, --from RUN.
     """
     source = _source(theirs)
-    kind = _OF_SOURCE.get(source, "train")
+    kind = command_of(source)
     if kind == command or (command, kind) == ("train", "sft") or _source(ours) != source:
         return
     same = "begin another like it" if typed.startswith("--from") else "go on with it"

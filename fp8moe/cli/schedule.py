@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8moe.cli.command import Parser, make_parser, parse
+from fp8moe.cli.command import Parser, check_file, make_parser, parse
 from fp8moe.errors import ConfigError
 from fp8moe.layers.recipe import Precision, Recipe, Recompute
 from fp8moe.plan.schedule_files import as_json, schedule_trace, svg
@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # a model's configuration loads torch, which takes seconds th
 
 COST_KEYS = {"F": "forward", "B": "backward", "W": "weight", "FB": "overlapped", "message": "message"}
 DEEPSEEK = "deepseek-v3"
+# Options of a model's stages and their defaults.
+_OF_A_MODEL = {"layout": None, "seq_len": None, "micro_batch": 1, "ep": 1, "precision": "fp8",
+               "recompute": ",".join(Recompute)}  # fmt: skip
 
 
 DESCRIPTION = """\
@@ -83,9 +86,16 @@ def command_parser() -> Parser:
     add("--micro-batch", type=int, default=1, metavar="N", help="sequences of a micro-batch (1)")
     add("--ep", type=int, default=1, metavar="N", help="ranks that share the experts (1)")
     add("--precision", choices=[*Precision], default="fp8", help="precision of activations (fp8)")
-    every = ",".join(Recompute)
+    every = _OF_A_MODEL["recompute"]
     add("--recompute", default=every, metavar="NAME,...", help=f"what the backward computes again ({every})")
     return parser
+
+
+def _files(options: argparse.Namespace) -> None:
+    """Raise ConfigError, before any work, where a file can't be written."""
+    for name in ("svg", "trace", "json"):
+        if (path := getattr(options, name)) is not None:
+            check_file(f"--{name}", Path(path), f"schedule.{name}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -114,7 +124,9 @@ def parse_costs(text: str) -> Costs:
 
 def _model(options: argparse.Namespace) -> tuple[ModelConfig, tuple[int, ...] | None] | None:
     """The model asked for and the layout of its stages, --layout before parallel.layout; None without --model."""
-    given = [f"--{name}" for name in ("layout", "seq-len") if getattr(options, name.replace("-", "_")) is not None]
+    given = [
+        f"--{name.replace('_', '-')}" for name, default in _OF_A_MODEL.items() if getattr(options, name) != default
+    ]
     if options.model is None:
         if given or options.settings:
             first = (given or options.settings)[0]
@@ -156,6 +168,7 @@ def _at_least_one(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     _at_least_one(options)
+    _files(options)
     microbatches = max(20, 2 * options.pp) if options.microbatches is None else options.microbatches
     costs = parse_costs(options.cost)
     schedule = build_schedule(options.name, options.pp, microbatches)

@@ -55,6 +55,7 @@ def over_trained(command: str, experiment: str, settings: Sequence[str]) -> dict
     """The same for any command that begins with a trained model, by the experiment's name where none is typed."""
     from fp8moe.cli.compose import parse, plain_values, tree_of
     from fp8moe.cli.resume import overlaid
+    from fp8moe.cli.run_kind import check_source
     from fp8moe.cli.trained import find_settings
 
     keys = {parse(setting).key_or_group for setting in settings}
@@ -73,6 +74,7 @@ def over_trained(command: str, experiment: str, settings: Sequence[str]) -> dict
     tree = overlaid(tree, typed, tree_of([]), settings)
     if not isinstance(tree["data"], dict):
         return tree  # which is refused where it is made a configuration
+    check_source(command, tree)
     if "seq_len" not in keys and isinstance(most := tree["model"].get("max_seq_len"), int):
         tree["seq_len"] = min(tree["seq_len"], most)
     if "data.vocab_size" not in keys:

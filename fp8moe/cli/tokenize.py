@@ -105,6 +105,9 @@ def _check_prefix(output: str) -> None:
     if name.endswith(ENDINGS):
         ending = next(one for one in ENDINGS if name.endswith(one))
         raise ConfigError(f"--output={output} is a PREFIX, to which {ending} is added: use {output[: -len(ending)]}")
+    above = next((one for one in Path(output).parents if os.path.lexists(one)), Path())
+    if not above.is_dir():
+        raise ConfigError(f"--output={output} is below {above}, which is no folder: use another --output")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -117,12 +120,12 @@ def _run(options: argparse.Namespace) -> None:
     for split in found.splits:
         print(split.described(), flush=True)
     parts = Path(f"{options.output}.parts")
-    tokenizer = _tokenizer(options, found.files, parts)
-    end = end_of_text_id(tokenizer, options.end_of_text)
-    intake = Intake(found.files, options.text_key, options.drop_duplicates)
-    encoder = Encoder(tokenizer, end, workers, parts)
-    begun = time.monotonic()
-    with _output_folder(options.output), _only_writer(parts):
+    with _output_folder(options.output), _only_writer(parts):  # a place that can't be written is known first
+        tokenizer = _tokenizer(options, found.files, parts)
+        end = end_of_text_id(tokenizer, options.end_of_text)
+        intake = Intake(found.files, options.text_key, options.drop_duplicates)
+        encoder = Encoder(tokenizer, end, workers, parts)
+        begun = time.monotonic()
         documents, tokens, num_bytes = _encode(found.files, options.output, tokenizer, intake, encoder)
         shutil.rmtree(parts, ignore_errors=True)
     seconds = time.monotonic() - begun
@@ -198,10 +201,18 @@ def _output_folder(prefix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _only_writer(parts: Path) -> Iterator[None]:
-    """Hold the folder of the output locked for these token files; remove what killed runs left of unfinished ones."""
+    """Hold the folder of the output locked for these token files; remove what killed runs left of unfinished ones.
+
+    Raises OSError, naming the output, where it can't be written.
+    """
     prefix = parts.with_suffix("")
     lock = prefix.with_name(f".{prefix.name}.lock")
-    with open(lock, "ab") as handle:
+    try:
+        opened = open(lock, "ab")  # noqa: SIM115  closed below
+    except OSError as error:
+        error.filename = str(prefix)
+        raise
+    with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

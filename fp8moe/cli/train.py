@@ -51,17 +51,18 @@ class Command:
         """Run a resolved configuration to its end."""
         from fp8moe.cli.compose import as_yaml
         from fp8moe.cli.report import at_end
+        from fp8moe.cli.run_kind import command_of
         from fp8moe.cli.teacher import find_teacher
         from fp8moe.generate.samples import commands, last_lines
         from fp8moe.interop.hf_model import open_released
         from fp8moe.train.loop import train
 
-        says = config.logging.summary
+        says, command = config.logging.summary, command_of(config.data.source)
         report = partial(at_end, silent=not says)
         if self.method is not None:
             if config.distill.teacher is not None:
                 raise ConfigError(f"fp8moe {self.name} learns from no teacher: use distill.teacher=null")
-            last_words = partial(commands, command=self.name) if says else None
+            last_words = partial(commands, command=command) if says else None
             train(config, as_yaml, open_released, last_words, report, self.method())
             return
         method = None
@@ -69,7 +70,8 @@ class Command:
             from fp8moe.post.distill.taught import Taught
 
             method = Taught(teacher)
-        train(config, as_yaml, open_released, last_lines if says else None, report, method)
+        last_words = partial(last_lines, command=command) if says else None
+        train(config, as_yaml, open_released, last_words, report, method)
 
 
 def parser_of(name: str, description: str) -> Parser:

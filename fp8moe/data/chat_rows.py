@@ -8,6 +8,7 @@ a data set that is not what it was taken for is worth less than the sentence.
 
 from __future__ import annotations
 
+import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -60,7 +61,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path} line {number}", _parsed(line, f"{path} line {number}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
-    except (EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} can't be decompressed ({error}): it is cut off or damaged, copy it again") from error
     except OSError as error:
         raise unreadable(path, error) from error
@@ -70,7 +71,11 @@ def _parsed(line: str, place: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        reason = (
+            f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else error
+        )
         raise DataError(f"{place} is not JSON ({reason}): write one conversation a line") from error
 
 

@@ -17,9 +17,11 @@ splits, the train split is read (`hub_layout`): else the test split would be tra
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,7 +70,8 @@ def find_files(inputs: Iterable[str]) -> Found:
             elif path.is_file():
                 found.files.append(path)
             else:
-                raise DataError(f"{name} does not exist: give text files, .jsonl files or folders of them")
+                state = "is neither a file nor a folder" if path.exists() else "does not exist"
+                raise DataError(f"{name} {state}: give text files, .jsonl files or folders of them")
         except OSError as error:
             raise unreadable(error.filename or name, error) from error
     if not found.files:
@@ -174,7 +177,7 @@ def read_pieces(path: Path, text_key: str = "text") -> Iterator[tuple[str, bool]
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(f"{path} is not UTF-8 text (byte 0x{byte:02x}, {error.reason}): convert it to UTF-8") from error
-    except (EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} can't be decompressed ({error}): the file is cut off or damaged, copy it again") from (
             error
         )
@@ -215,7 +218,8 @@ def _json_documents(handle: TextIO, path: Path, text_key: str) -> Iterator[tuple
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path} line {number} is not JSON ({error.msg} at column {error.colno}): write one JSON object a line"
+                f"{path} line {number} is not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): "
+                "write one JSON object a line"
             ) from error
         except (RecursionError, ValueError) as error:  # nested too deep; a number of more than 4,300 digits
             raise DataError(f"{path} line {number} can't be read as JSON ({error}): remove that line") from error
@@ -225,9 +229,7 @@ def _json_documents(handle: TextIO, path: Path, text_key: str) -> Iterator[tuple
                 f'{{"{text_key}": ...}} a line'
             )
         if text_key not in record:
-            keys = ", ".join(sorted(record))
-            keys = keys if len(keys) <= 200 else f"{keys[:200]}..."
-            raise DataError(f"{path} line {number} has no key {text_key!r}, it has {keys or 'none'}: use --text-key")
+            raise DataError(f"{path} line {number} has no key {text_key!r}, {_has_instead(record)}")
         text = record[text_key]
         if not isinstance(text, str):
             raise DataError(
@@ -240,3 +242,14 @@ def _json_documents(handle: TextIO, path: Path, text_key: str) -> Iterator[tuple
                 f"{path} line {number}: character {error.start} is half of a surrogate pair: remove it or write both"
             ) from error
         yield from _cut(text, True)
+
+
+def _has_instead(record: dict[str, object]) -> str:
+    """What a line without the key of the text has, and what to do."""
+    keys = ", ".join(sorted(record))
+    keys = keys if len(keys) <= 200 else f"{keys[:200]}..."
+    if isinstance(record.get("messages"), list):
+        return f"it has {keys}: fp8moe sft learns from conversations as they are"
+    texts = {key: len(value) for key, value in record.items() if isinstance(value, str) and len(key) <= 200}
+    use = f" {shlex.quote(max(texts, key=lambda key: texts[key]))}" if texts else ""
+    return f"it has {keys or 'none'}: use --text-key{use}"

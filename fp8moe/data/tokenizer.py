@@ -85,7 +85,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not a tokenizer.json that the tokenizers library can read ({reason})") from error
+        raise DataError(
+            f"{path} is not a tokenizer.json that the tokenizers library can read ({reason}): it is damaged or another "
+            "kind of file, name a whole one"
+        ) from error
     if not tokenizer.get_vocab_size():
         raise DataError(f"{path} has a vocabulary of 0 tokens: a tokenizer needs at least 1")
     if num_ids(tokenizer) > MAX_IDS:

@@ -7,6 +7,7 @@ parent that exists is looked at.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -31,6 +32,9 @@ def check_run_dir(run_dir: Path, group: ProcessGroup | None, *, looks: bool) -> 
     found: list[Finding] = []
     if is_first:
         found.append(_space(run_dir, folder))
+        if (nearest := next(one for one in folders if os.path.lexists(one))) != folder:
+            text = f"{nearest} is no directory, and run_dir={run_dir} must be one"
+            found.append(Finding(PART, text, Level.STOP, "name another run_dir"))
         try:
             name = f".doctor-{token}"
             (folder / name).write_text(token)

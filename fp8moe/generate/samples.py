@@ -25,9 +25,9 @@ PROMPT_TOKENS, NEW_TOKENS, SECONDS = 16, 24, 20.0
 TEMPERATURE, TOP_P = 0.7, 0.9
 
 
-def last_lines(run: Run) -> str:
+def last_lines(run: Run, command: str = "train") -> str:
     """Completions and commands, as text. Collective over all ranks."""
-    return "\n".join(filter(None, ["\n".join(_completions(run)), commands(run)]))
+    return "\n".join(filter(None, ["\n".join(_completions(run)), commands(run, command)]))
 
 
 def _completions(run: Run) -> list[str]:
@@ -84,7 +84,7 @@ def commands(run: Run, command: str = "train") -> str:
     """The commands that go on with a run of `fp8moe COMMAND`; none where it has saved nothing."""
     if run.saver.newest is None:
         return ""
-    name = shlex.quote(str(run.run_dir))
+    name, resume = shlex.quote(str(run.run_dir)), shlex.quote(f"resume={run.run_dir}")
     ask = '--prompt "def read("' if run.data.chat is None else "--chat -"
     generating = [] if run.data.tokenizer is None else [f"  fp8moe generate {name} {ask}"]
-    return "\n".join(["", "go on with", *generating, f"  fp8moe {command} resume={name} steps={2 * run.config.steps}"])
+    return "\n".join(["", "go on with", *generating, f"  fp8moe {command} {resume} steps={2 * run.config.steps}"])

@@ -155,10 +155,24 @@ def read_chat(path: str) -> list[dict[str, str]]:
     """The messages of a JSON file: a list of objects with `role` and `content`. Raises DataError."""
     try:
         messages = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = _why_no_json(error)
         raise DataError(f"{path} can't be read ({reason}): name a JSON file with a list of messages") from error
     is_list = isinstance(messages, list) and messages
     if not is_list or not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages):
         raise DataError(f'{path} must hold a list of at least 1 message, {{"role": "user", "content": "..."}}')
+    for number, one in enumerate(messages, start=1):
+        if not all(isinstance(one[key], str) for key in ("role", "content")):
+            raise DataError(f"message {number} of {path} must have text as its role and its content")
     return messages
+
+
+def _why_no_json(error: Exception) -> str:
+    """Why a file could not be read as one JSON document."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if not isinstance(error, json.JSONDecodeError):
+        return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "it is not JSON"
+    if error.msg == "Extra data":
+        return f"another JSON document begins in line {error.lineno}, and a chat is one"
+    return f"it is not JSON, line {error.lineno}, column {error.colno}" if error.doc.strip() else "it is empty"

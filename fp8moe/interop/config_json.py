@@ -56,6 +56,13 @@ class Keys:
             raise ConfigError(f"{self.where}: {name}={value!r} must be a whole number: use the released file")
         return value
 
+    def divisor(self, name: str, default: Any = REQUIRED) -> Any:
+        """A whole number of at least 1, which something is divided by. Raises ConfigError where it is none."""
+        value = self.whole(name, default)
+        if value < 1:
+            raise ConfigError(f"{self.where}: {name}={value} must be at least 1: use the released file")
+        return value
+
     def only(self, name: str, allowed: Collection[Any], lost: str) -> None:
         """Refuse a key whose value is not of `allowed`; a missing or null one means the first."""
         value = self.take(name, next(iter(allowed)))

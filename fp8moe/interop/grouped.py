@@ -30,7 +30,7 @@ def _read(
     keys.only("attention_dropout", (0.0, 0), "dropout of attention")
     keys.only("tie_word_embeddings", (False,), "the tie of embedding and head")
     keys.only("use_sliding_window", (False,), "the window of attention")
-    dim, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    dim, heads = keys.whole("hidden_size"), keys.divisor("num_attention_heads")
     size = keys.whole("head_dim", dim // heads)
     share = dict(keys.take("rope_parameters", {})).get("partial_rotary_factor")
     share = keys.number("partial_rotary_factor", rotary) if share is None else share
@@ -78,7 +78,7 @@ def read_qwen3(keys: Keys) -> ModelConfig:
         aux_loss_alpha=float(keys.number("router_aux_loss_coef", 0.001)),
         bias_gamma=0.0,
     )
-    layers, step = keys.whole("num_hidden_layers"), keys.whole("decoder_sparse_step", 1)
+    layers, step = keys.whole("num_hidden_layers"), keys.divisor("decoder_sparse_step", 1)
     listed = set(keys.take("mlp_only_layers", ()))
     dense = [layer for layer in range(layers) if layer in listed or (layer + 1) % step]
     first = next(i for i in range(layers + 1) if i == layers or i not in dense)

@@ -111,9 +111,14 @@ class HfModel:
         """Raise ConfigError unless a run's model is this one, free settings and a context extension apart."""
         theirs, ours = json.loads(json.dumps(asdict(self.config))), json.loads(json.dumps(asdict(model)))
         found = sorted(differences(extended(theirs, ours), ours), key=lambda one: not one[0].endswith("kind"))
-        for key, there, here in found:
+        if found:
+            key, there, here = found[0]
+            more = ""
+            if len(found) > 1:
+                others = f"{len(found) - 1} more to be changed"
+                more = f", {others}, or all of its settings: fp8moe import makes a run of them, which --from takes"
             raise ConfigError(
-                f"init_from={self.directory.folder} has model.{key}={there} and this run has {here}: use {there}"
+                f"init_from={self.directory.folder} has model.{key}={there} and this run has {here}: use {there}{more}"
             )
 
 

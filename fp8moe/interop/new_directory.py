@@ -29,7 +29,7 @@ def new_directory(out: Path, need: int, what: str) -> Iterator[Path]:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(scratch.parent).free) < need:
             raise SpaceError(
-                f"{out.parent} has {free / 1e9:.2f} GB free and {what} {need / 1e9:.2f} GB: free space or name another "
+                f"{out.parent} has {free / 1e9:.3g} GB free and {what} {need / 1e9:.3g} GB: free space or name another "
                 "directory"
             )
         shutil.rmtree(scratch, ignore_errors=True)

@@ -71,9 +71,10 @@ def check_run_dir(run_dir: str | None, resume: str) -> None:
         return
     count = sum(1 for entry in path.iterdir() if entry.name not in _OF_A_START)
     if count:
+        is_run = any((path / name).exists() for name in ("config.yaml", METRICS, "checkpoints"))
         raise ConfigError(
-            f"run_dir={run_dir} holds {count} entries and a fresh run needs an empty directory: use resume=auto to go "
-            "on, or another run_dir"
+            f"run_dir={run_dir} holds {count} entries and a fresh run needs an empty directory: use "
+            f"{'resume=auto to go on, or ' if is_run else ''}another run_dir"
         )
 
 

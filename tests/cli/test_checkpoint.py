@@ -77,4 +77,9 @@ def test_what_is_inside(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in shown, words
     (run / "checkpoints" / "step-3" / "index.json").write_text("{")
     assert main(["inspect", str(run)]) == 3
-    assert "verify it with fp8moe verify" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("step-3 can't be read (it is not JSON): verify it with fp8moe verify\n")
+    (run / "checkpoints" / "step-3" / "state.json").write_text("{}")
+    assert main(["inspect", str(run)]) == 3
+    (run / "checkpoints" / "step-3" / "state.json").unlink()
+    assert main(["inspect", str(run)]) == 3
+    assert "step-3/state.json can't be read (No such file or directory): verify it" in capsys.readouterr().err

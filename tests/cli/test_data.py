@@ -187,5 +187,13 @@ def test_conversations_are_shown_with_what_is_learned(tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert f"{path}: 3 conversations, 1 without an answer, {tmp_path}/users.jinja\n" in out
     assert f"\n{tmp_path}/users.jinja writes nothing of the answers of 2 conversations\n" in out
-    assert main(words) == 2 and "has no chat template" in capsys.readouterr().err
+    assert main(words) == 2
+    said = (
+        "has no chat template, neither chat_template.jinja nor in tokenizer_config.json: use --chat-template plain, or"
+    )
+    assert said in capsys.readouterr().err
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    for more in (words[2:], []):
+        assert main(["data", str(tmp_path / "text.jsonl"), *more]) == 3
+        assert "text.jsonl line 1 has no messages, it has text: write " in capsys.readouterr().err
     assert main(words[:2]) == 2 and "needs a tokenizer: use --tokenizer" in capsys.readouterr().err

@@ -187,7 +187,9 @@ def test_mistakes_are_one_sentence(words: list[str], says: str, capsys: pytest.C
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *LITE, "--json", str(tmp_path / "no" / "where.json")]) == 2
-    assert "where.json can't be written (No such file or directory)" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"where.json is in {tmp_path / 'no'}, which is not there: make it, or use another file" in said.err
+    assert not said.out, "before the work, which a search takes minutes for"
 
 
 @pytest.fixture
@@ -234,6 +236,8 @@ def test_without_init_from_the_typed_model_is_planned(tmp_path: Path, capsys: py
     assert figures(tmp_path / "plan.json")["rollouts"]["time"]["mean_tokens"] == 1000
     assert main(["plan", *words, "--mean-tokens", "1M"]) == 2
     assert "--mean-tokens 1e+06 must be from 1 to grpo.max_tokens=32768: use 32768" in capsys.readouterr().err
+    assert main(["plan", *words, "--mean-tokens", "0"]) == 2
+    assert "must be a number of tokens from 1 to 1e18: write for example 2048\n" in capsys.readouterr().err
     assert main(["plan", "--command", "sft", *LITE]) == 0
     assert "steps of epochs=2 follow from the data, which a plan does not read" in capsys.readouterr().out
 

@@ -51,11 +51,26 @@ def test_a_place_that_is_no_text_is_one_sentence(key: str, value: str) -> None:
         compose_run(["resume=auto", "checkpoint=3"], 1)
 
 
+def test_no_paths_are_no_wish_for_the_text_of_this_python(run: Path) -> None:
+    """An empty list, of a shell's variable that is not set, would start a run on other text in silence."""
+    says = r"^data\.paths=\[\] names 0 files, and data\.source=stdlib would train on the text of this Python: name at"
+    for words, origin in ((["data.paths=[]"], None), (["data.paths=[]", "experiment=quickstart"], None),
+                          (["data.paths=[]"], str(run))):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            compose_run(words, 4, origin)
+    for words in (["data.paths=[]", "data=stdlib"], ["data.source=stdlib", "data.paths=[]"], []):
+        assert compose_run(words, 4)[0].config.data.source == "stdlib"
+    with pytest.raises(ConfigError, match=r"^resume=required goes on in a run directory and run_dir is not set: add"):
+        compose_run(["resume=required"], 4)
+
+
 def test_a_folder_of_checkpoints_means_its_run(run: Path) -> None:
     """As one of its checkpoints does: the run goes on in its directory."""
     for named in (run / "checkpoints", run / "checkpoints" / "step-40"):
         composed, origin = compose_run([f"resume={named}", "steps=80"], 4)
         assert origin is not None and origin.run == run and composed.config.run_dir == str(run)
+        _, origin = compose_run([], 4, from_run=str(named))
+        assert origin is not None and origin.run == run and not origin.goes_on
 
 
 def test_what_was_not_typed_is_the_runs(run: Path) -> None:

@@ -98,6 +98,8 @@ def _activations(text: str) -> float:
         ("--width 0", "--width 0 must be at least 1"),
         ("--layout 2,2", "--layout needs a model: add --model NAME"),
         ("--seq-len 2", "--seq-len needs a model: add --model NAME"),
+        ("--recompute norms", "--recompute needs a model: add --model NAME"),
+        ("--micro-batch 2", "--micro-batch needs a model: add --model NAME"),
         ("model.dim=64", "model.dim=64 needs a model: add --model NAME"),
         ("zb1p", "zb1p is no setting: write --name zb1p"),
         ("parallel.schedule=zb1p", "parallel.schedule=zb1p is no setting: write --name zb1p"),
@@ -113,8 +115,9 @@ def _activations(text: str) -> float:
         ("--pp 2 --model huge", "model=huge is not one of dsv2_236b"),
         (
             "--pp 2 --svg /no/such/folder/x.svg",
-            "/no/such/folder/x.svg can't be written (No such file or directory): choose another file",
+            "--svg=/no/such/folder/x.svg is in /no/such/folder, which is not there: make it, or use another file",
         ),
+        ("--pp 2 --json /", "--json=/ is a directory and must be a file: use --json /schedule.json"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_code_2(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

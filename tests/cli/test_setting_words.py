@@ -50,6 +50,7 @@ def test_the_word_to_write_in_its_place(word: str, wrong: str, instead: str, val
         (["tiny"], "'tiny' is not a setting: write model=tiny"),
         (["=3"], "'=3' is not a setting: write key=value, without spaces around ="),
         (["größe=3"], "'größe=3' begins with no key, which is a word of letters and dots: see fp8moe keys"),
+        (["+steps=3"], "+steps would add a key that is there: write steps=VALUE"),
         (["a.=3"], "'a.=3' can't be read as key=value (token recognition error at: '.'): write 'KEY=\"VALUE\"'"),
         ([f"name={'é' * 200}"], f"'name={'é' * 51}... has a sign that is read in quotes alone: write 'KEY=\"VALUE\"'"),
     ],

@@ -129,7 +129,7 @@ def test_a_failure_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
     [
         (["--input", "{in}/none"], 3, "none does not exist"),
         (["--input", "{in}/c.txt"], 3, "have 0 documents with text"),
-        (["--input", "{in}/a.jsonl", "--text-key", "body"], 3, "no key 'body'"),
+        (["--input", "{in}/a.jsonl", "--text-key", "body"], 3, "no key 'body', it has text: use --text-key text\n"),
         (["--input", "{in}", "--output", "{in}/"], 2, "in/ is a folder and must be a PREFIX: use "),
         (["--input", "{in}", "--output", "{in}/x.bin"], 2, "x.bin is a PREFIX, to which .bin is added: use "),
         (["--input", "{in}", "--tokenizer", "{in}"], 3, "in is a folder and a tokenizer one file: use "),
@@ -138,7 +138,10 @@ def test_a_failure_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
         (["--input", "{in}", "--tokenizer", "{in}/b.txt"], 3, "is not a tokenizer.json"),
         (["--input", "{in}", "--end-of-text", "<end>"], 3, "no end-of-text token '<end>'"),
         (["--input", "{in}", "--workers", "0"], 2, "--workers 0"),
-        (["--input", "{in}", "--output", "{in}/b.txt/x"], 3, "b.txt can't be written (File exists)"),
+        (["--input", "{in}", "--output", "{in}/b.txt/x"], 2, "in/b.txt, which is no folder: use another --output"),
+        (["--input", "{in}", "--output", "{in}/b.txt/x/y"], 2, "in/b.txt, which is no folder: use another --output"),
+        (["--inputs", "{in}"], 2, "unrecognized arguments: --inputs, perhaps meant as --input; see"),
+        (["--input", "/dev/null"], 3, "/dev/null is neither a file nor a folder: give"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -179,3 +182,11 @@ def test_workers_without_torch_in_a_process_of_its_own(inputs: Path, tmp_path: P
     )
     assert done.returncode == 0 and "4 documents" in done.stdout and done.stderr == ""
     assert documents_of(tmp_path / "x") == EXPECTED
+
+
+def test_a_place_that_cannot_be_written_is_known_before_a_tokenizer_is_trained(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenize, "train_tokenizer", None)
+    assert main(["--input", str(inputs), "--output", "/proc/x"]) == 3
+    assert capsys.readouterr().err.startswith("fp8moe tokenize: /proc/x can't be written (")

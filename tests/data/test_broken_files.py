@@ -258,6 +258,9 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
         (b'{"text": ' + b"1" * 5000 + b"}", "line 1 can't be read as JSON (Exceeds the limit"),
         (b'{"a\\nb": 1}', "line 1 has no key 'text', it has a b: use --text-key"),
         (json.dumps({"k" * 9999: 1}).encode(), "kkk...: use --text-key"),
+        (b'{"a b": "of text", "n": "1"}', "it has a b, n: use --text-key 'a b'"),
+        (b'{"messages": []}', "it has messages: fp8moe sft learns from conversations as they are"),
+        (b'{"text": "broken', "line 1 is not JSON (Invalid control character at column 17): write one JSON object"),
         (b'{"text": "\xff"}', "is not UTF-8 text (byte 0xff"),
     ],
 )

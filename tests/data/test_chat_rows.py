@@ -63,6 +63,7 @@ def test_other_keys_of_a_message_stay() -> None:
     ('{"messages": [{"role": "user"}]}', r"has the content None \(NoneType\): it must be a string"),
     ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "has half of a surrogate pair"),
     ('{"messages": [{"role": "user", "content": "\\ufdd1"}]}', r"or U\+FDD0 or U\+FDD1, which no text has"),
+    ('{"messages', r"line 2 is not JSON \(Invalid control character at column 11\): write one conversation a line"),
     ("no", r"line 2 is not JSON \(Expecting value at column 1\): write one conversation a line"),
 ])  # fmt: skip
 def test_bad_rows_name_their_file_and_line(line: str, words: str, tmp_path: Path) -> None:

@@ -215,6 +215,10 @@ def test_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(storage.uuid, "uuid4", lambda: SimpleNamespace(hex="no/folder"))
     stopped = wrong(storage.check_run_dir(tmp_path, None, looks=True))
     assert stopped[f"{tmp_path} can't be written: No such file or directory"] is Level.STOP
+    (tmp_path / "file").touch()
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        stopped = wrong(storage.check_run_dir(run_dir, None, looks=True))
+        assert stopped[f"{tmp_path / 'file'} is no directory, and run_dir={run_dir} must be one"] is Level.STOP
 
 
 def test_the_report_says_alike_findings_once_and_stops_first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,4 +135,16 @@ def test_bad_chats_are_one_sentence(tmp_path: Path) -> None:
     for text in ("{}", "[]", '[{"role": "user"}]'):
         (tmp_path / "chat.json").write_text(text)
         with pytest.raises(DataError, match="must hold a list of at least 1 message"):
+            read_chat(str(tmp_path / "chat.json"))
+    message = b'{"role": "user", "content": "a"}'
+    for content, says in (
+        (b"[" + message + b"]\n[" + message + b"]", "another JSON document begins in line 2, and a chat is one): name"),
+        (b"\n", "it is empty): name"),
+        (b'[{"role": "user",\n "content": "a]', "it is not JSON, line 2, column 13): name"),
+        (b"\xff", "it is not UTF-8): name"),
+        (b"[" * 99999, "it is not JSON): name"),
+        (b"[" + message + b', {"role": "user", "content": null}]', "must have text as its role and its content"),
+    ):
+        (tmp_path / "chat.json").write_bytes(content)
+        with pytest.raises(DataError, match=re.escape(says)):
             read_chat(str(tmp_path / "chat.json"))

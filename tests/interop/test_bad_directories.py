@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fp8moe.cli.import_model import main
 from fp8moe.errors import ConfigError, DataError
+from fp8moe.interop.families import read_config
 from fp8moe.train.checkpoint import below
 from tests.interop import released
 
@@ -198,3 +199,11 @@ def test_nothing_is_overwritten(hf):
     assert (out / "mine").read_text() == "precious"
     (out / "mine").unlink()
     assert main([str(hf), str(out)]) == 0 and below(out)
+
+
+def test_a_number_that_divides_is_at_least_one(tmp_path: Path) -> None:
+    values = json.loads((Path(__file__).parent / "config_json" / "qwen3_30b_a3b.json").read_text())
+    for key in ("num_attention_heads", "decoder_sparse_step"):
+        (tmp_path / "config.json").write_text(json.dumps(values | {key: 0}))
+        with pytest.raises(ConfigError, match=rf"{key}=0 must be at least 1: use the released file$"):
+            read_config(tmp_path)

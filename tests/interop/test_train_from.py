@@ -168,8 +168,12 @@ def test_a_run_begins_from_an_import_as_from_the_directory(corpus, hf, tmp_path)
 
 
 def test_a_run_of_another_model_is_refused(corpus, hf):
-    with pytest.raises(ConfigError, match=r"has model.router.route_scale=2.5 and this run has 1.0: use 2.5"):
+    with pytest.raises(ConfigError, match=r"has model.router.route_scale=2.5 and this run has 1.0: use 2.5$"):
         configured(corpus, hf, "model.router.route_scale=1.0")
+    with pytest.raises(
+        ConfigError, match=r": use 1e-06, 1 more to be changed, or all of its settings: fp8moe import makes"
+    ):
+        configured(corpus, hf, "model.router.route_scale=1.0", "model.norm_eps=0.5")
     with pytest.raises(ConfigError, match=r"holds no average of weights: use init_from_ema=false"):
         configured(corpus, hf, "init_from_ema=true")
     longer = configured(corpus, hf, "model.attention.yarn={factor: 4.0}", "model.max_seq_len=4096")

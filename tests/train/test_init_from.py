@@ -127,7 +127,8 @@ def test_a_damaged_one_is_passed_over_and_what_can_not_serve_is_said(
     with pytest.raises(ConfigError, match=r"init_from=.*nowhere does not exist: name a run directory"):
         configured(corpus, f"init_from={tmp_path / 'nowhere'}")
     with pytest.raises(
-        ConfigError, match=r"a checkpoint of another model: model.dim=64 there and 96 here; use its own"
+        ConfigError,
+        match=r"another model: model.dim=64 there and 96 here: use model.dim=64",
     ):
         configured(corpus, f"init_from={origin}", "model.dim=96")
     plain = built(configured(corpus, "steps=1", f"run_dir={tmp_path / 'plain'}"))

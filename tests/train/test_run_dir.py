@@ -20,6 +20,11 @@ def test_a_fresh_run_needs_an_empty_directory(tmp_path: Path) -> None:
         make_run_dir(str(made), "name", "none")
     assert make_run_dir(str(made), "name", "auto") == made
     assert (made / "metrics.jsonl").read_text() == "kept"
+    (tmp_path / "home" / "mine").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=r"/home holds 1 entries and .* needs an empty directory: use another run_dir$"
+    ):
+        make_run_dir(str(tmp_path / "home"), "name", "none")  # there is no run to go on with
 
 
 def test_a_path_to_resume_from(tmp_path: Path) -> None:

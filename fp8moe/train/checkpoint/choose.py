@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +81,16 @@ def _whole(key: str, found: list[Location], mesh: Mesh, advice: str) -> Location
     return None
 
 
-def _check_weights(path: Location, model: ModelConfig, averaged: bool) -> None:
-    read_state(path, model, extending=True)
+def _like_its_run(path: Location, init_from: str) -> str:
+    """The words that begin a run with the settings of the run of a checkpoint; none where it is in no run directory."""
+    run = path.absolute().parent.parent if isinstance(path, Path) else None
+    if run is None or not (run / "config.yaml").is_file():
+        return ""
+    return f"all of its run's by {shlex.join(['--from', init_from, f'init_from={init_from}'])}"
+
+
+def _check_weights(path: Location, model: ModelConfig, averaged: bool, advice: str = "") -> None:
+    read_state(path, model, extending=True, advice=advice)
     if averaged and not any(name.startswith("ema.") for name in stored_names(path)):
         raise ConfigError(
             f"{path} holds no average of the weights, which init_from_ema=true asks for: use init_from_ema=false"
@@ -103,7 +112,8 @@ def readable_state(
 
 def readable_weights(init_from: str, model: ModelConfig, *, averaged: bool) -> None:
     """Raise, before there are processes, what `choose_weights` would of the numbers."""
-    _first_readable(checkpoints_at(init_from, "init_from"), lambda path: _check_weights(path, model, averaged))
+    found = checkpoints_at(init_from, "init_from")
+    _first_readable(found, lambda path: _check_weights(path, model, averaged, _like_its_run(path, init_from)))
 
 
 def _first_readable(found: list[Location], read: Callable[[Location], None]) -> Location | None:

@@ -11,6 +11,7 @@ cut off meanwhile kills the process without a sentence, for 12 instead of 9 GB/s
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,15 @@ from fp8moe.data.durable import make_folder, sync
 from fp8moe.train.checkpoint.hashed_file import HashedFile, WrittenFile
 from fp8moe.train.checkpoint.location import Location, Url
 from fp8moe.train.checkpoint.remote import RemoteFolder
+
+
+def reason(error: Exception) -> str:
+    """Why a file of a checkpoint can't be used, in words."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return "it is not JSON"
+    return f"the key {error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 class LocalFolder:

@@ -27,7 +27,7 @@ from fp8moe.data.durable import unwritable
 from fp8moe.errors import ConfigError, DataError, SpaceError
 from fp8moe.parallel.place import rank_in_words
 from fp8moe.train.checkpoint.config import CheckpointConfig
-from fp8moe.train.checkpoint.files import Folder, clear, delete, folder_of, write_bytes, writing_problem
+from fp8moe.train.checkpoint.files import Folder, clear, delete, folder_of, reason, write_bytes, writing_problem
 from fp8moe.train.checkpoint.location import Location
 from fp8moe.train.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from fp8moe.train.checkpoint.pieces import Pieces
@@ -157,8 +157,8 @@ def refusal(root: Location, need: float) -> ConfigError | SpaceError | None:
     problem, free = writing_problem(root), folder_of(root).free()
     if free < SPARE * need:
         return SpaceError(
-            f"{root} has {free / 1e9:.2f} GB free and a checkpoint needs {SPARE * need / 1e9:.2f} GB ({SPARE} x its "
-            f"{need / 1e9:.2f} GB): free space or name another run_dir or checkpoint.path"
+            f"{root} has {free / 1e9:.3g} GB free and a checkpoint needs {SPARE * need / 1e9:.3g} GB ({SPARE} x its "
+            f"{need / 1e9:.3g} GB): free space or name another run_dir or checkpoint.path"
         )
     if problem is not None:
         return ConfigError(f"no file can be written to {root} ({problem}): use another run_dir or checkpoint.path")
@@ -170,7 +170,7 @@ def stored_names(path: Location) -> set[str]:
     try:
         return set(read_index(folder_of(path)))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}/{INDEX_FILE} can't be read ({error!r}): use another checkpoint") from error
+        raise DataError(f"{path}/{INDEX_FILE} can't be read ({reason(error)}): use another checkpoint") from error
 
 
 def load(path: Location, tensors: Mapping[str, Tensor | Pieces], group: dist.ProcessGroup | None = None) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fp8moe.errors import ConfigError, DataError
 from fp8moe.model.config import ModelConfig
-from fp8moe.train.checkpoint.files import folder_of, read_text
+from fp8moe.train.checkpoint.files import folder_of, read_text, reason
 from fp8moe.train.checkpoint.location import Location
 
 FORMAT = 5  # 1: the model in one flat list, 2: torch's pickled index, 3: tensors in shape, 4: MTP joined the other way
@@ -60,8 +60,10 @@ def read_state(
     seq_len: int | None = None,
     optimizer: str | None = None,
     extending: bool = False,
+    advice: str = "",
 ) -> RunState:
     """Numbers of the checkpoint at `path`. extending: the model's YaRN may be another than the checkpoint's, not none.
+    advice: what else to do where the model is another, after ", or ".
 
     Raises ConfigError unless its format and model, and the seed, seq_len and optimizer that are given, are these.
     """
@@ -75,14 +77,11 @@ def read_state(
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}/state.json can't be read ({error!r}): resume from another checkpoint") from error
+        raise DataError(f"{path}/state.json can't be read ({reason(error)}): resume from another checkpoint") from error
     ours = json.loads(json.dumps(asdict(model)))
-    found = differences(extended(theirs, ours) if extending else theirs, ours)
-    differing = [f"model.{key}={there} there and {here} here" for key, there, here in found]
-    if differing:
-        raise ConfigError(
-            f"{path} is a checkpoint of another model: {', '.join(differing)}; use its own model settings"
-        )
+    if found := list(differences(extended(theirs, ours) if extending else theirs, ours)):
+        instead = advice and f", or {advice}"
+        raise ConfigError(f"{path} is a checkpoint of another model: {_other_model(found)}{instead}")
     for name, here, there in (
         ("seed", seed, state.seed),
         ("seq_len", seq_len, state.seq_len),
@@ -91,6 +90,14 @@ def read_state(
         if here is not None and here != there:
             raise ConfigError(f"{path} was trained with {name}={there} and this run has {name}={here}: use {there}")
     return state
+
+
+def _other_model(found: Sequence[tuple[str, str, str]]) -> str:
+    """The first setting of a model that differs, how many more do, and what to use."""
+    key, there, here = found[0]
+    others = f", and {len(found) - 1} more model setting{'s' * (len(found) > 2)}" if len(found) > 1 else ""
+    use = "its own" if there == "None" or there[0] in "[{(" else f"model.{key}={there}"
+    return f"model.{key}={there} there and {here} here{others}: use {use}"
 
 
 def _check_format(path: Location, found: int) -> None:

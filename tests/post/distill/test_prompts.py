@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fp8moe.__main__ import main
 from fp8moe.errors import DataError
 from fp8moe.post.distill.prompts import read_prompts
 from fp8moe.post.verify.verdict import NamedVerifier
@@ -49,3 +50,10 @@ def test_a_line_that_can_not_be_used_is_named(row: dict[str, Any], said: str, tm
         read_prompts(write(tmp_path, sound, {"tests": "a"} | row if "no tests" not in said else row), [TESTED])
     with pytest.raises(DataError, match="can't be read"):
         read_prompts(str(tmp_path / "nowhere"))
+
+
+def test_an_output_that_is_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--endpoint", "http://localhost:1/v1", "--model", "a", "--prompts", "none", "--output", str(tmp_path)]
+    assert main(["distill", "generate", *words]) == 2
+    said = f"--output={tmp_path} is a directory and must be a file: use --output {tmp_path}/chats.jsonl\n"
+    assert capsys.readouterr().err == f"fp8moe: {said}"
