@@ -26,7 +26,7 @@ from fp8moe.kernels import backend
 
 CUDA = torch.device("cuda", 0)
 HOPPER = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0)
-FACTORIES = ("empty", "zeros", "ones", "full", "arange", "tensor")
+FACTORIES = ("empty", "empty_strided", "zeros", "ones", "full", "arange", "tensor")
 _STREAM = SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
 DESCRIPTOR = {"swizzle": 3, "elem_size": 1, "elem_type": 1, "block_size": [64, 128], "fp4_padded": False}
 

@@ -307,6 +307,11 @@ def limited_sms(count: int | None) -> Iterator[None]:
         limit_sms(before)
 
 
+def sm_limit() -> int | None:
+    """The limit in force; None: all."""
+    return _sm_limit
+
+
 def allowed_sms(count: int) -> int:
     """How many of a device's `count` SMs a GEMM may take now."""
     return count if _sm_limit is None else min(_sm_limit, count)

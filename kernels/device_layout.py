@@ -7,12 +7,12 @@ Codes are contiguous in the orientation a tensor core reads, columns included: t
 import torch
 from torch import Tensor
 
-from fp8moe.kernels.fp8 import BLOCK_TILE, E4M3, TILE, Fp8Tensor, ceil_div, scale_shape
+from fp8moe.kernels.fp8 import BLOCK_TILE, E4M3, TILE, Fp8Tensor, scale_shape
 
 
 def empty_rows(m: int, k: int, device: torch.device) -> Fp8Tensor:
     """An unfilled [M, K] of 1x128 tiles."""
-    return Fp8Tensor(torch.empty(m, k, dtype=E4M3, device=device), empty_scales(m, k, device))
+    return Fp8Tensor.of(torch.empty(m, k, dtype=E4M3, device=device), empty_scales(m, k, device))
 
 
 def empty_columns(m: int, k: int, device: torch.device) -> Fp8Tensor:
@@ -28,7 +28,7 @@ def empty_blocks(shape: tuple[int, ...], device: torch.device) -> Fp8Tensor:
 
 def empty_scales(m: int, k: int, device: torch.device) -> Tensor:
     """Unfilled scales [M, ceil(K/128)] at stride 1 along M."""
-    return torch.empty(ceil_div(k, TILE), m, dtype=torch.float32, device=device).t()
+    return torch.empty_strided((m, -(-k // TILE)), (1, max(m, 1)), dtype=torch.float32, device=device)
 
 
 def empty_keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim: int) -> list[Tensor]:

@@ -103,6 +103,13 @@ class Fp8Tensor:
         expected = scale_shape(data.shape, self.tile)
         assert scale.shape == expected, f"scale is {tuple(scale.shape)}, tile {self.tile} asks for {expected}"
 
+    @classmethod
+    def of(cls, data: Tensor, scale: Tensor, tile: tuple[int, int] = ROW_TILE) -> "Fp8Tensor":
+        """The same without checks, for who has just allocated both parts: an op makes several, and they take longer."""
+        made = object.__new__(cls)
+        made.__dict__.update(data=data, scale=scale, tile=tile)
+        return made
+
     @property
     def shape(self) -> torch.Size:
         """Logical shape [..., M, K]."""

@@ -27,15 +27,16 @@ def gemm(
             f"gemm takes a by {ROW_TILE} and b by {BLOCK_TILE} or {ROW_TILE} tiles, not {a.tile} and {b.tile}: "
             "quantize a by rows"
         )
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
+    a_shape, b_shape = a.data.shape, b.data.shape
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != b_shape[1]:
         raise ValueError(
-            f"gemm takes a [M, K] and b [N, K] of one K, not {list(a.shape)} and {list(b.shape)}: flatten or transpose"
+            f"gemm takes a [M, K] and b [N, K] of one K, not {list(a_shape)} and {list(b_shape)}: flatten or transpose"
         )
-    check_sizes(K=a.shape[1], N=b.shape[0])
+    check_sizes(K=a_shape[1], N=b_shape[0])
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"gemm writes torch.bfloat16 or torch.float32, not {out_dtype}: cast afterwards")
     if accumulate is not None:
-        check_total(accumulate, (a.shape[0], b.shape[0]))
+        check_total(accumulate, (a_shape[0], b_shape[0]))
     return backend.op("gemm")(a, b, out_dtype=out_dtype, accumulate=accumulate)
 
 

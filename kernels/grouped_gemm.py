@@ -25,15 +25,16 @@ def grouped_gemm(
         raise ValueError(
             f"grouped_gemm takes a by {ROW_TILE} and b by {BLOCK_TILE} tiles, not {a.tile} and {b.tile}: requantize"
         )
-    if len(a.shape) != 2 or len(b.shape) != 3 or a.shape[1] != b.shape[2]:
+    a_shape, b_shape = a.data.shape, b.data.shape
+    if len(a_shape) != 2 or len(b_shape) != 3 or a_shape[1] != b_shape[2]:
         raise ValueError(
-            f"grouped_gemm takes a [R, K] and b [E, N, K] of one K, not {list(a.shape)} and "
-            f"{list(b.shape)}: transpose b"
+            f"grouped_gemm takes a [R, K] and b [E, N, K] of one K, not {list(a_shape)} and "
+            f"{list(b_shape)}: transpose b"
         )
-    check_sizes(K=a.shape[1], N=b.shape[1])
+    check_sizes(K=a_shape[1], N=b_shape[1])
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"grouped_gemm writes torch.bfloat16 or torch.float32, not {out_dtype}: cast afterwards")
-    check_groups(group_offsets, b.shape[0], a.shape[0], TILE)
+    check_groups(group_offsets, b_shape[0], a_shape[0], TILE)
     return backend.op("grouped_gemm")(a, b, group_offsets, out_dtype=out_dtype)
 
 
@@ -47,13 +48,14 @@ def grouped_wgrad(dy_columns: Fp8Tensor, x_columns: Fp8Tensor, group_offsets: Te
         raise ValueError(
             f"grouped_wgrad takes columns of {ROW_TILE} tiles, not {dy_columns.tile} and {x_columns.tile}: requantize"
         )
-    if len(dy_columns.shape) != 2 or len(x_columns.shape) != 2 or dy_columns.shape[1] != x_columns.shape[1]:
+    dy_shape, x_shape = dy_columns.data.shape, x_columns.data.shape
+    if len(dy_shape) != 2 or len(x_shape) != 2 or dy_shape[1] != x_shape[1]:
         raise ValueError(
-            f"grouped_wgrad takes columns [N, R] and [K, R] of one R, not {list(dy_columns.shape)} and "
-            f"{list(x_columns.shape)}: quantize both by columns"
+            f"grouped_wgrad takes columns [N, R] and [K, R] of one R, not {list(dy_shape)} and "
+            f"{list(x_shape)}: quantize both by columns"
         )
-    n, k = dy_columns.shape[0], x_columns.shape[0]
+    (n, r), k, num_groups = dy_shape, x_shape[0], main_grad.shape[0]
     check_sizes(N=n, K=k)
-    check_total(main_grad, (main_grad.shape[0], n, k))
-    check_groups(group_offsets, main_grad.shape[0], x_columns.shape[1], TILE)
+    check_total(main_grad, (num_groups, n, k))
+    check_groups(group_offsets, num_groups, r, TILE)
     backend.op("grouped_wgrad")(dy_columns, x_columns, group_offsets, main_grad)

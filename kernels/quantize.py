@@ -27,8 +27,7 @@ ACTIVATIONS, GRADIENTS, WEIGHTS = "activations", "gradients", "weights"  # the k
 
 def _observe(x: Tensor, q: Fp8Tensor, amax_floor: float) -> None:
     """Gradients are known by their floor, which no activation has."""
-    if observers:
-        observers[-1](x, q, ACTIVATIONS if amax_floor >= ACTIVATION_AMAX_FLOOR else GRADIENTS)
+    observers[-1](x, q, ACTIVATIONS if amax_floor >= ACTIVATION_AMAX_FLOOR else GRADIENTS)
 
 
 def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power_of_two: bool = False) -> Fp8Tensor:
@@ -39,7 +38,8 @@ def quantize_rows(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, power
     _check_source(x, amax_floor)
     check_sizes(K=x.shape[-1])
     q = backend.op("quantize_rows")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    _observe(x, q, amax_floor)
+    if observers:
+        _observe(x, q, amax_floor)
     return q
 
 
@@ -50,7 +50,8 @@ def quantize_columns(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR, po
     """
     _check_matrix(x, amax_floor)
     q = backend.op("quantize_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    _observe(x.t(), q, amax_floor)
+    if observers:
+        _observe(x.t(), q, amax_floor)
     return q
 
 
@@ -63,8 +64,9 @@ def quantize_rows_and_columns(
     """
     _check_matrix(x, amax_floor)
     rows, columns = backend.op("quantize_rows_and_columns")(x, amax_floor=amax_floor, power_of_two=power_of_two)
-    _observe(x, rows, amax_floor)
-    _observe(x.t(), columns, amax_floor)
+    if observers:
+        _observe(x, rows, amax_floor)
+        _observe(x.t(), columns, amax_floor)
     return rows, columns
 
 
@@ -90,12 +92,13 @@ def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_F
     Where the rows' scales are powers of two as well, nearly every value survives exactly.
     Raises ValueError for another tile, more than two dims, sizes that are no multiples of 16, or such a floor.
     """
-    if rows.tile != ROW_TILE or rows.data.dim() != 2:
+    shape = rows.data.shape
+    if rows.tile != ROW_TILE or len(shape) != 2:
         raise ValueError(
-            f"requantize_columns takes a matrix of {ROW_TILE} tiles, this one is {tuple(rows.shape)} of {rows.tile}: "
+            f"requantize_columns takes a matrix of {ROW_TILE} tiles, this one is {tuple(shape)} of {rows.tile}: "
             "quantize it by rows"
         )
-    check_sizes(M=rows.shape[0], K=rows.shape[1])
+    check_sizes(M=shape[0], K=shape[1])
     check_floor(amax_floor)
     return backend.op("requantize_columns")(rows, amax_floor=amax_floor)
 
@@ -112,4 +115,5 @@ def _check_matrix(x: Tensor, amax_floor: float) -> None:
     _check_source(x, amax_floor)
     if x.dim() != 2:
         raise ValueError(f"columns are quantized from a matrix, got {x.dim()} dims: flatten it to [M, K]")
-    check_sizes(M=x.shape[0], K=x.shape[1])
+    m, k = x.shape
+    check_sizes(M=m, K=k)

@@ -40,10 +40,11 @@ def swiglu(
         raise ValueError(
             f"swiglu takes [R, 2F] in BF16 or FP32, not {list(gate_up.shape)} {gate_up.dtype}: flatten and cast it"
         )
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate and up must be equally wide, 2F={gate_up.shape[1]} is odd: use {gate_up.shape[1] + 1}")
-    check_sizes(F=gate_up.shape[1] // 2)
-    _check_weights(weights, gate_up.shape[0])
+    r, both = gate_up.shape
+    if both % 2:
+        raise ValueError(f"gate and up must be equally wide, 2F={both} is odd: use {both + 1}")
+    check_sizes(F=both // 2)
+    _check_weights(weights, r)
     check_limit(limit)
     if bias is not None or group_offsets is not None:
         _check_bias(bias, group_offsets, gate_up)
@@ -55,9 +56,9 @@ def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None, *, limit: f
 
     Scales are powers of two; R is a multiple of 16. Raises ValueError for other tiles or shapes.
     """
-    _check_cached(cached)
-    check_sizes(R=cached.shape[0])
-    _check_weights(weights, cached.shape[0])
+    r, _ = _check_cached(cached)
+    check_sizes(R=r)
+    _check_weights(weights, r)
     check_limit(limit)
     return backend.op("swiglu_columns")(cached, weights, limit=limit)
 
@@ -75,8 +76,7 @@ def swiglu_backward(
     amax is clamped at the gradient floor. d weights is FP32, None without weights. R is a multiple of 16.
     Raises ValueError for other tiles, shapes or dtypes.
     """
-    _check_cached(cached)
-    r, both = cached.shape
+    r, both = _check_cached(cached)
     if dy.shape != (r, both // 2) or dy.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(
             f"swiglu_backward takes dy [{r}, {both // 2}] in BF16 or FP32, not {list(dy.shape)} {dy.dtype}: "
@@ -99,12 +99,14 @@ def _check_bias(bias: Tensor | None, group_offsets: Tensor | None, gate_up: Tens
     check_groups(group_offsets, len(bias), gate_up.shape[0], TILE)
 
 
-def _check_cached(cached: Fp8Tensor) -> None:
-    if cached.tile != ROW_TILE or len(cached.shape) != 2 or cached.shape[1] % 2:
+def _check_cached(cached: Fp8Tensor) -> torch.Size:
+    shape = cached.data.shape
+    if cached.tile != ROW_TILE or len(shape) != 2 or shape[1] % 2:
         raise ValueError(
-            f"the cached input must be [R, 2F] of {ROW_TILE} tiles, got {list(cached.shape)} of {cached.tile}: "
+            f"the cached input must be [R, 2F] of {ROW_TILE} tiles, got {list(shape)} of {cached.tile}: "
             "pass what swiglu returned"
         )
+    return shape
 
 
 def _check_weights(weights: Tensor | None, r: int) -> None:

@@ -33,6 +33,8 @@ from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable
 
+_NOT_QUANTIZED = "quantize_weights(model) must run after weights are set and before a forward"
+
 
 class QuantizedWeight(nn.Module):
     """A weight [..., N, K] with, in FP8, its quantized blocks and those of its transposed copy.
@@ -67,16 +69,14 @@ class QuantizedWeight(nn.Module):
     @property
     def blocks(self) -> Fp8Tensor:
         """The weight, for Fprop."""
-        return self._quantized()[0]
+        assert self._blocks is not None, _NOT_QUANTIZED
+        return self._blocks[0]
 
     @property
     def transposed_blocks(self) -> Fp8Tensor:
         """The transposed weight, for Dgrad."""
-        return self._quantized()[1]
-
-    def _quantized(self) -> tuple[Fp8Tensor, Fp8Tensor]:
-        assert self._blocks is not None, "quantize_weights(model) must run after weights are set and before a forward"
-        return self._blocks
+        assert self._blocks is not None, _NOT_QUANTIZED
+        return self._blocks[1]
 
 
 def _quantize_loaded(module: nn.Module, _: object) -> None:
@@ -100,7 +100,7 @@ class Linear(QuantizedWeight):
         """x: a tensor, cast here, or an activation that was cast before (one cast can feed several Linears)."""
         if not isinstance(x, Activation):
             x = activation(x, self.recipe, power_of_two=self.recipe.power_of_two(False))
-        return _LinearFunction.apply(x.autograd_handle, self.weight, x, self)
+        return _LinearFunction.apply(x.autograd_handle, entry(x.autograd_handle, self), x, self)
 
     def fprop(self, x: Rows) -> Tensor:
         return gemm(x, self.blocks) if isinstance(x, Fp8Tensor) else product(x, self.weight.detach().T)
@@ -124,7 +124,7 @@ class LinearPart:
 
     def __call__(self, x: Activation) -> Tensor:
         """[T, in_features] -> [T, rows]."""
-        return _LinearFunction.apply(x.autograd_handle, self.linear.weight, x, self)
+        return _LinearFunction.apply(x.autograd_handle, entry(x.autograd_handle, self.linear), x, self)
 
     def fprop(self, x: Rows) -> Tensor:
         if not isinstance(x, Fp8Tensor):
@@ -170,12 +170,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-class _LinearFunction(torch.autograd.Function):
-    """The weight is an argument only so that autograd enters when the input needs no gradient."""
+def entry(autograd_handle: Tensor, module: nn.Module) -> Tensor | None:
+    """The weight where autograd would not enter a function without it, because the input needs no gradient.
 
+    Elsewhere it is none of the function's arguments: autograd would visit it in the backward, with nothing to add.
+    """
+    weight: Tensor | None = None if autograd_handle.requires_grad else module.weight  # type: ignore[assignment]
+    return weight
+
+
+class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, autograd_handle: Tensor, weight: Tensor, x: Activation, linear: Linear | LinearPart
+        ctx: Any, autograd_handle: Tensor, weight: Tensor | None, x: Activation, linear: Linear | LinearPart
     ) -> Tensor:
         ctx.columns, ctx.linear = x.operand.columns, linear
         return linear.fprop(x.operand.rows)

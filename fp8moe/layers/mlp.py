@@ -28,7 +28,7 @@ from fp8moe.kernels import swiglu as fp8
 from fp8moe.kernels.expert_bias import add_expert_bias, expert_bias_dgrad, expert_bias_wgrad
 from fp8moe.kernels.fp8 import GRADIENT_AMAX_FLOOR
 from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
-from fp8moe.layers.linear import Linear, main_grad_of
+from fp8moe.layers.linear import Linear, entry, main_grad_of
 from fp8moe.layers.operand import Activation, Fp8Gradient, Operand, Rows, activation, from_gradient, from_rows
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe, Recompute
@@ -68,8 +68,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor | Recallable | Activation) -> Tensor:
         if not isinstance(x, Activation):
             x = self.cast(x)
-        weights = (self.gate_up.weight, self.down.weight)
-        return gated_mlp(x, self.gate_up, self.down, self.recipe, parameters=weights, limit=self.limit)
+        return gated_mlp(x, self.gate_up, self.down, self.recipe, entry(x.autograd_handle, self.down), limit=self.limit)
 
 
 def gated_mlp(
@@ -77,8 +76,8 @@ def gated_mlp(
     gate_up: Products,
     down: Products,
     recipe: Recipe,
+    entry: Tensor | None,
     *,
-    parameters: tuple[Tensor, Tensor],
     weights_R: Tensor | None = None,
     gradient: Fp8Gradient | None = None,
     limit: float | None = None,
@@ -86,18 +85,18 @@ def gated_mlp(
 ) -> Tensor:
     """y [R, D] of x [R, D]; `weights_R` (FP32) multiply SwiGLU's output; `gradient` may bring dy in FP8.
 
-    `parameters` are the two weights: only so that autograd enters when x needs no gradient. limit: of the clamped
-    activation, None for plain SwiGLU. biases: of experts, whose rows have weights.
+    entry: see `linear.entry`. limit: of the clamped activation, None for plain SwiGLU. biases: of experts, whose rows
+    have weights.
     """
     return _GatedMlpFunction.apply(
-        x.autograd_handle, weights_R, *parameters, x, gate_up, down, swiglu(recipe, limit), recipe, gradient, biases
+        x.autograd_handle, weights_R, entry, x, gate_up, down, swiglu(recipe, limit), recipe, gradient, biases
     )
 
 
 class _GatedMlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, autograd_handle: Tensor, weights_R: Tensor | None, w1: Tensor, w2: Tensor, x: Activation,
+        ctx: Any, autograd_handle: Tensor, weights_R: Tensor | None, entry: Tensor | None, x: Activation,
         gate_up: Products, down: Products, act: Swiglu, recipe: Recipe, gradient: Fp8Gradient | None,
         biases: ExpertBiases | None,
     ) -> Tensor:  # fmt: skip
@@ -125,7 +124,7 @@ class _GatedMlpFunction(torch.autograd.Function):
             expert_bias_dgrad(dy.rows, biases.down.detach(), biases.group_offsets, dweights_R)
         submit(_wgrad(gate_up, d_gate_up.columns, ctx.x_columns, biases and (biases.gate_up, biases.group_offsets)))
         dx_RD = gate_up.dgrad(d_gate_up.rows) if ctx.needs_input_grad[0] else None
-        return dx_RD, dweights_R, *(None,) * 9
+        return dx_RD, dweights_R, *(None,) * 8
 
 
 def _wgrad(

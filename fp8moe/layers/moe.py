@@ -25,7 +25,7 @@ from fp8moe.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad
 from fp8moe.layers.attention.context import ContextExchange
 from fp8moe.layers.balance import BalanceShare
 from fp8moe.layers.dispatch import Announced, Dispatcher, Received, combined, dispatched
-from fp8moe.layers.linear import QuantizedWeight
+from fp8moe.layers.linear import QuantizedWeight, entry
 from fp8moe.layers.mlp import ExpertBiases, Mlp, gated_mlp
 from fp8moe.layers.operand import Activation, Rows, activation
 from fp8moe.layers.recipe import Recipe
@@ -149,7 +149,7 @@ class Experts(nn.Module):
             self.gate_up.at(received.group_offsets),
             self.down.at(received.group_offsets),
             self.recipe,
-            parameters=(self.gate_up.weight, self.down.weight),
+            entry(received.x.autograd_handle, self.down),
             weights_R=received.weights_R,
             gradient=received.gradient,
             limit=self.limit,

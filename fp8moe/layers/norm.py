@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.norm import rms_norm, rms_norm_backward, rms_norm_columns
 from fp8moe.kernels.quantize import quantize_columns, quantize_rows
+from fp8moe.layers.linear import entry
 from fp8moe.layers.operand import Normed, ReadyCast, placeholder
 from fp8moe.layers.recipe import Recipe, Recompute
 
@@ -62,7 +63,8 @@ class RMSNorm(nn.Module):
 
     def _norm(self, x: Tensor, delta: Tensor | None, *, residual: bool) -> tuple[Tensor, Normed]:
         made: list[_Made] = []
-        h, y = _RMSNormFunction.apply(x, delta, self.weight, self, made, residual)
+        followed = x if delta is None or x.requires_grad else delta
+        h, y = _RMSNormFunction.apply(x, delta, entry(followed, self), self, made, residual)
         source, inverse_rms, rows = made.pop()
         values = None if self.recompute else y.detach()
 
@@ -95,11 +97,13 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, norm: RMSNorm, made: list[_Made], residual: bool
-    ) -> tuple[Tensor | None, Tensor]:
+        ctx: Any, x: Tensor, delta: Tensor | None, entry: Tensor | None, norm: RMSNorm, made: list[_Made],
+        residual: bool,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         h, y, rows, inverse_rms = rms_norm(
-            x, weight, delta, eps=norm.eps, tensor=norm.tensor, rows=norm.rows, power_of_two=norm.power_of_two
-        )
+            x, norm.weight.detach(), delta, eps=norm.eps, tensor=norm.tensor, rows=norm.rows,
+            power_of_two=norm.power_of_two,
+        )  # fmt: skip
         h = x if delta is None else h
         ctx.save_for_backward(h, inverse_rms)
         ctx.norm = norm

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
 
 
-@dataclass(frozen=True)
-class ReadyCast:
+class ReadyCast(NamedTuple):
     """The FP8 forms of a tensor, made by the kernel that made the tensor: rows now, the others when backward asks.
 
     rows: for Fprop. columns(): for Wgrad. rows_again(): for an Fprop that backward repeats. They equal the casts of the
@@ -59,16 +58,14 @@ class Normed(Recallable):
     cast: ReadyCast | None = None
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """One operand [T, N] of a Linear: `rows` for Fprop or Dgrad, `columns()` for Wgrad."""
 
     rows: Rows
     columns: Callable[[], Rows]
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """An `Operand` that autograd follows by `autograd_handle` [T, D]: the tensor itself, or a placeholder of it."""
 
     autograd_handle: Tensor

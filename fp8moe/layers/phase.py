@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,8 +64,7 @@ class DeferredWgrads:
         return len(self._waiting)
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """One of a block's phases for one micro-batch: what to call for its forward, backward and late weight gradient."""
 
     name: str

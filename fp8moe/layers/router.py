@@ -39,7 +39,7 @@ from fp8moe.layers.attention.context import ContextExchange
 from fp8moe.layers.balance import BalanceShare, mean_shares
 from fp8moe.layers.bias import add_total, make_bias
 from fp8moe.layers.given_experts import route_as_given
-from fp8moe.layers.linear import main_grad_of
+from fp8moe.layers.linear import entry, main_grad_of
 from fp8moe.layers.phase import submit
 from fp8moe.layers.recipe import Recipe
 from fp8moe.layers.recompute import Recallable, kept
@@ -153,20 +153,19 @@ class Router(nn.Module):
         counts_E = self.counts_E if self.training and torch.is_grad_enabled() else None
         shares: list[BalanceShare] = []
         ids_TK, weights_TK, balance_loss, *own = _RouterFunction.apply(
-            x.tensor, self.weight, x.recall, self, num_sequences, counts_E, exchange, shares, given_TK
+            x.tensor, entry(x.tensor, self), x.recall, self, num_sequences, counts_E, exchange, shares, given_TK
         )
         return Routing(ids_TK, weights_TK, balance_loss, *(own or [None]), *shares)
 
 
 class _RouterFunction(torch.autograd.Function):
-    """The weight is an argument only so that autograd enters when the input needs no gradient."""
-
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_ED: Tensor, recall: Callable[[], Tensor], router: Router, num_sequences: int,
+        ctx: Any, x_TD: Tensor, entry: Tensor | None, recall: Callable[[], Tensor], router: Router, num_sequences: int,
         counts_E: Tensor | None, exchange: ContextExchange | None, shares: list[BalanceShare], given_TK: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        c, logits_TE = router.config, gate_logits(x_TD, weight_ED)
+        c, weight_ED = router.config, router.weight.detach()
+        logits_TE = gate_logits(x_TD, weight_ED)
         if router.gate_bias is not None:
             logits_TE += router.gate_bias.detach()
         ids_TK, weights_TK, loss, f_BE = route(
@@ -186,12 +185,13 @@ class _RouterFunction(torch.autograd.Function):
             shares.append(BalanceShare(f_BE, mean_shares(logits_TE, c.score, num_sequences), exchange))
             ctx.f_BE, loss = shares[0].f_BE, loss.new_zeros(())
         ctx.set_materialize_grads(False)  # it would fill a gradient of the ids, too
-        ctx.weight, ctx.recall, ctx.router, ctx.of_route = weight_ED, recall, router, (logits_TE, ids_TK)
+        ctx.recall, ctx.router, ctx.of_route = recall, router, (logits_TE, ids_TK)
         return ids_TK, weights_TK, loss, *own
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        c, weight_ED, recall, gate_bias = ctx.router.config, ctx.weight, ctx.recall, ctx.router.gate_bias
+        router, recall = ctx.router, ctx.recall
+        c, weight_ED, gate_bias = router.config, router.weight.detach(), router.gate_bias
         (logits_TE, ids_TK), f_BE, (_, d_weights_TK, d_loss, *_) = ctx.of_route, ctx.f_BE(), grads
         d_weights_TK = f_BE.new_zeros(ids_TK.shape) if d_weights_TK is None else d_weights_TK
         d_loss = f_BE.new_zeros(()) if d_loss is None else d_loss
@@ -204,7 +204,7 @@ class _RouterFunction(torch.autograd.Function):
             submit(lambda: add_total(main_grad_of(gate_bias), total_E))
         by_parts = on_tensor_cores(weight_ED)
         d_logits = split_bf16(d_logits_TE) if by_parts else d_logits_TE.unsqueeze(0)
-        submit(lambda: gate_wgrad(d_logits, recall(), weight_ED.main_grad))
+        submit(lambda: gate_wgrad(d_logits, recall(), main_grad_of(router.weight)))
         return gate_dgrad(d_logits, weight_ED) if ctx.needs_input_grad[0] else None, *(None,) * 8
 
 

@@ -9,7 +9,7 @@ same phases, and a parameter's gradients are added in the order of the actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class _Observed:
         if after is not None:
             assert wgrad is not None
             wgrad = partial(_in_turn, wgrad, after)
-        return (replace(first, forward=partial(_in_turn, self._before, first.forward), wgrad=wgrad), *others)
+        return (first._replace(forward=partial(_in_turn, self._before, first.forward), wgrad=wgrad), *others)
 
     @property
     def output(self) -> Tensor:

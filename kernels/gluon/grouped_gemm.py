@@ -5,11 +5,17 @@ from torch import Tensor
 
 from fp8moe.kernels.fp8 import Fp8Tensor
 from fp8moe.kernels.gluon.launch import choose_tile, launch_columns, launch_rows, num_sms, typical_rows
+from fp8moe.kernels.gluon.ready import ready_columns, ready_rows
 
 
 def grouped_gemm(
     a: Fp8Tensor, b: Fp8Tensor, group_offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
+    launch_on = ready_rows("grouped_gemm", a, b, out_dtype, None)
+    if launch_on is not None:
+        out = torch.empty(a.data.shape[0], b.data.shape[1], dtype=out_dtype, device=a.data.device)
+        launch_on(a.data, b.data, a.scale, b.scale, out, group_offsets)
+        return out
     (r, k), (num_groups, n) = a.shape, b.shape[:2]
     if min(r, n, k, num_groups) == 0:
         return torch.zeros(r, n, dtype=out_dtype, device=a.device)
@@ -20,6 +26,10 @@ def grouped_gemm(
 
 
 def grouped_wgrad(dy_columns: Fp8Tensor, x_columns: Fp8Tensor, group_offsets: Tensor, main_grad: Tensor) -> None:
+    launch_on = ready_columns("grouped_wgrad", dy_columns, x_columns, main_grad)
+    if launch_on is not None:
+        launch_on(dy_columns.data, x_columns.data, dy_columns.scale, x_columns.scale, main_grad, group_offsets)
+        return
     num_groups, n, k = main_grad.shape
     r = dy_columns.shape[1]
     if min(num_groups, n, k, r) == 0:

@@ -13,7 +13,6 @@ else is copied first, which costs a pass over it: whoever quantizes for these ke
 
 import functools
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from fp8moe.kernels.gluon.consumers import FREE, PINGPONG, TURNS
 from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED, ADD_TMA, STORE, STORE_TMA, WAVE_PIECES
 from fp8moe.kernels.gluon.rows_kernel import BLOCK_SCALES, rows_kernel
 from fp8moe.kernels.tiles import ADDED_BY_TMA, DEFAULT_DEVICE, HOPPER_SMS, PAIR, Tile
-from fp8moe.kernels.triton.launch import Block, launch
+from fp8moe.kernels.triton.launch import Block, Described, Prepared, by_shapes, is_contiguous, layout_of
 
 TMA_ALIGNMENT = 16  # bytes: of an address, of a row, and of where a one-dimensional load begins
 TMA_FLOATS = TMA_ALIGNMENT // 4
@@ -44,14 +43,10 @@ OLDEST_MULTICAST = (3, 8)  # of Triton: before it an arrival can't reach another
 PAIRS_VARIABLE = "FP8MOE_PAIRS"
 
 
-def pairs_allowed() -> bool:
-    """Whether pairs of CTAs may be chosen: this Triton has them and FP8MOE_PAIRS is 1."""
-    return _has_pairs(triton.__version__) and os.environ.get(PAIRS_VARIABLE) == "1"
-
-
 @functools.cache
-def _has_pairs(version: str) -> bool:
-    return backend.release_of(version) >= OLDEST_MULTICAST
+def pairs_allowed() -> bool:
+    """Whether pairs of CTAs may be chosen: this Triton has them and FP8MOE_PAIRS is 1; asked once in a process."""
+    return backend.release_of(triton.__version__) >= OLDEST_MULTICAST and os.environ.get(PAIRS_VARIABLE) == "1"
 
 
 def num_sms(device: torch.device) -> int:
@@ -95,34 +90,37 @@ def launch_rows(
     accumulate: bool = False,
 ) -> None:
     """out [M, N] = or += a rows [M, K] @ b blocks [N, K]^T, or [E, N, K] with offsets; no size may be zero."""
-    m, k = a.data.shape
-    n, grouped = b.data.shape[-2], group_offsets is not None
-    assert not (grouped and tile.block_m != TILE), "a taller tile could straddle two experts"
-    epilogue = ADD.value if accumulate else STORE_TMA.value if out.dtype is torch.bfloat16 else STORE.value
-    scale, ctas = _m_major(a.scale), _ctas(tile)
-    block_scale = _aligned(b.scale.contiguous())
-    form = _form(tile, ctas, grouped, epilogue)
-    c: Descriptor | Tensor = out
-    if epilogue == STORE_TMA.value:
-        c = Descriptor(out, [m, n], [out.stride(0), 1], form.stored)
-    num_tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n * ctas)
-    launch(
-        rows_kernel,
-        (min(max(1, sms // ctas), num_tiles),),
-        _codes(a.data, form.a),
-        _codes(b.data.reshape(-1, k) if grouped else b.data, form.b),
-        Descriptor(scale, [(scale.shape[1] - 1) * scale.stride(1) + m], [1], form.a_scale),
-        Descriptor(block_scale, [block_scale.numel()], [1], form.block_scale),
-        c,
-        group_offsets,
-        m,
-        n,
-        k,
-        b.data.shape[0] if grouped else 1,
-        scale.stride(1),
-        out.stride(0),
-        **form.constants,
+    (m, k), n, groups = a.data.shape, b.data.shape[-2], 0 if group_offsets is None else b.data.shape[0]
+    (a_codes, a_stride), (b_codes, b_stride), scale = _codes(a.data), _codes(b.data), _m_major(a.scale)
+    launch_on = rows_launch(
+        m, n, k, groups, a_stride, b_stride, scale.stride(1), out.stride(0), out.dtype, accumulate, tile, sms
     )
+    launch_on(a_codes, b_codes, scale, _aligned(b.scale.contiguous()), out, group_offsets)
+
+
+@by_shapes
+def rows_launch(
+    m: int, n: int, k: int, groups: int, a_stride: int, b_stride: int, scale_stride: int, out_stride: int,
+    out_dtype: torch.dtype, accumulate: bool, tile: Tile, sms: int,
+) -> Prepared:  # fmt: skip
+    """groups: 0 without offsets."""
+    assert not (groups and tile.block_m != TILE), "a taller tile could straddle two experts"
+    epilogue = ADD.value if accumulate else STORE_TMA.value if out_dtype is torch.bfloat16 else STORE.value
+    ctas, (n_tiles, k_tiles), matrices = _ctas(tile), (ceil_div(n, TILE), ceil_div(k, TILE)), max(groups, 1)
+    described: tuple[Described, ...] = (
+        ([m, k], [a_stride, 1], _block((_rows(tile), TILE), 8, 128, ctas, WHOLE, WHOLE)),
+        ([matrices * n, k], [b_stride, 1], _block((_columns(tile), TILE), 8, 128, ctas, SPLIT, WHOLE)),
+        ([(k_tiles - 1) * scale_stride + m], [1], _block((_rows(tile),), 32, 0, ctas, WHOLE)),
+        ([matrices * n_tiles * k_tiles], [1], _block((BLOCK_SCALES.value,), 32, 0, ctas, WHOLE)),
+    )
+    if epilogue == STORE_TMA.value:
+        stored = _block((WAVE_ROWS, PIECE_COLUMNS * ctas), 16, 64, ctas, WHOLE, SPLIT)
+        described += (([m, n], [out_stride, 1], stored),)
+    num_tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n * ctas)
+    return Prepared(
+        rows_kernel, (min(max(1, sms // ctas), num_tiles),), m, n, k, matrices, scale_stride, out_stride,
+        described=described, descriptor=Descriptor, **_constants(tile, ctas, groups > 0, epilogue),
+    )  # fmt: skip
 
 
 def launch_columns(
@@ -136,50 +134,57 @@ def launch_columns(
     accumulate: bool = False,
 ) -> None:
     """out [N, K] (or [E, N, K] with offsets) = or += a columns [N, T] @ b columns [K, T]^T; no size may be zero."""
-    (n, t), k, grouped = a.data.shape, b.data.shape[0], group_offsets is not None
-    num_groups = out.shape[0] if grouped else 1
-    ctas = _ctas(tile)
-    num_tiles = num_groups * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n * ctas)
-    epilogue = _sum_epilogue(out, t // num_groups, tile, ctas) if accumulate else STORE.value
-    form = _form(tile, ctas, grouped, epilogue)
-    by_tma = epilogue in (ADD_TMA.value, ADD_FETCHED.value)
-    launch(
-        columns_kernel,
-        (min(max(1, sms // ctas), num_tiles),),
-        _codes(a.data, form.a),
-        _codes(b.data, form.b),
-        _scales(a.scale, form.a_scale),
-        _scales(b.scale, form.b_scale),
-        Descriptor(out, [out.numel() // k, k], [k, 1], form.added) if by_tma else out,
-        group_offsets,
-        num_groups,
-        n,
-        k,
-        t,
-        out.stride(-2),
-        **form.constants,
+    (n, t), k, groups = a.data.shape, b.data.shape[0], 0 if group_offsets is None else out.shape[0]
+    (a_codes, a_stride), (b_codes, b_stride) = _codes(a.data), _codes(b.data)
+    epilogue = STORE.value
+    if accumulate:
+        epilogue = sum_epilogue(*layout_of(out), t // max(groups, 1), tile)
+    launch_on = columns_launch(n, k, t, groups, a_stride, b_stride, out.stride(-2), epilogue, tile, sms)
+    launch_on(a_codes, b_codes, _scales(a.scale), _scales(b.scale), out, group_offsets)
+
+
+@by_shapes
+def columns_launch(
+    n: int, k: int, t: int, groups: int, a_stride: int, b_stride: int, out_stride: int, epilogue: int, tile: Tile,
+    sms: int,
+) -> Prepared:  # fmt: skip
+    """groups: 0 without offsets."""
+    ctas, t_tiles, matrices = _ctas(tile), ceil_div(t, TILE), max(groups, 1)
+    described: tuple[Described, ...] = (
+        ([n, t], [a_stride, 1], _block((_rows(tile), TILE), 8, 128, ctas, WHOLE, WHOLE)),
+        ([k, t], [b_stride, 1], _block((_columns(tile), TILE), 8, 128, ctas, SPLIT, WHOLE)),
+        ([n * t_tiles], [1], _block((_rows(tile),), 32, 0, ctas, WHOLE)),
+        ([k * t_tiles], [1], _block((_columns(tile),), 32, 0, ctas, SPLIT)),
     )
+    if epilogue in (ADD_TMA.value, ADD_FETCHED.value):
+        added = _block((WAVE_ROWS, PIECE_COLUMNS), 32, 128, ctas, WHOLE, WHOLE)
+        described += (([matrices * n, k], [k, 1], added),)
+    num_tiles = matrices * ceil_div(n, tile.block_m) * ceil_div(k, tile.block_n * ctas)
+    return Prepared(
+        columns_kernel, (min(max(1, sms // ctas), num_tiles),), matrices, n, k, t, out_stride,
+        described=described, descriptor=Descriptor, **_constants(tile, ctas, groups > 0, epilogue),
+    )  # fmt: skip
 
 
-def _sum_epilogue(out: Tensor, tokens: int, tile: Tile, ctas: int) -> int:
-    """How tiles are added into out [N, K] or [E, N, K] of `tokens` tokens a group: by TMA, fetched, or by registers.
+def sum_epilogue(shape: torch.Size, strides: tuple[int, ...], rest: int, tokens: int, tile: Tile) -> int:
+    """How tiles are added into [N, K] or [E, N, K] of `tokens` tokens a group: by TMA, fetched, or by registers.
 
     Fetching needs shared memory for four pieces of each consumer.
     """
-    if ctas > 1 or not takes_waves(out):
+    if tile.multicast or not takes_waves(shape, strides, rest):
         return ADD.value
     if tokens >= ADDED_BY_TMA:
         return ADD_TMA.value
     return ADD_FETCHED.value if can_fetch(tile) else ADD.value
 
 
-def takes_waves(out: Tensor) -> bool:
-    """Whether TMA may read and write waves of sums, out [N, K] or [E, N, K].
+def takes_waves(shape: torch.Size, strides: tuple[int, ...], rest: int) -> bool:
+    """Whether TMA may read and write waves of sums, [N, K] or [E, N, K] of this layout.
 
     It needs rows of multiples of 16 bytes, and no wave of 64 rows may reach into the next expert's.
     """
-    whole = out.dim() == 2 or out.shape[1] % WAVE_ROWS == 0
-    return whole and out.is_contiguous() and out.shape[-1] % TMA_FLOATS == 0 and out.data_ptr() % TMA_ALIGNMENT == 0
+    whole = len(shape) == 2 or shape[1] % WAVE_ROWS == 0
+    return whole and is_contiguous(shape, strides) and shape[-1] % TMA_FLOATS == 0 and rest == 0
 
 
 def can_fetch(tile: Tile) -> bool:
@@ -193,54 +198,31 @@ def has_room(ring: int) -> bool:
 
 
 class Descriptor(TensorDescriptor):
-    """Gluon's descriptor, made without its checks, which `_codes`, `_scales` and `_form` have made or make needless.
+    """Gluon's descriptor, made without its checks, which `_codes`, `_scales` and `_block` have made or make needless.
 
     `block` says for `triton.launch` what a kernel is specialized for.
     """
 
+    block_shape = property(lambda self: self.block.shape)
+    layout = property(lambda self: self.block.layout)
+
     def __init__(self, base: Tensor, shape: list[int], strides: list[int], block: Block) -> None:
         self.base, self.shape, self.strides, self.block = base, shape, strides, block
-        self.block_shape, self.layout = block.shape, block.layout
-        self.padding, self.round_f32_to_tf32 = "zero", False
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What of a launch follows from its tile and epilogue alone: what each descriptor moves, and the constants."""
-
-    a: Block
-    b: Block
-    a_scale: Block
-    b_scale: Block
-    block_scale: Block  # of a weight's blocks
-    stored: Block  # STORE_TMA
-    added: Block  # ADD_TMA, ADD_FETCHED
-    constants: dict[str, Any]
-
-
-@functools.cache
-def _form(tile: Tile, ctas: int, grouped: bool, epilogue: int) -> _Form:
-    return _Form(
-        a=_block((_rows(tile), TILE), 8, 128, ctas, WHOLE, WHOLE),
-        b=_block((_columns(tile), TILE), 8, 128, ctas, SPLIT, WHOLE),
-        a_scale=_block((_rows(tile),), 32, 0, ctas, WHOLE),
-        b_scale=_block((_columns(tile),), 32, 0, ctas, SPLIT),
-        block_scale=_block((BLOCK_SCALES.value,), 32, 0, ctas, WHOLE),
-        stored=_block((WAVE_ROWS, PIECE_COLUMNS * ctas), 16, 64, ctas, WHOLE, SPLIT),
-        added=_block((WAVE_ROWS, PIECE_COLUMNS), 32, 128, ctas, WHOLE, WHOLE),
-        constants={
-            "BM": tile.block_m,
-            "BN": tile.block_n,
-            "STAGES": tile.stages,
-            "GROUP": tile.group,
-            "GROUPED": grouped,
-            "EPILOGUE": epilogue,
-            "CTAS": ctas,
-            "CONSUMERS": CONSUMERS[tile.consumers].value,
-            "num_ctas": ctas,
-            "num_warps": tile.warps,
-        },
-    )
+def _constants(tile: Tile, ctas: int, grouped: bool, epilogue: int) -> dict[str, Any]:
+    return {
+        "BM": tile.block_m,
+        "BN": tile.block_n,
+        "STAGES": tile.stages,
+        "GROUP": tile.group,
+        "GROUPED": grouped,
+        "EPILOGUE": epilogue,
+        "CTAS": ctas,
+        "CONSUMERS": CONSUMERS[tile.consumers].value,
+        "num_ctas": ctas,
+        "num_warps": tile.warps,
+    }
 
 
 def _ctas(tile: Tile) -> int:
@@ -271,32 +253,40 @@ def _block(shape: tuple[int, ...], bits: int, swizzle: int, ctas: int, *halves: 
     return Block(list(shape), layout)
 
 
-def _codes(data: Tensor, block: Block) -> Descriptor:
-    """A descriptor of K-major codes [M, K] for tiles of 128 along K."""
-    m, k = data.shape
-    stride, within = data.stride()
-    if within != 1 or stride % TMA_ALIGNMENT or data.data_ptr() % TMA_ALIGNMENT:
-        data, stride = data.clone(memory_format=torch.contiguous_format), k
-    return Descriptor(data, [m, k], [stride, 1], block)
+def _codes(data: Tensor) -> tuple[Tensor, int]:
+    """K-major codes [M, K], or [E, M, K] one matrix behind the other, and how far apart their rows are."""
+    layout = layout_of(data)
+    if not is_k_major(*layout):
+        return data.clone(memory_format=torch.contiguous_format), data.shape[-1]
+    return data, layout[1][-2]
+
+
+def is_k_major(shape: torch.Size, strides: tuple[int, ...], rest: int) -> bool:
+    """Whether TMA may read codes of this layout as `_codes` gives them."""
+    one = len(shape) == 2 or is_contiguous(shape, strides)
+    return one and strides[-1] == 1 and strides[-2] % TMA_ALIGNMENT == 0 and rest == 0
 
 
 def _m_major(scale: Tensor) -> Tensor:
     """Scales [M, K/128] where TMA may read them: stride 1 along M, each K tile from a multiple of 16 bytes on."""
-    m, tiles = scale.shape
-    if scale.stride(0) == 1 and (tiles == 1 or scale.stride(1) % TMA_FLOATS == 0):
+    (m, tiles), strides, _ = layout_of(scale)
+    if is_m_major(scale.shape, strides, 0):
         return _aligned(scale)
     room = scale.new_empty(tiles, ceil_div(m, TMA_FLOATS) * TMA_FLOATS)[:, :m].mT
     return room.copy_(scale)
+
+
+def is_m_major(shape: torch.Size, strides: tuple[int, ...], rest: int) -> bool:
+    """Whether TMA may read scales of this layout as `_m_major` gives them."""
+    return strides[0] == 1 and (shape[1] == 1 or strides[1] % TMA_FLOATS == 0) and rest == 0
 
 
 def _aligned(scale: Tensor) -> Tensor:
     return scale.clone() if scale.data_ptr() % TMA_ALIGNMENT else scale
 
 
-def _scales(scale: Tensor, block: Block) -> Descriptor:
-    """A descriptor of the scales [M, T/128] as one vector, a token tile after the other."""
-    if scale.stride() != (1, len(scale)) or scale.data_ptr() % TMA_ALIGNMENT:
+def _scales(scale: Tensor) -> Tensor:
+    """Scales [M, T/128] as one vector lies, a token tile after the other."""
+    if scale.stride() != (1, scale.shape[0]):
         scale = scale.mT.contiguous()  # no copy where they are M-major already
-        if scale.data_ptr() % TMA_ALIGNMENT:
-            scale = scale.clone()
-    return Descriptor(scale, [scale.numel()], [1], block)
+    return _aligned(scale)

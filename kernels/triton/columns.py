@@ -17,7 +17,8 @@ from torch import Tensor
 from fp8moe.kernels.fp8 import TILE
 from fp8moe.kernels.triton import encode
 
-VECTOR = tl.constexpr(4)  # columns a lane loads at once
+QUARTER = 4
+VECTOR = tl.constexpr(QUARTER)  # columns a lane loads at once
 LANES = 32
 
 
@@ -29,9 +30,11 @@ def column_block(k: int, widest: int, num_warps: int) -> tuple[int, int]:
 
 def quarter_stride(x: Tensor) -> tuple[Tensor, int]:
     """x [M, K] itself, or a copy where its last dim is not contiguous or its rows are no multiple of 4 apart."""
-    if x.stride(1) != 1 or x.stride(0) % VECTOR.value:
+    stride, within = x.stride()
+    if within != 1 or stride % QUARTER:
         x = x.contiguous()
-    return x, x.stride(0) // VECTOR.value
+        stride, _ = x.stride()
+    return x, stride // QUARTER
 
 
 @triton.jit

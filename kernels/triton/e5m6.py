@@ -21,7 +21,7 @@ from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, E5M6_VALUES, E5M6_WORDS, T
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.columns import LANES, cast_columns, load_factors, scale_at, token_at
 from fp8moe.kernels.triton.gemm import TL_DTYPE
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, last_dim_contiguous
 
 BLOCK_M = 32
@@ -143,52 +143,60 @@ def e5m6_columns_kernel(
 
 
 def pack_e5m6(x: Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> E5m6Tensor:
-    flat = last_dim_contiguous(x.flatten(0, -2))
+    flat = last_dim_contiguous(x if x.dim() == 2 else x.flatten(0, -2))
     m, k = flat.shape
     num_words = k // E5M6_VALUES * E5M6_WORDS
     words = torch.empty(m, num_words, dtype=torch.int32, device=x.device)
     scale = empty_scales(m, k, x.device)
-    if flat.numel():
-        launch(
-            pack_kernel,
-            (ceil_div(m, BLOCK_M), ceil_div(k, TILE)),
-            flat,
-            words,
-            scale,
-            m,
-            k,
-            flat.stride(0),
-            amax_floor,
-            BLOCK_M=BLOCK_M,
-            num_warps=NUM_WARPS,
-        )
+    if m and k:
+        _pack_launch(m, k, flat.stride(0), amax_floor)(flat, words, scale)
+    if x.dim() == 2:
+        return E5m6Tensor(words, scale)
     lead = x.shape[:-1]
     return E5m6Tensor(words.view(*lead, num_words), scale.reshape(*lead, ceil_div(k, TILE)))
 
 
+@by_shapes
+def _pack_launch(m: int, k: int, stride: int, amax_floor: float) -> Prepared:
+    grid = ceil_div(m, BLOCK_M), ceil_div(k, TILE)
+    return Prepared(pack_kernel, grid, m, k, stride, amax_floor, BLOCK_M=BLOCK_M, num_warps=NUM_WARPS)
+
+
 def unpack_e5m6(packed: E5m6Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
-    words, scale = last_dim_contiguous(packed.data.flatten(0, -2)), packed.scale.flatten(0, -2)
-    m, k = words.shape[0], packed.shape[-1]
+    words, scale = packed.data, packed.scale
+    if words.dim() > 2:
+        words, scale = words.flatten(0, -2), scale.flatten(0, -2)
     if out.numel():
-        launch(
-            unpack_kernel, (ceil_div(m, BLOCK_M), ceil_div(k, TILE)),
-            words, scale, out, m, k, words.stride(0), *scale.stride(), DTYPE=TL_DTYPE[dtype], BLOCK_M=BLOCK_M,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+        words = last_dim_contiguous(words)
+        launch_on = _unpack_launch(words.shape[0], out.shape[-1], words.stride(0), scale.stride(), dtype)
+        launch_on(words, scale, out)
     return out
+
+
+@by_shapes
+def _unpack_launch(m: int, k: int, stride: int, scale_strides: tuple[int, ...], dtype: torch.dtype) -> Prepared:
+    return Prepared(
+        unpack_kernel, (ceil_div(m, BLOCK_M), ceil_div(k, TILE)), m, k, stride, *scale_strides,
+        DTYPE=TL_DTYPE[dtype], BLOCK_M=BLOCK_M, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def e5m6_to_columns(packed: E5m6Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
     m, k = packed.shape
     columns = empty_columns(m, k, packed.device)
     words = last_dim_contiguous(packed.data)
-    if words.numel():
-        block_k = math.gcd(k, COLUMNS_BLOCK_K)
-        own = block_k * TILE // (NUM_WARPS * LANES * E5M6_VALUES)
-        launch(
-            e5m6_columns_kernel, (ceil_div(m, TILE), ceil_div(k, block_k)),
-            words, packed.scale, columns.data, columns.scale, m, k, words.stride(0), *packed.scale.stride(),
-            amax_floor, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    if m and k:
+        launch_on = _columns_launch(m, k, words.stride(0), packed.scale.stride(), amax_floor)
+        launch_on(words, packed.scale, columns.data, columns.scale)
     return columns
+
+
+@by_shapes
+def _columns_launch(m: int, k: int, stride: int, scale_strides: tuple[int, ...], amax_floor: float) -> Prepared:
+    block_k = math.gcd(k, COLUMNS_BLOCK_K)
+    own = block_k * TILE // (NUM_WARPS * LANES * E5M6_VALUES)
+    return Prepared(
+        e5m6_columns_kernel, (ceil_div(m, TILE), ceil_div(k, block_k)), m, k, stride, *scale_strides,
+        amax_floor, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
+    )  # fmt: skip

@@ -6,6 +6,8 @@ moves both was refused: most of its lanes would wait for the few bytes of the re
 rank are not specialised.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from fp8moe.kernels.device_layout import empty_rows
 from fp8moe.kernels.fp8 import Fp8Tensor, Rows, ceil_div, next_power_of_2
 from fp8moe.kernels.message_layout import MANTISSA_BITS, MessageLayout
 from fp8moe.kernels.row_map import RowMap
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 from fp8moe.kernels.triton.permute import NUM_WARPS, WORDS, copy_block, plan_groups, vector_bytes
 from fp8moe.kernels.triton.plan import peers_kernel
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
@@ -113,14 +115,24 @@ def plan_message(
     width = min(topk, num_peers)
     peers = torch.empty(n, width, dtype=torch.int64, device=topk_ids.device)
     if peers.numel():
-        block_k = next_power_of_2(topk)
-        block_n = max(1, PEER_PAIRS // block_k**2)
-        launch(
-            peers_kernel, (ceil_div(n, block_n),),
-            topk_ids, peers, n, topk, *topk_ids.stride(), first, experts_per_peer, num_peers, width,
-            INVERTED=topk_ids.dtype is torch.int16, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _peers_launch(
+            n, topk, topk_ids.stride(), first, experts_per_peer, num_peers, width, topk_ids.dtype is torch.int16
+        )
+        launch_on(topk_ids, peers)
     return plan_groups(peers, num_peers, room // num_peers if fixed else 1, room=room, fixed=fixed)
+
+
+@by_shapes
+def _peers_launch(
+    n: int, topk: int, strides: tuple[int, ...], first: int, experts_per_peer: int, num_peers: int, width: int,
+    inverted: bool,
+) -> Prepared:  # fmt: skip
+    block_k = next_power_of_2(topk)
+    block_n = max(1, PEER_PAIRS // block_k**2)
+    return Prepared(
+        peers_kernel, (ceil_div(n, block_n),), n, topk, *strides, first, experts_per_peer, num_peers, width,
+        INVERTED=inverted, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def pack_message(
@@ -133,23 +145,31 @@ def pack_message(
     message = torch.empty(s, layout.row_bytes, dtype=torch.uint8, device=data.device)
     if message.numel():
         vector = vector_bytes(data)
-        sizes, programs, blocks = _bodies(
-            s, layout.body, vector, data.stride(0) * data.element_size(), layout.row_bytes
-        )
-        word, tail = min(vector, 4), layout.row_bytes > layout.body
-        launch(
-            pack_message_kernel, (programs + (ceil_div(s, TAIL_ROWS) if tail else 0),),
-            data.view(WORDS[word]), row_map.source_R, message.view(WORDS[word]), scale, topk_ids, weights,
-            message.view(torch.int16), message.view(torch.float32), message, s, *sizes,
-            *((0, 0) if scale is None else scale.stride()), layout.num_tiles,
-            *((0, 0) if topk_ids is None else topk_ids.stride()), *((0, 0) if weights is None else weights.stride()),
-            sender, programs, FP8=layout.fp8, TOPK=layout.topk, BODY=layout.body, WEIGHTS=layout.weights,
-            IDS=layout.ids, SENDER=layout.sender, EXPONENTS=layout.exponents, ROW=layout.row_bytes, **blocks,
-            BLOCK_K=next_power_of_2(max(layout.topk, 1)),
-            BLOCK_T=next_power_of_2(max(layout.row_bytes - layout.exponents, 1)), TAIL_ROWS=TAIL_ROWS,
-            num_warps=NUM_WARPS,
+        strides = tuple((0, 0) if one is None else one.stride() for one in (scale, topk_ids, weights))
+        launch_on = _pack_launch(s, layout, vector, data.stride(0), strides, sender)
+        word = WORDS[min(vector, 4)]
+        launch_on(
+            data.view(word), row_map.source_R, message.view(word), scale, topk_ids, weights, message.view(torch.int16),
+            message.view(torch.float32), message,
         )  # fmt: skip
     return message
+
+
+@by_shapes
+def _pack_launch(
+    s: int, layout: MessageLayout, vector: int, stride: int, strides: tuple[tuple[int, ...], ...], sender: int
+) -> Prepared:
+    """strides: of scales, ids and weights."""
+    sizes, programs, blocks = _bodies(s, layout.body, vector, stride * layout.dtype.itemsize, layout.row_bytes)
+    scale_strides, ids_strides, weights_strides = strides
+    tail = layout.row_bytes > layout.body
+    return Prepared(
+        pack_message_kernel, (programs + (ceil_div(s, TAIL_ROWS) if tail else 0),), s, *sizes, *scale_strides,
+        layout.num_tiles, *ids_strides, *weights_strides, sender, programs, FP8=layout.fp8, TOPK=layout.topk,
+        BODY=layout.body, WEIGHTS=layout.weights, IDS=layout.ids, SENDER=layout.sender, EXPONENTS=layout.exponents,
+        ROW=layout.row_bytes, **blocks, BLOCK_K=next_power_of_2(max(layout.topk, 1)),
+        BLOCK_T=next_power_of_2(max(layout.row_bytes - layout.exponents, 1)), TAIL_ROWS=TAIL_ROWS, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def unpack_message(message: Tensor, row_map: RowMap, layout: MessageLayout) -> tuple[Rows, Tensor | None]:
@@ -161,21 +181,29 @@ def unpack_message(message: Tensor, row_map: RowMap, layout: MessageLayout) -> t
         message = message.contiguous()
         data, scale = (rows.data, rows.scale) if isinstance(rows, Fp8Tensor) else (rows, None)
         vector = vector_bytes(data)
-        sizes, programs, blocks = _bodies(r, layout.body, vector, layout.row_bytes, layout.body)
-        word, tail = min(vector, 4), layout.fp8 or topk
-        launch(
-            unpack_message_kernel, (programs + (ceil_div(r, TAIL_ROWS) if tail else 0),),
-            message.view(WORDS[word]), row_map.source_R, data.view(WORDS[word]), row_map.slot_R,
-            message.view(torch.float32), message, scale, weights, r, *sizes, layout.num_tiles, programs,
-            FP8=layout.fp8, TOPK=topk, WEIGHTS=layout.weights, EXPONENTS=layout.exponents, ROW=layout.row_bytes,
-            **blocks, BLOCK_T=next_power_of_2(max(layout.num_tiles, 1)), TAIL_ROWS=TAIL_ROWS, num_warps=NUM_WARPS,
+        word = WORDS[min(vector, 4)]
+        _unpack_launch(r, layout, vector)(
+            message.view(word), row_map.source_R, data.view(word), row_map.slot_R, message.view(torch.float32), message,
+            scale, weights,
         )  # fmt: skip
     return rows, weights
 
 
+@by_shapes
+def _unpack_launch(r: int, layout: MessageLayout, vector: int) -> Prepared:
+    sizes, programs, blocks = _bodies(r, layout.body, vector, layout.row_bytes, layout.body)
+    tail = layout.fp8 or layout.topk
+    return Prepared(
+        unpack_message_kernel, (programs + (ceil_div(r, TAIL_ROWS) if tail else 0),), r, *sizes, layout.num_tiles,
+        programs, FP8=layout.fp8, TOPK=layout.topk, WEIGHTS=layout.weights, EXPONENTS=layout.exponents,
+        ROW=layout.row_bytes, **blocks, BLOCK_T=next_power_of_2(max(layout.num_tiles, 1)), TAIL_ROWS=TAIL_ROWS,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
 def _bodies(
     rows: int, body: int, vector: int, stride: int, out_stride: int
-) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
     """Of `rows` bodies of `body` bytes, moved by accesses of `vector` between rows at these strides, in bytes: width
     and strides in accesses, programs, and the constants of `move_bodies`."""
     word = min(vector, 4)

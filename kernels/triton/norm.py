@@ -21,7 +21,7 @@ from fp8moe.kernels.device_layout import empty_columns, empty_rows
 from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Tensor, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 from fp8moe.kernels.triton.quantize import COLUMNS_BLOCK_K, NUM_WARPS, last_dim_contiguous, write_columns
 
 HELD = 4096  # values a program holds where its rows are shorter
@@ -173,33 +173,53 @@ def rms_norm(
     t, d = x.shape
     h, y = x.new_empty(0 if delta is None else t, d), x.new_empty(t if tensor else 0, d)
     q = empty_rows(t if rows else 0, d, x.device)
-    inverse_rms = torch.empty(t, dtype=torch.float32, device=x.device)
-    if x.numel():
+    inverse_rms = x.new_empty(t, dtype=torch.float32)
+    if t and d:
         x = last_dim_contiguous(x)
-        added = None if delta is None else last_dim_contiguous(delta)
-        block_m, values, num_warps = block_of(d, HELD)
-        launch(
-            norm_kernel, (ceil_div(t, block_m),),
-            x, added, weight, *(None if part.numel() == 0 else part for part in (h, y, q.data, q.scale)), inverse_rms,
-            t, d, x.stride(0), 0 if added is None else added.stride(0), eps, ACTIVATION_AMAX_FLOOR,
-            ADD=delta is not None, TENSOR=tensor, ROWS=rows, POWER_OF_TWO=power_of_two, DTYPE=TL_DTYPE[x.dtype],
-            BLOCK_M=block_m, TILES=values // TILE, num_warps=num_warps,
+        added, added_stride = None, 0
+        if delta is not None:
+            added = last_dim_contiguous(delta)
+            added_stride = added.stride(0)
+        launch_on = _norm_launch(
+            t, d, x.stride(0), added_stride, eps, added is not None, tensor, rows, power_of_two, x.dtype
+        )
+        launch_on(
+            x, added, weight, None if added is None else h, y if tensor else None, q.data if rows else None,
+            q.scale if rows else None, inverse_rms,
         )  # fmt: skip
     return h, y, q, inverse_rms
+
+
+@by_shapes
+def _norm_launch(
+    t: int, d: int, stride: int, added_stride: int, eps: float, add: bool, tensor: bool, rows: bool,
+    power_of_two: bool, dtype: torch.dtype,
+) -> Prepared:  # fmt: skip
+    block_m, values, num_warps = block_of(d, HELD)
+    return Prepared(
+        norm_kernel, (ceil_div(t, block_m),), t, d, stride, added_stride, eps, ACTIVATION_AMAX_FLOOR, ADD=add,
+        TENSOR=tensor, ROWS=rows, POWER_OF_TWO=power_of_two, DTYPE=TL_DTYPE[dtype], BLOCK_M=block_m,
+        TILES=values // TILE, num_warps=num_warps,
+    )  # fmt: skip
 
 
 def rms_norm_columns(x: Tensor, weight: Tensor, inverse_rms: Tensor, *, power_of_two: bool = False) -> Fp8Tensor:
     t, d = x.shape
     columns = empty_columns(t, d, x.device)
-    if x.numel():
+    if t and d:
         x = last_dim_contiguous(x)
-        launch(
-            norm_columns_kernel, (ceil_div(t, TILE), ceil_div(d, COLUMNS_BLOCK_K)),
-            x, weight, inverse_rms, columns.data, columns.scale, t // SIZE_MULTIPLE, d, x.stride(0),
-            ACTIVATION_AMAX_FLOOR, MULTIPLE=SIZE_MULTIPLE, POWER_OF_TWO=power_of_two, DTYPE=TL_DTYPE[x.dtype],
-            BLOCK_K=COLUMNS_BLOCK_K, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _columns_launch(t, d, x.stride(0), power_of_two, x.dtype)
+        launch_on(x, weight, inverse_rms, columns.data, columns.scale)
     return columns
+
+
+@by_shapes
+def _columns_launch(t: int, d: int, stride: int, power_of_two: bool, dtype: torch.dtype) -> Prepared:
+    return Prepared(
+        norm_columns_kernel, (ceil_div(t, TILE), ceil_div(d, COLUMNS_BLOCK_K)), t // SIZE_MULTIPLE, d, stride,
+        ACTIVATION_AMAX_FLOOR, MULTIPLE=SIZE_MULTIPLE, POWER_OF_TWO=power_of_two, DTYPE=TL_DTYPE[dtype],
+        BLOCK_K=COLUMNS_BLOCK_K, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def rms_norm_backward(
@@ -207,29 +227,36 @@ def rms_norm_backward(
 ) -> Tensor:
     t, d = x.shape
     dx = torch.empty(t, d, dtype=x.dtype, device=x.device)
-    if not x.numel():
+    if not (t and d):
         return dx
     dy, x = last_dim_contiguous(dy), last_dim_contiguous(x)
-    other = None if residual is None else last_dim_contiguous(residual)
+    other, other_stride = None, 0
+    if residual is not None:
+        other = last_dim_contiguous(residual)
+        other_stride = other.stride(0)
+    programs, rows_launch, gain_launch = _backward_launches(
+        t, d, dy.stride(0), x.stride(0), other_stride, other is not None, x.dtype
+    )
+    shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
+    rows_launch(dy, x, weight, inverse_rms, other, dx, shares)
+    gain_launch(shares, main_grad)
+    return dx
+
+
+@by_shapes
+def _backward_launches(
+    t: int, d: int, stride_dy: int, stride_x: int, stride_residual: int, residual: bool, dtype: torch.dtype
+) -> tuple[int, Prepared, Prepared]:
+    """How many programs share the gain's gradient, and both launches."""
     block_m, values, num_warps = block_of(d, BACKWARD_HELD)
     programs = min(PROGRAMS, ceil_div(t, block_m))
-    shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
-    launch(
-        norm_backward_kernel, (programs,),
-        dy, x, weight, inverse_rms, other, dx, shares, t, d, programs, dy.stride(0), x.stride(0),
-        0 if other is None else other.stride(0), RESIDUAL=other is not None, HOLD_GAIN=values <= NARROW,
-        PREFETCH=values <= NARROW and x.element_size() == 2,
-        DTYPE=TL_DTYPE[x.dtype], BLOCK_M=block_m, BLOCK_D=values, num_warps=num_warps,
+    rows_launch = Prepared(
+        norm_backward_kernel, (programs,), t, d, programs, stride_dy, stride_x, stride_residual, RESIDUAL=residual,
+        HOLD_GAIN=values <= NARROW, PREFETCH=values <= NARROW and dtype.itemsize == 2, DTYPE=TL_DTYPE[dtype],
+        BLOCK_M=block_m, BLOCK_D=values, num_warps=num_warps,
     )  # fmt: skip
-    launch(
-        gain_kernel,
-        (ceil_div(d, SUMMED_FEATURES),),
-        shares,
-        main_grad,
-        programs,
-        d,
-        BLOCK_P=SUMMED_SHARES,
-        BLOCK_D=SUMMED_FEATURES,
+    gain_launch = Prepared(
+        gain_kernel, (ceil_div(d, SUMMED_FEATURES),), programs, d, BLOCK_P=SUMMED_SHARES, BLOCK_D=SUMMED_FEATURES,
         num_warps=NUM_WARPS,
-    )
-    return dx
+    )  # fmt: skip
+    return programs, rows_launch, gain_launch

@@ -26,7 +26,7 @@ from fp8moe.kernels.fp8 import ACTIVATION_AMAX_FLOOR, SIZE_MULTIPLE, TILE, Fp8Te
 from fp8moe.kernels.row_map import RowMap
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 from fp8moe.kernels.triton.plan import count_kernel, place_kernel, scan_kernel
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
 
@@ -156,27 +156,51 @@ def plan_groups(
 ) -> RowMap:
     """See the public `plan_rows`. fixed: groups of `align` rows each, cut where they are longer."""
     (n, topk), device = ids.shape, ids.device
-    sizes = (n * topk, max(topk, 1), *ids.stride(), first, num_groups)
-    kind = {"ORDERED": order is not None, "INVERTED": ids.dtype is torch.int16}
-    blocks = {"BLOCK_P": PLAN_COPIES, "BLOCK_E": PLAN_EXPERTS, "num_warps": NUM_WARPS}
-    num_blocks = ceil_div(n * topk, PLAN_COPIES)
+    num_blocks, kind = ceil_div(n * topk, PLAN_COPIES), (order is not None, ids.dtype is torch.int16)
     counts = torch.empty(num_groups, num_blocks, dtype=torch.int32, device=device)
     tokens_per_expert = torch.empty(num_groups, dtype=torch.int64, device=device)
     if num_blocks:
-        grid = (num_blocks, ceil_div(num_groups, PLAN_EXPERTS))
-        launch(count_kernel, grid, ids, order, counts, *sizes, num_blocks, **kind, **blocks)
-    launch(scan_kernel, (num_groups,), counts, tokens_per_expert, num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
+        _count_launch(n, topk, ids.stride(), first, num_groups, *kind)(ids, order, counts)
+    _scan_launch(num_groups, num_blocks)(counts, tokens_per_expert)
     if room is None:  # the one wait for the device
         room = int(((tokens_per_expert + (align - 1)) // align * align).sum())
-    slot_R, source_R = (torch.empty(room, dtype=torch.int64, device=device) for _ in range(2))
+    slot_R = torch.empty(room, dtype=torch.int64, device=device)
+    source_R = torch.empty(room, dtype=torch.int64, device=device)
     row_of_slot = torch.empty(n * topk, dtype=torch.int32, device=device)
     group_offsets = torch.empty(num_groups + 1, dtype=torch.int32, device=device)
-    launch(
-        place_kernel, (max(num_blocks + ceil_div(room, PLAN_COPIES), 1),),
-        ids, order, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets, *sizes, num_blocks, room,
-        align, **kind, FIXED=fixed, **blocks,
-    )  # fmt: skip
+    launch_on = _place_launch(n, topk, ids.stride(), first, num_groups, *kind, room, align, fixed)
+    launch_on(ids, order, counts, tokens_per_expert, slot_R, source_R, row_of_slot, group_offsets)
     return RowMap(source_R, slot_R, group_offsets, tokens_per_expert, row_of_slot, n, topk)
+
+
+@by_shapes
+def _count_launch(
+    n: int, topk: int, strides: tuple[int, ...], first: int, num_groups: int, ordered: bool, inverted: bool
+) -> Prepared:
+    num_blocks = ceil_div(n * topk, PLAN_COPIES)
+    return Prepared(
+        count_kernel, (num_blocks, ceil_div(num_groups, PLAN_EXPERTS)), n * topk, max(topk, 1), *strides,
+        first, num_groups, num_blocks, ORDERED=ordered, INVERTED=inverted, BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+@by_shapes
+def _scan_launch(num_groups: int, num_blocks: int) -> Prepared:
+    return Prepared(scan_kernel, (num_groups,), num_blocks, BLOCK_B=PLAN_BLOCKS, num_warps=NUM_WARPS)
+
+
+@by_shapes
+def _place_launch(
+    n: int, topk: int, strides: tuple[int, ...], first: int, num_groups: int, ordered: bool, inverted: bool,
+    room: int, align: int, fixed: bool,
+) -> Prepared:  # fmt: skip
+    num_blocks = ceil_div(n * topk, PLAN_COPIES)
+    return Prepared(
+        place_kernel, (max(num_blocks + ceil_div(room, PLAN_COPIES), 1),), n * topk, max(topk, 1), *strides,
+        first, num_groups, num_blocks, room, align, ORDERED=ordered, INVERTED=inverted, FIXED=fixed,
+        BLOCK_P=PLAN_COPIES, BLOCK_E=PLAN_EXPERTS, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def permute(x: Rows, row_map: RowMap) -> Rows:
@@ -186,7 +210,9 @@ def permute(x: Rows, row_map: RowMap) -> Rows:
         _copy(x.data, rows.data, row_map.source_R, x.scale, rows.scale)
         return rows
     out = torch.empty(r, *x.shape[1:], dtype=x.dtype, device=x.device)
-    if out.numel():
+    if x.dim() == 2:
+        _copy(x, out, row_map.source_R, None, None)
+    elif out.numel():
         _copy(x.reshape(x.shape[0], out[0].numel()), out.view(r, -1), row_map.source_R, None, None)
     return out
 
@@ -196,17 +222,23 @@ def permute_quantize(
 ) -> Fp8Tensor:
     (n, k), r = x.shape, row_map.slot_R.shape[0]
     rows = empty_rows(r, k, x.device)
-    if rows.data.numel():
+    if r and k:
         x = last_dim_contiguous(x)
         unit = vector_bytes(x) // x.element_size()
-        programs = (ceil_div(n, CAST_ROWS) + ceil_div(r, CAST_ROWS)) * ceil_div(k, TILE)
-        launch(
-            cast_kernel, (programs,),
-            x, row_map.row_of_slot, row_map.slot_R, rows.data, rows.scale, n, r, k // SIZE_MULTIPLE,
-            x.stride(0) // unit, amax_floor, POWER_OF_TWO=power_of_two, TOPK=row_map.topk, MULTIPLE=SIZE_MULTIPLE,
-            UNIT=unit, BLOCK_M=CAST_ROWS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _cast_launch(n, r, k, x.stride(0), unit, row_map.topk, amax_floor, power_of_two)
+        launch_on(x, row_map.row_of_slot, row_map.slot_R, rows.data, rows.scale)
     return rows
+
+
+@by_shapes
+def _cast_launch(
+    n: int, r: int, k: int, stride: int, unit: int, topk: int, amax_floor: float, power_of_two: bool
+) -> Prepared:
+    programs = (ceil_div(n, CAST_ROWS) + ceil_div(r, CAST_ROWS)) * ceil_div(k, TILE)
+    return Prepared(
+        cast_kernel, (programs,), n, r, k // SIZE_MULTIPLE, stride // unit, amax_floor, POWER_OF_TWO=power_of_two,
+        TOPK=topk, MULTIPLE=SIZE_MULTIPLE, UNIT=unit, BLOCK_M=CAST_ROWS, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def unpermute(y_R: Tensor, row_map: RowMap, *, out: Tensor | None = None) -> Tensor:
@@ -216,21 +248,24 @@ def unpermute(y_R: Tensor, row_map: RowMap, *, out: Tensor | None = None) -> Ten
     if out.numel():
         y_R = last_dim_contiguous(y_R)
         unit = math.gcd(vector_bytes(y_R), vector_bytes(out)) // y_R.element_size()
-        block_n, block_d = sum_block(d)
-        launch(
-            sum_kernel, (ceil_div(n, block_n) * ceil_div(d, block_d),),
-            y_R, row_map.row_of_slot, out, n, d // unit, y_R.stride(0) // unit, out.stride(0) // unit,
-            DTYPE=TL_DTYPE[y_R.dtype], TOPK=row_map.topk, UNIT=unit, BLOCK_N=block_n, BLOCK_D=block_d,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _sum_launch(n, d, y_R.stride(0), out.stride(0), unit, row_map.topk, y_R.dtype)
+        launch_on(y_R, row_map.row_of_slot, out)
     return out
+
+
+@by_shapes
+def _sum_launch(n: int, d: int, stride: int, out_stride: int, unit: int, topk: int, dtype: torch.dtype) -> Prepared:
+    block_n, block_d = sum_block(d)
+    return Prepared(
+        sum_kernel, (ceil_div(n, block_n) * ceil_div(d, block_d),), n, d // unit, stride // unit, out_stride // unit,
+        DTYPE=TL_DTYPE[dtype], TOPK=topk, UNIT=unit, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def vector_bytes(x: Tensor) -> int:
     """The widest access, up to 16 bytes, on whose multiples all rows of x [N, D] (D contiguous) begin and end."""
-    size = x.element_size()
-    begin = math.gcd(x.data_ptr(), x.storage_offset() * size)
-    return math.gcd(VECTOR, begin, x.shape[1] * size, x.stride(0) * size)
+    size, (_, width), (stride, _) = x.element_size(), x.shape, x.stride()
+    return math.gcd(VECTOR, x.data_ptr(), x.storage_offset() * size, width * size, stride * size)
 
 
 def _copy(x: Tensor, out: Tensor, source_R: Tensor, scale: Tensor | None, out_scale: Tensor | None) -> None:
@@ -238,14 +273,24 @@ def _copy(x: Tensor, out: Tensor, source_R: Tensor, scale: Tensor | None, out_sc
     if out.numel() == 0:
         return
     x = last_dim_contiguous(x)
-    vector = vector_bytes(x)
+    (r, d), size, vector = out.shape, x.element_size(), vector_bytes(x)
+    launch_on = _copy_launch(
+        r, d, size, vector, x.stride(0), (0, 0) if scale is None else scale.stride(), scale is not None
+    )
+    word = WORDS[min(vector, 4)]
+    launch_on(x.view(word), scale, source_R, out.view(word), out_scale)
+
+
+@by_shapes
+def _copy_launch(
+    r: int, d: int, size: int, vector: int, stride: int, scale_strides: tuple[int, ...], fp8: bool
+) -> Prepared:
+    """size: bytes of a value, vector: bytes of an access."""
     word = min(vector, 4)
-    unit, width = vector // word, out.shape[1] * out.element_size() // word
+    unit, width = vector // word, d * size // word
     block_r, block_w = copy_block(width, word)
-    launch(
-        copy_kernel, (ceil_div(out.shape[0], block_r) * ceil_div(width, block_w),),
-        x.view(WORDS[word]), scale, source_R, out.view(WORDS[word]), out_scale, out.shape[0], width // unit,
-        x.stride(0) * x.element_size() // vector, *((0, 0) if scale is None else scale.stride()),
-        ceil_div(x.shape[1], TILE), FP8=scale is not None, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w,
+    return Prepared(
+        copy_kernel, (ceil_div(r, block_r) * ceil_div(width, block_w),), r, width // unit, stride * size // vector,
+        *scale_strides, ceil_div(d, TILE), FP8=fp8, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w,
         BLOCK_T=block_w * word // TILE, num_warps=NUM_WARPS,
     )  # fmt: skip

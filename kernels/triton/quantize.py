@@ -14,7 +14,6 @@ more instructions a value.
 The formula is the specification's, bit for bit (see `encode`).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,7 +29,7 @@ from fp8moe.kernels.triton.columns import (
     quarter_stride,
     scale_at,
 )
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes, launch
 
 ROWS_BLOCK_M = 32  # rows a program casts when it writes no columns
 COLUMNS_BLOCK_K = 64  # columns a program casts when it writes no rows
@@ -176,15 +175,20 @@ def quantize_blocks(
 def requantize_columns(rows: Fp8Tensor, *, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> Fp8Tensor:
     m, k = rows.shape
     columns = empty_columns(m, k, rows.device)
-    if columns.data.numel():
+    if m and k:
         data, quarter = quarter_stride(rows.data)
-        block_k, own = column_block(k, COLUMNS_BLOCK_K, NUM_WARPS)
-        launch(
-            requantize_kernel, (ceil_div(m, TILE), ceil_div(k, block_k)),
-            data, rows.scale, columns.data, columns.scale, m, k, quarter, *rows.scale.stride(), amax_floor,
-            BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _requantize_launch(m, k, quarter, rows.scale.stride(), amax_floor)
+        launch_on(data, rows.scale, columns.data, columns.scale)
     return columns
+
+
+@by_shapes
+def _requantize_launch(m: int, k: int, quarter: int, scale_strides: tuple[int, ...], amax_floor: float) -> Prepared:
+    block_k, own = column_block(k, COLUMNS_BLOCK_K, NUM_WARPS)
+    return Prepared(
+        requantize_kernel, (ceil_div(m, TILE), ceil_div(k, block_k)), m, k, quarter, *scale_strides,
+        amax_floor, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
@@ -199,13 +203,25 @@ def _launch_tiles(
     if m == 0 or k == 0:
         return
     x, quarter = (last_dim_contiguous(x), 0) if columns is None else quarter_stride(x)
-    block_k, own = column_block(TILE if columns is None else k, COLUMNS_BLOCK_K, NUM_WARPS)
-    grid = ceil_div(m, ROWS_BLOCK_M if columns is None else TILE), ceil_div(k, block_k if rows is None else TILE)
-    nothing: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    launch(
-        tiles_kernel, grid,
-        x, *(nothing if rows is None else (rows.data, rows.scale)),
-        *(nothing if columns is None else (columns.data, columns.scale)), m, k, x.stride(0), quarter, amax_floor,
-        POWER_OF_TWO=power_of_two, ROWS=rows is not None, COLUMNS=columns is not None, BLOCK_M=ROWS_BLOCK_M,
+    launch_on = _tiles_launch(
+        m, k, x.stride(0), quarter, rows is not None, columns is not None, amax_floor, power_of_two
+    )
+    launch_on(
+        x, *(_NOTHING if rows is None else (rows.data, rows.scale)),
+        *(_NOTHING if columns is None else (columns.data, columns.scale)),
+    )  # fmt: skip
+
+
+_NOTHING = None, None
+
+
+@by_shapes
+def _tiles_launch(
+    m: int, k: int, stride: int, quarter: int, rows: bool, columns: bool, amax_floor: float, power_of_two: bool
+) -> Prepared:
+    block_k, own = column_block(k if columns else TILE, COLUMNS_BLOCK_K, NUM_WARPS)
+    return Prepared(
+        tiles_kernel, (ceil_div(m, TILE if columns else ROWS_BLOCK_M), ceil_div(k, TILE if rows else block_k)),
+        m, k, stride, quarter, amax_floor, POWER_OF_TWO=power_of_two, ROWS=rows, COLUMNS=columns, BLOCK_M=ROWS_BLOCK_M,
         BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from fp8moe.kernels.device_layout import empty_keys, empty_keys_gradient
 from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.gemm import TL_DTYPE
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 from fp8moe.kernels.triton.quantize import NUM_WARPS, last_dim_contiguous
 
 QUERY_HEADS, KEY_HEADS = 32, 32  # heads of a token that a program holds at a time
@@ -135,14 +135,21 @@ def _queries(q: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
         q = last_dim_contiguous(q)
-        block_h = min(QUERY_HEADS, next_power_of_2(heads))
-        launch(
-            rotate_queries_kernel, (t, ceil_div(heads, block_h)),
-            q, cos.contiguous(), sin.contiguous(), out, heads, width - 2 * half, half, q.stride(0), q.stride(1),
-            BACKWARD=backward, DTYPE=TL_DTYPE[q.dtype], BLOCK_H=block_h, NOPE=_block(width - 2 * half),
-            HALF=_block(half), num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch_on = _queries_launch(t, heads, width - 2 * half, half, q.stride(), backward, q.dtype)
+        launch_on(q, cos.contiguous(), sin.contiguous(), out)
     return out
+
+
+@by_shapes
+def _queries_launch(
+    t: int, heads: int, nope: int, half: int, strides: tuple[int, ...], backward: bool, dtype: torch.dtype
+) -> Prepared:
+    block_h = min(QUERY_HEADS, next_power_of_2(heads))
+    return Prepared(
+        rotate_queries_kernel, (t, ceil_div(heads, block_h)), heads, nope, half, *strides[:2], BACKWARD=backward,
+        DTYPE=TL_DTYPE[dtype], BLOCK_H=block_h, NOPE=_block(nope), HALF=_block(half), num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def rope_keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim: int) -> Tensor:
@@ -151,13 +158,20 @@ def rope_keys(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, *, nope_dim:
     (keys,) = empty_keys(kv, k_rope, cos, sin, nope_dim=nope_dim)
     if keys.numel():
         kv, k_rope = last_dim_contiguous(kv), last_dim_contiguous(k_rope)
-        launch(
-            make_keys_kernel, (t,),
-            kv, k_rope, cos.contiguous(), sin.contiguous(), keys, heads, nope_dim, half, kv.stride(0), kv.stride(1),
-            k_rope.stride(0), DTYPE=TL_DTYPE[kv.dtype], BLOCK_H=min(KEY_HEADS, next_power_of_2(heads)),
-            NOPE=_block(nope_dim), HALF=_block(half), num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch_on = _keys_launch(t, heads, nope_dim, half, kv.stride(), k_rope.stride(0), kv.dtype)
+        launch_on(kv, k_rope, cos.contiguous(), sin.contiguous(), keys)
     return keys
+
+
+@by_shapes
+def _keys_launch(
+    t: int, heads: int, nope: int, half: int, strides: tuple[int, ...], stride_rope: int, dtype: torch.dtype
+) -> Prepared:
+    return Prepared(
+        make_keys_kernel, (t,), heads, nope, half, *strides[:2], stride_rope, DTYPE=TL_DTYPE[dtype],
+        BLOCK_H=min(KEY_HEADS, next_power_of_2(heads)), NOPE=_block(nope), HALF=_block(half), num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def rope_keys_backward(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,14 +181,21 @@ def rope_keys_backward(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> tupl
     d_kv, d_rope = empty_keys_gradient(dk, dv, cos, sin)
     if dk.numel():
         dk, dv = last_dim_contiguous(dk), last_dim_contiguous(dv)
-        launch(
-            keys_backward_kernel, (t,),
-            dk, dv, cos.contiguous(), sin.contiguous(), d_kv, d_rope, heads, nope, half, v, dk.stride(0), dk.stride(1),
-            dv.stride(0), dv.stride(1), DTYPE=TL_DTYPE[dk.dtype],
-            BLOCK_H=min(KEY_HEADS, next_power_of_2(heads)), NOPE=_block(nope), V=_block(v), HALF=_block(half),
-            num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch_on = _keys_backward_launch(t, heads, nope, half, v, dk.stride(), dv.stride(), dk.dtype)
+        launch_on(dk, dv, cos.contiguous(), sin.contiguous(), d_kv, d_rope)
     return d_kv, d_rope
+
+
+@by_shapes
+def _keys_backward_launch(
+    t: int, heads: int, nope: int, half: int, v: int, dk_strides: tuple[int, ...], dv_strides: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Prepared:  # fmt: skip
+    return Prepared(
+        keys_backward_kernel, (t,), heads, nope, half, v, *dk_strides[:2], *dv_strides[:2],
+        DTYPE=TL_DTYPE[dtype], BLOCK_H=min(KEY_HEADS, next_power_of_2(heads)), NOPE=_block(nope), V=_block(v),
+        HALF=_block(half), num_warps=NUM_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _block(width: int) -> int:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.kernels.fp8 import ceil_div, next_power_of_2
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 
 ROWS = 8  # a program routes, at least
 VALUES = 512  # a program holds of one kind, where a row isn't longer
@@ -239,71 +239,77 @@ def rows_at_once(lanes: int) -> int:
 
 
 def route(
-    logits_TE: Tensor,
-    bias_E: Tensor,
-    counts_E: Tensor | None,
-    *,
-    topk: int,
-    num_groups: int,
-    top_groups: int,
-    score: str,
-    group_score: str,
-    normalize: bool,
-    route_scale: float,
-    num_sequences: int,
-    force_balance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits_TE: Tensor, bias_E: Tensor, counts_E: Tensor | None, *, topk: int, num_groups: int, top_groups: int,
+    score: str, group_score: str, normalize: bool, route_scale: float, num_sequences: int, force_balance: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (t, e), device = logits_TE.shape, logits_TE.device
     ids = torch.empty(t, topk, dtype=torch.int64, device=device)
     weights = torch.empty(t, topk, dtype=torch.float32, device=device)
     if t == 0:
         return ids, weights, logits_TE.sum(), logits_TE.new_zeros(num_sequences, e)
+    logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+    parts, choose_on, balance_on = _route_launches(
+        t, e, logits.stride(0), num_sequences, topk, num_groups, top_groups, score, group_score, normalize, route_scale,
+        force_balance, counts_E is not None,
+    )  # fmt: skip
+    part_counts = torch.empty(parts, e, dtype=torch.int32, device=device)
+    part_shares = torch.empty(parts, e, dtype=torch.float32, device=device)
+    choose_on(logits, bias_E.contiguous(), ids, weights, part_counts, part_shares)
+    f_BE = torch.empty(num_sequences, e, dtype=torch.float32, device=device)
+    losses = torch.empty(ceil_div(e, BALANCE_EXPERTS), dtype=torch.float32, device=device)
+    balance_on(part_counts, part_shares, counts_E, f_BE, losses)
+    return ids, weights, losses.sum(), f_BE
+
+
+@by_shapes
+def _route_launches(
+    t: int, e: int, stride: int, num_sequences: int, topk: int, num_groups: int, top_groups: int, score: str,
+    group_score: str, normalize: bool, route_scale: float, forced: bool, count: bool,
+) -> tuple[int, Prepared, Prepared]:  # fmt: skip
+    """Of how many parts loads and shares are summed, and both launches."""
     groups, width = next_power_of_2(num_groups), next_power_of_2(e // num_groups)
     at_once = rows_at_once(groups * width)
     rows, length = max(ROWS, at_once), t // num_sequences
     blocks = ceil_div(length, rows)
-    part_counts = torch.empty(num_sequences * blocks, e, dtype=torch.int32, device=device)
-    part_shares = torch.empty(num_sequences * blocks, e, dtype=torch.float32, device=device)
-    logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
-    launch(
-        route_kernel, (num_sequences * blocks,),
-        logits, bias_E.contiguous(), ids, weights, part_counts, part_shares, length, blocks, logits.stride(0),
-        route_scale, E=e, NUM_GROUPS=num_groups, GROUPS=groups, WIDTH=width, TOPK=topk,
-        TOPK_LANES=next_power_of_2(topk), TOP_GROUPS=top_groups, TOP2=group_score == "top2_sum", SCORE=score,
-        NORMALIZE=normalize, FORCED=force_balance, ROWS=rows, M=at_once, num_warps=1,
+    choose_on = Prepared(
+        route_kernel, (num_sequences * blocks,), length, blocks, stride, route_scale, E=e, NUM_GROUPS=num_groups,
+        GROUPS=groups, WIDTH=width, TOPK=topk, TOPK_LANES=next_power_of_2(topk), TOP_GROUPS=top_groups,
+        TOP2=group_score == "top2_sum", SCORE=score, NORMALIZE=normalize, FORCED=forced, ROWS=rows, M=at_once,
+        num_warps=1,
     )  # fmt: skip
-    f_BE = torch.empty(num_sequences, e, dtype=torch.float32, device=device)
-    losses = torch.empty(ceil_div(e, BALANCE_EXPERTS), dtype=torch.float32, device=device)
-    launch(
-        balance_kernel, (len(losses),),
-        part_counts, part_shares, counts_E, f_BE, losses, length, num_sequences, blocks, e / topk, E=e,
-        COUNT=counts_E is not None, BLOCK_P=BALANCE_PARTS, BLOCK_E=BALANCE_EXPERTS, num_warps=BALANCE_WARPS,
+    balance_on = Prepared(
+        balance_kernel, (ceil_div(e, BALANCE_EXPERTS),), length, num_sequences, blocks, e / topk, E=e, COUNT=count,
+        BLOCK_P=BALANCE_PARTS, BLOCK_E=BALANCE_EXPERTS, num_warps=BALANCE_WARPS,
     )  # fmt: skip
-    return ids, weights, losses.sum(), f_BE
+    return num_sequences * blocks, choose_on, balance_on
 
 
 def route_backward(
-    logits_TE: Tensor,
-    topk_ids_TK: Tensor,
-    f_BE: Tensor,
-    d_weights_TK: Tensor,
-    d_loss: Tensor,
-    *,
-    score: str,
-    normalize: bool,
-    route_scale: float,
-) -> Tensor:
+    logits_TE: Tensor, topk_ids_TK: Tensor, f_BE: Tensor, d_weights_TK: Tensor, d_loss: Tensor, *, score: str,
+    normalize: bool, route_scale: float,
+) -> Tensor:  # fmt: skip
     (t, e), topk = logits_TE.shape, topk_ids_TK.shape[1]
     d_logits = torch.empty(t, e, dtype=torch.float32, device=logits_TE.device)
     if t:
-        lanes = next_power_of_2(e)
-        at_once = rows_at_once(lanes)
         logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
         ids = topk_ids_TK if topk_ids_TK.stride(1) == 1 else topk_ids_TK.contiguous()
-        launch(
-            route_backward_kernel, (ceil_div(t, at_once),),
-            logits, ids, f_BE.contiguous(), d_weights_TK, d_loss, d_logits, t, t // f_BE.shape[0], logits.stride(0),
-            ids.stride(0), *d_weights_TK.stride(), route_scale, E=e, LANES=lanes, TOPK=topk, SCORE=score,
-            NORMALIZE=normalize, M=at_once, num_warps=1,
+        launch_on = _backward_launch(
+            t, e, f_BE.shape[0], topk, logits.stride(0), ids.stride(0), d_weights_TK.stride(), score, normalize,
+            route_scale,
         )  # fmt: skip
+        launch_on(logits, ids, f_BE.contiguous(), d_weights_TK, d_loss, d_logits)
     return d_logits
+
+
+@by_shapes
+def _backward_launch(
+    t: int, e: int, num_sequences: int, topk: int, stride_t: int, stride_ids: int, dw_strides: tuple[int, ...],
+    score: str, normalize: bool, route_scale: float,
+) -> Prepared:  # fmt: skip
+    lanes = next_power_of_2(e)
+    at_once = rows_at_once(lanes)
+    return Prepared(
+        route_backward_kernel, (ceil_div(t, at_once),), t, t // num_sequences, stride_t, stride_ids, *dw_strides,
+        route_scale, E=e, LANES=lanes, TOPK=topk, SCORE=score, NORMALIZE=normalize, M=at_once,
+        num_warps=1,
+    )  # fmt: skip

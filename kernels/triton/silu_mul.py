@@ -14,7 +14,7 @@ from fp8moe.kernels.fp8 import SIZE_MULTIPLE, ceil_div, next_power_of_2
 from fp8moe.kernels.triton import encode
 from fp8moe.kernels.triton.activation import activated, differentiate
 from fp8moe.kernels.triton.gemm import TL_DTYPE
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 from fp8moe.kernels.triton.quantize import last_dim_contiguous
 from fp8moe.kernels.triton.swiglu import weight_of
 
@@ -85,13 +85,18 @@ def silu_mul(gate_up: Tensor, weights: Tensor | None = None, *, limit: float | N
     out = torch.empty(r, f, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         gate_up = last_dim_contiguous(gate_up)
-        block_m, block_f = block_of(f)
-        launch(
-            silu_mul_kernel, (ceil_div(r, block_m) * ceil_div(f, block_f),),
-            gate_up, None if weights is None else weights.contiguous(), out, r, f, gate_up.stride(0),
-            DTYPE=TL_DTYPE[out.dtype], LIMIT=limit, BLOCK_M=block_m, BLOCK_F=block_f, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _forward_launch(r, f, gate_up.stride(0), limit, out.dtype)
+        launch_on(gate_up, None if weights is None else weights.contiguous(), out)
     return out
+
+
+@by_shapes
+def _forward_launch(r: int, f: int, stride: int, limit: float | None, dtype: torch.dtype) -> Prepared:
+    block_m, block_f = block_of(f)
+    return Prepared(
+        silu_mul_kernel, (ceil_div(r, block_m) * ceil_div(f, block_f),), r, f, stride, DTYPE=TL_DTYPE[dtype],
+        LIMIT=limit, BLOCK_M=block_m, BLOCK_F=block_f, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def silu_mul_backward(
@@ -102,15 +107,21 @@ def silu_mul_backward(
     d_weights = None if weights is None else torch.empty(r, dtype=torch.float32, device=gate_up.device)
     if d_gate_up.numel():
         dy, gate_up = last_dim_contiguous(dy), last_dim_contiguous(gate_up)
-        block_m, block_f = block_of(f)
-        num_f = ceil_div(f, block_f)
-        blocks = 1 if weights is None else num_f
-        launch(
-            silu_mul_backward_kernel, (ceil_div(r, block_m) * ceil_div(num_f, blocks),),
-            dy, gate_up, None if weights is None else weights.contiguous(), d_gate_up, d_weights, r, f, blocks,
-            dy.stride(0), gate_up.stride(0), DTYPE=TL_DTYPE[d_gate_up.dtype], LIMIT=limit, BLOCK_M=block_m,
-            BLOCK_F=block_f, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _backward_launch(r, f, dy.stride(0), gate_up.stride(0), weights is not None, limit, d_gate_up.dtype)
+        launch_on(dy, gate_up, None if weights is None else weights.contiguous(), d_gate_up, d_weights)
     elif d_weights is not None:
         d_weights.zero_()
     return d_gate_up, d_weights
+
+
+@by_shapes
+def _backward_launch(
+    r: int, f: int, stride_dy: int, stride: int, weighted: bool, limit: float | None, dtype: torch.dtype
+) -> Prepared:
+    block_m, block_f = block_of(f)
+    num_f = ceil_div(f, block_f)
+    blocks = num_f if weighted else 1
+    return Prepared(
+        silu_mul_backward_kernel, (ceil_div(r, block_m) * ceil_div(num_f, blocks),), r, f, blocks, stride_dy, stride,
+        DTYPE=TL_DTYPE[dtype], LIMIT=limit, BLOCK_M=block_m, BLOCK_F=block_f, num_warps=NUM_WARPS,
+    )  # fmt: skip

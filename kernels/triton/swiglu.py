@@ -35,7 +35,7 @@ from fp8moe.kernels.triton.columns import (
     scale_at,
 )
 from fp8moe.kernels.triton.groups import group_of, group_width
-from fp8moe.kernels.triton.launch import launch
+from fp8moe.kernels.triton.launch import Prepared, by_shapes
 from fp8moe.kernels.triton.quantize import cast_rows, last_dim_contiguous
 
 NUM_WARPS = 4
@@ -225,34 +225,49 @@ def swiglu(
     (r, both), device = gate_up.shape, gate_up.device
     f = both // 2
     out, cached = empty_rows(r, f, device), empty_rows(r, both, device)
-    if gate_up.numel():
+    if r and both:
         gate_up = last_dim_contiguous(gate_up)
-        aligned = f % TILE == 0
-        num_tiles = ceil_div(f, TILE) + (0 if aligned else ceil_div(both, TILE))
-        launch(
-            swiglu_kernel, (ceil_div(r, ROWS_BLOCK_M) * num_tiles,),
+        experts = None if bias is None else bias.shape[0]
+        launch_on = _swiglu_launch(r, f, gate_up.stride(0), experts, limit, power_of_two)
+        launch_on(
             gate_up, _contiguous(weights), _contiguous(bias), _contiguous(group_offsets), out.data, out.scale,
-            cached.data, cached.scale, r, f // SIZE_MULTIPLE, gate_up.stride(0), ACTIVATION_AMAX_FLOOR,
-            POWER_OF_TWO=power_of_two, ALIGNED=aligned, LIMIT=limit, E=0 if bias is None else len(bias),
-            WIDTH=0 if bias is None else group_width(len(bias)), BLOCK_M=ROWS_BLOCK_M, num_warps=NUM_WARPS,
+            cached.data, cached.scale,
         )  # fmt: skip
     return out, cached
+
+
+@by_shapes
+def _swiglu_launch(
+    r: int, f: int, stride: int, experts: int | None, limit: float | None, power_of_two: bool
+) -> Prepared:
+    aligned = f % TILE == 0
+    num_tiles = ceil_div(f, TILE) + (0 if aligned else ceil_div(2 * f, TILE))
+    return Prepared(
+        swiglu_kernel, (ceil_div(r, ROWS_BLOCK_M) * num_tiles,), r, f // SIZE_MULTIPLE, stride, ACTIVATION_AMAX_FLOOR,
+        POWER_OF_TWO=power_of_two, ALIGNED=aligned, LIMIT=limit, E=experts or 0,
+        WIDTH=0 if experts is None else group_width(experts), BLOCK_M=ROWS_BLOCK_M, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def swiglu_columns(cached: Fp8Tensor, weights: Tensor | None = None, *, limit: float | None = None) -> Fp8Tensor:
     r, both = cached.shape
     f = both // 2
     columns = empty_columns(r, f, cached.device)
-    if columns.data.numel():
+    if r and f:
         data, quarter = quarter_stride(cached.data)
-        block_k, own = column_block(f, COLUMNS_BLOCK_K, NUM_WARPS)
-        launch(
-            swiglu_columns_kernel, (ceil_div(r, TILE) * ceil_div(f, block_k),),
-            data, cached.scale, _contiguous(weights), columns.data, columns.scale, r // SIZE_MULTIPLE,
-            f // SIZE_MULTIPLE, quarter, *cached.scale.stride(), ACTIVATION_AMAX_FLOOR, LIMIT=limit, BLOCK_K=block_k,
-            OWN=own, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        launch_on = _columns_launch(r, f, quarter, cached.scale.stride(), limit)
+        launch_on(data, cached.scale, _contiguous(weights), columns.data, columns.scale)
     return columns
+
+
+@by_shapes
+def _columns_launch(r: int, f: int, quarter: int, scale_strides: tuple[int, ...], limit: float | None) -> Prepared:
+    block_k, own = column_block(f, COLUMNS_BLOCK_K, NUM_WARPS)
+    return Prepared(
+        swiglu_columns_kernel, (ceil_div(r, TILE) * ceil_div(f, block_k),), r // SIZE_MULTIPLE, f // SIZE_MULTIPLE,
+        quarter, *scale_strides, ACTIVATION_AMAX_FLOOR, LIMIT=limit, BLOCK_K=block_k, OWN=own,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def swiglu_backward(
@@ -267,24 +282,35 @@ def swiglu_backward(
     f = both // 2
     rows, columns = empty_rows(r, both, device), empty_columns(r, both, device)
     d_weights = None if weights is None else torch.empty(r, dtype=torch.float32, device=device)
-    if dy.numel():
+    if r and f:
         (dy, quarter_dy), (data, quarter) = quarter_stride(dy), quarter_stride(cached.data)
-        aligned = f % TILE == 0
-        num_tiles = f // TILE if aligned else ceil_div(both, TILE)
-        tiles = 1 if weights is None else num_tiles
-        block_k, own = column_block(f, BACKWARD_BLOCK_K, NUM_WARPS)
-        programs = ceil_div(num_tiles, tiles) * (TILE // ROWS_BLOCK_M) + ceil_div(f, block_k)
-        launch(
-            swiglu_backward_kernel, (ceil_div(r, TILE) * programs,),
-            dy, data, cached.scale, _contiguous(weights), rows.data, rows.scale, columns.data, columns.scale, d_weights,
-            r // SIZE_MULTIPLE, f // SIZE_MULTIPLE, tiles, dy.stride(0), data.stride(0), quarter_dy, quarter,
-            *cached.scale.stride(), GRADIENT_AMAX_FLOOR, POWER_OF_TWO=power_of_two, ALIGNED=aligned,
-            LIMIT=limit, BLOCK_M=ROWS_BLOCK_M, BLOCK_K=block_k, OWN=own, num_warps=NUM_WARPS,
-            maxnreg=BACKWARD_REGISTERS,
+        launch_on = _backward_launch(
+            r, f, dy.stride(0), data.stride(0), quarter_dy, quarter, cached.scale.stride(), d_weights is not None,
+            limit, power_of_two,
         )  # fmt: skip
+        outputs = rows.data, rows.scale, columns.data, columns.scale, d_weights
+        launch_on(dy, data, cached.scale, _contiguous(weights), *outputs)
     elif d_weights is not None:
         d_weights.zero_()
     return rows, columns, d_weights
+
+
+@by_shapes
+def _backward_launch(
+    r: int, f: int, stride_dy: int, stride: int, quarter_dy: int, quarter: int,
+    scale_strides: tuple[int, ...], weighted: bool, limit: float | None, power_of_two: bool,
+) -> Prepared:  # fmt: skip
+    aligned = f % TILE == 0
+    num_tiles = f // TILE if aligned else ceil_div(2 * f, TILE)
+    tiles = num_tiles if weighted else 1
+    block_k, own = column_block(f, BACKWARD_BLOCK_K, NUM_WARPS)
+    programs = ceil_div(num_tiles, tiles) * (TILE // ROWS_BLOCK_M) + ceil_div(f, block_k)
+    return Prepared(
+        swiglu_backward_kernel, (ceil_div(r, TILE) * programs,), r // SIZE_MULTIPLE, f // SIZE_MULTIPLE, tiles,
+        stride_dy, stride, quarter_dy, quarter, *scale_strides, GRADIENT_AMAX_FLOOR,
+        POWER_OF_TWO=power_of_two, ALIGNED=aligned, LIMIT=limit, BLOCK_M=ROWS_BLOCK_M, BLOCK_K=block_k, OWN=own,
+        num_warps=NUM_WARPS, maxnreg=BACKWARD_REGISTERS,
+    )  # fmt: skip
 
 
 def _contiguous(weights: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fp8moe.kernels.fp8 import ceil_div
 from fp8moe.kernels.tiles import Tile
 from fp8moe.kernels.triton import encode
-from fp8moe.kernels.triton.launch import Descriptor, block_of, launch
+from fp8moe.kernels.triton.launch import Descriptor, block_of, launch, layout_of
 from fp8moe.kernels.triton.order import tile_order
 
 TOKENS = 64  # of a step: 128 bytes of BF16, one swizzled line where the tensor core reads it transposed
@@ -149,8 +149,14 @@ def _descriptor(tokens: Tensor, columns: int) -> Descriptor:
 
 def aligned(matrix: Tensor) -> Tensor:
     """`matrix` as TMA reads it, numbers of a row side by side and rows on 16 bytes: a copy where it lies otherwise."""
-    step = 16 // matrix.element_size()
-    size, stride = matrix.shape[-1], matrix.stride(-2)
-    if matrix.stride(-1) == 1 and stride % step == 0 and stride >= size and matrix.data_ptr() % 16 == 0:
+    size = matrix.element_size()
+    if lies_aligned(*layout_of(matrix), size):
         return matrix
-    return matrix.new_empty(*matrix.shape[:-1], ceil_div(size, step) * step)[..., :size].copy_(matrix)
+    step = 16 // size
+    columns = matrix.shape[-1]
+    return matrix.new_empty(*matrix.shape[:-1], ceil_div(columns, step) * step)[..., :columns].copy_(matrix)
+
+
+def lies_aligned(shape: torch.Size, strides: tuple[int, ...], rest: int, size: int) -> bool:
+    """Whether TMA may read numbers of `size` bytes that lie so."""
+    return strides[-1] == 1 and strides[-2] * size % 16 == 0 and strides[-2] >= shape[-1] and rest == 0

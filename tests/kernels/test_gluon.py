@@ -164,7 +164,7 @@ def test_pairs_change_no_bit(hopper, monkeypatch, m, n, k, sizes):
     ("version", "variable", "allowed"),
     [("3.8.0", None, False), ("3.8.0", "1", True), ("3.8.0", "0", False), ("3.7.1", "1", False), ("3.6.0", "1", False)],
 )
-def test_pairs_are_chosen_from_triton_3_8_on_where_they_are_asked_for(monkeypatch, version, variable, allowed):
+def test_pairs_are_chosen_from_triton_3_8_on_where_they_are_asked_for(request, monkeypatch, version, variable, allowed):
     pytest.importorskip("triton")
     from fp8moe.kernels.gluon import launch
 
@@ -172,6 +172,8 @@ def test_pairs_are_chosen_from_triton_3_8_on_where_they_are_asked_for(monkeypatc
     monkeypatch.delenv(launch.PAIRS_VARIABLE, raising=False)
     if variable is not None:
         monkeypatch.setenv(launch.PAIRS_VARIABLE, variable)
+    launch.pairs_allowed.cache_clear()
+    request.addfinalizer(launch.pairs_allowed.cache_clear)
     cpu = torch.device("cpu")
     for op, groups in (("gemm", 1), ("grouped_gemm", 8)):
         assert launch.choose_tile(op, 4096, 7168, 4096, cpu, groups).multicast == allowed, op

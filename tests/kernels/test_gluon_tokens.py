@@ -21,6 +21,8 @@ pytest.importorskip("triton")
 
 from fp8moe.kernels.gluon import gemm, grouped_mm, launch, launch_tokens
 from fp8moe.kernels.gluon.epilogues import ADD, ADD_FETCHED
+from fp8moe.kernels.gluon.launch_tokens import tokens_epilogue
+from fp8moe.kernels.triton.launch import layout_of
 from tests.kernels.sm90_cases import TOKEN_SUMS, chosen, summed
 
 GROUPS = [[3, 0, 64, 0, 150], [1024, 1000, 0, 1111], [1], [0, 0], [4100, 2000, 8192, 0, 128]]
@@ -89,8 +91,12 @@ def test_the_dense_weight_gradient_has_one_group(hopper, tokens, n, k):
 def launched(monkeypatch):
     """What was launched: "tokens" with the grid, the arguments and the constants, "triton" with the op."""
     found = []
-    note = lambda kernel, grid, *args, **constants: found.append(("tokens", grid, args, constants))  # noqa: E731
-    monkeypatch.setattr(launch_tokens, "launch", note)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: found.append(("tokens", grid, args, constants))
+
+    monkeypatch.setattr(launch_tokens, "tokens_kernel", Kernel())
     by_triton = SimpleNamespace(
         grouped_mm_wgrad=lambda *args: found.append(("triton", "grouped_mm_wgrad")),
         wgrad=lambda *args: found.append(("triton", "wgrad")),
@@ -136,12 +142,14 @@ def test_without_rows_or_groups_nothing_is_launched(launched):
 )
 def test_how_sums_are_added(experts, n, k, expected):
     for tile in TILES:
-        assert launch_tokens._epilogue(torch.empty(experts, n, k), tile) == expected.value
+        assert tokens_epilogue(*layout_of(torch.empty(experts, n, k)), tile) == expected.value
     deep = Tile(128, 256, 4, 8, 4)
-    assert launch_tokens._epilogue(torch.empty(2, 128, 64), deep) == ADD.value, "its ring leaves no room"
+    assert launch_tokens.tokens_epilogue(*layout_of(torch.empty(2, 128, 64)), deep) == ADD.value, (
+        "its ring leaves no room"
+    )
     spread, late = torch.empty(2, 128, 128)[:, :, :64], torch.empty(2 * 128 * 64 + 1)[1:].view(2, 128, 64)
     for lies in (spread, late):
-        assert launch_tokens._epilogue(lies, TILES[0]) == ADD.value
+        assert tokens_epilogue(*layout_of(lies), TILES[0]) == ADD.value
 
 
 def test_a_launch_takes_a_program_an_sm_and_operands_where_they_lie(launched):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,23 +24,6 @@ NUMBERS = (0, 1, 2, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2*
 
 def nothing(a, b, SIZE: tl.constexpr, FLAG: tl.constexpr):
     """A kernel that is never compiled."""
-
-
-@pytest.fixture
-def kernel(monkeypatch):
-    """A kernel on a pretended GPU, and what happens to it: Triton's launches, and those that went past it."""
-    past: list[Any] = []
-    compiled = SimpleNamespace(run=lambda *args: past.append(args), function=7, packed_metadata="packed")
-    by_triton: list[Any] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
-        by_triton.append((grid, args, constants))
-        return compiled
-
-    monkeypatch.setattr(driver, "_active", Pretender())
-    monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(launching, "_found", {})
-    return SimpleNamespace(function=JITFunction(nothing), by_triton=by_triton, past=past)
 
 
 def arguments() -> list[Any]:

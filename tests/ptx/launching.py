@@ -24,6 +24,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from fp8moe.kernels.triton.launch import forget
 from tests.kernels.ptx_cache import TARGET
 from tests.ptx.counts import Counts
 from tests.ptx.cta import Cta, Meeting
@@ -177,8 +178,9 @@ def execute(machine: Machine, kernel: Kernel, grid: tuple[int, ...], arguments: 
 
 @contextmanager
 def on_machine(machine: Machine) -> Iterator[Machine]:
-    """Launches inside run on the machine."""
+    """Launches inside run on the machine, prepared anew: cases change constants that launches follow from."""
     launched = JITFunction.run
+    forget()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kwargs |= {"debug": False, "instrumentation_mode": ""}
@@ -198,3 +200,4 @@ def on_machine(machine: Machine) -> Iterator[Machine]:
         yield machine
     finally:
         JITFunction.run = launched
+        forget()
