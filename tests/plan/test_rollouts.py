@@ -120,7 +120,7 @@ def test_rollouts_take_longer_with_less() -> None:
         return rollout_time(changed, cluster, 10.0, mean).sampling  # type: ignore[arg-type]
 
     half = replace(config, grpo=replace(config.grpo, rollout_batch=32))
-    assert time(half) == pytest.approx(2 * time(config), rel=0.01), "95 microseconds a launch"
+    assert time(half) == pytest.approx(2 * time(config), rel=0.01), "launches alone"
     slow = replace(CLUSTER, hbm_gb_per_second=CLUSTER.hbm_gb_per_second / 50)
     assert time(config, 32768, slow) > 1.5 * time(config, 16384, slow) > 2 * time(config)
     alone = replace(config, grpo=replace(config.grpo, kl=0.0))
@@ -180,7 +180,7 @@ def test_graphs_leave_the_host_messages_and_what_draws() -> None:
     graphs = launches(replace(shared, graphs=True))
     assert graphs == pytest.approx(layers * (7 + 0.5) + 2 + 2 * (launches(shared) - layers * 2) / 256, rel=0.02)
     device = token_seconds(replace(alone, graphs=True), stage, 1, 2048.0, card, CLUSTER)
-    assert device < 0.1 * token_seconds(alone, stage, 1, 2048.0, card, CLUSTER), "kernels bind"
+    assert device < 0.15 * token_seconds(alone, stage, 1, 2048.0, card, CLUSTER), "kernels bind"
 
 
 def test_lengths_are_those_of_the_graphs() -> None:

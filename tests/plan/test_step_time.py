@@ -15,7 +15,7 @@ from fp8moe.plan.gemm_time import product_time
 from fp8moe.plan.kernel_records import RECORDS, records
 from fp8moe.plan.layer_time import Sizes, block_time
 from fp8moe.plan.network import Exchange, collective_seconds, exchange_seconds, neighbour_seconds, places_hit
-from fp8moe.plan.rates import SHARES, Card
+from fp8moe.plan.rates import HOST_SECONDS, SHARES, Card
 from fp8moe.plan.update_time import held, update_time
 from fp8moe.plan.work import Product
 from fp8moe.schedule.build import build_schedule
@@ -195,8 +195,8 @@ def test_one_rank_by_hand():
     (time_,) = step_time._times(config, there, (stage,))
     forward = sum(block.compute("F") for block in time_.blocks) + time_.end("F")
     backward = sum(block.compute(part) for block in time_.blocks for part in "BW") + time_.end("BW")
-    alone = max(forward, 95e-6 * time_.launches["F"])
-    alone += max(backward, 95e-6 * (time_.launches["B"] + time_.launches["W"]))
+    alone = max(forward, HOST_SECONDS * time_.launches["F"])
+    alone += max(backward, HOST_SECONDS * (time_.launches["B"] + time_.launches["W"]))
     outside = sum(p.seconds for p in step.parts if p.name in ("optimizer", "gradients and weights between replicas"))
     assert step.seconds == pytest.approx(8 * alone + outside)
     assert step.tokens == 64 * 4096 and step.gpus == 8 and step.hidden == 1.0 and 0 <= step.bubble < 1e-12
