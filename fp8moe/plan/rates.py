@@ -16,8 +16,8 @@ and 16,384 tokens, `dsv2_lite` and `qwen3_mixture` at 16,384); their means are t
 The host needs time for each launch, and a pass takes the longer of the two: HOST_SECONDS. Source: the two layers of
 that file that the host binds in BF16 (9.39 ms for 75 launches as counted here, 8.37 for 66: 126 microseconds), times
 0.755 and 0.75, by which launches have become cheaper since, twice, as `bench_host` measured on a CPU (`docs/layer.md`,
-CUDA graphs). A message's are cheaper: `bench_host` has 0.45 ms for the four of a mixture in one hop, 0.67 ms in two, where
-a launch of the layer takes 40 microseconds, and exact counts take about two launches more.
+CUDA graphs). A message's are cheaper: `bench_host` has 0.45 ms for the four of a mixture in one hop, 0.67 ms in two,
+where a launch of the layer takes 40 microseconds, and exact counts take about two launches more.
 """
 
 from __future__ import annotations
