@@ -15,9 +15,10 @@ and 16,384 tokens, `dsv2_lite` and `qwen3_mixture` at 16,384); their means are t
 
 The host needs time for each launch, and a pass takes the longer of the two: HOST_SECONDS. Source: the two layers of
 that file that the host binds in BF16 (9.39 ms for 75 launches as counted here, 8.37 for 66: 126 microseconds), times
-0.755 and 0.75, by which launches have become cheaper since, twice, as `bench_host` measured on a CPU (`docs/layer.md`,
-CUDA graphs). A message's are cheaper: `bench_host` has 0.45 ms for the four of a mixture in one hop, 0.67 ms in two,
-where a launch of the layer takes 40 microseconds, and exact counts take about two launches more.
+0.755 and 0.79, by which launches have become cheaper since, twice, as `bench_host` measured on a CPU (`docs/layer.md`,
+CUDA graphs; 0.79 is the mean of 0.75 in FP8 and 0.83 in BF16). A message's are cheaper: `bench_host` has 0.44 ms for
+the four of a mixture in one hop, 0.66 ms in two, where a launch of the layer takes 40 microseconds, and exact counts
+take about two launches more.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ ATTENTION_RATE, HALF_TILES = 547e12, 151
 SMALL_SECONDS = 3e-6
 PASS_SECONDS = 3e-6  # of a pass over memory, whatever its size
 SUSTAINED = {False: 1.02, True: 1.12}  # by whether the model is FP8
-HOST_SECONDS = 71e-6  # of a launch
+HOST_SECONDS = 75e-6  # of a launch
 # The host's time of a mixture's messages, in launches of that kind, forward and backward, by the number of hops.
 MESSAGE_LAUNCHES = {1: {"F": 7.0, "B": 4.0}, 2: {"F": 11.2, "B": 5.4}}
 COUNTS_LAUNCHES = 2.0  # of exact counts
