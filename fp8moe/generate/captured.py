@@ -9,7 +9,8 @@ has one graph at a time.
 
 Where ranks share experts a replay can read no counts. Messages then have room for every routing, which few tokens can
 afford, and stand between the graphs (`parallel.dispatch.captured`); forwards that run as always send the same ones,
-since ranks don't capture at the same time.
+since ranks don't capture at the same time. For that reason a capture waits for nothing: what a pipeline's rank has sent
+may arrive when the other one has captured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.cuda_graph import Captured, Graph, cuda_graphs, rounded
+from fp8moe.layers.cuda_graph import Captured, Graph, graphs_at_once, rounded
 from fp8moe.layers.dispatch import Dispatcher
 from fp8moe.layers.moe import MoE
 from fp8moe.parallel.dispatch import make_dispatcher
@@ -39,7 +40,7 @@ class DecodingGraphs:
 
 
 def decoding_graphs(
-    mesh: Mesh, num_experts: int, tokens: int, make_graphs: Callable[[], Callable[[], Graph]] = cuda_graphs
+    mesh: Mesh, num_experts: int, tokens: int, make_graphs: Callable[[], Callable[[], Graph]] = graphs_at_once
 ) -> DecodingGraphs:
     """For forwards of at most `tokens` tokens of each rank."""
     dispatcher = make_dispatcher("all_to_all", mesh, num_experts, max_tokens=tokens, capacity_factor=math.inf)

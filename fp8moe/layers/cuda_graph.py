@@ -16,13 +16,14 @@ capture of PyTorch's default mode. Autograd's own thread launches on the stream 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 
 LEAST_STEP, STEPS = 64, 8
+MODE = "thread_local"
 
 
 class Graph(Protocol):
@@ -38,24 +39,44 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A `Graph` of the current GPU, captured on `stream` with memory from `pool`."""
+    """A `Graph` of the current GPU, captured on `stream` with memory from `pool`.
 
-    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        self._graph, self._pool, self._stream = torch.cuda.CUDAGraph(), pool, stream
+    waits: a capture begins when everything launched before has run, with the memory that is free then. It must not
+    where a message is in flight whose receiver may be about to capture too: both would wait for each other.
+    """
+
+    def __init__(self, pool: Any, stream: torch.cuda.Stream, *, waits: bool = True) -> None:
+        self._graph, self._pool, self._stream, self._waits = torch.cuda.CUDAGraph(), pool, stream, waits
 
     def capturing(self) -> AbstractContextManager[Any]:
-        """See `Graph`; begins when everything launched before has run."""
-        return torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        """See `Graph`."""
+        if self._waits:
+            return torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode=MODE)
+        return self._at_once()
+
+    @contextmanager
+    def _at_once(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            self._graph.capture_begin(pool=self._pool, capture_error_mode=MODE)
+            try:
+                yield
+            finally:
+                self._graph.capture_end()
 
     def replay(self) -> None:
         """See `Graph`."""
         self._graph.replay()
 
 
-def cuda_graphs() -> Callable[[], Graph]:
-    """What makes graphs of one pool."""
+def cuda_graphs(*, waits: bool = True) -> Callable[[], Graph]:
+    """What makes graphs of one pool. waits: see `CudaGraph`."""
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-    return lambda: CudaGraph(pool, stream)
+    return lambda: CudaGraph(pool, stream, waits=waits)
+
+
+def graphs_at_once() -> Callable[[], Graph]:
+    """The same, of captures that wait for nothing."""
+    return cuda_graphs(waits=False)
 
 
 class Captured:

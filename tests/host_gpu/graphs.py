@@ -1,7 +1,7 @@
 """CUDA graphs of this GPU: what was captured is recorded and done again, and the host may take no part in a capture.
 
 It may not read, wait, or copy between its memory and the device's: the device refuses it (`device.cpp`), wherever it is
-called from. A capture runs on the stream that was current, and all that was launched before has run.
+called from. A capture runs on the stream that was current.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ class HostGpuGraph(RecordedGraph):
 
     messages_have_threads = False
 
-    def __init__(self, pool: Any, stream: Any) -> None:
+    def __init__(self, pool: Any, stream: Any, *, waits: bool = True) -> None:
         super().__init__()
+        self._waits = waits
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        torch.cuda.synchronize()
+        if self._waits:
+            torch.cuda.synchronize()
         with super().capturing():
             torch.ops.host_gpu.capture(True)
             try:

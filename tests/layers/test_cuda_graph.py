@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fp8moe.layers.cuda_graph import Captured, capture, cuda_graphs, outside
+from fp8moe.layers.cuda_graph import Captured, capture, cuda_graphs, graphs_at_once, outside
 
 log: list[str] = []
 
@@ -89,3 +89,34 @@ def test_graphs_of_a_gpu_share_a_pool_and_a_stream(monkeypatch: pytest.MonkeyPat
     assert [call.kwargs for call in entered.call_args_list] == [
         {"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}
     ] * 2
+
+
+def test_captures_at_once_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither PyTorch's context, which waits for the device, nor anything that does; what fails ends the capture."""
+    made = mock.create_autospec(torch.cuda.CUDAGraph)
+    streams: list[str] = []
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.append("left")
+
+    refused = mock.Mock(side_effect=AssertionError)
+    for name, fake in (
+        ("CUDAGraph", made),
+        ("graph_pool_handle", lambda: "pool"),
+        ("Stream", lambda: "stream"),
+        ("stream", on),
+        *((name, refused) for name in ("graph", "synchronize", "empty_cache")),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graph = graphs_at_once()()
+    with graph.capturing():
+        assert streams == ["stream"] and made.return_value.method_calls == [
+            mock.call.capture_begin(pool="pool", capture_error_mode="thread_local")
+        ]
+    assert streams == ["stream", "left"] and made.return_value.method_calls[1:] == [mock.call.capture_end()]
+    with pytest.raises(ZeroDivisionError), graph.capturing():
+        _ = 1 / 0
+    assert made.return_value.method_calls[-1] == mock.call.capture_end()
