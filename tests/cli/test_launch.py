@@ -242,7 +242,10 @@ def test_folders_of_dead_launchers_go_and_those_of_live_ones_stay(
 
 
 def test_a_frozen_rank_is_named_and_ended(corpus: list[str], tmp_path: Path) -> None:
-    """SIGTERM does not reach a stopped process, and both launchers would wait half a minute for it."""
+    """SIGTERM does not reach a stopped process, and both launchers would wait half a minute for it.
+
+    Where it stopped is said but where it had joined the collective that the other one waits for.
+    """
     timeout = 5
     words = ["-m", "fp8moe", "train", *SMALL, *corpus, "steps=100000", f"parallel.timeout={timeout}"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -252,12 +255,12 @@ def test_a_frozen_rank_is_named_and_ended(corpus: list[str], tmp_path: Path) -> 
     for workers in frozen.values():
         os.kill(workers[1], signal.SIGSTOP)
     begin = time.monotonic()
-    named = "rank 1 has ended or is frozen and stopped after number"
+    named = "rank 1 has ended or is frozen( and stopped after number|:)"
     for process, exit_code in ((ours, 6), (theirs, 1)):
         code, _, err = finish(process)
         assert (code, time.monotonic() - begin < timeout + 20) == (exit_code, True), err
         said = err.splitlines()[-1] if process is ours else err
-        assert named in said and re.search(r"number \d+ of group (dp0|ep0|dense0) \(ranks 0-1\)", said), err
+        assert re.search(named, said) and re.search(r"number \d+ of group (dp0|ep0|dense0) \(ranks 0-1\)", said), err
         assert all(is_gone(pid) for pid in frozen[process])
 
 
