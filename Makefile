@@ -80,7 +80,7 @@ test: $(SETUP) ## the tests that need no GPU
 .PHONY: test-gpu
 test-gpu: $(SETUP) ## the tests that need a GPU (with VENV= torch, triton, numpy and pytest are enough for them)
 	@$(RUN) -c 'import sys, torch; n = torch.cuda.device_count(); sys.exit(None if n else f"make test-gpu needs at least 1 CUDA GPU and torch {torch.__version__} sees 0: use a GPU machine and a CUDA build of torch (PINS=cuda, or VENV= with a Python that has one)")'
-	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels tests/layers/attention tests/layers/test_captured_layer.py $(ARGS)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu tests/kernels tests/layers/attention tests/layers/test_captured_layer.py tests/benchmarks/test_harness.py $(ARGS)
 
 # The site is read from the repository's own Markdown; a warning is an error.
 .PHONY: docs
