@@ -112,11 +112,13 @@ def test_ranks_that_share_experts_capture_at_different_times() -> None:
     assert ranks[0][1] != ranks[1][1]
 
 
-def in_a_pipeline(placement: tuple[int, ...]) -> tuple[list[list[tuple[int, ...]]], int]:
-    mesh = build_mesh(2, 1, 1, timeout=TIMEOUT)
+def in_a_pipeline(placement: tuple[int, ...], ep: int) -> tuple[list[list[tuple[int, ...]]], int]:
+    mesh = build_mesh(2, ep, ep, timeout=TIMEOUT)
     shape = {"num_layers": len(placement), "mtp_depth": 0}
     stages = partition(small_model(**shape).config, len(placement))
-    model = small_model(held=[one for one in stages if placement[one.index] == mesh.pp_rank], **shape)
+    held = [one for one in stages if placement[one.index] == mesh.pp_rank]
+    dispatcher = make_dispatcher("all_to_all", mesh, 4, max_tokens=1)
+    model = small_model(dispatcher=dispatcher, ep_rank=mesh.ep_rank, held=held, **shape)
     local = PipelineStages(model, stages, placement, Links(mesh, TIMEOUT), mesh)
     found = sample_groups(model, PROMPTS, NAMES, options(batch=6), mesh, local, graphs_of(mesh, 6))
     return ids(found), len(made)
@@ -125,9 +127,16 @@ def in_a_pipeline(placement: tuple[int, ...]) -> tuple[list[list[tuple[int, ...]
 def test_stages_of_a_pipeline_are_captured_each() -> None:
     model = small_model(num_layers=3, mtp_depth=0)
     expected = ids(sample_groups(model, PROMPTS, NAMES, options(), alone()))
-    (first, graphs_of_first), (second, graphs_of_second) = run_ranks(in_a_pipeline, 2, (0, 1, 0))
+    (first, graphs_of_first), (second, graphs_of_second) = run_ranks(in_a_pipeline, 2, (0, 1, 0), 1)
     assert first == second == expected
     assert graphs_of_first == 2 * graphs_of_second > 4, "two stages of the first rank"
+
+
+def test_ranks_of_a_pipeline_may_share_experts() -> None:
+    model = small_model(mtp_depth=0)
+    expected = ids(sample_groups(model, PROMPTS, NAMES, options(), alone()))
+    for found, graphs in run_ranks(in_a_pipeline, 4, (0, 1), 2):
+        assert found == expected and graphs > 4
 
 
 @pytest.mark.parametrize(("mtp", "family"), [(False, "gqa, windows in every other layer, sinks"), (True, "mla")])
