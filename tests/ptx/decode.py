@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx import access, arithmetic, barriers, lanes, tma, wgmma
+from tests.ptx import access, arithmetic, barriers, lanes, mma, tma, wgmma
 from tests.ptx.parser import Instruction, Program, Unsupported
 from tests.ptx.registers import LANES, Decoder, Fault, Gang
 from tests.ptx.runs import Run, find_runs
@@ -167,7 +167,8 @@ def _decode_one(decoder: Decoder, instruction: Instruction) -> Callable[[Gang], 
     if builder is not None:
         op, _ = builder(decoder, instruction)
         return (lambda gang: op(gang, None)) if mask is None else _guarded_effect(op, mask)
-    op, targets = (lanes if name in LANE_OPS else arithmetic).build(decoder, instruction)
+    module = lanes if name in LANE_OPS else mma if name == "mma" else arithmetic
+    op, targets = module.build(decoder, instruction)
     return op if mask is None else _guarded(decoder, op, mask, targets)
 
 

@@ -58,15 +58,20 @@ def places(tensor: TensorMap, at: tuple[int, ...], start: int) -> tuple[np.ndarr
     whole pieces, or 1. Indices and addresses count pieces.
     """
     box, shape, strides, size = tensor.box, tensor.shape, tensor.strides, tensor.size
-    if len(box) == 1:
-        box, shape, strides, at = (1, *box), (1, *shape), (0, *strides), (0, *at)
-    whole = (tensor.base, strides[0], start, at[1] * size, box[1] * size, shape[1] * size)
+    first, length = at[-1] * size, box[-1] * size
+    whole = (tensor.base, *strides[:-1], start, first, length, shape[-1] * size)
     piece = 1 if any(number % PIECE for number in whole) else PIECE
-    row, byte = np.arange(box[0])[:, None], np.arange(0, box[1] * size, piece)[None, :]
-    column = byte // size + at[1]
-    inside = (row + at[0] >= 0) & (row + at[0] < shape[0]) & (column >= 0) & (column < shape[1])
-    outer = tensor.base - BASE + (row + at[0]) * strides[0] + at[1] * size + byte
-    inner = swizzled(start + row * box[1] * size + byte, tensor.swizzle)
+    rows, far, row_inside = 1, np.zeros((1, 1), np.int64), np.ones((1, 1), np.bool_)
+    for begin, count, extent, stride in zip(at[:-1], box[:-1], shape[:-1], strides[:-1], strict=True):
+        place = begin + np.arange(count)[None, :, None]
+        far = (far[:, None, :] + place * stride).reshape(-1, 1)
+        row_inside = (row_inside[:, None, :] & (place >= 0) & (place < extent)).reshape(-1, 1)
+        rows *= count
+    row, byte = np.arange(rows)[:, None], np.arange(0, length, piece)[None, :]
+    column = byte // size + at[-1]
+    inside = row_inside & (column >= 0) & (column < shape[-1])
+    outer = tensor.base - BASE + far + first + byte
+    inner = swizzled(start + row * length + byte, tensor.swizzle)
     return inside, outer // piece, inner // piece, piece
 
 

@@ -198,7 +198,7 @@ def _product(decoder: Decoder, instruction: Instruction) -> tuple[Any, list[int]
         if before[0].__class__ is Token and before == before[0].sums.tokens:
             sums = before[0].sums
         _check(gang, held_slots if sums is not None else of_a_and_sums)
-        kept = _held([read(gang) for read in fragments]) if held else None
+        kept = fragment_of_a([read(gang) for read in fragments]) if held else None
         parts = _by_descriptors(gang, read_a(gang), b(gang))
         if sums is None:
             sums = Sums(gang.cta.shared, (len(gang.warps), 16, n), _sums(before) if keep else None)
@@ -239,7 +239,7 @@ def _of_warps(gang: Gang, value: Any) -> np.ndarray:
     return value[::LANES] if value.shape == (gang.n,) else np.broadcast_to(value, len(gang.warps))
 
 
-def _held(registers: list[np.ndarray]) -> np.ndarray:
+def fragment_of_a(registers: list[np.ndarray]) -> np.ndarray:
     """A as the registers hold it, [warps, 16, 16] FP32: two neighbours of k each, first of rows r, then of r + 8."""
     pairs = np.stack(registers).view(np.uint16).reshape(len(registers), -1, LANES, 2)
     lane, values = np.arange(LANES), np.zeros((pairs.shape[1], 16, 16), np.float32)
