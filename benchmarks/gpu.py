@@ -33,7 +33,10 @@ class Part:
 
 
 CALLS = ("--device", "cuda", "--repeats", "15", "--warmup", "3")
-FUSED = ("swiglu", "norm", "rope", "route", "cross_entropy", "adamw", "grouped_mm", "quantize", "permute")
+FUSED = (
+    *("swiglu", "norm", "rope", "route", "cross_entropy", "adamw", "grouped_mm", "quantize", "permute"),
+    "decode_attention",
+)
 PARTS = (
     Part("correctness", ("--device", "cuda"), 100),
     Part("bench_layer", ("--device", "cuda", "--repeats", "7", "--warmup", "2"), 120),

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first pattern that a kernel's name holds decides.
 KINDS: tuple[tuple[str, str], ...] = (
-    ("attention", r"cudnn.*(sdpa|flash|attn)|fmha|flash|efficient_attention|attention"),
+    ("attention", r"^reduce_splits_kernel|cudnn.*(sdpa|flash|attn)|fmha|flash|efficient_attention|attention"),
     ("cast", r"^(tiles|blocks|requantize|cast|pack|unpack|e5m6_columns)_kernel"),
     ("swiglu", r"^(swiglu|silu_mul|bias)\w*_kernel"),
     ("norm and rope", r"^(norm|gain|rotate_queries|make_keys|keys_backward)\w*_kernel|layer_norm|RMSNorm"),

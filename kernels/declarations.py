@@ -204,6 +204,12 @@ DECLARATIONS = {
     "grouped_mm_wgrad": Declaration(
         ("Tensor dy", "Tensor x", "Tensor group_offsets", "Total main_grad"), "", (), fake.nothing
     ),
+    "decode_attention": Declaration(
+        ("Tensor q", "Tensor keys", "Tensor values", "Tensor positions", "Maybe rows", "Maybe sinks"),
+        "SymInt length, float scale, SymInt? window",
+        ("tensor",),
+        fake.attended,
+    ),
     "adamw_step": Declaration((*_STATE, "Segments segments", "MaybeTotal weight"), _ADAMW, (), fake.nothing),
     "adamw_step_quantize": Declaration(
         (*_STATE, "Total weight", "Fp8Total blocks", "Fp8Total transposed"),

@@ -40,3 +40,9 @@ def empty_keys_gradient(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> lis
     """The unfilled d kv [T, H, nope + v] and d k_rope [T, rope] of `rope_keys_backward`, given its arguments."""
     rope = 2 * cos.shape[1]
     return [dk.new_empty(*dk.shape[:2], dk.shape[2] - rope + dv.shape[2]), dk.new_empty(dk.shape[0], rope)]
+
+
+def are_latents(keys: Tensor, values: Tensor) -> bool:
+    """Whether values are the first features of the keys, which one head of keys has."""
+    lie = values.data_ptr() == keys.data_ptr() and values.stride() == keys.stride()
+    return lie and keys.shape[2] == 1 and values.shape[-1] < keys.shape[-1]

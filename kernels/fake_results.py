@@ -149,6 +149,10 @@ def normed(
     return [h, y, *cast_rows(source), torch.empty(t, dtype=torch.float32, device=x.device)]
 
 
+def attended(q: Tensor, keys: Tensor, values: Tensor, *rest: Any, **kwargs: Any) -> list[Tensor]:
+    return [q.new_empty(*q.shape[:3], values.shape[-1])]
+
+
 def contiguous(x: Tensor, *rest: Any) -> list[Tensor]:
     return [x.new_empty(x.shape)]
 

@@ -2,8 +2,8 @@
 
     forward      a stage's blocks as in training, nothing beside them (`layer_time`), and where it has the head the
                  final norm, the logits and two passes over them; no less than the launches take the host
-    token        one new token of each of B rows of L tokens: a roofline. Every weight is read for few rows, the caches
-                 in full. Scores are FP32 sums of BF16 products (`layers.attention.cache`), so few that bytes bind
+    token        one new token of each of B rows of L tokens: a roofline. Every weight is read for few rows, and of the
+                 caches what a row has, once (`kernels.decode_attention`); many heads to a key are bound by DECODE_FLOPS
 
 A token's seconds are a bound from below: exact counts make the host wait in each mixture, drawn ids once a token, and
 none of that hides under anything. No GPU has decoded with this code, so no record stands against it.
@@ -15,7 +15,6 @@ once for the tokens that a graph serves, all launches twice: when a kind of forw
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 from fp8moe.layers.attention import MlaConfig
@@ -34,7 +33,10 @@ from fp8moe.plan.rates import Card, host_seconds, launches_of, message_launches,
 from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Small
 
 CACHE, HEAD = "caches", "head and drawing"
-LAUNCHES = 7  # of attention to a cache beside products: a cast, mask, softmax, the entry that is written
+# Of attention to a cache, by whether it keeps latents: what is kept rotated, laid together and written, queries laid
+# together, the kernel's two.
+LAUNCHES = {True: 7, False: 5}
+DECODE_FLOPS = 300e12  # half of what its tensor core instructions, `mma.sync`, reach at best on an H100; not measured
 BUFFERS = 5  # that the host copies what arrives into, a mixture: codes and scales, weights, where groups begin; sums
 
 
@@ -71,15 +73,13 @@ class Decoding:
 def token_seconds(of: Decoding, stage: Stage, rows: int, length: float, card: Card, cluster: Cluster) -> float:
     """Of one new token of each of `rows` sequences of `length` tokens in a stage, drawn behind the head."""
     model, step = of.model, step_of(max(1, int(length)))
-    length = math.ceil(length / step) * step if of.graphs else length
     kinds = [model.is_dense(layer) for layer in stage.layers]
     seconds, launches = 0.0, 0
-    for dense in set(kinds):
-        layer = next(layer for layer in stage.layers if model.is_dense(layer) == dense)
-        one, count = _layer(of, layer, rows, card, cluster)
-        attended, more = _attention(of, rows, length, card)
-        seconds += kinds.count(dense) * (one + attended)
-        launches += kinds.count(dense) * (count + more)
+    for layer, dense in zip(stage.layers, kinds, strict=True):
+        one, count = _layer(of, stage.layers[kinds.index(dense)], rows, card, cluster)
+        attended, more = _attention(of, rows, min(length, _window(model, layer) or length), card)
+        seconds += one + attended
+        launches += count + more
     ends: list[Piece] = [Small(2)] * stage.embedding
     if stage.head:
         wide = of.recipe.dtype.itemsize
@@ -121,15 +121,16 @@ def _layer(of: Decoding, layer: int, rows: int, card: Card, cluster: Cluster) ->
     return seconds, launches_of(pieces)
 
 
+def _window(model: ModelConfig, layer: int) -> int | None:
+    """Tokens that a query of a layer sees, None for all before it."""
+    return None if isinstance(model.attention, MlaConfig) else model.attention.window_of(layer)
+
+
 def _attention(of: Decoding, rows: int, length: float, card: Card) -> tuple[float, int]:
-    """(seconds, launches) of a layer's attention to the cache, by its bytes."""
-    a, wide = of.model.attention, of.recipe.dtype.itemsize
+    """(seconds, launches) of a layer's attention to the last `length` entries of each row, each read once."""
+    a, latents = of.model.attention, isinstance(of.model.attention, MlaConfig)
     key, value, groups = entry_sizes(a)
-    copies = 3 if groups > 1 else 1  # read, or laid side by side and read
-    scores = FP32 * (1 + 2 + 2 + 2 + 1) + 2 * wide  # written, scaled, masked, their softmax, rounded, multiplied
-    entries = rows * length * wide * copies * (key + value)
-    passes: list[Piece] = [
-        Pass("add", CACHE, entries + rows * length * a.num_heads * scores),
-        Small(LAUNCHES + 2 * (groups > 1)),
-    ]
-    return total(parts_of(passes, card)), launches_of(passes)
+    entries = rows * length * of.recipe.dtype.itemsize * (key + (0 if latents else value))
+    products = 2 * rows * length * a.num_heads * (key + value) // groups
+    pieces: list[Piece] = [Pass("add", CACHE, entries), Small(LAUNCHES[latents] - 1)]
+    return max(total(parts_of(pieces, card)), products / DECODE_FLOPS), launches_of(pieces)

@@ -1,8 +1,8 @@
 """Memory of forwards that keep nothing: of a teacher, of log-probabilities, of prompts and of tokens behind a cache.
 
 One block at a time: two tensors of the residual stream, and the larger of what attention and the MLP make before they
-let go. Rows go to experts by exact counts (`generate.open.exact_dispatcher`), routing balanced. What stands behind
-caches makes FP32 scores of them (`layers.attention.cache`), of all rows of a layer at once, which outweigh the rest.
+let go. Rows go to experts by exact counts (`generate.open.exact_dispatcher`), routing balanced. What attends to caches
+keeps sums of each split of them; the specification, which a CPU takes, makes FP32 scores of some rows at once.
 `tests/plan/test_rollout_memory.py` holds all of it against tensors of the layers themselves.
 
 Legend: T tokens, D model, F hidden, B rows of a cache, L tokens of the longest, H heads, G heads of keys, V vocabulary.
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fp8moe.kernels.reference.decode_attention import WIDENED_VALUES
 from fp8moe.layers.attention import GqaConfig, MlaConfig
-from fp8moe.layers.attention.cache import WIDENED_VALUES
 from fp8moe.layers.recipe import Recipe
 from fp8moe.model.config import ModelConfig
 from fp8moe.model.head_loss import chunk_tokens
@@ -24,6 +24,7 @@ from fp8moe.model.memory import TILE
 from fp8moe.plan.expert_rows import visits
 
 FP32, FP64 = 4, 8
+PROGRAMS = 528  # that attend to caches at once, as in `kernels.triton.decode_attention`, which needs Triton
 
 
 def forward_bytes(
@@ -105,22 +106,26 @@ def cache_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> i
 
 
 def attend_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int, device: torch.device) -> float:
-    """Of one new token of each row in one layer: scores, their softmax, values where heads have several.
+    """Of one new token of each row in one layer: its query, its output, and what lies between.
 
-    Where there are several heads of keys, keys are copied so that those of a head lie side by side. On a CPU some are
-    in FP32 as well, with their queries.
+    BF16 on a GPU: sums of values, a maximum and a total of each split. Else FP32 copies of BF16 entries, scores and
+    their softmax, of some rows at once on a CPU; products lay the entries of a head side by side where there are
+    several of several rows.
     """
     a, wide = model.attention, recipe.dtype.itemsize
     heads, (key, value, groups) = a.num_heads, entry_sizes(a)
-    scores, query = FP32 * heads * length, heads * (key // groups)
-    keys = rows * wide * length * key * (groups > 1)
-    if wide < FP32 and device.type == "cpu":
-        at_once = min(rows, max(1, WIDENED_VALUES // (length * key)))
-        keys = at_once * FP32 * (length * key * (1 + (groups > 1 and at_once > 1)) + query)
-    softmax = 2 * scores + (wide * heads * length if wide < FP32 else 0)
-    kept = scores + wide * heads * length
-    behind = kept + (wide * length * value if groups > 1 else 0) + wide * heads * (value // groups)
-    return float(rows * (length + wide * query) + max(keys + rows * scores, rows * softmax, rows * behind))
+    query, out = heads * (key // groups), heads * (value // groups)
+    given = rows * (wide * (query + out) + 8)
+    if wide < FP32 and device.type != "cpu":
+        splits = max(rows * groups, PROGRAMS)
+        return float(given + FP32 * splits * heads // groups * (value // groups + 2))
+    at_once = min(rows, max(1, WIDENED_VALUES // (length * key))) if device.type == "cpu" else rows
+    copied = FP32 * length * (groups > 1 and at_once > 1)
+    widened = (FP32 * (length * (key + (groups > 1) * value) + query) if wide < FP32 else 0) + length
+    scores = FP32 * heads * length
+    making, softmax = copied * key + scores, 2 * scores + (wide * heads * length if wide < FP32 else 0)
+    summing = 2 * scores + copied * value + FP32 * out
+    return float(given + at_once * (widened + max(making, softmax, summing)))
 
 
 def draw_bytes(recipe: Recipe, rows: int, num_ids: int, most_values: int) -> float:

@@ -54,9 +54,9 @@ class Descriptor(TensorDescriptor):
 
 
 @functools.cache
-def block_of(rows: int, columns: int) -> Block:
+def block_of(*shape: int) -> Block:
     """Tiles of plain Triton, whose layout is the compiler's."""
-    return Block([rows, columns])
+    return Block(list(shape))
 
 
 @dataclass(frozen=True)

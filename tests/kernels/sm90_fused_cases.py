@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.kernels.segments import Segments
+from tests.kernels.caches import Sizes
 from tests.kernels.sm90_cases import GROUPS, Case, blocks, rows
 
 # SwiGLU: label, dtype, F, weighted, power of two. 320 is no multiple of 128: one tile holds both gate and up.
@@ -207,6 +208,37 @@ def rope_cases() -> Iterator[Case]:
         yield f"triton rope_keys_backward {kind}", partial(rope.rope_keys_backward, q, kv[..., 128:], *angles)
 
 
+# DeepSeek-V2-Lite's and Moonlight's latents, a token and two; DeepSeek-V3's; Qwen3-30B's heads; GPT-OSS's.
+DECODED = {
+    "latents H16": Sizes(64, 1, 16, 1, 576, 512, 4096, rows=True),
+    "latents H16 S2": Sizes(64, 2, 16, 1, 576, 512, 4096),
+    "latents H128": Sizes(8, 1, 128, 1, 576, 512, 4096, rows=True),
+    "heads D128": Sizes(64, 1, 32, 4, 128, 128, 4096, rows=True),
+    "heads D64 window": Sizes(64, 1, 64, 8, 64, 64, 4096, window=128, sinks=True),
+    "heads D128 S9": Sizes(4, 9, 32, 4, 128, 128, 4096, rows=True),
+}
+
+
+def decode_cases() -> Iterator[Case]:
+    """Attention to caches, whose entries nobody reads: rows behind the first take no memory."""
+    decode = importlib.import_module("fp8moe.kernels.triton.decode_attention")
+    for name, of in DECODED.items():
+        if of.latents:
+            keys = torch.empty(1, of.length, 1, of.d, dtype=torch.bfloat16).expand(of.b, -1, -1, -1)
+            values = keys[..., : of.v]
+        else:
+            entries = torch.empty(1, of.length, 2, of.g, of.d, dtype=torch.bfloat16)
+            keys, values = entries.expand(of.b, -1, -1, -1, -1).unbind(2)
+        yield (
+            f"triton decode_attention {name}",
+            partial(
+                decode.decode_attention, torch.empty(of.b, of.s, of.h, of.d, dtype=torch.bfloat16), keys, values,
+                torch.empty(of.b, of.s, dtype=torch.int64), torch.empty(of.b, dtype=torch.int64) if of.rows else None,
+                torch.empty(of.h) if of.sinks else None, length=of.length, scale=of.d**-0.5, window=of.window,
+            ),
+        )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     """All of them."""
     yield from update_cases()
@@ -216,3 +248,4 @@ def cases() -> Iterator[Case]:
     yield from route_cases()
     yield from norm_cases()
     yield from rope_cases()
+    yield from decode_cases()

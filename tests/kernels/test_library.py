@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fp8moe.kernels import backend, library
 from fp8moe.kernels.adamw import adamw_step, adamw_step_quantize
 from fp8moe.kernels.cross_entropy import cross_entropy, cross_entropy_with_gradient
+from fp8moe.kernels.decode_attention import decode_attention
 from fp8moe.kernels.e5m6 import e5m6_to_columns, pack_e5m6, unpack_e5m6
 from fp8moe.kernels.embedding import embedding_wgrad
 from fp8moe.kernels.expert_bias import add_expert_bias, expert_bias_dgrad, expert_bias_wgrad
@@ -31,6 +32,7 @@ from fp8moe.kernels.segments import Segments
 from fp8moe.kernels.silu_mul import silu_mul, silu_mul_backward
 from fp8moe.kernels.squared_norm import squared_norm
 from fp8moe.kernels.swiglu import swiglu, swiglu_backward, swiglu_columns
+from tests.kernels.caches import caches_arguments
 from tests.kernels.updates import state
 
 
@@ -173,6 +175,10 @@ def rotations_arguments():
     return q, kv, k_rope, torch.randn(6, 16), torch.randn(6, 16)
 
 
+def every_cache(q, keys, values, positions, rows):
+    return [decode_attention(q, keys, values, positions, rows, length=190, scale=0.1)]
+
+
 def ways_arguments():
     return torch.randn(40, 144).bfloat16(), torch.tensor([[0, 2], [2, -1]]).repeat(20, 1)
 
@@ -251,6 +257,7 @@ CASES = [
     (every_routing, routing_arguments),
     (every_norm, norms_arguments),
     (every_rotation, rotations_arguments),
+    (every_cache, caches_arguments),
 ]
 
 

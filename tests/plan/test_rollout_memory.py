@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +16,14 @@ from fp8moe.generate import groups, sampling
 from fp8moe.generate.groups import GroupSampling, Sampled, sample_groups
 from fp8moe.generate.routing import RoutingRecord
 from fp8moe.generate.session import Session
-from fp8moe.layers.attention.cache import attend_to_cache
+from fp8moe.kernels.decode_attention import decode_attention
 from fp8moe.layers.dispatch import LocalDispatcher
 from fp8moe.layers.linear import QuantizedWeight, quantize_weights
 from fp8moe.layers.recipe import Precision
 from fp8moe.model.transformer import Transformer
 from fp8moe.parallel.dispatch import make_dispatcher
 from fp8moe.parallel.mesh import build_mesh
-from fp8moe.plan import rollout_memory
+from fp8moe.plan import forward_work, rollout_memory
 from fp8moe.plan.forward_work import attend_bytes, cache_bytes
 from fp8moe.plan.memory import RankMemory, _data_bytes, rank_memory, worst_rank
 from fp8moe.plan.phases import ROLLOUTS, SCORING, TEACHER, UPDATES, policy_bytes
@@ -87,8 +88,8 @@ def test_attention_to_a_cache(words: tuple[str, ...], length: int, dtype: torch.
         width = a.head_dim
     with TrackPeak() as tracked:
         q = torch.randn(rows, 1, a.num_heads, width, dtype=dtype)
-        mask = torch.ones(rows, 1, length, dtype=torch.bool)
-        attend_to_cache(q, keys, values, 1.0, mask)
+        positions = torch.full((rows, 1), length - 1)
+        decode_attention(q, keys, values, positions, length=length, scale=1.0)
     assert attend_bytes(config.model, config.recipe, rows, length, CPU) == pytest.approx(tracked.most, rel=0.01)
 
 
@@ -293,5 +294,7 @@ def test_experts_that_are_replayed() -> None:
 
 
 def test_bounds_are_those_of_the_generator() -> None:
+    source = Path(forward_work.__file__).parents[1] / "kernels" / "triton" / "decode_attention.py"
+    assert f"\nPROGRAMS = {forward_work.PROGRAMS} " in source.read_text()  # which needs Triton
     assert rollout_memory.PROMPT_TOKENS == groups.PROMPT_TOKENS
     assert rollout_memory.DRAWN_VALUES == sampling.DRAWN_VALUES

@@ -92,24 +92,35 @@ def test_rows_are_those_of_drawn_lengths(mean: float) -> None:
 
 
 def test_a_token_takes_what_it_reads() -> None:
-    """All weights in FP8 and the caches as they are read at least, or the launches; scores where heads are many."""
+    """All weights in FP8 and each entry of the caches once at least; or the launches; or products, for many heads."""
     config = configured("model=moonlight_16b", "data=indexed", "data.paths=[a]", "seq_len=8192", world_size=1)
     model, (stage,) = config.model, stages_of(config)
-    of = Decoding(model, config.recipe, Exchange("all_to_all", 1, 1), model.vocab_size)
+    launched = Decoding(model, config.recipe, Exchange("all_to_all", 1, 1), model.vocab_size)
+    of = replace(launched, graphs=True)
     card = Card("H200", CLUSTER.hbm_gb_per_second * 1e9, fp8=True)
     rows = 512  # every expert is read
     weights = count_parameters(model).total / card.hbm
-    cache = rows * 8192 * 2 * (576 + 512) * model.num_layers / card.hbm  # the latents are keys and values
+    cache = rows * 8192 * 2 * 576 * model.num_layers / card.hbm  # latents are keys and values
     took = token_seconds(of, stage, rows, 8192, card, CLUSTER)
     assert weights + cache < took < 2.2 * (weights + cache)
     longer = token_seconds(of, stage, rows, 16384, card, CLUSTER) - took
-    assert cache < longer < 1.8 * cache
-    fewest = token_seconds(of, stage, 1, 1, card, CLUSTER)
+    assert cache < longer < 1.3 * cache
+    fewest = token_seconds(launched, stage, 1, 1, card, CLUSTER)
     assert fewest / HOST_SECONDS == pytest.approx(round(fewest / HOST_SECONDS)), "launches alone"
     assert 30 * model.num_layers < fewest / HOST_SECONDS < 80 * model.num_layers
     more_heads = replace(model, attention=replace(model.attention, num_heads=128))
     wide = token_seconds(replace(of, model=more_heads), stage, rows, 65536, card, CLUSTER)
-    assert wide > rows * 65536 * 128 * (3 * 4 + 2 * 2) * model.num_layers / card.hbm, "written, read, softmax, rounded"
+    flops = 2.0 * rows * 65536 * 128 * (576 + 512) * model.num_layers
+    assert wide > flops / 500e12 > 8 * cache
+
+
+def test_a_layer_with_a_window_reads_that() -> None:
+    config = configured("model=gpt_oss_20b", "data=indexed", "data.paths=[a]", "seq_len=8192", world_size=1)
+    model, (stage,), card = config.model, stages_of(config), Card("H200", 1e12, fp8=False)
+    of = Decoding(model, config.recipe, Exchange("all_to_all", 1, 1), model.vocab_size, graphs=True)
+    longer = token_seconds(of, stage, 64, 8192, card, CLUSTER) - token_seconds(of, stage, 64, 4096, card, CLUSTER)
+    entry = 2 * 2 * 8 * 64  # bytes of keys and values
+    assert longer == pytest.approx(64 * 4096 * entry * model.num_layers / 2 / card.hbm, rel=0.2)
 
 
 def test_rollouts_take_longer_with_less() -> None:
@@ -181,14 +192,6 @@ def test_graphs_leave_the_host_messages_and_what_draws() -> None:
     assert graphs == pytest.approx(layers * (7 + 0.5) + 2 + 2 * (launches(shared) - layers * 2) / 256, rel=0.02)
     device = token_seconds(replace(alone, graphs=True), stage, 1, 2048.0, card, CLUSTER)
     assert device < 0.15 * token_seconds(alone, stage, 1, 2048.0, card, CLUSTER), "kernels bind"
-
-
-def test_lengths_are_those_of_the_graphs() -> None:
-    config = configured("model=moonlight_16b", "data=indexed", "data.paths=[a]", "seq_len=8192", world_size=1)
-    (stage,), card = stages_of(config), Card("H200", 1e12, fp8=True)
-    of = Decoding(config.model, config.recipe, Exchange("all_to_all", 1, 1), 1000, graphs=True)
-    times = [token_seconds(of, stage, 64, length, card, CLUSTER) for length in (4097.0, 4200.0, 4608.0, 4609.0)]
-    assert times[0] == times[1] == times[2] < times[3]
 
 
 def test_sampling_that_is_faster_by_prediction() -> None:

@@ -17,6 +17,8 @@ from fp8moe.kernels.backend import release_of
 from fp8moe.kernels.tiles import CONSUMERS, UNQUANTIZED
 from tests.kernels.sm90_cases import PAIRS_SINCE, legal_tiles, tile_name
 from tests.ptx import token_cases
+from tests.ptx.decode_cases import attend_by
+from tests.ptx.decode_plants import DECODE_PLANTS
 from tests.ptx.launching import Machine
 from tests.ptx.moving_cases import both, values
 from tests.ptx.order_plants import ORDER_PLANTS
@@ -33,6 +35,7 @@ PLANTED = (
     *PLANTS,
     *ORDER_PLANTS,
     *TOKEN_PLANTS,
+    *DECODE_PLANTS,
     *(PAIR_PLANTS if release_of(triton.__version__) >= PAIRS_SINCE else ()),
 )
 
@@ -44,6 +47,8 @@ def problem(case: str, seed: int | None) -> Callable[[Machine], None]:
         return partial(_cast, name=op, seed=seed)
     if op == "adamw_step_quantize":
         return partial(weight_with_blocks, moments=torch.bfloat16, shape=(144, 208), seeds=(seed,))
+    if op == "decode_attention":
+        return partial(attend_by, name=case.split(maxsplit=2)[2], seed=seed)
     pair, order = "multicast" in rest, next((one for one in rest if one in CONSUMERS), "free")
     at = [tile for tile in legal_tiles(backend, op, kind) if tile_name(tile).split()[0] in rest or not rest]
     of_pair = [tile for tile in at if tile.multicast == pair]

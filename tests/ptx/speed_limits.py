@@ -63,6 +63,8 @@ ACCEPTED = (
     (r"gain_kernel", "banks", 4.4, "shares are summed across warps, once a program"),
     (r"rope_queries_backward bf16 ", "loads", 0.92, "two loads of a lane share a sector of angles, one hits L1"),
     (r"rope_keys ", "loads", 0.86, "angles and the shared part are loaded once a token, for few heads here"),
+    (r" decode_attention_kernel", "loads", 0.84, "a row of queries has a place, 8 bytes of a sector"),
+    (r" reduce_splits_kernel", "loads", 0.7, "a split's maximum and total are two words"),
     (r"keys_backward_kernel", "banks", 2.9, "heads are summed across warps, once a token"),
 )  # fmt: skip
 SUMMED = "sums across warps go through shared memory in a layout of Triton's that 3.8 no longer chooses"

@@ -28,6 +28,7 @@ from tests.kernels import ptx_cache
 from tests.ptx import (
     activation_cases,
     bias_cases,
+    decode_cases,
     layer_cases,
     loss_cases,
     moving_cases,
@@ -63,8 +64,8 @@ def sweep() -> None:
 
 
 CASES = (
-    moving_cases, activation_cases, bias_cases, norm_cases, route_cases, product_cases, token_cases, loss_cases,
-    update_cases,
+    moving_cases, activation_cases, bias_cases, norm_cases, route_cases, decode_cases, product_cases, token_cases,
+    loss_cases, update_cases,
 )  # fmt: skip
 
 

@@ -71,6 +71,10 @@ PLANT_REPORTS = {
     "a consumer does not wait for what the other cuts": ("without waiting for the (?:ordinary write|read) of warp",),
     "the barrier of the cuts counts one consumer": ("without waiting for the (?:ordinary write|read) of warp",),
     "a slot is given back under its products": ("a copy overwrites shared memory", "without waiting"),
+    "entries are multiplied before they have arrived": ("while a copy of TMA", "decode_attention.py"),
+    "a warp does not wait for the maxima of the others": ("without waiting for the ordinary write of warp",),
+    "a warp does not wait for the weights of the others": ("without waiting for the ordinary write of warp",),
+    "entries are loaded over those that are still read": (r"has its value \(fence\.proxy\.async\)",),
     "a slot is given back that is not held": ("a copy overwrites shared memory", "without waiting"),
 }
 

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.attention.cache import CachedForward, LayerCache, attend_to_cache
+from fp8moe.layers.attention.cache import CachedForward, LayerCache
 from fp8moe.layers.attention.choice import Choice, Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.context import Arrive, Local, gathered
 from fp8moe.layers.attention.core import Positions, attend
@@ -298,9 +298,8 @@ class GroupedQueryAttention(nn.Module):
 
     def _attend_to_cache(self, q: Tensor, cached: CachedForward, sinks: Tensor | None) -> Tensor:
         """Attention of new tokens' q [B, S, H, d] to the cache."""
-        keys, values = cached.read(self).unflatten(-1, (2, self.config.num_kv_heads, -1)).unbind(2)
-        mask_BSL = cached.window_mask_BSL(self.window)
-        return attend_to_cache(q, keys, values, self.config.softmax_scale, mask_BSL, sinks)
+        keys, values = cached.caches[self].entries.unflatten(-1, (2, self.config.num_kv_heads, -1)).unbind(2)
+        return cached.attend(q, keys, values, self.config.softmax_scale, window=self.window, sinks_H=sinks)
 
     def heads_again(self, x: Recallable, positions: Positions) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
         """The same from the layer's input, recast or recalled: casts and products repeated, without autograd."""

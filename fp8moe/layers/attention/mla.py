@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fp8moe.layers.attention.cache import CachedForward, attend_to_cache
+from fp8moe.layers.attention.cache import CachedForward
 from fp8moe.layers.attention.choice import Heads, choose, chosen, machine_of
 from fp8moe.layers.attention.context import Arrive, Local, gathered
 from fp8moe.layers.attention.core import Positions, attend
@@ -300,9 +300,8 @@ class LatentAttention(nn.Module):
         q = rotated_queries(q.unflatten(-1, (c.num_heads, -1)), positions.cos, positions.sin)
         q_nope, q_rope = q.split([c.nope_dim, c.rope_dim], dim=-1)
         queries = torch.cat([by_heads(q_nope, cache.key_up_HNR), q_rope], dim=-1)
-        entries = cached.read(self).unsqueeze(2)  # one head of keys
-        latents = entries[..., : c.kv_lora_rank]
+        keys = cache.entries.unsqueeze(2)  # of one head
         queries = queries.unflatten(0, (positions.num_sequences, -1))
-        sums = attend_to_cache(queries, entries, latents, c.softmax_scale, cached.mask_BSL)
+        sums = cached.attend(queries, keys, keys[..., : c.kv_lora_rank], c.softmax_scale)
         out = by_heads(sums.flatten(0, 1), cache.value_up_HRV)
         return out.unflatten(0, (positions.num_sequences, -1))

@@ -1,4 +1,4 @@
-"""Caches of attention: absorbed beside plain latent attention; heads, windows and sinks beside a plain softmax."""
+"""Caches of attention: tokens that come in pieces beside all of them at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.attention import GqaConfig, MlaConfig, Positions, cache
-from fp8moe.layers.attention.cache import CachedForward, attend_to_cache
+from fp8moe.layers.attention import GqaConfig, MlaConfig, Positions
+from fp8moe.layers.attention.cache import CachedForward
 from fp8moe.layers.attention.yarn import YarnConfig
 from fp8moe.layers.linear import quantize_weights
 from fp8moe.layers.recipe import FULL_RECOMPUTE, Precision, Recipe
@@ -21,6 +21,7 @@ CONFIGS = {
     "no query latent": replace(MLA, q_lora_rank=0, v_dim=16),
     "yarn": replace(MLA, yarn=YarnConfig(factor=4.0, original_max_seq_len=8)),
     "gqa": GqaConfig(num_heads=4, num_kv_heads=2, head_dim=32, rope_dim=16),
+    "window and sinks": GqaConfig(num_heads=4, num_kv_heads=2, head_dim=32, rope_dim=16, window=6, sinks=True),
 }
 
 
@@ -79,38 +80,3 @@ def test_a_token_takes_what_the_family_says() -> None:
     gqa = CONFIGS["gqa"]
     assert built(gqa, Recipe(Precision.BF16)).new_cache(3, 5).entries.shape == (3, 5, 2 * 2 * 32)  # type: ignore[operator]
     assert built(gqa, Recipe(Precision.BF16)).new_cache(1, 1).entries.dtype is torch.bfloat16  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("window, has_sinks", [(None, False), (3, False), (1, True), (None, True), (5, True)])
-def test_windows_sinks_and_shared_heads_beside_a_plain_softmax(window: int | None, has_sinks: bool) -> None:
-    """FP64, sequence by sequence and head by head; ragged places; what is behind a sequence is noise."""
-    torch.manual_seed(1)
-    B, S, H, G, d, V, starts = 3, 2, 6, 2, 8, 5, [0, 4, 9]
-    places_BS = torch.tensor(starts)[:, None] + torch.arange(S)
-    q, k, v = torch.randn(B, S, H, d), torch.randn(B, 11, G, d), torch.randn(B, 11, G, V)
-    sinks_H = torch.randn(H) if has_sinks else None
-    mask = CachedForward({}, None, places_BS, 11, is_first=False).window_mask_BSL(window)
-    found = attend_to_cache(q, k, v, 0.3, mask, sinks_H)
-    for b in range(B):
-        for s in range(S):
-            end = starts[b] + s + 1
-            seen = slice(0 if window is None else max(end - window, 0), end)
-            for h in range(H):
-                keys, values = k[b, seen, h // 3].double(), v[b, seen, h // 3].double()
-                weights = (keys @ q[b, s, h].double() * 0.3).exp()
-                total = weights.sum() + (0 if sinks_H is None else sinks_H[h].double().exp())
-                torch.testing.assert_close(found[b, s, h].double(), weights / total @ values, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("at_once", [1, 150, 1 << 20])
-@pytest.mark.parametrize("heads", [1, 2])
-def test_scores_of_bf16_entries_are_sums_in_fp32(monkeypatch: pytest.MonkeyPatch, heads: int, at_once: int) -> None:
-    """Keys of one sequence widened at a time, of two (the last alone), or of all; entries behind are noise."""
-    monkeypatch.setattr(cache, "WIDENED_VALUES", at_once * heads)
-    torch.manual_seed(2)
-    q = torch.randn(5, heads, 6, 8, dtype=torch.bfloat16)
-    k = torch.randn(5, 13, heads, 8, dtype=torch.bfloat16)[:, :9]
-    exact = q.double() @ k.permute(0, 2, 3, 1).double()
-    found = cache._products(q, k)
-    assert found.dtype is torch.float32
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe.layers.attention.cache import _products, attend_to_cache
 from fp8moe.layers.attention.choice import AUTO, Choice, Heads, choose, chosen, machine_of, why_not
 from fp8moe.layers.attention.core import Positions, attend
 from fp8moe.layers.attention.documents import Documents
@@ -125,22 +124,3 @@ def test_a_layer_recomputes_its_heads(cuda: torch.device, masked: bool, kind: st
         attention(inputs, where).square().sum().backward()
         grads.append(inputs.grad)
     assert grads[0] is not None and torch.equal(*grads)
-
-
-@pytest.mark.parametrize(("heads", "groups", "qk_dim", "v_dim"), [(16, 1, 576, 512), (8, 2, 128, 128)])
-def test_attention_to_a_cache(cuda: torch.device, heads: int, groups: int, qk_dim: int, v_dim: int) -> None:
-    """Scores of BF16 entries are FP32 sums; the output is rounded once, and its probabilities."""
-    k = torch.randn(B, S + 7, groups, qk_dim, device=cuda).bfloat16()[:, :S]
-    v = k[..., :v_dim]
-    q = torch.randn(B, 2, heads, qk_dim, device=cuda).bfloat16()
-    queries = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    products = queries.double() @ k.permute(0, 2, 3, 1).double()
-    found = _products(queries, k)
-    assert found.dtype is torch.float32
-    torch.testing.assert_close(found.double(), products, rtol=1e-5, atol=1e-4)
-    mask = torch.ones(B, 2, S, dtype=torch.bool, device=cuda)
-    weights = (products * qk_dim**-0.5).softmax(-1)
-    exact = (
-        (weights @ v.transpose(1, 2).double()).unflatten(2, (heads // groups, 2)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    )
-    assert calc_diff(attend_to_cache(q, k, v, qk_dim**-0.5, mask), exact) < 5e-5
