@@ -8,8 +8,9 @@
 A token's seconds are a bound from below: exact counts make the host wait in each mixture, drawn ids once a token, and
 none of that hides under anything. No GPU has decoded with this code, so no record stands against it.
 
-With CUDA graphs (`generate.captured`) the host launches messages and what draws, PyTorch's own kernels, alone; and,
-once for the tokens that a graph serves, all launches twice: when a kind of forward is met, and when it is captured.
+With CUDA graphs (`generate.captured`) the host starts messages, whose packing is captured like the rest, and launches
+what draws; and, once for the tokens that a graph serves, all launches twice: when a kind of forward is met, and when it
+is captured. Messages have room for every routing and travel in full.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fp8moe.plan.graph_costs import COPY_LAUNCHES
 from fp8moe.plan.layer_time import Sizes, alone_seconds, block_time
 from fp8moe.plan.mlp_work import add_mlp
 from fp8moe.plan.network import Exchange, exchange_seconds
-from fp8moe.plan.rates import Card, host_seconds, launches_of, message_launches, parts_of, total
+from fp8moe.plan.rates import HOST_SECONDS, Card, host_seconds, launches_of, message_launches, parts_of, total
 from fp8moe.plan.work import Attention, BlockWork, Pass, Piece, Product, Small
 
 CACHE, HEAD = "caches", "head and drawing"
@@ -37,7 +38,9 @@ CACHE, HEAD = "caches", "head and drawing"
 # together, the kernel's two.
 LAUNCHES = {True: 7, False: 5}
 DECODE_FLOPS = 300e12  # half of what its tensor core instructions, `mma.sync`, reach at best on an H100; not measured
-BUFFERS = 5  # that the host copies what arrives into, a mixture: codes and scales, weights, where groups begin; sums
+# Of a mixture between graphs, in launches: two collectives, which are taken to cost as much as a launch, a copy of what
+# arrives behind each, and two graphs of 10 microseconds.
+BETWEEN = 2 * (1 + COPY_LAUNCHES + 10e-6 / HOST_SECONDS)
 
 
 def forward_seconds(sizes: Sizes, stage: Stage, card: Card, cluster: Cluster) -> float:
@@ -87,14 +90,12 @@ def token_seconds(of: Decoding, stage: Stage, rows: int, length: float, card: Ca
         ends += [Pass("norm", HEAD, rows * model.dim * 4), Product(rows, model.vocab_size, model.dim)]
         ends += [Pass("add", HEAD, rows * of.num_ids * drawn), Small(20)]
     seconds += total(parts_of(ends, card))
-    messages = 0.0
-    if of.exchange.ep > 1:
-        messages = kinds.count(False) * message_launches(of.exchange.hops, exact=not of.graphs)["F"]
+    mixtures = kinds.count(False) if of.exchange.ep > 1 else 0
+    messages = mixtures * message_launches(of.exchange.hops, exact=not of.graphs)["F"]
     all_launches = launches + launches_of(ends) + messages
     if not of.graphs:
         return max(seconds, host_seconds(all_launches))
-    buffers = kinds.count(False) * BUFFERS if of.exchange.ep > 1 else 0
-    left = messages + COPY_LAUNCHES * (buffers + launches_of(ends)) + 2 * all_launches / step
+    left = mixtures * BETWEEN + COPY_LAUNCHES * launches_of(ends) + 2 * all_launches / step
     return max(seconds, host_seconds(left))
 
 
@@ -117,7 +118,7 @@ def _layer(of: Decoding, layer: int, rows: int, card: Card, cluster: Cluster) ->
     seconds = total(parts_of(pieces, card))
     if not model.is_dense(layer) and of.exchange.ep > 1:
         for coded, ids in ((recipe.fp8, True), (False, False)):
-            seconds += exchange_seconds(model, of.exchange, cluster, rows, fp8=coded, with_ids=ids)
+            seconds += exchange_seconds(model, of.exchange, cluster, rows, fp8=coded, with_ids=ids, roomy=of.graphs)
     return seconds, launches_of(pieces)
 
 

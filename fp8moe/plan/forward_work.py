@@ -69,9 +69,9 @@ def _mlp_bytes(model: ModelConfig, recipe: Recipe, tokens: float, ep: int, *, de
     rows = tokens * topk + min(tokens * topk, local) * TILE / 2
     places = visits(model.router, e.num_experts, local) if ep > 1 else 1.0
     still = 0.0
-    if roomy and ep > 1:  # and buffers, the same for all layers, that messages are sent from and arrive in
+    if roomy and ep > 1:  # and buffers, the same for all layers, that messages are sent from and arrive in, both ways
         rows, places = tokens * ep * min(topk, local) + local * TILE, float(ep)
-        still = (tokens + rows) * (kept + wide) * dim
+        still = 2 * tokens * ep * (kept + wide) * dim
     arrived = tokens * places * (kept + (2 * wide if ep > 1 else wide)) * dim
     shared = tokens * wide * dim if e.num_shared else 0.0
     return own + still + max(of(tokens, e.num_shared * e.hidden), of(rows, e.hidden) + arrived + shared)

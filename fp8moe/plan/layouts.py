@@ -83,17 +83,21 @@ def layouts(
     """The configuration, which need not be resolved, in every legal layout, resolved.
 
     recomputed: sets of what a backward computes again; None: every one. near: those alone that have the pp, ep and cp
-    of the configuration, which is resolved.
+    of the configuration, which is resolved, or experts within a node where that spreads them over several.
     """
     recomputed = recompute_sets(config.precision.mode) if recomputed is None else recomputed
-    for layout in _tried(config, gpus, recomputed[0], near=near):
+    for layout in _tried(config, gpus, recomputed[0], gpus_per_node if near else None):
         found = laid_out_as(config, layout, gpus, gpus_per_node)
         if found is not None:  # what is computed again forbids nothing
             yield from (replace(found, recompute=names) for names in recomputed)
 
 
-def _tried(config: TrainConfig, gpus: int, recompute: tuple[Recompute, ...], *, near: bool) -> Iterator[Layout]:
-    """Layouts that could be legal; those of one pp, schedule, ep, cp and CUDA graphs by growing micro-batch."""
+def _tried(config: TrainConfig, gpus: int, recompute: tuple[Recompute, ...], node: int | None) -> Iterator[Layout]:
+    """Layouts that could be legal; those of one pp, schedule, ep, cp and CUDA graphs by growing micro-batch.
+
+    node: GPUs of one, for those near the configuration's; None: all.
+    """
+    near = node is not None
     for pp in [config.parallel.pp] if near else divisors(gpus):
         dp = gpus // pp
         if config.optimizer.sharding == "deepspeed" and (pp > 1 or dp == 1):
@@ -101,7 +105,9 @@ def _tried(config: TrainConfig, gpus: int, recompute: tuple[Recompute, ...], *, 
         for cp, micro_batch in _shares(config, dp):
             if near and cp != config.parallel.cp:
                 continue
-            eps = [config.ep] if near else divisors(math.gcd(dp // cp, config.model.experts.num_experts))
+            eps = divisors(math.gcd(dp // cp, config.model.experts.num_experts))
+            if node is not None:
+                eps = sorted({config.ep, max(ep for ep in eps if ep <= min(node, config.ep))})
             for schedule, ep in product(SCHEDULES, eps):
                 graphs = (False, True) if pp == cp == 1 and schedule == "1f1b" else (False,)
                 yield from (Layout(pp, ep, schedule, micro_batch, recompute, cp, one) for one in graphs)

@@ -91,9 +91,13 @@ def places_hit(model: ModelConfig, places: int) -> float:
 
 
 def exchange_seconds(
-    model: ModelConfig, exchange: Exchange, cluster: Cluster, tokens: float, *, fp8: bool, with_ids: bool
-) -> float:
-    """Seconds of one message of all tokens of a micro-batch, to the experts or back; 0 where a rank has them all."""
+    model: ModelConfig, exchange: Exchange, cluster: Cluster, tokens: float, *, fp8: bool, with_ids: bool,
+    roomy: bool = False,
+) -> float:  # fmt: skip
+    """Seconds of one message of all tokens of a micro-batch, to the experts or back; 0 where a rank has them all.
+
+    roomy: it has room for every routing, so that each token's row goes to every rank, or as many bytes of padding.
+    """
     if exchange.ep == 1:
         return 0.0
     dim, topk = model.dim, model.router.topk
@@ -101,6 +105,8 @@ def exchange_seconds(
     row += topk * (ID_BYTES + WEIGHT_BYTES) if with_ids else 0
     nodes, hops = exchange.nodes, exchange.dispatcher != "all_to_all"
     ranks_hit, nodes_hit = places_hit(model, exchange.ep), places_hit(model, nodes)
+    if roomy:
+        ranks_hit, nodes_hit = float(exchange.ep), float(nodes)
     far = (nodes_hit if hops else ranks_hit) * (1 - 1 / nodes)
     near = ranks_hit * ((1 - 1 / exchange.per_node) if hops and nodes > 1 else (1 / nodes - 1 / exchange.ep))
     nvlink = tokens * near * row / (cluster.nvlink_gb_per_second * 1e9) + cluster.nvlink_microseconds * 1e-6

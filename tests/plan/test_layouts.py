@@ -57,6 +57,13 @@ def test_layouts_near_one_have_its_mesh() -> None:
     shared = resolve(compose([*TINY, "seq_len=8192", "model.max_seq_len=8192", "parallel.cp=2"]).config, 8)
     assert {one.parallel.cp for one in layouts(shared, 8, 8)} == {1, 2, 4}
     assert {one.parallel.cp for one in layouts(shared, 8, 8, near=True)} == {2}
+    spread = resolve(compose([*TINY, "parallel.ep=8"]).config, 8)
+    assert [{one.ep for one in layouts(spread, 8, node, near=True)} for node in (8, 4, 3, 1)] == [
+        {8},
+        {4, 8},
+        {2, 8},
+        {1, 8},
+    ]
 
 
 def test_validation_samples_follow_the_layout() -> None:

@@ -38,7 +38,9 @@ from fp8moe.parallel.dispatch.payload import Columns, joined, split_rows
 
 
 @dataclass(frozen=True)
-class _Arrived:
+class Arrived:
+    """What the last hop of a dispatch delivered, along which route."""
+
     message: Tensor  # rows [N, bytes]
     order_N: Tensor | None  # of the rows by the rank they started from, None where they lie so
     route: Route
@@ -103,35 +105,32 @@ class AllToAllDispatcher:
         """See `Dispatcher`."""
         topk_ids_TK = announced.topk_ids_TK
         layout = MessageLayout.of(rows_TD, topk_ids_TK.shape[1])
-
-        def finish(arrived: _Arrived) -> Dispatched:
-            ids_NK = layout.ids_of(arrived.message)
-            row_map = plan_rows(
-                ids_NK,
-                self.num_local_experts,
-                room=arrived.sizes.room,
-                first=self.topology.first_expert,
-                order=arrived.order_N,
-            )
-            if self._overflow is not None:
-                hops = [hop.row_map.tokens_per_expert for chunk in arrived.route.hops for hop in chunk]
-                self._overflow.note(Needed(hops, row_map.tokens_per_expert), arrived.sizes, topk_ids_TK)
-            rows_RD, weights_R = unpack_message(arrived.message, row_map, layout)
-            assert weights_R is not None
-            return Dispatched(rows_RD, weights_R, row_map.group_offsets, DispatchState(arrived.route, row_map))
-
         return communication_stream(topk_ids_TK.device).start(
             lambda: self._send(rows_TD, layout, announced, topk_weights_TK),
-            finish,
+            lambda arrived: self.unpacked(arrived, layout, topk_ids_TK),
             "dispatch",
             ready=None if self.capacity is not None else lambda: announced.sizes.has(Counts.are_here),
         )
 
+    def unpacked(self, arrived: Arrived, layout: MessageLayout, topk_ids_TK: Tensor) -> Dispatched:
+        """The rows of a message for each expert. topk_ids_TK: those that this rank sent."""
+        row_map = plan_rows(
+            layout.ids_of(arrived.message),
+            self.num_local_experts,
+            room=arrived.sizes.room,
+            first=self.topology.first_expert,
+            order=arrived.order_N,
+        )
+        if self._overflow is not None:
+            hops = [hop.row_map.tokens_per_expert for chunk in arrived.route.hops for hop in chunk]
+            self._overflow.note(Needed(hops, row_map.tokens_per_expert), arrived.sizes, topk_ids_TK)
+        rows_RD, weights_R = unpack_message(arrived.message, row_map, layout)
+        assert weights_R is not None
+        return Dispatched(rows_RD, weights_R, row_map.group_offsets, DispatchState(arrived.route, row_map))
+
     def combine(self, y_RD: Tensor, state: DispatchState[Route]) -> Handle[Tensor]:
         """See `Dispatcher`."""
-        columns = Columns(((y_RD.dtype, y_RD.shape[1]),))
-        message = columns.empty(state.row_map.num_rows, y_RD.device)
-        unpermute(y_RD, state.row_map, out=columns.of(message)[0])
+        message, columns = packed_rows(y_RD, state)
         return communication_stream(y_RD.device).start(
             lambda: state.route.send_back(message, columns, "combine"), lambda sums: sums[0], "combine"
         )
@@ -140,11 +139,7 @@ class AllToAllDispatcher:
         self, dx_RD: Tensor, dweights_R: Tensor, state: DispatchState[Route]
     ) -> Handle[tuple[Tensor, Tensor]]:
         """See `Dispatcher`; the weights' gradients travel with the rows'."""
-        columns = Columns(((dx_RD.dtype, dx_RD.shape[1]), (dweights_R.dtype, state.row_map.topk)))
-        message = columns.empty(state.row_map.num_rows, dx_RD.device)
-        dx_ND, dweights_NK = columns.of(message)
-        unpermute(dx_RD, state.row_map, out=dx_ND)
-        dweights_NK.copy_(return_weights(dweights_R, state.row_map))
+        message, columns = packed_gradients(dx_RD, dweights_R, state)
         return communication_stream(dx_RD.device).start(
             lambda: state.route.send_back(message, columns, "dispatch backward"),
             lambda sums: (sums[0], sums[1]),
@@ -165,7 +160,7 @@ class AllToAllDispatcher:
         if self._overflow is not None:
             self._overflow.check()
 
-    def _send(self, rows_TD: Rows, layout: MessageLayout, announced: Announced, weights_TK: Tensor) -> _Arrived:
+    def _send(self, rows_TD: Rows, layout: MessageLayout, announced: Announced, weights_TK: Tensor) -> Arrived:
         """The first dispatch along a new route, hop by hop, each planned from what the last one delivered."""
         sizes: MessageSizes = announced.sizes if self.capacity is not None else announced.sizes.arrived().sizes()
         tokens, rank = self._chunk_tokens(len(weights_TK)), self.topology.group.rank()
@@ -186,16 +181,34 @@ class AllToAllDispatcher:
         arrived = [message.wait() for message in messages]
         route, whole = Route(hops, tokens, [len(rows) for rows in arrived]), joined(arrived)
         if len(messages) == len(self.hop_groups) == 1:
-            return _Arrived(whole, None, route, sizes)  # one message after the other, as their senders are numbered
+            return Arrived(whole, None, route, sizes)  # one message after the other, as their senders are numbered
         # Rows that a fixed message has left over come from nobody, rank -1, and stand first.
         senders, groups = layout.sender_of(whole), 1 + self.topology.ranks
         by_sender = plan_rows(senders, groups, align=1, room=len(whole), first=-1)
-        return _Arrived(whole, by_sender.source_R, route, sizes)
+        return Arrived(whole, by_sender.source_R, route, sizes)
 
     def _chunk_tokens(self, tokens: int) -> list[int]:
         """Tokens of each chunk: even, or, with fixed messages, as many as those have room for."""
         step = ceil_div(tokens if self.capacity is None else self.capacity.tokens, self.chunks)
         return [max(0, min(step, tokens - i * step)) for i in range(self.chunks)]
+
+
+def packed_rows(y_RD: Tensor, state: DispatchState[Route]) -> tuple[Tensor, Columns]:
+    """A combine's message: the partial sum of each row that arrived."""
+    columns = Columns(((y_RD.dtype, y_RD.shape[1]),))
+    message = columns.empty(state.row_map.num_rows, y_RD.device)
+    unpermute(y_RD, state.row_map, out=columns.of(message)[0])
+    return message, columns
+
+
+def packed_gradients(dx_RD: Tensor, dweights_R: Tensor, state: DispatchState[Route]) -> tuple[Tensor, Columns]:
+    """That of a dispatch's backward: the sums of gradients, the weights' beside them."""
+    columns = Columns(((dx_RD.dtype, dx_RD.shape[1]), (dweights_R.dtype, state.row_map.topk)))
+    message = columns.empty(state.row_map.num_rows, dx_RD.device)
+    dx_ND, dweights_NK = columns.of(message)
+    unpermute(dx_RD, state.row_map, out=dx_ND)
+    dweights_NK.copy_(return_weights(dweights_R, state.row_map))
+    return message, columns
 
 
 def one_hop(group: ProcessGroup, num_experts: int) -> tuple[EpTopology, tuple[HopGroup, ...]]:

@@ -6,7 +6,9 @@ graph before a verb copies into them, what has arrived is copied into them, the 
 the time of a verb its last message has been waited for, by the layer before. Refused: the graphs' own tensors kept
 alive for the verbs, a layer's rows [R, D] four times over.
 
-What the dispatcher keeps of a dispatch (`Dispatched.state`) passes from verb to verb outside the graphs.
+What the dispatcher keeps of a dispatch (`Dispatched.state`) passes from verb to verb outside the graphs. Verbs of one
+message each with room for every routing are cut closer (`one_message`): packed and unpacked within the graphs, so that
+the host launches the message alone.
 
 Outside a capture the dispatcher is called as it is. Within one its messages have fixed sizes.
 """
@@ -24,6 +26,7 @@ from torch import Tensor
 from fp8moe.layers.cuda_graph import Captured, capture, outside
 from fp8moe.layers.dispatch import Announced, Dispatched, Dispatcher, Handle
 from fp8moe.layers.operand import Rows
+from fp8moe.parallel.dispatch.one_message import Cut, OneMessage, can_cut
 
 Value = TypeVar("Value")
 
@@ -53,6 +56,7 @@ class CapturableDispatcher:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher, self.num_local_experts = dispatcher, dispatcher.num_local_experts
+        self._cut = OneMessage(dispatcher) if can_cut(dispatcher) else None
         self._buffers: WeakKeyDictionary[Captured, dict[str, Any]] = WeakKeyDictionary()
 
     def announce(self, topk_ids_TK: Tensor) -> Announced:
@@ -63,6 +67,8 @@ class CapturableDispatcher:
         """See `Dispatcher`."""
         if capture() is None:
             return self._dispatcher.dispatch(rows_TD, announced, topk_weights_TK)
+        if self._cut is not None:
+            return self._message("dispatch", self._cut.dispatch(rows_TD, announced, topk_weights_TK))
         state, sizes = _State(), announced.sizes
 
         def start(rows_TD: Rows, ids_TK: Tensor, weights_TK: Tensor) -> Handle[Dispatched]:
@@ -81,12 +87,16 @@ class CapturableDispatcher:
         """See `Dispatcher`."""
         if capture() is None:
             return self._dispatcher.combine(y_RD, state)
+        if self._cut is not None:
+            return self._message("combine", self._cut.combine(y_RD, state))
         return self._between("combine", lambda y_RD: self._dispatcher.combine(y_RD, state.value), (y_RD,))
 
     def dispatch_backward(self, dx_RD: Tensor, dweights_R: Tensor, state: Any) -> Handle[tuple[Tensor, Tensor]]:
         """See `Dispatcher`."""
         if capture() is None:
             return self._dispatcher.dispatch_backward(dx_RD, dweights_R, state)
+        if self._cut is not None:
+            return self._message("dispatch backward", self._cut.dispatch_backward(dx_RD, dweights_R, state))
 
         def start(dx_RD: Tensor, dweights_R: Tensor) -> Handle[tuple[Tensor, Tensor]]:
             return self._dispatcher.dispatch_backward(dx_RD, dweights_R, state.value)
@@ -97,6 +107,8 @@ class CapturableDispatcher:
         """See `Dispatcher`."""
         if capture() is None:
             return self._dispatcher.combine_backward(dy_TD, state, fp8=fp8)
+        if self._cut is not None:
+            return self._message("combine backward", self._cut.combine_backward(dy_TD, state, fp8=fp8))
 
         def start(dy_TD: Tensor) -> Handle[Rows]:
             return self._dispatcher.combine_backward(dy_TD, state.value, fp8=fp8)
@@ -106,6 +118,10 @@ class CapturableDispatcher:
     def verify(self) -> None:
         """See `Dispatcher`."""
         self._dispatcher.verify()
+
+    def _message(self, name: str, cut: Cut[Value]) -> _Handle[Value]:
+        """Send the message of a verb between the graphs that pack and unpack it."""
+        return self._between(name, cut.send, (cut.message,), made=cut.finish)
 
     def _between(
         self,
