@@ -1,10 +1,11 @@
 """Settings near those of a plan that are predicted to be faster: what `fp8moe plan` ends with.
 
 They are layouts of the search (`plan.layouts`, `plan.fitting`) with the pp, ep and cp of the settings, or with experts
-within a node: other schedules, micro-batches, what is computed again, CUDA graphs. A search ranks every layout that fits with balanced routing; here a
-layout fits where it does with uneven routing and ROOM besides, and few lines say which key brings how much: a layout
-with more changed keys is shown where it is GAIN faster than all with fewer. Fixed messages, which CUDA graphs between
-ranks need, make uneven routing an error; a search leaves them as they are set, and here they come last, named.
+within a node: other schedules, micro-batches, what is computed again, CUDA graphs. A search ranks every layout that
+fits with balanced routing; here a layout fits where it does with uneven routing and ROOM besides, and few lines say
+which key brings how much: a layout with more changed keys is shown where it is GAIN faster than all with fewer. Fixed
+messages, which CUDA graphs between ranks need, make uneven routing an error; a search leaves them as they are set, and
+here they come last, named.
 """
 
 from __future__ import annotations
