@@ -134,7 +134,7 @@ def test_versions_and_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     lines = versions.check_kernels()
     assert lines[0].text.startswith("back end gluon would run: ") and "gluon: 5 ops" in lines[0].text
-    assert "triton: 39 ops" in lines[0].text
+    assert f"triton: {len(backend.OPS) - 5} ops" in lines[0].text
     assert "triton could run (FP8MOE_BACKEND=triton)" in [one.text for one in lines]
     assert "te would not run: the package is not installed" in [one.text for one in lines] and not wrong(lines)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
