@@ -11,6 +11,7 @@ head's stage paired with a full one. Blocks are not split and stages are contigu
 module on 16 ranks some unevenness always stays; `imbalance` says how much.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,14 +113,17 @@ class _Cut(NamedTuple):
         return near, far
 
     def moves(self, rank: int, i: int, j: int, limit: float) -> Iterator[tuple[int, int, tuple[float, float]]]:
-        """(a, b, loads) that `rank` may take: at least a block a stage, no more than `limit` in all, enough left over.
+        """(a, b, loads) that `rank` may take: at least a block a stage, no more than `limit` in all, enough left over
+        for the ranks behind it and no more than they may take.
 
         The last rank takes all that is left.
         """
-        after = self.num_ranks - 1 - rank
+        after, end = self.num_ranks - 1 - rank, self.num_blocks - j
+        room = after * limit * (1 + 1e-9)
         most = self.num_blocks - i - j - after * (2 if self.folded else 1)
         for b in range(1, most) if self.folded else (0,):
-            for a in range(1 if after else most - b, most - b + 1):
+            least = bisect_left(self.sums, self.sums[end - b] - room) - i
+            for a in range(max(least, 1) if after else most - b, most - b + 1):
                 loads = self.loads(rank, i, j, a, b)
                 if sum(loads) > limit:
                     break
