@@ -136,9 +136,7 @@ def reduce_splits_kernel(
         top = tl.maximum(top, tl.load(stats + 2 * split))
     total = tl.full((), 0.0, tl.float32)
     if SINKS:
-        sink = tl.load(sinks + at % H) * LOG2_E
-        top = tl.maximum(top, sink)
-        total = tl.exp2(sink - top)
+        total = tl.exp2(tl.load(sinks + at % H) * LOG2_E - top)  # infinite where nothing else counts: zeros
     sums = tl.zeros((WIDTH,), tl.float32)
     for split in range(splits):
         factor = tl.exp2(tl.load(stats + 2 * split) - top)

@@ -22,12 +22,12 @@ PRODUCTION = {
 }
 
 
-@pytest.fixture(params=[1, 528], ids=lambda programs: f"{programs} programs")
+@pytest.fixture(params=[2, 528], ids=lambda splits: f"{splits} splits")
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Two of several steps each, or one of each step."""
     from fp8moe.kernels.triton import decode_attention as launcher
 
-    monkeypatch.setattr(launcher, "PROGRAMS", request.param)
-    monkeypatch.setattr(launcher, "LEAST_STEPS", 1)
+    monkeypatch.setattr(launcher, "num_splits", lambda blocks, steps: min(request.param, steps))
     return int(request.param)
 
 
@@ -73,6 +73,17 @@ def test_what_is_written_anywhere_else_does_not_count(triton_device: str, splits
     others = [row for row in range(len(cache.keys)) if row not in cache.rows.tolist()]
     cache.keys[others] = float("nan")
     assert torch.equal(attend(cache, 0.3), before)
+
+
+def test_a_sink_may_outweigh_everything(triton_device: str) -> None:
+    """One is alike to the scores, one leaves a thousandth, one nothing."""
+    cache = filled("heads", torch.bfloat16, triton_device)
+    assert cache.sinks is not None
+    cache.sinks[:3] = torch.tensor([0.0, 12.0, 300.0])
+    found, exact = attend(cache, 0.3), by_hand(cache, 0.3)
+    for head in (0, 1):
+        assert 0 < calc_diff(found[:, :, head], exact[:, :, head]) < MOST
+    assert not found[:, :, 2].any()
 
 
 def test_a_nan_that_is_seen_is_told(triton_device: str, splits: int) -> None:
