@@ -108,9 +108,9 @@ def cache_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> i
 def attend_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int, device: torch.device) -> float:
     """Of one new token of each row in one layer: its query, its output, and what lies between.
 
-    BF16 on a GPU: sums of values, a maximum and a total of each split. Else FP32 copies of BF16 entries, scores and
-    their softmax, of some rows at once on a CPU; products lay the entries of a head side by side where there are
-    several of several rows.
+    BF16 on a GPU: sums of values, a maximum and a total of each split. Else scores and their softmax, and where entries
+    are BF16 copies of them in FP32, of some rows at once; products lay the entries of a head side by side where there
+    are several of several rows.
     """
     a, wide = model.attention, recipe.dtype.itemsize
     heads, (key, value, groups) = a.num_heads, entry_sizes(a)
@@ -119,7 +119,7 @@ def attend_bytes(model: ModelConfig, recipe: Recipe, rows: int, length: int, dev
     if wide < FP32 and device.type != "cpu":
         splits = max(rows * groups, PROGRAMS)
         return float(given + FP32 * splits * heads // groups * (value // groups + 2))
-    at_once = min(rows, max(1, WIDENED_VALUES // (length * key))) if device.type == "cpu" else rows
+    at_once = rows if wide == FP32 else min(rows, max(1, WIDENED_VALUES // (length * key)))
     copied = FP32 * length * (groups > 1 and at_once > 1)
     widened = (FP32 * (length * (key + (groups > 1) * value) + query) if wide < FP32 else 0) + length
     scores = FP32 * heads * length

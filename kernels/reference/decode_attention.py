@@ -19,9 +19,10 @@ def decode_attention(
 ) -> Tensor:  # fmt: skip
     keys, values = keys[:, :length], values[:, :length]
     out = torch.empty(*q.shape[:3], values.shape[-1], dtype=q.dtype, device=q.device)
-    step = max(1, WIDENED_VALUES // max(1, keys[0].numel())) if q.device.type == "cpu" else len(q)
+    widens = q.dtype is not torch.float32 and q.device.type == "cpu"
+    step = WIDENED_VALUES // max(1, keys[0].numel()) if widens else len(q)
     for start in range(0, len(q), max(step, 1)):
-        part = slice(start, start + step)
+        part = slice(start, start + max(step, 1))
         entries = part if rows is None else rows[part]
         seen = _seen(positions[part], length, window)
         out[part] = _attend(q[part], *_widened(keys, values, entries), seen, sinks, scale)
