@@ -1,4 +1,5 @@
-"""Where Triton's casts and rotations put their results, without importing Triton (tracing on any machine asks here).
+"""Where Triton's casts and rotations put their results, and whether a cache holds latents, without importing Triton:
+tracing on any machine asks here.
 
 Codes are contiguous in the orientation a tensor core reads, columns included: the transpose is physical. Scales of
 1x128 tiles are M-major, stride 1 along M, as a GEMM loads them; gathering rows for the wire makes them token-major.

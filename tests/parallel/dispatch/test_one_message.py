@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import weakref
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +21,7 @@ from fp8moe.parallel.dispatch.captured import CapturableDispatcher
 from fp8moe.parallel.dispatch.one_message import can_cut
 from fp8moe.parallel.mesh import build_mesh
 from fp8moe.parallel.stream import tensors_of
+from tests.parallel.dispatch.test_captured import Eager
 from tests.parallel.ranks import TIMEOUT, run_ranks
 from tests.train.recorded_graph import RecordedGraph, as_on_a_gpu
 
@@ -41,6 +46,27 @@ def batch(turn: int) -> tuple[Tensor, Tensor, Tensor]:
     first = 2 if turn == 1 else 0
     ids = torch.stack([torch.randperm(EXPERTS - first)[:2] + first for _ in range(T)])
     return torch.randn(T, D), ids, torch.rand(T, 2)
+
+
+def kept_by_a_capture(dispatcher: Dispatcher) -> int:
+    """Messages, and maps of their rows, that are still there when a capture of all verbs has ended."""
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = call(*args, **kwargs)
+            made.extend(weakref.ref(one.untyped_storage()) for one in tensors_of([result]))
+            return result
+
+        return run
+
+    names = ("pack_message", "plan_hop", "packed_rows", "packed_gradients")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(one_message, name, noted(getattr(one_message, name))))
+        captured = Captured(lambda: verbs(dispatcher, *batch(0), fp8=True), Eager)
+    assert len(made) > len(names) and captured._steps
+    return sum(one() is not None for one in made)
 
 
 def on_ranks(fp8: bool) -> tuple[list[int], list[int]]:
@@ -69,6 +95,8 @@ def on_ranks(fp8: bool) -> tuple[list[int], list[int]]:
             sends.append(send.call_count)
             for one, other in zip(found, verbs(plain, *batch(turn), fp8=fp8), strict=True):
                 assert torch.equal(one.float(), other.float()), f"turn {turn}"
+    del captured
+    assert kept_by_a_capture(CapturableDispatcher(plain)) == 0
     return packs, sends
 
 
